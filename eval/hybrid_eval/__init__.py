@@ -1,0 +1,30 @@
+"""Measure any causal language model: retrieval, reasoning, held-out loss, memory; with intervals.
+
+The package takes any ``AutoModelForCausalLM``, checkpoint folder, hub name or model object, and
+knows nothing of how a model was made.
+"""
+
+from .cost import evaluate_cost, measure_cache
+from .heldout import evaluate_heldout
+from .models import Subject, load
+from .mqar import evaluate_mqar, mqar
+from .needle import evaluate_needle, needle
+from .registry import TASKS, Settings
+from .report import write_report
+from .runner import evaluate
+
+__all__ = [
+    "TASKS",
+    "Settings",
+    "Subject",
+    "evaluate",
+    "evaluate_cost",
+    "evaluate_heldout",
+    "evaluate_mqar",
+    "evaluate_needle",
+    "load",
+    "measure_cache",
+    "mqar",
+    "needle",
+    "write_report",
+]

@@ -1,0 +1,198 @@
+"""``python -m hybrid_eval MODEL [MODEL ...] --out DIR``; ``hybrid eval`` forwards here."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from .corpus import load_corpus
+from .registry import TASKS, Settings, find
+from .report import build, write_report
+from .runner import evaluate
+
+
+def parse_tokens(word: str) -> int:
+    """Read a number of tokens: ``512``, ``4k`` (4096), ``1m``."""
+    scale = {"k": 1024, "m": 1024**2}.get(word[-1:].lower(), 1)
+    digits = word[:-1] if scale > 1 else word
+    if not digits.isdigit() or int(digits) == 0:
+        raise argparse.ArgumentTypeError(f"{word!r} is no number of tokens; write 512, 4k or 1m")
+    return int(digits) * scale
+
+
+def _lengths(text: str) -> tuple[int, ...]:
+    return tuple(parse_tokens(word.strip()) for word in text.split(","))
+
+
+def _depths(text: str) -> tuple[float, ...]:
+    try:
+        values = tuple(float(word) for word in text.split(","))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} are no depths; write 0,0.5,1") from error
+    if any(not 0 <= value <= 1 for value in values):
+        raise argparse.ArgumentTypeError(f"depths lie in [0, 1], got {text}")
+    return values
+
+
+def _positive(text: str) -> int:
+    if not text.isdigit() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is no positive whole number")
+    return int(text)
+
+
+def _names(text: str) -> list[str]:
+    return [name for name in (part.strip() for part in text.split(",")) if name]
+
+
+def build_parser(prog: str) -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        description="Measure retrieval, reasoning, held-out loss and memory of causal language "
+        "models, and write a report.",
+    )
+    add = parser.add_argument
+    add("models", nargs="*", metavar="MODEL", help="checkpoint folder, .gguf, hub name, NAME=PATH")
+    add("--out", type=Path, default=Path("runs/eval"), help="folder of report and cached results")
+    add("--tasks", type=_names, help="tasks, separated by commas (see --list)")
+    add("--retrieval", type=_names, help="retrieval tasks, added to --tasks")
+    add("--reasoning", type=_names, help="reasoning tasks, added to --tasks")
+    add("--lengths", type=_lengths, help="tokens per sample, e.g. 1k,2k,4k")
+    add("--depths", type=_depths, help="depths of the needle, e.g. 0,0.5,1")
+    add("--limit", type=_positive, help="samples per cell, or in all where there are no cells")
+    add("--seed", type=int, default=0, help="seed of all samples")
+    add("--context", type=parse_tokens, default=32768, help="where the cache's size is stated")
+    add("--text", type=Path, help="your own text for haystacks and held-out loss")
+    add("--batch-size", type=_positive, help="rows per forward (default: chosen)")
+    add("--tokenizer", help="folder or name of a tokenizer, or 'bytes'")
+    add("--dtype", default="auto", help="of the weights: auto, float32, bfloat16, float16")
+    add("--device", help="cpu, cuda, cuda:1 ... (default: a GPU if there is one)")
+    add("--trust-remote-code", action="store_true", help="run code that a checkpoint brings along")
+    add("--allow-longer", action="store_true", help="permit lengths beyond the model's positions")
+    add(
+        "--set",
+        action="append",
+        default=[],
+        metavar="TASK.OPTION=VALUE",
+        help="an option of one task, e.g. --set mqar.pairs=16",
+    )
+    add("--title", help="heading of the report")
+    add("--list", action="store_true", help="print the tasks and stop")
+    return parser
+
+
+def parse_options(words: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Read ``TASK.OPTION=VALUE`` words; values are YAML.
+
+    Raises:
+        ValueError: a word of another form, or an unknown task.
+    """
+    options: dict[str, dict[str, Any]] = {}
+    for word in words:
+        left, equals, value = word.partition("=")
+        task, dot, option = left.partition(".")
+        if not (equals and dot and task and option):
+            raise ValueError(f"--set takes TASK.OPTION=VALUE, got {word!r}")
+        find(task)
+        options.setdefault(task, {})[option] = yaml.safe_load(value)
+    return options
+
+
+class _Bars:
+    """Shows one bar per model and task."""
+
+    def __init__(self, progress: Progress):
+        self.progress = progress
+        self.current: Any = None
+
+    def start(self, model: str, task: str) -> None:
+        """Open a bar."""
+        self.current = self.progress.add_task(f"{model}  {task}", total=None)
+
+    def advance(self, done: int, total: int) -> None:
+        """Move it."""
+        self.progress.update(self.current, completed=done, total=total)
+
+    def finish(self, model: str, task: str, *, cached: bool) -> None:
+        """Close it."""
+        row = self.progress.tasks[-1]
+        total = row.total or 1
+        words = f"{model}  {task}" + ("  (from cache)" if cached else "")
+        self.progress.update(self.current, completed=total, total=total, description=words)
+
+
+def _print_tasks(console: Console) -> None:
+    table = Table("task", "axis", "what it measures", "options (--set TASK.OPTION=VALUE)")
+    for task in TASKS.values():
+        table.add_row(task.name, task.axis, task.words, ", ".join(task.options))
+    console.print(table)
+
+
+def print_table(results: dict[str, Any], console: Console) -> None:
+    """Print the table of the report."""
+    page = build(results, "")
+    table = Table(*(column.heading for column in page.columns))
+    for record in page.models:
+        table.add_row(*(column.cell(record) for column in page.columns))
+    console.print(table)
+
+
+def _run(arguments: argparse.Namespace, console: Console) -> None:
+    names = [*(arguments.tasks or []), *(arguments.retrieval or []), *(arguments.reasoning or [])]
+    settings = Settings(
+        lengths=arguments.lengths,
+        depths=arguments.depths,
+        limit=arguments.limit,
+        seed=arguments.seed,
+        batch_size=arguments.batch_size,
+        corpus=None if arguments.text is None else load_corpus(arguments.text),
+        context=arguments.context,
+        allow_longer=arguments.allow_longer,
+    )
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=console) as progress:
+        results = evaluate(
+            arguments.models,
+            list(dict.fromkeys(names)) or None,
+            out=arguments.out,
+            settings=settings,
+            options=parse_options(arguments.set),
+            watcher=_Bars(progress),
+            tokenizer=arguments.tokenizer,
+            trust_remote_code=arguments.trust_remote_code,
+            dtype=arguments.dtype,
+            device=arguments.device,
+        )
+    words = {} if arguments.title is None else {"title": arguments.title}
+    path = write_report(results, arguments.out, **words)
+    print_table(results, console)
+    console.print(f"report: {path}", highlight=False, soft_wrap=True)
+
+
+def main(argv: Sequence[str] | None = None, *, prog: str = "hybrid-eval") -> int:
+    """Run the command line; return the exit status."""
+    parser = build_parser(prog)
+    arguments = parser.parse_args(argv)
+    console = Console()
+    if arguments.list:
+        _print_tasks(console)
+        return 0
+    if not arguments.models:
+        parser.error("no model given")
+    try:
+        _run(arguments, console)
+    except ValueError as error:
+        print(f"{prog}: {error}", file=sys.stderr)
+        return 2
+    return 0

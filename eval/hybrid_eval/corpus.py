@@ -1,0 +1,124 @@
+"""Real text that needs no download: the Python standard library's own source files.
+
+A model may be trained on one part of that text and is measured on the other. The rule that
+splits it is public, so that a trainer which knows nothing of this package can keep to it:
+
+- root: ``sysconfig.get_path("stdlib")``
+- files: every ``*.py`` below it, sorted by posix relative path, without those that have a
+  component in :data:`EXCLUDED`
+- a file is held out iff ``zlib.crc32(relative posix path) % 20 == 0``
+"""
+
+import json
+import sysconfig
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Literal
+
+Split = Literal["heldout", "train", "all"]
+
+EXCLUDED = frozenset(
+    {"site-packages", "test", "tests", "idlelib", "lib2to3", "__pycache__", "turtledemo"}
+)
+_TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py", ".jsonl")
+
+
+@dataclass(frozen=True)
+class Document:
+    """A named piece of text."""
+
+    name: str
+    text: str
+
+
+def is_held_out(relative_path: str) -> bool:
+    """Whether the standard library file at this posix relative path is kept out of training."""
+    return zlib.crc32(relative_path.encode("utf-8")) % 20 == 0
+
+
+@lru_cache(maxsize=3)
+def stdlib_documents(split: Split = "heldout") -> tuple[Document, ...]:
+    """Return one part of the standard library's sources, in the order of their paths.
+
+    A file that is not UTF-8 is left out.
+
+    Raises:
+        ValueError: ``split`` is none of the three parts.
+    """
+    if split not in ("heldout", "train", "all"):
+        raise ValueError(f"split must be 'heldout', 'train' or 'all', got {split!r}")
+    root = Path(sysconfig.get_path("stdlib"))
+    paths = sorted(path.relative_to(root).as_posix() for path in root.rglob("*.py"))
+    wanted = (path for path in paths if EXCLUDED.isdisjoint(path.split("/")))
+    documents = []
+    for path in wanted:
+        if split != "all" and is_held_out(path) != (split == "heldout"):
+            continue
+        try:
+            documents.append(Document(path, (root / path).read_text(encoding="utf-8")))
+        except UnicodeDecodeError:
+            continue
+    return tuple(documents)
+
+
+def _jsonl(path: Path) -> Iterator[Document]:
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}, line {number}: not JSON ({error})") from error
+        if not isinstance(record, dict) or not isinstance(record.get("text"), str):
+            raise ValueError(f'{path}, line {number}: expected an object with a string "text"')
+        yield Document(f"{path.name}:{number}", record["text"])
+
+
+def read_documents(path: str | Path) -> tuple[Document, ...]:
+    """Read the user's own text: a UTF-8 file, a ``.jsonl`` file with "text", or a folder of these.
+
+    Raises:
+        ValueError: nothing there, no text in it, or a line that is not what it should be.
+    """
+    path = Path(path).expanduser()
+    if path.is_dir():
+        files = sorted(p for p in path.rglob("*") if p.suffix in _TEXT_SUFFIXES)
+        if not files:
+            raise ValueError(f"{path}: no file ending in {', '.join(_TEXT_SUFFIXES)}")
+        return tuple(document for file in files for document in read_documents(file))
+    if not path.is_file():
+        raise ValueError(f"{path}: no such text file or folder")
+    if path.suffix == ".jsonl":
+        documents = tuple(_jsonl(path))
+    else:
+        documents = (Document(path.name, path.read_text(encoding="utf-8")),)
+    if not any(document.text.strip() for document in documents):
+        raise ValueError(f"{path}: no text in it")
+    return documents
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Documents together with the words by which a report names them."""
+
+    documents: tuple[Document, ...]
+    description: str
+
+    @property
+    def text(self) -> str:
+        """All documents, one after another."""
+        return "\n".join(document.text for document in self.documents)
+
+
+def load_corpus(source: str | Path | None = None) -> Corpus:
+    """Return the user's text, or the held-out standard library sources if ``source`` is None."""
+    if source is None:
+        documents = stdlib_documents("heldout")
+        return Corpus(
+            documents, f"Python standard library sources, {len(documents)} held-out files"
+        )
+    documents = read_documents(source)
+    return Corpus(documents, f"{Path(source).name}, {len(documents)} document(s)")

@@ -1,0 +1,205 @@
+"""Multi-query associative recall (MQAR), after Zoology (arXiv 2312.04927, section 4 and appendix).
+
+A row lists key-value pairs, then asks for every key again:
+
+    k1 v1 k2 v2 ... kN vN | . . k2 v2 . . kN vN k1 v1 . .
+                                   ^^ scored: the model must predict it from k2
+
+Deviations from Zoology, on purpose: values are drawn with replacement, because values without
+repeats can be answered by elimination; the value follows its query in the row, so that the same
+row serves training and teacher-forced scoring.
+"""
+
+from typing import Any, Literal
+
+import numpy as np
+
+from .errors import check_range
+from .scoring import IGNORE, Progress, score
+from .sources import Source
+from .stats import above_chance, clustered_wilson, ratio_and_error
+
+# bytes that ASCII text never uses: one byte-level model can learn text and recall side by side
+KEY_IDS = (128, 192)
+VALUE_IDS = (192, 256)
+FILLER_IDS = (0, 128)
+
+Gap = Literal["power", "uniform"]
+
+
+class MQAR(Source):
+    """Endless MQAR rows; see :func:`mqar` for the arguments."""
+
+    name = "mqar"
+
+    def __init__(
+        self,
+        *,
+        sequence_length: int,
+        pairs: int,
+        queries: int | None,
+        key_ids: tuple[int, int],
+        value_ids: tuple[int, int],
+        filler_ids: tuple[int, int],
+        gap: Gap,
+        power: float,
+        seed: int,
+        start: int = 0,
+        stream: str = "train",
+    ):
+        super().__init__(sequence_length=sequence_length, seed=seed, start=start, stream=stream)
+        self.pairs = pairs
+        self.queries = pairs if queries is None else queries
+        self.key_ids, self.value_ids, self.filler_ids = key_ids, value_ids, filler_ids
+        self.slots = (sequence_length - 2 * pairs) // 2
+        self._validate(gap)
+        weights = np.arange(1, self.slots + 1, dtype=np.float64)
+        weights = weights ** (power - 1) if gap == "power" else np.ones_like(weights)
+        self.slot_probabilities = weights / weights.sum()
+
+    def _validate(self, gap: str) -> None:
+        check_range("key_ids", self.key_ids)
+        check_range("value_ids", self.value_ids)
+        check_range("filler_ids", self.filler_ids)
+        if max(self.key_ids[0], self.filler_ids[0]) < min(self.key_ids[1], self.filler_ids[1]):
+            raise ValueError(
+                f"filler_ids {self.filler_ids} overlap key_ids {self.key_ids}: a filler would "
+                "look like a query"
+            )
+        if gap not in ("power", "uniform"):
+            raise ValueError(f"gap must be 'power' or 'uniform', got {gap!r}")
+        if self.pairs < 1 or not 1 <= self.queries <= self.pairs:
+            raise ValueError(
+                f"need 1 <= queries <= pairs, got queries={self.queries}, pairs={self.pairs}"
+            )
+        keys = self.key_ids[1] - self.key_ids[0]
+        if self.pairs > keys:
+            raise ValueError(
+                f"{self.pairs} pairs need as many different keys, key_ids {self.key_ids} has {keys}"
+            )
+        needed = 2 * (self.pairs + self.queries)
+        if self.sequence_length < needed:
+            raise ValueError(
+                f"{self.pairs} pairs and {self.queries} queries take {needed} tokens, "
+                f"sequence_length is {self.sequence_length}"
+            )
+
+    @property
+    def chance(self) -> float:
+        """Accuracy of naming one of the row's values blindly."""
+        return 1 / min(self.pairs, self.value_ids[1] - self.value_ids[0])
+
+    def draw(self, rng: np.random.Generator) -> dict[str, np.ndarray]:
+        """Make one row from a generator of its own."""
+        keys = rng.choice(np.arange(*self.key_ids), self.pairs, replace=False)
+        values = rng.integers(*self.value_ids, self.pairs)
+        ids = rng.integers(*self.filler_ids, self.sequence_length)
+        labels = np.full(self.sequence_length, IGNORE, dtype=np.int64)
+        context = 2 * self.pairs
+        ids[0:context:2], ids[1:context:2] = keys, values
+        asked = rng.choice(self.pairs, self.queries, replace=False)
+        slots = rng.choice(self.slots, self.queries, replace=False, p=self.slot_probabilities)
+        at = context + 2 * slots
+        ids[at], ids[at + 1] = keys[asked], values[asked]
+        labels[at + 1] = values[asked]
+        return {"input_ids": ids, "labels": labels}
+
+
+def mqar(
+    *,
+    sequence_length: int = 128,
+    pairs: int = 32,
+    queries: int | None = None,
+    key_ids: tuple[int, int] = KEY_IDS,
+    value_ids: tuple[int, int] = VALUE_IDS,
+    filler_ids: tuple[int, int] = FILLER_IDS,
+    gap: Gap = "power",
+    power: float = 0.01,
+    seed: int = 0,
+    start: int = 0,
+) -> MQAR:
+    """Return an endless, index-seeded source of MQAR rows for training.
+
+    Args:
+        sequence_length: tokens per row, at least 2 * (pairs + queries).
+        pairs: key-value pairs at the head of the row; keys differ within a row.
+        queries: how many of them are asked for; None asks for all.
+        key_ids: half-open range of token ids to draw keys from.
+        value_ids: the same for values.
+        filler_ids: the same for tokens that are neither; must not overlap ``key_ids``.
+        gap: where the queries stand: "power" (Zoology's power law, mostly early) or "uniform".
+        power: exponent a of the power law a * slot^(a - 1).
+        seed: of the stream.
+        start: index of the first row.
+
+    Raises:
+        ValueError: sizes that do not fit together; the message names them.
+    """
+    return MQAR(
+        sequence_length=sequence_length,
+        pairs=pairs,
+        queries=queries,
+        key_ids=tuple(key_ids),  # lists come from YAML
+        value_ids=tuple(value_ids),
+        filler_ids=tuple(filler_ids),
+        gap=gap,
+        power=power,
+        seed=seed,
+        start=start,
+    )
+
+
+def evaluate_mqar(
+    model,
+    *,
+    n: int = 256,
+    seed: int = 0,
+    batch_size: int | None = None,
+    progress: Progress | None = None,
+    allow_longer: bool = False,
+    **options: Any,
+) -> dict[str, Any]:
+    """Measure recall on ``n`` fresh rows, teacher-forced, one forward per batch.
+
+    The rows come from a stream that training never sees, whatever the seed.
+
+    Args:
+        model: a causal language model.
+        n: number of rows.
+        seed: of the evaluation rows.
+        batch_size: rows per forward; None chooses.
+        progress: called with the number of rows done and of rows in all.
+        allow_longer: permit rows beyond ``max_position_embeddings``.
+        options: as for :func:`mqar`.
+
+    Returns:
+        accuracy (over queries) with its standard error over rows and a 95% Wilson interval,
+        chance, nll (nats per query), and per-row scores for paired comparisons.
+    """
+    source = mqar(seed=seed, **options)
+    source.stream = "test"
+    scored = score(
+        model,
+        source.take(n),
+        batch_size=batch_size,
+        progress=progress,
+        allow_longer=allow_longer,
+    )
+    right = [int(row.correct.sum()) for row in scored]
+    asked = [len(row.correct) for row in scored]
+    accuracy, error = ratio_and_error(right, asked)
+    nll, nll_error = ratio_and_error([float(row.nll.sum()) for row in scored], asked)
+    return {
+        "accuracy": accuracy,
+        "accuracy_stderr": error,
+        "interval": clustered_wilson(right, asked),
+        "chance": source.chance,
+        "above_chance": above_chance(accuracy, source.chance) if source.chance < 1 else None,
+        "nll": nll,
+        "nll_stderr": nll_error,
+        "n": n,
+        "queries": int(sum(asked)),
+        "tokens": {"min": source.sequence_length, "max": source.sequence_length},
+        "truncated": 0,
+        "items": [r / a for r, a in zip(right, asked, strict=True)],
+    }

@@ -1,0 +1,238 @@
+"""The tasks by name, each with its axis, its options and how it is run on a model under test."""
+
+import inspect
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from .corpus import Corpus
+from .cost import evaluate_cost
+from .errors import nearest
+from .heldout import evaluate_heldout
+from .models import Subject
+from .mqar import KEY_IDS, VALUE_IDS, evaluate_mqar
+from .needle import evaluate_needle
+from .scoring import Progress
+from .tokens import ByteEncoder, Encoder, Haystack
+
+Axis = Literal["retrieval", "reasoning", "language", "cost"]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is common to all tasks of a run; None leaves a task its own default.
+
+    Attributes:
+        lengths: tokens per sample, for tasks with a length.
+        depths: of the needle, for tasks with a depth.
+        limit: samples per cell (grid tasks) or in all (the others).
+        seed: of every sample.
+        batch_size: rows per forward.
+        corpus: text for haystacks and held-out loss.
+        context: tokens at which the cache's size is stated.
+        allow_longer: permit lengths beyond ``max_position_embeddings``.
+    """
+
+    lengths: tuple[int, ...] | None = None
+    depths: tuple[float, ...] | None = None
+    limit: int | None = None
+    seed: int = 0
+    batch_size: int | None = None
+    corpus: Corpus | None = None
+    context: int = 32768
+    allow_longer: bool = False
+
+
+@dataclass(frozen=True)
+class Task:
+    """One measurement.
+
+    Attributes:
+        name: as typed by the user.
+        axis: what it measures.
+        metric: key of the headline figure in its result.
+        function: the measurement; its keyword arguments are the task's options.
+        run: adapter that turns a subject, the settings and options into a result.
+        words: one line for ``--list``.
+        higher_is_better: direction of the headline figure.
+    """
+
+    name: str
+    axis: Axis
+    metric: str
+    function: Callable[..., dict[str, Any]]
+    run: Callable[..., dict[str, Any]]
+    words: str
+    higher_is_better: bool = True
+
+    @property
+    def options(self) -> tuple[str, ...]:
+        """Names that ``--set TASK.NAME=VALUE`` may set."""
+        given = {"model", "progress", "haystack", "tokenizer", "corpus", "allow_longer"}
+        own = [
+            p.name
+            for p in inspect.signature(self.function).parameters.values()
+            if p.kind is not p.VAR_KEYWORD and p.name not in given
+        ]
+        return (*own, *_MORE_OPTIONS.get(self.name, ()))
+
+
+_MORE_OPTIONS = {
+    "mqar": (
+        "sequence_length",
+        "pairs",
+        "queries",
+        "key_ids",
+        "value_ids",
+        "filler_ids",
+        "gap",
+        "power",
+    )
+}
+TASKS: dict[str, Task] = {}
+
+
+def register(task: Task) -> None:
+    """Make a task known by its name.
+
+    Raises:
+        ValueError: the name is taken.
+    """
+    if task.name in TASKS:
+        raise ValueError(f"task {task.name!r} is registered twice")
+    TASKS[task.name] = task
+
+
+def find(name: str) -> Task:
+    """Return the task of this name.
+
+    Raises:
+        ValueError: there is none; the message has the nearest name.
+    """
+    if name not in TASKS:
+        raise ValueError(f"unknown task {name!r}{nearest(name, TASKS)}")
+    return TASKS[name]
+
+
+def check_options(task: Task, options: Iterable[str]) -> None:
+    """Refuse options that the task does not have.
+
+    Raises:
+        ValueError: names the option and the nearest right one.
+    """
+    for name in options:
+        if name not in task.options:
+            hint = nearest(name, task.options)
+            raise ValueError(f"task {task.name!r} has no option {name!r}{hint}")
+
+
+def tokenizer_of(subject: Subject) -> Encoder:
+    """Return the subject's tokenizer.
+
+    Raises:
+        ValueError: it has none.
+    """
+    if subject.tokenizer is None:
+        raise ValueError(
+            f"{subject.name}: no tokenizer beside the model; name one (--tokenizer PATH), or say "
+            "that its token ids are bytes (--tokenizer bytes)"
+        )
+    return subject.tokenizer
+
+
+def _sample_settings(settings: Settings, progress: Progress | None) -> dict[str, Any]:
+    common: dict[str, Any] = {"seed": settings.seed, "allow_longer": settings.allow_longer}
+    if settings.limit is not None:
+        common["n"] = settings.limit
+    return {**common, "batch_size": settings.batch_size, "progress": progress}
+
+
+def _run_mqar(subject: Subject, settings: Settings, options: dict[str, Any], progress=None):
+    return evaluate_mqar(subject.model, **{**_sample_settings(settings, progress), **options})
+
+
+def grid_settings(settings: Settings, progress: Progress | None) -> dict[str, Any]:
+    """Return the arguments of a depth x length task that the run's settings decide."""
+    arguments = _sample_settings(settings, progress)
+    if settings.lengths is not None:
+        arguments["lengths"] = settings.lengths
+    if settings.depths is not None:
+        arguments["depths"] = settings.depths
+    return arguments
+
+
+def _run_needle(subject: Subject, settings: Settings, options: dict[str, Any], progress=None):
+    arguments = {**grid_settings(settings, progress), **options}
+    if settings.corpus is not None:
+        reserved = (
+            tuple(arguments.get("key_ids", KEY_IDS)),
+            tuple(arguments.get("value_ids", VALUE_IDS)),
+        )
+        encoder = subject.tokenizer or ByteEncoder()
+        arguments["haystack"] = Haystack(settings.corpus, encoder, reserved)
+    return evaluate_needle(subject.model, **arguments)
+
+
+def _run_heldout(subject: Subject, settings: Settings, options: dict[str, Any], progress=None):
+    arguments = _sample_settings(settings, progress)
+    # the windows are fixed by the text: there is nothing to draw
+    arguments.pop("seed")
+    return evaluate_heldout(
+        subject.model,
+        tokenizer=tokenizer_of(subject),
+        corpus=settings.corpus,
+        **{**arguments, **options},
+    )
+
+
+def _run_cost(subject: Subject, settings: Settings, options: dict[str, Any], progress=None):
+    return evaluate_cost(subject.model, **{"context": settings.context, **options})
+
+
+register(
+    Task(
+        "mqar",
+        "retrieval",
+        "accuracy",
+        evaluate_mqar,
+        _run_mqar,
+        "multi-query associative recall, for models trained on its format",
+    )
+)
+register(
+    Task(
+        "needle",
+        "retrieval",
+        "accuracy",
+        evaluate_needle,
+        _run_needle,
+        "key-value needle in real text, depth x length, for models trained on its format",
+    )
+)
+register(
+    Task(
+        "heldout",
+        "language",
+        "bits_per_byte",
+        evaluate_heldout,
+        _run_heldout,
+        "held-out loss and bits per byte on real text",
+        higher_is_better=False,
+    )
+)
+register(
+    Task(
+        "cost",
+        "cost",
+        "cache_bytes",
+        evaluate_cost,
+        _run_cost,
+        "cache bytes, measured",
+        higher_is_better=False,
+    )
+)
+
+
+def default_tasks(subjects: Sequence[Subject]) -> tuple[str, ...]:
+    """Return the tasks that suit these models when the user names none."""
+    return ("mqar", "needle", "heldout", "cost")

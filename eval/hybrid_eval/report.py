@@ -1,0 +1,278 @@
+"""The report: one HTML file that opens from disk, the same pictures as PNG, and the figures as JSON."""
+
+import base64
+import json
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from . import pictures
+from .pictures import Point, human_bytes, human_tokens
+
+Record = dict[str, Any]
+
+
+@dataclass
+class Picture:
+    """A picture with its file name and caption."""
+
+    file: str
+    caption: str
+    png: bytes
+
+    @property
+    def data_uri(self) -> str:
+        """The picture inlined for HTML."""
+        return "data:image/png;base64," + base64.b64encode(self.png).decode("ascii")
+
+
+@dataclass
+class Column:
+    """A column of the table: heading, and how a model's record becomes a cell."""
+
+    heading: str
+    cell: Callable[[Record], str]
+    note: str = ""
+
+
+@dataclass
+class Page:
+    """Everything that the template shows."""
+
+    title: str
+    columns: list[Column]
+    models: list[Record]
+    pictures: list[Picture] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    footer: list[tuple[str, str]] = field(default_factory=list)
+
+
+def tasks_on(results: dict[str, Any], axis: str) -> list[str]:
+    """Return the tasks of an axis that every model has, in the order they were run."""
+    models = results["models"]
+    return [
+        name
+        for name, result in models[0]["results"].items()
+        if result["axis"] == axis and all(name in model["results"] for model in models)
+    ]
+
+
+def _value(record: Record, task: str) -> tuple[float, float, float]:
+    """Return the headline figure of a task with its interval."""
+    result = record["results"][task]
+    value = result[result["metric"]]
+    low, high = result.get("interval") or (value, value)
+    return value, low, high
+
+
+def _number(value: float | None, digits: int = 3) -> str:
+    return "-" if value is None or math.isnan(value) else f"{value:.{digits}f}"
+
+
+def _interval_cell(task: str) -> Callable[[Record], str]:
+    def cell(record: Record) -> str:
+        value, low, high = _value(record, task)
+        return f"{_number(value)} [{_number(low)}, {_number(high)}]"
+
+    return cell
+
+
+def _columns(results: dict[str, Any]) -> list[Column]:
+    columns = [Column("model", lambda record: record["name"])]
+    if any(record.get("layout") for record in results["models"]):
+        columns.append(Column("layout", lambda record: record.get("layout") or "-"))
+    columns.append(Column("parameters", lambda record: f"{record['parameters']:,}"))
+    for axis in ("retrieval", "reasoning", "language"):
+        for task in tasks_on(results, axis):
+            metric = results["models"][0]["results"][task]["metric"].replace("_", " ")
+            columns.append(Column(f"{task}: {metric}", _interval_cell(task), note="95% interval"))
+    if tasks_on(results, "cost"):
+        context = results["models"][0]["results"]["cost"]["context"]
+
+        def cost(key: str) -> Callable[[Record], str]:
+            return lambda record: human_bytes(record["results"]["cost"][key])
+
+        columns.append(Column(f"cache at {human_tokens(context)}", cost("cache_bytes"), "measured"))
+        columns.append(Column("fixed state", cost("fixed_bytes")))
+        columns.append(Column("cache per token", cost("bytes_per_token")))
+    return columns
+
+
+def _cache(record: Record) -> float | None:
+    cost = record["results"].get("cost")
+    return None if cost is None else cost["cache_bytes"]
+
+
+def _context(results: dict[str, Any]) -> int | None:
+    cost = results["models"][0]["results"].get("cost")
+    return None if cost is None else cost["context"]
+
+
+def _task_words(results: dict[str, Any], task: str) -> str:
+    """Name a task with the settings that a reader must know."""
+    result = results["models"][0]["results"][task]
+    options = result.get("options", {})
+    chosen = ", ".join(f"{key} {value}" for key, value in options.items())
+    return f"{task} ({chosen})" if chosen else task
+
+
+def _contrast(results: dict[str, Any], across: str, up: str, file: str) -> Picture:
+    """Draw one task against another, one point per model."""
+    models = results["models"]
+    points = [
+        Point(model["name"], _value(model, across), _value(model, up), _cache(model))
+        for model in models
+    ]
+    metric = models[0]["results"][across]["metric"].replace("_", " ")
+    better = "" if metric == "accuracy" else " (lower is better)"
+    chance = models[0]["results"][up].get("chance")
+    figure = pictures.scatter(
+        points,
+        x_label=f"{_task_words(results, across)}: {metric}{better}",
+        y_label=f"{_task_words(results, up)}: accuracy",
+        title=f"{up} against {across}",
+        chance=chance,
+        context=_context(results),
+    )
+    caption = (
+        f"Accuracy on {up} against {metric} on {across}, one point per model; bars are 95% "
+        "intervals, marker area and colour the cache of one sequence."
+    )
+    return Picture(file, caption, pictures.to_png(figure))
+
+
+def _against_cache(results: dict[str, Any], task: str) -> Picture:
+    points = []
+    for model in results["models"]:
+        size = float(_cache(model) or 0)
+        points.append(Point(model["name"], (size, size, size), _value(model, task), size))
+    context = human_tokens(_context(results) or 0)
+    figure = pictures.scatter(
+        points,
+        x_label=f"cache of one sequence at {context} tokens (log scale)",
+        y_label=f"{_task_words(results, task)}: accuracy",
+        title=f"{task} against memory",
+        chance=results["models"][0]["results"][task].get("chance"),
+        log_x=True,
+    )
+    caption = f"Accuracy on {task} (95% intervals) against the measured cache at {context} tokens."
+    return Picture("retrieval_vs_cache.png", caption, pictures.to_png(figure))
+
+
+def _heat_map(results: dict[str, Any], task: str) -> Picture:
+    grids = {model["name"]: model["results"][task]["cells"] for model in results["models"]}
+    n = results["models"][0]["results"][task]["cells"][0]["n"]
+    figure = pictures.heat_maps(grids, title=f"{task}: accuracy by depth and length")
+    caption = (
+        f"{task}: accuracy for every depth and length, {n} samples per cell; depth 0 is the start."
+    )
+    return Picture(f"{task}_heatmap.png", caption, pictures.to_png(figure))
+
+
+def _pictures(results: dict[str, Any]) -> Iterator[Picture]:
+    retrieval, language = tasks_on(results, "retrieval"), tasks_on(results, "language")
+    reasoning = tasks_on(results, "reasoning")
+    if retrieval and language:
+        yield _contrast(results, language[0], retrieval[0], "retrieval_vs_loss.png")
+    if retrieval and reasoning:
+        yield _contrast(results, reasoning[0], retrieval[0], "retrieval_vs_reasoning.png")
+    for task in retrieval:
+        cells = results["models"][0]["results"][task].get("cells")
+        if cells and "depth" in cells[0]:
+            yield _heat_map(results, task)
+    sizes = [_cache(model) for model in results["models"]]
+    if retrieval and all(sizes):
+        yield _against_cache(results, retrieval[0])
+
+
+def _footer(results: dict[str, Any]) -> list[tuple[str, str]]:
+    settings, first = results["settings"], results["models"][0]["results"]
+    lines = [("seed", str(settings["seed"]))]
+    for name, result in first.items():
+        if "n" not in result:
+            continue
+        per_model = [model["results"][name] for model in results["models"]]
+        tokens = [r["tokens"] for r in per_model if "tokens" in r]
+        words = f"n = {result['n']}"
+        if tokens:
+            low, high = min(t["min"] for t in tokens), max(t["max"] for t in tokens)
+            words += f", {low:,} tokens" if low == high else f", {low:,} to {high:,} tokens"
+            words += " per sample (true counts)"
+        words += f", {sum(r.get('truncated', 0) for r in per_model)} truncated"
+        if result.get("haystack"):
+            words += f", text: {result['haystack']}"
+        lines.append((name, words))
+    lines.append(("versions", ", ".join(f"{k} {v}" for k, v in results["versions"].items())))
+    lines.append(("made", results["created"]))
+    return lines
+
+
+_NOTES = {
+    "mqar": (
+        "mqar: multi-query associative recall after Zoology (arXiv 2312.04927); interval over "
+        "queries, widened for the correlation of queries within a row."
+    ),
+    "needle": (
+        "needle: a key-value pair hidden in real text, scored teacher-forced in one forward. It is "
+        "a test of its own, for models trained on its format, and not a RULER task."
+    ),
+    "heldout": "heldout: real text that was kept out of training; bits per byte of exactly the text scored.",
+    "cost": "cache: every tensor of the cache counted after prefills of two lengths, extended along that line.",
+}
+
+
+def build(results: dict[str, Any], title: str) -> Page:
+    """Turn the results of :func:`hybrid_eval.evaluate` into a page."""
+    ran = results["models"][0]["results"]
+    return Page(
+        title=title,
+        columns=_columns(results),
+        models=results["models"],
+        pictures=list(_pictures(results)),
+        notes=[words for task, words in _NOTES.items() if task in ran],
+        footer=_footer(results),
+    )
+
+
+def render(page: Page) -> str:
+    """Return the page as one self-contained HTML text."""
+    source = resources.files(__package__).joinpath("templates/report.html.j2").read_text("utf-8")
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+    return environment.from_string(source).render(page=page)
+
+
+def write_report(
+    results: dict[str, Any],
+    out: str | Path,
+    *,
+    title: str = "Retrieval, language and memory of each layout",
+) -> Path:
+    """Write report.html, its pictures as PNG, and results.json.
+
+    Args:
+        results: what :func:`hybrid_eval.evaluate` returned.
+        out: folder to write to; made if it is not there.
+        title: heading of the page.
+
+    Returns:
+        The path of report.html.
+
+    Raises:
+        ValueError: the results hold no model.
+    """
+    if not results.get("models"):
+        raise ValueError("no model in these results, nothing to report")
+    folder = Path(out)
+    folder.mkdir(parents=True, exist_ok=True)
+    page = build(results, title)
+    for picture in page.pictures:
+        (folder / picture.file).write_bytes(picture.png)
+    (folder / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    path = folder / "report.html"
+    path.write_text(render(page), encoding="utf-8")
+    return path

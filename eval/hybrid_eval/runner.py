@@ -1,0 +1,182 @@
+"""Run tasks on models, keep each result on disk, resume where a run was cut off."""
+
+import hashlib
+import json
+import platform
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from datetime import datetime, timezone
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Protocol
+
+from .models import Subject, load
+from .registry import Settings, Task, check_options, default_tasks, find
+
+# a cached result of another version is not reused
+RESULT_VERSION = 1
+
+
+class Watcher(Protocol):
+    """Is told how far a run is."""
+
+    def start(self, model: str, task: str) -> None:
+        """Called before a task runs on a model."""
+
+    def advance(self, done: int, total: int) -> None:
+        """Called while it runs."""
+
+    def finish(self, model: str, task: str, *, cached: bool) -> None:
+        """Called when its result is there."""
+
+
+def versions() -> dict[str, str]:
+    """Return the versions that a result depends on."""
+    found = {"python": platform.python_version()}
+    for package in ("torch", "transformers", "numpy", "hybrid-language-models"):
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _setting_words(settings: Settings) -> dict[str, Any]:
+    words = asdict(replace(settings, corpus=None))
+    words["corpus"] = None
+    if settings.corpus is not None:
+        text = settings.corpus.text.encode("utf-8")
+        words["corpus"] = f"{settings.corpus.description} {hashlib.sha256(text).hexdigest()[:16]}"
+    # how many rows go through the model at once does not belong to the result
+    words.pop("batch_size")
+    return words
+
+
+def _cache_path(out: Path, subject: Subject, task: Task, words: dict[str, Any]) -> Path:
+    tokenizer = getattr(subject.tokenizer, "name_or_path", None)
+    key = json.dumps([RESULT_VERSION, task.name, words, tokenizer], sort_keys=True)
+    digest = hashlib.sha256(key.encode()).hexdigest()[:16]
+    safe = "".join(c if c.isalnum() or c in "-_." else "_" for c in subject.name)
+    return out / "cache" / f"{safe}-{subject.fingerprint}" / f"{task.name}-{digest}.json"
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # written aside and moved: a run that is cut off leaves no half result
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    part.replace(path)
+
+
+def _run_task(
+    subject: Subject,
+    task: Task,
+    settings: Settings,
+    options: dict[str, Any],
+    out: Path | None,
+    watcher: Watcher | None,
+) -> dict[str, Any]:
+    words = {"settings": _setting_words(settings), "options": options}
+    path = None if out is None else _cache_path(out, subject, task, words)
+    if watcher is not None:
+        watcher.start(subject.name, task.name)
+    cached = path is not None and path.is_file()
+    if path is not None and cached:
+        result = json.loads(path.read_text(encoding="utf-8"))
+    else:
+        began = time.perf_counter()
+        advance = None if watcher is None else watcher.advance
+        result = task.run(subject, settings, options, advance)
+        result["seconds"] = time.perf_counter() - began
+        result = {"task": task.name, "axis": task.axis, "metric": task.metric, **result}
+        # through JSON once, so that a fresh result and a cached one are the same thing
+        result = json.loads(json.dumps({**result, "options": options}))
+        if path is not None:
+            _write_json(path, result)
+    if watcher is not None:
+        watcher.finish(subject.name, task.name, cached=cached)
+    return result
+
+
+def _describe(subject: Subject) -> dict[str, Any]:
+    config = subject.model.config
+    return {
+        "name": subject.name,
+        "source": subject.source,
+        "fingerprint": subject.fingerprint,
+        "model_type": getattr(config, "model_type", None),
+        "layout": subject.layout,
+        "layer_types": list(getattr(config, "layer_types", None) or []),
+        "parameters": sum(p.numel() for p in subject.model.parameters()),
+        "tokenizer": getattr(subject.tokenizer, "name_or_path", None),
+    }
+
+
+def _check_names(names: Sequence[str]) -> None:
+    for name in names:
+        if list(names).count(name) > 1:
+            raise ValueError(f"two models are called {name!r}; give them names: NAME=PATH")
+
+
+def evaluate(
+    models: Any | Sequence[Any],
+    tasks: Sequence[str] | None = None,
+    *,
+    out: str | Path | None = None,
+    settings: Settings | None = None,
+    options: Mapping[str, Mapping[str, Any]] | None = None,
+    watcher: Watcher | None = None,
+    **loading: Any,
+) -> dict[str, Any]:
+    """Measure models on tasks.
+
+    Args:
+        models: one or several of: a model object, a loaded :class:`~hybrid_eval.models.Subject`,
+            a checkpoint folder, a .gguf file, a hub name, ``NAME=PATH``.
+        tasks: names from :data:`hybrid_eval.registry.TASKS`; None takes what suits the models.
+        out: folder for cached results; the same call resumes there. None keeps nothing.
+        settings: what is common to all tasks.
+        options: per task, options of its own: ``{"mqar": {"pairs": 16}}``.
+        watcher: is told how far the run is.
+        loading: arguments of :func:`hybrid_eval.models.load`.
+
+    Returns:
+        ``{"schema", "created", "versions", "settings", "models": [{"name", ..., "results":
+        {task: result}}]}``, all of it JSON.
+
+    Raises:
+        ValueError: an unknown task or option, a model that is none, two of one name, or a length
+            that a model cannot take.
+    """
+    settings = settings or Settings()
+    options = {name: dict(values) for name, values in (options or {}).items()}
+    specs = list(models) if isinstance(models, list | tuple) else [models]
+    if not specs:
+        raise ValueError("no model to evaluate")
+    # every name is checked before the first model is loaded
+    chosen = [find(name) for name in tasks] if tasks is not None else None
+    for name, values in options.items():
+        check_options(find(name), values)
+    subjects = [s if isinstance(s, Subject) else load(s, **loading) for s in specs]
+    _check_names([subject.name for subject in subjects])
+    if chosen is None:
+        chosen = [find(name) for name in default_tasks(subjects)]
+    folder = None if out is None else Path(out)
+    records = []
+    for subject in subjects:
+        record = _describe(subject)
+        record["results"] = {
+            task.name: _run_task(
+                subject, task, settings, options.get(task.name, {}), folder, watcher
+            )
+            for task in chosen
+        }
+        records.append(record)
+    return {
+        "schema": RESULT_VERSION,
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "versions": versions(),
+        "settings": _setting_words(settings),
+        "models": records,
+    }

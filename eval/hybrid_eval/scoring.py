@@ -1,0 +1,198 @@
+"""Teacher-forced scoring: one forward per batch, logits only where an answer is expected.
+
+Letters: B rows, T tokens, P scored positions, C vocabulary.
+
+A row is ``{"input_ids": T ids, "labels": T ids}`` in the convention of transformers: the label
+at position t is what the model must predict *from position t - 1*, and -100 asks nothing.
+"""
+
+import contextlib
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+Row = Mapping[str, Any]
+Progress = Callable[[int, int], None]
+
+IGNORE = -100
+_TOKENS_PER_BATCH = {"cpu": 8192, "cuda": 131072}
+_LOGITS_BYTES = 256 * 2**20
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What a model made of one row.
+
+    Attributes:
+        correct: per labelled token, whether the label had the largest logit.
+        nll: per labelled token, negative log-likelihood in nats.
+        positions: where the labels stand in the row.
+    """
+
+    correct: np.ndarray
+    nll: np.ndarray
+    positions: np.ndarray
+
+    @property
+    def exact(self) -> bool:
+        """Whether every labelled token is right: greedy decoding would give this answer."""
+        return bool(self.correct.all())
+
+
+def takes_logits_to_keep(model: torch.nn.Module) -> bool:
+    """Whether the model's forward can be told which logits to compute."""
+    return "logits_to_keep" in inspect.signature(model.forward).parameters
+
+
+@contextlib.contextmanager
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """Switch dropout and the like off, and back to what it was."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
+def device_of(model: torch.nn.Module) -> torch.device:
+    """Return the device that the model's inputs must be on."""
+    return next(model.parameters()).device
+
+
+def check_length(model: torch.nn.Module, length: int, *, allow_longer: bool = False) -> None:
+    """Refuse rows that are longer than the model was made for.
+
+    Raises:
+        ValueError: ``length`` exceeds the config's ``max_position_embeddings``.
+    """
+    config = getattr(model, "config", None)
+    limit = getattr(config, "max_position_embeddings", None)
+    if limit is not None and length > limit and not allow_longer:
+        raise ValueError(
+            f"length {length} is beyond this model's max_position_embeddings = {limit}; ask for at "
+            f"most {limit} tokens, or allow longer ones if you want to measure extrapolation "
+            "(--allow-longer)"
+        )
+
+
+def check_ids(model: torch.nn.Module, rows: Sequence[Row]) -> None:
+    """Refuse token ids that the model has no embedding for.
+
+    Raises:
+        ValueError: an id is at or past the vocabulary's size.
+    """
+    embeddings = getattr(model, "get_input_embeddings", lambda: None)()
+    if embeddings is None or not rows:
+        return
+    size = embeddings.weight.shape[0]
+    largest = max(int(np.max(row["input_ids"])) for row in rows)
+    if largest >= size:
+        raise ValueError(
+            f"token id {largest} does not exist in a vocabulary of {size}; choose key_ids and "
+            "value_ids inside it"
+        )
+
+
+def batch_size_for(model: torch.nn.Module, length: int, kept: int) -> int:
+    """Choose a batch size from the row's length and the logits that it keeps."""
+    kind = device_of(model).type
+    by_tokens = _TOKENS_PER_BATCH.get(kind, _TOKENS_PER_BATCH["cuda"]) // max(length, 1)
+    vocabulary = getattr(getattr(model, "config", None), "vocab_size", 50_000) or 50_000
+    positions = kept if takes_logits_to_keep(model) else length
+    by_logits = _LOGITS_BYTES // (4 * vocabulary * max(positions, 1))
+    return max(1, min(by_tokens, by_logits, 256))
+
+
+def _logits(model, ids_BT: torch.Tensor, positions_P: torch.Tensor) -> torch.Tensor:
+    """Return float32 logits (B, P, C) at the given positions."""
+    if takes_logits_to_keep(model):
+        logits = model(ids_BT, logits_to_keep=positions_P, use_cache=False).logits
+    else:
+        logits = model(ids_BT, use_cache=False).logits
+    if logits.shape[1] == ids_BT.shape[1]:
+        logits = logits[:, positions_P]
+    return logits.float()
+
+
+@torch.inference_mode()
+def _score_batch(model, batch: Sequence[Row]) -> list[Scored]:
+    device = device_of(model)
+    ids_BT = torch.as_tensor(np.stack([np.asarray(row["input_ids"]) for row in batch]))
+    labels_BT = torch.as_tensor(np.stack([np.asarray(row["labels"]) for row in batch]))
+    # the label at t is predicted from t - 1, so position 0 can hold none
+    wanted_BT = labels_BT[:, 1:] != IGNORE
+    positions_P = wanted_BT.any(0).nonzero().squeeze(-1)
+    logits_BPC = _logits(model, ids_BT.to(device), positions_P.to(device))
+    targets_BP = labels_BT[:, 1:][:, positions_P].to(device)
+    asked_BP = targets_BP != IGNORE
+    gathered = logits_BPC.gather(-1, targets_BP.clamp(min=0)[..., None]).squeeze(-1)
+    nll_BP = (logits_BPC.logsumexp(-1) - gathered).cpu().double().numpy()
+    right_BP = (logits_BPC.argmax(-1) == targets_BP).cpu().numpy()
+    asked = asked_BP.cpu().numpy()
+    where = positions_P.cpu().numpy() + 1
+    return [
+        Scored(right_BP[i][asked[i]], nll_BP[i][asked[i]], where[asked[i]])
+        for i in range(len(batch))
+    ]
+
+
+def _score_or_halve(model, batch: Sequence[Row]) -> list[Scored]:
+    try:
+        return _score_batch(model, batch)
+    except torch.cuda.OutOfMemoryError:
+        if len(batch) == 1:
+            raise
+    torch.cuda.empty_cache()
+    middle = len(batch) // 2
+    return _score_or_halve(model, batch[:middle]) + _score_or_halve(model, batch[middle:])
+
+
+def score(
+    model: torch.nn.Module,
+    rows: Sequence[Row],
+    *,
+    batch_size: int | None = None,
+    progress: Progress | None = None,
+    allow_longer: bool = False,
+) -> list[Scored]:
+    """Score every row, in order. Rows of one length share a batch, so nothing is ever padded.
+
+    Args:
+        model: any causal language model whose forward takes ids (B, T) and returns ``.logits``.
+        rows: see the head of this file.
+        batch_size: rows per forward; None chooses one that fits without full logits.
+        progress: called with the number of rows done and of rows in all.
+        allow_longer: do not refuse rows beyond ``max_position_embeddings``.
+
+    Raises:
+        ValueError: a row is too long for the model, has ids it does not know, or asks nothing.
+    """
+    for number, row in enumerate(rows):
+        if len(row["input_ids"]) != len(row["labels"]):
+            raise ValueError(f"row {number}: input_ids and labels differ in length")
+        if (np.asarray(row["labels"])[1:] == IGNORE).all():
+            raise ValueError(f"row {number}: no label after its first token, nothing to score")
+    check_length(
+        model, max((len(r["input_ids"]) for r in rows), default=0), allow_longer=allow_longer
+    )
+    check_ids(model, rows)
+    by_length: dict[int, list[int]] = {}
+    for number, row in enumerate(rows):
+        by_length.setdefault(len(row["input_ids"]), []).append(number)
+    results: dict[int, Scored] = {}
+    with evaluating(model):
+        for length, numbers in by_length.items():
+            kept = max(int((np.asarray(rows[n]["labels"]) != IGNORE).sum()) for n in numbers)
+            size = batch_size or batch_size_for(model, length, kept)
+            for start in range(0, len(numbers), size):
+                chunk = numbers[start : start + size]
+                scored = _score_or_halve(model, [rows[n] for n in chunk])
+                results.update(zip(chunk, scored, strict=True))
+                if progress is not None:
+                    progress(len(results), len(rows))
+    return [results[number] for number in range(len(rows))]

@@ -1,0 +1,71 @@
+"""Text as token ids, for models with a tokenizer and for models that read bytes."""
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from .corpus import Corpus
+
+
+class Encoder(Protocol):
+    """What is asked of a tokenizer; every Hugging Face tokenizer has it."""
+
+    def __call__(self, text: str, **kwargs: Any) -> Any: ...
+
+    def decode(self, token_ids: Sequence[int], **kwargs: Any) -> str: ...
+
+
+class ByteEncoder:
+    """Token id = byte value: the tokenizer of a model that reads raw UTF-8."""
+
+    name_or_path = "bytes"
+    vocab_size = 256
+    is_fast = False
+    eos_token_id = None
+
+    def __call__(self, text: str, **kwargs: Any) -> dict[str, list[int]]:
+        return {"input_ids": list(text.encode("utf-8"))}
+
+    def decode(self, token_ids: Sequence[int], **kwargs: Any) -> str:
+        """Return the text of these bytes; bytes that are no UTF-8 become U+FFFD."""
+        return bytes(token_ids).decode("utf-8", errors="replace")
+
+
+def encode(tokenizer: Encoder, text: str) -> np.ndarray:
+    """Return the ids of a text, without special tokens."""
+    # verbose=False: a haystack is longer than the model, and it is cut before the model sees it
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return np.asarray(ids, dtype=np.int64)
+
+
+class Haystack:
+    """A long stream of tokens of real text, without the ids that a task has taken for itself.
+
+    Args:
+        corpus: the text.
+        tokenizer: its encoder.
+        reserved: half-open ranges of ids that must not occur.
+
+    Raises:
+        ValueError: nothing is left of the text.
+    """
+
+    def __init__(
+        self, corpus: Corpus, tokenizer: Encoder, reserved: Sequence[tuple[int, int]] = ()
+    ):
+        ids = encode(tokenizer, corpus.text)
+        keep = np.ones(len(ids), dtype=bool)
+        for first, last in reserved:
+            keep &= (ids < first) | (ids >= last)
+        self.ids = ids[keep]
+        self.description = corpus.description
+        if len(self.ids) == 0:
+            raise ValueError(
+                f"no token of the haystack ({corpus.description}) is outside {reserved}"
+            )
+
+    def cut(self, start: int, length: int) -> np.ndarray:
+        """Return ``length`` ids from ``start``, going round at the end of the text."""
+        at = np.arange(start, start + length) % len(self.ids)
+        return self.ids[at]

@@ -1,0 +1,29 @@
+"""Hybrid language models: softmax attention, linear attention and state-space layers in one stack.
+
+Importing this package registers its classes with transformers' Auto classes.
+"""
+
+from hybrid.config import HybridConfig
+from hybrid.hub import register_auto_classes
+from hybrid.layout import LayoutError
+from hybrid.mixers import LinearMixer, Mixer, MixerOptions
+from hybrid.model import HybridForCausalLM, HybridModel
+from hybrid.options import ConfigError
+from hybrid.registry import register_feed_forward, register_mixer
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ConfigError",
+    "HybridConfig",
+    "HybridForCausalLM",
+    "HybridModel",
+    "LayoutError",
+    "LinearMixer",
+    "Mixer",
+    "MixerOptions",
+    "register_feed_forward",
+    "register_mixer",
+]
+
+register_auto_classes()

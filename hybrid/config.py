@@ -1,0 +1,314 @@
+"""HybridConfig: a layout string, what its letters mean, and the sizes around them."""
+
+import dataclasses
+from collections.abc import Iterable
+from functools import lru_cache
+from typing import Any, Literal
+
+from transformers import GenerationConfig, PreTrainedConfig
+
+from hybrid import ffn as _ffn  # noqa: F401  (registers the feed-forwards)
+from hybrid import mixers as _mixers  # noqa: F401  (registers the mixers)
+from hybrid.layout import FFN, Layer, LayoutError, check_bound, check_symbol, parse, resolve
+from hybrid.norms import NormName
+from hybrid.options import ConfigError, build, did_you_mean, type_problem
+from hybrid.registry import Registry, feed_forwards, mixers
+
+# Keys that config.json may hold beside the fields, all of them transformers' own.
+STANDARD_KEYS = {
+    "model_type", "auto_map", "torch_dtype", "name_or_path", "_name_or_path", "_commit_hash",
+    "attn_implementation", "experts_implementation", "output_attentions", "num_labels",
+    "quantization_config", "per_layer_config", "tie_last_hidden_states", "custom_pipelines",
+}  # fmt: skip
+
+
+class HybridConfig(PreTrainedConfig):
+    """The configuration of a hybrid language model.
+
+    Args:
+        layout: the stack as a layout string, e.g. `LLLS` (see `hybrid.layout`).
+        num_hidden_layers: depth; the layout cycles to fill it and must divide it. Default: the
+            layout's own length.
+        ffn: the feed-forward pattern laid after each mixer, cyclically (`-` dense); empty for none.
+            A layout that names feed-forwards itself is taken literally and wants the default here.
+        mixers: symbol -> options of its mixer. `type` names the mixer, and may be left out for
+            symbols that have one by default: `{"S": {"num_heads": 8}, "Q": {"type":
+            "softmax_attention", "rope_parameters": null}}`.
+        feed_forwards: likewise for `-` and `E`.
+        vocab_size, hidden_size: V and the model dim D.
+        norm, norm_eps: `rmsnorm` or `layernorm`.
+        norm_position: `pre`: x + f(norm(x)). `post`: norm(x + f(x)) (arXiv 1706.03762).
+            `sandwich`: x + norm(f(norm(x))) (Gemma 2). `reordered`: x + norm(f(x)) (OLMo 2).
+        init: `fixed`: std `initializer_range` everywhere. `depth_scaled`: as GPT-2, projections into
+            the residual stream divided by sqrt(number of residual branches). `xavier`:
+            Xavier-normal matrices (arXiv: Glorot and Bengio 2010), embeddings with the std.
+        initializer_range: the std.
+        parallel_combine: how mixers side by side in one layer are combined, `mean` or `sum`.
+        max_position_embeddings: the longest sequence the model is meant for; null for no limit.
+        tie_word_embeddings: share the embedding with the output head.
+        use_cache: return a cache from forward.
+
+    Raises:
+        ConfigError: a ValueError with one line for every mistake in the arguments.
+    """
+
+    model_type = "hybrid"
+    keys_to_ignore_at_inference = ["past_key_values"]
+
+    vocab_size: int = 32000
+    hidden_size: int = 512
+    layout: str = "LLLS"
+    num_hidden_layers: int | None = None
+    ffn: str | None = "-"
+    mixers: dict[str, dict] | None = None
+    feed_forwards: dict[str, dict] | None = None
+    norm: NormName = "rmsnorm"
+    norm_eps: float = 1e-6
+    norm_position: Literal["pre", "post", "sandwich", "reordered"] = "pre"
+    init: Literal["fixed", "depth_scaled", "xavier"] = "depth_scaled"
+    initializer_range: float = 0.02
+    parallel_combine: Literal["mean", "sum"] = "mean"
+    max_position_embeddings: int | None = None
+    tie_word_embeddings: bool = True
+    use_cache: bool = True
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        mistakes = self._unknown_keys(kwargs)
+        kwargs = {key: value for key, value in kwargs.items() if key in _standard_keys()}
+        mistakes += self._wrong_types()
+        mistakes += self._wrong_sizes()
+        mistakes += self._wrong_bindings("mixers", mixers)
+        mistakes += self._wrong_bindings("feed_forwards", feed_forwards)
+        mistakes += self._wrong_layout()
+        if mistakes:
+            raise ConfigError(mistakes, "the model config")
+        self.num_hidden_layers = len(self.layers)
+        super().__post_init__(**kwargs)
+
+    # What the rest of the package asks.
+
+    @property
+    def layers(self) -> tuple[Layer, ...]:
+        """The stack, layer by layer."""
+        return _resolved(self.layout, self.ffn or "", self.num_hidden_layers)
+
+    @property
+    def layer_types(self) -> list[str]:
+        """One of transformers' layer types for each layer; its caches and masks are made from them."""
+        return [self._layer_type(layer) for layer in self.layers]
+
+    @property
+    def number_of_conv_states(self) -> int:
+        """States that a layer of transformers' cache must hold: linear mixers side by side."""
+        counts = [len(self.linear_mixers(layer)) for layer in self.layers]
+        return max(1, *counts)
+
+    @property
+    def num_residual_branches(self) -> int:
+        """Sublayers that add to the residual stream."""
+        return sum(bool(layer.mixers) + bool(layer.ffn) for layer in self.layers)
+
+    def linear_mixers(self, layer: Layer) -> list[str]:
+        """The symbols of a layer whose mixers carry a recurrent state, in order."""
+        return [s for s in layer.mixers if self.mixer(s)[0].layer_type == "linear_attention"]
+
+    def mixer(self, symbol: str) -> tuple[type, Any]:
+        """The mixer class of a symbol, and its completed options."""
+        return self._binding("mixers", mixers, symbol)
+
+    def feed_forward(self, symbol: str) -> tuple[type, Any]:
+        """The feed-forward class of a symbol, and its completed options."""
+        return self._binding("feed_forwards", feed_forwards, symbol)
+
+    # Names that tools around transformers expect, answered by the first mixer that has them.
+
+    @property
+    def num_attention_heads(self) -> int:
+        """Query heads of the first softmax mixer, else of the first mixer that has heads."""
+        return self._first_option("num_heads")
+
+    @property
+    def num_key_value_heads(self) -> int:
+        """Key-value heads of the first softmax mixer, else of the first mixer that has heads."""
+        return self._first_option("num_kv_heads", "num_heads")
+
+    @property
+    def head_dim(self) -> int:
+        """Head dim of the first softmax mixer, else of the first mixer that has one."""
+        return self._first_option("head_dim")
+
+    def _first_option(self, *names: str) -> int:
+        symbols = list(dict.fromkeys(s for layer in self.layers for s in layer.mixers))
+        symbols.sort(key=lambda s: self.mixer(s)[0].layer_type == "linear_attention")
+        for symbol in symbols:
+            options = self.mixer(symbol)[1]
+            for name in names:
+                if getattr(options, name, None) is not None:
+                    return getattr(options, name)
+        raise AttributeError(f"no mixer of layout {self.layout!r} has the option {names[0]!r}")
+
+    def _layer_type(self, layer: Layer) -> str:
+        kinds = [self.mixer(symbol)[0].layer_type for symbol in layer.mixers]
+        softmax = [kind for kind in kinds if kind != "linear_attention"]
+        if not kinds:
+            return "moe"  # transformers' name for a layer without a mixer: nothing is cached
+        if not softmax:
+            return "linear_attention"
+        return softmax[0] if len(kinds) == 1 else "hybrid"
+
+    def _binding(self, field: str, registry: Registry, symbol: str) -> tuple[type, Any]:
+        values = dict((getattr(self, field) or {}).get(symbol, {}))
+        cls = registry.get(values.pop("type", None) or registry.symbols()[symbol])
+        options = build(cls.Options, values, f"{field}.{symbol}", [])
+        return cls, options.complete(self.hidden_size)
+
+    # Validation: every mistake is a line, none hides another.
+
+    def _unknown_keys(self, kwargs: dict[str, Any]) -> list[str]:
+        fields = {f.name for f in dataclasses.fields(self)} | {"num_hidden_layers"}
+        lines = []
+        for key in kwargs:
+            if key in _standard_keys():
+                continue
+            owners = [c for c in mixers.classes() if key in _option_names(c)]
+            if owners:
+                symbol = owners[0].symbol or "?"
+                lines.append(
+                    f"{key}: is an option of mixers, not of the model; write"
+                    f" mixers: {{{symbol}: {{{key}: ...}}}}"
+                )
+            else:
+                lines.append(f"{key}: unknown key, {did_you_mean(key, fields)}")
+        return lines
+
+    def _wrong_types(self) -> list[str]:
+        lines = []
+        for name, hint in HybridConfig.__dict__["__annotations__"].items():
+            if problem := type_problem(getattr(self, name), hint):
+                lines.append(f"{name}: {problem}")
+        return lines
+
+    def _wrong_sizes(self) -> list[str]:
+        lines = []
+        for name in ("vocab_size", "hidden_size", "num_hidden_layers", "max_position_embeddings"):
+            value = getattr(self, name)
+            if _is_number(value) and value < 1:
+                lines.append(f"{name}: must be at least 1, found {value}")
+        for name in ("norm_eps", "initializer_range"):
+            value = getattr(self, name)
+            if _is_number(value) and value <= 0:
+                lines.append(f"{name}: must be greater than 0, found {value}")
+        size = self.vocab_size if _is_number(self.vocab_size) else 0
+        for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+            ids = getattr(self, name)
+            for token in ids if isinstance(ids, list) else [ids]:
+                if _is_number(token) and size > 0 and not 0 <= token < size:
+                    lines.append(f"{name}: {token} is outside the vocabulary of {size}")
+        return lines
+
+    def _wrong_bindings(self, field: str, registry: Registry) -> list[str]:
+        lines: list[str] = []
+        bindings = getattr(self, field)
+        for symbol, values in (bindings if isinstance(bindings, dict) else {}).items():
+            path = f"{field}.{symbol}"
+            if not isinstance(values, dict):
+                lines.append(f"{path}: expected a mapping of options, found {values!r}")
+                continue
+            try:
+                self._check_symbol(symbol, registry)
+                name = values.get("type") or registry.symbols().get(symbol)
+                if name is None:
+                    known = ", ".join(registry.names())
+                    lines.append(f"{path}.type: required, for {symbol!r} has none; known: {known}")
+                    continue
+                cls = registry.get(name)
+            except ValueError as error:
+                lines.append(f"{path}: {error}")
+                continue
+            options = {key: value for key, value in values.items() if key != "type"}
+            built = build(cls.Options, options, path, lines)
+            if built is not None and isinstance(self.hidden_size, int) and self.hidden_size > 0:
+                lines += [f"{path}.{problem}" for problem in built.problems(self)]
+        return lines
+
+    def _wrong_layout(self) -> list[str]:
+        if not isinstance(self.layout, str):
+            return []
+        depth = self.num_hidden_layers if _is_number(self.num_hidden_layers) else None
+        ffn = self.ffn if isinstance(self.ffn, str) else ""
+        lines: list[str] = []
+        layers: tuple[Layer, ...] = ()
+        try:
+            check_bound(parse(self.layout), {*mixers.symbols(), *(self.mixers or {})} - set(FFN))
+        except LayoutError as error:
+            lines.append(str(error))
+        try:
+            layers = _resolved(self.layout, ffn, depth if depth and depth > 0 else None)
+        except LayoutError as error:
+            if str(error) not in lines:
+                lines.append(str(error))
+        lines += self._unbound_feed_forwards(layers)
+        return lines or self._defaults_that_do_not_fit(layers) + self._crowded(layers)
+
+    def _unbound_feed_forwards(self, layers: Iterable[Layer]) -> list[str]:
+        bound = set(feed_forwards.symbols()) | set(self.feed_forwards or {})
+        return [
+            f"ffn: {symbol!r} ({FFN[symbol]}) stands for no feed-forward yet; bound:"
+            f" {', '.join(sorted(bound))}. Bind it in feed_forwards: {{{symbol}: ...}}"
+            for symbol in dict.fromkeys(layer.ffn for layer in layers if layer.ffn)
+            if symbol not in bound
+        ]
+
+    @staticmethod
+    def _check_symbol(symbol: str, registry: Registry) -> None:
+        if registry is mixers:
+            check_symbol(symbol)
+        elif symbol not in FFN:
+            raise ValueError(f"{symbol!r} is no feed-forward symbol; they are {', '.join(FFN)}")
+
+    def _defaults_that_do_not_fit(self, layers: Iterable[Layer]) -> list[str]:
+        """Symbols used by the layout but not bound by the config, whose defaults clash with D."""
+        if not isinstance(self.hidden_size, int) or self.hidden_size < 1:
+            return []
+        lines = []
+        for symbol in dict.fromkeys(s for layer in layers for s in layer.mixers):
+            if symbol not in (self.mixers or {}):
+                options = mixers.get(mixers.symbols()[symbol]).Options()
+                lines += [f"mixers.{symbol}.{problem}" for problem in options.problems(self)]
+        return lines
+
+    def _crowded(self, layers: Iterable[Layer]) -> list[str]:
+        lines = []
+        for layer in dict.fromkeys(layers):
+            try:
+                kinds = [self.mixer(symbol)[0].layer_type for symbol in layer.mixers]
+            except (ValueError, AttributeError):
+                continue  # a binding with a mistake of its own, reported already
+            if len(kinds) - kinds.count("linear_attention") > 1:
+                lines.append(
+                    f"layout: [{''.join(layer.mixers)}] has two softmax mixers side by side, and a"
+                    " layer's cache holds the keys and values of one; put them in two layers"
+                )
+        return lines
+
+
+@lru_cache(maxsize=256)
+def _resolved(layout: str, ffn: str, depth: int | None) -> tuple[Layer, ...]:
+    return resolve(layout, ffn=ffn, num_hidden_layers=depth)
+
+
+@lru_cache(maxsize=1)
+def _standard_keys() -> frozenset[str]:
+    generation = GenerationConfig._get_default_generation_params()
+    return frozenset(STANDARD_KEYS | set(PreTrainedConfig().__dict__) | set(generation))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _option_names(cls: type) -> set[str]:
+    return {f.name for f in dataclasses.fields(cls.Options)}

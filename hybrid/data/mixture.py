@@ -1,0 +1,81 @@
+"""Several sources by weight as one data set whose row i depends on i alone.
+
+Rows are dealt in blocks of `BLOCK`: a block holds each source exactly as often as its weight says, in an
+order drawn from (seed, block). So the shares are exact, and the place of row i within its source is
+known without having dealt the rows before it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from torch.utils.data import Dataset
+
+from hybrid.data.packing import Row
+from hybrid.data.rows import Rows
+
+BLOCK = 1000
+
+
+class Mixture(Dataset):
+    """`length` rows dealt from `sources`.
+
+    Args:
+        sources: where rows come from.
+        weights: shares, one for each source, relative to each other.
+        length: rows of the whole run.
+        seed: of the order in which sources take turns.
+
+    Raises:
+        ValueError: a weight is too small to get one row in `BLOCK`.
+    """
+
+    def __init__(
+        self, sources: Sequence[Rows], weights: Sequence[float], length: int, seed: int
+    ) -> None:
+        self.sources, self.length, self.seed = sources, length, seed
+        self.counts = shares(weights)
+        self._dealt: tuple[int, np.ndarray, np.ndarray] | None = None
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> Row:
+        if not 0 <= index < self.length:
+            raise IndexError(f"row {index} of {self.length}")
+        source, place = self.locate(index)
+        return self.sources[source].row(place)
+
+    def locate(self, index: int) -> tuple[int, int]:
+        """The source that row `index` comes from, and which of that source's rows it is."""
+        if len(self.sources) == 1:
+            return 0, index
+        block, place = divmod(index, BLOCK)
+        if self._dealt is None or self._dealt[0] != block:
+            self._dealt = block, *self._deal(block)
+        source = int(self._dealt[1][place])
+        return source, block * int(self.counts[source]) + int(self._dealt[2][place])
+
+    def _deal(self, block: int) -> tuple[np.ndarray, np.ndarray]:
+        """(BLOCK,) the source of each row of a block, and its rank among that source's rows there."""
+        deck = np.repeat(np.arange(len(self.counts)), self.counts)
+        np.random.default_rng([self.seed, block]).shuffle(deck)
+        rank = np.zeros(BLOCK, np.int64)
+        for source, count in enumerate(self.counts):
+            rank[deck == source] = np.arange(count)
+        return deck, rank
+
+
+def shares(weights: Sequence[float]) -> np.ndarray:
+    """(len(weights),) int64, rows of each source in a block; they add up to `BLOCK`."""
+    exact = np.asarray(weights, np.float64) / np.sum(weights) * BLOCK
+    counts = np.floor(exact).astype(np.int64)
+    largest = np.argsort(counts - exact, kind="stable")
+    counts[largest[: BLOCK - counts.sum()]] += 1
+    if len(weights) > 1 and (small := np.flatnonzero(counts == 0)).size:
+        raise ValueError(
+            f"data[{small[0]}].weight: {weights[small[0]]} of {float(np.sum(weights)):g} in all is less than"
+            f" one row in {BLOCK}; raise it or leave the source out"
+        )
+    return counts

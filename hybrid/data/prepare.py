@@ -1,0 +1,94 @@
+"""Tokenise once, ahead of training: text -> shards of token ids that training memory-maps."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from hybrid.data.documents import FORMAT, INDEX, encode, write_shard
+from hybrid.data.sources import SourceConfig, open_texts
+from hybrid.options import ConfigError, build
+from hybrid.tokenizer import load_tokenizer
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+def prepare(
+    source: str,
+    output: str | Path,
+    *,
+    tokenizer: str = "bytes",
+    shard_tokens: int = 100_000_000,
+    progress: Callable[[int, int], None] | None = None,
+    **options: object,
+) -> dict:
+    """Tokenise a source of text into `output`, which a config may then name as a source.
+
+    The index is written last, under its name at once: a folder with an index is whole.
+
+    Args:
+        source: stdlib, a path or pattern, or a hub data set.
+        output: a folder; made where absent.
+        tokenizer: `bytes`, or a Hugging Face tokenizer by name or path.
+        shard_tokens: tokens after which a new shard begins.
+        progress: called after each shard with the documents and tokens so far.
+        options: `text_key`, `split`, `name`, `streaming`, as in a config's `data:`.
+
+    Returns:
+        The index: `format`, `tokenizer`, `vocabulary`, `documents`, `tokens`, `shards`.
+
+    Raises:
+        ValueError: an option is unknown, the source holds no text, or `output` holds prepared data.
+    """
+    mistakes: list[str] = []
+    config = build(SourceConfig, {"source": source, **options}, "", mistakes)
+    if config is None:
+        raise ConfigError(mistakes, "the source")
+    if shard_tokens < 1:
+        raise ValueError(f"shard_tokens: expected at least 1, found {shard_tokens}")
+    folder = Path(output)
+    if (folder / INDEX).exists():
+        raise ValueError(f"{folder} holds prepared data already; remove it or name another folder")
+    texts = open_texts(config)
+    loaded = load_tokenizer(tokenizer)
+    folder.mkdir(parents=True, exist_ok=True)
+    shards: list[dict] = []
+    batch: list[np.ndarray] = []
+    held = 0
+
+    def flush() -> None:
+        nonlocal held
+        shards.append(write_shard(folder, len(shards), batch))
+        batch.clear()
+        held = 0
+        if progress is not None:
+            progress(_total(shards, "documents"), _total(shards, "tokens"))
+
+    for ids in encode(texts(0), loaded):
+        batch.append(ids)
+        held += len(ids)
+        if held >= shard_tokens:
+            flush()
+    if batch:
+        flush()
+    index = {
+        "format": FORMAT,
+        "tokenizer": tokenizer,
+        "vocabulary": len(loaded),
+        "documents": _total(shards, "documents"),
+        "tokens": _total(shards, "tokens"),
+        "shards": shards,
+    }
+    unfinished = folder / f"{INDEX}.unfinished"
+    unfinished.write_text(json.dumps(index, indent=1), encoding="utf-8")
+    os.replace(unfinished, folder / INDEX)
+    return index
+
+
+def _total(shards: list[dict], key: str) -> int:
+    return sum(shard[key] for shard in shards)

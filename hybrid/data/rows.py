@@ -1,0 +1,138 @@
+"""Rows by index, whatever they come from.
+
+A `Rows` answers `row(i)` for any i >= 0 with the same row in every process and every run. One that ends
+(`per_epoch` rows) starts again in another order; one that does not has `per_epoch` None.
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import accumulate
+from typing import Any, Protocol
+
+import numpy as np
+
+from hybrid.data.packing import IGNORE, PackedRows, Row, row_from_spans
+
+
+class Rows(Protocol):
+    """What a mixture draws from."""
+
+    per_epoch: int | None
+
+    def row(self, index: int) -> Row:
+        """Row `index`: `input_ids`, `labels`, `position_ids`, each (T,) int64."""
+        ...
+
+
+class ShuffledRows:
+    """Packed rows of finite data, in an order of their own in each epoch.
+
+    Args:
+        parts: packed rows, e.g. one for each shard.
+        seed: of the order.
+    """
+
+    def __init__(self, parts: Sequence[PackedRows], seed: int) -> None:
+        self.parts = parts
+        self.ends = list(accumulate(len(p) for p in parts))
+        self.per_epoch: int | None = self.ends[-1] if self.ends else 0
+        self.seed = seed
+        self._order: tuple[int, np.ndarray] | None = None
+
+    def row(self, index: int) -> Row:
+        """See `Rows.row`."""
+        assert self.per_epoch
+        epoch, place = divmod(index, self.per_epoch)
+        if self._order is None or self._order[0] != epoch:
+            generator = np.random.default_rng([self.seed, epoch])
+            self._order = epoch, generator.permutation(self.per_epoch)
+        place = int(self._order[1][place])
+        part = bisect.bisect_right(self.ends, place)
+        return self.parts[part][place - (self.ends[part - 1] if part else 0)]
+
+
+class StreamedRows:
+    """Rows of something that can only be read from its beginning.
+
+    Going forward reads on; going back, or starting at row i, reads from the beginning and drops what
+    comes before: exact, and as slow as reading is.
+
+    Args:
+        start: makes an endless iterator from the beginning; the same one each time.
+    """
+
+    per_epoch: int | None = None
+
+    def __init__(self, start: Callable[[], Iterator[Row]]) -> None:
+        self._start = start
+        self._rows: Iterator[Row] = iter(())
+        self._last: tuple[int, Row] | None = None
+
+    def row(self, index: int) -> Row:
+        """See `Rows.row`."""
+        if self._last is not None and self._last[0] == index:
+            return self._last[1]
+        if self._last is None or self._last[0] > index:
+            self._rows, self._last = self._start(), None
+        position = -1 if self._last is None else self._last[0]
+        for reached in range(position + 1, index + 1):
+            row = next(self._rows, None)
+            if row is None:
+                raise ValueError(
+                    f"the source ended after {reached} rows; training rows have no end"
+                )
+            self._last = reached, row
+        assert self._last is not None
+        return self._last[1]
+
+
+class PluginRows:
+    """Rows of a plug-in that can be asked for row i (`source[i]`)."""
+
+    per_epoch: int | None = None
+
+    def __init__(self, source: Any, length: int, pad_id: int) -> None:
+        self.source, self.length, self.pad_id = source, length, pad_id
+
+    def row(self, index: int) -> Row:
+        """See `Rows.row`."""
+        return complete(self.source[index], self.length, self.pad_id)
+
+
+def complete(row: Any, length: int, pad_id: int) -> Row:
+    """A plug-in's row, checked, with `position_ids`, padded at its end to `length`.
+
+    Raises:
+        ValueError: it is no row: a key is absent, lengths differ, or it is too long.
+    """
+    absent = {"input_ids", "labels"} - set(row)
+    if absent:
+        raise ValueError(f"a row has no {sorted(absent)[0]!r}; it has {sorted(row)}")
+    ids, labels = np.asarray(row["input_ids"]), np.asarray(row["labels"])
+    if ids.ndim != 1 or ids.shape != labels.shape or not 1 <= len(ids) <= length:
+        raise ValueError(
+            f"a row has input_ids of shape {ids.shape} and labels of shape {labels.shape}; expected one"
+            f" shape (T,) with 1 <= T <= sequence_length {length}"
+        )
+    full = row_from_spans([ids], length, pad_id)
+    full["labels"] = np.full(length, IGNORE, np.int64)
+    full["labels"][: len(labels)] = labels
+    if "position_ids" in row:
+        full["position_ids"][: len(ids)] = row["position_ids"]
+    return full
+
+
+def packed_stream(documents: Iterable[np.ndarray], length: int, pad_id: int) -> Iterator[Row]:
+    """Rows of concatenated documents, filled exactly, from a stream of token ids."""
+    spans: list[np.ndarray] = []
+    free = length
+    for ids in documents:
+        while len(ids):
+            spans.append(ids[:free])
+            ids = ids[free:]
+            free -= len(spans[-1])
+            if not free:
+                yield row_from_spans(spans, length, pad_id)
+                spans, free = [], length

@@ -1,0 +1,204 @@
+"""One entry of a config's `data:` becomes rows.
+
+    stdlib                     text of Python's own sources (hybrid/data/stdlib.py)
+    a folder of prepared data  token shards that `hybrid data prepare` wrote, memory-mapped
+    a path or pattern          .txt, .jsonl, .parquet, ... through `datasets`
+    a plug-in's name           any package's entry point in the group `hybrid.data`
+    any other name             a data set of the hub
+
+A plug-in is a callable `f(*, sequence_length, seed, tokenizer, **options)` that returns endless rows
+`{"input_ids", "labels"}`, each of at most `sequence_length` tokens, labels as transformers takes them
+(shifted inside the model, -100 where there is no loss). What it returns may answer `source[i]` (then
+resuming is immediate) or only be iterable (then resuming reads what was seen and drops it).
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args
+
+import numpy as np
+
+from hybrid.data.documents import INDEX, Documents, encode, open_shards, read_index
+from hybrid.data.packing import LongDocuments, Packing, Row, pack
+from hybrid.data.rows import PluginRows, Rows, ShuffledRows, StreamedRows, complete, packed_stream
+from hybrid.data.stdlib import Split, stdlib_texts
+from hybrid.data.texts import is_path, load_texts
+from hybrid.options import build, did_you_mean, option
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+GROUP = "hybrid.data"
+STDLIB = "stdlib"
+GIVEN = ("sequence_length", "seed", "tokenizer")  # what every plug-in gets from us
+
+
+@dataclass(frozen=True)
+class SourceConfig:
+    """One source of rows; a plug-in has options of its own instead of those on text."""
+
+    source: str = option(help="stdlib, a path or pattern, a plug-in's name, or a hub data set")
+    weight: float = option(1.0, help="share of the training rows, relative to the other sources")
+    text_key: str = option("text", help="column that holds the text")
+    split: str = option("train", help="split of a hub data set; stdlib has 'train' and 'heldout'")
+    name: str | None = option(None, help="configuration of a hub data set")
+    streaming: bool = option(False, help="read and tokenise as training goes")
+    options: dict[str, Any] = field(default_factory=dict, metadata={"help": "of a plug-in"})
+
+
+@dataclass(frozen=True)
+class RowFormat:
+    """What every source of a run has in common."""
+
+    length: int
+    pad_id: int
+    packing: Packing = "concatenate"
+    long_documents: LongDocuments = "split"
+
+
+def plugins() -> dict[str, EntryPoint]:
+    """Installed plug-ins by name."""
+    return {entry.name: entry for entry in entry_points(group=GROUP)}
+
+
+def source_names() -> list[str]:
+    """Sources that have a name here: the built-in one and the installed plug-ins."""
+    return sorted({STDLIB, *plugins()})
+
+
+def parse_source(values: Any, path: str, mistakes: list[str]) -> SourceConfig | None:
+    """One entry of `data:` as written; mistakes are appended, each with the path to its key."""
+    if isinstance(values, str):
+        values = {"source": values}
+    installed = plugins()
+    if not isinstance(values, Mapping) or values.get("source") not in installed:
+        known = SourceConfig if isinstance(values, Mapping) and "options" not in values else None
+        parsed = build(known or SourceConfig, values, path, mistakes)
+        return _checked(parsed, path, mistakes) if parsed else None
+    own = {key: values[key] for key in ("source", "weight") if key in values}
+    options = {str(key): value for key, value in values.items() if key not in own}
+    mistakes += _unknown_options(installed[values["source"]], options, path)
+    parsed = build(SourceConfig, {**own, "options": options}, path, mistakes)
+    return _checked(parsed, path, mistakes) if parsed else None
+
+
+def _checked(config: SourceConfig, path: str, mistakes: list[str]) -> SourceConfig:
+    if not config.weight > 0 or config.weight == float("inf"):
+        mistakes.append(f"{path}.weight: expected a finite number above 0, found {config.weight}")
+    if config.source == STDLIB and config.split not in get_args(Split):
+        near = did_you_mean(config.split, get_args(Split))
+        mistakes.append(f"{path}.split: stdlib has no split {config.split!r}, {near}")
+    return config
+
+
+def _unknown_options(entry: EntryPoint, options: Mapping[str, Any], path: str) -> list[str]:
+    parameters = inspect.signature(entry.load()).parameters.values()
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+        return []
+    known = {p.name for p in parameters if p.name not in (*GIVEN, "start")} | {"source", "weight"}
+    return [
+        f"{path}.{key}: unknown option of {entry.name!r}, {did_you_mean(key, known)}"
+        for key in options
+        if key not in known
+    ]
+
+
+def open_source(
+    config: SourceConfig, tokenizer: PreTrainedTokenizerBase, rows: RowFormat, seed: int
+) -> Rows:
+    """The rows of one source.
+
+    Args:
+        config: the entry of `data:`.
+        tokenizer: turns text into ids.
+        rows: length of a row and how documents are laid out in it.
+        seed: of the order of rows, or of a plug-in's random choices.
+
+    Raises:
+        ValueError: files are missing, a column is absent, the source is empty, ...
+    """
+    if entry := plugins().get(config.source):
+        return _open_plugin(entry, config, tokenizer, rows, seed)
+    if config.source == STDLIB:
+        texts = stdlib_texts("heldout" if config.split == "heldout" else "train")
+        parts = [Documents.from_arrays(list(encode(texts, tokenizer)))]
+    elif (Path(config.source) / INDEX).is_file():
+        parts = _open_prepared(Path(config.source), tokenizer)
+    else:
+        start = open_texts(config)
+        if config.streaming:
+            return StreamedRows(lambda: _stream(start, tokenizer, rows))
+        parts = [Documents.from_arrays(list(encode(start(0), tokenizer)))]
+    if not sum(len(p.tokens) for p in parts):
+        raise ValueError(f"{config.source!r} is empty: its documents hold no tokens")
+    packed = [pack(p, rows.length, rows.pad_id, rows.packing, rows.long_documents) for p in parts]
+    return ShuffledRows(packed, seed)
+
+
+def open_texts(config: SourceConfig) -> Callable[[int], Iterator[str]]:
+    """Texts of a source of text, as a function of the epoch that starts reading them.
+
+    Raises:
+        ValueError: there is no such source, or it holds no text.
+    """
+    if config.source == STDLIB:
+        split: Split = "heldout" if config.split == "heldout" else "train"
+        return lambda epoch: iter(stdlib_texts(split))
+    if not is_path(config.source) and "/" not in config.source:
+        near = did_you_mean(config.source, source_names())
+        if near.startswith("did you mean"):
+            raise ValueError(f"no source {config.source!r}, {near}")
+    return load_texts(
+        config.source,
+        text_key=config.text_key,
+        split=config.split,
+        name=config.name,
+        streaming=config.streaming,
+    )
+
+
+def _stream(
+    start: Callable[[int], Iterator[str]], tokenizer: PreTrainedTokenizerBase, rows: RowFormat
+) -> Iterator[Row]:
+    def documents() -> Iterator[np.ndarray]:
+        epoch = 0
+        while True:
+            yield from encode(start(epoch), tokenizer)
+            epoch += 1
+
+    return packed_stream(documents(), rows.length, rows.pad_id)
+
+
+def _open_prepared(folder: Path, tokenizer: PreTrainedTokenizerBase) -> list[Documents]:
+    made_for = read_index(folder)["vocabulary"]
+    if made_for != len(tokenizer):
+        raise ValueError(
+            f"{folder} was prepared with a tokenizer of {made_for} tokens, this run's has"
+            f" {len(tokenizer)}; prepare it again with this run's tokenizer"
+        )
+    return open_shards(folder)
+
+
+def _open_plugin(
+    entry: EntryPoint,
+    config: SourceConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: RowFormat,
+    seed: int,
+) -> Rows:
+    function = entry.load()
+
+    def start() -> Any:
+        return function(
+            sequence_length=rows.length, seed=seed, tokenizer=tokenizer, **config.options
+        )
+
+    made = start()
+    if hasattr(made, "__getitem__"):
+        return PluginRows(made, rows.length, rows.pad_id)
+    return StreamedRows(lambda: (complete(r, rows.length, rows.pad_id) for r in start()))

@@ -1,0 +1,49 @@
+"""Text that every machine has: the Python standard library's own source files.
+
+A file is held out (for evaluation) when the CRC-32 of its path is a multiple of `HOLD_OUT`; the rest is
+for training. The rule depends on the path alone, so that training and evaluation agree on it without
+talking to each other.
+"""
+
+from __future__ import annotations
+
+import sysconfig
+import zlib
+from pathlib import Path
+from typing import Literal
+
+# Third-party code, tests (mostly data), and folders that distributions leave out.
+SKIPPED = {
+    "site-packages",
+    "test",
+    "tests",
+    "idlelib",
+    "lib2to3",
+    "__pycache__",
+    "turtledemo",
+}
+HOLD_OUT = 20
+
+Split = Literal["train", "heldout"]
+
+
+def stdlib_files(split: Split, root: Path | None = None) -> list[Path]:
+    """Source files of one split, sorted by path.
+
+    Args:
+        split: "train", or "heldout" for about one file in twenty.
+        root: the library's folder; None for that of the running interpreter.
+    """
+    root = Path(sysconfig.get_path("stdlib")) if root is None else root
+    files = sorted(p for p in root.rglob("*.py") if SKIPPED.isdisjoint(p.relative_to(root).parts))
+    return [p for p in files if held_out(p.relative_to(root)) == (split == "heldout")]
+
+
+def held_out(path: Path) -> bool:
+    """Whether the file of this path (relative to the library's folder) is kept for evaluation."""
+    return zlib.crc32(path.as_posix().encode("utf-8")) % HOLD_OUT == 0
+
+
+def stdlib_texts(split: Split) -> list[str]:
+    """The text of every file of one split."""
+    return [p.read_bytes().decode("utf-8", errors="replace") for p in stdlib_files(split)]

@@ -1,0 +1,142 @@
+"""Text out of files and hub data sets, through `datasets`."""
+
+from __future__ import annotations
+
+import difflib
+import glob
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+# suffix -> the builder of `datasets` that reads it
+BUILDERS = {
+    ".txt": "text",
+    ".md": "text",
+    ".py": "text",
+    ".json": "json",
+    ".jsonl": "json",
+    ".ndjson": "json",
+    ".parquet": "parquet",
+    ".csv": "csv",
+    ".arrow": "arrow",
+}
+PACKED_SUFFIXES = (".gz", ".zst", ".xz", ".bz2")
+
+
+def is_path(source: str) -> bool:
+    """Whether a source names files rather than a data set of the hub."""
+    looks_local = glob.has_magic(source) or source.startswith((".", "/", "~"))
+    return looks_local or _suffix(source) in BUILDERS or os.path.exists(source)
+
+
+def find_files(pattern: str) -> list[str]:
+    """Files of a path or pattern, sorted; a folder stands for every readable file below it.
+
+    Raises:
+        ValueError: there are none, or they are of several formats.
+    """
+    expanded = os.path.expanduser(pattern)
+    if os.path.isdir(expanded):
+        found = [str(p) for p in Path(expanded).rglob("*") if _suffix(str(p)) in BUILDERS]
+    elif os.path.isfile(expanded):
+        found = [expanded]
+    else:
+        found = [f for f in glob.glob(expanded, recursive=True) if os.path.isfile(f)]
+    if not found:
+        raise ValueError(f"no file matches {pattern!r}{_nearby(expanded)}")
+    suffixes = {_suffix(f) for f in found}
+    if len({BUILDERS.get(s) for s in suffixes}) > 1:
+        raise ValueError(
+            f"{pattern!r} matches files of several formats ({', '.join(sorted(suffixes))}); give each"
+            " format an entry of its own"
+        )
+    return sorted(found)
+
+
+def load_texts(
+    source: str, *, text_key: str, split: str, name: str | None, streaming: bool
+) -> Callable[[int], Iterator[str]]:
+    """Texts of files or of a hub data set, as a function of the epoch that starts reading them.
+
+    Args:
+        source: path, pattern, or name on the hub.
+        text_key: column that holds the text.
+        split: split of a hub data set; files have one split, "train".
+        name: configuration of a hub data set.
+        streaming: read as training goes, with nothing on disk.
+
+    Raises:
+        ValueError: files are missing, the data set is unknown or empty, or the column is absent.
+    """
+    data: Any = _load(source, split, name, streaming)
+    columns = data.column_names
+    first = next(iter(data), None)
+    if first is None:
+        raise ValueError(f"{source!r} is empty: it has no rows")
+    columns = columns or list(first)
+    if text_key not in columns:
+        raise ValueError(
+            f"{source!r} has no column {text_key!r}; it has {', '.join(map(repr, columns))} (set text_key)"
+        )
+    if not isinstance(first[text_key], str):
+        raise ValueError(
+            f"column {text_key!r} of {source!r} holds {type(first[text_key]).__name__}, expected text"
+        )
+    data = data.select_columns([text_key])
+
+    def start(epoch: int) -> Iterator[str]:
+        if streaming:
+            data.set_epoch(epoch)
+        return (row[text_key] for row in data)
+
+    return start
+
+
+def _load(source: str, split: str, name: str | None, streaming: bool) -> Any:
+    import datasets
+
+    if int(os.environ.get("LOCAL_RANK", "0")):
+        datasets.disable_progress_bars()
+    if is_path(source):
+        files = find_files(source)
+        builder = BUILDERS.get(_suffix(files[0]))
+        if builder is None:
+            raise ValueError(
+                f"{files[0]}: cannot read files of this kind; known: {', '.join(sorted(BUILDERS))}"
+            )
+        # One file of plain text is one document.
+        options = {"sample_by": "document"} if builder == "text" else {}
+        return _refuse_unreadable(
+            lambda: datasets.load_dataset(
+                builder, data_files=files, split="train", streaming=streaming, **options
+            ),
+            source,
+        )
+    return _refuse_unreadable(
+        lambda: datasets.load_dataset(source, name, split=split, streaming=streaming), source
+    )
+
+
+def _refuse_unreadable(load: Callable[[], Any], source: str) -> Any:
+    from datasets.exceptions import DatasetGenerationError
+
+    try:
+        return load()
+    except (OSError, ValueError, DatasetGenerationError) as error:
+        # `datasets` says what is wrong with a file in the error's cause.
+        reason = str(error.__cause__ or error).strip().split("\n", 1)[0]
+        raise ValueError(f"{source!r} cannot be loaded: {reason}") from error
+
+
+def _suffix(path: str) -> str:
+    stem, suffix = os.path.splitext(path)
+    return os.path.splitext(stem)[1] if suffix in PACKED_SUFFIXES else suffix
+
+
+def _nearby(pattern: str) -> str:
+    folder = os.path.dirname(pattern) or "."
+    if not os.path.isdir(folder):
+        return f" (there is no folder {folder!r})" if not glob.has_magic(folder) else ""
+    near = difflib.get_close_matches(os.path.basename(pattern), os.listdir(folder), n=1)
+    return f", did you mean {os.path.join(os.path.dirname(pattern), near[0])!r}?" if near else ""

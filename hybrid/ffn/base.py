@@ -1,0 +1,53 @@
+"""The feed-forward contract: x (B, T, D) -> (B, T, D), each token on its own."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import nn
+
+if TYPE_CHECKING:
+    from hybrid.config import HybridConfig
+
+
+@dataclass(frozen=True)
+class FeedForwardOptions:
+    """Base of every feed-forward's options dataclass."""
+
+    def complete(self, hidden_size: int) -> FeedForwardOptions:
+        """These options with every default that depends on the model dim D filled in."""
+        return self
+
+    def problems(self, config: HybridConfig) -> list[str]:
+        """What is wrong with the completed options, a line each."""
+        return []
+
+
+class FeedForward(nn.Module, ABC):
+    """One feed-forward of one layer; `name` and `symbol` are set by `register_feed_forward`."""
+
+    name: ClassVar[str]
+    symbol: ClassVar[str | None]
+    Options: ClassVar[type[FeedForwardOptions]] = FeedForwardOptions
+    paper: ClassVar[str] = ""
+    formula: ClassVar[str] = ""
+
+    def __init__(self, options: Any, config: HybridConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.options = options
+        self.config = config
+        self.layer_idx = layer_idx
+
+    @abstractmethod
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, T, D) -> (B, T, D)."""
+
+    def init_parameters(self, std: float) -> None:
+        """Initialise parameters of this module itself; Linear layers are done already."""
+
+    def active_share(self) -> float:
+        """Share of this module's parameters that one token uses."""
+        return 1.0

@@ -1,0 +1,85 @@
+"""Dense feed-forwards: gated (SwiGLU, GeGLU) and plain (squared ReLU, GELU, ...)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import nn
+from transformers.activations import ACT2FN
+
+from hybrid.ffn.base import FeedForward, FeedForwardOptions
+from hybrid.mixers.base import residual_projection
+from hybrid.registry import register_feed_forward
+
+if TYPE_CHECKING:
+    from hybrid.config import HybridConfig
+
+# name -> (gated, activation by transformers' name)
+ACTIVATIONS = {
+    "swiglu": (True, "silu"),
+    "geglu": (True, "gelu"),
+    "geglu_tanh": (True, "gelu_pytorch_tanh"),
+    "reglu": (True, "relu"),
+    "relu2": (False, "relu2"),
+    "gelu": (False, "gelu"),
+    "silu": (False, "silu"),
+}
+
+
+@dataclass(frozen=True)
+class DenseOptions(FeedForwardOptions):
+    """Options of `dense`.
+
+    Attributes:
+        intermediate_size: inner width; default 8 D / 3 for gated kinds and 4 D for plain ones, rounded
+            up to a multiple of 32.
+        activation: `swiglu`, `geglu`, `geglu_tanh` and `reglu` are gated (arXiv 2002.05202);
+            `relu2` (arXiv 2109.08668), `gelu` and `silu` are plain.
+        bias: biases on the projections.
+    """
+
+    intermediate_size: int | None = None
+    activation: Literal[
+        "swiglu", "geglu", "geglu_tanh", "reglu", "relu2", "gelu", "silu"
+    ] = "swiglu"
+    bias: bool = False
+
+    def complete(self, hidden_size: int) -> DenseOptions:
+        """Fill in the inner width."""
+        if self.intermediate_size is not None:
+            return self
+        gated, _ = ACTIVATIONS[self.activation]
+        width = hidden_size * 8 / 3 if gated else hidden_size * 4
+        return replace(self, intermediate_size=32 * -(-int(width) // 32))
+
+    def problems(self, config: HybridConfig) -> list[str]:
+        """A width below 1."""
+        if self.intermediate_size is not None and self.intermediate_size < 1:
+            return [f"intermediate_size: must be at least 1, found {self.intermediate_size}"]
+        return []
+
+
+@register_feed_forward("dense", symbol="-")
+class Dense(FeedForward):
+    """W_down(act(W_gate x) * W_up x), or W_down act(W_up x) for plain kinds (arXiv 2002.05202)."""
+
+    Options = DenseOptions
+    paper = "arXiv 2002.05202"
+    formula = "W_down(act(W_gate x) * W_up x)"
+
+    def __init__(self, options: DenseOptions, config: HybridConfig, layer_idx: int) -> None:
+        super().__init__(options, config, layer_idx)
+        gated, activation = ACTIVATIONS[options.activation]
+        d_model, inner = config.hidden_size, options.intermediate_size
+        self.gate_proj = nn.Linear(d_model, inner, bias=options.bias) if gated else None
+        self.up_proj = nn.Linear(d_model, inner, bias=options.bias)
+        self.down_proj = residual_projection(inner, d_model, bias=options.bias)
+        self.act = ACT2FN[activation]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, T, D) -> (B, T, D)."""
+        if self.gate_proj is None:
+            return self.down_proj(self.act(self.up_proj(x)))
+        return self.down_proj(self.act(self.gate_proj(x)) * self.up_proj(x))

@@ -1,0 +1,65 @@
+"""Checkpoints that load elsewhere: the two small files beside the weights, and the Auto classes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+DISTRIBUTION = "hybrid-language-models"
+
+AUTO_MAP = {
+    "AutoConfig": "configuration_hybrid.HybridConfig",
+    "AutoModel": "modeling_hybrid.HybridModel",
+    "AutoModelForCausalLM": "modeling_hybrid.HybridForCausalLM",
+}
+
+# transformers copies these next to its own modules and imports them there; they hold no model code,
+# so the checkpoint always runs the installed version of the package.
+_LOADING_FILE = '''"""Loads this checkpoint through the package `{distribution}`."""
+
+try:
+    from hybrid import {names}
+except ImportError as error:
+    raise ImportError(
+        "this checkpoint is a hybrid language model and needs the package `{distribution}`:"
+        " pip install {distribution}"
+    ) from error
+
+__all__ = [{quoted}]
+'''
+
+
+def add_loading_files(directory: str | Path) -> None:
+    """Write `configuration_hybrid.py`, `modeling_hybrid.py` and `auto_map` into a checkpoint folder.
+
+    With them `from_pretrained(directory, trust_remote_code=True)` works in a process that has not
+    imported `hybrid`, and names the package to install where it is missing.
+    """
+    directory = Path(directory)
+    files = {
+        "configuration_hybrid.py": ["HybridConfig"],
+        "modeling_hybrid.py": ["HybridConfig", "HybridForCausalLM", "HybridModel"],
+    }
+    for name, exported in files.items():
+        text = _LOADING_FILE.format(
+            distribution=DISTRIBUTION,
+            names=", ".join(exported),
+            quoted=", ".join(f'"{item}"' for item in exported),
+        )
+        (directory / name).write_text(text, encoding="utf-8")
+    path = directory / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config["auto_map"] = AUTO_MAP
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def register_auto_classes() -> None:
+    """Teach transformers' Auto classes this model type; importing `hybrid` does so."""
+    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+    from hybrid.config import HybridConfig
+    from hybrid.model import HybridForCausalLM, HybridModel
+
+    AutoConfig.register(HybridConfig.model_type, HybridConfig, exist_ok=True)
+    AutoModel.register(HybridConfig, HybridModel, exist_ok=True)
+    AutoModelForCausalLM.register(HybridConfig, HybridForCausalLM, exist_ok=True)

@@ -1,0 +1,132 @@
+"""From a layout to the layers of a model, and what to say about them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from itertools import cycle, groupby
+from typing import NamedTuple
+
+from hybrid.layout.errors import LayoutError, quote
+from hybrid.layout.parser import parse, parse_ffn
+from hybrid.layout.types import FFN, MAX_DEPTH, Layer, Layout
+
+DEFAULT_FFN = "-"
+"""The feed-forward pattern where none is asked for: a dense one after each mixer."""
+
+
+def resolve(
+    layout: Layout | str, ffn: str = DEFAULT_FFN, num_hidden_layers: int | None = None
+) -> tuple[Layer, ...]:
+    """Lay out a whole stack: fill the depth, then lay a feed-forward after each mixer layer.
+
+    Args:
+        layout: a layout or its string.
+        ffn: pattern of feed-forwards for a layout of mixers only, laid cyclically from the first
+            layer: "-" dense everywhere, "-E" dense and experts in turn, "-E19" dense first in a
+            stack of 20, "" none at all. A layout that names its own feed-forwards takes none, so
+            `ffn` must be left at its default there.
+        num_hidden_layers: depth, in layers; the layout is repeated to fill it. None: the layout's
+            own length. A cycle that should end early is written out: "(KKKX)6 KKX".
+
+    Returns:
+        The layers, first to last.
+
+    Raises:
+        LayoutError: the depth is no multiple of the layout's length, the pattern is longer than
+            the stack, or `ffn` is given beside a layout that names its own.
+    """
+    layout = layout if isinstance(layout, Layout) else parse(layout)
+    layers = _fill(layout, num_hidden_layers)
+    pattern = parse_ffn(ffn)
+    text = layout.source or str(layout)
+    if layout.names_ffn:
+        if pattern != parse_ffn(DEFAULT_FFN):
+            raise LayoutError(
+                f"names its own feed-forwards, yet ffn={ffn!r} asks for more",
+                "one or the other: leave ffn out, or take '-' and 'E' out of the layout",
+                text,
+                min(text.find(c) for c in FFN if c in text),
+            )
+        return layers
+    if not pattern:
+        return layers
+    if len(pattern) > len(layers):
+        raise LayoutError(
+            f"a pattern of {len(pattern)} feed-forwards for {len(layers)} layers, layout {text!r}",
+            f"{len(layers)} or fewer, which then repeat; shorten the pattern or deepen the layout",
+            ffn,
+            None,
+            "ffn",
+        )
+    pairs = list(zip(layers, cycle(pattern), strict=False))
+    made = {pair: Layer(pair[0].mixers, pair[1]) for pair in set(pairs)}
+    return tuple(made[pair] for pair in pairs)
+
+
+def _fill(layout: Layout, depth: int | None) -> tuple[Layer, ...]:
+    if depth is None:
+        return layout.layers
+    length, text = len(layout), layout.source or str(layout)
+    if not isinstance(depth, int) or isinstance(depth, bool) or not 1 <= depth <= MAX_DEPTH:
+        raise LayoutError(
+            f"num_hidden_layers={depth!r}", f"an integer from 1 to {MAX_DEPTH:,}, or None", text
+        )
+    if depth % length:
+        below = max(depth // length, 1) * length
+        raise LayoutError(
+            f"{length} layers do not fill num_hidden_layers={depth} evenly",
+            f"num_hidden_layers={below} or {below + length}; or write all {depth} layers in the "
+            "layout, ending in the tail that is meant: (LLLS)6 LL",
+            text,
+        )
+    return layout.layers * (depth // length)
+
+
+def check_bound(layout: Layout, known: Iterable[str]) -> None:
+    """Check that every mixer symbol of `layout` is among the `known` ones.
+
+    Args:
+        layout: a parsed layout.
+        known: the symbols that mean something, such as the keys of a registry.
+
+    Raises:
+        LayoutError: one is not; a caret under its first use, and the nearest known symbol.
+    """
+    known = sorted(set(known))
+    for symbol in layout.symbols():
+        if symbol in known:
+            continue
+        expected = f"one of {', '.join(known)}" if known else "no symbol, for none is known"
+        expected += f"; or bind {symbol} to a mixer in the config"
+        nearest = [k for k in known if k.casefold() == symbol.casefold()]
+        if nearest:
+            expected = f"{nearest[0]} (did you mean it?), or else {expected}"
+        elif symbol == "*":
+            expected += "; in Megatron-LM and Nemotron-H strings '*' is softmax attention"
+        text = layout.source or str(layout)
+        problem = f"unknown symbol {quote(symbol)}"
+        raise LayoutError(problem, expected, text, text.index(symbol))
+
+
+class Row(NamedTuple):
+    """A run of equal layers, as one line of a table (see `describe`)."""
+
+    layers: str
+    """Index range, from 0, both ends included: "7" or "0-6"."""
+    mixers: tuple[str, ...]
+    """Symbols side by side in each layer; () for a layer of a feed-forward alone."""
+    ffn: str | None
+    """The feed-forward: "-", "E" or None."""
+    repeated: int
+    """How many layers the run has."""
+
+
+def describe(layers: Sequence[Layer]) -> list[Row]:
+    """Describe a stack (of `resolve`, or `Layout.layers`) as a table, equal neighbours merged."""
+    rows, start = [], 0
+    for layer, run in groupby(layers):
+        count = len(list(run))
+        span = str(start) if count == 1 else f"{start}-{start + count - 1}"
+        rows.append(Row(span, layer.mixers, layer.ffn, count))
+        start += count
+    return rows

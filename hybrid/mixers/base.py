@@ -1,0 +1,293 @@
+"""The mixer contract, and what linear mixers share.
+
+Shapes: B batch, T time, H heads, K key dim, V value dim, D model dim.
+
+A mixer is one class in one file. It turns x (B, T, D) into y (B, T, D); tokens meet one another
+nowhere else in the model. `Mixer` is the contract that the stack relies on. `LinearMixer` is the
+shared body of every mixer that is a parameterisation of `hybrid_kernels.linear_attention`: it
+projects x to (q, k, v, decay, beta), calls the op, and projects what comes back. A new mixer of that
+kind overrides a hook or two.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from hybrid.cache import LayerCache
+from hybrid.norms import build_norm
+from hybrid.segments import WHOLE_ROWS, Segments
+from hybrid_kernels import causal_conv1d, linear_attention
+
+if TYPE_CHECKING:
+    from hybrid.config import HybridConfig
+
+
+@dataclass(frozen=True)
+class MixerOptions:
+    """Base of every mixer's options dataclass."""
+
+    def complete(self, hidden_size: int) -> MixerOptions:
+        """These options with every default that depends on the model dim D filled in."""
+        return self
+
+    def problems(self, config: HybridConfig) -> list[str]:
+        """What is wrong with the completed options, a line each ('num_heads: ...')."""
+        return []
+
+
+class Mixer(nn.Module, ABC):
+    """One token mixer of one layer.
+
+    Class attributes:
+        name, symbol: set by `register_mixer`.
+        Options: the options dataclass.
+        layer_type: what transformers' cache and masks call such a layer: `full_attention` or
+            `linear_attention`.
+        paper: where it comes from.
+        formula: one line, in the notation S_t = G_t * S_{t-1} + v_t k_t^T.
+    """
+
+    name: ClassVar[str]
+    symbol: ClassVar[str | None]
+    Options: ClassVar[type[MixerOptions]] = MixerOptions
+    layer_type: ClassVar[str] = "linear_attention"
+    paper: ClassVar[str] = ""
+    formula: ClassVar[str] = ""
+
+    def __init__(self, options: Any, config: HybridConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.options = options
+        self.config = config
+        self.layer_idx = layer_idx
+
+    @abstractmethod
+    def forward(
+        self,
+        x: torch.Tensor,
+        *,
+        attention_mask: torch.Tensor | None = None,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        segments: Segments = WHOLE_ROWS,
+        cache: LayerCache | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Mix tokens.
+
+        Args:
+            x: (B, T, D).
+            attention_mask: the mask of `layer_type` as transformers' mask functions make it.
+            position_embeddings: (cos, sin) of the layer's rotary embedding, or None.
+            segments: documents and padding, for mixers with a state.
+            cache: the slot to continue from and to write to, or None.
+
+        Returns:
+            (y, weights): y (B, T, D); weights (B, H, T, T_total) where the mixer has them and the
+            attention implementation returns them, else None.
+        """
+
+    @classmethod
+    def samples(cls) -> list[dict[str, Any]]:
+        """Sets of options, small enough for D = 32, that the tests build this mixer with.
+
+        Every test of an invariant runs on each of them, so list one for each branch of the code.
+        """
+        return [{"num_heads": 2}]
+
+    @classmethod
+    def rotary(cls, options: Any, config: HybridConfig) -> nn.Module | None:
+        """The rotary embedding that this mixer wants for these options, shared per symbol."""
+        return None
+
+    def init_parameters(self, std: float) -> None:
+        """Initialise parameters and buffers of this module itself; Linear layers are done already."""
+
+    def mixing_flops(self, context: int) -> float:
+        """Forward FLOPs per token of the mixing alone (no projections), mean over `context` tokens."""
+        return 0.0
+
+    def cache_elements_per_token(self) -> int:
+        """Elements that the cache grows by per token (keys and values)."""
+        return 0
+
+    def state_elements(self) -> tuple[int, int]:
+        """Elements of fixed size in the cache: (float32 recurrent state, model-dtype conv state)."""
+        return 0, 0
+
+
+def residual_projection(d_in: int, d_out: int, bias: bool = False) -> nn.Linear:
+    """A Linear that writes into the residual stream; depth-scaled initialisation scales these."""
+    linear = nn.Linear(d_in, d_out, bias=bias)
+    linear.is_residual_projection = True  # type: ignore[assignment]
+    return linear
+
+
+class ShortConvolution(nn.Module):
+    """Causal depthwise convolution over time, x (B, T, D) -> (B, T, D), with state and boundaries.
+
+    As before q, k, v in Mamba (arXiv 2312.00752) and DeltaNet (arXiv 2406.06484).
+    """
+
+    def __init__(self, channels: int, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(channels, width))
+
+    def init_parameters(self) -> None:
+        """Uniform with variance 1 / (3 W), torch's own default for a depthwise Conv1d."""
+        bound = self.weight.shape[1] ** -0.5
+        from transformers import initialization as init
+
+        init.uniform_(self.weight, -bound, bound)
+
+    def forward(
+        self, x: torch.Tensor, cu_seqlens: torch.Tensor | None, cache: LayerCache | None
+    ) -> torch.Tensor:
+        """Convolve, continuing from and writing to the cache slot where there is one."""
+        y, tail = causal_conv1d(
+            x,
+            self.weight.to(x.dtype),
+            initial_state=None if cache is None else cache.conv_state(),
+            cu_seqlens=cu_seqlens,
+            output_final_state=cache is not None,
+        )
+        if cache is not None:
+            cache.set_conv_state(tail)
+        return y
+
+
+class LinearMixer(Mixer):
+    """A mixer that is a parameterisation of `linear_attention`.
+
+    Subclasses set the sizes with `build`, and override `gates` (decay, beta) and `read` (what happens
+    to the output) as their paper has it.
+    """
+
+    layer_type = "linear_attention"
+
+    def build(
+        self, num_heads: int, key_dim: int, value_dim: int, conv_size: int | None, bias: bool = False
+    ) -> None:
+        """Create the projections of q, k (H x K) and v (H x V), the convolution, and the output."""
+        d_model = self.config.hidden_size
+        self.num_heads, self.key_dim, self.value_dim = num_heads, key_dim, value_dim
+        self.q_proj = nn.Linear(d_model, num_heads * key_dim, bias=bias)
+        self.k_proj = nn.Linear(d_model, num_heads * key_dim, bias=bias)
+        self.v_proj = nn.Linear(d_model, num_heads * value_dim, bias=bias)
+        self.o_proj = residual_projection(num_heads * value_dim, d_model, bias=bias)
+        channels = num_heads * (2 * key_dim + value_dim)
+        self.conv = ShortConvolution(channels, conv_size) if conv_size else None
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        *,
+        segments: Segments = WHOLE_ROWS,
+        cache: LayerCache | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, None]:
+        """See `Mixer.forward`; the mask is not used, padding comes in `segments`."""
+        batch, time, _ = x.shape
+        x = segments.pack(x)
+        q, k, v = self.project(x, segments.cu_seqlens, cache)
+        o, state = linear_attention(
+            q,
+            k,
+            v,
+            **self.gates(x),
+            scale=self.scale,
+            initial_state=None if cache is None else cache.recurrent_state(),
+            cu_seqlens=segments.cu_seqlens,
+            output_final_state=cache is not None,
+        )
+        if cache is not None:
+            cache.set_recurrent_state(state)
+        y = self.o_proj(self.read(o, x))
+        return segments.unpack(y, batch, time), None
+
+    scale: float = 1.0
+
+    def project(
+        self, x: torch.Tensor, cu_seqlens: torch.Tensor | None, cache: LayerCache | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """x (B, T, D) -> q, k (B, T, H, K) and v (B, T, H, V), convolved and through `features`."""
+        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        if self.conv is not None:
+            sizes = [q.shape[-1], k.shape[-1], v.shape[-1]]
+            q, k, v = self.conv(torch.cat([q, k, v], dim=-1), cu_seqlens, cache).split(sizes, -1)
+        q, k, v = (y.unflatten(-1, (self.num_heads, -1)) for y in (q, k, v))
+        return self.features(q, k, v)
+
+    def features(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Activations or normalisation of q, k, v; none by default."""
+        return q, k, v
+
+    def gates(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        """`log_decay` and `beta` of the op, from x (B, T, D); none by default."""
+        return {}
+
+    def read(self, o: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """o (B, T, H, V) -> (B, T, H * V), normalised and gated as the paper has it."""
+        return o.flatten(-2)
+
+    def mixing_flops(self, context: int) -> float:
+        """Decay, write and read of a K x V state per head: 1 + 2 + 2 FLOPs an element."""
+        return 5.0 * self.num_heads * self.key_dim * self.value_dim
+
+    def state_elements(self) -> tuple[int, int]:
+        """One K x V state per head, and W - 1 inputs of the convolution."""
+        conv = self.conv.weight.shape[0] * (self.conv.weight.shape[1] - 1) if self.conv else 0
+        return self.num_heads * self.key_dim * self.value_dim, conv
+
+
+class OutputNorm(nn.Module):
+    """RMSNorm of o (B, T, H, V): over all heads together (`layer`) or over each (`head`).
+
+    `layer` is MiniMax-01's, `head` the grouped norm of Ring-linear and RetNet.
+    """
+
+    def __init__(self, kind: str, num_heads: int, value_dim: int, eps: float) -> None:
+        super().__init__()
+        self.per_head = kind == "head"
+        self.norm = build_norm("rmsnorm", value_dim if self.per_head else num_heads * value_dim, eps)
+
+    def forward(self, o: torch.Tensor) -> torch.Tensor:
+        """(B, T, H, V) -> (B, T, H * V)."""
+        return self.norm(o).flatten(-2) if self.per_head else self.norm(o.flatten(-2))
+
+
+FEATURE_MAPS = {
+    "identity": lambda x: x,
+    "silu": F.silu,
+    "relu": F.relu,
+    "elu+1": lambda x: F.elu(x) + 1,
+}
+
+
+def head_problems(hidden_size: int, num_heads: int, **dims: int | None) -> list[str]:
+    """Lines for sizes that must be positive, and for a D that the heads do not divide."""
+    lines = [
+        f"{name}: must be at least 1, found {size}"
+        for name, size in {"num_heads": num_heads, **dims}.items()
+        if size is not None and size < 1
+    ]
+    if not lines and all(dim is None for dim in dims.values()) and hidden_size % num_heads:
+        near = nearest_divisors(hidden_size, num_heads)
+        lines.append(
+            f"num_heads: {num_heads} does not divide hidden_size {hidden_size}; the nearest that do"
+            f" are {near}, or give head_dim"
+        )
+    return lines
+
+
+def nearest_divisors(number: int, wanted: int) -> str:
+    """The divisors of `number` on both sides of `wanted`, as text: '8 and 16'."""
+    below = max((d for d in range(1, min(wanted, number) + 1) if number % d == 0), default=None)
+    above = next((d for d in range(wanted + 1, number + 1) if number % d == 0), None)
+    return " and ".join(str(d) for d in (below, above) if d is not None)

@@ -1,0 +1,189 @@
+"""Softmax attention: MHA, GQA, MQA through transformers' attention interface.
+
+Shapes: B batch, T time, H query heads, H_kv key heads, K head dim, D model dim.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama.modeling_llama import eager_attention_forward
+
+from hybrid.cache import LayerCache
+from hybrid.mixers.base import Mixer, MixerOptions, head_problems, residual_projection
+from hybrid.norms import build_norm
+from hybrid.registry import register_mixer
+from hybrid.rotary import RotaryEmbedding, apply_rotary, rope_problems
+
+if TYPE_CHECKING:
+    from hybrid.config import HybridConfig
+
+
+@dataclass(frozen=True)
+class SoftmaxAttentionOptions(MixerOptions):
+    """Options of `softmax_attention`.
+
+    Attributes:
+        num_heads: query heads H; default D / 64, at least 1.
+        num_kv_heads: key and value heads; default H (MHA); 1 is MQA; must divide H.
+        head_dim: K; default D / H.
+        rope_parameters: transformers' own rope dictionary (`rope_type`, `rope_theta`,
+            `partial_rotary_factor`, and what the type needs); null for no positions (NoPE).
+        qk_norm: RMSNorm of q and k: `head` (over K, one weight for all heads, Qwen3), `layer` (over
+            all heads together, OLMo 2), or null.
+        bias: biases on q, k, v.
+        output_bias: bias on the output projection.
+        dropout: probability, on the attention weights in training.
+        scale: of the logits; default K ** -0.5.
+    """
+
+    num_heads: int | None = None
+    num_kv_heads: int | None = None
+    head_dim: int | None = None
+    rope_parameters: dict | None = field(
+        default_factory=lambda: {"rope_type": "default", "rope_theta": 10000.0}
+    )
+    qk_norm: Literal["head", "layer"] | None = None
+    bias: bool = False
+    output_bias: bool = False
+    dropout: float = 0.0
+    scale: float | None = None
+
+    def complete(self, hidden_size: int) -> SoftmaxAttentionOptions:
+        """Fill in heads and dims."""
+        heads = self.num_heads
+        if heads is None:
+            heads = max(1, hidden_size // (self.head_dim or 64))
+        return replace(
+            self,
+            num_heads=heads,
+            num_kv_heads=heads if self.num_kv_heads is None else self.num_kv_heads,
+            head_dim=hidden_size // max(1, heads) if self.head_dim is None else self.head_dim,
+        )
+
+    def problems(self, config: HybridConfig) -> list[str]:
+        """Sizes that do not fit together."""
+        done = self.complete(config.hidden_size)
+        lines = head_problems(
+            config.hidden_size, done.num_heads, head_dim=self.head_dim, num_kv_heads=self.num_kv_heads
+        )
+        if self.head_dim is None and self.num_kv_heads is not None and not lines:
+            lines = head_problems(config.hidden_size, done.num_heads)
+        if not lines and done.num_heads % done.num_kv_heads:
+            lines.append(
+                f"num_kv_heads: {done.num_kv_heads} does not divide num_heads {done.num_heads}"
+            )
+        if not 0.0 <= self.dropout < 1.0:
+            lines.append(f"dropout: must be in [0, 1), found {self.dropout}")
+        if self.rope_parameters is not None and not lines:
+            lines += rope_problems(self.rope_parameters, done.head_dim, config)
+        return lines
+
+
+@register_mixer("softmax_attention", symbol="S")
+class SoftmaxAttention(Mixer):
+    """Causal softmax attention with grouped heads.
+
+    o_t = sum_{s <= t} softmax_s(scale * q_t . k_s) v_s (arXiv 1706.03762, eq. 1); grouped heads
+    after arXiv 2305.13245, rotary positions after arXiv 2104.09864. The attention itself is
+    transformers' (`attn_implementation`: eager, sdpa, flash_attention_2, flex_attention, ...).
+    """
+
+    Options = SoftmaxAttentionOptions
+    layer_type = "full_attention"
+    paper = "arXiv 1706.03762; grouped heads arXiv 2305.13245"
+    formula = "o_t = sum_s softmax_s(scale q_t . k_s) v_s, s <= t"
+    is_causal = True
+
+    def __init__(
+        self, options: SoftmaxAttentionOptions, config: HybridConfig, layer_idx: int
+    ) -> None:
+        super().__init__(options, config, layer_idx)
+        d_model, self.head_dim = config.hidden_size, options.head_dim
+        self.num_heads, self.num_kv_heads = options.num_heads, options.num_kv_heads
+        self.num_key_value_groups = self.num_heads // self.num_kv_heads
+        self.scaling = self.head_dim**-0.5 if options.scale is None else options.scale
+        inner, inner_kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        self.q_proj = nn.Linear(d_model, inner, bias=options.bias)
+        self.k_proj = nn.Linear(d_model, inner_kv, bias=options.bias)
+        self.v_proj = nn.Linear(d_model, inner_kv, bias=options.bias)
+        self.o_proj = residual_projection(inner, d_model, bias=options.output_bias)
+        self.q_norm = self.k_norm = None
+        if options.qk_norm:
+            sizes = (self.head_dim,) * 2 if options.qk_norm == "head" else (inner, inner_kv)
+            self.q_norm, self.k_norm = (build_norm("rmsnorm", n, config.norm_eps) for n in sizes)
+
+    @classmethod
+    def samples(cls) -> list[dict[str, Any]]:
+        """MHA with RoPE; GQA with partial RoPE and QK-norm; MQA without positions."""
+        partial = {"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 0.5}
+        return [
+            {"num_heads": 2},
+            {"num_heads": 4, "num_kv_heads": 2, "rope_parameters": partial, "qk_norm": "head"},
+            {"num_heads": 3, "num_kv_heads": 1, "head_dim": 10, "rope_parameters": None,
+             "qk_norm": "layer", "bias": True, "output_bias": True},
+        ]  # fmt: skip
+
+    @classmethod
+    def rotary(cls, options: SoftmaxAttentionOptions, config: HybridConfig) -> nn.Module | None:
+        """The rotary embedding of these options; None for NoPE."""
+        if options.rope_parameters is None:
+            return None
+        return RotaryEmbedding(
+            options.rope_parameters, options.head_dim, config.max_position_embeddings
+        )
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        *,
+        attention_mask: torch.Tensor | None = None,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        segments: Any = None,
+        cache: LayerCache | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """See `Mixer.forward`."""
+        batch, time, _ = x.shape
+        q = self._heads(self.q_proj(x), self.q_norm)
+        k = self._heads(self.k_proj(x), self.k_norm)
+        v = self._heads(self.v_proj(x), None)
+        if position_embeddings is not None:
+            q, k = apply_rotary(q, k, *position_embeddings)
+        if cache is not None:
+            k, v = cache.update_kv(k, v)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        o, weights = attend(
+            self,
+            q,
+            k,
+            v,
+            attention_mask,
+            dropout=self.options.dropout if self.training else 0.0,
+            scaling=self.scaling,
+            **kwargs,
+        )
+        return self.o_proj(o.reshape(batch, time, -1)), weights
+
+    def _heads(self, y: torch.Tensor, norm: nn.Module | None) -> torch.Tensor:
+        """(B, T, H * K) -> (B, H, T, K), normalised per layer or per head."""
+        if norm is not None and self.options.qk_norm == "layer":
+            y = norm(y)
+        y = y.unflatten(-1, (-1, self.head_dim))
+        if norm is not None and self.options.qk_norm == "head":
+            y = norm(y)
+        return y.transpose(1, 2)
+
+    def mixing_flops(self, context: int) -> float:
+        """Logits and weighted sum over the (context + 1) / 2 tokens a token sees on average."""
+        return 2.0 * 2.0 * self.num_heads * self.head_dim * (context + 1) / 2
+
+    def cache_elements_per_token(self) -> int:
+        """Keys and values."""
+        return 2 * self.num_kv_heads * self.head_dim

@@ -1,0 +1,68 @@
+"""Tokenizers: `bytes`, which needs no download, and any Hugging Face tokenizer by name or path.
+
+The byte tokenizer is a stock `tokenizers` byte-level model without merges: the id of a byte is its
+value, and three special tokens follow. Nothing of ours is needed to load it from a checkpoint again.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from hybrid.options import ConfigError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+BYTES = "bytes"
+PAD, BOS, EOS = "<|pad|>", "<|bos|>", "<|eos|>"
+
+
+def byte_tokenizer() -> PreTrainedTokenizerBase:
+    """A byte-level tokenizer of 259 tokens: ids 0..255 are the bytes of UTF-8, then pad, bos, eos.
+
+    `decode(encode(text)) == text` for any text that UTF-8 can hold. The written form of a special
+    token inside a text is its bytes when encoded with `split_special_tokens=True`.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    letters = bytes_to_unicode()
+    vocabulary = {letters[value]: value for value in range(256)}
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens([PAD, BOS, EOS])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token=PAD,
+        bos_token=BOS,
+        eos_token=EOS,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def is_byte_tokenizer(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether ids below 256 are exactly the bytes of UTF-8, so that encoding is `str.encode`."""
+    return len(tokenizer) == 259 and tokenizer.get_added_vocab() == {PAD: 256, BOS: 257, EOS: 258}
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """The tokenizer called `name`: `bytes`, a folder, or a name on the hub.
+
+    Raises:
+        ConfigError: nothing of that name can be loaded.
+    """
+    if name == BYTES:
+        return byte_tokenizer()
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().split("\n", 1)[0]
+        problem = (
+            f"tokenizer: no tokenizer {name!r}: neither 'bytes', nor a folder that holds one, nor"
+            f" a name on the hub ({reason})"
+        )
+        raise ConfigError([problem]) from error

@@ -1,0 +1,44 @@
+"""`accelerate launch -m hybrid.train CONFIG [key=value ...]`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Train by a YAML file; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="hybrid.train", description="Train a model by a YAML file; run again to resume."
+    )
+    parser.add_argument("config", help="a YAML file, e.g. one of configs/train/")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="e.g. training.max_steps=10"
+    )
+    parsed = parser.parse_args(arguments)
+    # After the arguments: `--help` should not wait for transformers.
+    from hybrid.options import ConfigError
+    from hybrid.train.checkpoints import CheckpointError
+    from hybrid.train.config import load_config
+    from hybrid.train.run import run
+
+    first = int(os.environ.get("RANK", "0")) == 0
+    try:
+        result = run(load_config(parsed.config, parsed.overrides))
+    except (ConfigError, CheckpointError, FloatingPointError) as error:
+        if first:
+            print(f"error: {error}", file=sys.stderr)
+        return 2
+    if first:
+        loss = f", loss {result.losses[-1][1]:.4f}" if result.losses else ""
+        print(
+            f"{result.output_dir}: {result.steps} steps{loss}, {result.parameters:,} parameters,"
+            f" {result.tokens_per_second:,.0f} tokens/s in {result.seconds:.1f} s"
+        )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,159 @@
+"""The training configuration: typed, with every mistake named before anything is computed."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from hybrid.data.packing import LongDocuments, Packing
+from hybrid.data.sources import SourceConfig, parse_source
+from hybrid.options import ConfigError, build, coerce, did_you_mean, option, type_problem
+from hybrid.train import yaml
+
+Device = Literal["auto", "cpu", "cuda", "xpu", "mps", "npu"]
+
+# Where we differ from the defaults of transformers.TrainingArguments, and why.
+TRAINING_DEFAULTS: dict[str, Any] = {
+    "report_to": "none",  # a tracker is asked for by name
+    "logging_steps": 10,  # the progress bar shows the loss
+    "logging_nan_inf_filter": False,  # a loss that is not finite is news
+}
+
+
+@dataclass(frozen=True)
+class MuonConfig:
+    """Muon (Jordan et al. 2024) for the matrices inside layers; AdamW keeps the rest."""
+
+    learning_rate: float | None = option(None, help="null: training.learning_rate")
+    momentum: float = option(0.95, help="of the momentum that is orthogonalised")
+    nesterov: bool = option(True, help="look one step ahead")
+    ns_steps: int = option(5, help="Newton-Schulz iterations")
+    adjust_lr_fn: Literal["original", "match_rms_adamw"] = option(
+        "match_rms_adamw",
+        help="how the shape of a matrix scales its step (arXiv 2502.16982, eq. 4)",
+    )
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """What `hybrid.train.run` needs; the YAML file has the same keys."""
+
+    model: dict[str, Any] = option(help="keys of HybridConfig; or model_type: NAME; or path: DIR")
+    data: list[SourceConfig] = option(help="one source, or several with weights")
+    sequence_length: int = option(help="tokens of a row")
+    tokenizer: str = option("bytes", help="bytes, or a Hugging Face tokenizer by name or path")
+    packing: Packing = option("concatenate", help="true: concatenate; false: none; or best_fit")
+    long_documents: LongDocuments = option("split", help="documents longer than a row")
+    eval_data: list[SourceConfig] = option(
+        default_factory=list, help="rows of which the loss is taken every training.eval_steps"
+    )
+    eval_rows: int = option(64, help="rows of eval_data")
+    device: Device = option("auto", help="auto: an accelerator where there is one, else the CPU")
+    muon: MuonConfig | None = option(None, help="true, or options: Muon for matrices")
+    training: dict[str, Any] = field(
+        default_factory=dict, metadata={"help": "any key of transformers.TrainingArguments"}
+    )
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values that `parse_config` reads again."""
+        values = dataclasses.asdict(self)
+        for key in ("data", "eval_data"):
+            values[key] = [_source_as_dict(source) for source in getattr(self, key)]
+        return values
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
+    """A YAML file, with `key=value` overrides, as a checked configuration.
+
+    Args:
+        path: the file. Its name gives the default `training.output_dir`, `runs/NAME`.
+        overrides: e.g. `training.max_steps=10`, `data[0].weight=0.3`; values are YAML.
+
+    Raises:
+        ConfigError: with one line for each mistake.
+    """
+    values = yaml.apply_overrides(yaml.read(path), overrides)
+    training = values.setdefault("training", {})
+    if isinstance(training, dict):
+        training.setdefault("output_dir", str(Path("runs") / Path(path).stem))
+    return parse_config(values, str(path))
+
+
+def parse_config(values: Mapping[str, Any], title: str = "the config") -> TrainConfig:
+    """Plain values as a checked configuration; the mistakes of all parts are reported together.
+
+    Raises:
+        ConfigError: with one line for each mistake.
+    """
+    mistakes: list[str] = []
+    values = dict(values)
+    if isinstance(values.get("packing"), bool):
+        values["packing"] = "concatenate" if values["packing"] else "none"
+    for key in ("data", "eval_data"):
+        if key in values:
+            values[key] = _parse_sources(values[key], key, mistakes)
+    values["muon"] = _parse_muon(values.get("muon"), mistakes)
+    if isinstance(values.get("training", {}), dict):
+        values["training"] = _parse_training(values.get("training", {}), mistakes)
+    config = build(TrainConfig, values, "", mistakes)
+    if config is not None:
+        mistakes += _impossible(config)
+    if mistakes or config is None:
+        raise ConfigError(mistakes, title)
+    return config
+
+
+def _parse_sources(values: Any, key: str, mistakes: list[str]) -> list[Any]:
+    if not isinstance(values, list):
+        return [parse_source(values, key, mistakes)]
+    return [parse_source(v, f"{key}[{i}]", mistakes) for i, v in enumerate(values)]
+
+
+def _parse_muon(value: Any, mistakes: list[str]) -> MuonConfig | None:
+    if value is None or value is False:
+        return None
+    return build(MuonConfig, {} if value is True else value, "muon", mistakes)
+
+
+def _parse_training(values: dict[str, Any], mistakes: list[str]) -> dict[str, Any]:
+    from transformers import TrainingArguments
+
+    hints = typing.get_type_hints(TrainingArguments)
+    known = {f.name for f in dataclasses.fields(TrainingArguments) if f.init}
+    checked = dict(TRAINING_DEFAULTS)
+    for key, value in values.items():
+        if key not in known:
+            mistakes.append(f"training.{key}: unknown key, {did_you_mean(str(key), known)}")
+        elif problem := type_problem(value, hints[key]):
+            mistakes.append(f"training.{key}: {problem}")
+        else:
+            checked[key] = coerce(value, hints[key])
+    return checked
+
+
+def _impossible(config: TrainConfig) -> list[str]:
+    """Values of the right type that cannot be meant."""
+    mistakes = []
+    for key in ("sequence_length", "eval_rows"):
+        if (value := getattr(config, key)) < 1:
+            mistakes.append(f"{key}: expected at least 1, found {value}")
+    if not config.data:
+        mistakes.append("data: no source; name at least one, e.g. {source: stdlib}")
+    if config.model.get("path") is not None and not Path(str(config.model["path"])).is_dir():
+        mistakes.append(f"model.path: there is no folder {str(config.model['path'])!r}")
+    return mistakes
+
+
+def _source_as_dict(source: SourceConfig) -> dict[str, Any]:
+    """Only what differs from the defaults, a plug-in's options laid beside `source`, as written."""
+    defaults = SourceConfig(source.source)
+    values = {
+        f.name: getattr(source, f.name)
+        for f in dataclasses.fields(SourceConfig)
+        if getattr(source, f.name) != getattr(defaults, f.name)
+    }
+    return {"source": source.source, **values, **values.pop("options", {})}

@@ -1,0 +1,103 @@
+"""The progress bar of the first process: loss and tokens per second."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from tqdm.auto import tqdm
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+
+class Progress(TrainerCallback):
+    """A bar over optimizer steps; silent under `training.disable_tqdm`."""
+
+    def __init__(self) -> None:
+        self.bar: Any = None
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        """Open the bar where the run stands."""
+        if state.is_world_process_zero and not args.disable_tqdm:
+            self.bar = tqdm(
+                total=state.max_steps, initial=state.global_step, desc="train", unit="step"
+            )
+
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        """One step on."""
+        if self.bar is not None:
+            self.bar.update(state.global_step - self.bar.n)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Show what was logged."""
+        if self.bar is None or not logs:
+            return
+        shown = {k: logs[k] for k in ("loss", "eval_loss") if k in logs}
+        if shown:
+            rate = logs.get("tokens_per_second")
+            tail = {} if rate is None else {"tokens/s": f"{rate:,.0f}"}
+            self.bar.set_postfix({k: f"{v:.4f}" for k, v in shown.items()} | tail)
+
+    def on_train_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        """Close the bar."""
+        if self.bar is not None:
+            self.bar.close()
+
+
+class LossWatch(TrainerCallback):
+    """Logs where it saves, and ends a run whose loss is not finite.
+
+    The logged loss is a mean since the last log. Logging at each save makes the means after a resumed
+    checkpoint the means of an uninterrupted run.
+    """
+
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> TrainerControl:
+        """Ask for a log wherever a checkpoint is asked for."""
+        control.should_log = control.should_log or control.should_save
+        return control
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Refuse to go on with a loss that is not a number."""
+        loss = (logs or {}).get("loss")
+        if loss is not None and not math.isfinite(loss):
+            raise FloatingPointError(
+                f"the loss is {loss} at step {state.global_step}; lower training.learning_rate, lengthen"
+                " training.warmup_steps, or set training.max_grad_norm; the last checkpoint is kept"
+            )

@@ -1,0 +1,157 @@
+"""One training run from a configuration to a checkpoint."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from accelerate.utils import broadcast_object_list
+from transformers import set_seed
+
+from hybrid.data.collate import RowCollator
+from hybrid.tokenizer import load_tokenizer
+from hybrid.train import build
+from hybrid.train.checkpoints import newest_whole, refuse_other_run
+from hybrid.train.config import TrainConfig
+from hybrid.train.trainer import HybridTrainer
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
+
+RESULT = "train_result.json"
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run leaves in `train_result.json`.
+
+    Attributes:
+        output_dir: the checkpoint's folder.
+        steps: optimizer steps of the whole run.
+        losses: (step, mean training loss since the last entry) over the whole run, in nats a token.
+        eval_losses: (step, loss on eval_data), in nats a token.
+        seconds: wall time of this process's training.
+        tokens: tokens of this process's steps, all processes together.
+        tokens_per_second: tokens / seconds.
+        parameters: of the model.
+        resumed_from: step this process started at, 0 for a new run.
+    """
+
+    output_dir: str
+    steps: int
+    losses: list[tuple[int, float]]
+    eval_losses: list[tuple[int, float]]
+    seconds: float
+    tokens: int
+    tokens_per_second: float
+    parameters: int
+    resumed_from: int
+
+
+def run(config: TrainConfig) -> RunResult:
+    """Train; the same call again continues from the newest whole checkpoint in the output folder.
+
+    Raises:
+        ConfigError: the configuration cannot be run here, or the output folder holds checkpoints of
+            another run (before anything is computed).
+        CheckpointError: a checkpoint could not be written; earlier ones are kept.
+    """
+    trainer = prepare_run(config)
+    args = trainer.args
+    checkpoint = _find_checkpoint(args, trainer.run)
+    started = time.perf_counter()
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    seconds = time.perf_counter() - started
+    trainer.save_model()
+    resumed_from = 0 if checkpoint is None else int(checkpoint.name.rpartition("-")[2])
+    result = _result(trainer, seconds, resumed_from)
+    if args.should_save:
+        text = json.dumps(dataclasses.asdict(result), indent=1)
+        (Path(result.output_dir) / RESULT).write_text(text, encoding="utf-8")
+    return result
+
+
+def prepare_run(config: TrainConfig) -> HybridTrainer:
+    """Everything that comes before the first step.
+
+    Raises:
+        ConfigError: the configuration cannot be run here.
+    """
+    args = build.training_arguments(config)
+    tokenizer = load_tokenizer(config.tokenizer)
+    made = build.model_config(config, tokenizer)
+    data_seed = args.seed if args.data_seed is None else args.data_seed
+    opened = build.open_sources(config.data, "data", config, tokenizer, made.vocab_size, data_seed)
+    rows_per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    args.max_steps = build.total_steps(args, opened, rows_per_step)
+    rows = build.mixture(opened, config.data, args.max_steps * rows_per_step, data_seed)
+    held = None
+    if config.eval_data:
+        apart = build.open_sources(
+            config.eval_data, "eval_data", config, tokenizer, made.vocab_size, data_seed + 1
+        )
+        held = build.mixture(apart, config.eval_data, config.eval_rows, data_seed)
+    set_seed(args.seed)
+    resolved = config.as_dict()
+    return HybridTrainer(
+        tokens_per_step=rows_per_step * config.sequence_length,
+        muon=config.muon,
+        resolved=resolved,
+        run=_identity(resolved, args.seed, data_seed, rows_per_step),
+        model=build.load_model(config, made),
+        args=args,
+        train_dataset=rows,
+        eval_dataset=held,
+        data_collator=RowCollator(),
+        processing_class=tokenizer,
+    )
+
+
+def _identity(
+    resolved: dict[str, Any], seed: int, data_seed: int, rows_per_step: int
+) -> dict[str, Any]:
+    """What must stay as it was for a checkpoint to be continued."""
+    keys = ("model", "tokenizer", "data", "sequence_length", "packing", "long_documents", "muon")
+    return {key: resolved[key] for key in keys} | {
+        "training.seed": seed,
+        "training.data_seed": data_seed,
+        "rows of a step (per_device_train_batch_size x accumulation x processes)": rows_per_step,
+    }
+
+
+def _find_checkpoint(args: TrainingArguments, identity: dict[str, Any]) -> Path | None:
+    """What to resume from; the first process looks, all go by what it found."""
+    found: list[Any] = [None, None]
+    if args.process_index == 0:
+        found[0] = newest_whole(
+            Path(str(args.output_dir)), lambda line: print(line, file=sys.stderr)
+        )
+    broadcast_object_list(found)
+    if found[0] is not None:
+        refuse_other_run(found[0], identity)
+        if args.process_index == 0:
+            print(f"continuing from {found[0]}", file=sys.stderr)
+    return found[0]
+
+
+def _result(trainer: HybridTrainer, seconds: float, resumed_from: int) -> RunResult:
+    history = trainer.state.log_history
+    steps = trainer.state.global_step
+    tokens = (steps - resumed_from) * trainer.tokens_per_step
+    unwrapped = trainer.accelerator.unwrap_model(trainer.model)
+    return RunResult(
+        output_dir=str(trainer.args.output_dir),
+        steps=steps,
+        losses=[(entry["step"], entry["loss"]) for entry in history if "loss" in entry],
+        eval_losses=[(e["step"], e["eval_loss"]) for e in history if "eval_loss" in e],
+        seconds=seconds,
+        tokens=tokens,
+        tokens_per_second=tokens / seconds,
+        parameters=sum(p.numel() for p in unwrapped.parameters()),
+        resumed_from=resumed_from,
+    )

@@ -1,0 +1,139 @@
+"""transformers' `Trainer` with rows by index, checkpoints that can be trusted, our parameter groups."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors import SafetensorError
+from torch import nn
+from torch.utils.data import SequentialSampler
+from transformers import Trainer
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.trainer_utils import rotate_checkpoints
+
+from hybrid.train.checkpoints import CheckpointError, write_manifest
+from hybrid.train.config import MuonConfig
+from hybrid.train.optim import Several, decaying, groups, matrices
+from hybrid.train.progress import LossWatch, Progress
+
+CONFIG_NAME = "train_config.yaml"
+
+
+class HybridTrainer(Trainer):
+    """`Trainer` for data whose row i is a function of i.
+
+    Args:
+        tokens_per_step: tokens that one optimizer step sees, all processes together.
+        muon: options of Muon, or None for the optimizer that `args.optim` names.
+        resolved: the configuration, saved beside every checkpoint.
+        run: what the manifest of a checkpoint records of the run.
+        kwargs: of `Trainer`.
+    """
+
+    def __init__(
+        self,
+        *,
+        tokens_per_step: int,
+        muon: MuonConfig | None,
+        resolved: Mapping[str, Any],
+        run: Mapping[str, Any],
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.tokens_per_step = tokens_per_step
+        self.muon = muon
+        self.resolved = dict(resolved)
+        self.run = dict(run)
+        self._clock: tuple[float, int] | None = None
+        for callback in (ProgressCallback, PrinterCallback):
+            self.remove_callback(callback)
+        # The watch first: the bar shows what is logged.
+        self.add_callback(LossWatch())
+        self.add_callback(Progress())
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler:
+        """Rows in their own order, which the mixture has drawn; `Trainer` skips by index."""
+        return SequentialSampler(self.train_dataset if train_dataset is None else train_dataset)
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """See `hybrid.train.optim`."""
+        return decaying(model)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Muon for matrices where the config asks for it, `Trainer`'s choice for all else."""
+        if self.muon is None or self.optimizer is not None:
+            return super().create_optimizer(model)
+        model = self.model if model is None else model
+        args, rest = self.args, self.get_optimizer_cls_and_kwargs(self.args, model)
+        orthogonal = matrices(model)
+        others = {n for n, _ in model.named_parameters()} - set(orthogonal)
+        rate = self.muon.learning_rate
+        inner = torch.optim.Muon(
+            [dict(g) for g in groups(model, orthogonal, args.weight_decay)],
+            lr=args.learning_rate if rate is None else rate,
+            momentum=self.muon.momentum,
+            nesterov=self.muon.nesterov,
+            ns_steps=self.muon.ns_steps,
+            adjust_lr_fn=self.muon.adjust_lr_fn,
+        )
+        adam = rest[0]([dict(g) for g in groups(model, others, args.weight_decay)], **rest[1])
+        self.optimizer = Several([inner, adam])
+        return self.optimizer
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        """As `Trainer`; without a cache, which training would fill for nothing."""
+        return super().compute_loss(model, {**inputs, "use_cache": False}, *args, **kwargs)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds `tokens_per_second` since the last log of a loss."""
+        now, step = time.perf_counter(), self.state.global_step
+        if "loss" in logs:
+            before, since = self._clock or (now, step)
+            if step > since:
+                logs["tokens_per_second"] = (step - since) * self.tokens_per_step / (now - before)
+        self._clock = now, step
+        super().log(logs, start_time)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        if self.args.should_save:
+            folder = Path(output_dir or str(self.args.output_dir))
+            text = yaml.safe_dump(self.resolved, sort_keys=False)
+            (folder / CONFIG_NAME).write_text(text, encoding="utf-8")
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Save, mark as whole, and only then let older checkpoints go."""
+        folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
+        if self.args.should_save and folder.exists():
+            # What a killed run left half-written must not mix with what we write.
+            shutil.rmtree(folder)
+        self.accelerator.wait_for_everyone()
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                write_manifest(folder, self.run)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            if self.args.should_save:
+                shutil.rmtree(folder, ignore_errors=True)
+            raise CheckpointError(
+                f"cannot write {folder} ({error}); earlier checkpoints are kept: make room and"
+                " start the same command again"
+            ) from error
+        finally:
+            self.args.save_total_limit = limit
+        if self.args.should_save:
+            rotate_checkpoints(
+                output_dir=str(self.args.output_dir),
+                save_total_limit=limit,
+                best_model_checkpoint=self.state.best_model_checkpoint,
+            )

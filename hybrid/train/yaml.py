@@ -1,0 +1,107 @@
+"""YAML as people write it: `1e-3` is a number, a key given twice is a mistake."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Hashable, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from hybrid.options import ConfigError
+
+
+class _Loader(yaml.SafeLoader):
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if isinstance(key, Hashable) and key in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"key {key!r} is given twice", key_node.start_mark
+                )
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+# PyYAML follows YAML 1.1, for which 1e-3 (no point) is a string.
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+$"),
+    list("-+0123456789"),
+)
+
+
+def parse(text: str, where: str) -> Any:
+    """YAML text -> plain values.
+
+    Raises:
+        ConfigError: it is no YAML; `where` says where it stands.
+    """
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError([f"not valid YAML: {reason}"], where) from error
+
+
+def read(path: str | Path) -> dict[str, Any]:
+    """A YAML file that holds a mapping.
+
+    Raises:
+        ConfigError: there is no such file, or it holds something else.
+    """
+    path = Path(path)
+    if not path.is_file():
+        near = sorted(p.name for p in path.parent.glob("*.y*ml")) if path.parent.is_dir() else []
+        there = f"; {path.parent} holds {', '.join(near)}" if near else ""
+        raise ConfigError([f"no such file{there}"], str(path))
+    values = parse(path.read_text(encoding="utf-8"), str(path))
+    if not isinstance(values, dict):
+        raise ConfigError([f"expected a mapping, found {type(values).__name__}"], str(path))
+    return values
+
+
+def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """Set `a.b[0].c=VALUE` in nested mappings and lists, in place; VALUE is YAML.
+
+    Raises:
+        ConfigError: an override has no `=`, or its path leads nowhere.
+    """
+    mistakes = []
+    for text in overrides:
+        path, equals, value = text.partition("=")
+        if not equals or not path:
+            mistakes.append(f"{text!r}: expected key=value, e.g. training.max_steps=10")
+            continue
+        try:
+            _set(values, path, parse(value, path))
+        except LookupError as error:
+            mistakes.append(f"{path}: {error.args[0]}")
+    if mistakes:
+        raise ConfigError(mistakes, "the command line")
+    return values
+
+
+def _set(values: Any, path: str, value: Any) -> None:
+    steps = [s for s in re.split(r"[.\[\]]", path) if s]
+    holder = values
+    for depth, step in enumerate(steps):
+        last = depth == len(steps) - 1
+        if isinstance(holder, list):
+            if not step.isdigit() or int(step) >= len(holder):
+                raise LookupError(f"no entry {step!r} in a list of {len(holder)}")
+            key: Any = int(step)
+        elif isinstance(holder, dict):
+            key = step
+        else:
+            raise LookupError(
+                f"{'.'.join(steps[:depth])} holds {holder!r}, nothing to set a key in"
+            )
+        if last:
+            holder[key] = value
+        else:
+            if isinstance(holder, dict) and holder.get(key) is None:
+                holder[key] = {}
+            holder = holder[key]

@@ -1,0 +1,195 @@
+"""The public ops. Each checks its arguments once, then hands over to a backend.
+
+Legend: B batch, T time, H heads, K key dim, V value dim, D channels, N packed documents.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from hybrid_kernels import backends, validation
+
+
+def linear_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    log_decay: Tensor | None = None,
+    beta: Tensor | None = None,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    output_final_state: bool = False,
+    backend: str | None = None,
+    value_log_decay: Tensor | None = None,
+    bonus: Tensor | None = None,
+    chunk_size: int | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Run a linear recurrence over a matrix state and read it with queries.
+
+    The state S (K x V, one per head) follows, with d_t = exp(log_decay_t)::
+
+        S_t = d_t * S_{t-1} + k_t v_t^T                                        beta is None
+        S_t = d_t * S_{t-1} + beta_t k_t (v_t - k_t^T (d_t * S_{t-1}))^T       delta rule
+        o_t = scale * q_t^T S_t                                                bonus is None
+        o_t = scale * q_t^T (S_{t-1} + diag(bonus) k_t v_t^T)                  RWKV-6's read
+
+    Linear attention: arXiv 2006.16236, eq. 16-20; decay forms: arXiv 2312.06635, table 1; delta
+    rule: arXiv 2406.06484, eq. 3, with decay arXiv 2412.06464, eq. 10, and arXiv 2510.26692,
+    eq. 1; the read with a bonus: arXiv 2404.05892, eq. 16.
+
+    Args:
+        q: queries (B, T, H_q, K).
+        k: keys (B, T, H_k, K). The delta rule expects them L2-normalised; this op does not do it.
+        v: values (B, T, H_v, V).
+            H is the largest of H_q, H_k and H_v; the other two must divide it, and each of their
+            heads then serves H / heads consecutive heads (as in grouped-query attention). All of
+            ``log_decay``, ``beta``, ``bonus`` and the state have exactly H heads.
+        log_decay: natural log of the decay, at most 0, -inf allowed: None for no decay, (H,) for
+            one fixed per head, (B, T, H) for a scalar per token, (B, T, H, K) for a vector over
+            keys.
+        beta: (B, T, H) write strength, 0 to 2; turns the delta rule on.
+        scale: factor on the output; default K ** -0.5.
+        initial_state: (B, H, K, V), or (N, H, K, V) with ``cu_seqlens``; default zeros.
+            Differentiable.
+        cu_seqlens: (N+1,) int32 or int64 on any device, the offsets of N documents packed in a
+            batch of one; the state restarts at each. Documents may be empty: their state passes
+            through unchanged.
+        output_final_state: return the state after the last token too.
+        backend: "reference", "torch", ...; None takes the best one present (logged once).
+        value_log_decay: (B, T, H, V) natural-log decay over values (the outer-product decay of
+            DFW, arXiv 2210.04243); additive form only.
+        bonus: (H, K), turns on the exclusive read; additive form only.
+        chunk_size: tokens per chunk, a power of two from 16; default: chosen. Never changes the
+            result beyond rounding.
+
+    Returns:
+        o (B, T, H, V) in v's dtype, and the final state in the form of ``initial_state`` (float32;
+        float64 if q, k or v is), or None.
+
+    Raises:
+        ValueError: an argument has the wrong shape, dtype or device, or the backend is unknown or
+            cannot take this input.
+        ImportError: the backend asked for needs a package that is not installed.
+    """
+    validation.check_linear_attention(
+        q, k, v, log_decay, value_log_decay, beta, bonus, initial_state, cu_seqlens, chunk_size
+    )
+    arguments = {
+        "log_decay": log_decay,
+        "value_log_decay": value_log_decay,
+        "beta": beta,
+        "bonus": bonus,
+        "scale": q.shape[-1] ** -0.5 if scale is None else float(scale),
+        "initial_state": initial_state,
+        "cu_seqlens": cu_seqlens,
+        "chunk_size": chunk_size,
+    }
+    run = backends.choose(
+        backends.LINEAR_ATTENTION, backend, q.device, {"q": q, "k": k, "v": v, **arguments}
+    )
+    o, final_state = run(q, k, v, **arguments)
+    return o, final_state if output_final_state else None
+
+
+def causal_conv1d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    activation: str | None = None,
+    initial_state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    output_final_state: bool = False,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Convolve every channel with its own short causal filter.
+
+    ``y_t = activation(bias + sum_w weight[:, w] * x_{t - (W-1) + w})``, the short convolution of
+    H3 and Mamba (arXiv 2312.00752, section 3.4): the last tap meets the present token.
+
+    Args:
+        x: (B, T, D).
+        weight: (D, W).
+        bias: (D,) or None.
+        activation: None or "silu".
+        initial_state: (B, D, W-1), or (N, D, W-1) with ``cu_seqlens``: the inputs before the
+            first, oldest first; default zeros. Differentiable.
+        cu_seqlens: (N+1,) int32 or int64 offsets of documents packed in a batch of one; none sees
+            another's tokens. Documents may be empty.
+        output_final_state: return the last W-1 inputs of each row or document too.
+        backend: "reference", "torch", ...; None takes the best one present (logged once).
+
+    Returns:
+        y (B, T, D) in x's dtype, and the final state in x's dtype and the form of
+        ``initial_state``, or None.
+
+    Raises:
+        ValueError: an argument has the wrong shape, dtype or device, or the backend is unknown.
+        ImportError: the backend asked for needs a package that is not installed.
+    """
+    validation.check_causal_conv1d(x, weight, bias, activation, initial_state, cu_seqlens)
+    arguments = {
+        "activation": activation,
+        "initial_state": initial_state,
+        "cu_seqlens": cu_seqlens,
+    }
+    run = backends.choose(
+        backends.CAUSAL_CONV1D,
+        backend,
+        x.device,
+        {"x": x, "weight": weight, "bias": bias, **arguments},
+    )
+    y, final_state = run(x, weight, bias, **arguments)
+    return y, final_state if output_final_state else None
+
+
+def selective_scan(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    *,
+    initial_state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    output_final_state: bool = False,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Run the selective state-space scan of Mamba-1: a full decay matrix per step.
+
+    With h (D x N) the state of one row (arXiv 2312.00752, eq. 2 and algorithm 2)::
+
+        h_t = exp(delta_t A) * h_{t-1} + (delta_t u_t) B_t^T
+        y_t = h_t C_t + D * u_t
+
+    Args:
+        u: (B, T, D) inputs.
+        delta: (B, T, D) step sizes, at least 0 (apply softplus and bias before).
+        A: (D, N) real, at most 0; -exp(A_log) in the usual parameterisation.
+        B: (B, T, N) input projection.
+        C: (B, T, N) output projection.
+        D: (D,) skip connection, or None.
+        initial_state: (B, D, N), or one row per document with ``cu_seqlens``; default zeros.
+            Differentiable.
+        cu_seqlens: int32 or int64 offsets of documents packed in a batch of one; the state
+            restarts at each. Documents may be empty: their state passes through unchanged.
+        output_final_state: return the state after the last token too.
+        backend: "reference", "torch", ...; None takes the best one present (logged once).
+
+    Returns:
+        y (B, T, D) in u's dtype, and the final state in the form of ``initial_state`` (float32;
+        float64 if an input is), or None.
+
+    Raises:
+        ValueError: an argument has the wrong shape, dtype or device, or the backend is unknown.
+        ImportError: the backend asked for needs a package that is not installed.
+    """
+    validation.check_selective_scan(u, delta, A, B, C, D, initial_state, cu_seqlens)
+    inputs = {"u": u, "delta": delta, "A": A, "B": B, "C": C, "D": D}
+    options = {"initial_state": initial_state, "cu_seqlens": cu_seqlens}
+    run = backends.choose(backends.SELECTIVE_SCAN, backend, u.device, {**inputs, **options})
+    y, final_state = run(**inputs, **options)
+    return y, final_state if output_final_state else None
