@@ -1,6 +1,7 @@
 """HybridConfig: a layout string, what its letters mean, and the sizes around them."""
 
 import dataclasses
+import inspect
 from collections.abc import Iterable
 from functools import lru_cache
 from typing import Any, Literal
@@ -98,22 +99,23 @@ class HybridConfig(PreTrainedConfig):
     @property
     def layer_types(self) -> list[str]:
         """One of transformers' layer types for each layer; its caches and masks are made from them."""
-        return [self._layer_type(layer) for layer in self.layers]
+        kinds = {layer: self._layer_type(layer) for layer in set(self.layers)}
+        return [kinds[layer] for layer in self.layers]
 
     @property
     def number_of_conv_states(self) -> int:
-        """States that a layer of transformers' cache must hold: linear mixers side by side."""
-        counts = [len(self.linear_mixers(layer)) for layer in self.layers]
-        return max(1, *counts)
+        """States that a layer of transformers' cache must hold: mixers with one, side by side."""
+        return max(1, *(sum(map(self.uses_state, layer.mixers)) for layer in set(self.layers)))
 
     @property
     def num_residual_branches(self) -> int:
         """Sublayers that add to the residual stream."""
         return sum(bool(layer.mixers) + bool(layer.ffn) for layer in self.layers)
 
-    def linear_mixers(self, layer: Layer) -> list[str]:
-        """The symbols of a layer whose mixers carry a recurrent state, in order."""
-        return [s for s in layer.mixers if self.mixer(s)[0].layer_type == "linear_attention"]
+    def uses_state(self, symbol: str) -> bool:
+        """Whether the mixer of a symbol keeps a recurrent or a convolution state."""
+        cls, options = self.mixer(symbol)
+        return cls.uses_state(options)
 
     def mixer(self, symbol: str) -> tuple[type, Any]:
         """The mixer class of a symbol, and its completed options."""
@@ -151,13 +153,13 @@ class HybridConfig(PreTrainedConfig):
         raise AttributeError(f"no mixer of layout {self.layout!r} has the option {names[0]!r}")
 
     def _layer_type(self, layer: Layer) -> str:
+        if not layer.mixers:
+            return "moe"  # transformers' name for a layer without a mixer: nothing is cached
         kinds = [self.mixer(symbol)[0].layer_type for symbol in layer.mixers]
         softmax = [kind for kind in kinds if kind != "linear_attention"]
-        if not kinds:
-            return "moe"  # transformers' name for a layer without a mixer: nothing is cached
         if not softmax:
             return "linear_attention"
-        return softmax[0] if len(kinds) == 1 else "hybrid"
+        return "hybrid" if any(map(self.uses_state, layer.mixers)) else softmax[0]
 
     def _binding(self, field: str, registry: Registry, symbol: str) -> tuple[type, Any]:
         values = dict((getattr(self, field) or {}).get(symbol, {}))
@@ -186,7 +188,7 @@ class HybridConfig(PreTrainedConfig):
 
     def _wrong_types(self) -> list[str]:
         lines = []
-        for name, hint in HybridConfig.__dict__["__annotations__"].items():
+        for name, hint in inspect.get_annotations(HybridConfig).items():
             if problem := type_problem(getattr(self, name), hint):
                 lines.append(f"{name}: {problem}")
         return lines
@@ -250,6 +252,8 @@ class HybridConfig(PreTrainedConfig):
         except LayoutError as error:
             if str(error) not in lines:
                 lines.append(str(error))
+        if layers and not any(layer.mixers for layer in layers):
+            lines.append(f"layout: {self.layout!r} has no mixer, so tokens would never meet")
         lines += self._unbound_feed_forwards(layers)
         return lines or self._defaults_that_do_not_fit(layers) + self._crowded(layers)
 

@@ -83,6 +83,7 @@ class HybridLayer(GradientCheckpointingLayer):
         super().__init__()
         self.layer_idx = layer_idx
         self.symbols = layer.mixers
+        self.has_state = [config.uses_state(symbol) for symbol in layer.mixers]
         self.mixer = self._build_mixer(config)
         self.mixer_residual = Residual(config) if self.mixer is not None else None
         self.ffn: FeedForward | None = None
@@ -132,10 +133,9 @@ class HybridLayer(GradientCheckpointingLayer):
         cache: Cache | None,
         kwargs: dict[str, Any],
     ) -> list[dict[str, Any]]:
-        """The keyword arguments of each mixer; linear ones count their states from 0."""
+        """The keyword arguments of each mixer; those with a state count from 0."""
         calls, state_idx = [], 0
-        for symbol, mixer in zip(self.symbols, branches, strict=True):
-            linear = mixer.layer_type == "linear_attention"
+        for symbol, mixer, has_state in zip(self.symbols, branches, self.has_state, strict=True):
             slot = None if cache is None else LayerCache(cache, self.layer_idx, state_idx)
             calls.append(
                 {
@@ -146,7 +146,7 @@ class HybridLayer(GradientCheckpointingLayer):
                     "cache": slot,
                 }
             )
-            state_idx += linear
+            state_idx += has_state
         return calls
 
 
@@ -201,6 +201,9 @@ class HybridModel(HybridPreTrainedModel):
             [HybridLayer(config, layer, i) for i, layer in enumerate(config.layers)]
         )
         self.rotary = self._build_rotary(config)
+        kinds = set(config.layer_types)
+        self.has_keys = bool(kinds & {"full_attention", "hybrid"})
+        self.has_state = bool(kinds & {"linear_attention", "hybrid"})
         self.norm = nn.Identity()
         if config.norm_position != "post":
             self.norm = build_norm(config.norm, config.hidden_size, config.norm_eps)
@@ -311,15 +314,14 @@ class HybridModel(HybridPreTrainedModel):
         """The masks by layer type: 4-dimensional for softmax layers, (B, T_past + T) for linear ones."""
         if isinstance(attention_mask, dict):  # generate makes them itself for compiled decoding
             return attention_mask
-        kinds = {m.layer_type for m in self.modules() if isinstance(m, Mixer)}
         custom = attention_mask is not None and attention_mask.ndim == 4
-        if custom and "linear_attention" in kinds:
+        if custom and self.has_state:
             raise ValueError(
                 "a 4-dimensional attention mask has no meaning for layers that carry a state; give a"
                 " 2-dimensional one with 0 at padding, or position_ids that restart at each document"
             )
         masks: Masks = {"linear_attention": attention_mask}
-        if "full_attention" in kinds:
+        if self.has_keys:
             masks["full_attention"] = create_causal_mask(
                 config=self.config,
                 inputs_embeds=inputs_embeds,
@@ -341,6 +343,13 @@ class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
+
+    @classmethod
+    def from_published(cls, source: str | PreTrainedModel, **kwargs: Any) -> HybridForCausalLM:
+        """A published model's weights in the equal layout; see `hybrid.convert.from_published`."""
+        from hybrid.convert import from_published
+
+        return from_published(source, **kwargs)
 
     @can_return_tuple
     def forward(

@@ -39,7 +39,9 @@ class ConfigError(ValueError):
         count = len(self.mistakes)
         head = f"{title} has {count} mistake{'s' if count > 1 else ''}:"
         # lines with a caret of their own keep their shape, indented
-        super().__init__("\n    ".join([head, *("\n    ".join(self._item(line)) for line in mistakes)]))
+        super().__init__(
+            "\n    ".join([head, *("\n    ".join(self._item(line)) for line in mistakes)])
+        )
 
     @staticmethod
     def _item(mistake: str) -> list[str]:

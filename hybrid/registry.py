@@ -41,7 +41,8 @@ class Registry(Generic[C]):
             taken = self._by_name.get(name)
             if taken is not None and _origin(taken) != _origin(cls):
                 raise ValueError(
-                    f"{self.kind} {name!r} is registered already, by {_origin(taken)}; choose another name"
+                    f"{self.kind} {name!r} is registered already, by {_origin(taken)};"
+                    " choose another name"
                 )
             owner = self._by_symbol.get(symbol) if symbol else None
             if owner not in (None, name):

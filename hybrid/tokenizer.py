@@ -1,7 +1,8 @@
 """Tokenizers: `bytes`, which needs no download, and any Hugging Face tokenizer by name or path.
 
 The byte tokenizer is a stock `tokenizers` byte-level model without merges: the id of a byte is its
-value, and three special tokens follow. Nothing of ours is needed to load it from a checkpoint again.
+value, and three special tokens follow. Nothing of ours is needed to load it from a checkpoint
+again.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ def byte_tokenizer() -> PreTrainedTokenizerBase:
     from transformers import PreTrainedTokenizerFast
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-    letters = bytes_to_unicode()
+    letters: dict[int, str] = bytes_to_unicode()
     vocabulary = {letters[value]: value for value in range(256)}
     backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -44,7 +45,8 @@ def byte_tokenizer() -> PreTrainedTokenizerBase:
 
 def is_byte_tokenizer(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether ids below 256 are exactly the bytes of UTF-8, so that encoding is `str.encode`."""
-    return len(tokenizer) == 259 and tokenizer.get_added_vocab() == {PAD: 256, BOS: 257, EOS: 258}
+    special = tokenizer.convert_tokens_to_ids([PAD, BOS, EOS])
+    return len(tokenizer) == 259 and special == [256, 257, 258]
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:

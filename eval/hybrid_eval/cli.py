@@ -10,6 +10,7 @@ import yaml
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from transformers.utils.logging import disable_progress_bar
 
 from .corpus import load_corpus
 from .registry import TASKS, Settings, find
@@ -155,6 +156,8 @@ def _run(arguments: argparse.Namespace, console: Console) -> None:
         context=arguments.context,
         allow_longer=arguments.allow_longer,
     )
+    # one bar per task is enough: transformers draws one per checkpoint of its own
+    disable_progress_bar()
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),

@@ -60,9 +60,8 @@ def prefill(model, tokens: int) -> Any:
         cache = getattr(output, field, None)
         if cache is not None:
             return cache
-    raise ValueError(
-        f"{type(model).__name__} returned no cache: none of {', '.join(_CACHE_FIELDS)} in its output"
-    )
+    looked_for = ", ".join(_CACHE_FIELDS)
+    raise ValueError(f"{type(model).__name__} returned no cache: no {looked_for} in its output")
 
 
 @dataclass(frozen=True)

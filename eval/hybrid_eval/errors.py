@@ -1,7 +1,7 @@
 """Words for wrong names: every refusal says what was found and the nearest right thing."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -13,11 +13,12 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f"; known: {', '.join(names)}"
 
 
-def check_range(name: str, ids: tuple[int, int]) -> None:
-    """Refuse a half-open range of token ids that is empty or negative.
+def id_range(name: str, ids: Sequence[int]) -> tuple[int, int]:
+    """Return a half-open range of token ids as a tuple (YAML gives lists).
 
     Raises:
-        ValueError: names the range.
+        ValueError: it is empty or negative; the message names it.
     """
     if len(ids) != 2 or ids[0] < 0 or ids[1] <= ids[0]:
         raise ValueError(f"{name} must be (first, last + 1) with 0 <= first < last + 1, got {ids}")
+    return int(ids[0]), int(ids[1])

@@ -9,6 +9,7 @@ with different tokenizers can be compared.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -82,7 +83,7 @@ def _buckets(length: int, scored, count: int) -> list[dict[str, Any]]:
     """Return loss by position in the window, in ``count`` buckets of about equal width."""
     edges = np.linspace(1, length, count + 1).round().astype(int)
     found = []
-    for first, last in zip(edges[:-1], edges[1:], strict=True):
+    for first, last in pairwise(edges):
         sums = [float(row.nll[first - 1 : last - 1].sum()) for row in scored]
         loss, error = ratio_and_error(sums, [float(last - first)] * len(sums))
         found.append({"first": int(first), "last": int(last) - 1, "loss": loss, "stderr": error})

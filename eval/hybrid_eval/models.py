@@ -179,9 +179,9 @@ def load(
         AutoConfig.from_pretrained(place, **options)
     except OSError as error:
         raise ValueError(
-            f"{source}: neither a checkpoint folder here nor a model that could be reached ({error})"
+            f"{source}: no checkpoint folder here and no model that could be reached ({error})"
         ) from error
-    model = AutoModelForCausalLM.from_pretrained(place, dtype=dtype, **options)
+    model: Any = AutoModelForCausalLM.from_pretrained(place, dtype=dtype, **options)
     encoder = _tokenizer(place, tokenizer, **options)
     return Subject(
         name or label, model.eval().to(device), encoder, source, _file_fingerprint(place, extra)

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from .errors import check_range
+from .errors import id_range
 from .scoring import IGNORE, Progress, score
 from .sources import Source
 from .stats import above_chance, clustered_wilson, ratio_and_error
@@ -58,9 +58,6 @@ class MQAR(Source):
         self.slot_probabilities = weights / weights.sum()
 
     def _validate(self, gap: str) -> None:
-        check_range("key_ids", self.key_ids)
-        check_range("value_ids", self.value_ids)
-        check_range("filler_ids", self.filler_ids)
         if max(self.key_ids[0], self.filler_ids[0]) < min(self.key_ids[1], self.filler_ids[1]):
             raise ValueError(
                 f"filler_ids {self.filler_ids} overlap key_ids {self.key_ids}: a filler would "
@@ -117,6 +114,7 @@ def mqar(
     power: float = 0.01,
     seed: int = 0,
     start: int = 0,
+    tokenizer: Any = None,
 ) -> MQAR:
     """Return an endless, index-seeded source of MQAR rows for training.
 
@@ -131,6 +129,7 @@ def mqar(
         power: exponent a of the power law a * slot^(a - 1).
         seed: of the stream.
         start: index of the first row.
+        tokenizer: not read; a trainer may hand its tokenizer to every source alike.
 
     Raises:
         ValueError: sizes that do not fit together; the message names them.
@@ -139,9 +138,9 @@ def mqar(
         sequence_length=sequence_length,
         pairs=pairs,
         queries=queries,
-        key_ids=tuple(key_ids),  # lists come from YAML
-        value_ids=tuple(value_ids),
-        filler_ids=tuple(filler_ids),
+        key_ids=id_range("key_ids", key_ids),
+        value_ids=id_range("value_ids", value_ids),
+        filler_ids=id_range("filler_ids", filler_ids),
         gap=gap,
         power=power,
         seed=seed,

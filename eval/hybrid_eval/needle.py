@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from .corpus import Corpus, load_corpus, stdlib_documents
-from .errors import check_range
+from .errors import id_range
 from .mqar import KEY_IDS, VALUE_IDS
 from .scoring import IGNORE, Progress, score
 from .seeding import generator
@@ -30,8 +30,6 @@ DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
 def _check_needles(length: int, needles: int, key_ids, value_ids) -> None:
-    check_range("key_ids", key_ids)
-    check_range("value_ids", value_ids)
     keys = key_ids[1] - key_ids[0]
     if not 1 <= needles <= keys:
         raise ValueError(
@@ -130,7 +128,7 @@ def needle(
     Raises:
         ValueError: sizes that do not fit together; the message names them.
     """
-    key_ids, value_ids = tuple(key_ids), tuple(value_ids)
+    key_ids, value_ids = id_range("key_ids", key_ids), id_range("value_ids", value_ids)
     if haystack is None:
         documents = stdlib_documents("train")
         corpus = Corpus(documents, "Python standard library sources, training split")
@@ -233,7 +231,7 @@ def evaluate_needle(
         accuracy over all cells with its standard error and Wilson interval, chance, nll, and
         "cells": accuracy, stderr, interval, nll and n for every length and depth.
     """
-    key_ids, value_ids = tuple(key_ids), tuple(value_ids)
+    key_ids, value_ids = id_range("key_ids", key_ids), id_range("value_ids", value_ids)
     if haystack is None:
         haystack = (
             _byte_haystack()

@@ -12,13 +12,14 @@ from typing import Any
 
 import matplotlib as mpl
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from .labels import place_labels
 
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "font.size": 10,
     "axes.titlesize": 11,
     "axes.labelsize": 10,
@@ -152,14 +153,14 @@ def scatter(
         cmap = mpl.colormaps[_CMAP]
         blocked, radii = [], []
         for number, point in enumerate(points):
-            colour = cmap(norm(point.cache_bytes)) if norm is not None else cmap(0.25)
+            shade = norm(point.cache_bytes or 0) if norm is not None else 0.25
             area = _area(point.cache_bytes, max(sizes)) if coloured else 70.0
             blocked += _error_bars(axes, point, "#555555")
             axes.scatter(
                 [point.x[0]],
                 [point.y[0]],
                 s=area,
-                color=[colour],
+                color=[cmap(shade)],
                 marker=_MARKERS[number % len(_MARKERS)] if not coloured else "o",
                 edgecolor="black",
                 linewidth=0.8,
@@ -190,9 +191,7 @@ def scatter(
         axes.set_ylabel(y_label)
         axes.set_title(title, loc="left")
         if norm is not None:
-            bar = figure.colorbar(
-                mpl.cm.ScalarMappable(norm, cmap), ax=axes, pad=0.02, fraction=0.05
-            )
+            bar = figure.colorbar(ScalarMappable(norm, cmap), ax=axes, pad=0.02, fraction=0.05)
             words = "" if context is None else f" at {human_tokens(context)} tokens"
             bar.set_label(f"cache per sequence{words} (also marker area)")
             bar.ax.minorticks_off()

@@ -1,4 +1,4 @@
-"""The report: one HTML file that opens from disk, the same pictures as PNG, and the figures as JSON."""
+"""The report: one HTML file that opens from disk, its pictures as PNG, its figures as JSON."""
 
 import base64
 import json
@@ -67,7 +67,8 @@ def _value(record: Record, task: str) -> tuple[float, float, float]:
     result = record["results"][task]
     value = result[result["metric"]]
     low, high = result.get("interval") or (value, value)
-    return value, low, high
+    # one sample has no interval: draw a point
+    return value, value if low is None else low, value if high is None else high
 
 
 def _number(value: float | None, digits: int = 3) -> str:
@@ -221,8 +222,13 @@ _NOTES = {
         "needle: a key-value pair hidden in real text, scored teacher-forced in one forward. It is "
         "a test of its own, for models trained on its format, and not a RULER task."
     ),
-    "heldout": "heldout: real text that was kept out of training; bits per byte of exactly the text scored.",
-    "cost": "cache: every tensor of the cache counted after prefills of two lengths, extended along that line.",
+    "heldout": (
+        "heldout: real text that was kept out of training; bits per byte of the very text scored."
+    ),
+    "cost": (
+        "cache: every tensor of the cache counted after prefills of two lengths, extended along "
+        "that line."
+    ),
 }
 
 
@@ -241,7 +247,7 @@ def build(results: dict[str, Any], title: str) -> Page:
 
 def render(page: Page) -> str:
     """Return the page as one self-contained HTML text."""
-    source = resources.files(__package__).joinpath("templates/report.html.j2").read_text("utf-8")
+    source = resources.files("hybrid_eval").joinpath("templates/report.html.j2").read_text("utf-8")
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     return environment.from_string(source).render(page=page)
 
@@ -272,7 +278,9 @@ def write_report(
     page = build(results, title)
     for picture in page.pictures:
         (folder / picture.file).write_bytes(picture.png)
-    (folder / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    (folder / "results.json").write_text(
+        json.dumps(results, indent=1, allow_nan=False) + "\n", encoding="utf-8"
+    )
     path = folder / "report.html"
     path.write_text(render(page), encoding="utf-8")
     return path

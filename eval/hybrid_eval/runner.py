@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import platform
 import time
 from collections.abc import Mapping, Sequence
@@ -65,7 +66,7 @@ def _write_json(path: Path, value: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     # written aside and moved: a run that is cut off leaves no half result
     part = path.with_suffix(".part")
-    part.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    part.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     part.replace(path)
 
 
@@ -90,8 +91,7 @@ def _run_task(
         result = task.run(subject, settings, options, advance)
         result["seconds"] = time.perf_counter() - began
         result = {"task": task.name, "axis": task.axis, "metric": task.metric, **result}
-        # through JSON once, so that a fresh result and a cached one are the same thing
-        result = json.loads(json.dumps({**result, "options": options}))
+        result = plain({**result, "options": options})
         if path is not None:
             _write_json(path, result)
     if watcher is not None:
@@ -111,6 +111,20 @@ def _describe(subject: Subject) -> dict[str, Any]:
         "parameters": sum(p.numel() for p in subject.model.parameters()),
         "tokenizer": getattr(subject.tokenizer, "name_or_path", None),
     }
+
+
+def plain(value: Any) -> Any:
+    """Return what JSON would give back: no tuples, and None where there is no number.
+
+    A fresh result and one from the cache are then the same thing.
+    """
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
 
 
 def _check_names(names: Sequence[str]) -> None:
@@ -177,6 +191,6 @@ def evaluate(
         "schema": RESULT_VERSION,
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "versions": versions(),
-        "settings": _setting_words(settings),
+        "settings": plain(_setting_words(settings)),
         "models": records,
     }

@@ -11,9 +11,12 @@ from .corpus import Corpus
 class Encoder(Protocol):
     """What is asked of a tokenizer; every Hugging Face tokenizer has it."""
 
-    def __call__(self, text: str, **kwargs: Any) -> Any: ...
+    def __call__(self, text: str, **kwargs: Any) -> Any:
+        """Return at least "input_ids"."""
 
-    def decode(self, token_ids: Sequence[int], **kwargs: Any) -> str: ...
+    def decode(self, token_ids: Sequence[int], **kwargs: Any) -> str:
+        """Return the text of these ids."""
+        ...
 
 
 class ByteEncoder:
@@ -25,6 +28,7 @@ class ByteEncoder:
     eos_token_id = None
 
     def __call__(self, text: str, **kwargs: Any) -> dict[str, list[int]]:
+        """Return the bytes of the text as "input_ids"."""
         return {"input_ids": list(text.encode("utf-8"))}
 
     def decode(self, token_ids: Sequence[int], **kwargs: Any) -> str:

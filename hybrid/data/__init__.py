@@ -1,7 +1,8 @@
 """Training data: sources, tokenisation, packing with document boundaries, mixtures.
 
-Row `i` of a training run is a function of the configuration and `i` alone, never of how far a previous
-process got, so a run that is killed and started again sees the same rows in the same order.
+Row `i` of a training run is a function of the configuration and `i` alone, never of how far a
+previous process got, so a run that is killed and started again sees the same rows in the same
+order.
 
     open_source   one entry of a config's `data:` -> rows
     Mixture       several of them by weight -> one data set
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from hybrid.data.documents import Documents
     from hybrid.data.mixture import Mixture
     from hybrid.data.packing import PackedRows
-    from hybrid.data.prepare import prepare
+    from hybrid.data.preparation import prepare
     from hybrid.data.sources import SourceConfig, open_source, source_names
 
 # Light on purpose: `import hybrid.data` loads neither torch nor datasets.
@@ -28,7 +29,7 @@ _HOMES = {
     "Documents": "documents",
     "Mixture": "mixture",
     "PackedRows": "packing",
-    "prepare": "prepare",
+    "prepare": "preparation",
     "SourceConfig": "sources",
     "open_source": "sources",
     "source_names": "sources",

@@ -93,7 +93,8 @@ def read_index(folder: Path) -> dict:
     path = folder / INDEX
     if not path.is_file():
         raise ValueError(
-            f"{folder} holds no {INDEX}: not a folder of prepared data, or preparation did not finish"
+            f"{folder} holds no {INDEX}: not a folder of prepared data, or preparation did not"
+            " finish"
             " (run `hybrid data prepare` again)"
         )
     index = json.loads(path.read_text(encoding="utf-8"))
@@ -118,7 +119,8 @@ def open_shards(folder: Path) -> list[Documents]:
         found = (len(tokens), len(offsets) - 1)
         if found != (entry["tokens"], entry["documents"]):
             raise ValueError(
-                f"{folder}: shard {entry['name']} holds {found} tokens and documents, its index says"
+                f"{folder}: shard {entry['name']} holds {found} tokens and documents, its index"
+                " says"
                 f" {(entry['tokens'], entry['documents'])}"
             )
         shards.append(Documents(tokens, offsets))

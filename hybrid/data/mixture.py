@@ -1,8 +1,8 @@
 """Several sources by weight as one data set whose row i depends on i alone.
 
-Rows are dealt in blocks of `BLOCK`: a block holds each source exactly as often as its weight says, in an
-order drawn from (seed, block). So the shares are exact, and the place of row i within its source is
-known without having dealt the rows before it.
+Rows are dealt in blocks of `BLOCK`: a block holds each source exactly as often as its weight
+says, in an order drawn from (seed, block). So the shares are exact, and the place of row i within
+its source is known without having dealt the rows before it.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class Mixture(Dataset):
         return source, block * int(self.counts[source]) + int(self._dealt[2][place])
 
     def _deal(self, block: int) -> tuple[np.ndarray, np.ndarray]:
-        """(BLOCK,) the source of each row of a block, and its rank among that source's rows there."""
+        """(BLOCK,) the source of each row of a block, and its rank among that source's rows."""
         deck = np.repeat(np.arange(len(self.counts)), self.counts)
         np.random.default_rng([self.seed, block]).shuffle(deck)
         rank = np.zeros(BLOCK, np.int64)
@@ -75,7 +75,7 @@ def shares(weights: Sequence[float]) -> np.ndarray:
     counts[largest[: BLOCK - counts.sum()]] += 1
     if len(weights) > 1 and (small := np.flatnonzero(counts == 0)).size:
         raise ValueError(
-            f"data[{small[0]}].weight: {weights[small[0]]} of {float(np.sum(weights)):g} in all is less than"
-            f" one row in {BLOCK}; raise it or leave the source out"
+            f"data[{small[0]}].weight: {weights[small[0]]} of {float(np.sum(weights)):g} in all is"
+            f" less than one row in {BLOCK}; raise it or leave the source out"
         )
     return counts

@@ -1,9 +1,9 @@
 """Rows of one fixed length out of documents of any length.
 
-A row is a list of spans; a span is a stretch of one document. In a row, `position_ids` restart at 0 at
-each span, which is how the model is told of the boundary (there is no attention mask), and the first
-token of a span carries no label, since what stands before it belongs to another document. So the loss
-on packed rows is the loss on the spans alone.
+A row is a list of spans; a span is a stretch of one document. In a row, `position_ids` restart at
+0 at each span, which is how the model is told of the boundary (there is no attention mask), and
+the first token of a span carries no label, since what stands before it belongs to another
+document. So the loss on packed rows is the loss on the spans alone.
 
     concatenate   documents back to back, cut wherever a row is full: every row but the last is full
     best_fit      no span is cut that fits a row: best-fit decreasing, arXiv 2404.10830, section 3
@@ -90,7 +90,8 @@ def pack(
         length: T, tokens of a row.
         pad_id: id that fills what stays free.
         packing: see the head of this file.
-        long_documents: what becomes of a document longer than a row: cut into several spans, cut off
+        long_documents: what becomes of a document longer than a row: cut into several spans, cut
+        off
             at T tokens, or refused.
 
     Raises:
@@ -114,8 +115,10 @@ def _limit(documents: Documents, length: int, policy: LongDocuments) -> np.ndarr
     long = np.flatnonzero(documents.lengths > length)
     if policy == "refuse" and len(long):
         raise ValueError(
-            f"{len(long)} of {len(documents)} documents are longer than sequence_length {length} (document"
-            f" {long[0]} has {documents.lengths[long[0]]} tokens) and long_documents is 'refuse'; raise"
+            f"{len(long)} of {len(documents)} documents are longer than sequence_length"
+            f" {length} (document"
+            f" {long[0]} has {documents.lengths[long[0]]} tokens) and long_documents is"
+            " 'refuse'; raise"
             " sequence_length, or set long_documents to 'split' or 'truncate'"
         )
     if policy == "truncate":
@@ -147,7 +150,7 @@ def _concatenate(spans: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray
 
 
 def _best_fit(sizes: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
-    """Order of spans and bounds of rows: longest span first, each into the fullest row that takes it."""
+    """Order of spans and bounds of rows: longest first, each into the fullest row it fits."""
     room: list[int] = []  # free tokens of the open rows, ascending
     owner: list[int] = []  # the row that each entry of `room` belongs to
     rows: list[list[int]] = []

@@ -1,7 +1,8 @@
 """Rows by index, whatever they come from.
 
-A `Rows` answers `row(i)` for any i >= 0 with the same row in every process and every run. One that ends
-(`per_epoch` rows) starts again in another order; one that does not has `per_epoch` None.
+A `Rows` answers `row(i)` for any i >= 0 with the same row in every process and every run. One
+that ends (`per_epoch` rows) starts again in another order; one that does not has `per_epoch`
+None.
 """
 
 from __future__ import annotations
@@ -56,8 +57,8 @@ class ShuffledRows:
 class StreamedRows:
     """Rows of something that can only be read from its beginning.
 
-    Going forward reads on; going back, or starting at row i, reads from the beginning and drops what
-    comes before: exact, and as slow as reading is.
+    Going forward reads on; going back, or starting at row i, reads from the beginning and drops
+    what comes before: exact, and as slow as reading is.
 
     Args:
         start: makes an endless iterator from the beginning; the same one each time.
@@ -113,7 +114,8 @@ def complete(row: Any, length: int, pad_id: int) -> Row:
     ids, labels = np.asarray(row["input_ids"]), np.asarray(row["labels"])
     if ids.ndim != 1 or ids.shape != labels.shape or not 1 <= len(ids) <= length:
         raise ValueError(
-            f"a row has input_ids of shape {ids.shape} and labels of shape {labels.shape}; expected one"
+            f"a row has input_ids of shape {ids.shape} and labels of shape {labels.shape};"
+            " expected one"
             f" shape (T,) with 1 <= T <= sequence_length {length}"
         )
     full = row_from_spans([ids], length, pad_id)

@@ -6,10 +6,11 @@
     a plug-in's name           any package's entry point in the group `hybrid.data`
     any other name             a data set of the hub
 
-A plug-in is a callable `f(*, sequence_length, seed, tokenizer, **options)` that returns endless rows
-`{"input_ids", "labels"}`, each of at most `sequence_length` tokens, labels as transformers takes them
-(shifted inside the model, -100 where there is no loss). What it returns may answer `source[i]` (then
-resuming is immediate) or only be iterable (then resuming reads what was seen and drops it).
+A plug-in is a callable `f(*, sequence_length, seed, tokenizer, **options)` that returns endless
+rows `{"input_ids", "labels"}`, each of at most `sequence_length` tokens, labels as transformers
+takes them (shifted inside the model, -100 where there is no loss). What it returns may answer
+`source[i]` (then resuming is immediate) or only be iterable (then resuming reads what was seen
+and drops it).
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Text that every machine has: the Python standard library's own source files.
 
-A file is held out (for evaluation) when the CRC-32 of its path is a multiple of `HOLD_OUT`; the rest is
-for training. The rule depends on the path alone, so that training and evaluation agree on it without
-talking to each other.
+A file is held out (for evaluation) when the CRC-32 of its path is a multiple of `HOLD_OUT`; the
+rest is for training. The rule depends on the path alone, so that training and evaluation agree on
+it without talking to each other.
 """
 
 from __future__ import annotations

@@ -48,7 +48,8 @@ def find_files(pattern: str) -> list[str]:
     suffixes = {_suffix(f) for f in found}
     if len({BUILDERS.get(s) for s in suffixes}) > 1:
         raise ValueError(
-            f"{pattern!r} matches files of several formats ({', '.join(sorted(suffixes))}); give each"
+            f"{pattern!r} matches files of several formats ({', '.join(sorted(suffixes))});"
+            " give each"
             " format an entry of its own"
         )
     return sorted(found)
@@ -77,11 +78,13 @@ def load_texts(
     columns = columns or list(first)
     if text_key not in columns:
         raise ValueError(
-            f"{source!r} has no column {text_key!r}; it has {', '.join(map(repr, columns))} (set text_key)"
+            f"{source!r} has no column {text_key!r}; it has {', '.join(map(repr, columns))}"
+            " (set text_key)"
         )
     if not isinstance(first[text_key], str):
         raise ValueError(
-            f"column {text_key!r} of {source!r} holds {type(first[text_key]).__name__}, expected text"
+            f"column {text_key!r} of {source!r} holds {type(first[text_key]).__name__},"
+            " expected text"
         )
     data = data.select_columns([text_key])
 
@@ -96,6 +99,7 @@ def load_texts(
 def _load(source: str, split: str, name: str | None, streaming: bool) -> Any:
     import datasets
 
+    load: Callable[..., Any] = datasets.load_dataset
     if int(os.environ.get("LOCAL_RANK", "0")):
         datasets.disable_progress_bars()
     if is_path(source):
@@ -105,17 +109,15 @@ def _load(source: str, split: str, name: str | None, streaming: bool) -> Any:
             raise ValueError(
                 f"{files[0]}: cannot read files of this kind; known: {', '.join(sorted(BUILDERS))}"
             )
+        if not any(os.path.getsize(file) for file in files):
+            raise ValueError(f"{source!r} is empty: none of its {len(files)} files holds a byte")
         # One file of plain text is one document.
-        options = {"sample_by": "document"} if builder == "text" else {}
+        options: dict[str, Any] = {"sample_by": "document"} if builder == "text" else {}
         return _refuse_unreadable(
-            lambda: datasets.load_dataset(
-                builder, data_files=files, split="train", streaming=streaming, **options
-            ),
+            lambda: load(builder, data_files=files, split="train", streaming=streaming, **options),
             source,
         )
-    return _refuse_unreadable(
-        lambda: datasets.load_dataset(source, name, split=split, streaming=streaming), source
-    )
+    return _refuse_unreadable(lambda: load(source, name, split=split, streaming=streaming), source)
 
 
 def _refuse_unreadable(load: Callable[[], Any], source: str) -> Any:

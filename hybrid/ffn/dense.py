@@ -41,9 +41,9 @@ class DenseOptions(FeedForwardOptions):
     """
 
     intermediate_size: int | None = None
-    activation: Literal[
-        "swiglu", "geglu", "geglu_tanh", "reglu", "relu2", "gelu", "silu"
-    ] = "swiglu"
+    activation: Literal["swiglu", "geglu", "geglu_tanh", "reglu", "relu2", "gelu", "silu"] = (
+        "swiglu"
+    )
     bias: bool = False
 
     def complete(self, hidden_size: int) -> DenseOptions:

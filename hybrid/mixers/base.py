@@ -47,8 +47,8 @@ class Mixer(nn.Module, ABC):
     Class attributes:
         name, symbol: set by `register_mixer`.
         Options: the options dataclass.
-        layer_type: what transformers' cache and masks call such a layer: `full_attention` or
-            `linear_attention`.
+        layer_type: the mask it wants, by transformers' name: `full_attention` (keys and values are
+            cached) or `linear_attention` (only states are).
         paper: where it comes from.
         formula: one line, in the notation S_t = G_t * S_{t-1} + v_t k_t^T.
     """
@@ -92,6 +92,11 @@ class Mixer(nn.Module, ABC):
         """
 
     @classmethod
+    def uses_state(cls, options: Any) -> bool:
+        """Whether the cache holds a recurrent or a convolution state for it."""
+        return cls.layer_type == "linear_attention"
+
+    @classmethod
     def samples(cls) -> list[dict[str, Any]]:
         """Sets of options, small enough for D = 32, that the tests build this mixer with.
 
@@ -105,7 +110,7 @@ class Mixer(nn.Module, ABC):
         return None
 
     def init_parameters(self, std: float) -> None:
-        """Initialise parameters and buffers of this module itself; Linear layers are done already."""
+        """Initialise parameters and buffers of this module itself; Linear ones are done already."""
 
     def mixing_flops(self, context: int) -> float:
         """Forward FLOPs per token of the mixing alone (no projections), mean over `context` tokens."""
@@ -147,7 +152,7 @@ class ShortConvolution(nn.Module):
     def forward(
         self, x: torch.Tensor, cu_seqlens: torch.Tensor | None, cache: LayerCache | None
     ) -> torch.Tensor:
-        """Convolve, continuing from and writing to the cache slot where there is one."""
+        """Convolve packed x, continuing from and writing to the cache slot where there is one."""
         y, tail = causal_conv1d(
             x,
             self.weight.to(x.dtype),
@@ -158,6 +163,18 @@ class ShortConvolution(nn.Module):
         if cache is not None:
             cache.set_conv_state(tail)
         return y
+
+    def split(
+        self, parts: list[torch.Tensor], cu_seqlens: torch.Tensor | None, cache: LayerCache | None
+    ) -> tuple[torch.Tensor, ...]:
+        """Convolve several tensors (B, T, ...) whose channels add up to D, in one call."""
+        y = self(torch.cat(parts, dim=-1), cu_seqlens, cache)
+        return y.split([part.shape[-1] for part in parts], dim=-1)
+
+    def state_elements(self) -> int:
+        """D (W - 1)."""
+        channels, width = self.weight.shape
+        return channels * (width - 1)
 
 
 class LinearMixer(Mixer):
@@ -170,7 +187,12 @@ class LinearMixer(Mixer):
     layer_type = "linear_attention"
 
     def build(
-        self, num_heads: int, key_dim: int, value_dim: int, conv_size: int | None, bias: bool = False
+        self,
+        num_heads: int,
+        key_dim: int,
+        value_dim: int,
+        conv_size: int | None,
+        bias: bool = False,
     ) -> None:
         """Create the projections of q, k (H x K) and v (H x V), the convolution, and the output."""
         d_model = self.config.hidden_size
@@ -217,8 +239,7 @@ class LinearMixer(Mixer):
         """x (B, T, D) -> q, k (B, T, H, K) and v (B, T, H, V), convolved and through `features`."""
         q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
         if self.conv is not None:
-            sizes = [q.shape[-1], k.shape[-1], v.shape[-1]]
-            q, k, v = self.conv(torch.cat([q, k, v], dim=-1), cu_seqlens, cache).split(sizes, -1)
+            q, k, v = self.conv.split([q, k, v], cu_seqlens, cache)
         q, k, v = (y.unflatten(-1, (self.num_heads, -1)) for y in (q, k, v))
         return self.features(q, k, v)
 
@@ -242,7 +263,7 @@ class LinearMixer(Mixer):
 
     def state_elements(self) -> tuple[int, int]:
         """One K x V state per head, and W - 1 inputs of the convolution."""
-        conv = self.conv.weight.shape[0] * (self.conv.weight.shape[1] - 1) if self.conv else 0
+        conv = self.conv.state_elements() if self.conv is not None else 0
         return self.num_heads * self.key_dim * self.value_dim, conv
 
 
@@ -255,7 +276,9 @@ class OutputNorm(nn.Module):
     def __init__(self, kind: str, num_heads: int, value_dim: int, eps: float) -> None:
         super().__init__()
         self.per_head = kind == "head"
-        self.norm = build_norm("rmsnorm", value_dim if self.per_head else num_heads * value_dim, eps)
+        self.norm = build_norm(
+            "rmsnorm", value_dim if self.per_head else num_heads * value_dim, eps
+        )
 
     def forward(self, o: torch.Tensor) -> torch.Tensor:
         """(B, T, H, V) -> (B, T, H * V)."""
@@ -268,6 +291,13 @@ FEATURE_MAPS = {
     "relu": F.relu,
     "elu+1": lambda x: F.elu(x) + 1,
 }
+
+
+def conv_problems(conv_size: int | None) -> list[str]:
+    """A line for a convolution too narrow to reach the token before."""
+    if conv_size is None or conv_size >= 2:
+        return []
+    return [f"conv_size: must be at least 2, or null for none; found {conv_size}"]
 
 
 def head_problems(hidden_size: int, num_heads: int, **dims: int | None) -> list[str]:

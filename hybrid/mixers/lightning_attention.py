@@ -14,6 +14,7 @@ from hybrid.mixers.base import (
     LinearMixer,
     MixerOptions,
     OutputNorm,
+    conv_problems,
     head_problems,
 )
 from hybrid.precision import Float32Buffers
@@ -34,6 +35,8 @@ class LinearAttentionOptions(MixerOptions):
         feature_map: what q and k go through.
         conv_size: width of a short causal convolution on q, k, v; null for none.
         output_norm: RMSNorm of the output over all heads (`layer`) or over each (`head`).
+        output_norm_eps: epsilon of that norm; default the model's `norm_eps`. A large one leaves an
+            output small that is small, where a small one blows it up to unit size.
         output_gate: multiply the normalised output by sigmoid(x W_g).
         bias: biases on the projections.
     """
@@ -44,6 +47,7 @@ class LinearAttentionOptions(MixerOptions):
     feature_map: Literal["identity", "silu", "relu", "elu+1"] = "silu"
     conv_size: int | None = None
     output_norm: Literal["layer", "head"] = "layer"
+    output_norm_eps: float | None = None
     output_gate: bool = True
     bias: bool = False
 
@@ -65,9 +69,9 @@ class LinearAttentionOptions(MixerOptions):
             head_dim=self.head_dim,
             value_head_dim=self.value_head_dim,
         )
-        if self.conv_size is not None and self.conv_size < 2:
-            lines.append(f"conv_size: must be at least 2, or null for none; found {self.conv_size}")
-        return lines
+        if self.output_norm_eps is not None and self.output_norm_eps <= 0:
+            lines.append(f"output_norm_eps: must be greater than 0, found {self.output_norm_eps}")
+        return lines + conv_problems(self.conv_size)
 
 
 class PlainLinearAttention(LinearMixer):
@@ -79,7 +83,8 @@ class PlainLinearAttention(LinearMixer):
         super().__init__(options, config, layer_idx)
         heads, key_dim, value_dim = options.num_heads, options.head_dim, options.value_head_dim
         self.build(heads, key_dim, value_dim, options.conv_size, options.bias)
-        self.norm = OutputNorm(options.output_norm, heads, value_dim, config.norm_eps)
+        eps = config.norm_eps if options.output_norm_eps is None else options.output_norm_eps
+        self.norm = OutputNorm(options.output_norm, heads, value_dim, eps)
         self.gate_proj = None
         if options.output_gate:
             self.gate_proj = nn.Linear(config.hidden_size, heads * value_dim, bias=options.bias)
@@ -114,7 +119,7 @@ class LightningAttentionOptions(LinearAttentionOptions):
     Attributes:
         depth_scaled_decay: scale the decays from 1 at the first layer to 0 at the last, as MiniMax-01
             does; else every layer has the same.
-    """  # noqa: D400
+    """
 
     depth_scaled_decay: bool = True
 

@@ -14,10 +14,18 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
 from hybrid.cache import LayerCache
-from hybrid.mixers.base import Mixer, MixerOptions, head_problems, residual_projection
+from hybrid.mixers.base import (
+    Mixer,
+    MixerOptions,
+    ShortConvolution,
+    conv_problems,
+    head_problems,
+    residual_projection,
+)
 from hybrid.norms import build_norm
 from hybrid.registry import register_mixer
 from hybrid.rotary import RotaryEmbedding, apply_rotary, rope_problems
+from hybrid.segments import WHOLE_ROWS, Segments
 
 if TYPE_CHECKING:
     from hybrid.config import HybridConfig
@@ -35,6 +43,8 @@ class SoftmaxAttentionOptions(MixerOptions):
             `partial_rotary_factor`, and what the type needs); null for no positions (NoPE).
         qk_norm: RMSNorm of q and k: `head` (over K, one weight for all heads, Qwen3), `layer` (over
             all heads together, OLMo 2), or null.
+        conv_size: width of a short causal convolution on q, k, v (Primer, arXiv 2109.08668); null for
+            none.
         bias: biases on q, k, v.
         output_bias: bias on the output projection.
         dropout: probability, on the attention weights in training.
@@ -48,6 +58,7 @@ class SoftmaxAttentionOptions(MixerOptions):
         default_factory=lambda: {"rope_type": "default", "rope_theta": 10000.0}
     )
     qk_norm: Literal["head", "layer"] | None = None
+    conv_size: int | None = None
     bias: bool = False
     output_bias: bool = False
     dropout: float = 0.0
@@ -69,7 +80,10 @@ class SoftmaxAttentionOptions(MixerOptions):
         """Sizes that do not fit together."""
         done = self.complete(config.hidden_size)
         lines = head_problems(
-            config.hidden_size, done.num_heads, head_dim=self.head_dim, num_kv_heads=self.num_kv_heads
+            config.hidden_size,
+            done.num_heads,
+            head_dim=self.head_dim,
+            num_kv_heads=self.num_kv_heads,
         )
         if self.head_dim is None and self.num_kv_heads is not None and not lines:
             lines = head_problems(config.hidden_size, done.num_heads)
@@ -81,7 +95,7 @@ class SoftmaxAttentionOptions(MixerOptions):
             lines.append(f"dropout: must be in [0, 1), found {self.dropout}")
         if self.rope_parameters is not None and not lines:
             lines += rope_problems(self.rope_parameters, done.head_dim, config)
-        return lines
+        return lines + conv_problems(self.conv_size)
 
 
 @register_mixer("softmax_attention", symbol="S")
@@ -112,20 +126,29 @@ class SoftmaxAttention(Mixer):
         self.k_proj = nn.Linear(d_model, inner_kv, bias=options.bias)
         self.v_proj = nn.Linear(d_model, inner_kv, bias=options.bias)
         self.o_proj = residual_projection(inner, d_model, bias=options.output_bias)
+        self.conv = None
+        if options.conv_size:
+            self.conv = ShortConvolution(inner + 2 * inner_kv, options.conv_size)
         self.q_norm = self.k_norm = None
         if options.qk_norm:
             sizes = (self.head_dim,) * 2 if options.qk_norm == "head" else (inner, inner_kv)
             self.q_norm, self.k_norm = (build_norm("rmsnorm", n, config.norm_eps) for n in sizes)
 
     @classmethod
+    def uses_state(cls, options: SoftmaxAttentionOptions) -> bool:
+        """Only the convolution has one."""
+        return options.conv_size is not None
+
+    @classmethod
     def samples(cls) -> list[dict[str, Any]]:
-        """MHA with RoPE; GQA with partial RoPE and QK-norm; MQA without positions."""
+        """MHA with RoPE; GQA, partial RoPE, QK-norm; MQA without positions; a convolution."""
         partial = {"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 0.5}
         return [
             {"num_heads": 2},
             {"num_heads": 4, "num_kv_heads": 2, "rope_parameters": partial, "qk_norm": "head"},
             {"num_heads": 3, "num_kv_heads": 1, "head_dim": 10, "rope_parameters": None,
              "qk_norm": "layer", "bias": True, "output_bias": True},
+            {"num_heads": 2, "num_kv_heads": 1, "conv_size": 3},
         ]  # fmt: skip
 
     @classmethod
@@ -143,15 +166,18 @@ class SoftmaxAttention(Mixer):
         *,
         attention_mask: torch.Tensor | None = None,
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
-        segments: Any = None,
+        segments: Segments = WHOLE_ROWS,
         cache: LayerCache | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """See `Mixer.forward`."""
         batch, time, _ = x.shape
-        q = self._heads(self.q_proj(x), self.q_norm)
-        k = self._heads(self.k_proj(x), self.k_norm)
-        v = self._heads(self.v_proj(x), None)
+        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        if self.conv is not None:
+            packed = [segments.pack(y) for y in (q, k, v)]
+            convolved = self.conv.split(packed, segments.cu_seqlens, cache)
+            q, k, v = (segments.unpack(y, batch, time) for y in convolved)
+        q, k, v = self._heads(q, self.q_norm), self._heads(k, self.k_norm), self._heads(v, None)
         if position_embeddings is not None:
             q, k = apply_rotary(q, k, *position_embeddings)
         if cache is not None:
@@ -187,3 +213,7 @@ class SoftmaxAttention(Mixer):
     def cache_elements_per_token(self) -> int:
         """Keys and values."""
         return 2 * self.num_kv_heads * self.head_dim
+
+    def state_elements(self) -> tuple[int, int]:
+        """The convolution's."""
+        return 0, self.conv.state_elements() if self.conv is not None else 0

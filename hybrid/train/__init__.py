@@ -13,16 +13,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from hybrid.train.config import MuonConfig, TrainConfig, load_config, parse_config
-    from hybrid.train.run import RunResult, run
+    from hybrid.train.runner import RunResult, run
 
 # Light on purpose: `import hybrid.train` does not load transformers.
 _HOMES = {
     "MuonConfig": "config",
-    "RunResult": "run",
+    "RunResult": "runner",
     "TrainConfig": "config",
     "load_config": "config",
     "parse_config": "config",
-    "run": "run",
+    "run": "runner",
 }
 
 __all__ = ["MuonConfig", "RunResult", "TrainConfig", "load_config", "parse_config", "run"]

@@ -19,11 +19,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parsed = parser.parse_args(arguments)
     # After the arguments: `--help` should not wait for transformers.
+    from transformers.utils import logging
+
     from hybrid.options import ConfigError
     from hybrid.train.checkpoints import CheckpointError
     from hybrid.train.config import load_config
-    from hybrid.train.run import run
+    from hybrid.train.runner import run
 
+    logging.disable_progress_bar()  # one bar is ours, those of file writing tear it apart
     first = int(os.environ.get("RANK", "0")) == 0
     try:
         result = run(load_config(parsed.config, parsed.overrides))

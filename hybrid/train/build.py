@@ -1,26 +1,22 @@
-"""A checked configuration becomes tokenizer, model, data and arguments; what cannot be is refused."""
+"""A checked configuration becomes arguments and data, or is refused."""
 
 from __future__ import annotations
 
-import dataclasses
-import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, AutoModelForCausalLM, TrainingArguments
+from transformers import TrainingArguments
 
-from hybrid.config import HybridConfig
 from hybrid.data.mixture import Mixture
 from hybrid.data.rows import Rows
 from hybrid.data.sources import RowFormat, SourceConfig, open_source
-from hybrid.options import ConfigError, did_you_mean
+from hybrid.options import ConfigError
 from hybrid.train.config import TrainConfig
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
 
 def training_arguments(config: TrainConfig) -> TrainingArguments:
@@ -60,87 +56,6 @@ def check_device(device: str) -> None:
         raise ConfigError([f"device: there is no {device!r} here; this machine has: {there}"])
 
 
-def model_config(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:
-    """The model's configuration; sizes and ids that the config leaves open come from the tokenizer.
-
-    Raises:
-        ConfigError: unknown keys, or a model too small for its tokenizer or for its rows.
-    """
-    keys = {k: v for k, v in config.model.items() if k not in ("path", "model_type")}
-    if "path" in config.model:
-        base = AutoConfig.from_pretrained(config.model["path"])
-        _refuse_unknown(type(base), keys)
-        made = _make(lambda: AutoConfig.from_pretrained(config.model["path"], **keys))
-    else:
-        made = _new_config(config.model.get("model_type", HybridConfig.model_type), keys, tokenizer)
-    _check_sizes(made, config, tokenizer)
-    return made
-
-
-def _new_config(
-    model_type: str, keys: dict[str, Any], tokenizer: PreTrainedTokenizerBase
-) -> PreTrainedConfig:
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-
-    if model_type not in CONFIG_MAPPING:
-        near = did_you_mean(model_type, CONFIG_MAPPING.keys())
-        raise ConfigError([f"model.model_type: no model type {model_type!r}, {near}"])
-    _refuse_unknown(CONFIG_MAPPING[model_type], keys)
-    keys = {"vocab_size": len(tokenizer), **keys}
-    for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
-        keys.setdefault(name, getattr(tokenizer, name))
-    return _make(lambda: AutoConfig.for_model(model_type, **keys))
-
-
-def _make(build_config: Callable[[], PreTrainedConfig]) -> PreTrainedConfig:
-    try:
-        return build_config()
-    except ConfigError as error:
-        raise ConfigError([f"model.{line}" for line in error.mistakes]) from error
-    except (ValueError, TypeError, StrictDataclassError) as error:
-        raise ConfigError([f"model: {error}"]) from error
-
-
-def _refuse_unknown(config_class: type, keys: dict[str, Any]) -> None:
-    if config_class is HybridConfig:
-        return  # which names its own mistakes, and those of its mixers
-    if dataclasses.is_dataclass(config_class):
-        known = {f.name for f in dataclasses.fields(config_class) if f.init}
-    else:
-        known = set(inspect.signature(config_class).parameters)
-    known |= set(getattr(config_class, "attribute_map", {}))
-    unknown = [k for k in keys if k not in known]
-    if unknown:
-        raise ConfigError([f"model.{k}: unknown key, {did_you_mean(k, known)}" for k in unknown])
-
-
-def _check_sizes(
-    made: PreTrainedConfig, config: TrainConfig, tokenizer: PreTrainedTokenizerBase
-) -> None:
-    mistakes = []
-    if len(tokenizer) > made.vocab_size:
-        mistakes.append(
-            f"model.vocab_size: {made.vocab_size} is less than the {len(tokenizer)} tokens of tokenizer"
-            f" {config.tokenizer!r}; leave it out or set at least {len(tokenizer)}"
-        )
-    limit = getattr(made, "max_position_embeddings", None)
-    if limit is not None and config.sequence_length > limit:
-        mistakes.append(
-            f"sequence_length: {config.sequence_length} is beyond the model's max_position_embeddings"
-            f" {limit}; shorten the one or raise the other"
-        )
-    if mistakes:
-        raise ConfigError(mistakes)
-
-
-def load_model(config: TrainConfig, made: PreTrainedConfig) -> PreTrainedModel:
-    """A new model, or that of `model.path`; float32 unless `model.dtype` says otherwise."""
-    dtype = config.model.get("dtype", "float32")
-    if "path" in config.model:
-        return AutoModelForCausalLM.from_pretrained(config.model["path"], config=made, dtype=dtype)
-    return AutoModelForCausalLM.from_config(made, dtype=dtype)
-
-
 def open_sources(
     configs: Sequence[SourceConfig],
     key: str,
@@ -154,8 +69,8 @@ def open_sources(
     Raises:
         ConfigError: with one line for each source that cannot be used.
     """
-    pad_id = tokenizer.pad_token_id
-    pad_id = (tokenizer.eos_token_id or 0) if pad_id is None else pad_id
+    ids: list[Any] = [tokenizer.pad_token_id, tokenizer.eos_token_id, 0]
+    pad_id = next(value for value in ids if isinstance(value, int))
     rows = RowFormat(config.sequence_length, pad_id, config.packing, config.long_documents)
     opened, mistakes = [], []
     for number, source in enumerate(configs):
@@ -165,7 +80,8 @@ def open_sources(
             largest = int(opened[-1].row(0)["input_ids"].max())
             if largest >= vocabulary:
                 raise ValueError(
-                    f"its first row has the token id {largest}, the model's vocab_size is {vocabulary}"
+                    f"its first row has the token id {largest}, the model's vocab_size is"
+                    f" {vocabulary}"
                 )
         except (ValueError, TypeError) as error:
             mistakes.append(f"{key}[{number}] ({source.source}): {error}")
@@ -186,7 +102,8 @@ def total_steps(args: TrainingArguments, sources: Sequence[Rows], rows_per_step:
     if None in sizes:
         raise ConfigError(
             [
-                "training.max_steps: required, since a source of this run has no end (streams and plug-ins)"
+                "training.max_steps: required, since a source of this run has no end (streams"
+                " and plug-ins)"
             ]
         )
     return math.ceil(sum(s or 0 for s in sizes) * args.num_train_epochs / rows_per_step)

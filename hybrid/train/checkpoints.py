@@ -1,8 +1,8 @@
 """Checkpoints that can be trusted: whole or skipped.
 
 A checkpoint is whole when its manifest, which is written last and put in place at once, lists every
-file with the size and the CRC-32 that the file still has. The manifest also names what the run was made
-of, so that a checkpoint is not continued by a run that would mean something else.
+file with the size and the CRC-32 that the file still has. The manifest also names what the run
+was made of, so that a checkpoint is not continued by a run that would mean something else.
 """
 
 from __future__ import annotations

@@ -11,8 +11,9 @@ from typing import Any, Literal
 
 from hybrid.data.packing import LongDocuments, Packing
 from hybrid.data.sources import SourceConfig, parse_source
-from hybrid.options import ConfigError, build, coerce, did_you_mean, option, type_problem
+from hybrid.options import ConfigError, build, did_you_mean, option, type_problem
 from hybrid.train import yaml
+from hybrid.train.model import model_mistakes
 
 Device = Literal["auto", "cpu", "cuda", "xpu", "mps", "npu"]
 
@@ -99,6 +100,8 @@ def parse_config(values: Mapping[str, Any], title: str = "the config") -> TrainC
     values["muon"] = _parse_muon(values.get("muon"), mistakes)
     if isinstance(values.get("training", {}), dict):
         values["training"] = _parse_training(values.get("training", {}), mistakes)
+    if isinstance(values.get("model"), dict):
+        mistakes += model_mistakes(values["model"])
     config = build(TrainConfig, values, "", mistakes)
     if config is not None:
         mistakes += _impossible(config)
@@ -131,7 +134,7 @@ def _parse_training(values: dict[str, Any], mistakes: list[str]) -> dict[str, An
         elif problem := type_problem(value, hints[key]):
             mistakes.append(f"training.{key}: {problem}")
         else:
-            checked[key] = coerce(value, hints[key])
+            checked[key] = value
     return checked
 
 

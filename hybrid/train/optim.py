@@ -1,8 +1,8 @@
 """Which parameters decay, and Muon beside AdamW as one optimizer.
 
-No weight decay on: anything that is not a matrix (biases, norms, gate and decay vectors), embeddings,
-and parameters that their module names in `no_weight_decay` (a tuple of names, or a method that returns
-one; e.g. the projection of a decay).
+No weight decay on: anything that is not a matrix (biases, norms, gate and decay vectors),
+embeddings, and parameters that their module names in `no_weight_decay` (a tuple of names, or a
+method that returns one; e.g. the projection of a decay).
 """
 
 from __future__ import annotations
@@ -18,13 +18,17 @@ def decaying(model: nn.Module) -> list[str]:
     """Names of the parameters that weight decay applies to."""
     exempt: set[int] = set()
     for module in model.modules():
-        declared = getattr(module, "no_weight_decay", ())
-        names = set(declared() if callable(declared) else declared)
+        names = _declared(module)
         for name, parameter in module.named_parameters(recurse=False):
             if parameter.ndim < 2 or isinstance(module, nn.Embedding) or name in names:
                 # By identity: a tied output head is the embedding.
                 exempt.add(id(parameter))
     return [name for name, parameter in model.named_parameters() if id(parameter) not in exempt]
+
+
+def _declared(module: Any) -> set[str]:
+    names = module.no_weight_decay if hasattr(module, "no_weight_decay") else ()
+    return set(names() if callable(names) else names)
 
 
 def matrices(model: nn.Module) -> list[str]:

@@ -71,8 +71,8 @@ class Progress(TrainerCallback):
 class LossWatch(TrainerCallback):
     """Logs where it saves, and ends a run whose loss is not finite.
 
-    The logged loss is a mean since the last log. Logging at each save makes the means after a resumed
-    checkpoint the means of an uninterrupted run.
+    The logged loss is a mean since the last log. Logging at each save makes the means after a
+    resumed checkpoint the means of an uninterrupted run.
     """
 
     def on_step_end(
@@ -98,6 +98,7 @@ class LossWatch(TrainerCallback):
         loss = (logs or {}).get("loss")
         if loss is not None and not math.isfinite(loss):
             raise FloatingPointError(
-                f"the loss is {loss} at step {state.global_step}; lower training.learning_rate, lengthen"
+                f"the loss is {loss} at step {state.global_step}; lower training.learning_rate,"
+                " lengthen"
                 " training.warmup_steps, or set training.max_grad_norm; the last checkpoint is kept"
             )

@@ -1,4 +1,4 @@
-"""transformers' `Trainer` with rows by index, checkpoints that can be trusted, our parameter groups."""
+"""transformers' `Trainer` with rows by index, trusted checkpoints and our parameter groups."""
 
 from __future__ import annotations
 
@@ -59,7 +59,8 @@ class HybridTrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler:
         """Rows in their own order, which the mixture has drawn; `Trainer` skips by index."""
-        return SequentialSampler(self.train_dataset if train_dataset is None else train_dataset)
+        rows: Any = self.train_dataset if train_dataset is None else train_dataset
+        return SequentialSampler(rows)
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """See `hybrid.train.optim`."""
@@ -69,38 +70,43 @@ class HybridTrainer(Trainer):
         """Muon for matrices where the config asks for it, `Trainer`'s choice for all else."""
         if self.muon is None or self.optimizer is not None:
             return super().create_optimizer(model)
-        model = self.model if model is None else model
-        args, rest = self.args, self.get_optimizer_cls_and_kwargs(self.args, model)
-        orthogonal = matrices(model)
-        others = {n for n, _ in model.named_parameters()} - set(orthogonal)
+        whole: Any = self.model if model is None else model
+        args, rest = self.args, self.get_optimizer_cls_and_kwargs(self.args, whole)
+        orthogonal = matrices(whole)
+        others = {n for n, _ in whole.named_parameters()} - set(orthogonal)
         rate = self.muon.learning_rate
         inner = torch.optim.Muon(
-            [dict(g) for g in groups(model, orthogonal, args.weight_decay)],
+            [dict(g) for g in groups(whole, orthogonal, args.weight_decay)],
             lr=args.learning_rate if rate is None else rate,
             momentum=self.muon.momentum,
             nesterov=self.muon.nesterov,
             ns_steps=self.muon.ns_steps,
             adjust_lr_fn=self.muon.adjust_lr_fn,
         )
-        adam = rest[0]([dict(g) for g in groups(model, others, args.weight_decay)], **rest[1])
+        adam = rest[0]([dict(g) for g in groups(whole, others, args.weight_decay)], **rest[1])
         self.optimizer = Several([inner, adam])
         return self.optimizer
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> Any:
-        """As `Trainer`; without a cache, which training would fill for nothing."""
+        """As `Trainer`, without a cache: transformers' models mind document boundaries only then."""
         return super().compute_loss(model, {**inputs, "use_cache": False}, *args, **kwargs)
 
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """As `Trainer`; starts the clock."""
+        if self._clock is None:
+            self._clock = time.perf_counter(), self.state.global_step
+        return super().training_step(*args, **kwargs)
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds `tokens_per_second` since the last log of a loss."""
-        now, step = time.perf_counter(), self.state.global_step
-        if "loss" in logs:
-            before, since = self._clock or (now, step)
-            if step > since:
-                logs["tokens_per_second"] = (step - since) * self.tokens_per_step / (now - before)
-        self._clock = now, step
+        """Adds `tokens_per_second` since the last log; saving and evaluating do not count."""
+        if "loss" in logs and self._clock is not None:
+            before, since = self._clock
+            steps, seconds = self.state.global_step - since, time.perf_counter() - before
+            logs["tokens_per_second"] = steps * self.tokens_per_step / seconds
         super().log(logs, start_time)
+        self._clock = None
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict)
@@ -111,6 +117,7 @@ class HybridTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Save, mark as whole, and only then let older checkpoints go."""
+        self._clock = None
         folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
         if self.args.should_save and folder.exists():
             # What a killed run left half-written must not mix with what we write.

@@ -4,6 +4,4 @@ from hybrid_kernels.chunked.convolution import causal_conv1d
 from hybrid_kernels.chunked.linear import linear_attention
 
 __all__ = ["causal_conv1d", "linear_attention"]
-from hybrid_kernels.chunked.linear import unsupported  # noqa: E402
-
 from hybrid_kernels.reference import selective_scan  # noqa: E402

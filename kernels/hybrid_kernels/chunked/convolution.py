@@ -45,7 +45,11 @@ def causal_conv1d(
 
 
 def _taps(
-    extended: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, dtype: torch.dtype
+    extended: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: str | None,
+    dtype: torch.dtype,
 ) -> Tensor:
     time = extended.shape[1] - weight.shape[1] + 1
     extended, weight = extended.to(dtype), weight.to(dtype)

@@ -1,78 +1,298 @@
-"""Chunked linear attention (stage one: additive, no / fixed / scalar decay, plain autograd)."""
+"""The chunked op: which way and chunk size, and its registration with autograd and the compiler.
+
+``hybrid_kernels::chunked_linear_attention`` is a custom op, so that a compiled model has no graph
+break although the way is chosen from the data; its backward is another.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from hybrid_kernels.chunked.gates import RESCALE_LIMIT
+from hybrid_kernels.chunked.gradient import Gradients, backward
+from hybrid_kernels.chunked.layout import Layout, segment_span
+from hybrid_kernels.chunked.segment import Problem, forward
 from hybrid_kernels.packing import document_lengths
 from hybrid_kernels.validation import state_dtype
 
-# exp(-104) is 0 in float32; the clamp keeps -inf out of sums.
-CLOSED = {torch.float32: -104.0, torch.float64: -750.0}
-
-
-def unsupported(op, **a):
-    if op != "linear_attention":
-        return None
-    for name in ("beta", "bonus", "value_log_decay"):
-        if a[name] is not None:
-            return f"{name} is not implemented yet"
-    if a["log_decay"] is not None and a["log_decay"].dim() == 4:
-        return "vector decay is not implemented yet"
-    return None
+SMALLEST_CHUNK = 16
 
 
 def linear_attention(
-    q, k, v, *, log_decay, value_log_decay, beta, bonus, scale, initial_state, cu_seqlens, chunk_size
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    log_decay: Tensor | None,
+    value_log_decay: Tensor | None,
+    beta: Tensor | None,
+    bonus: Tensor | None,
+    scale: float,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    chunk_size: int | None,
+) -> tuple[Tensor, Tensor]:
+    """Compute ``hybrid_kernels.linear_attention`` in chunks, on any device."""
+    o, final_state, _ = torch.ops.hybrid_kernels.chunked_linear_attention(
+        q,
+        k,
+        v,
+        log_decay,
+        value_log_decay,
+        beta,
+        bonus,
+        initial_state,
+        cu_seqlens,
+        scale,
+        chunk_size or 0,
+    )
+    return o, final_state
+
+
+@torch.library.custom_op("hybrid_kernels::chunked_linear_attention", mutates_args=())
+def _forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    value_log_decay: Tensor | None,
+    beta: Tensor | None,
+    bonus: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    scale: float,
+    chunk_size: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the output, the final states, and the states that the backward pass starts from."""
+    p = _problem(q, k, v, log_decay, value_log_decay, beta, bonus, cu_seqlens, scale, chunk_size)
+    whole, o = p.layout.empty(p.v.shape[3:], v.dtype, v.device)
+    if initial_state is None:
+        heads = p.v.shape[3] * p.v.shape[4]
+        initial_state = torch.zeros(
+            p.layout.sequences, heads, q.shape[3], v.shape[3], dtype=p.dtype, device=q.device
+        )
+    state = _fold(p.layout.sort_states(initial_state.to(p.dtype)), p)
+    saved = _unfold(forward(p, state, o), p)
+    final_state = p.layout.unsort_states(_unfold(state, p))
+    return p.layout.result(whole).flatten(2, 3), final_state, saved
+
+
+@torch.library.custom_op("hybrid_kernels::chunked_linear_attention_backward", mutates_args=())
+def _backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    value_log_decay: Tensor | None,
+    beta: Tensor | None,
+    bonus: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    scale: float,
+    chunk_size: int,
+    saved: Tensor,
+    do: Tensor,
+    dfinal: Tensor,
+    decays_wanted: bool,
+) -> list[Tensor]:
+    """Return the gradients of the tensors that are not None, in order."""
+    p = _problem(q, k, v, log_decay, value_log_decay, beta, bonus, cu_seqlens, scale, chunk_size)
+    layout = p.layout
+    dq, dk, dv, dbeta = (_Memory(layout, x) for x in (p.q, p.k, p.v, p.beta))
+    dkey = _Memory(layout, p.key_decay if decays_wanted else None, p.dtype)
+    dvalue = _Memory(layout, p.value_decay if decays_wanted else None, p.dtype)
+    dbonus = None if bonus is None else torch.zeros_like(bonus, dtype=p.dtype)
+    grads = Gradients(
+        dq.chunks, dk.chunks, dv.chunks, dkey.chunks, dvalue.chunks, dbeta.chunks, dbonus
+    )
+    dstate = _fold(layout.sort_states(dfinal.to(p.dtype)), p)
+    backward(p, _fold(saved, p), layout.chunks(do).unflatten(3, p.v.shape[3:5]), dstate, grads)
+
+    found = [(q, dq.result()), (k, dk.result()), (v, dv.result())]
+    if decays_wanted:
+        found.append((log_decay, dvalue.result() if p.key_decay is None else dkey.result()))
+        found.append((value_log_decay, dvalue.result()))
+    found.append((beta, dbeta.result()))
+    found.append((bonus, dbonus))
+    found.append((initial_state, layout.unsort_states(_unfold(dstate, p))))
+    return [_like(x, grad) for x, grad in found if x is not None]
+
+
+class _Memory:
+    """A gradient to be filled chunk by chunk, or nothing."""
+
+    def __init__(self, layout: Layout, like: Tensor | None, dtype: torch.dtype | None = None):
+        self.layout, self.chunks = layout, None
+        if like is not None:
+            self.whole, self.chunks = layout.empty(like.shape[3:], dtype or like.dtype, like.device)
+
+    def result(self) -> Tensor | None:
+        return None if self.chunks is None else self.layout.result(self.whole)
+
+
+def _like(x: Tensor, grad: Tensor | None) -> Tensor:
+    """Bring a gradient per token and per head to the shape and dtype of its input."""
+    assert grad is not None
+    if x.dim() == 1:
+        grad = grad.reshape(-1, x.shape[0]).sum(0)
+    elif x.dim() == 4 and grad.numel() != x.numel():
+        grad = grad.reshape(*x.shape[:3], -1, x.shape[3]).sum(3)
+    return grad.reshape(x.shape).to(x.dtype)
+
+
+def _fold(states: Tensor, p: Problem) -> Tensor:
+    """Bring (N, G r, K, V) to (N G, K, r V)."""
+    grouped = states.unflatten(1, p.v.shape[3:5]).transpose(2, 3)
+    return grouped.reshape(-1, grouped.shape[2], p.v.shape[4] * p.v.shape[5])
+
+
+def _unfold(states: Tensor, p: Problem) -> Tensor:
+    """Undo ``_fold``."""
+    groups, shared, size = p.v.shape[3:6]
+    count = states.shape[0] // groups
+    grouped = states.view(count, groups, states.shape[1], shared, size)
+    return grouped.transpose(2, 3).flatten(1, 2).contiguous()
+
+
+def _problem(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    value_log_decay: Tensor | None,
+    beta: Tensor | None,
+    bonus: Tensor | None,
+    cu_seqlens: Tensor | None,
+    scale: float,
+    chunk_size: int,
+) -> Problem:
+    """Choose the way and the chunk size, and cut the inputs into chunks."""
+    batch, time = q.shape[:2]
+    heads = max(q.shape[2], k.shape[2], v.shape[2])
+    if log_decay is not None and log_decay.dim() == 1:
+        log_decay = log_decay.expand(batch, time, heads)
+    lengths = None if cu_seqlens is None else document_lengths(cu_seqlens, time)
+    longest = time if lengths is None else max(lengths)
+    layout, exact = _choose(
+        [g for g in (log_decay, value_log_decay) if g is not None],
+        lambda size: Layout(batch, time, heads, size, _unit(chunk_size), lengths, q.device),
+        chunk_size or _default_chunk(beta is not None, longest),
+    )
+    # A scalar decay goes with the values, which leaves queries and keys to be shared by heads;
+    # but pairs of rows decay on the key side where they do so exactly.
+    scalar = log_decay is not None and log_decay.dim() == 3
+    if scalar:
+        log_decay = log_decay[..., None]
+    key_decay, value_decay = log_decay, value_log_decay
+    if scalar and not (exact or bonus is not None or value_log_decay is not None):
+        key_decay, value_decay = None, log_decay
+    groups = heads
+    if beta is None and bonus is None and key_decay is None and q.shape[2] == k.shape[2]:
+        groups = q.shape[2]
+
+    def cut(x: Tensor, count: int) -> Tensor:
+        if x.shape[2] != count:
+            x = x.repeat_interleave(count // x.shape[2], dim=2)
+        return layout.chunks(x)
+
+    return Problem(
+        q=cut(q, groups),
+        k=cut(k, groups),
+        v=cut(v, heads).unflatten(3, (groups, -1)),
+        key_decay=None if key_decay is None else layout.chunks(key_decay),
+        value_decay=(
+            None if value_decay is None else layout.chunks(value_decay).unflatten(3, (groups, -1))
+        ),
+        beta=None if beta is None else layout.chunks(beta[..., None]),
+        bonus=bonus,
+        scale=scale,
+        exact=exact,
+        layout=layout,
+        dtype=state_dtype(q, k, v),
+    )
+
+
+def _choose(
+    decays: list[Tensor], layout_of: Callable[[int], Layout], chunk: int
+) -> tuple[Layout, bool]:
+    """Halve the chunk until rescaling is safe; if it never is, take the exact way."""
+    first = layout = layout_of(chunk)
+    while not all(_bounded(layout.chunks(g)) for g in decays):
+        if chunk <= SMALLEST_CHUNK:
+            return first, True
+        chunk //= 2
+        layout = layout_of(chunk)
+    return layout, False
+
+
+def _bounded(chunks: Tensor) -> bool:
+    """Whether every chunk's total log decay stays above the limit; NaN counts as not."""
+    if chunks.numel() == 0:
+        return True
+    return bool(chunks.sum(2, dtype=torch.float32).amin() >= RESCALE_LIMIT)
+
+
+def _unit(chunk_size: int) -> int:
+    """Return what segments are multiples of; known before the chunk size is."""
+    return max(64, chunk_size)
+
+
+def _default_chunk(delta: bool, longest: int) -> int:
+    chunk = 32 if delta else 64
+    while chunk > SMALLEST_CHUNK and chunk // 2 >= longest:
+        chunk //= 2
+    return chunk
+
+
+@_forward.register_fake
+def _(
+    q, k, v, log_decay, value_log_decay, beta, bonus, initial_state, cu_seqlens, scale, chunk_size
 ):
-    B, T, _, K = q.shape
-    H = max(q.shape[2], k.shape[2], v.shape[2])
-    V = v.shape[3]
-    dt = state_dtype(q, k, v)
-    out_dtype = v.dtype
-    q, k, v = (x.to(dt).repeat_interleave(H // x.shape[2], 2) for x in (q, k, v))
-    g = log_decay
-    if g is None:
-        g = q.new_zeros(H)
-    g = g.to(dt).clamp(min=CLOSED[dt])
-    g = g.expand(B, T, H)
-    tokens = None
-    if cu_seqlens is not None:
-        lengths = document_lengths(cu_seqlens, T)
-        N, L = len(lengths), max(lengths)
-        ln = torch.tensor(lengths, device=q.device)
-        start = torch.arange(N, device=q.device) * L - (ln.cumsum(0) - ln)
-        tokens = torch.arange(T, device=q.device) + start.repeat_interleave(ln)
-        pad = lambda x: x.new_zeros(N * L, *x.shape[2:]).index_copy(0, tokens, x[0]).view(N, L, *x.shape[2:])
-        q, k, v, g = pad(q), pad(k), pad(v), pad(g)
-        B, T = N, L
-    C = chunk_size or 64
-    C = min(C, max(16, 1 << max(T - 1, 0).bit_length()))
-    n = -(-T // C)
+    heads = max(q.shape[2], k.shape[2], v.shape[2])
+    batch, time = q.shape[:2]
+    state = (heads, q.shape[3], v.shape[3])
+    if cu_seqlens is None:
+        rows = batch
+        count = batch * -(-time // segment_span(batch, heads, _unit(chunk_size)))
+    else:
+        rows = cu_seqlens.shape[0] - 1
+        count = torch.library.get_ctx().new_dynamic_size()
+    dtype = state_dtype(q, k, v)
+    return (
+        v.new_empty(batch, time, heads, v.shape[3]),
+        q.new_empty(rows, *state, dtype=dtype),
+        q.new_empty(count, *state, dtype=dtype),
+    )
 
-    def chunks(x):
-        x = torch.nn.functional.pad(x, (0, 0) * (x.dim() - 2) + (0, n * C - T))
-        return x.view(B, n, C, *x.shape[2:]).transpose(2, 3)
 
-    q, k, v = chunks(q * scale), chunks(k), chunks(v)
-    g = chunks(g[..., None])[..., 0]  # B n H C
-    G = g.cumsum(-1)
-    mask = torch.ones(C, C, dtype=torch.bool, device=q.device).tril()
-    seg = (g[..., None] * mask.tril(-1)).cumsum(-2)
-    D = seg.exp() * mask
-    o = ((q @ k.mT) * D) @ v
-    rest = (g.flip(-1).cumsum(-1).flip(-1) - g) if False else seg[..., -1, :]
-    Z = (k * rest.exp()[..., None]).mT @ v
-    S = initial_state.to(dt) if initial_state is not None else q.new_zeros(B, H, K, V)
-    d = G[..., -1].exp()[..., None, None]
-    states = []
-    for i in range(n):
-        states.append(S)
-        S = S * d[:, i] + Z[:, i]
-    if n:
-        o = o + (q * G.exp()[..., None]) @ torch.stack(states, 1)
-    o = o.transpose(2, 3).reshape(B, n * C, H, V)[:, :T]
-    if tokens is not None:
-        o = o.reshape(B * T, H, V)[tokens][None]
-    return o.to(out_dtype), S
+@_backward.register_fake
+def _(q, k, v, log_decay, value_log_decay, beta, bonus, initial_state, *rest):
+    decays = (log_decay, value_log_decay) if rest[-1] else ()
+    found = (q, k, v, *decays, beta, bonus, initial_state)
+    return [
+        torch.empty_like(x, memory_format=torch.contiguous_format) for x in found if x is not None
+    ]
+
+
+def _keep(ctx, inputs, output) -> None:
+    *tensors, ctx.scale, ctx.chunk_size = inputs
+    ctx.save_for_backward(*tensors, output[2])
+
+
+def _differentiate(ctx, do, dfinal, _):
+    *tensors, saved = ctx.saved_tensors
+    wanted = ctx.needs_input_grad[3] or ctx.needs_input_grad[4]
+    found = iter(
+        torch.ops.hybrid_kernels.chunked_linear_attention_backward(
+            *tensors, ctx.scale, ctx.chunk_size, saved, do, dfinal, wanted
+        )
+    )
+    skipped = () if wanted else (3, 4)
+    grads = [None if x is None or i in skipped else next(found) for i, x in enumerate(tensors[:8])]
+    return (*grads, None, None, None)
+
+
+_forward.register_autograd(_differentiate, setup_context=_keep)

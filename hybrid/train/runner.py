@@ -18,6 +18,7 @@ from hybrid.tokenizer import load_tokenizer
 from hybrid.train import build
 from hybrid.train.checkpoints import newest_whole, refuse_other_run
 from hybrid.train.config import TrainConfig
+from hybrid.train.model import load_model, model_config
 from hybrid.train.trainer import HybridTrainer
 
 if TYPE_CHECKING:
@@ -84,7 +85,7 @@ def prepare_run(config: TrainConfig) -> HybridTrainer:
     """
     args = build.training_arguments(config)
     tokenizer = load_tokenizer(config.tokenizer)
-    made = build.model_config(config, tokenizer)
+    made = model_config(config, tokenizer)
     data_seed = args.seed if args.data_seed is None else args.data_seed
     opened = build.open_sources(config.data, "data", config, tokenizer, made.vocab_size, data_seed)
     rows_per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
@@ -103,7 +104,7 @@ def prepare_run(config: TrainConfig) -> HybridTrainer:
         muon=config.muon,
         resolved=resolved,
         run=_identity(resolved, args.seed, data_seed, rows_per_step),
-        model=build.load_model(config, made),
+        model=load_model(config, made),
         args=args,
         train_dataset=rows,
         eval_dataset=held,
@@ -140,18 +141,21 @@ def _find_checkpoint(args: TrainingArguments, identity: dict[str, Any]) -> Path 
 
 
 def _result(trainer: HybridTrainer, seconds: float, resumed_from: int) -> RunResult:
-    history = trainer.state.log_history
     steps = trainer.state.global_step
     tokens = (steps - resumed_from) * trainer.tokens_per_step
     unwrapped = trainer.accelerator.unwrap_model(trainer.model)
     return RunResult(
         output_dir=str(trainer.args.output_dir),
         steps=steps,
-        losses=[(entry["step"], entry["loss"]) for entry in history if "loss" in entry],
-        eval_losses=[(e["step"], e["eval_loss"]) for e in history if "eval_loss" in e],
+        losses=_curve(trainer.state.log_history, "loss"),
+        eval_losses=_curve(trainer.state.log_history, "eval_loss"),
         seconds=seconds,
         tokens=tokens,
         tokens_per_second=tokens / seconds,
         parameters=sum(p.numel() for p in unwrapped.parameters()),
         resumed_from=resumed_from,
     )
+
+
+def _curve(history: list[dict[str, Any]], key: str) -> list[tuple[int, float]]:
+    return [(int(entry["step"]), entry[key]) for entry in history if key in entry]

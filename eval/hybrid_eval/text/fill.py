@@ -1,0 +1,67 @@
+"""Fill a prompt with as many units of filler as fit, counting real tokens."""
+
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+from itertools import accumulate
+from typing import NamedTuple
+
+
+class Filled(NamedTuple):
+    """How many units fitted, the tokens they make, and the tokens of the next unit."""
+
+    units: int
+    tokens: int
+    next_tokens: int
+
+
+def _guess(prefix: Sequence[int], units: int, room: int) -> int:
+    """Return the largest number of units that adds at most ``room`` tokens to ``units``."""
+    return max(bisect_right(prefix, prefix[units] + room) - 1, 0)
+
+
+def fill(
+    count: Callable[[int], int], unit_tokens: Sequence[int], budget: int, *, minimum: int, what: str
+) -> Filled:
+    """Find the largest number of units whose prompt takes at most ``budget`` tokens.
+
+    Tokens of units nearly add up, so the estimate from ``unit_tokens`` is right or almost right
+    and a sample costs one or two tokenisations of the prompt, not a search.
+
+    Args:
+        count: tokens of the prompt with that many units, counted on the prompt itself.
+        unit_tokens: estimated tokens of each unit, in the order in which they are added.
+        budget: tokens that the prompt may take.
+        minimum: units without which the sample makes no sense.
+        what: name for the error.
+
+    Raises:
+        ValueError: not even ``minimum`` units fit.
+    """
+    prefix = [0, *accumulate(max(1, tokens) for tokens in unit_tokens)]
+    most = len(prefix) - 1
+    fits: tuple[int, int] | None = None
+    too_many = most + 1
+    # what surrounds the units is not known yet: a first guess leaves it out and is corrected
+    units = max(minimum, min(most, _guess(prefix, 0, budget * 9 // 10)))
+    while True:
+        tokens = count(units)
+        if tokens > budget:
+            too_many = units
+            reach = bisect_right(prefix, prefix[units] - (tokens - budget)) - 1
+        else:
+            fits = (units, tokens)
+            reach = _guess(prefix, units, budget - tokens)
+        low = minimum if fits is None else fits[0]
+        units = max(low, min(reach, too_many - 1, most))
+        if fits is not None and units == fits[0]:
+            break
+        if units >= too_many:
+            raise ValueError(
+                f"{what}: the shortest prompt takes {tokens} tokens, only {budget} are left of the "
+                "length after room for the answer; ask for a greater length"
+            )
+    units, tokens = fits
+    following = prefix[units + 1] - prefix[units] if units < most else 0
+    return Filled(
+        units, tokens, max(following, budget - tokens + 1 if units + 1 == too_many else 0)
+    )

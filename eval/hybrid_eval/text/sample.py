@@ -1,0 +1,106 @@
+"""One sample of a task in words, and the tokens it takes."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from ..tokens import Encoder
+
+Match = Literal["all", "any"]
+
+
+@dataclass(frozen=True)
+class TextSample:
+    """A prompt with its answer.
+
+    Attributes:
+        task: name of the task.
+        index: number of the sample in its cell.
+        length: tokens the sample may take: prompt, answer prefix and generation.
+        prompt: what the model reads, without ``answer_prefix``.
+        answer_prefix: how the answer begins; the model continues it.
+        outputs: the right answers.
+        match: "all" scores the share of outputs found in the answer, "any" whether one is.
+        max_new_tokens: room kept for generation.
+        prompt_tokens: true number of tokens of prompt and prefix, special tokens included.
+        slack: tokens that are left of ``length``; smaller than one unit of filler.
+        filler_tokens: tokens of the unit of filler that no longer fitted.
+        haystack: source of the filler.
+        depth: of the (first) needle in [0, 1], where there is one.
+        needle_positions: token index in the prompt at which each answer's evidence begins.
+        details: what else a solver or a reader may want to know.
+    """
+
+    task: str
+    index: int
+    length: int
+    prompt: str
+    answer_prefix: str
+    outputs: tuple[str, ...]
+    match: Match
+    max_new_tokens: int
+    prompt_tokens: int
+    slack: int
+    filler_tokens: int
+    haystack: str
+    depth: float | None = None
+    needle_positions: tuple[int, ...] = ()
+    details: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def text(self) -> str:
+        """Prompt and answer prefix: what the model continues."""
+        return f"{self.prompt} {self.answer_prefix}" if self.answer_prefix else self.prompt
+
+    @property
+    def answer(self) -> str:
+        """The reference continuation for teacher forcing."""
+        wanted = self.outputs if self.match == "all" else self.outputs[:1]
+        return " " + ", ".join(wanted)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the sample as a flat record, as a data set row."""
+        return asdict(self) | {"outputs": list(self.outputs)}
+
+
+def prompt_ids(tokenizer: Encoder, text: str) -> list[int]:
+    """Return ids with the special tokens that the tokenizer puts in front, none behind."""
+    ids = list(tokenizer(text, verbose=False)["input_ids"])
+    end = getattr(tokenizer, "eos_token_id", None)
+    begin = getattr(tokenizer, "bos_token_id", None)
+    if len(ids) > 1 and end is not None and ids[-1] == end and end != begin:
+        ids.pop()
+    return ids
+
+
+class Counter:
+    """Counts tokens, and remembers the counts of short pieces."""
+
+    def __init__(self, tokenizer: Encoder):
+        self.tokenizer = tokenizer
+        self._known: dict[str, int] = {}
+
+    def text(self, text: str) -> int:
+        """Tokens of a whole prompt."""
+        return len(prompt_ids(self.tokenizer, text))
+
+    def piece(self, piece: str) -> int:
+        """Tokens that a piece takes inside a text."""
+        if piece not in self._known:
+            ids = self.tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"]
+            self._known[piece] = len(ids)
+        return self._known[piece]
+
+    def position(self, text: str, place: int) -> int:
+        """Index of the token in which the character at ``place`` lies."""
+        if getattr(self.tokenizer, "is_fast", False):
+            token = self.tokenizer(text, verbose=False).char_to_token(place)
+            if token is not None:
+                return token
+        return self.text(text[:place])
+
+
+def string_match(sample_outputs: Sequence[str], answer: str, match: Match) -> float:
+    """Score an answer as RULER does, ignoring case: share of the outputs in it, or any of them."""
+    found = [output.lower() in answer.lower() for output in sample_outputs]
+    return float(any(found)) if match == "any" else sum(found) / len(found)

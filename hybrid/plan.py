@@ -1,0 +1,198 @@
+"""What a config costs before anything is built: parameters, FLOPs per token, cache bytes.
+
+The model is made on the meta device, so parameters are counted and not estimated, and each mixer is
+asked for what it alone knows: the FLOPs of its mixing, what its cache grows by, the size of its state.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from hybrid.config import HybridConfig
+from hybrid.ffn import FeedForward
+from hybrid.mixers import Mixer, ShortConvolution
+from hybrid.model import HybridForCausalLM
+from hybrid.options import ConfigError, did_you_mean
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The cost of one model at one context length; FLOPs are forward only, a multiply-add is two.
+
+    Attributes:
+        parameters: all of them, tied ones once.
+        active_parameters: those that one token uses.
+        embedding_parameters: of the embedding and an untied head.
+        context: N, in tokens.
+        flops_per_token: forward, mean over a sequence of N tokens, the head included.
+        kv_bytes_per_token: what the cache grows by per token and sequence.
+        state_bytes: what the cache holds whatever the length, per sequence.
+    """
+
+    parameters: int
+    active_parameters: int
+    embedding_parameters: int
+    context: int
+    flops_per_token: float
+    kv_bytes_per_token: int
+    state_bytes: int
+
+    @property
+    def cache_bytes(self) -> int:
+        """Cache bytes of one sequence of N tokens."""
+        return self.kv_bytes_per_token * self.context + self.state_bytes
+
+    @property
+    def training_flops_per_token(self) -> float:
+        """Forward and backward: three times the forward."""
+        return 3 * self.flops_per_token
+
+
+def plan(config: HybridConfig, context: int = 8192, dtype: torch.dtype = torch.bfloat16) -> Plan:
+    """Count the cost of `config` at `context` tokens, with weights and keys in `dtype`.
+
+    Raises:
+        ValueError: a context below 1, or above `max_position_embeddings`.
+    """
+    limit = config.max_position_embeddings
+    if context < 1 or (limit is not None and context > limit):
+        most = f" to max_position_embeddings {limit}" if limit is not None else ""
+        raise ValueError(f"context: must be from 1{most} tokens, found {context}")
+    with torch.device("meta"):
+        model = HybridForCausalLM(config)
+    model.tie_weights()
+    mixers = [m for m in model.modules() if isinstance(m, Mixer)]
+    size = dtype.itemsize
+    states = [m.state_elements() for m in mixers]
+    return Plan(
+        parameters=count(model),
+        active_parameters=count(model) - _idle(model),
+        embedding_parameters=_embedding(model),
+        context=context,
+        flops_per_token=_matmul_flops(model) + sum(m.mixing_flops(context) for m in mixers),
+        kv_bytes_per_token=size * sum(m.cache_elements_per_token() for m in mixers),
+        state_bytes=sum(4 * recurrent + size * conv for recurrent, conv in states),
+    )
+
+
+def count(module: nn.Module) -> int:
+    """Parameters of a module, shared ones once."""
+    return sum(p.numel() for p in module.parameters())
+
+
+def _idle(model: HybridForCausalLM) -> int:
+    """Parameters that one token does not use."""
+    parts = [m for m in model.modules() if isinstance(m, FeedForward)]
+    return round(sum(count(m) * (1 - m.active_share()) for m in parts))
+
+
+def _embedding(model: HybridForCausalLM) -> int:
+    embedding = model.get_input_embeddings().weight.numel()
+    return embedding if model.config.tie_word_embeddings else 2 * embedding
+
+
+def _matmul_flops(model: HybridForCausalLM) -> float:
+    """Two per weight and token in every projection, and in the short convolutions."""
+    total = 0.0
+    for layer in model.model.layers:
+        share = layer.ffn.active_share() if layer.ffn is not None else 1.0
+        for part, used in ((layer.mixer, 1.0), (layer.ffn, share)):
+            if part is None:
+                continue
+            for module in part.modules():
+                if isinstance(module, (nn.Linear, ShortConvolution)):
+                    total += 2.0 * used * module.weight.numel()
+    return total + 2.0 * model.lm_head.weight.numel()
+
+
+def load_model_config(path: str, overrides: Sequence[str] = ()) -> HybridConfig:
+    """The model of a training YAML, of a YAML with the model's own keys, or of a checkpoint.
+
+    Args:
+        path: a YAML file, a folder with a config.json, or a config.json.
+        overrides: `key=value`, for YAML files.
+
+    Raises:
+        ValueError: no such file, or a config with mistakes; each is named.
+    """
+    from hybrid.train import yaml
+
+    if Path(path).is_dir() or path.endswith(".json"):
+        file = Path(path) / "config.json" if Path(path).is_dir() else Path(path)
+        if not file.is_file():
+            raise ConfigError([f"no such file: {file}"], path)
+        values = json.loads(file.read_text(encoding="utf-8"))
+        if values.get("model_type") != HybridConfig.model_type:
+            found = values.get("model_type")
+            raise ConfigError([f"model_type: expected 'hybrid', found {found!r}"], str(file))
+        return HybridConfig(**values)
+    values = yaml.apply_overrides(yaml.read(path), overrides)
+    if not isinstance(values.get("model"), dict):
+        return HybridConfig(**values)
+    model = dict(values["model"])
+    if "path" in model:
+        return load_model_config(str(model["path"]))
+    if "vocab_size" not in model:
+        from hybrid.tokenizer import load_tokenizer
+
+        model["vocab_size"] = len(load_tokenizer(values.get("tokenizer", "bytes")))
+    return HybridConfig(**model)
+
+
+def parse_tokens(text: str) -> int:
+    """'8192', '8k' (8192), '1m' -> tokens. Raises ValueError for anything else."""
+    scale = {"k": 1024, "m": 1024**2}.get(text[-1:].lower(), 1)
+    digits = text[:-1] if scale > 1 else text
+    if not digits.isdigit():
+        raise ValueError(f"context: {text!r} is no number of tokens; write 8192, 8k or 1m")
+    return int(digits) * scale
+
+
+def parse_dtype(name: str) -> torch.dtype:
+    """'bfloat16' -> torch.bfloat16. Raises ValueError with the nearest right name."""
+    known = ("float32", "bfloat16", "float16", "float64")
+    if name not in known:
+        raise ValueError(f"dtype: unknown {name!r}, {did_you_mean(name, known)}")
+    return getattr(torch, name)
+
+
+def print_plan(cost: Plan, config: HybridConfig) -> None:
+    """Print a plan as a table."""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    from hybrid.layout import parse
+
+    title = f"{escape(str(parse(config.layout)))}: {len(config.layers)} layers"
+    table = Table("", "", title=title, show_header=False)
+    share = cost.embedding_parameters / cost.parameters
+    rows = [
+        ("parameters", f"{cost.parameters:,}"),
+        ("active per token", f"{cost.active_parameters:,}"),
+        ("of these, embedding", f"{cost.embedding_parameters:,} ({share:.1%})"),
+        (f"forward FLOPs per token at {cost.context:,}", f"{cost.flops_per_token:,.0f}"),
+        ("training FLOPs per token", f"{cost.training_flops_per_token:,.0f}"),
+        ("cache bytes per token", f"{cost.kv_bytes_per_token:,}"),
+        ("cache bytes whatever the length", f"{cost.state_bytes:,}"),
+        (f"cache at {cost.context:,} tokens", f"{human_bytes(cost.cache_bytes)} a sequence"),
+    ]
+    for name, value in rows:
+        table.add_row(name, value)
+    Console().print(table)
+
+
+def human_bytes(number: int) -> str:
+    """4294967296 -> '4 GiB'."""
+    value = float(number)
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if value < 1024 or unit == "TiB":
+            return f"{value:.4g} {unit}"
+        value /= 1024
+    raise AssertionError

@@ -1,0 +1,246 @@
+"""`hybrid quickstart`: three layouts trained, reloaded, measured and compared, on a laptop.
+
+Nothing here is special to the quickstart: it types the commands that a user would type, some at
+once where there are cores for it, and shows one progress bar for each.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from hybrid.options import ConfigError
+
+# What the evaluation measures; the sizes are those of the training rows and beyond.
+EVALUATION = [
+    *("--tasks", "mqar,needle,heldout,cost"),
+    *("--lengths", "32,64,128,256,512"),
+    *("--depths", "0,0.25,0.5,0.75,1"),
+    *("--context", "32k"),
+]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run: a layout and a seed, and where it goes."""
+
+    name: str
+    layout: str
+    seed: int
+    folder: Path
+
+
+def quickstart(
+    out: str = "runs/quickstart",
+    config: str | None = None,
+    layouts: Sequence[str] = ("LLLS", "SSSS", "LLLL"),
+    seeds: Sequence[int] = (0,),
+    overrides: Sequence[str] = (),
+) -> int:
+    """Train every layout with every seed, evaluate them in a fresh process, write the report.
+
+    Args:
+        out: folder for checkpoints, logs and the report. Runs that are complete there are kept.
+        config: training YAML; default `configs/quickstart.yaml`.
+        layouts: the first is the hybrid, the others its controls.
+        seeds: of initialisation and data.
+        overrides: `key=value` for the training config.
+
+    Returns:
+        0, or the exit status of the command that failed.
+
+    Raises:
+        ValueError: a config or a layout with mistakes, before anything runs.
+    """
+    started = time.perf_counter()
+    path = find_config("quickstart.yaml") if config is None else Path(config)
+    runs = _runs(Path(out), layouts, seeds)
+    sizes = _parameters(path, runs, overrides)
+    _print_sizes(sizes)
+    failed = _train_all(path, runs, overrides)
+    if failed is not None:
+        run, log, status = failed
+        print(f"training of {run.name} failed; the end of {log}:\n{_tail(log)}", file=sys.stderr)
+        return status
+    status = subprocess.call(evaluation_command(runs, out))
+    if status:
+        return status
+    _print_end(Path(out), path, runs, time.perf_counter() - started)
+    return 0
+
+
+def training_command(
+    config: str | Path, overrides: Sequence[str] = (), engine: Sequence[str] = ()
+) -> list[str]:
+    """`accelerate launch -m hybrid.train CONFIG [key=value ...]` with this Python."""
+    launch = [sys.executable, "-m", "accelerate.commands.launch"]
+    return [*launch, *engine, "-m", "hybrid.train", str(config), *overrides]
+
+
+def evaluation_command(runs: Sequence[Run], out: str | Path) -> list[str]:
+    """`hybrid eval NAME=FOLDER ... --out OUT` with this Python."""
+    models = [f"{run.name}={run.folder}" for run in runs]
+    title = f"Quickstart: {', '.join(dict.fromkeys(run.layout for run in runs))}"
+    command = [sys.executable, "-m", "hybrid.cli", "eval", *models, "--out", str(out)]
+    return [*command, *EVALUATION, "--title", title]
+
+
+def find_config(name: str) -> Path:
+    """A file of `configs/`: below the working directory, in the source tree, or in the wheel.
+
+    Raises:
+        ConfigError: it is in none of them.
+    """
+    package = Path(__file__).parent
+    folders = [Path("configs"), package.parent / "configs", package / "configs"]
+    for folder in folders:
+        if (folder / name).is_file():
+            return folder / name
+    looked = ", ".join(str(folder) for folder in folders)
+    raise ConfigError([f"{name} is in none of {looked}"], "configs")
+
+
+def _runs(out: Path, layouts: Sequence[str], seeds: Sequence[int]) -> list[Run]:
+    runs = []
+    for seed in seeds:
+        for layout in layouts:
+            name = layout if len(seeds) == 1 else f"{layout} seed {seed}"
+            runs.append(Run(name, layout, seed, out / name.replace(" ", "-")))
+    return runs
+
+
+def _parameters(path: Path, runs: Sequence[Run], overrides: Sequence[str]) -> dict[str, int]:
+    """Parameters by layout, counted on the meta device; also checks every layout's config."""
+    from hybrid.plan import load_model_config, plan
+
+    sizes = {}
+    for layout in dict.fromkeys(run.layout for run in runs):
+        config = load_model_config(str(path), [*overrides, f"model.layout={layout}"])
+        sizes[layout] = plan(config, context=1).parameters
+    return sizes
+
+
+def _print_sizes(sizes: dict[str, int]) -> None:
+    spread = max(sizes.values()) / min(sizes.values()) - 1
+    words = ", ".join(f"{layout} {count:,}" for layout, count in sizes.items())
+    print(f"parameters: {words} (within {spread:.1%})", flush=True)
+
+
+def _train_all(
+    path: Path, runs: Sequence[Run], overrides: Sequence[str]
+) -> tuple[Run, Path, int] | None:
+    """Train all runs, as many at once as there are cores; returns the first that failed."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    at_once = max(1, min(len(runs), cores or 1))
+    threads = max(1, (cores or 1) // at_once)
+    env = {**os.environ, "OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
+    with _bars() as bars, ThreadPoolExecutor(at_once) as pool:
+        lanes = {run.name: bars.add_task(run.name, total=None, note="waiting") for run in runs}
+
+        def one(run: Run) -> tuple[Run, Path, int]:
+            own = [
+                f"model.layout={run.layout}",
+                f"training.seed={run.seed}",
+                f"training.output_dir={run.folder}",
+            ]
+            command = training_command(path, [*overrides, *own])
+            plain = ["accelerate", "launch", *command[3:]]
+            bars.console.print(f"$ {shlex.join(plain)}", highlight=False, soft_wrap=True)
+            log = run.folder.with_name(run.folder.name + ".log")
+            log.parent.mkdir(parents=True, exist_ok=True)
+            bars.update(lanes[run.name], note="starting")
+            status = _follow(command, env, log, lambda **kw: bars.update(lanes[run.name], **kw))
+            return run, log, status
+
+        results = list(pool.map(one, runs))
+    return next((result for result in results if result[2]), None)
+
+
+@contextmanager
+def _bars() -> Iterator[Any]:
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (
+        TextColumn("train {task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
+    with Progress(*columns) as bars:
+        yield bars
+
+
+STEP = re.compile(r"(\d+)/(\d+) \[.*?(?:loss=([\d.naif]+))?[^\[]*$")
+
+
+def _follow(command: list[str], env: dict[str, str], log: Path, update: Any) -> int:
+    """Run a training command; its output goes to `log`, and its progress bar to `update`."""
+    with (
+        log.open("w", encoding="utf-8") as kept,
+        subprocess.Popen(
+            command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        ) as process,
+    ):
+        assert process.stdout is not None
+        reader = threading.Thread(target=_read, args=(process.stdout, kept, update))
+        reader.start()
+        try:
+            status = process.wait()
+        except BaseException:
+            process.terminate()
+            raise
+        reader.join()
+    update(note="done" if status == 0 else f"failed, see {log}")
+    return status
+
+
+def _read(stream: IO[str], kept: IO[str], update: Any) -> None:
+    """Copy lines (a bar redraws itself after a carriage return, which text mode makes a line)."""
+    for line in stream:
+        kept.write(line)
+        kept.flush()
+        match = STEP.search(line.rstrip())
+        if match:
+            done, total, loss = match.groups()
+            note = f"loss {float(loss):.3f}" if loss else ""
+            update(completed=int(done), total=int(total), note=note)
+
+
+def _tail(log: Path, lines: int = 15) -> str:
+    return "\n".join(log.read_text(encoding="utf-8").splitlines()[-lines:])
+
+
+def _print_end(out: Path, config: Path, runs: Sequence[Run], seconds: float) -> None:
+    import json
+
+    results = json.loads((out / "results.json").read_text(encoding="utf-8"))
+    scores = {m["name"]: m["results"]["mqar"]["accuracy"] for m in results["models"]}
+    hybrid_layout = runs[0].layout
+    seeds = list(dict.fromkeys(run.seed for run in runs))
+    for layout in dict.fromkeys(run.layout for run in runs):
+        if layout == hybrid_layout:
+            continue
+        by_seed = {(run.layout, run.seed): scores[run.name] for run in runs}
+        wins = sum(by_seed[hybrid_layout, s] > by_seed[layout, s] for s in seeds)
+        print(f"recall: {hybrid_layout} above {layout} at {wins} of {len(seeds)} seeds")
+    first = runs[0].folder
+    print(f"\n{seconds:.0f} s in all. Report: {out / 'report.html'}\n\nNext:")
+    for command in (
+        f"accelerate launch -m hybrid.train {config} model.layout=LSLS"
+        f" training.output_dir={out / 'LSLS'}",
+        f"hybrid eval {first} {out / 'LSLS'} --tasks mqar,needle,heldout --out {out / 'compare'}",
+        f"hybrid plan {first} --context 128k",
+    ):
+        print(f"  {command}")

@@ -1,0 +1,221 @@
+"""How a batch of sequences becomes a list of chunks, and back.
+
+Chunks are ordered by step: first the first chunk of every sequence, then the second of every one
+that has a second, and so on. Packed documents are sorted by their number of chunks, longest first,
+so that the sequences still running at a step are always a prefix of the states. A plain batch is
+the case in which all of them run to the end.
+
+Legend: B batch, T time, N documents (B for a plain batch), C chunk, R chunks in all, G heads of q
+and k, r value heads per G.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# Tokens x heads that one segment works on at a time: its matrices should stay in a core's cache.
+SEGMENT_ROWS = 2048
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A run of consecutive steps that is computed together.
+
+    Attributes:
+        lead: slice of the leading axis of ``Layout.chunks``.
+        offsets: first chunk of each step, counted from the segment's own first, and their total.
+        widths: number of sequences that run at each step.
+        following: number of sequences that run at the step after the last.
+    """
+
+    lead: slice
+    offsets: list[int]
+    widths: list[int]
+    following: int
+
+    @property
+    def width(self) -> int:
+        """Number of sequences that run at the segment's first step."""
+        return self.widths[0]
+
+
+def segment_span(sequences: int, heads: int, unit: int) -> int:
+    """Return how many tokens of each sequence a segment holds, a multiple of ``unit``."""
+    return unit * max(1, SEGMENT_ROWS // (sequences * heads * unit))
+
+
+class Layout:
+    """The chunks of one batch or of one row of packed documents.
+
+    Args:
+        batch: B.
+        time: T.
+        heads: of the state; with ``unit``, what the length of segments depends on.
+        chunk: C, a power of two.
+        unit: segments are multiples of this many tokens, itself a multiple of C.
+        lengths: of the packed documents, or None.
+        device: of the tensors.
+    """
+
+    def __init__(
+        self,
+        batch: int,
+        time: int,
+        heads: int,
+        chunk: int,
+        unit: int,
+        lengths: list[int] | None,
+        device: torch.device,
+    ):
+        self.batch, self.time, self.heads = batch, time, heads
+        self.chunk, self.unit = chunk, unit
+        self.tokens: Tensor | None = None
+        self.order: Tensor | None = None
+        if lengths is None:
+            self.sequences = batch
+            self.widths = [batch] * -(-time // chunk)
+        else:
+            self._pack(lengths, device)
+        self.starts = [0]
+        for width in self.widths:
+            self.starts.append(self.starts[-1] + width)
+
+    def _pack(self, lengths: list[int], device: torch.device) -> None:
+        """Sort the documents and find the place of every token among the chunks."""
+        self.sequences = len(lengths)
+        counts = [-(-length // self.chunk) for length in lengths]
+        order = sorted(range(len(lengths)), key=lambda row: -counts[row])
+        self.widths = []
+        running = len(lengths)
+        for step in range(max(counts)):
+            while counts[order[running - 1]] <= step:
+                running -= 1
+            self.widths.append(running)
+        self.order = torch.tensor(order, device=device)
+        length = torch.tensor(lengths, device=device)
+        place = torch.empty_like(self.order)
+        place[self.order] = torch.arange(len(lengths), device=device)
+        first = (length.cumsum(0) - length).repeat_interleave(length)
+        within = torch.arange(self.time, device=device) - first
+        width = torch.tensor([0, *self.widths], device=device).cumsum(0)
+        row = width[within // self.chunk] + place.repeat_interleave(length)
+        self.tokens = row * self.chunk + within % self.chunk
+
+    def segments(self) -> list[Segment]:
+        """Cut the steps into segments of about ``SEGMENT_ROWS`` tokens x heads."""
+        found, step = [], 0
+        while step < len(self.widths):
+            span = segment_span(self.widths[step], self.heads, self.unit)
+            stop = min(step + span // self.chunk, len(self.widths))
+            offsets = [s - self.starts[step] for s in self.starts[step : stop + 1]]
+            lead = slice(step, stop)
+            if self.tokens is not None:
+                lead = slice(self.starts[step], self.starts[stop])
+            following = self.widths[stop] if stop < len(self.widths) else 0
+            found.append(Segment(lead, offsets, self.widths[step:stop], following))
+            step = stop
+        return found
+
+    def chunks(self, x: Tensor) -> Tensor:
+        """View (B, T, ...) as (leading, sequences at a step, C, ...); copies only to pad."""
+        if self.tokens is not None:
+            padded = x.new_zeros(self.starts[-1] * self.chunk, *x.shape[2:])
+            padded.index_copy_(0, self.tokens, x[0])
+            return padded.unflatten(0, (-1, 1, self.chunk))
+        missing = len(self.widths) * self.chunk - self.time
+        if missing:
+            x = torch.cat([x, x.new_zeros(x.shape[0], missing, *x.shape[2:])], dim=1)
+        shape = (self.batch, len(self.widths), self.chunk, *x.shape[2:])
+        return x.reshape(shape).transpose(0, 1)
+
+    def empty(
+        self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+    ) -> tuple[Tensor, Tensor]:
+        """Return memory for a (B, T, *shape) result, and the view of it by chunks to fill."""
+        if self.tokens is not None:
+            whole = torch.empty(self.starts[-1] * self.chunk, *shape, dtype=dtype, device=device)
+            return whole, whole.unflatten(0, (-1, 1, self.chunk))
+        steps = len(self.widths)
+        whole = torch.empty(self.batch, steps * self.chunk, *shape, dtype=dtype, device=device)
+        view = whole.view(self.batch, steps, self.chunk, *shape).transpose(0, 1)
+        return whole, view
+
+    def result(self, whole: Tensor) -> Tensor:
+        """Cut the memory of ``empty`` back to (B, T, ...)."""
+        if self.tokens is not None:
+            return whole.index_select(0, self.tokens)[None]
+        return whole[:, : self.time].contiguous()
+
+    def sort_states(self, states: Tensor) -> Tensor:
+        """Bring one state per sequence into the order of the chunks (a copy)."""
+        return states.clone() if self.order is None else states[self.order]
+
+    def unsort_states(self, states: Tensor) -> Tensor:
+        """Undo ``sort_states``."""
+        if self.order is None:
+            return states
+        return torch.empty_like(states).index_copy_(0, self.order, states)
+
+
+def load(
+    chunks: Tensor,
+    dtype: torch.dtype,
+    factor: Tensor | float | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Gather chunks of G heads into (R*G, C, ...), times ``factor``, in ``dtype``.
+
+    Args:
+        chunks: (leading, sequences, C, G, ...).
+        dtype: of the result.
+        factor: something that broadcasts to the result.
+        out: where to put the result; without it and without a factor, the result may be a view.
+    """
+    x = chunks.transpose(2, 3)
+    shape = (x.shape[0] * x.shape[1] * x.shape[2], *x.shape[3:])
+    if out is None:
+        if factor is None:
+            return x.to(dtype).reshape(shape)
+        out = torch.empty(shape, dtype=dtype, device=x.device)
+    target = out.unflatten(0, x.shape[:3])
+    if factor is None:
+        target.copy_(x)
+    else:
+        torch.mul(x, _by_chunk(factor, x), out=target)
+    return out
+
+
+def store(chunks: Tensor, x: Tensor, factor: Tensor | float | None = None) -> None:
+    """Scatter (R*G, C, ...), times ``factor``, into chunks of G heads."""
+    target = chunks.transpose(2, 3)
+    x = x.unflatten(0, target.shape[:3])
+    if factor is None:
+        target.copy_(x)
+    else:
+        torch.mul(x, _by_chunk(factor, target), out=target)
+
+
+def _by_chunk(factor: Tensor | float, chunks: Tensor) -> Tensor | float:
+    if isinstance(factor, Tensor):
+        return factor.unflatten(0, chunks.shape[:3])
+    return factor
+
+
+def steps(segment: Segment, heads: int) -> Iterator[tuple[slice, int, slice | None, int]]:
+    """Yield what the serial pass over states needs for each step of a segment.
+
+    Yields:
+        the step's rows of an (R*G, ...) tensor; how many rows of states run at it; the rows of
+        the next step if that is in the segment too; and how many states run on there.
+    """
+    for i, width in enumerate(segment.widths):
+        rows = slice(segment.offsets[i] * heads, segment.offsets[i + 1] * heads)
+        if i + 1 < len(segment.widths):
+            following = segment.widths[i + 1] * heads
+            yield rows, width * heads, slice(rows.stop, rows.stop + following), following
+        else:
+            yield rows, width * heads, None, 0

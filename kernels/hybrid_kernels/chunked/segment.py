@@ -1,0 +1,266 @@
+"""Chunked linear attention: one segment of chunks at a time, forward and hand-written backward.
+
+Within a chunk, with X the rows that read (queries, and for the delta rule the erasing keys
+beta k), w the rows that write, S the state before the chunk and D its decay over the chunk::
+
+    A = lower(q w^T),  L = strictly lower(beta k w^T)      each pair decayed (gates.py, pairs.py)
+    u = v                                                  additive
+    u = (I + L)^-1 (beta v - beta k S)                     delta rule (arXiv 2406.06484, eq. 6-11;
+                                                           with decay arXiv 2412.06464, eq. 9)
+    o = A u + q S
+    S' = D (S + w^T u) when rescaled,  D S + w^T u when exact
+
+A segment is recomputed in the backward pass from the state before it, the only thing that the
+forward pass keeps.
+
+Legend: B batch, T time, C chunk, b chunks x G of one segment, G heads of q and k, r value heads
+per G, H = G r heads of the state, K key dim, V value dim, X reading rows (C, or 2 C for the delta
+rule), N sequences.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hybrid_kernels.chunked.gates import Gate, triangle
+from hybrid_kernels.chunked.inverse import unit_lower_inverse
+from hybrid_kernels.chunked.layout import Layout, Segment, load, steps, store
+from hybrid_kernels.chunked.pairs import apply_pairs, key_pairs
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Checked inputs in chunks: views of (leading, sequences, C, G, ...), see ``Layout``.
+
+    Attributes:
+        q: (..., G, K).
+        k: (..., G, K).
+        v: (..., G, r, V).
+        key_decay: (..., G, K or 1), or None.
+        value_decay: (..., G, r, V or 1), or None.
+        beta: (..., G, 1), or None for the additive form; then r is 1.
+        bonus: (G, K), or None; then r is 1.
+        scale: of the output.
+        exact: which way of decaying pairs.
+        layout: of the chunks.
+        dtype: to compute in.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    key_decay: Tensor | None
+    value_decay: Tensor | None
+    beta: Tensor | None
+    bonus: Tensor | None
+    scale: float
+    exact: bool
+    layout: Layout
+    dtype: torch.dtype
+
+    @property
+    def heads(self) -> int:
+        """G, the heads of q and k."""
+        return self.q.shape[3]
+
+
+def forward(p: Problem, state: Tensor, o: Tensor) -> Tensor:
+    """Fill ``o`` chunk by chunk.
+
+    Args:
+        p: the inputs.
+        state: (N G, K, r V) initial states in the layout's order; becomes the final ones.
+        o: chunks of the output, (leading, sequences, C, G, r, V).
+
+    Returns:
+        The states before each segment, one after the other.
+    """
+    saved = [state[:0]]
+    for segment in p.layout.segments():
+        saved.append(state[: segment.width * p.heads].clone())
+        run = Run(p, segment)
+        run.pass_states(state)
+        run.store_output(o[segment.lead])
+    return torch.cat(saved)
+
+
+class Run:
+    """One segment: its factors, pairs and states.
+
+    Attributes (b leading everywhere):
+        read: (X, K) queries, below them beta k for the delta rule, times their read factor.
+        write: (C, K) keys times their write factor.
+        values: (C, r V) what is written but for the delta rule's correction.
+        pairs: (X, C) decayed products, masked.
+        starts: (K, r V) states before each chunk.
+        sums: (K, r V) after each chunk, before the decay if rescaled.
+        written: (C, r V) u.
+    """
+
+    def __init__(self, p: Problem, segment: Segment):
+        self.p, self.segment = p, segment
+        self.delta = p.beta is not None
+        self.exact_keys = p.exact and p.key_decay is not None
+        self.exact_values = p.exact and p.value_decay is not None
+        self._load_gates()
+        self._load_rows()
+        self._make_pairs()
+
+    def _load_gates(self) -> None:
+        p, exclusive = self.p, self.p.bonus is not None
+        self.key_gate = self.value_gate = None
+        if p.key_decay is not None:
+            g = load(p.key_decay[self.segment.lead], p.dtype)
+            self.key_gate = Gate(g, p.exact, exclusive)
+        if p.value_decay is not None:
+            g = load(p.value_decay[self.segment.lead], p.dtype)
+            self.value_gate = Gate(g.flatten(2), p.exact, exclusive=False)
+
+    def _load_rows(self) -> None:
+        p, lead = self.p, self.segment.lead
+        read = self.key_gate.read if self.key_gate else None
+        write = self.key_gate.write if self.key_gate else None
+        self.write = load(p.k[lead], p.dtype, write)
+        self.values = load(p.v[lead], p.dtype, self.value_factor("write")).flatten(2)
+        if not self.delta:
+            self.read = load(p.q[lead], p.dtype, read)
+            return
+        assert p.beta is not None
+        self.beta = load(p.beta[lead], p.dtype)
+        rows, chunk, size = self.write.shape
+        self.read = self.write.new_empty(rows, 2 * chunk, size)
+        load(p.q[lead], p.dtype, read, out=self.read[:, :chunk])
+        erase = self.beta if read is None else self.beta * read
+        load(p.k[lead], p.dtype, erase, out=self.read[:, chunk:])
+        self.values *= self.beta
+
+    def value_factor(self, which: str, scale: float = 1.0) -> Tensor | float | None:
+        """Return the value gate's factor as (b, C, r, V or 1), times ``scale``."""
+        if self.value_gate is None:
+            return scale if scale != 1.0 else None
+        factor = getattr(self.value_gate, which).unflatten(2, self.p.v.shape[4:5] + (-1,))
+        return factor if scale == 1.0 else factor * scale
+
+    def _make_pairs(self) -> None:
+        p = self.p
+        if self.exact_keys:
+            assert self.key_gate is not None
+            self.raw_q = load(p.q[self.segment.lead], p.dtype)
+            self.raw_k = load(p.k[self.segment.lead], p.dtype)
+            readers = [self.raw_q, self.beta * self.raw_k] if self.delta else [self.raw_q]
+            self.raw_read = torch.stack(readers, dim=1)
+            self.pairs = key_pairs(
+                self.raw_read, self.raw_k, self.key_gate.g, p.bonus is not None
+            ).flatten(1, 2)
+        else:
+            self.pairs = torch.bmm(self.read, self.write.mT)
+            self.pairs *= self.mask()
+        if self.own_diagonal():
+            q, k = self._diagonal_rows()
+            self.pairs[:, : p.layout.chunk].diagonal(dim1=1, dim2=2).copy_((q * k).sum(-1))
+
+    def own_diagonal(self) -> bool:
+        """Whether a row's read of its own write is apart from the other pairs."""
+        return self.exact_keys or self.p.bonus is not None
+
+    def _diagonal_rows(self) -> tuple[Tensor, Tensor]:
+        p, lead = self.p, self.segment.lead
+        bonus = None if p.bonus is None else self.bonus()
+        return load(p.q[lead], p.dtype, bonus), load(p.k[lead], p.dtype)
+
+    def bonus(self) -> Tensor:
+        """Return the bonus as (b, 1, K)."""
+        assert self.p.bonus is not None
+        chunks = self.write.shape[0] // self.p.heads
+        return self.p.bonus.to(self.p.dtype).repeat(chunks, 1)[:, None]
+
+    def mask(self) -> Tensor:
+        chunk, dtype, device = self.p.layout.chunk, self.p.dtype, self.write.device
+        queries = triangle(chunk, 0 if self.p.bonus is None else -1, dtype, device)
+        if not self.delta:
+            return queries
+        return torch.cat([queries, triangle(chunk, -1, dtype, device)])
+
+    def _total(self) -> Tensor | None:
+        """Return the decay of the state over each chunk, broadcasting to (b, K, r V)."""
+        total = self.key_gate.total[:, :, None] if self.key_gate else None
+        if self.value_gate is not None:
+            columns = self.value_gate.total[:, None]
+            if columns.shape[2] not in (1, self.values.shape[2]):
+                columns = columns.repeat_interleave(self.p.v.shape[5], dim=2)
+            total = columns if total is None else total * columns
+        return total
+
+    def pass_states(self, state: Tensor) -> None:
+        """Walk the states through the segment; ``state`` becomes that after it, in place."""
+        p, chunk = self.p, self.p.layout.chunk
+        self.total = self._total()
+        self.starts = state.new_empty(self.write.shape[0], *state.shape[1:])
+        self.starts[: self.segment.width * p.heads] = state[: self.segment.width * p.heads]
+        if self.delta:
+            self.inverse = unit_lower_inverse(self.pairs[:, chunk:])
+            self.erase = torch.bmm(self.inverse, self.read[:, chunk:])
+            self.written = torch.bmm(self.inverse, self.values)
+            self.sums = torch.empty_like(self.starts)
+        else:
+            self.written = self.values
+            self.sums = torch.bmm(self.write.mT, self.values)
+        for rows, width, following, running in steps(self.segment, p.heads):
+            self._step(rows)
+            after, total = self.sums[rows], None
+            if self.total is not None and not p.exact:
+                total = self.total[rows]
+            if following is not None:
+                _decay(after[:running], total, out=self.starts[following])
+            if running < width:
+                _decay(after[running:], total, out=state[running:width], offset=running)
+
+    def _step(self, rows: slice) -> None:
+        """Add one step's writes to its states."""
+        start, after = self.starts[rows], self.sums[rows]
+        decayed = self.total is not None and self.p.exact
+        if not self.delta:
+            if decayed:
+                after.addcmul_(start, self.total[rows])
+            else:
+                after.add_(start)
+            return
+        written = self.written[rows].baddbmm_(self.erase[rows], start, alpha=-1)
+        if decayed:
+            start = start * self.total[rows]
+        torch.baddbmm(start, self.write[rows].mT, written, out=after)
+
+    def _pair_output(self) -> Tensor:
+        """Return what the chunk's own writes give, for exact value decays before scaling."""
+        queries = self.pairs[:, : self.p.layout.chunk]
+        if not self.exact_values:
+            return torch.bmm(queries, self.written)
+        assert self.value_gate is not None
+        raw = self.raw_values()
+        o = apply_pairs(queries, raw, self.value_gate.g)
+        return o.addcmul_(queries.diagonal(dim1=1, dim2=2)[..., None], raw)
+
+    def raw_values(self) -> Tensor:
+        return load(self.p.v[self.segment.lead], self.p.dtype).flatten(2)
+
+    def store_output(self, o: Tensor) -> None:
+        """Write the segment's output into its chunks."""
+        p, queries = self.p, self.read[:, : self.p.layout.chunk]
+        shape = self.p.v.shape[4:]
+        if self.exact_values:
+            out = torch.bmm(queries, self.starts).mul_(self.value_gate.read)
+            out += self._pair_output()
+            store(o, out.unflatten(2, shape), p.scale)
+            return
+        out = self._pair_output().baddbmm_(queries, self.starts)
+        store(o, out.unflatten(2, shape), self.value_factor("read", p.scale))
+
+
+def _decay(x: Tensor, total: Tensor | None, out: Tensor, offset: int = 0) -> None:
+    if total is None:
+        out.copy_(x)
+    else:
+        torch.mul(x, total[offset : offset + x.shape[0]], out=out)

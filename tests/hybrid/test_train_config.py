@@ -1,0 +1,201 @@
+import pytest
+import yaml
+
+from hybrid.options import ConfigError
+from hybrid.tokenizer import byte_tokenizer
+from hybrid.train import load_config, parse_config
+from hybrid.train.build import training_arguments
+from hybrid.train.model import model_config
+from hybrid.train.yaml import apply_overrides, parse
+
+GOOD = """
+model: {layout: LS, hidden_size: 32}
+data:
+  - {source: stdlib, weight: 0.5}
+  - {source: texts/*.jsonl, text_key: body, weight: 1}
+sequence_length: 64
+muon: true
+training: {max_steps: 10, learning_rate: 1e-3}
+"""
+
+
+def mistakes(text):
+    with pytest.raises(ConfigError) as caught:
+        parse_config(yaml.safe_load(text) if isinstance(text, str) else text)
+    return caught.value.mistakes
+
+
+@pytest.fixture
+def path(tmp_path):
+    file = tmp_path / "small.yaml"
+    file.write_text(GOOD)
+    return file
+
+
+def test_a_config_is_typed_and_comes_back_from_its_own_text(path):
+    config = load_config(path)
+    assert config.training["learning_rate"] == 1e-3
+    assert config.training["output_dir"] == "runs/small"
+    assert config.packing == "concatenate"
+    assert config.data[1].text_key == "body"
+    assert config.muon.momentum == 0.95
+    again = parse_config(yaml.safe_load(yaml.safe_dump(config.as_dict())))
+    assert again == config
+
+
+def test_overrides_reach_any_key(path):
+    config = load_config(
+        path,
+        [
+            "training.max_steps=3",
+            "model.layout=SSSS",
+            "data[1].weight=2e-1",
+            "data.0.split=heldout",
+            "packing=false",
+            "model.mixers.S={num_heads: 2}",
+        ],
+    )
+    assert config.training["max_steps"] == 3
+    assert config.model["layout"] == "SSSS"
+    assert (config.data[1].weight, config.data[0].split) == (0.2, "heldout")
+    assert config.packing == "none"
+    assert config.model["mixers"] == {"S": {"num_heads": 2}}
+
+
+@pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        ("max_steps", "'max_steps': expected key=value, e.g. training.max_steps=10"),
+        ("data[7].weight=1", "data[7].weight: no entry '7' in a list of 2"),
+        (
+            "sequence_length.x=1",
+            "sequence_length.x: sequence_length holds 64, nothing to set a key in",
+        ),
+    ],
+)
+def test_an_override_that_leads_nowhere(override, line):
+    with pytest.raises(ConfigError) as caught:
+        apply_overrides(yaml.safe_load(GOOD), [override])
+    assert caught.value.mistakes == [line]
+
+
+def test_every_mistake_is_named_at_once():
+    found = mistakes("""
+model: {layout: LQS, hiden_size: 64}
+data:
+  - {source: stdlib, wieght: 1}
+  - {source: stdlib, weight: -1, split: test}
+  - {weight: 1}
+sequence_lenght: 64
+packing: bestfit
+muon: {nesterov: 3}
+training: {max_stpes: 10, learning_rate: fast}
+""")
+    assert found == [
+        "data[0].wieght: unknown key, did you mean 'weight'?",
+        "data[1].weight: expected a finite number above 0, found -1.0",
+        "data[1].split: stdlib has no split 'test', known: heldout, train",
+        "data[2].source: required, and not given",
+        "muon.nesterov: expected bool, found int 3",
+        "training.max_stpes: unknown key, did you mean 'max_steps'?",
+        "training.learning_rate: expected float, found str 'fast'",
+        "sequence_lenght: unknown key, did you mean 'sequence_length'?",
+        "packing: expected one of 'concatenate', 'best_fit', 'none', found 'bestfit';"
+        " did you mean 'best_fit'?",
+        "sequence_length: required, and not given",
+    ]
+
+
+def test_values_that_cannot_be_meant(tmp_path):
+    assert mistakes("{model: {}, data: [], sequence_length: 0}") == [
+        "sequence_length: expected at least 1, found 0",
+        "data: no source; name at least one, e.g. {source: stdlib}",
+    ]
+    assert mistakes("{model: {path: no/where}, data: stdlib, sequence_length: 8}") == [
+        "model.path: there is no folder 'no/where'"
+    ]
+
+
+def test_yaml_numbers_and_keys_given_twice():
+    assert parse("[1e-3, 5e4, -2E+1, 1.5e-2, e3]", "x") == [1e-3, 5e4, -20.0, 1.5e-2, "e3"]
+    with pytest.raises(ConfigError, match="key 'a' is given twice"):
+        parse("{a: 1, a: 2}", "x")
+    with pytest.raises(ConfigError, match="not valid YAML"):
+        parse("{a: ", "x")
+
+
+def test_a_config_file_that_is_not_there(path):
+    with pytest.raises(ConfigError, match=r"no such file; .* holds small.yaml"):
+        load_config(path.with_name("samll.yaml"))
+    path.write_text("- 1")
+    with pytest.raises(ConfigError, match="expected a mapping, found list"):
+        load_config(path)
+
+
+def config_of(**values):
+    return parse_config({"model": {}, "data": "stdlib", "sequence_length": 64, **values})
+
+
+def refused(**values):
+    """Mistakes that show when the model meets its tokenizer and its rows."""
+    with pytest.raises(ConfigError) as caught:
+        model_config(config_of(**values), byte_tokenizer())
+    return caught.value.mistakes
+
+
+def of_model(**model):
+    return mistakes({"model": model, "data": "stdlib", "sequence_length": 64})
+
+
+LLAMA = {"model_type": "llama", "hidden_size": 32, "num_attention_heads": 2}
+
+
+def test_sizes_come_from_the_tokenizer():
+    made = model_config(config_of(model={"layout": "LS", "hidden_size": 32}), byte_tokenizer())
+    assert (made.vocab_size, made.pad_token_id, made.eos_token_id) == (259, 256, 258)
+    made = model_config(config_of(model={**LLAMA, "vocab_size": 320}), byte_tokenizer())
+    assert (made.model_type, made.vocab_size) == ("llama", 320)
+
+
+def test_a_model_that_does_not_fit_its_data():
+    assert refused(model={**LLAMA, "max_position_embeddings": 32}) == [
+        "sequence_length: 64 is beyond the model's max_position_embeddings 32; shorten the one or"
+        " raise the other"
+    ]
+    (line,) = refused(model={"layout": "LS", "hidden_size": 32, "vocab_size": 258})
+    assert "vocab" in line
+    (line,) = refused(model={**LLAMA, "vocab_size": 258, "eos_token_id": 2})
+    assert line.startswith(
+        "model.vocab_size: 258 is less than the 259 tokens of tokenizer 'bytes'; leave it out"
+    )
+
+
+def test_a_model_s_keys_are_checked():
+    assert of_model(**LLAMA, hiden_size=3) == [
+        "model.hiden_size: unknown key, did you mean 'hidden_size'?"
+    ]
+    (line,) = of_model(layout="LS", hiden_size=3)
+    assert line == "model.hiden_size: unknown key, did you mean 'hidden_size'?"
+    assert of_model(model_type="lama") == [
+        "model.model_type: no model type 'lama', did you mean 'llama'?"
+    ]
+    (line,) = of_model(model_type="llama", hidden_size="big")
+    assert line.startswith("model: ")
+    assert "hidden_size" in line
+
+
+def test_a_device_that_is_absent(tmp_path):
+    import torch
+
+    absent = "mps" if torch.cuda.is_available() else "cuda"
+    config = config_of(device=absent, training={"output_dir": str(tmp_path)})
+    with pytest.raises(
+        ConfigError, match=f"device: there is no '{absent}' here; this machine has:"
+    ):
+        training_arguments(config)
+
+
+def test_what_transformers_refuses_is_said_where_it_stands(tmp_path):
+    training = {"output_dir": str(tmp_path), "lr_scheduler_type": "sine"}
+    with pytest.raises(ConfigError, match="training: .*sine"):
+        training_arguments(config_of(training=training))
