@@ -17,7 +17,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments[:1] == ["eval"]:  # its options are those of `python -m hybrid_eval`
         return _eval(arguments[1:])
     parser = _parser()
-    parsed = parser.parse_args(arguments)
+    parsed, rest = parser.parse_known_args(arguments)
+    # argparse takes no positional arguments after an option; overrides may stand anywhere
+    if any(word.startswith("-") or "=" not in word for word in rest) or (
+        rest and not hasattr(parsed, "overrides")
+    ):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        parsed.overrides = [*parsed.overrides, *rest]
     try:
         return parsed.run(parsed)
     except ValueError as error:

@@ -89,6 +89,11 @@ class HybridConfig(PreTrainedConfig):
         self.num_hidden_layers = len(self.layers)
         super().__post_init__(**kwargs)
 
+    def to_dict(self) -> dict[str, Any]:
+        """As transformers', less the attributes that others attached: only keys that load again."""
+        known = self._field_names() | _standard_keys()
+        return {key: value for key, value in super().to_dict().items() if key in known}
+
     # What the rest of the package asks.
 
     @property
@@ -169,8 +174,11 @@ class HybridConfig(PreTrainedConfig):
 
     # Validation: every mistake is a line, none hides another.
 
+    def _field_names(self) -> set[str]:
+        return {f.name for f in dataclasses.fields(self)}
+
     def _unknown_keys(self, kwargs: dict[str, Any]) -> list[str]:
-        fields = {f.name for f in dataclasses.fields(self)} | {"num_hidden_layers"}
+        fields = self._field_names()
         lines = []
         for key in kwargs:
             if key in _standard_keys():

@@ -168,6 +168,11 @@ class HybridPreTrainedModel(PreTrainedModel):
         "attentions": OutputRecorder(SoftmaxAttention, index=1),
     }
 
+    @property
+    def _is_stateful(self) -> bool:
+        """Whether a layer carries a state: transformers then refuses to speculate and roll back."""
+        return any(kind in ("linear_attention", "hybrid") for kind in self.config.layer_types)
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         """Initialise one module; transformers calls this for every one that no checkpoint filled."""

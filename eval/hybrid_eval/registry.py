@@ -3,9 +3,10 @@
 import inspect
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
-from .corpus import Corpus
+from .corpus import Corpus, load_corpus
 from .cost import evaluate_cost
 from .errors import nearest
 from .heldout import evaluate_heldout
@@ -13,6 +14,9 @@ from .models import Subject
 from .mqar import KEY_IDS, VALUE_IDS, evaluate_mqar
 from .needle import evaluate_needle
 from .scoring import Progress
+from .text.evaluate import evaluate_text
+from .text.tasks import NAMES as TEXT_TASKS
+from .text.tasks import RULER, Material
 from .tokens import ByteEncoder, Encoder, Haystack
 
 Axis = Literal["retrieval", "reasoning", "language", "cost"]
@@ -69,6 +73,7 @@ class Task:
     def options(self) -> tuple[str, ...]:
         """Names that ``--set TASK.NAME=VALUE`` may set."""
         given = {"model", "progress", "haystack", "tokenizer", "corpus", "allow_longer"}
+        given |= {"task", "material"}
         own = [
             p.name
             for p in inspect.signature(self.function).parameters.values()
@@ -77,7 +82,10 @@ class Task:
         return (*own, *_MORE_OPTIONS.get(self.name, ()))
 
 
+_TEXT_OPTIONS = ("essays", "squad", "hotpot")
+_OWN_TEXT_OPTIONS = {"kv_recall": ("pairs",)}
 _MORE_OPTIONS = {
+    **{name: (*_TEXT_OPTIONS, *_OWN_TEXT_OPTIONS.get(name, ())) for name in TEXT_TASKS},
     "mqar": (
         "sequence_length",
         "pairs",
@@ -87,7 +95,7 @@ _MORE_OPTIONS = {
         "filler_ids",
         "gap",
         "power",
-    )
+    ),
 }
 TASKS: dict[str, Task] = {}
 
@@ -233,6 +241,50 @@ register(
 )
 
 
+def _run_text(name: str, subject: Subject, settings: Settings, options, progress=None):
+    arguments = {**grid_settings(settings, progress), **options}
+    essays = arguments.pop("essays", None)
+    material = Material(
+        settings.corpus,
+        None if essays is None else load_corpus(essays),
+        arguments.pop("squad", None),
+        arguments.pop("hotpot", None),
+    )
+    return evaluate_text(
+        subject.model,
+        task=name,
+        tokenizer=tokenizer_of(subject),
+        material=material,
+        **arguments,
+    )
+
+
+_WORDS = {
+    "niah_grid": "one sentence hidden in text, every depth and length exact",
+    "kv_recall": "a phone book, one entry looked up",
+    **{f"ruler_{name}": f"RULER's {name}, on RULER's own material" for name in RULER},
+    **{f"long_{name}": f"RULER's {name} generator on material at hand" for name in RULER},
+}
+for _name in TEXT_TASKS:
+    register(
+        Task(
+            _name,
+            "retrieval",
+            "accuracy",
+            evaluate_text,
+            partial(_run_text, _name),
+            _WORDS[_name],
+        )
+    )
+
+
 def default_tasks(subjects: Sequence[Subject]) -> tuple[str, ...]:
     """Return the tasks that suit these models when the user names none."""
+    if any(_reads_language(subject) for subject in subjects):
+        return ("niah_grid", "kv_recall", "heldout", "cost")
     return ("mqar", "needle", "heldout", "cost")
+
+
+def _reads_language(subject: Subject) -> bool:
+    """Whether the tokenizer has more than bytes and a few special tokens."""
+    return subject.tokenizer is not None and getattr(subject.tokenizer, "vocab_size", 0) > 512

@@ -222,6 +222,11 @@ _NOTES = {
         "needle: a key-value pair hidden in real text, scored teacher-forced in one forward. It is "
         "a test of its own, for models trained on its format, and not a RULER task."
     ),
+    "niah_grid": (
+        "niah_grid: one sentence with a number hidden in text; every cell has its exact length and "
+        "depth. Forced mode counts an answer as right if greedy decoding would give exactly it."
+    ),
+    "kv_recall": "kv_recall: a phone book that fills the length; one entry is looked up.",
     "heldout": (
         "heldout: real text that was kept out of training; bits per byte of the very text scored."
     ),
@@ -232,6 +237,16 @@ _NOTES = {
 }
 
 
+def _notes(ran: dict[str, Any]) -> list[str]:
+    notes = [words for task, words in _NOTES.items() if task in ran]
+    if any(task.startswith("long_") for task in ran):
+        notes.append(
+            "long_...: generated as RULER (arXiv 2404.06654) generates, but from other words, texts "
+            "and documents than RULER's. These are not RULER scores."
+        )
+    return notes
+
+
 def build(results: dict[str, Any], title: str) -> Page:
     """Turn the results of :func:`hybrid_eval.evaluate` into a page."""
     ran = results["models"][0]["results"]
@@ -240,7 +255,7 @@ def build(results: dict[str, Any], title: str) -> Page:
         columns=_columns(results),
         models=results["models"],
         pictures=list(_pictures(results)),
-        notes=[words for task, words in _NOTES.items() if task in ran],
+        notes=_notes(ran),
         footer=_footer(results),
     )
 

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import nn
 from torch.nn import functional as F
+from transformers import initialization as init
 
 from hybrid.cache import LayerCache
 from hybrid.norms import build_norm
@@ -138,16 +139,20 @@ class ShortConvolution(nn.Module):
     As before q, k, v in Mamba (arXiv 2312.00752) and DeltaNet (arXiv 2406.06484).
     """
 
-    def __init__(self, channels: int, width: int) -> None:
+    def __init__(
+        self, channels: int, width: int, bias: bool = False, activation: str | None = None
+    ) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(channels, width))
+        self.bias = nn.Parameter(torch.empty(channels)) if bias else None
+        self.activation = activation
 
     def init_parameters(self) -> None:
-        """Uniform with variance 1 / (3 W), torch's own default for a depthwise Conv1d."""
+        """Uniform with variance 1 / (3 W), torch's own default for a depthwise Conv1d; bias 0."""
         bound = self.weight.shape[1] ** -0.5
-        from transformers import initialization as init
-
         init.uniform_(self.weight, -bound, bound)
+        if self.bias is not None:
+            init.zeros_(self.bias)
 
     def forward(
         self, x: torch.Tensor, cu_seqlens: torch.Tensor | None, cache: LayerCache | None
@@ -156,6 +161,8 @@ class ShortConvolution(nn.Module):
         y, tail = causal_conv1d(
             x,
             self.weight.to(x.dtype),
+            None if self.bias is None else self.bias.to(x.dtype),
+            activation=self.activation,
             initial_state=None if cache is None else cache.conv_state(),
             cu_seqlens=cu_seqlens,
             output_final_state=cache is not None,
@@ -177,32 +184,13 @@ class ShortConvolution(nn.Module):
         return channels * (width - 1)
 
 
-class LinearMixer(Mixer):
-    """A mixer that is a parameterisation of `linear_attention`.
+class StateMixer(Mixer):
+    """A mixer whose memory of the past is a state: it sees documents one after the other.
 
-    Subclasses set the sizes with `build`, and override `gates` (decay, beta) and `read` (what happens
-    to the output) as their paper has it.
+    Subclasses give `mix`, which never meets padding: the real tokens come packed.
     """
 
     layer_type = "linear_attention"
-
-    def build(
-        self,
-        num_heads: int,
-        key_dim: int,
-        value_dim: int,
-        conv_size: int | None,
-        bias: bool = False,
-    ) -> None:
-        """Create the projections of q, k (H x K) and v (H x V), the convolution, and the output."""
-        d_model = self.config.hidden_size
-        self.num_heads, self.key_dim, self.value_dim = num_heads, key_dim, value_dim
-        self.q_proj = nn.Linear(d_model, num_heads * key_dim, bias=bias)
-        self.k_proj = nn.Linear(d_model, num_heads * key_dim, bias=bias)
-        self.v_proj = nn.Linear(d_model, num_heads * value_dim, bias=bias)
-        self.o_proj = residual_projection(num_heads * value_dim, d_model, bias=bias)
-        channels = num_heads * (2 * key_dim + value_dim)
-        self.conv = ShortConvolution(channels, conv_size) if conv_size else None
 
     def forward(
         self,
@@ -214,34 +202,104 @@ class LinearMixer(Mixer):
     ) -> tuple[torch.Tensor, None]:
         """See `Mixer.forward`; the mask is not used, padding comes in `segments`."""
         batch, time, _ = x.shape
-        x = segments.pack(x)
-        q, k, v = self.project(x, segments.cu_seqlens, cache)
+        y = self.mix(segments.pack(x), segments.cu_seqlens, cache)
+        return segments.unpack(y, batch, time), None
+
+    @abstractmethod
+    def mix(
+        self, x: torch.Tensor, cu_seqlens: torch.Tensor | None, cache: LayerCache | None
+    ) -> torch.Tensor:
+        """x (B, T, D), or (1, tokens, D) with `cu_seqlens`, to y of the same shape."""
+
+
+class LinearMixer(StateMixer):
+    """A mixer that is a parameterisation of `linear_attention`.
+
+    Subclasses set the sizes with `build`, and override `gates` (decay, beta) and `read` (what happens
+    to the output) as their paper has it; where q, k, v and the gates depend on each other, `mix`.
+    """
+
+    scale: float = 1.0
+
+    def build(
+        self,
+        num_heads: int,
+        key_dim: int,
+        value_dim: int,
+        conv_size: int | None,
+        bias: bool = False,
+        *,
+        key_heads: int | None = None,
+        conv_bias: bool = False,
+        conv_activation: str | None = None,
+    ) -> None:
+        """Create the projections of q, k (H_k x K) and v (H x V), the convolution, and the output.
+
+        Args:
+            num_heads: H, heads of v and of the state.
+            key_dim: K.
+            value_dim: V.
+            conv_size: W of a short convolution on q, k, v; None for none.
+            bias: biases on the projections.
+            key_heads: H_k, heads of q and k, each serving H / H_k heads; default H.
+            conv_bias: a bias on the convolution.
+            conv_activation: `silu` or None, after the convolution.
+        """
+        d_model = self.config.hidden_size
+        self.num_heads, self.key_dim, self.value_dim = num_heads, key_dim, value_dim
+        self.key_heads = num_heads if key_heads is None else key_heads
+        inner_key, inner = self.key_heads * key_dim, num_heads * value_dim
+        self.q_proj = nn.Linear(d_model, inner_key, bias=bias)
+        self.k_proj = nn.Linear(d_model, inner_key, bias=bias)
+        self.v_proj = nn.Linear(d_model, inner, bias=bias)
+        self.o_proj = residual_projection(inner, d_model, bias=bias)
+        self.conv = None
+        if conv_size:
+            self.conv = ShortConvolution(
+                2 * inner_key + inner, conv_size, conv_bias, conv_activation
+            )
+
+    def mix(
+        self, x: torch.Tensor, cu_seqlens: torch.Tensor | None, cache: LayerCache | None
+    ) -> torch.Tensor:
+        """Project, run the recurrence, read."""
+        q, k, v = self.project(x, cu_seqlens, cache)
+        o = self.recur(q, k, v, cu_seqlens, cache, **self.gates(x))
+        return self.o_proj(self.read(o, x))
+
+    def recur(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        cu_seqlens: torch.Tensor | None,
+        cache: LayerCache | None,
+        **gates: torch.Tensor,
+    ) -> torch.Tensor:
+        """The op, continuing from and writing to the cache slot where there is one: o (B, T, H, V)."""
         o, state = linear_attention(
             q,
             k,
             v,
-            **self.gates(x),
+            **gates,
             scale=self.scale,
             initial_state=None if cache is None else cache.recurrent_state(),
-            cu_seqlens=segments.cu_seqlens,
+            cu_seqlens=cu_seqlens,
             output_final_state=cache is not None,
         )
         if cache is not None:
             cache.set_recurrent_state(state)
-        y = self.o_proj(self.read(o, x))
-        return segments.unpack(y, batch, time), None
-
-    scale: float = 1.0
+        return o
 
     def project(
         self, x: torch.Tensor, cu_seqlens: torch.Tensor | None, cache: LayerCache | None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """x (B, T, D) -> q, k (B, T, H, K) and v (B, T, H, V), convolved and through `features`."""
+        """x (B, T, D) -> q, k (B, T, H_k, K), v (B, T, H, V), convolved and through `features`."""
         q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
         if self.conv is not None:
             q, k, v = self.conv.split([q, k, v], cu_seqlens, cache)
-        q, k, v = (y.unflatten(-1, (self.num_heads, -1)) for y in (q, k, v))
-        return self.features(q, k, v)
+        q, k = (y.unflatten(-1, (self.key_heads, -1)) for y in (q, k))
+        return self.features(q, k, v.unflatten(-1, (self.num_heads, -1)))
 
     def features(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor

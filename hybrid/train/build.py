@@ -27,9 +27,10 @@ def training_arguments(config: TrainConfig) -> TrainingArguments:
     """
     values = dict(config.training)
     check_device(config.device)
-    if config.device == "cpu":
+    if config.device == "cpu" or not torch.accelerator.is_available():
+        # Said outright, else several processes on CPUs would not find each other.
         values["use_cpu"] = True
-    if not torch.accelerator.is_available() or values.get("use_cpu"):
+    if values.get("use_cpu"):
         # Pinned memory is for copies to an accelerator; torch warns where there is none.
         values.setdefault("dataloader_pin_memory", False)
     values["remove_unused_columns"] = False

@@ -1,5 +1,7 @@
 """The training configuration: typed, with every mistake named before anything is computed."""
 
+# ruff: noqa: RUF009  (`option` is `dataclasses.field` with a help text)
+
 from __future__ import annotations
 
 import dataclasses
@@ -22,6 +24,7 @@ TRAINING_DEFAULTS: dict[str, Any] = {
     "report_to": "none",  # a tracker is asked for by name
     "logging_steps": 10,  # the progress bar shows the loss
     "logging_nan_inf_filter": False,  # a loss that is not finite is news
+    "ddp_find_unused_parameters": False,  # every step uses every parameter; else DDP says so
 }
 
 

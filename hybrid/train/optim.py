@@ -27,8 +27,8 @@ def decaying(model: nn.Module) -> list[str]:
 
 
 def _declared(module: Any) -> set[str]:
-    names = module.no_weight_decay if hasattr(module, "no_weight_decay") else ()
-    return set(names() if callable(names) else names)
+    names = getattr(module, "no_weight_decay", ())
+    return set(names if isinstance(names, (tuple, list, set, frozenset)) else names())
 
 
 def matrices(model: nn.Module) -> list[str]:
@@ -64,14 +64,22 @@ def groups(model: nn.Module, names: Iterable[str], weight_decay: float) -> list[
 class Several(torch.optim.Optimizer):
     """Optimizers over disjoint parameters as one.
 
-    Schedulers, accelerate and checkpoints see one list of parameter groups; the groups are the very
-    objects of the inner optimizers, so what is written to them takes effect there.
+    The inner optimizers work on this one's own groups and state, so schedulers, accelerate's sharding
+    and checkpoints, which know nothing of them, see a plain optimizer.
     """
 
     def __init__(self, optimizers: list[torch.optim.Optimizer]) -> None:
         self.optimizers = optimizers
         super().__init__([g for o in optimizers for g in o.param_groups], {})
-        self.param_groups = [g for o in optimizers for g in o.param_groups]
+        self._share()
+
+    def _share(self) -> None:
+        start = 0
+        for optimizer in self.optimizers:
+            stop = start + len(optimizer.param_groups)
+            optimizer.param_groups = self.param_groups[start:stop]
+            optimizer.state = self.state
+            start = stop
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -84,17 +92,7 @@ class Several(torch.optim.Optimizer):
             optimizer.step()
         return loss
 
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clear the gradients of all parameters."""
-        for optimizer in self.optimizers:
-            optimizer.zero_grad(set_to_none)
-
-    def state_dict(self) -> dict[str, Any]:
-        """The inner states, in order."""
-        return {"optimizers": [o.state_dict() for o in self.optimizers]}
-
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what `state_dict` returned."""
-        for optimizer, state in zip(self.optimizers, state_dict["optimizers"], strict=True):
-            optimizer.load_state_dict(state)
-        self.param_groups = [g for o in self.optimizers for g in o.param_groups]
+        super().load_state_dict(state_dict)
+        self._share()

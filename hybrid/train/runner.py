@@ -68,6 +68,9 @@ def run(config: TrainConfig) -> RunResult:
     started = time.perf_counter()
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     seconds = time.perf_counter() - started
+    if trainer.is_fsdp_enabled:
+        # Checkpoints may be sharded; what the run leaves is for anybody to load.
+        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
     trainer.save_model()
     resumed_from = 0 if checkpoint is None else int(checkpoint.name.rpartition("-")[2])
     result = _result(trainer, seconds, resumed_from)

@@ -130,6 +130,8 @@ class HybridTrainer(Trainer):
             if self.args.should_save:
                 write_manifest(folder, self.run)
         except (OSError, RuntimeError, SafetensorError) as error:
+            if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):
+                raise  # no trouble with writing
             if self.args.should_save:
                 shutil.rmtree(folder, ignore_errors=True)
             raise CheckpointError(

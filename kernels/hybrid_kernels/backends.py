@@ -14,7 +14,6 @@ import importlib.util
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -49,30 +48,47 @@ class Backend:
     gpu_only: bool = False
     automatic: bool = True
 
-    def missing(self) -> str | None:
-        """Return the first required package that is not installed, or None."""
-        for package in self.requires:
-            if importlib.util.find_spec(package) is None:
-                return package
-        return None
-
-    def load(self) -> ModuleType:
-        """Import the implementing module."""
-        return importlib.import_module(self.module)
-
 
 # In order of preference: `backend=None` takes the first one that is present and able.
 BACKENDS: tuple[Backend, ...] = (
     Backend("torch", "hybrid_kernels.chunked", OPS),
-    Backend("reference", "hybrid_kernels.reference", OPS),
+    Backend("reference", "hybrid_kernels.reference", OPS, automatic=False),
 )
+
+_BY_NAME = {backend.name: backend for backend in BACKENDS}
+
+
+# A compiler that traces an op takes what is installed for a constant.
+@torch.compiler.assume_constant_result
+def _missing(name: str) -> str | None:
+    """Return the first package that a backend requires and that is not installed, or None."""
+    for package in _BY_NAME[name].requires:
+        if importlib.util.find_spec(package) is None:
+            return package
+    return None
+
+
+# The functions of each backend that has been loaded, by name. A compiler can follow a look-up here,
+# but not an import.
+_FUNCTIONS: dict[str, dict[str, Callable]] = {backend.name: {} for backend in BACKENDS}
+
+
+@torch.compiler.assume_constant_result
+def _load(name: str) -> bool:
+    """Import a backend that is installed."""
+    if not _FUNCTIONS[name]:
+        module = importlib.import_module(_BY_NAME[name].module)
+        found = {f: getattr(module, f) for f in (*OPS, "unsupported") if hasattr(module, f)}
+        _FUNCTIONS[name].update(found)
+    return True
+
 
 _announced: set[tuple[str, str, str]] = set()
 
 
 def available_backends(op: str) -> list[str]:
     """Return the names of the backends of ``op`` whose packages are installed."""
-    return [b.name for b in BACKENDS if op in b.ops and b.missing() is None]
+    return [b.name for b in BACKENDS if op in b.ops and _missing(b.name) is None]
 
 
 def choose(op: str, name: str | None, device: torch.device, arguments: dict[str, Any]) -> Callable:
@@ -97,7 +113,7 @@ def choose(op: str, name: str | None, device: torch.device, arguments: dict[str,
         reason = _why_not(backend, op, device, arguments)
         if reason is None:
             _announce(op, backend.name, device.type, passed_over)
-            return getattr(backend.load(), op)
+            return _FUNCTIONS[backend.name][op]
         passed_over.append(f"{backend.name}: {reason}")
     raise AssertionError("the torch backend takes every input")
 
@@ -111,7 +127,7 @@ def _by_name(op: str, name: str, device: torch.device, arguments: dict[str, Any]
         raise ValueError(
             f"{op}: unknown backend {name!r}{hint} Known backends: {', '.join(candidates)}."
         )
-    package = backend.missing()
+    package = _missing(backend.name)
     if package is not None:
         raise ImportError(
             f"{op}: backend {name!r} needs the package {package!r}, which is not installed. "
@@ -123,18 +139,19 @@ def _by_name(op: str, name: str, device: torch.device, arguments: dict[str, Any]
             f"{op}: backend {name!r} cannot take this input: {reason}. "
             "Pass backend=None for the best one that can."
         )
-    return getattr(backend.load(), op)
+    return _FUNCTIONS[backend.name][op]
 
 
 def _why_not(
     backend: Backend, op: str, device: torch.device, arguments: dict[str, Any]
 ) -> str | None:
-    package = backend.missing()
+    package = _missing(backend.name)
     if package is not None:
         return f"{package} is not installed"
     if backend.gpu_only and device.type != "cuda":
         return f"it needs a GPU, the tensors are on {device.type!r}"
-    unsupported = getattr(backend.load(), "unsupported", None)
+    _load(backend.name)
+    unsupported = _FUNCTIONS[backend.name].get("unsupported")
     return unsupported(op, **arguments) if unsupported is not None else None
 
 

@@ -73,6 +73,8 @@ def check_linear_attention(
         raise ValueError("value_log_decay is for the additive form, it cannot go with beta")
     if beta is not None and bonus is not None:
         raise ValueError("bonus is for the additive form, it cannot go with beta")
+    if bonus is not None and value_log_decay is not None:
+        raise ValueError("bonus cannot go with value_log_decay")
     if chunk_size is not None and (chunk_size < 16 or chunk_size & (chunk_size - 1)):
         raise ValueError(f"chunk_size must be a power of two and at least 16, got {chunk_size}")
     rows = _documents(cu_seqlens, batch)

@@ -91,6 +91,9 @@ packing: bestfit
 muon: {nesterov: 3}
 training: {max_stpes: 10, learning_rate: fast}
 """)
+    (layout,) = [line for line in found if line.startswith("model.layout")]
+    found.remove(layout)
+    assert "'Q'" in layout
     assert found == [
         "data[0].wieght: unknown key, did you mean 'weight'?",
         "data[1].weight: expected a finite number above 0, found -1.0",
@@ -99,6 +102,7 @@ training: {max_stpes: 10, learning_rate: fast}
         "muon.nesterov: expected bool, found int 3",
         "training.max_stpes: unknown key, did you mean 'max_steps'?",
         "training.learning_rate: expected float, found str 'fast'",
+        "model.hiden_size: unknown key, did you mean 'hidden_size'?",
         "sequence_lenght: unknown key, did you mean 'sequence_length'?",
         "packing: expected one of 'concatenate', 'best_fit', 'none', found 'bestfit';"
         " did you mean 'best_fit'?",
@@ -197,5 +201,5 @@ def test_a_device_that_is_absent(tmp_path):
 
 def test_what_transformers_refuses_is_said_where_it_stands(tmp_path):
     training = {"output_dir": str(tmp_path), "lr_scheduler_type": "sine"}
-    with pytest.raises(ConfigError, match="training: .*sine"):
+    with pytest.raises(ConfigError, match=r"training: .*sine"):
         training_arguments(config_of(training=training))

@@ -15,7 +15,7 @@ class Filled(NamedTuple):
 
 
 def _guess(prefix: Sequence[int], units: int, room: int) -> int:
-    """Return the largest number of units that adds at most ``room`` tokens to ``units``."""
+    """Return the largest number of units that adds at most ``room`` tokens (or takes off -room)."""
     return max(bisect_right(prefix, prefix[units] + room) - 1, 0)
 
 
@@ -39,29 +39,29 @@ def fill(
     """
     prefix = [0, *accumulate(max(1, tokens) for tokens in unit_tokens)]
     most = len(prefix) - 1
-    fits: tuple[int, int] | None = None
+    fits: Filled | None = None
     too_many = most + 1
     # what surrounds the units is not known yet: a first guess leaves it out and is corrected
     units = max(minimum, min(most, _guess(prefix, 0, budget * 9 // 10)))
     while True:
         tokens = count(units)
+        target = _guess(prefix, units, budget - tokens)
         if tokens > budget:
             too_many = units
-            reach = bisect_right(prefix, prefix[units] - (tokens - budget)) - 1
         else:
-            fits = (units, tokens)
-            reach = _guess(prefix, units, budget - tokens)
-        low = minimum if fits is None else fits[0]
-        units = max(low, min(reach, too_many - 1, most))
-        if fits is not None and units == fits[0]:
+            following = prefix[units + 1] - prefix[units] if units < most else 0
+            fits = Filled(units, tokens, following)
+        floor = minimum - 1 if fits is None else fits.units
+        if too_many - floor == 1 or (tokens <= budget and target <= units):
             break
-        if units >= too_many:
-            raise ValueError(
-                f"{what}: the shortest prompt takes {tokens} tokens, only {budget} are left of the "
-                "length after room for the answer; ask for a greater length"
-            )
-    units, tokens = fits
-    following = prefix[units + 1] - prefix[units] if units < most else 0
-    return Filled(
-        units, tokens, max(following, budget - tokens + 1 if units + 1 == too_many else 0)
-    )
+        # an estimate that leads out of what is still open was wrong: halve instead
+        units = target if floor < target < too_many else (floor + too_many) // 2
+    if fits is None:
+        raise ValueError(
+            f"{what}: the shortest prompt takes {tokens} tokens, only {budget} are left of the "
+            "length after room for the answer; ask for a greater length"
+        )
+    if fits.units + 1 == too_many <= most:
+        # seen not to fit, whatever the estimate says
+        return fits._replace(next_tokens=max(fits.next_tokens, budget - fits.tokens + 1))
+    return fits

@@ -76,7 +76,7 @@ def niah_grid(
         filler_tokens=filled.next_tokens,
         haystack=filler.source,
         depth=depth,
-        needle_positions=(counter.position(prompt, place),),
+        needle_positions=counter.positions(f"{prompt} {prefix}", [place]),
         details={"key": key},
     )
 
@@ -146,7 +146,7 @@ def kv_recall(
         filler_tokens=filled.next_tokens,
         haystack=f"phone book of {words.source}",
         depth=depth,
-        needle_positions=(counter.position(prompt, place),),
+        needle_positions=counter.positions(f"{prompt} {prefix}", [place]),
         details={"pairs": filled.units, "key": names[target]},
     )
 

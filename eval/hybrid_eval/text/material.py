@@ -94,7 +94,8 @@ def wonder_words() -> Words:
         ValueError: the package wonderwords is not installed.
     """
     try:
-        from wonderwords import RandomWord
+        # an optional package: nothing but RULER's own words needs it
+        from wonderwords import RandomWord  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise ValueError(
             "RULER draws its words from the package wonderwords, which is not installed: "
@@ -152,14 +153,15 @@ def essays() -> Filler:
     Raises:
         ValueError: the hub cannot be reached.
     """
-    from datasets import load_dataset
+    from datasets import Dataset, load_dataset
 
     try:
         rows = load_dataset("baber/paul_graham_essays", split="train")
+        assert isinstance(rows, Dataset)
     except (OSError, ValueError, RuntimeError) as error:
         raise ValueError(
             "RULER hides its needles in Paul Graham's essays, and the hub they are on cannot be "
             "reached; run the task under its own name, long_..., with text that is at hand"
         ) from error
-    words = " ".join(row["text"] for row in rows).split()
+    words = " ".join(str(rows[i]["text"]) for i in range(len(rows))).split()
     return Filler(tuple(words), "Paul Graham essays", official=True)

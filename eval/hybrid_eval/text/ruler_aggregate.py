@@ -2,6 +2,7 @@
 
 import math
 import string
+from itertools import pairwise
 
 import numpy as np
 
@@ -45,7 +46,7 @@ def _chain(rng: np.random.Generator, length: int, taken=()) -> tuple[list[str], 
     names = distinct(rng, lambda r: letters(r, length), _HOPS + 1, taken)
     value = str(int(rng.integers(10000, 99999)))
     lines = [f"VAR {names[0]} = {value}"]
-    lines += [f"VAR {b} = VAR {a} " for a, b in zip(names[:-1], names[1:], strict=True)]
+    lines += [f"VAR {b} = VAR {a} " for a, b in pairwise(names)]
     return names, lines, value
 
 
@@ -113,7 +114,7 @@ def vt(
         filler_tokens=filled.next_tokens,
         haystack="RULER's noise sentence",
         depth=places[0] / len(prompt),
-        needle_positions=tuple(counter.position(prompt, place) for place in places),
+        needle_positions=counter.positions(f"{prompt} {prefix}", places),
         details={"value": value, "hops": _HOPS},
     )
 

@@ -26,7 +26,7 @@ _TEMPLATE = (
 )
 _PREFIX = "The special magic {kind} for {query} mentioned in the provided text are"
 # depths at which a needle may stand, in percent of the sentences
-_DEPTHS = tuple(int(round(100 * i / 39)) for i in range(40))
+_DEPTHS = tuple(round(100 * i / 39) for i in range(40))
 
 
 @dataclass(frozen=True)
@@ -216,6 +216,6 @@ def ruler_niah(
             kind.haystack, filler.source
         ),
         depth=min(1.0, max(0.0, (evidence[0] - len(start)) / context_length)),
-        needle_positions=tuple(counter.position(prompt, place) for place in evidence),
+        needle_positions=counter.positions(f"{prompt} {prefix}", evidence),
         details={"queries": asked},
     )

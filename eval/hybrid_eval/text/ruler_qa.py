@@ -197,6 +197,6 @@ def qa(
         filler_tokens=filled.next_tokens,
         haystack=library.source,
         depth=places[0] / len(prompt),
-        needle_positions=tuple(counter.position(prompt, place) for place in places),
+        needle_positions=counter.positions(f"{prompt} Answer:", places),
         details={"documents": filled.units + len(gold), "question": question.text},
     )

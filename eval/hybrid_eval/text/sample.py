@@ -63,41 +63,53 @@ class TextSample:
         return asdict(self) | {"outputs": list(self.outputs)}
 
 
+def ends_with_special(tokenizer: Encoder, ids: Sequence[int]) -> bool:
+    """Whether the tokenizer closed the text with a token after which nothing would follow."""
+    end = getattr(tokenizer, "eos_token_id", None)
+    return end is not None and len(ids) > 1 and ids[-1] == end
+
+
 def prompt_ids(tokenizer: Encoder, text: str) -> list[int]:
     """Return ids with the special tokens that the tokenizer puts in front, none behind."""
     ids = list(tokenizer(text, verbose=False)["input_ids"])
-    end = getattr(tokenizer, "eos_token_id", None)
-    begin = getattr(tokenizer, "bos_token_id", None)
-    if len(ids) > 1 and end is not None and ids[-1] == end and end != begin:
-        ids.pop()
-    return ids
+    return ids[:-1] if ends_with_special(tokenizer, ids) else ids
 
 
 class Counter:
-    """Counts tokens, and remembers the counts of short pieces."""
+    """Counts tokens, and remembers the counts of short pieces and the last few prompts."""
 
     def __init__(self, tokenizer: Encoder):
         self.tokenizer = tokenizer
-        self._known: dict[str, int] = {}
+        self._pieces: dict[str, int] = {}
+        self._recent: dict[str, Any] = {}
+
+    def _encode(self, text: str) -> Any:
+        if text not in self._recent:
+            if len(self._recent) >= 4:
+                self._recent.pop(next(iter(self._recent)))
+            self._recent[text] = self.tokenizer(text, verbose=False)
+        return self._recent[text]
 
     def text(self, text: str) -> int:
-        """Tokens of a whole prompt."""
-        return len(prompt_ids(self.tokenizer, text))
+        """Tokens of a whole prompt, without a special token at its end."""
+        ids = self._encode(text)["input_ids"]
+        return len(ids) - ends_with_special(self.tokenizer, ids)
 
     def piece(self, piece: str) -> int:
         """Tokens that a piece takes inside a text."""
-        if piece not in self._known:
+        if piece not in self._pieces:
             ids = self.tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"]
-            self._known[piece] = len(ids)
-        return self._known[piece]
+            self._pieces[piece] = len(ids)
+        return self._pieces[piece]
 
-    def position(self, text: str, place: int) -> int:
-        """Index of the token in which the character at ``place`` lies."""
+    def positions(self, text: str, places: Sequence[int]) -> tuple[int, ...]:
+        """Index of the token in which each character lies; ``text`` as it was counted last."""
         if getattr(self.tokenizer, "is_fast", False):
-            token = self.tokenizer(text, verbose=False).char_to_token(place)
-            if token is not None:
-                return token
-        return self.text(text[:place])
+            encoded = self._encode(text)
+            found = [encoded.char_to_token(place) for place in places]
+            if all(token is not None for token in found):
+                return tuple(found)
+        return tuple(self.text(text[:place]) for place in places)
 
 
 def string_match(sample_outputs: Sequence[str], answer: str, match: Match) -> float:

@@ -2,6 +2,6 @@
 
 from hybrid_kernels.chunked.convolution import causal_conv1d
 from hybrid_kernels.chunked.linear import linear_attention
+from hybrid_kernels.chunked.scan import selective_scan
 
-__all__ = ["causal_conv1d", "linear_attention"]
-from hybrid_kernels.reference import selective_scan  # noqa: E402
+__all__ = ["causal_conv1d", "linear_attention", "selective_scan"]

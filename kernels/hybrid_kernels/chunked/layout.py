@@ -11,14 +11,11 @@ and k, r value heads per G.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-
-# Tokens x heads that one segment works on at a time: its matrices should stay in a core's cache.
-SEGMENT_ROWS = 2048
 
 
 @dataclass(frozen=True)
@@ -43,20 +40,14 @@ class Segment:
         return self.widths[0]
 
 
-def segment_span(sequences: int, heads: int, unit: int) -> int:
-    """Return how many tokens of each sequence a segment holds, a multiple of ``unit``."""
-    return unit * max(1, SEGMENT_ROWS // (sequences * heads * unit))
-
-
 class Layout:
     """The chunks of one batch or of one row of packed documents.
 
     Args:
         batch: B.
         time: T.
-        heads: of the state; with ``unit``, what the length of segments depends on.
-        chunk: C, a power of two.
-        unit: segments are multiples of this many tokens, itself a multiple of C.
+        chunk: C.
+        span: from a number of sequences to how many tokens of each a segment holds, a multiple of C.
         lengths: of the packed documents, or None.
         device: of the tensors.
     """
@@ -65,14 +56,12 @@ class Layout:
         self,
         batch: int,
         time: int,
-        heads: int,
         chunk: int,
-        unit: int,
+        span: Callable[[int], int],
         lengths: list[int] | None,
         device: torch.device,
     ):
-        self.batch, self.time, self.heads = batch, time, heads
-        self.chunk, self.unit = chunk, unit
+        self.batch, self.time, self.chunk, self.span = batch, time, chunk, span
         self.tokens: Tensor | None = None
         self.order: Tensor | None = None
         if lengths is None:
@@ -106,10 +95,10 @@ class Layout:
         self.tokens = row * self.chunk + within % self.chunk
 
     def segments(self) -> list[Segment]:
-        """Cut the steps into segments of about ``SEGMENT_ROWS`` tokens x heads."""
+        """Cut the steps into segments."""
         found, step = [], 0
         while step < len(self.widths):
-            span = segment_span(self.widths[step], self.heads, self.unit)
+            span = self.span(self.widths[step])
             stop = min(step + span // self.chunk, len(self.widths))
             offsets = [s - self.starts[step] for s in self.starts[step : stop + 1]]
             lead = slice(step, stop)

@@ -11,14 +11,18 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from hybrid_kernels.chunked.gates import RESCALE_LIMIT
+from hybrid_kernels.chunked.decode import is_single_step, linear_attention_step
+from hybrid_kernels.chunked.gates import RESCALE_LIMIT, RESCALE_LIMIT_PER_TOKEN
 from hybrid_kernels.chunked.gradient import Gradients, backward
-from hybrid_kernels.chunked.layout import Layout, segment_span
+from hybrid_kernels.chunked.layout import Layout
 from hybrid_kernels.chunked.segment import Problem, forward
 from hybrid_kernels.packing import document_lengths
 from hybrid_kernels.validation import state_dtype
 
 SMALLEST_CHUNK = 16
+
+# Tokens x heads that one segment works on at a time: its matrices should stay in a core's cache.
+SEGMENT_ROWS = 2048
 
 
 def linear_attention(
@@ -36,6 +40,9 @@ def linear_attention(
     chunk_size: int | None,
 ) -> tuple[Tensor, Tensor]:
     """Compute ``hybrid_kernels.linear_attention`` in chunks, on any device."""
+    decays = (log_decay, value_log_decay)
+    if is_single_step(q.shape[1], cu_seqlens, q, k, v, *decays, beta, bonus, initial_state):
+        return linear_attention_step(q, k, v, *decays, beta, bonus, scale, initial_state)
     o, final_state, _ = torch.ops.hybrid_kernels.chunked_linear_attention(
         q,
         k,
@@ -99,7 +106,12 @@ def _backward(
     decays_wanted: bool,
 ) -> list[Tensor]:
     """Return the gradients of the tensors that are not None, in order."""
-    p = _problem(q, k, v, log_decay, value_log_decay, beta, bonus, cu_seqlens, scale, chunk_size)
+    # The gradient of a decay that is fixed per head is a sum over all tokens of terms of either
+    # sign, in which the rounding of rescaled ones would show.
+    fixed = decays_wanted and log_decay is not None and log_decay.dim() == 1
+    p = _problem(
+        q, k, v, log_decay, value_log_decay, beta, bonus, cu_seqlens, scale, chunk_size, fixed
+    )
     layout = p.layout
     dq, dk, dv, dbeta = (_Memory(layout, x) for x in (p.q, p.k, p.v, p.beta))
     dkey = _Memory(layout, p.key_decay if decays_wanted else None, p.dtype)
@@ -168,8 +180,9 @@ def _problem(
     cu_seqlens: Tensor | None,
     scale: float,
     chunk_size: int,
+    exactly: bool = False,
 ) -> Problem:
-    """Choose the way and the chunk size, and cut the inputs into chunks."""
+    """Choose the way (or be told ``exactly``) and chunk size; cut the inputs into chunks."""
     batch, time = q.shape[:2]
     heads = max(q.shape[2], k.shape[2], v.shape[2])
     if log_decay is not None and log_decay.dim() == 1:
@@ -178,9 +191,13 @@ def _problem(
     longest = time if lengths is None else max(lengths)
     layout, exact = _choose(
         [g for g in (log_decay, value_log_decay) if g is not None],
-        lambda size: Layout(batch, time, heads, size, _unit(chunk_size), lengths, q.device),
+        lambda size: Layout(
+            batch, time, size, lambda n: _span(n, heads, chunk_size), lengths, q.device
+        ),
         chunk_size or _default_chunk(beta is not None, longest),
+        longest,
     )
+    exact = exact or exactly
     # A scalar decay goes with the values, which leaves queries and keys to be shared by heads;
     # but pairs of rows decay on the key side where they do so exactly.
     scalar = log_decay is not None and log_decay.dim() == 3
@@ -216,11 +233,11 @@ def _problem(
 
 
 def _choose(
-    decays: list[Tensor], layout_of: Callable[[int], Layout], chunk: int
+    decays: list[Tensor], layout_of: Callable[[int], Layout], chunk: int, longest: int
 ) -> tuple[Layout, bool]:
     """Halve the chunk until rescaling is safe; if it never is, take the exact way."""
     first = layout = layout_of(chunk)
-    while not all(_bounded(layout.chunks(g)) for g in decays):
+    while not all(_bounded(layout.chunks(g), longest) for g in decays):
         if chunk <= SMALLEST_CHUNK:
             return first, True
         chunk //= 2
@@ -228,16 +245,18 @@ def _choose(
     return layout, False
 
 
-def _bounded(chunks: Tensor) -> bool:
-    """Whether every chunk's total log decay stays above the limit; NaN counts as not."""
+def _bounded(chunks: Tensor, longest: int) -> bool:
+    """Whether every chunk's total log decay stays above the limits; NaN counts as not."""
     if chunks.numel() == 0:
         return True
-    return bool(chunks.sum(2, dtype=torch.float32).amin() >= RESCALE_LIMIT)
+    limit = max(RESCALE_LIMIT, RESCALE_LIMIT_PER_TOKEN * min(chunks.shape[2], longest))
+    return bool(chunks.sum(2, dtype=torch.float32).amin() >= limit)
 
 
-def _unit(chunk_size: int) -> int:
-    """Return what segments are multiples of; known before the chunk size is."""
-    return max(64, chunk_size)
+def _span(sequences: int, heads: int, chunk_size: int) -> int:
+    """Return how many tokens of each sequence a segment holds; known before the chunk size is."""
+    unit = max(64, chunk_size)
+    return unit * max(1, SEGMENT_ROWS // (sequences * heads * unit))
 
 
 def _default_chunk(delta: bool, longest: int) -> int:
@@ -256,7 +275,7 @@ def _(
     state = (heads, q.shape[3], v.shape[3])
     if cu_seqlens is None:
         rows = batch
-        count = batch * -(-time // segment_span(batch, heads, _unit(chunk_size)))
+        count = batch * -(-time // _span(batch, heads, chunk_size))
     else:
         rows = cu_seqlens.shape[0] - 1
         count = torch.library.get_ctx().new_dynamic_size()

@@ -1,0 +1,167 @@
+"""Score tasks in words: teacher-forced in one forward, or by greedy generation."""
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from ..scoring import IGNORE, Progress, check_length, device_of, evaluating, score
+from ..stats import above_chance, mean_and_error, wilson
+from ..tokens import Encoder
+from .sample import TextSample, prompt_ids, string_match
+from .tasks import DEPTHS, Material, cells, samples
+
+Mode = Literal["forced", "generate"]
+
+
+def forced_row(sample: TextSample, tokenizer: Encoder) -> dict[str, np.ndarray]:
+    """Return the row that scores a sample's answer in one forward."""
+    prompt = prompt_ids(tokenizer, sample.text)
+    answer = tokenizer(sample.answer, add_special_tokens=False, verbose=False)["input_ids"]
+    ids = np.asarray([*prompt, *answer], dtype=np.int64)
+    labels = ids.copy()
+    labels[: len(prompt)] = IGNORE
+    return {"input_ids": ids, "labels": labels}
+
+
+@torch.inference_mode()
+def generate(model, tokenizer: Encoder, sample: TextSample) -> str:
+    """Return the greedy continuation of a sample's prompt."""
+    ids = torch.as_tensor([prompt_ids(tokenizer, sample.text)], device=device_of(model))
+    pad = getattr(tokenizer, "pad_token_id", None)
+    with evaluating(model):
+        output = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=sample.max_new_tokens,
+            do_sample=False,
+            pad_token_id=pad if pad is not None else getattr(tokenizer, "eos_token_id", None),
+        )
+    return tokenizer.decode(output[0, ids.shape[1] :].tolist(), skip_special_tokens=True)
+
+
+def _generated(model, tokenizer, made: Sequence[TextSample], progress: Progress | None):
+    scores, answers = [], []
+    for done, sample in enumerate(made, 1):
+        # one by one: padding is what hybrids most often get wrong
+        answers.append(generate(model, tokenizer, sample))
+        scores.append(string_match(sample.outputs, answers[-1], sample.match))
+        if progress is not None:
+            progress(done, len(made))
+    return scores, answers
+
+
+def _cell_results(
+    grid: Sequence[dict[str, Any]],
+    n: int,
+    made: Sequence[TextSample],
+    scores: Sequence[float],
+    nll: Sequence[float] | None,
+) -> list[dict[str, Any]]:
+    found = []
+    for number, cell in enumerate(grid):
+        part = slice(number * n, (number + 1) * n)
+        accuracy, error = mean_and_error(scores[part])
+        tokens = [sample.prompt_tokens for sample in made[part]]
+        found.append(
+            {
+                **cell,
+                "accuracy": accuracy,
+                "stderr": error,
+                "interval": wilson(sum(scores[part]), n),
+                "nll": None if nll is None else mean_and_error(nll[part])[0],
+                "n": n,
+                "prompt_tokens": {"min": min(tokens), "max": max(tokens)},
+            }
+        )
+    return found
+
+
+def evaluate_text(
+    model,
+    *,
+    task: str,
+    tokenizer: Encoder,
+    lengths: Sequence[int] = (512, 1024, 2048, 4096),
+    depths: Sequence[float] = DEPTHS,
+    n: int = 20,
+    mode: Mode = "forced",
+    material: Material | None = None,
+    seed: int = 0,
+    batch_size: int | None = None,
+    progress: Progress | None = None,
+    allow_longer: bool = False,
+    **options: Any,
+) -> dict[str, Any]:
+    """Measure one task in words at several lengths.
+
+    Args:
+        model: a causal language model.
+        task: a name from :data:`hybrid_eval.text.tasks.NAMES`.
+        tokenizer: the model's.
+        lengths: tokens per sample; prompt, answer prefix and room for generation.
+        depths: of the needle, for grids.
+        n: samples per cell.
+        mode: "forced" scores the reference answer in one forward: accuracy is whether greedy
+            decoding would give exactly it, nll its negative log-likelihood in nats; "generate"
+            decodes greedily and looks for the answers, as RULER does.
+        material: texts and questions of the user.
+        seed: of the samples.
+        batch_size: rows per forward; None chooses.
+        progress: called with the number of samples done and of samples in all.
+        allow_longer: permit lengths beyond ``max_position_embeddings``.
+        options: of the task.
+
+    Returns:
+        accuracy over all samples with standard error and Wilson interval, "cells" with the same
+        for each length (and depth), and the true token counts.
+
+    Raises:
+        ValueError: as :func:`hybrid_eval.text.tasks.samples`, or a length that the model cannot
+            take.
+    """
+    if mode not in ("forced", "generate"):
+        raise ValueError(f"mode must be 'forced' or 'generate', got {mode!r}")
+    check_length(model, max(lengths), allow_longer=allow_longer)
+    made = samples(
+        task,
+        tokenizer=tokenizer,
+        lengths=lengths,
+        depths=depths,
+        n=n,
+        seed=seed,
+        material=material,
+        **options,
+    )
+    nll, answers = None, None
+    if mode == "forced":
+        rows = [forced_row(sample, tokenizer) for sample in made]
+        scored = score(
+            model, rows, batch_size=batch_size, progress=progress, allow_longer=allow_longer
+        )
+        scores = [float(row.exact) for row in scored]
+        nll = [float(row.nll.sum()) for row in scored]
+    else:
+        scores, answers = _generated(model, tokenizer, made, progress)
+    accuracy, error = mean_and_error(scores)
+    tokens = [sample.prompt_tokens for sample in made]
+    result: dict[str, Any] = {
+        "accuracy": accuracy,
+        "accuracy_stderr": error,
+        "interval": wilson(sum(scores), len(scores)),
+        "chance": 0.0,
+        "above_chance": above_chance(accuracy, 0.0),
+        "n": len(scores),
+        "cells": _cell_results(cells(task, lengths, depths), n, made, scores, nll),
+        "tokens": {"min": min(tokens), "max": max(tokens)},
+        "truncated": 0,
+        "haystack": made[0].haystack,
+        "mode": mode,
+        "items": scores,
+    }
+    if nll is not None:
+        result["nll"], result["nll_stderr"] = mean_and_error(nll)
+    if answers is not None:
+        result["answers"] = answers
+    return result

@@ -1,0 +1,146 @@
+"""The tasks in words by name, and the names that they may carry.
+
+``ruler_X`` is RULER's task X, with RULER's own words, essays and questions; it refuses to run
+without them. ``long_X`` is the same generator on material that is at hand: the standard library's
+words and text, generated documents. A result therefore cannot be mistaken for RULER.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+from ..corpus import Corpus
+from ..errors import nearest
+from .grid import kv_recall, niah_grid
+from .material import Filler, Words, essays, filler_from, python_filler, python_words, wonder_words
+from .ruler_aggregate import cwe, fwe, vt
+from .ruler_niah import NIAH, ruler_niah
+from .ruler_qa import Library, generated_library, qa, read_hotpot, read_squad
+from .sample import Counter, TextSample
+
+DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
+RULER = (*NIAH, "vt", "cwe", "fwe", "qa_1", "qa_2")
+GRIDS = ("niah_grid", "kv_recall")
+NAMES = (*GRIDS, *(f"ruler_{name}" for name in RULER), *(f"long_{name}" for name in RULER))
+
+_ESSAY_TASKS = frozenset(name for name, kind in NIAH.items() if kind.haystack == "essay")
+_WORD_TASKS = frozenset({"cwe", *(name for name, kind in NIAH.items() if kind.key == "words")})
+
+
+@dataclass(frozen=True)
+class Material:
+    """What the user brings along; None takes what is at hand.
+
+    Attributes:
+        corpus: text for haystacks of niah_grid and long_ tasks.
+        essays: Paul Graham's essays as a file, for ruler_ tasks.
+        squad: path of SQuAD's dev-v2.0.json.
+        hotpot: path of HotpotQA's hotpot_dev_distractor_v1.json.
+    """
+
+    corpus: Corpus | None = None
+    essays: Corpus | None = None
+    squad: str | None = None
+    hotpot: str | None = None
+
+
+def _filler(material: Material, official: bool) -> Filler:
+    if official:
+        if material.essays is None:
+            return essays()
+        return filler_from(material.essays, official=True)
+    return python_filler() if material.corpus is None else filler_from(material.corpus)
+
+
+def _library(name: str, material: Material, official: bool) -> Library:
+    if not official:
+        return generated_library(1 if name == "qa_1" else 2)
+    path, reader, what = (
+        (material.squad, read_squad, "squad: SQuAD's dev-v2.0.json")
+        if name == "qa_1"
+        else (material.hotpot, read_hotpot, "hotpot: HotpotQA's hotpot_dev_distractor_v1.json")
+    )
+    if path is None:
+        raise ValueError(
+            f"ruler_{name} needs the option {what}; without it run long_{name}, on generated "
+            "documents"
+        )
+    return reader(path)
+
+
+def _bare(name: str) -> str:
+    return name.removeprefix("ruler_").removeprefix("long_")
+
+
+def maker(name: str, material: Material, counter: Counter) -> Callable[..., TextSample]:
+    """Return the function that makes samples of a task: called with length, depth, index, seed.
+
+    Raises:
+        ValueError: an unknown task, or a ruler_ task without RULER's material.
+    """
+    if name not in NAMES:
+        raise ValueError(f"unknown task {name!r}{nearest(name, NAMES)}")
+    bare, official = _bare(name), name.startswith("ruler_")
+    words: Words = wonder_words() if official and bare in _WORD_TASKS else python_words()
+    if name in GRIDS:
+        filler = _filler(material, official=False)
+        grid = {"niah_grid": niah_grid, "kv_recall": kv_recall}[name]
+        return partial(grid, counter=counter, filler=filler, words=words)
+    needs_text = bare in _ESSAY_TASKS
+    filler = _filler(material, official) if needs_text else Filler((), "none")
+    arguments: dict[str, Any] = {"counter": counter, "filler": filler, "words": words}
+    if bare in NIAH:
+        make = partial(ruler_niah, bare, **arguments)
+    elif bare in ("qa_1", "qa_2"):
+        make = partial(qa, bare, _library(bare, material, official), **arguments)
+    else:
+        make = partial({"vt": vt, "cwe": cwe, "fwe": fwe}[bare], **arguments)
+
+    def named(*, depth: float | None = None, **key: Any) -> TextSample:
+        if depth is not None:
+            raise ValueError(f"{name} draws its own depths, got depth={depth}")
+        return replace(make(**key), task=name)
+
+    return named
+
+
+def cells(name: str, lengths: Sequence[int], depths: Sequence[float]) -> list[dict[str, Any]]:
+    """Return the cells of a task: every length, and for grids every depth."""
+    if name in GRIDS:
+        return [{"length": length, "depth": depth} for length in lengths for depth in depths]
+    return [{"length": length} for length in lengths]
+
+
+def samples(
+    name: str,
+    *,
+    tokenizer: Any,
+    lengths: Sequence[int],
+    depths: Sequence[float] = DEPTHS,
+    n: int,
+    seed: int = 0,
+    material: Material | None = None,
+    **options: Any,
+) -> list[TextSample]:
+    """Make ``n`` samples for every cell of a task, cell by cell.
+
+    Args:
+        name: one of :data:`NAMES`.
+        tokenizer: counts the tokens.
+        lengths: tokens per sample.
+        depths: of the needle, for grids.
+        n: samples per cell.
+        seed: of the run.
+        material: texts and questions of the user.
+        options: of the task (``pairs`` of kv_recall).
+
+    Raises:
+        ValueError: an unknown task, missing material, or a length that is too short.
+    """
+    make = maker(name, material or Material(), Counter(tokenizer))
+    return [
+        make(index=index, seed=seed, **cell, **options)
+        for cell in cells(name, lengths, depths)
+        for index in range(n)
+    ]

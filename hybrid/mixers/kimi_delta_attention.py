@@ -1,0 +1,114 @@
+"""Kimi Delta Attention: the delta rule with a decay per key channel (arXiv 2510.26692)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import nn
+
+from hybrid.mixers.delta_net import DeltaRuleMixer, DeltaRuleOptions
+from hybrid.mixers.parts import (
+    init_log_uniform,
+    init_time_step,
+    low_rank,
+    positive,
+    softplus_log_decay,
+    wide,
+)
+from hybrid.registry import register_mixer
+
+if TYPE_CHECKING:
+    from hybrid.config import HybridConfig
+
+
+@dataclass(frozen=True)
+class KimiDeltaAttentionOptions(DeltaRuleOptions):
+    """Options of `kimi_delta_attention`: those of the delta rule, and
+
+    Attributes:
+        decay_gate: `softplus`: log decay = -exp(A_log) softplus(f + dt_bias) (Kimi Linear).
+            `bounded`: log decay = lower_bound * sigmoid(exp(A_log) (f + dt_bias)), never below
+            lower_bound (Ling 2.5).
+        lower_bound: of the log decay per token, for `bounded`; below 0.
+        gate_rank: rank of the maps x -> f and x -> output gate; default V; 0 for full matrices.
+    """
+
+    decay_gate: Literal["softplus", "bounded"] = "softplus"
+    lower_bound: float = -5.0
+    gate_rank: int | None = None
+
+    def complete(self, hidden_size: int) -> KimiDeltaAttentionOptions:
+        """Fill in heads, dims and the rank."""
+        done = super().complete(hidden_size)
+        assert isinstance(done, KimiDeltaAttentionOptions)
+        return replace(
+            done, gate_rank=done.value_head_dim if self.gate_rank is None else self.gate_rank
+        )
+
+    def problems(self, config: HybridConfig) -> list[str]:
+        """Sizes that do not fit together, and a bound that is none."""
+        lines = super().problems(config)
+        if self.gate_rank != 0:
+            lines += positive(gate_rank=self.gate_rank)
+        if self.lower_bound >= 0:
+            lines.append(f"lower_bound: must be below 0, found {self.lower_bound}")
+        return lines
+
+
+@register_mixer("kimi_delta_attention", symbol="K")
+class KimiDeltaAttention(DeltaRuleMixer):
+    """S_t = (I - beta_t k_t k_t^T) diag(alpha_t) S_{t-1} + beta_t k_t v_t^T (arXiv 2510.26692, eq. 1).
+
+    alpha_t = exp(-exp(A_log) softplus(f(x) + dt_bias)), one per key channel, f of low rank; output
+    RMSNorm(o) * sigmoid(g(x)) per head, g of low rank. With `decay_gate: bounded` the log decay stays
+    above `lower_bound`, which lets kernels rescale without a guard.
+    """
+
+    Options = KimiDeltaAttentionOptions
+    paper = "arXiv 2510.26692"
+    formula = "S_t = S_{t-1} diag(alpha_t) (I - beta_t k_t k_t^T) + beta_t v_t k_t^T"
+    gate_activation = "sigmoid"
+
+    def __init__(
+        self, options: KimiDeltaAttentionOptions, config: HybridConfig, layer_idx: int
+    ) -> None:
+        super().__init__(options, config, layer_idx)
+        inner = self.num_heads * self.key_dim
+        self.decay_proj = self._map(inner)
+        self.A_log = nn.Parameter(torch.empty(self.num_heads))
+        self.dt_bias = nn.Parameter(torch.empty(inner))
+
+    def build_gate(self) -> nn.Module:
+        """The output gate, D -> H * V."""
+        return self._map(self.num_heads * self.value_dim)
+
+    def _map(self, d_out: int) -> nn.Module:
+        d_model, rank = self.config.hidden_size, self.options.gate_rank
+        return low_rank(d_model, rank, d_out) if rank else nn.Linear(d_model, d_out, bias=False)
+
+    @classmethod
+    def samples(cls) -> list[dict[str, Any]]:
+        """As Kimi Linear, unequal dims; the bounded gate, full matrices, grouped heads."""
+        return [
+            {"num_heads": 2, "head_dim": 6, "value_head_dim": 8},
+            {"num_heads": 4, "num_key_heads": 2, "decay_gate": "bounded", "gate_rank": 0,
+             "negative_eigenvalues": True, "conv_size": None},
+        ]  # fmt: skip
+
+    def init_parameters(self, std: float) -> None:
+        """exp(A_log) uniform in [1, 16], time steps as Mamba-2's."""
+        init_log_uniform(self.A_log, 1.0, 16.0)
+        init_time_step(self.dt_bias)
+
+    def gates(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        """beta (B, T, H) and log alpha (B, T, H, K)."""
+        f = self.decay_proj(x).unflatten(-1, (self.num_heads, -1))
+        bias, rate = self.dt_bias.unflatten(0, (self.num_heads, -1)), self.A_log.unsqueeze(-1)
+        if self.options.decay_gate == "bounded":
+            gate = torch.sigmoid(wide(rate).exp() * (wide(f) + wide(bias)))
+            log_decay = self.options.lower_bound * gate
+        else:
+            log_decay = softplus_log_decay(f, bias, rate)
+        return {**super().gates(x), "log_decay": log_decay}

@@ -1,0 +1,185 @@
+"""Mamba-2: a scalar decay from a softplus time step (arXiv 2405.21060).
+
+Shapes: B batch, T time, H heads, G groups, N state size (the key dim), P head dim (the value dim).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import initialization as init
+
+from hybrid.cache import LayerCache
+from hybrid.mixers.base import LinearMixer, MixerOptions, conv_problems
+from hybrid.mixers.parts import (
+    GroupedRMSNorm,
+    divides,
+    init_log_uniform,
+    init_time_step,
+    positive,
+    step_problems,
+    too_wide,
+    wide,
+)
+from hybrid.registry import register_mixer
+
+if TYPE_CHECKING:
+    from hybrid.config import HybridConfig
+
+
+@dataclass(frozen=True)
+class Mamba2Options(MixerOptions):
+    """Options of `mamba2`.
+
+    Attributes:
+        num_heads: H; default expand * D / head_dim, at least 1.
+        head_dim: P, the value dim of a head.
+        state_size: N, the key dim of a head.
+        num_groups: G groups of heads that share B and C; must divide H.
+        expand: inner width H * P over D, where num_heads is not given.
+        conv_size: width of the short convolution on x, B, C; null for none.
+        conv_bias: a bias on it.
+        bias: biases on the projections.
+        skip: add D_h * x to the output of head h.
+        output_norm: `gated`: RMSNorm(y * silu(z)) (Mamba-2). `gated_after`: RMSNorm(y) * silu(z).
+            `none`: y * silu(z) (some Falcon-H1).
+        norm_groups: groups of channels that are normalised each on its own; default G.
+        dt_min, dt_max, dt_floor: the range that initial time steps are drawn from, log-uniformly.
+        dt_limit: [low, high] that time steps are clamped to; null for no limit.
+        a_range: [low, high] that the initial rates A are drawn from, uniformly.
+    """
+
+    num_heads: int | None = None
+    head_dim: int = 64
+    state_size: int = 128
+    num_groups: int = 1
+    expand: float = 2.0
+    conv_size: int | None = 4
+    conv_bias: bool = True
+    bias: bool = False
+    skip: bool = True
+    output_norm: Literal["gated", "gated_after", "none"] = "gated"
+    norm_groups: int | None = None
+    dt_min: float = 1e-3
+    dt_max: float = 0.1
+    dt_floor: float = 1e-4
+    dt_limit: list | None = None
+    a_range: list | tuple = (1.0, 16.0)
+
+    def complete(self, hidden_size: int) -> Mamba2Options:
+        """Fill in heads and the groups of the norm."""
+        heads = self.num_heads
+        if heads is None:
+            heads = max(1, int(self.expand * hidden_size) // max(1, self.head_dim))
+        groups = self.num_groups if self.norm_groups is None else self.norm_groups
+        return replace(self, num_heads=heads, norm_groups=groups)
+
+    def problems(self, config: HybridConfig) -> list[str]:
+        """Sizes that do not fit together."""
+        lines = positive(
+            num_heads=self.num_heads,
+            head_dim=self.head_dim,
+            state_size=self.state_size,
+            expand=self.expand,
+        )
+        lines += too_wide(head_dim=self.head_dim, state_size=self.state_size)
+        if not lines:
+            done = self.complete(config.hidden_size)
+            assert done.num_heads is not None
+            assert done.norm_groups is not None
+            inner = done.num_heads * done.head_dim
+            lines += divides("num_groups", done.num_groups, "num_heads", done.num_heads)
+            lines += divides("norm_groups", done.norm_groups, "num_heads * head_dim", inner)
+        for name, pair in (("dt_limit", self.dt_limit), ("a_range", self.a_range)):
+            if pair is not None and (len(pair) != 2 or not 0 <= pair[0] <= pair[1]):
+                lines.append(f"{name}: expected [low, high] with 0 <= low <= high, found {pair!r}")
+        lines += step_problems(self.dt_min, self.dt_max, self.dt_floor)
+        return lines + conv_problems(self.conv_size)
+
+
+@register_mixer("mamba2", symbol="M")
+class Mamba2(LinearMixer):
+    """S_t = exp(-dt_t exp(A_log)) S_{t-1} + B_t (dt_t x_t)^T, y_t = C_t^T S_t + D x_t.
+
+    dt_t = softplus(x W_dt + dt_bias), one per head; x, B, C through a short convolution and SiLU;
+    output RMSNorm(y * silu(z)) (arXiv 2405.21060, eq. 1 and section 7.1). In the words of the op, C is
+    q, B is k and dt x is v. The published input projection [z, x, B, C, dt] is five matrices here:
+    `gate_proj`, `v_proj`, `k_proj`, `q_proj`, `dt_proj`.
+    """
+
+    Options = Mamba2Options
+    paper = "arXiv 2405.21060"
+    formula = "G_t = gamma_t 1^T 1, gamma_t = exp(-softplus(x_t W_dt + b) exp(A_log))"
+
+    def __init__(self, options: Mamba2Options, config: HybridConfig, layer_idx: int) -> None:
+        super().__init__(options, config, layer_idx)
+        heads, head_dim, groups = options.num_heads, options.head_dim, options.num_groups
+        assert heads is not None
+        assert options.norm_groups is not None
+        self.build(
+            heads,
+            options.state_size,
+            head_dim,
+            options.conv_size,
+            options.bias,
+            key_heads=groups,
+            conv_bias=options.conv_bias,
+            conv_activation="silu",
+        )
+        inner = heads * head_dim
+        self.gate_proj = nn.Linear(config.hidden_size, inner, bias=options.bias)
+        self.dt_proj = nn.Linear(config.hidden_size, heads, bias=options.bias)
+        self.dt_bias = nn.Parameter(torch.empty(heads))
+        self.A_log = nn.Parameter(torch.empty(heads))
+        self.D = nn.Parameter(torch.empty(heads)) if options.skip else None
+        self.norm = None
+        if options.output_norm != "none":
+            self.norm = GroupedRMSNorm(options.norm_groups, inner, config.norm_eps)
+
+    @classmethod
+    def samples(cls) -> list[dict[str, Any]]:
+        """Two groups and a norm for each; no convolution, no skip, clamped steps, biases."""
+        return [
+            {"head_dim": 8, "state_size": 6, "num_heads": 4, "num_groups": 2},
+            {"head_dim": 4, "state_size": 5, "num_heads": 3, "conv_size": None, "skip": False,
+             "bias": True, "output_norm": "gated_after", "norm_groups": 3, "dt_limit": [0.01, 0.5]},
+        ]  # fmt: skip
+
+    def init_parameters(self, std: float) -> None:
+        """Time steps log-uniform in [dt_min, dt_max], A uniform in a_range, D one."""
+        o = self.options
+        init_time_step(self.dt_bias, o.dt_min, o.dt_max, o.dt_floor)
+        init_log_uniform(self.A_log, *o.a_range)
+        if self.D is not None:
+            init.ones_(self.D)
+
+    def mix(
+        self, x: torch.Tensor, cu_seqlens: torch.Tensor | None, cache: LayerCache | None
+    ) -> torch.Tensor:
+        """See the class."""
+        C, B, u = self.project(x, cu_seqlens, cache)
+        dt = F.softplus(wide(self.dt_proj(x)) + wide(self.dt_bias))
+        if self.options.dt_limit is not None:
+            dt = dt.clamp(*self.options.dt_limit)
+        log_decay = -dt * wide(self.A_log).exp()
+        v = (u * dt.unsqueeze(-1)).to(u.dtype)
+        y = self.recur(C, B, v, cu_seqlens, cache, log_decay=log_decay)
+        if self.D is not None:
+            y = y + u * self.D.to(u.dtype).unsqueeze(-1)
+        return self.o_proj(self._gate(y.flatten(-2), F.silu(self.gate_proj(x))))
+
+    def project(
+        self, x: torch.Tensor, cu_seqlens: torch.Tensor | None, cache: LayerCache | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """C, B (B, T, G, N) and x (B, T, H, P); SiLU also where there is no convolution."""
+        C, B, u = super().project(x, cu_seqlens, cache)
+        return (C, B, u) if self.conv is not None else (F.silu(C), F.silu(B), F.silu(u))
+
+    def _gate(self, y: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+        if self.norm is None:
+            return y * z
+        return self.norm(y) * z if self.options.output_norm == "gated_after" else self.norm(y * z)

@@ -1,0 +1,198 @@
+"""Pieces that several linear mixers are made of.
+
+Shapes: B batch, T time, H heads, K key dim, V value dim, D model dim.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import initialization as init
+
+from hybrid.mixers.base import MixerOptions, conv_problems, head_problems
+
+if TYPE_CHECKING:
+    from hybrid.config import HybridConfig
+
+
+def wide(x: torch.Tensor) -> torch.Tensor:
+    """x in float32, or float64 if it is: gates are never computed in less."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+@dataclass(frozen=True)
+class HeadOptions(MixerOptions):
+    """Sizes that most linear mixers have; each sets the defaults of its paper.
+
+    Attributes:
+        num_heads: H; default D / `width`, at least 1.
+        head_dim: key dim K; default `key_share` * D / H.
+        value_head_dim: value dim V; default `value_share` * D / H.
+    """
+
+    num_heads: int | None = None
+    head_dim: int | None = None
+    value_head_dim: int | None = None
+
+    width: ClassVar[int] = 64
+    key_share: ClassVar[float] = 1.0
+    value_share: ClassVar[float] = 1.0
+
+    def complete(self, hidden_size: int) -> HeadOptions:
+        """Fill in heads and dims."""
+        heads = self.num_heads
+        if heads is None:
+            width = self.width
+            if self.value_head_dim or self.head_dim:
+                of_value = (self.value_head_dim or 0) / self.value_share
+                width = max(1, round(of_value or (self.head_dim or 0) / self.key_share))
+            heads = max(1, hidden_size // width)
+        slot = hidden_size // max(1, heads)
+        keys = max(1, int(self.key_share * slot)) if self.head_dim is None else self.head_dim
+        values = self.value_head_dim
+        if values is None:
+            values = max(1, int(self.value_share * slot))
+        return replace(self, num_heads=heads, head_dim=keys, value_head_dim=values)
+
+    def problems(self, config: HybridConfig) -> list[str]:
+        """Sizes that do not fit together, or that the op does not take."""
+        done = self.complete(config.hidden_size)
+        assert done.num_heads is not None
+        lines = head_problems(
+            config.hidden_size,
+            done.num_heads,
+            head_dim=self.head_dim,
+            value_head_dim=self.value_head_dim,
+        )
+        if not lines:
+            lines += too_wide(head_dim=done.head_dim, value_head_dim=done.value_head_dim)
+        return lines + conv_problems(getattr(self, "conv_size", None))
+
+
+MAX_HEAD_DIM = 256
+
+
+def too_wide(**dims: int | None) -> list[str]:
+    """A line for each dim of a head that is more than the op takes."""
+    return [
+        f"{name}: must be at most {MAX_HEAD_DIM}, found {dim}; use more heads"
+        for name, dim in dims.items()
+        if dim is not None and dim > MAX_HEAD_DIM
+    ]
+
+
+def positive(**sizes: float | None) -> list[str]:
+    """A line for each number that must be greater than 0 and is not."""
+    return [
+        f"{name}: must be greater than 0, found {size}"
+        for name, size in sizes.items()
+        if size is not None and size <= 0
+    ]
+
+
+def step_problems(dt_min: float, dt_max: float, dt_floor: float) -> list[str]:
+    """Lines for a range of initial time steps that is none."""
+    lines = positive(dt_min=dt_min, dt_max=dt_max, dt_floor=dt_floor)
+    if not lines and dt_min > dt_max:
+        lines.append(f"dt_min: must be at most dt_max {dt_max}, found {dt_min}")
+    return lines
+
+
+def divides(name: str, part: int, whole_name: str, whole: int) -> list[str]:
+    """A line if `part` is below 1 or does not divide `whole`."""
+    if part >= 1 and whole % part == 0:
+        return []
+    return [f"{name}: must be at least 1 and divide {whole_name} {whole}, found {part}"]
+
+
+def low_rank(d_in: int, rank: int, d_out: int, bias: bool = False) -> nn.Sequential:
+    """x W_1 W_2 (+ b), W_1 (D_in, rank), W_2 (rank, D_out)."""
+    return nn.Sequential(nn.Linear(d_in, rank, bias=False), nn.Linear(rank, d_out, bias=bias))
+
+
+def l2_normalize(x: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
+    """x / sqrt(|x|^2 + eps) over the last dimension, computed in float32 at least."""
+    y = wide(x)
+    return (y * torch.rsqrt(y.square().sum(-1, keepdim=True) + eps)).to(x.dtype)
+
+
+def softplus_log_decay(
+    step: torch.Tensor, dt_bias: torch.Tensor, a_log: torch.Tensor
+) -> torch.Tensor:
+    """-exp(A_log) * softplus(step + dt_bias), Mamba's discretised decay (arXiv 2312.00752, eq. 4).
+
+    All broadcast against one another; the result is float32 at least.
+    """
+    return -wide(a_log).exp() * F.softplus(wide(step) + wide(dt_bias))
+
+
+def init_time_step(
+    dt_bias: torch.Tensor, dt_min: float = 1e-3, dt_max: float = 0.1, dt_floor: float = 1e-4
+) -> None:
+    """softplus(dt_bias) log-uniform in [dt_min, dt_max] (arXiv 2312.00752, section 3.6)."""
+    low, high = math.log(dt_min), math.log(dt_max)
+    dt = torch.empty_like(dt_bias, dtype=torch.float32).uniform_(low, high).exp_()
+    dt = dt.clamp_(min=dt_floor)
+    init.copy_(dt_bias, dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
+
+
+def init_log_uniform(a_log: torch.Tensor, low: float, high: float) -> None:
+    """exp(A_log) uniform in [low, high]."""
+    init.copy_(a_log, torch.empty_like(a_log, dtype=torch.float32).uniform_(low, high).log_())
+
+
+class _GroupedNorm(nn.Module):
+    """A norm within each of G equal groups of channels, with one weight per channel."""
+
+    def __init__(self, groups: int, channels: int, eps: float, bias: bool = False) -> None:
+        super().__init__()
+        self.groups, self.eps = groups, eps
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels)) if bias else None
+
+    def normalize(self, x: torch.Tensor) -> torch.Tensor:
+        """(..., G, channels / G) normalised over the last dimension."""
+        raise NotImplementedError
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(..., channels) -> (..., channels)."""
+        y = self.normalize(x.unflatten(-1, (self.groups, -1))).flatten(-2) * self.weight
+        return y if self.bias is None else y + self.bias
+
+
+class GroupedRMSNorm(_GroupedNorm):
+    """RMSNorm within each group (Mamba-2, arXiv 2405.21060, section 7.1)."""
+
+    def normalize(self, x: torch.Tensor) -> torch.Tensor:
+        """Divide by the root mean square."""
+        return F.rms_norm(x, x.shape[-1:], eps=self.eps)
+
+
+class GroupedLayerNorm(_GroupedNorm):
+    """LayerNorm within each group, i.e. GroupNorm over channels, for channels that come last."""
+
+    def normalize(self, x: torch.Tensor) -> torch.Tensor:
+        """Take the mean away and divide by the standard deviation."""
+        return F.layer_norm(x, x.shape[-1:], eps=self.eps)
+
+
+class GatedRMSNorm(nn.Module):
+    """RMSNorm(o) * act(gate) per head, one weight for all heads (gated DeltaNet, KDA, GLA)."""
+
+    def __init__(self, value_dim: int, eps: float, activation: str = "silu") -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(value_dim))
+        self.eps, self.activation = eps, activation
+
+    def forward(self, o: torch.Tensor, gate: torch.Tensor | None) -> torch.Tensor:
+        """o (B, T, H, V), gate (B, T, H * V) or None for no gate -> (B, T, H * V)."""
+        y = F.rms_norm(o, o.shape[-1:], self.weight, self.eps).flatten(-2)
+        if gate is None:
+            return y
+        act = F.silu if self.activation == "silu" else torch.sigmoid
+        return (y * act(wide(gate))).to(o.dtype)

@@ -1,0 +1,235 @@
+"""Selective scan in segments: the elementwise work of many steps at once, one pass over time.
+
+The state is kept as (N, D), channels innermost, so that every broadcast runs along long rows. A
+step of the serial loop is a single in-place multiply-add. The backward pass recomputes each
+segment from the state before it, the only thing that the forward pass keeps.
+
+Legend: B batch, T time, D channels, N state size, S sequences (B, or packed documents), R steps x
+sequences of a segment.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hybrid_kernels.chunked.decode import is_single_step, selective_scan_step
+from hybrid_kernels.chunked.layout import Layout, Segment
+from hybrid_kernels.packing import document_lengths
+from hybrid_kernels.validation import state_dtype
+
+# Elements of state x steps that a segment holds: its matrices should stay in a core's cache.
+SEGMENT_ELEMENTS = 1 << 18
+# At least this many steps, so that the states kept stay small beside the inputs.
+SEGMENT_STEPS = 16
+
+
+def selective_scan(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    *,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Compute ``hybrid_kernels.selective_scan`` segment by segment, on any device."""
+    if is_single_step(u.shape[1], cu_seqlens, u, delta, A, B, C, D, initial_state):
+        return selective_scan_step(u, delta, A, B, C, D, initial_state)
+    y, final_state, _ = torch.ops.hybrid_kernels.chunked_selective_scan(
+        u, delta, A, B, C, D, initial_state, cu_seqlens
+    )
+    return y, final_state
+
+
+@torch.library.custom_op("hybrid_kernels::chunked_selective_scan", mutates_args=())
+def _forward(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the output, the final states, and the states that the backward pass starts from."""
+    scan = _Scan(u, delta, A, B, C, cu_seqlens)
+    layout = scan.layout
+    whole, y = layout.empty(u.shape[2:], u.dtype, u.device)
+    state = scan.new_state(initial_state)
+    saved = [state[:0]]
+    for segment in layout.segments():
+        saved.append(state[: segment.width].clone())
+        part = _Part(scan, segment, state)
+        out = torch.matmul(part.C[:, None], part.states)[:, 0]
+        if D is not None:
+            out = torch.addcmul(out, part.u, D.to(out.dtype))
+        y[segment.lead].copy_(out.view_as(y[segment.lead]))
+    final_state = layout.unsort_states(state).transpose(1, 2).contiguous()
+    return layout.result(whole), final_state, torch.cat(saved)
+
+
+@torch.library.custom_op("hybrid_kernels::chunked_selective_scan_backward", mutates_args=())
+def _backward(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    saved: Tensor,
+    dy: Tensor,
+    dfinal: Tensor,
+) -> list[Tensor]:
+    """Return the gradients of the tensors that are not None, in order."""
+    scan = _Scan(u, delta, A, B, C, cu_seqlens)
+    layout = scan.layout
+    memory = [layout.empty(x.shape[2:], x.dtype, x.device) for x in (u, delta, B, C)]
+    dA = torch.zeros_like(scan.A)
+    dD = None if D is None else torch.zeros_like(D, dtype=scan.dtype)
+    dstate = scan.new_state(dfinal)
+    dy_chunks = layout.chunks(dy)
+    end = saved.shape[0]
+    for segment in reversed(layout.segments()):
+        start = saved[end - segment.width : end]
+        part = _Part(scan, segment, start.clone())
+        dy_rows = dy_chunks[segment.lead].flatten(0, 2).to(scan.dtype)
+        found = part.backward(start, dy_rows, dstate, dA)
+        if D is not None:
+            assert dD is not None
+            found[0].addcmul_(dy_rows, D.to(scan.dtype))
+            dD += (dy_rows * part.u).sum(0)
+        for (_, chunks), grad in zip(memory, found, strict=True):
+            chunks[segment.lead].copy_(grad.view_as(chunks[segment.lead]))
+        end -= segment.width
+    du, ddelta, dB, dC = (layout.result(whole) for whole, _ in memory)
+    dinitial = layout.unsort_states(dstate).transpose(1, 2)
+    found = [(u, du), (delta, ddelta), (A, dA.T), (B, dB), (C, dC), (D, dD)]
+    found.append((initial_state, dinitial))
+    return [grad.to(x.dtype).contiguous() for x, grad in found if x is not None]
+
+
+class _Scan:
+    """The inputs by steps."""
+
+    def __init__(self, u, delta, A, B, C, cu_seqlens):
+        self.dtype = state_dtype(u, delta, A, B, C)
+        lengths = None if cu_seqlens is None else document_lengths(cu_seqlens, u.shape[1])
+        # With chunks of one token a layout's steps are the steps of time.
+        self.layout = Layout(
+            u.shape[0], u.shape[1], 1, lambda n: _segment_steps(n, A), lengths, u.device
+        )
+        self.u, self.delta, self.B, self.C = (self.layout.chunks(x) for x in (u, delta, B, C))
+        self.A = A.to(self.dtype).T.contiguous()
+
+    def new_state(self, states: Tensor | None) -> Tensor:
+        """Bring (S, D, N), or zeros for None, to (S, N, D) in the order of the layout."""
+        if states is None:
+            return self.A.new_zeros(self.layout.sequences, *self.A.shape)
+        states = states.to(self.dtype).transpose(1, 2)
+        return self.layout.sort_states(states).contiguous()
+
+
+class _Part:
+    """One segment: its decays and its states after every step.
+
+    Attributes (R leading):
+        u, delta: (D).
+        B, C: (N).
+        decays: (N, D) exp(delta A).
+        states: (N, D) after each step.
+    """
+
+    def __init__(self, scan: _Scan, segment: Segment, state: Tensor):
+        self.segment, self.A = segment, scan.A
+        self.u, self.delta, self.B, self.C = (
+            x[segment.lead].flatten(0, 2).to(scan.dtype)
+            for x in (scan.u, scan.delta, scan.B, scan.C)
+        )
+        self.decays = torch.mul(self.delta[:, None], scan.A).exp_()
+        self.states = torch.mul((self.delta * self.u)[:, None], self.B[:, :, None])
+        before = state[: segment.width]
+        for width, rows in self._steps():
+            after = self.states[rows].addcmul_(self.decays[rows], before[:width])
+            if width < before.shape[0]:
+                state[width : before.shape[0]] = before[width:]
+            before = after
+        state[: before.shape[0]] = before
+
+    def _steps(self) -> list[tuple[int, slice]]:
+        offsets = self.segment.offsets
+        return [(w, slice(offsets[i], offsets[i + 1])) for i, w in enumerate(self.segment.widths)]
+
+    def backward(
+        self, start: Tensor, dy: Tensor, dstate: Tensor, dA: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return the gradients of u, delta, B and C; update those of the state and of A.
+
+        Args:
+            start: (S, N, D) states before the segment.
+            dy: (R, D).
+            dstate: (S, N, D) gradient of the states after it; becomes that of ``start``.
+            dA: (N, D), added to.
+        """
+        dstates = torch.mul(self.C[:, :, None], dy[:, None])
+        dC = torch.matmul(self.states, dy[:, :, None])[:, :, 0]
+        # What each decay multiplied, times its own value: first the state before each step ...
+        through = self.decays
+        steps = self._steps()
+        for i, (width, rows) in reversed(list(enumerate(steps))):
+            after = dstates[rows].add_(dstate[:width])
+            torch.mul(after, self.decays[rows], out=dstate[:width])
+            before = self.states[steps[i - 1][1]][:width] if i else start[:width]
+            # ... then, once the decay itself is no longer needed, its gradient.
+            torch.mul(dstate[:width], before, out=through[rows])
+        dA.add_(torch.einsum("rnd,rd->nd", through, self.delta))
+        dinput = torch.matmul(self.B[:, None], dstates)[:, 0]
+        ddelta = (through * self.A).sum(1).addcmul_(dinput, self.u)
+        dB = torch.matmul(dstates, (self.delta * self.u)[:, :, None])[:, :, 0]
+        return dinput * self.delta, ddelta, dB, dC
+
+
+def _segment_steps(sequences: int, A: Tensor) -> int:
+    return max(SEGMENT_STEPS, SEGMENT_ELEMENTS // (sequences * A.numel()))
+
+
+@_forward.register_fake
+def _(u, delta, A, B, C, D, initial_state, cu_seqlens):
+    if cu_seqlens is None:
+        rows = u.shape[0]
+        count = rows * -(-u.shape[1] // _segment_steps(rows, A))
+    else:
+        rows = cu_seqlens.shape[0] - 1
+        count = torch.library.get_ctx().new_dynamic_size()
+    dtype = state_dtype(u, delta, A, B, C)
+    return (
+        u.new_empty(u.shape),
+        u.new_empty(rows, *A.shape, dtype=dtype),
+        u.new_empty(count, A.shape[1], A.shape[0], dtype=dtype),
+    )
+
+
+@_backward.register_fake
+def _(u, delta, A, B, C, D, initial_state, *rest):
+    found = (u, delta, A, B, C, D, initial_state)
+    return [x.new_empty(x.shape) for x in found if x is not None]
+
+
+def _keep(ctx, inputs, output) -> None:
+    ctx.save_for_backward(*inputs, output[2])
+
+
+def _differentiate(ctx, dy, dfinal, _):
+    *tensors, saved = ctx.saved_tensors
+    found = iter(
+        torch.ops.hybrid_kernels.chunked_selective_scan_backward(*tensors, saved, dy, dfinal)
+    )
+    return (*(None if x is None else next(found) for x in tensors[:7]), None)
+
+
+_forward.register_autograd(_differentiate, setup_context=_keep)

@@ -1,0 +1,59 @@
+"""The ``triton`` backend: chunked kernels for CUDA and ROCm. Unmeasured on a GPU as of now.
+
+Which kernel computes what (all in this folder; every kernel is one for all forms, and what a form
+does not need is not compiled)::
+
+    form of linear_attention          forward                         backward adds
+    --------------------------------  ------------------------------  -----------------------------
+    additive: no decay, per head,     states.py  states_forward       states.py  states_backward
+      scalar per token                outputs.py outputs_forward      outputs.py values_backward
+                                                                      keys.py    keys_backward
+    additive, decay over keys         + pairs.py pairs                as above
+    delta rule, any of these decays   + pairs.py pairs                + delta.py
+                                      + delta.py inverse, new_values      new_values_backward
+    read with a bonus (RWKV-6)        the additive form with q shifted by one token (linear.py)
+    one token, any of these           decode.py  decode               -
+
+    causal_conv1d                     convolution.py                  convolution.py
+    selective_scan                    scan.py                         scan.py
+
+``linear.py`` has the order of the kernels, ``problem.py`` each launch, ``launch.py`` the block
+sizes, ``blocks.py`` what all kernels share. Nothing here imports triton until an op runs.
+
+No atomics are used: the same inputs give the same bits, run after run on one device.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+
+MAX_CHUNK = 64
+MAX_WIDTH = 16
+
+
+def linear_attention(*args: Any, **kwargs: Any):
+    """Compute ``hybrid_kernels.linear_attention``."""
+    from hybrid_kernels.triton.linear import linear_attention as run
+
+    return run(*args, **kwargs)
+
+
+def interpreting() -> bool:
+    """Say whether kernels run in triton's interpreter, on the CPU."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def unsupported(op: str, **arguments: Any) -> str | None:
+    """Return why these inputs cannot be taken, or None."""
+    if any(isinstance(x, torch.Tensor) and x.dtype == torch.float64 for x in arguments.values()):
+        return "it computes in float32, not in float64"
+    if op == "linear_attention":
+        if arguments.get("value_log_decay") is not None:
+            return "it has no kernel for a decay over values (value_log_decay)"
+        chunk = arguments.get("chunk_size")
+        if chunk is not None and chunk > MAX_CHUNK:
+            return f"its chunk_size is at most {MAX_CHUNK}, got {chunk}"
+    return None

@@ -1,0 +1,188 @@
+"""What every kernel shares: where a chunk lies, how its rows are loaded, and its decay factors.
+
+Legend: C rows of a chunk, K key dim, V value dim, H heads, D any row width, BD a block of it.
+Names: ``b_`` a block in registers, ``p_`` a pointer or block of pointers, ``m_`` a mask.
+
+Decay factors follow one rule: every exponent is a sum of log decays of the rows it spans, so it is
+at most 0 and nothing is ever a difference of two sums. -inf needs no special case.
+"""
+
+# pyright: reportArgumentType=false, reportOptionalSubscript=false, reportIndexIssue=false
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def locate(i_chunk, p_offsets, p_first, p_owner, T, NT, C: tl.constexpr, PACKED: tl.constexpr):
+    """Return (sequence, first row, number of rows) of a chunk; a surplus chunk has no rows."""
+    if PACKED:
+        i_n = tl.load(p_owner + i_chunk)
+        start = tl.load(p_offsets + i_n) + (i_chunk - tl.load(p_first + i_n)) * C
+        stop = tl.load(p_offsets + i_n + 1)
+    else:
+        i_n = (i_chunk // NT).to(tl.int64)
+        start = i_n * T + (i_chunk % NT) * C
+        stop = i_n * T + T
+    return i_n, start, stop - start
+
+
+@triton.jit
+def sequence(i_n, p_offsets, p_first, T, NT, PACKED: tl.constexpr):
+    """Return (first row, end of rows, first chunk, number of chunks) of a sequence."""
+    if PACKED:
+        start = tl.load(p_offsets + i_n)
+        stop = tl.load(p_offsets + i_n + 1)
+        chunk = tl.load(p_first + i_n)
+        count = tl.load(p_first + i_n + 1) - chunk
+    else:
+        start = i_n.to(tl.int64) * T
+        stop = start + T
+        chunk = i_n.to(tl.int64) * NT
+        count = NT
+    return start, stop, chunk, count
+
+
+@triton.jit
+def row_pointers(p_x, start, i_h, H, D, d0, C: tl.constexpr, BD: tl.constexpr):
+    """Point at rows ``start ...`` and columns ``d0 ...`` of head ``i_h`` of a (rows, H, D) tensor."""
+    o_r = tl.arange(0, C)
+    o_d = d0 + tl.arange(0, BD)
+    return p_x + (start * H + i_h) * D + o_r[:, None] * (H * D) + o_d[None, :]
+
+
+@triton.jit
+def row_mask(rows, D, d0, C: tl.constexpr, BD: tl.constexpr):
+    """Mask of the entries of a (C, BD) block that lie within ``rows`` rows and D columns."""
+    return (tl.arange(0, C)[:, None] < rows) & ((d0 + tl.arange(0, BD))[None, :] < D)
+
+
+@triton.jit
+def load_rows(p_x, start, rows, i_h, H, D, d0, C: tl.constexpr, BD: tl.constexpr):
+    """Load a (C, BD) block of a (rows, H, D) tensor as float32, zero where there is nothing."""
+    p_rows = row_pointers(p_x, start, i_h, H, D, d0, C, BD)
+    return tl.load(p_rows, mask=row_mask(rows, D, d0, C, BD), other=0.0).to(tl.float32)
+
+
+@triton.jit
+def store_rows(p_x, b_x, start, rows, i_h, H, D, d0, C: tl.constexpr, BD: tl.constexpr):
+    """Store a (C, BD) block into a (rows, H, D) tensor, in that tensor's dtype."""
+    p_rows = row_pointers(p_x, start, i_h, H, D, d0, C, BD)
+    tl.store(p_rows, b_x.to(p_x.dtype.element_ty), mask=row_mask(rows, D, d0, C, BD))
+
+
+@triton.jit
+def load_column(p_x, start, rows, i_h, H, C: tl.constexpr):
+    """Load C entries of a (rows, H) tensor as float32, zero where there is nothing."""
+    o_r = tl.arange(0, C)
+    return tl.load(p_x + (start + o_r) * H + i_h, mask=o_r < rows, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def store_column(p_x, b_x, start, rows, i_h, H, C: tl.constexpr):
+    """Store C entries into a (rows, H) tensor."""
+    o_r = tl.arange(0, C)
+    tl.store(p_x + (start + o_r) * H + i_h, b_x, mask=o_r < rows)
+
+
+@triton.jit
+def tile_pointers(p_x, i, K, V, k0, v0, BK: tl.constexpr, BV: tl.constexpr):
+    """Point at a (BK, BV) tile of matrix ``i`` of an (n, K, V) tensor."""
+    o_k = k0 + tl.arange(0, BK)
+    o_v = v0 + tl.arange(0, BV)
+    return p_x + i * K * V + o_k[:, None] * V + o_v[None, :]
+
+
+@triton.jit
+def tile_mask(K, V, k0, v0, BK: tl.constexpr, BV: tl.constexpr):
+    """Mask of the entries of a (BK, BV) tile that lie within (K, V)."""
+    return ((k0 + tl.arange(0, BK))[:, None] < K) & ((v0 + tl.arange(0, BV))[None, :] < V)
+
+
+@triton.jit
+def load_tile(p_x, i, K, V, k0, v0, BK: tl.constexpr, BV: tl.constexpr):
+    """Load a (BK, BV) tile of matrix ``i`` of an (n, K, V) tensor as float32."""
+    p_tile = tile_pointers(p_x, i, K, V, k0, v0, BK, BV)
+    return tl.load(p_tile, mask=tile_mask(K, V, k0, v0, BK, BV), other=0.0).to(tl.float32)
+
+
+@triton.jit
+def store_tile(p_x, b_x, i, K, V, k0, v0, BK: tl.constexpr, BV: tl.constexpr):
+    """Store a (BK, BV) tile into matrix ``i`` of an (n, K, V) tensor, in that tensor's dtype."""
+    p_tile = tile_pointers(p_x, i, K, V, k0, v0, BK, BV)
+    tl.store(p_tile, b_x.to(p_x.dtype.element_ty), mask=tile_mask(K, V, k0, v0, BK, BV))
+
+
+@triton.jit
+def product(b_a, b_b, DOT: tl.constexpr, PRECISION: tl.constexpr):
+    """Multiply two blocks with operands in ``DOT``, accumulating in float32."""
+    return tl.dot(b_a.to(DOT), b_b.to(DOT), input_precision=PRECISION)
+
+
+@triton.jit
+def lower(C: tl.constexpr):
+    """Mask of the entries on and below the diagonal."""
+    return tl.arange(0, C)[:, None] >= tl.arange(0, C)[None, :]
+
+
+@triton.jit
+def strictly_lower(C: tl.constexpr):
+    """Mask of the entries below the diagonal."""
+    return tl.arange(0, C)[:, None] > tl.arange(0, C)[None, :]
+
+
+@triton.jit
+def straddle(size: tl.constexpr, C: tl.constexpr):
+    """Mask of the pairs (i, j) whose split point at this level has j above it and i below."""
+    o_i = tl.arange(0, C)[:, None] // size
+    o_j = tl.arange(0, C)[None, :] // size
+    return (o_i % 2 == 1) & (o_j + 1 == o_i)
+
+
+@triton.jit
+def blockwise_sum(
+    b_x, size: tl.constexpr, C: tl.constexpr, BD: tl.constexpr, REVERSE: tl.constexpr
+):
+    """Running sum down the rows that starts anew every ``size`` rows."""
+    b_cut = tl.reshape(b_x, (C // size, size, BD))
+    return tl.reshape(tl.cumsum(b_cut, axis=1, reverse=REVERSE), (C, BD))
+
+
+@triton.jit
+def scalar_pairs(b_g, C: tl.constexpr):
+    """Return exp(g_{j+1} + ... + g_i) for i >= j, 0 above the diagonal: segment sums."""
+    b_sums = tl.cumsum(tl.where(strictly_lower(C), b_g[:, None], 0.0), axis=0)
+    return tl.where(lower(C), tl.exp(b_sums), 0.0)
+
+
+@triton.jit
+def scalar_factors(p_g, start, rows, i_h, H, C: tl.constexpr):
+    """Return (g, decay from the chunk's start to each row, from each row to its end, of it all)."""
+    b_g = load_column(p_g, start, rows, i_h, H, C)
+    b_next = load_column(p_g, start + 1, rows - 1, i_h, H, C)
+    b_read = tl.exp(tl.cumsum(b_g, axis=0))
+    b_write = tl.exp(tl.cumsum(b_next, axis=0, reverse=True))
+    return b_g, b_read, b_write, tl.exp(tl.sum(b_g, axis=0))
+
+
+@triton.jit
+def vector_factors(p_g, start, rows, i_h, H, K, k0, C: tl.constexpr, BK: tl.constexpr):
+    """Return (g, g of the next row, and the three decays of ``scalar_factors``) for BK keys."""
+    b_g = load_rows(p_g, start, rows, i_h, H, K, k0, C, BK)
+    b_next = load_rows(p_g, start + 1, rows - 1, i_h, H, K, k0, C, BK)
+    b_read = tl.exp(tl.cumsum(b_g, axis=0))
+    b_write = tl.exp(tl.cumsum(b_next, axis=0, reverse=True))
+    return b_g, b_next, b_read, b_write, tl.exp(tl.sum(b_g, axis=0))
+
+
+@triton.jit
+def level_factors(b_g, b_next, size: tl.constexpr, C: tl.constexpr, BK: tl.constexpr):
+    """Return the decays from a split point to each row below it, and to it from each row above.
+
+    The split points of a level lie every ``2 * size`` rows, so that the two factors of a pair of
+    rows that straddles one multiply to its decay.
+    """
+    m_same = ((tl.arange(0, C) + 1) % size != 0)[:, None]
+    b_low = blockwise_sum(b_g, size, C, BK, False)
+    b_up = blockwise_sum(tl.where(m_same, b_next, 0.0), size, C, BK, True)
+    return tl.exp(b_low), tl.exp(b_up)

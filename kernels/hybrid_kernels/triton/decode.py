@@ -1,0 +1,132 @@
+"""One token of every form: the decode step, in one kernel that keeps its state in registers.
+
+Legend: see ``blocks.py``.
+"""
+
+# pyright: reportArgumentType=false
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from hybrid_kernels.triton.blocks import load_tile, store_tile
+from hybrid_kernels.triton.launch import block, config, launch
+
+
+@triton.jit
+def load_vector(p_x, i_row, D, d0, BD: tl.constexpr):
+    """Load BD entries of row ``i_row`` of an (n, D) tensor as float32."""
+    o_d = d0 + tl.arange(0, BD)
+    return tl.load(p_x + i_row * D + o_d, mask=o_d < D, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def decode_kernel(
+    p_q,
+    p_k,
+    p_v,
+    p_g,
+    p_beta,
+    p_bonus,
+    p_initial,
+    p_o,
+    p_final,
+    scale,
+    g_stride,
+    H,
+    HQ,
+    HK,
+    HV,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    SCALAR: tl.constexpr,
+    VECTOR: tl.constexpr,
+    DELTA: tl.constexpr,
+    BONUS: tl.constexpr,
+    INITIAL: tl.constexpr,
+):
+    """One step of the recurrence as ``linear_attention`` states it.
+
+    Grid (B * H, blocks of V); all of K in one block. q, k, v (B, heads, K or V), states
+    (B, H, K, V) float32.
+    """
+    i_row = tl.program_id(0).to(tl.int64)
+    i_b = i_row // H
+    i_h = i_row % H
+    v0 = tl.program_id(1) * BV
+    b_q = load_vector(p_q, i_b * HQ + i_h // (H // HQ), K, 0, BK) * scale
+    b_k = load_vector(p_k, i_b * HK + i_h // (H // HK), K, 0, BK)
+    b_v = load_vector(p_v, i_b * HV + i_h // (H // HV), V, v0, BV)
+    b_state = tl.zeros((BK, BV), dtype=tl.float32)
+    if INITIAL:
+        b_state += load_tile(p_initial, i_row, K, V, 0, v0, BK, BV)
+    b_read = b_state
+    if SCALAR:
+        b_state *= tl.exp(tl.load(p_g + i_b * g_stride + i_h).to(tl.float32))
+    if VECTOR:
+        b_state *= tl.exp(load_vector(p_g, i_row, K, 0, BK))[:, None]
+    if DELTA:
+        b_v -= tl.sum(b_k[:, None] * b_state, axis=0)
+        b_v *= tl.load(p_beta + i_row).to(tl.float32)
+    b_state += b_k[:, None] * b_v[None, :]
+    if BONUS:
+        b_bonus = load_vector(p_bonus, i_h, K, 0, BK)
+        b_read += (b_bonus * b_k)[:, None] * b_v[None, :]
+    else:
+        b_read = b_state
+    b_o = tl.sum(b_q[:, None] * b_read, axis=0)
+    o_v = v0 + tl.arange(0, BV)
+    tl.store(p_o + i_row * V + o_v, b_o.to(p_o.dtype.element_ty), mask=o_v < V)
+    store_tile(p_final, b_state, i_row, K, V, 0, v0, BK, BV)
+
+
+@torch.library.custom_op("hybrid_kernels::triton_linear_attention_decode", mutates_args=())
+def decode(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    beta: Tensor | None,
+    bonus: Tensor | None,
+    initial_state: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Return o (B, 1, H, V) and the next state (B, H, K, V) for T = 1; no gradient."""
+    heads = max(q.shape[2], k.shape[2], v.shape[2])
+    shape = (q.shape[0], heads, q.shape[3], v.shape[3])
+    o = v.new_empty(q.shape[0], 1, heads, v.shape[3])
+    final = q.new_empty(shape, dtype=torch.float32)
+    found = config("decode", q.device, tl.float32)
+    values = block(v.shape[3], found.values)
+    optional = (log_decay, beta, bonus, initial_state)
+    g, beta_, bonus_, initial = (q if x is None else x.contiguous() for x in optional)
+    dims = 0 if log_decay is None else log_decay.dim()
+    launch(
+        decode_kernel,
+        (shape[0] * heads, triton.cdiv(v.shape[3], values)),
+        found,
+        *(q.contiguous(), k.contiguous(), v.contiguous(), g, beta_, bonus_, initial, o, final),
+        *(scale, 0 if dims == 1 else heads, heads, q.shape[2], k.shape[2], v.shape[2]),
+        K=q.shape[3],
+        V=v.shape[3],
+        BK=block(q.shape[3], 256),
+        BV=values,
+        SCALAR=dims in (1, 3),
+        VECTOR=dims == 4,
+        DELTA=beta is not None,
+        BONUS=bonus is not None,
+        INITIAL=initial_state is not None,
+    )
+    return o, final
+
+
+@decode.register_fake
+def _(q, k, v, log_decay, beta, bonus, initial_state, scale):
+    heads = max(q.shape[2], k.shape[2], v.shape[2])
+    final = q.new_empty(q.shape[0], heads, q.shape[3], v.shape[3], dtype=torch.float32)
+    return v.new_empty(q.shape[0], 1, heads, v.shape[3]), final

@@ -1,0 +1,202 @@
+"""Gradients of queries, keys, decay and beta, parallel over chunks and blocks of K.
+
+The delta rule reads the state twice: with q for the output, and with k for what is already stored.
+Both reads have the same gradient, so the second one is the first with -beta k for q and dx for do.
+
+No gradient of a decay is a difference of sums: each pair of rows counts once, for the steps that
+it spans. Where gates differ by many orders of magnitude a difference would keep only rounding.
+
+Legend: see ``blocks.py``; R chunks in all.
+"""
+
+# pyright: reportArgumentType=false
+
+import triton
+import triton.language as tl
+
+from hybrid_kernels.triton.blocks import (
+    blockwise_sum,
+    level_factors,
+    load_column,
+    load_rows,
+    load_tile,
+    locate,
+    lower,
+    product,
+    scalar_factors,
+    scalar_pairs,
+    store_column,
+    store_rows,
+    straddle,
+    strictly_lower,
+    vector_factors,
+)
+
+
+@triton.jit
+def sum_after(b_x):
+    """Sum each row and all after it."""
+    return tl.cumsum(b_x, axis=0, reverse=True)
+
+
+@triton.jit
+def sum_before(b_x):
+    """Sum all rows before each."""
+    return tl.cumsum(b_x, axis=0) - b_x
+
+
+@triton.jit
+def spanning_pairs(b_pairs, C: tl.constexpr):
+    """Sum for each t the pairs (i, j) with j < t <= i of a strictly lower matrix."""
+    b_before = tl.cumsum(b_pairs, axis=1) - b_pairs
+    return tl.sum(tl.where(lower(C), b_before, 0.0), axis=0)
+
+
+@triton.jit
+def level_backward(b_dpairs, b_x, b_k, b_low, b_up, level: tl.constexpr, C, BK, DOT, PRECISION):
+    """Return the gradients of x, k and g through one level of pairs_ij = x_i^T k_j decayed."""
+    b_dlevel = tl.where(straddle(1 << level, C), b_dpairs, 0.0)
+    b_dx = product(b_dlevel, b_k * b_up, DOT, PRECISION) * b_low
+    b_dk = product(tl.trans(b_dlevel), b_x * b_low, DOT, PRECISION) * b_up
+    b_write = b_k * b_dk
+    b_dg = blockwise_sum(b_x * b_dx, 1 << level, C, BK, True)
+    b_dg += blockwise_sum(b_write, 1 << level, C, BK, False) - b_write
+    return b_dx, b_dk, b_dg
+
+
+@triton.jit
+def keys_backward_kernel(
+    p_q,
+    p_k,
+    p_v,
+    p_g,
+    p_beta,
+    p_states,
+    p_dstates,
+    p_do,
+    p_dx,
+    p_dq,
+    p_dk,
+    p_dg,
+    p_dbeta,
+    p_offsets,
+    p_first,
+    p_owner,
+    scale,
+    T,
+    NT,
+    H,
+    HQ,
+    HK,
+    HV,
+    total_rows,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    C: tl.constexpr,
+    LEVELS: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    SCALAR: tl.constexpr,
+    VECTOR: tl.constexpr,
+    DELTA: tl.constexpr,
+    PACKED: tl.constexpr,
+    DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Write dq, dk (rows, H, K), dg and, with DELTA, dbeta and the second read's share of dk.
+
+    Grid (R * H, blocks of K). dg is (rows, H, K) with VECTOR; with SCALAR it is, as dbeta is,
+    (blocks of K, rows, H), to be summed. With DELTA, v is u.
+    """
+    i_chunk = tl.program_id(0) // H
+    i_h = tl.program_id(0) % H
+    i_block = tl.program_id(1)
+    k0 = i_block * BK
+    i_pair = tl.program_id(0).to(tl.int64)
+    part = i_block.to(tl.int64) * total_rows * H
+    _, row, rows = locate(i_chunk, p_offsets, p_first, p_owner, T, NT, C, PACKED)
+    b_dpairs = tl.zeros((C, C), dtype=tl.float32)
+    b_dstrict = tl.zeros((C, C), dtype=tl.float32)
+    b_dq = tl.zeros((C, BK), dtype=tl.float32)
+    b_dk = tl.zeros((C, BK), dtype=tl.float32)
+    b_dr = tl.zeros((C, BK), dtype=tl.float32)
+    b_dtotal = tl.zeros((BK,), dtype=tl.float32)
+    for v0 in range(0, V, BV):
+        b_do = load_rows(p_do, row, rows, i_h, H, V, v0, C, BV)
+        b_v = load_rows(p_v, row, rows, i_h // (H // HV), HV, V, v0, C, BV)
+        b_state = load_tile(p_states, i_pair, K, V, k0, v0, BK, BV)
+        b_dstate = load_tile(p_dstates, i_pair, K, V, k0, v0, BK, BV)
+        b_dpairs += product(b_do, tl.trans(b_v), DOT, PRECISION)
+        b_dq += product(b_do, tl.trans(b_state), DOT, PRECISION)
+        b_dk += product(b_v, tl.trans(b_dstate), DOT, PRECISION)
+        b_dtotal += tl.sum(b_state * b_dstate, axis=1)
+        if DELTA:
+            b_dx = load_rows(p_dx, row, rows, i_h, H, V, v0, C, BV)
+            b_dstrict += product(b_dx, tl.trans(b_v), DOT, PRECISION)
+            b_dr += product(b_dx, tl.trans(b_state), DOT, PRECISION)
+    b_q = load_rows(p_q, row, rows, i_h // (H // HQ), HQ, K, k0, C, BK)
+    b_k = load_rows(p_k, row, rows, i_h // (H // HK), HK, K, k0, C, BK)
+    b_dpairs = tl.where(lower(C), b_dpairs, 0.0) * scale
+    b_dq *= scale
+    if DELTA:
+        # The second read's rows are -beta k, so that beta may be 0.
+        b_beta = load_column(p_beta, row, rows, i_h, H, C)[:, None]
+        b_r = -b_beta * b_k
+        b_dstrict = tl.where(strictly_lower(C), b_dstrict, 0.0)
+    if SCALAR:
+        b_g, b_read, b_write, total = scalar_factors(p_g, row, rows, i_h, H, C)
+        b_decay = scalar_pairs(b_g, C)
+        b_dpairs *= b_decay
+        b_dq *= b_read[:, None]
+        b_dk *= b_write[:, None]
+        b_reads = tl.sum(b_q * b_dq, axis=1)
+        b_writes = tl.sum(b_k * b_dk, axis=1)
+        b_spans = product(b_q, tl.trans(b_k), DOT, PRECISION) * b_dpairs
+        if DELTA:
+            b_dstrict *= b_decay
+            b_dr *= b_read[:, None]
+            b_reads += tl.sum(b_r * b_dr, axis=1)
+            b_spans += product(b_r, tl.trans(b_k), DOT, PRECISION) * b_dstrict
+        b_spans = tl.where(strictly_lower(C), b_spans, 0.0)
+        b_dg = sum_after(b_reads) + sum_before(b_writes) + spanning_pairs(b_spans, C)
+        b_dg += tl.sum(b_dtotal, axis=0) * total
+        store_column(p_dg + part, b_dg, row, rows, i_h, H, C)
+    if VECTOR:
+        b_g, b_next, b_read, b_write, b_total = vector_factors(p_g, row, rows, i_h, H, K, k0, C, BK)
+        b_dq *= b_read
+        b_dk *= b_write
+        b_dg = sum_after(b_q * b_dq) + sum_before(b_k * b_dk) + (b_dtotal * b_total)[None, :]
+        if DELTA:
+            b_dr *= b_read
+            b_dg += sum_after(b_r * b_dr)
+        m_diagonal = tl.arange(0, C)[:, None] == tl.arange(0, C)[None, :]
+        b_same = tl.sum(tl.where(m_diagonal, b_dpairs, 0.0), axis=1)[:, None]
+        b_dq += b_same * b_k
+        b_dk += b_same * b_q
+        for level in tl.static_range(LEVELS):
+            b_low, b_up = level_factors(b_g, b_next, 1 << level, C, BK)
+            b_dq_l, b_dk_l, b_dg_l = level_backward(
+                b_dpairs, b_q, b_k, b_low, b_up, level, C, BK, DOT, PRECISION
+            )
+            b_dq += b_dq_l
+            b_dk += b_dk_l
+            b_dg += b_dg_l
+            if DELTA:
+                b_dr_l, b_dk_l, b_dg_l = level_backward(
+                    b_dstrict, b_r, b_k, b_low, b_up, level, C, BK, DOT, PRECISION
+                )
+                b_dr += b_dr_l
+                b_dk += b_dk_l
+                b_dg += b_dg_l
+        store_rows(p_dg, b_dg, row, rows, i_h, H, K, k0, C, BK)
+    else:
+        b_dq += product(b_dpairs, b_k, DOT, PRECISION)
+        b_dk += product(tl.trans(b_dpairs), b_q, DOT, PRECISION)
+        if DELTA:
+            b_dr += product(b_dstrict, b_k, DOT, PRECISION)
+            b_dk += product(tl.trans(b_dstrict), b_r, DOT, PRECISION)
+    if DELTA:
+        store_column(p_dbeta + part, -tl.sum(b_dr * b_k, axis=1), row, rows, i_h, H, C)
+        b_dk -= b_beta * b_dr
+    store_rows(p_dq, b_dq, row, rows, i_h, H, K, k0, C, BK)
+    store_rows(p_dk, b_dk, row, rows, i_h, H, K, k0, C, BK)

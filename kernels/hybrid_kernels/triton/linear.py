@@ -1,0 +1,196 @@
+"""``linear_attention`` in Triton kernels: two custom ops, and the order of the kernels in each.
+
+As custom ops they cost a compiled model no graph break. The backward pass keeps only the inputs
+and, for the delta rule, the triangular inverse; states are computed again.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hybrid_kernels.triton import problem as run
+from hybrid_kernels.triton.decode import decode
+from hybrid_kernels.triton.launch import CHUNK
+from hybrid_kernels.triton.problem import make_problem
+
+
+def linear_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    log_decay: Tensor | None,
+    value_log_decay: Tensor | None,
+    beta: Tensor | None,
+    bonus: Tensor | None,
+    scale: float,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    chunk_size: int | None,
+) -> tuple[Tensor, Tensor]:
+    """Compute ``hybrid_kernels.linear_attention``; ``unsupported`` says for which inputs."""
+    assert value_log_decay is None
+    if initial_state is not None:
+        initial_state = initial_state.float()
+    inputs = (q, k, v, log_decay, beta, bonus, initial_state)
+    learning = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
+    if q.shape[1] == 1 and cu_seqlens is None and not learning:
+        return decode(q, k, v, log_decay, beta, bonus, initial_state, scale)
+    chunk = chunk_size or CHUNK
+    heads = max(q.shape[2], k.shape[2], v.shape[2])
+    if log_decay is not None and log_decay.dim() == 1:
+        log_decay = log_decay.expand(*q.shape[:2], heads)
+    if bonus is None:
+        o, final, _ = _forward(q, k, v, log_decay, beta, initial_state, cu_seqlens, scale, chunk)
+        return o, final
+    if initial_state is None:
+        rows = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        shape = (rows, heads, q.shape[3], v.shape[3])
+        initial_state = torch.zeros(shape, dtype=torch.float32, device=q.device)
+    later = torch.cat([q[:, 1:], torch.zeros_like(q[:, :1])], dim=1)
+    o, final, _ = _forward(later, k, v, log_decay, beta, initial_state, cu_seqlens, scale, chunk)
+    return _exclusive(o, q, k, v, bonus, scale, initial_state, cu_seqlens), final
+
+
+def _exclusive(
+    o: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bonus: Tensor,
+    scale: float,
+    initial_state: Tensor,
+    cu_seqlens: Tensor | None,
+) -> Tensor:
+    """Return the read of S_{t-1} with a bonus from ``o_t``, what q_{t+1} reads of S_t.
+
+    The first token of a sequence reads the initial state, whatever stood before it in ``o``.
+    """
+    heads = o.shape[2]
+    q, k, v = (x.repeat_interleave(heads // x.shape[2], dim=2).float() for x in (q, k, v))
+    before = torch.cat([torch.zeros_like(o[:, :1]), o[:, :-1]], dim=1).float()
+    if cu_seqlens is None:
+        first = torch.einsum("bthk,bhkv->bthv", q[:, :1], initial_state) * scale
+        before = torch.cat([first, before[:, 1:]], dim=1)
+    elif q.shape[1]:
+        offsets = cu_seqlens.to(q.device).long()
+        index = torch.arange(q.shape[1], device=q.device)
+        owner = torch.searchsorted(offsets[1:], index, right=True)
+        starts = (offsets[owner] == index)[None, :, None, None]
+        # One row per document: an empty one has no first token, its row is not used.
+        row = offsets[:-1].clamp(max=q.shape[1] - 1)
+        first = torch.einsum("nhk,nhkv->nhv", q[0, row], initial_state) * scale
+        before = torch.where(starts, first[owner][None], before)
+    own = (q * bonus.float() * k).sum(-1, keepdim=True) * scale
+    return (before + own * v).to(o.dtype)
+
+
+@torch.library.custom_op("hybrid_kernels::triton_linear_attention", mutates_args=())
+def _forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    beta: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    scale: float,
+    chunk: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the output, the final states, and the inverse of the delta rule (or nothing)."""
+    p = make_problem(q, k, v, log_decay, beta, cu_seqlens, scale, chunk)
+    if initial_state is not None:
+        initial_state = initial_state.contiguous()
+    found, inverse = run.pairs(p, p.delta)
+    if not p.delta:
+        states, final = run.states_forward(p, initial_state, p.q, p.q)
+        return run.outputs_forward(p, p.v, found, states), final, p.empty(0, dtype=torch.float32)
+    run.invert(p, inverse)
+    w, u = run.new_values(p, inverse)
+    states, final = run.states_forward(p, initial_state, w, u)
+    return run.outputs_forward(p, u, found, states), final, inverse
+
+
+@_forward.register_fake
+def _(q, k, v, log_decay, beta, initial_state, cu_seqlens, scale, chunk):
+    batch, time = q.shape[:2]
+    heads = max(q.shape[2], k.shape[2], v.shape[2])
+    sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    count = batch * -(-time // chunk) if cu_seqlens is None else time // chunk + sequences
+    o = v.new_empty(batch, time, heads, v.shape[3])
+    final = q.new_empty(sequences, heads, q.shape[3], v.shape[3], dtype=torch.float32)
+    square = (count * heads, chunk, chunk) if beta is not None else (0,)
+    return o, final, q.new_empty(square, dtype=torch.float32)
+
+
+@torch.library.custom_op("hybrid_kernels::triton_linear_attention_backward", mutates_args=())
+def _backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    beta: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    scale: float,
+    chunk: int,
+    inverse: Tensor,
+    do: Tensor,
+    dfinal: Tensor,
+) -> list[Tensor]:
+    """Return the gradients of the tensors that are not None, in order."""
+    p = make_problem(q, k, v, log_decay, beta, cu_seqlens, scale, chunk)
+    if initial_state is not None:
+        initial_state = initial_state.contiguous()
+    do, dfinal = do.contiguous(), dfinal.contiguous()
+    found, _ = run.pairs(p, False)
+    if p.delta:
+        w, u = run.new_values(p, inverse)
+        states, _ = run.states_forward(p, initial_state, w, u)
+        du = torch.empty_like(u)
+        run.values_backward(p, found, do, du, None)
+        dstates, dinitial = run.states_backward(p, w, do, du, dfinal)
+        dx, dv, dbeta = run.new_values_backward(p, inverse, du)
+        dq, dk, dg, rest = run.keys_backward(p, u, states, dstates, do, dx)
+        dbeta += rest
+    else:
+        states, _ = run.states_forward(p, initial_state, p.q, p.q)
+        dstates, dinitial = run.states_backward(p, p.q, do, p.q, dfinal)
+        dv, dbeta = p.like(p.v), None
+        run.values_backward(p, found, do, dv, dstates)
+        dq, dk, dg, _ = run.keys_backward(p, p.v, states, dstates, do, p.q)
+    grads = [(q, dq), (k, dk), (v, dv), (log_decay, dg), (beta, dbeta), (initial_state, dinitial)]
+    return [_like(x, grad) for x, grad in grads if x is not None]
+
+
+def _like(x: Tensor, grad: Tensor | None) -> Tensor:
+    """Sum a gradient over the heads that share an input, and bring it to the input's dtype."""
+    assert grad is not None
+    if x.dim() == 4 and grad.shape[2] != x.shape[2]:
+        grad = grad.unflatten(2, (x.shape[2], -1)).sum(3)
+    return grad.to(x.dtype)
+
+
+@_backward.register_fake
+def _(q, k, v, log_decay, beta, initial_state, cu_seqlens, scale, chunk, inverse, do, dfinal):
+    inputs = (q, k, v, log_decay, beta, initial_state)
+    return [x.new_empty(x.shape) for x in inputs if x is not None]
+
+
+def _setup_context(ctx, inputs, output):
+    *tensors, ctx.scale, ctx.chunk = inputs
+    ctx.save_for_backward(*tensors, output[2])
+
+
+def _gradient(ctx, do, dfinal, _):
+    *tensors, inverse = ctx.saved_tensors
+    found = iter(_backward(*tensors, ctx.scale, ctx.chunk, inverse, do, dfinal))
+    # cu_seqlens, the last tensor, has none.
+    grads = [None if x is None else next(found) for x in tensors[:-1]]
+    return (*grads, None, None, None)
+
+
+torch.library.register_autograd(
+    "hybrid_kernels::triton_linear_attention", _gradient, setup_context=_setup_context
+)

@@ -1,0 +1,151 @@
+"""Chunk outputs, parallel over chunks: o from states and pairs, and the gradient of v.
+
+Legend: see ``blocks.py``; R chunks in all.
+"""
+
+# pyright: reportArgumentType=false
+
+import triton
+import triton.language as tl
+
+from hybrid_kernels.triton.blocks import (
+    load_rows,
+    load_tile,
+    locate,
+    lower,
+    product,
+    scalar_factors,
+    scalar_pairs,
+    store_rows,
+    vector_factors,
+)
+
+
+@triton.jit
+def outputs_forward_kernel(
+    p_q,
+    p_k,
+    p_v,
+    p_g,
+    p_pairs,
+    p_states,
+    p_o,
+    p_offsets,
+    p_first,
+    p_owner,
+    scale,
+    T,
+    NT,
+    H,
+    HQ,
+    HK,
+    HV,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    C: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    SCALAR: tl.constexpr,
+    VECTOR: tl.constexpr,
+    PACKED: tl.constexpr,
+    DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """o = scale * ((q * read) S + pairs v), pairs_ij = q_i^T k_j decayed, i >= j.
+
+    Grid (R * H, blocks of V). With VECTOR, pairs (R * H, C, C) come from ``pairs_kernel``.
+    """
+    i_chunk = tl.program_id(0) // H
+    i_h = tl.program_id(0) % H
+    v0 = tl.program_id(1) * BV
+    i_pair = tl.program_id(0).to(tl.int64)
+    _, row, rows = locate(i_chunk, p_offsets, p_first, p_owner, T, NT, C, PACKED)
+    b_o = tl.zeros((C, BV), dtype=tl.float32)
+    b_pairs = tl.zeros((C, C), dtype=tl.float32)
+    for k0 in range(0, K, BK):
+        b_q = load_rows(p_q, row, rows, i_h // (H // HQ), HQ, K, k0, C, BK)
+        b_state = load_tile(p_states, i_pair, K, V, k0, v0, BK, BV)
+        if VECTOR:
+            _, _, b_read, _, _ = vector_factors(p_g, row, rows, i_h, H, K, k0, C, BK)
+            b_q *= b_read
+        else:
+            b_k = load_rows(p_k, row, rows, i_h // (H // HK), HK, K, k0, C, BK)
+            b_pairs += product(b_q, tl.trans(b_k), DOT, PRECISION)
+        b_o += product(b_q, b_state, DOT, PRECISION)
+    if VECTOR:
+        b_pairs += load_tile(p_pairs, i_pair, C, C, 0, 0, C, C)
+    elif SCALAR:
+        b_g, b_read, _, _ = scalar_factors(p_g, row, rows, i_h, H, C)
+        b_o *= b_read[:, None]
+        b_pairs *= scalar_pairs(b_g, C)
+    else:
+        b_pairs = tl.where(lower(C), b_pairs, 0.0)
+    b_v = load_rows(p_v, row, rows, i_h // (H // HV), HV, V, v0, C, BV)
+    b_o = (b_o + product(b_pairs, b_v, DOT, PRECISION)) * scale
+    store_rows(p_o, b_o, row, rows, i_h, H, V, v0, C, BV)
+
+
+@triton.jit
+def values_backward_kernel(
+    p_q,
+    p_k,
+    p_g,
+    p_pairs,
+    p_dstates,
+    p_do,
+    p_dv,
+    p_offsets,
+    p_first,
+    p_owner,
+    scale,
+    T,
+    NT,
+    H,
+    HQ,
+    HK,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    C: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    SCALAR: tl.constexpr,
+    VECTOR: tl.constexpr,
+    STATES: tl.constexpr,
+    PACKED: tl.constexpr,
+    DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """dv = scale * pairs^T do, and with STATES plus (k * write) dS'.
+
+    Grid (R * H, blocks of V). Without STATES it is the delta rule's first half: dS' is not known
+    before du is, and ``states_backward_kernel`` adds the rest.
+    """
+    i_chunk = tl.program_id(0) // H
+    i_h = tl.program_id(0) % H
+    v0 = tl.program_id(1) * BV
+    i_pair = tl.program_id(0).to(tl.int64)
+    _, row, rows = locate(i_chunk, p_offsets, p_first, p_owner, T, NT, C, PACKED)
+    b_dv = tl.zeros((C, BV), dtype=tl.float32)
+    b_pairs = tl.zeros((C, C), dtype=tl.float32)
+    for k0 in range(0, K, BK):
+        b_k = load_rows(p_k, row, rows, i_h // (H // HK), HK, K, k0, C, BK)
+        if not VECTOR:
+            b_q = load_rows(p_q, row, rows, i_h // (H // HQ), HQ, K, k0, C, BK)
+            b_pairs += product(b_q, tl.trans(b_k), DOT, PRECISION)
+        if STATES:
+            if VECTOR:
+                _, _, _, b_write, _ = vector_factors(p_g, row, rows, i_h, H, K, k0, C, BK)
+                b_k *= b_write
+            b_dstate = load_tile(p_dstates, i_pair, K, V, k0, v0, BK, BV)
+            b_dv += product(b_k, b_dstate, DOT, PRECISION)
+    if VECTOR:
+        b_pairs += load_tile(p_pairs, i_pair, C, C, 0, 0, C, C)
+    elif SCALAR:
+        b_g, _, b_write, _ = scalar_factors(p_g, row, rows, i_h, H, C)
+        b_dv *= b_write[:, None]
+        b_pairs *= scalar_pairs(b_g, C)
+    else:
+        b_pairs = tl.where(lower(C), b_pairs, 0.0)
+    b_do = load_rows(p_do, row, rows, i_h, H, V, v0, C, BV) * scale
+    b_dv += product(tl.trans(b_pairs), b_do, DOT, PRECISION)
+    store_rows(p_dv, b_dv, row, rows, i_h, H, V, v0, C, BV)

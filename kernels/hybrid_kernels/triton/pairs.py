@@ -1,0 +1,94 @@
+"""Decayed products of the pairs of rows of a chunk, for a decay over keys and the delta rule.
+
+A decay over keys has no one factor per pair. The strictly lower triangle is cut recursively: the
+lower left quarter, the lower left quarters of its two diagonal halves, and so on down to single
+entries. All pairs of one level straddle a split point of it, so each level is one matrix product
+of rows decayed from there and rows decayed up to there, masked to its own blocks.
+
+Legend: see ``blocks.py``; R chunks in all.
+"""
+
+# pyright: reportArgumentType=false
+
+import triton
+import triton.language as tl
+
+from hybrid_kernels.triton.blocks import (
+    level_factors,
+    load_column,
+    load_rows,
+    locate,
+    product,
+    scalar_pairs,
+    store_tile,
+    straddle,
+    strictly_lower,
+    vector_factors,
+)
+
+
+@triton.jit
+def pairs_kernel(
+    p_q,
+    p_k,
+    p_g,
+    p_beta,
+    p_pairs,
+    p_strict,
+    p_offsets,
+    p_first,
+    p_owner,
+    T,
+    NT,
+    H,
+    HQ,
+    HK,
+    K: tl.constexpr,
+    C: tl.constexpr,
+    LEVELS: tl.constexpr,
+    BK: tl.constexpr,
+    SCALAR: tl.constexpr,
+    VECTOR: tl.constexpr,
+    DELTA: tl.constexpr,
+    PACKED: tl.constexpr,
+    DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """pairs_ij = q_i^T k_j decayed, i >= j (VECTOR); strict_ij = beta_i k_i^T k_j, i > j (DELTA).
+
+    Grid (R * H,). Writes pairs (R * H, C, C) and strict (R * H, C, C), float32.
+    """
+    i_chunk = tl.program_id(0) // H
+    i_h = tl.program_id(0) % H
+    i_pair = tl.program_id(0).to(tl.int64)
+    _, row, rows = locate(i_chunk, p_offsets, p_first, p_owner, T, NT, C, PACKED)
+    b_pairs = tl.zeros((C, C), dtype=tl.float32)
+    b_strict = tl.zeros((C, C), dtype=tl.float32)
+    b_diagonal = tl.zeros((C,), dtype=tl.float32)
+    for k0 in range(0, K, BK):
+        b_k = load_rows(p_k, row, rows, i_h // (H // HK), HK, K, k0, C, BK)
+        if VECTOR:
+            b_q = load_rows(p_q, row, rows, i_h // (H // HQ), HQ, K, k0, C, BK)
+            b_g, b_next, _, _, _ = vector_factors(p_g, row, rows, i_h, H, K, k0, C, BK)
+            b_diagonal += tl.sum(b_q * b_k, axis=1)
+            for level in tl.static_range(LEVELS):
+                b_low, b_up = level_factors(b_g, b_next, 1 << level, C, BK)
+                m_level = straddle(1 << level, C)
+                b_write = tl.trans(b_k * b_up)
+                b_pairs += tl.where(m_level, product(b_q * b_low, b_write, DOT, PRECISION), 0.0)
+                if DELTA:
+                    b_strict += tl.where(
+                        m_level, product(b_k * b_low, b_write, DOT, PRECISION), 0.0
+                    )
+        else:
+            b_strict += product(b_k, tl.trans(b_k), DOT, PRECISION)
+    if VECTOR:
+        m_diagonal = tl.arange(0, C)[:, None] == tl.arange(0, C)[None, :]
+        b_pairs = tl.where(m_diagonal, b_diagonal[:, None], b_pairs)
+        store_tile(p_pairs, b_pairs, i_pair, C, C, 0, 0, C, C)
+    if DELTA:
+        if SCALAR:
+            b_strict *= scalar_pairs(load_column(p_g, row, rows, i_h, H, C), C)
+        b_beta = load_column(p_beta, row, rows, i_h, H, C)
+        b_strict = tl.where(strictly_lower(C), b_strict * b_beta[:, None], 0.0)
+        store_tile(p_strict, b_strict, i_pair, C, C, 0, 0, C, C)

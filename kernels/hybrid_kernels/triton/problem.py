@@ -1,0 +1,318 @@
+"""One call of ``linear_attention`` as the kernels see it, and the launch of each kernel.
+
+Legend: B batch, T time, H heads, K key dim, V value dim, C chunk, R chunks in all, N sequences.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor
+
+from hybrid_kernels.triton import launch as shipped
+from hybrid_kernels.triton.delta import (
+    inverse_kernel,
+    new_values_backward_kernel,
+    new_values_kernel,
+)
+from hybrid_kernels.triton.keys import keys_backward_kernel
+from hybrid_kernels.triton.launch import Config, block, launch
+from hybrid_kernels.triton.layout import Chunks, chunks
+from hybrid_kernels.triton.outputs import outputs_forward_kernel, values_backward_kernel
+from hybrid_kernels.triton.pairs import pairs_kernel
+from hybrid_kernels.triton.states import states_backward_kernel, states_forward_kernel
+
+
+@dataclass
+class Problem:
+    """The inputs of one call, contiguous, with a decay that is None, (B, T, H) or (B, T, H, K)."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    log_decay: Tensor | None
+    beta: Tensor | None
+    scale: float
+    chunk: int
+    chunks: Chunks
+
+    def __post_init__(self):
+        self.heads = max(x.shape[2] for x in (self.q, self.k, self.v))
+        self.key_dim, self.value_dim = self.q.shape[3], self.v.shape[3]
+        self.delta = self.beta is not None
+        self.vector = self.log_decay is not None and self.log_decay.dim() == 4
+        self.scalar = self.log_decay is not None and not self.vector
+        self.g = self.q if self.log_decay is None else self.log_decay
+        self.device = self.q.device
+        self.dot, self.precision = shipped.operands(self.device, self.q, self.k, self.v)
+        # What is kept between kernels has the precision that the next product uses anyway.
+        self.kept = torch.bfloat16 if str(self.dot) == "bf16" else torch.float32
+        self.counts = (self.chunks.time, self.chunks.per_row, self.heads)
+        self.decays = {"SCALAR": self.scalar, "VECTOR": self.vector}
+        self.forms = {**self.decays, "DELTA": self.delta}
+        self.common = {
+            "C": self.chunk,
+            "PACKED": self.chunks.packed,
+            "DOT": self.dot,
+            "PRECISION": self.precision,
+        }
+
+    @property
+    def levels(self) -> int:
+        """Levels of split points in a chunk."""
+        return self.chunk.bit_length() - 1
+
+    def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        """Return uninitialised memory, in ``kept`` unless told otherwise."""
+        return torch.empty(shape, dtype=dtype or self.kept, device=self.device)
+
+    def like(self, x: Tensor) -> Tensor:
+        """Return memory for the gradient of q, k or v per head of the state."""
+        dtype = x.dtype if x.shape[2] == self.heads else torch.float32
+        return self.empty(*x.shape[:2], self.heads, x.shape[3], dtype=dtype)
+
+    def sizes(self, kernel: str) -> tuple[Config, dict[str, int]]:
+        """Return the configuration of a kernel and its blocks of K and V."""
+        found = shipped.config(kernel, self.device, self.dot)
+        keys, values = block(self.key_dim, found.keys), block(self.value_dim, found.values)
+        sizes = {"K": self.key_dim, "V": self.value_dim, "BK": keys, "BV": values}
+        return found, sizes
+
+    def per_chunk(self) -> int:
+        """Programs of a kernel that has one for each head of each chunk."""
+        return self.chunks.count * self.heads
+
+
+def make_problem(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    beta: Tensor | None,
+    cu_seqlens: Tensor | None,
+    scale: float,
+    chunk: int,
+) -> Problem:
+    """Bring the inputs of a call into the form in which kernels take them."""
+    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+    log_decay = None if log_decay is None else log_decay.contiguous()
+    beta = None if beta is None else beta.contiguous()
+    return Problem(q, k, v, log_decay, beta, scale, chunk, chunks(q, cu_seqlens, chunk))
+
+
+def pairs(p: Problem, delta: bool) -> tuple[Tensor, Tensor]:
+    """Return (pairs, strict), each (R * H, C, C) float32.
+
+    The first is a dummy without a decay over keys, where other kernels form it on the way; the
+    second is one if ``delta`` is false.
+    """
+    square = (p.per_chunk(), p.chunk, p.chunk)
+    found = p.empty(*square, dtype=torch.float32) if p.vector else p.q
+    strict = p.empty(*square, dtype=torch.float32) if delta else p.q
+    if not (p.vector or delta):
+        return found, strict
+    config, sizes = p.sizes("pairs")
+    launch(
+        pairs_kernel,
+        (p.per_chunk(),),
+        config,
+        *(p.q, p.k, p.g, p.q if p.beta is None else p.beta, found, strict),
+        *p.chunks.tables,
+        *p.counts,
+        *(p.q.shape[2], p.k.shape[2]),
+        K=sizes["K"],
+        BK=sizes["BK"],
+        LEVELS=p.levels,
+        DELTA=delta,
+        **p.decays,
+        **p.common,
+    )
+    return found, strict
+
+
+def invert(p: Problem, strict: Tensor) -> None:
+    """Replace each strictly lower matrix L by (I + L)^-1."""
+    launch(
+        inverse_kernel,
+        (p.per_chunk(),),
+        shipped.config("inverse", p.device, p.dot),
+        strict,
+        C=p.chunk,
+        MERGES=p.levels - 4,
+        PRECISION=shipped.exact(p.device),
+    )
+
+
+def new_values(p: Problem, inverse: Tensor) -> tuple[Tensor, Tensor]:
+    """Return W (B, T, H, K) and U (B, T, H, V)."""
+    assert p.beta is not None
+    batch, time = p.q.shape[:2]
+    w = p.empty(batch, time, p.heads, p.key_dim)
+    u = p.empty(batch, time, p.heads, p.value_dim)
+    config, sizes = p.sizes("new_values")
+    launch(
+        new_values_kernel,
+        (p.per_chunk(),),
+        config,
+        *(p.k, p.v, p.g, p.beta, inverse, w, u),
+        *p.chunks.tables,
+        *p.counts,
+        *(p.k.shape[2], p.v.shape[2]),
+        **sizes,
+        **p.decays,
+        **p.common,
+    )
+    return w, u
+
+
+def _state_sizes(p: Problem, direction: str) -> tuple[Config, dict[str, int], tuple[int, ...]]:
+    config, sizes = p.sizes(f"delta_states_{direction}" if p.delta else f"states_{direction}")
+    if p.delta:
+        sizes["BK"] = block(p.key_dim, 256)
+    tiles = (triton.cdiv(p.value_dim, sizes["BV"]), triton.cdiv(p.key_dim, sizes["BK"]))
+    return config, sizes, (p.chunks.sequences * p.heads, *tiles)
+
+
+def states_forward(
+    p: Problem, initial: Tensor | None, w: Tensor, u: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return the states before each chunk (R, H, K, V) and the final ones; turns U into u."""
+    states = p.empty(p.chunks.count, p.heads, p.key_dim, p.value_dim)
+    shape = (p.chunks.sequences, p.heads, p.key_dim, p.value_dim)
+    final = p.empty(*shape, dtype=torch.float32)
+    config, sizes, grid = _state_sizes(p, "forward")
+    launch(
+        states_forward_kernel,
+        grid,
+        config,
+        *(p.k, p.v, p.g, w, u, p.q if initial is None else initial, states, final),
+        *p.chunks.tables[:2],
+        *p.counts,
+        *(p.k.shape[2], p.v.shape[2]),
+        INITIAL=initial is not None,
+        **sizes,
+        **p.forms,
+        **p.common,
+    )
+    return states, final
+
+
+def states_backward(
+    p: Problem, w: Tensor, do: Tensor, du: Tensor, dfinal: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return the gradients of the states after each chunk and of the initial ones; completes du."""
+    dstates = p.empty(p.chunks.count, p.heads, p.key_dim, p.value_dim)
+    dinitial = torch.empty_like(dfinal)
+    config, sizes, grid = _state_sizes(p, "backward")
+    launch(
+        states_backward_kernel,
+        grid,
+        config,
+        *(p.q, p.k, p.g, w, do, du, dfinal, dstates, dinitial),
+        *p.chunks.tables[:2],
+        p.scale,
+        *p.counts,
+        *(p.q.shape[2], p.k.shape[2]),
+        **sizes,
+        **p.forms,
+        **p.common,
+    )
+    return dstates, dinitial
+
+
+def outputs_forward(p: Problem, v: Tensor, found: Tensor, states: Tensor) -> Tensor:
+    """Return o (B, T, H, V) in the dtype of v."""
+    o = p.empty(*p.q.shape[:2], p.heads, p.value_dim, dtype=p.v.dtype)
+    config, sizes = p.sizes("outputs_forward")
+    launch(
+        outputs_forward_kernel,
+        (p.per_chunk(), triton.cdiv(p.value_dim, sizes["BV"])),
+        config,
+        *(p.q, p.k, v, p.g, found, states, o),
+        *p.chunks.tables,
+        p.scale,
+        *p.counts,
+        *(p.q.shape[2], p.k.shape[2], v.shape[2]),
+        **sizes,
+        **p.decays,
+        **p.common,
+    )
+    return o
+
+
+def values_backward(
+    p: Problem, found: Tensor, do: Tensor, dv: Tensor, dstates: Tensor | None
+) -> None:
+    """Fill dv (B, T, H, V) with the gradient of what the additive form writes."""
+    config, sizes = p.sizes("values_backward")
+    launch(
+        values_backward_kernel,
+        (p.per_chunk(), triton.cdiv(p.value_dim, sizes["BV"])),
+        config,
+        *(p.q, p.k, p.g, found, do if dstates is None else dstates, do, dv),
+        *p.chunks.tables,
+        p.scale,
+        *p.counts,
+        *(p.q.shape[2], p.k.shape[2]),
+        STATES=dstates is not None,
+        **sizes,
+        **p.decays,
+        **p.common,
+    )
+
+
+def new_values_backward(p: Problem, inverse: Tensor, du: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return dx (B, T, H, V), dv, and the share of dbeta (B, T, H) that v gives."""
+    assert p.beta is not None
+    dx, dv = torch.empty_like(du), p.like(p.v)
+    dbeta = p.empty(*p.beta.shape, dtype=torch.float32)
+    config, sizes = p.sizes("new_values_backward")
+    launch(
+        new_values_backward_kernel,
+        (p.per_chunk(),),
+        config,
+        *(p.v, p.beta, inverse, du, dx, dv, dbeta),
+        *p.chunks.tables,
+        *p.counts,
+        p.v.shape[2],
+        V=sizes["V"],
+        BV=sizes["BV"],
+        **p.common,
+    )
+    return dx, dv, dbeta
+
+
+def keys_backward(
+    p: Problem, v: Tensor, states: Tensor, dstates: Tensor, do: Tensor, dx: Tensor
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Return dq, dk (B, T, H, K), dg in the shape of the decay, and the rest of dbeta."""
+    config, sizes = p.sizes("keys_backward")
+    blocks = triton.cdiv(p.key_dim, sizes["BK"])
+    tokens = (*p.q.shape[:2], p.heads)
+    dq, dk, dg, dbeta = p.like(p.q), p.like(p.k), None, None
+    if p.vector:
+        dg = p.empty(*tokens, p.key_dim, dtype=torch.float32)
+    if p.scalar:
+        dg = p.empty(blocks, *tokens, dtype=torch.float32)
+    if p.delta:
+        dbeta = p.empty(blocks, *tokens, dtype=torch.float32)
+    launch(
+        keys_backward_kernel,
+        (p.per_chunk(), blocks),
+        config,
+        *(p.q, p.k, v, p.g, p.q if p.beta is None else p.beta, states, dstates, do, dx),
+        *(dq, dk, dq if dg is None else dg, dq if dbeta is None else dbeta),
+        *p.chunks.tables,
+        p.scale,
+        *p.counts,
+        *(p.q.shape[2], p.k.shape[2], v.shape[2]),
+        p.q.shape[0] * p.q.shape[1],
+        LEVELS=p.levels,
+        **sizes,
+        **p.forms,
+        **p.common,
+    )
+    dg = dg.sum(0) if dg is not None and p.scalar else dg
+    return dq, dk, dg, None if dbeta is None else dbeta.sum(0)

@@ -1,0 +1,162 @@
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from hybrid.train import parse_config
+from hybrid.train.optim import Several, decaying, groups, matrices
+from hybrid.train.runner import prepare_run
+
+
+class Gated(nn.Module):
+    """A module that names what must not decay."""
+
+    def __init__(self, as_method=False):
+        super().__init__()
+        self.project = nn.Linear(4, 4)
+        self.decay = nn.Parameter(torch.zeros(2, 2))
+        self.gate = nn.Parameter(torch.zeros(2, 2))
+        self.no_weight_decay = (lambda: ["decay"]) if as_method else ("decay",)
+
+
+class Small(nn.Module):
+    def __init__(self, as_method=False):
+        super().__init__()
+        self.embed = nn.Embedding(8, 4)
+        self.norm = nn.LayerNorm(4)
+        self.mixer = Gated(as_method)
+        self.conv = nn.Conv1d(4, 4, 3, groups=4)
+        self.head = nn.Linear(4, 8, bias=False)
+        self.head.weight = self.embed.weight
+
+    def get_output_embeddings(self):
+        return self.head
+
+
+@pytest.mark.parametrize("as_method", [False, True])
+def test_what_decays_and_what_muon_takes(as_method):
+    model = Small(as_method)
+    assert decaying(model) == ["mixer.gate", "mixer.project.weight", "conv.weight"]
+    assert matrices(model) == ["mixer.gate", "mixer.project.weight"]
+    model.head.weight = nn.Parameter(torch.zeros(8, 4))
+    assert "head.weight" in decaying(model)
+    assert "head.weight" not in matrices(model)
+
+
+def test_groups_hold_every_trainable_parameter_once():
+    model = Small()
+    model.mixer.gate.requires_grad = False
+    made = groups(model, [n for n, _ in model.named_parameters()], 0.1)
+    held = [id(p) for g in made for p in g["params"]]
+    assert sorted(held) == sorted(id(p) for p in model.parameters() if p.requires_grad)
+    assert [g["weight_decay"] for g in made] == [0.1, 0.0]
+
+
+def pair(model):
+    first, second = [model[0].weight], [model[0].bias, *model[1].parameters()]
+    return [torch.optim.SGD(first, lr=0.1, momentum=0.9), torch.optim.AdamW(second, lr=0.01)]
+
+
+def train(model, optimizer, steps):
+    for step in range(steps):
+        generator = torch.Generator().manual_seed(step)
+        optimizer.zero_grad()
+        model(torch.randn(5, 3, generator=generator)).square().mean().backward()
+        optimizer.step()
+
+
+def test_several_optimizers_are_one_in_steps_schedules_and_states():
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 1))
+    joint, resumed = copy.deepcopy(plain), copy.deepcopy(plain)
+    apart = pair(plain)
+    together = Several(pair(joint))
+    for group in [g for o in apart for g in o.param_groups]:
+        group["lr"] *= 0.5
+    torch.optim.lr_scheduler.LambdaLR(together, lambda step: 0.5)
+    for _ in range(2):
+        for model, optimizers in ((plain, apart), (joint, [together])):
+            generator = torch.Generator().manual_seed(1)
+            for optimizer in optimizers:
+                optimizer.zero_grad()
+            model(torch.randn(5, 3, generator=generator)).square().mean().backward()
+            for optimizer in optimizers:
+                optimizer.step()
+    for mine, theirs in zip(joint.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+    resumed.load_state_dict(joint.state_dict())
+    after = Several(pair(resumed))
+    after.load_state_dict(copy.deepcopy(together.state_dict()))
+    train(joint, together, 3)
+    train(resumed, after, 3)
+    for mine, theirs in zip(resumed.parameters(), joint.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+def config(tmp_path, **values):
+    training = {"output_dir": str(tmp_path), "max_steps": 20, "disable_tqdm": True}
+    return parse_config(
+        {
+            "model": {"layout": "LS", "hidden_size": 32},
+            "data": "stdlib",
+            "sequence_length": 32,
+            **values,
+            "training": {**training, **values.get("training", {})},
+        }
+    )
+
+
+def test_muon_takes_the_matrices_inside_the_layers(tmp_path):
+    training = {"weight_decay": 0.1, "learning_rate": 1e-3}
+    muon = {"learning_rate": 2e-2, "momentum": 0.9}
+    trainer = prepare_run(config(tmp_path, muon=muon, training=training))
+    optimizer = trainer.create_optimizer()
+    orthogonal, rest = optimizer.optimizers
+    assert isinstance(orthogonal, torch.optim.Muon)
+    assert isinstance(rest, torch.optim.AdamW)
+    assert {g["lr"] for g in orthogonal.param_groups} == {2e-2}
+    assert {g["lr"] for g in rest.param_groups} == {1e-3}
+    embedding = trainer.model.get_input_embeddings().weight
+    held = [p for g in orthogonal.param_groups for p in g["params"]]
+    assert all(p.ndim == 2 and p is not embedding for p in held)
+    everything = held + [p for g in rest.param_groups for p in g["params"]]
+    assert sorted(map(id, everything)) == sorted(map(id, trainer.model.parameters()))
+
+
+@pytest.mark.parametrize("name", ["S", "L", "N"])
+def test_no_vector_of_a_mixer_decays(build, name):
+    model = build(layout=name)
+    by_name = dict(model.named_parameters())
+    assert all(by_name[n].ndim > 1 for n in decaying(model))
+    assert "model.embed_tokens.weight" not in decaying(model)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "options", "expected"),
+    [
+        ("linear", {}, [0.5, 1.0, 0.5, 0.0]),
+        ("cosine", {}, [0.5, 1.0, 0.5, 0.0]),
+        (
+            "warmup_stable_decay",
+            {"num_decay_steps": 4, "decay_type": "linear"},
+            [0.5, 1.0, 1.0, 0.0],
+        ),
+    ],
+)
+def test_schedules_of_transformers_by_name(tmp_path, schedule, options, expected):
+    """Rates after 2, 4, 12 and 20 of 20 steps with 4 of warm-up."""
+    training = {
+        "learning_rate": 1.0,
+        "warmup_steps": 4,
+        "lr_scheduler_type": schedule,
+        "lr_scheduler_kwargs": options,
+    }
+    trainer = prepare_run(config(tmp_path, training=training, muon=True))
+    trainer.create_optimizer_and_scheduler(20)
+    rates = []
+    for _ in range(20):
+        trainer.optimizer.step()
+        trainer.lr_scheduler.step()
+        rates.append({round(g["lr"], 9) for g in trainer.optimizer.param_groups})
+    assert [rates[i - 1] for i in (2, 4, 12, 20)] == [{e} for e in expected]

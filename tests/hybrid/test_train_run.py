@@ -1,0 +1,257 @@
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from hybrid.options import ConfigError
+from hybrid.train import parse_config, run
+from hybrid.train.checkpoints import CheckpointError, damage, newest_whole
+from hybrid.train.runner import prepare_run
+
+STEPS, SAVE = 10, 3
+
+
+@pytest.fixture(autouse=True)
+def one_thread(monkeypatch):
+    """Sums in one order, here and in the processes that are started."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def values(tmp_path):
+    """A run of seconds: two sources, dropout, a schedule; a log at every step."""
+    for name in "ab":
+        lines = (json.dumps({"text": f"{name} {i} " * (3 + i % 7)}) for i in range(200))
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+    return {
+        "model": {
+            "model_type": "llama",
+            "hidden_size": 16,
+            "intermediate_size": 24,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "attention_dropout": 0.1,
+        },
+        "data": [
+            {"source": str(tmp_path / "a.jsonl"), "weight": 2},
+            {"source": str(tmp_path / "b.jsonl"), "streaming": True},
+        ],
+        "sequence_length": 32,
+        "training": {
+            "output_dir": str(tmp_path / "out"),
+            "max_steps": STEPS,
+            "save_steps": SAVE,
+            "logging_steps": 1,
+            "per_device_train_batch_size": 3,
+            "gradient_accumulation_steps": 2,
+            "learning_rate": 1e-2,
+            "lr_scheduler_type": "cosine",
+            "warmup_steps": 2,
+            "disable_tqdm": True,
+        },
+    }
+
+
+def changed(values, **training):
+    return parse_config({**values, "training": {**values["training"], **training}})
+
+
+def test_a_run_leaves_a_checkpoint_that_transformers_loads(values, tmp_path):
+    result = run(parse_config(values))
+    folder = tmp_path / "out"
+    assert result.steps == STEPS
+    assert result.tokens == STEPS * 3 * 2 * 32
+    assert [step for step, _ in result.losses] == list(range(1, STEPS + 1))
+    assert result.losses[-1][1] < result.losses[0][1]
+    written = json.loads((folder / "train_result.json").read_text())
+    assert written == json.loads(json.dumps(dataclasses.asdict(result)))
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    assert sum(p.numel() for p in model.parameters()) == result.parameters
+    assert AutoTokenizer.from_pretrained(folder).decode(list(b"text")) == "text"
+    resolved = yaml.safe_load((folder / "train_config.yaml").read_text())
+    assert parse_config(resolved) == parse_config(values)
+    assert damage(folder / f"checkpoint-{STEPS}") is None
+
+
+def test_a_hybrid_trains_and_is_evaluated(values, tmp_path):
+    values["model"] = {"layout": "LS", "hidden_size": 32}
+    values["eval_data"] = str(tmp_path / "a.jsonl")
+    values["eval_rows"] = 5
+    result = run(changed(values, eval_steps=4))
+    assert [step for step, _ in result.eval_losses] == [4, 8, 10]
+    assert result.eval_losses[1][1] < result.eval_losses[0][1]
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.layout == "LS"
+
+
+def test_the_number_of_steps_may_come_from_epochs(values):
+    values["data"] = values["data"][:1]
+    values["training"].pop("max_steps")
+    trainer = prepare_run(changed(values, num_train_epochs=2))
+    rows = trainer.train_dataset.sources[0].per_epoch
+    assert trainer.args.max_steps == -(-2 * rows // 6)
+    values["data"][0]["streaming"] = True
+    with pytest.raises(ConfigError, match=r"training.max_steps: required, since a source"):
+        prepare_run(changed(values, num_train_epochs=2))
+
+
+def test_a_run_starts_from_a_checkpoint_folder(values, tmp_path):
+    run(changed(values, max_steps=2))
+    start = {**values, "model": {"path": str(tmp_path / "out")}}
+    trainer = prepare_run(changed(start, output_dir=str(tmp_path / "second")))
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
+    for name, value in trainer.model.state_dict().items():
+        torch.testing.assert_close(value, saved[name], rtol=0, atol=0)
+
+
+# Resuming
+
+KILLED_AT_ROW = """
+from hybrid.data.mixture import Mixture
+original = Mixture.__getitem__
+def row(self, index):
+    if index == {row}:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return original(self, index)
+Mixture.__getitem__ = row
+"""
+KILLED_WHILE_SAVING = """
+import torch
+original, saved = torch.save, []
+def save(value, file, *args, **kwargs):
+    saved.append(file)
+    if len(saved) == {number}:
+        open(file, "wb").write(b"half")
+        os.kill(os.getpid(), signal.SIGKILL)
+    return original(value, file, *args, **kwargs)
+torch.save = save
+"""
+
+
+def killed_run(path, how):
+    """A run in a process of its own that is ended by SIGKILL."""
+    code = f"import os, signal\n{how}\nfrom hybrid.train.__main__ import main\nmain(['{path}'])"
+    ended = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=300
+    )
+    assert ended.returncode == -signal.SIGKILL, ended.stderr
+
+
+@pytest.mark.parametrize(
+    ("how", "start"),
+    [
+        pytest.param(KILLED_AT_ROW.format(row=44), 6, id="in-step-8"),
+        # Each checkpoint holds four files of torch.save: the sixth is in the second checkpoint.
+        pytest.param(KILLED_WHILE_SAVING.format(number=6), 3, id="while-saving-step-6"),
+    ],
+)
+def test_after_kill_9_the_losses_are_those_of_an_uninterrupted_run(values, tmp_path, how, start):
+    whole = run(changed(values, output_dir=str(tmp_path / "whole")))
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(values))
+    killed_run(path, how)
+    resumed = run(parse_config(values))
+    assert resumed.resumed_from == start
+    assert resumed.losses == whole.losses
+    ours, theirs = (
+        AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict()
+        for name in ("out", "whole")
+    )
+    for name, value in ours.items():
+        assert torch.equal(value, theirs[name]), name
+
+
+def test_a_finished_run_started_again_computes_nothing(values):
+    first = run(parse_config(values))
+    again = run(parse_config(values))
+    assert (again.resumed_from, again.tokens) == (STEPS, 0)
+    assert again.losses == first.losses
+
+
+@pytest.mark.parametrize("harm", ["cut", "flip", "remove", "no manifest"])
+def test_a_checkpoint_that_is_not_whole_is_skipped_in_one_line(values, tmp_path, capsys, harm):
+    run(changed(values, save_total_limit=2))
+    newest = tmp_path / "out" / f"checkpoint-{STEPS}"
+    weights = newest / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    if harm == "cut":
+        weights.write_bytes(content[:100])
+    elif harm == "flip":
+        content[-1] ^= 1
+        weights.write_bytes(content)
+    else:
+        (newest / ("optimizer.pt" if harm == "remove" else "manifest.json")).unlink()
+    expected = {
+        "cut": "model.safetensors has 100 bytes of",
+        "flip": "model.safetensors has changed since it was written",
+        "remove": "optimizer.pt is missing",
+        "no manifest": "it was not written to the end",
+    }[harm]
+    capsys.readouterr()
+    resumed = run(changed(values, save_total_limit=2))
+    (line,) = [x for x in capsys.readouterr().err.splitlines() if "skipping" in x]
+    assert line.startswith(f"skipping {newest}: {expected}")
+    assert resumed.resumed_from == 9
+    assert damage(newest) is None
+
+
+def test_a_checkpoint_of_another_run_is_refused_with_the_keys_that_differ(values):
+    run(changed(values, max_steps=3))
+    values["sequence_length"] = 64
+    with pytest.raises(ConfigError) as caught:
+        run(changed(values, seed=7))
+    assert caught.value.mistakes == [
+        "sequence_length: was 32, is 64",
+        "training.data_seed: was 42, is 7",
+        "training.seed: was 42, is 7",
+    ]
+    assert "belongs to a different run" in str(caught.value)
+
+
+def test_old_checkpoints_go_only_when_the_new_one_is_whole(values, tmp_path, monkeypatch):
+    """A disk that fills up in the third checkpoint: the second stays, the half-written one goes."""
+    real, calls = torch.save, []
+
+    def full(value, file, *args, **kwargs):
+        calls.append(file)
+        if len(calls) == 10:
+            raise OSError(28, "No space left on device")
+        real(value, file, *args, **kwargs)
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(CheckpointError, match=r"cannot write .*checkpoint-9 .*No space left"):
+        run(changed(values, save_total_limit=1))
+    monkeypatch.undo()
+    out = tmp_path / "out"
+    assert [p.name for p in out.iterdir() if p.is_dir()] == ["checkpoint-6"]
+    assert newest_whole(out, print) == out / "checkpoint-6"
+
+
+def test_a_loss_that_is_no_number_ends_the_run(values):
+    with pytest.raises(FloatingPointError, match="the loss is nan at step"):
+        run(changed(values, learning_rate=1e30, max_grad_norm=0, lr_scheduler_type="constant"))
+
+
+def test_the_command_line_names_a_mistake_and_stops(tmp_path):
+    path = tmp_path / "bad.yaml"
+    path.write_text("{model: {}, data: stdlib, sequence_length: 8, trainig: {}}")
+    ended = subprocess.run(
+        [sys.executable, "-m", "hybrid.train", str(path)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+    )
+    assert ended.returncode == 2
+    assert "trainig: unknown key, did you mean 'training'?" in ended.stderr
+    assert "Traceback" not in ended.stderr

@@ -1,0 +1,259 @@
+"""Every backend of linear_attention against the reference, and the invariants of the design."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hybrid_kernels import linear_attention
+from hybrid_kernels.testing import (
+    BACKENDS_UNDER_TEST,
+    FORMS,
+    GATES,
+    TOLERANCE,
+    assert_agrees,
+    compare,
+    evaluate,
+    relative_rms,
+    sample,
+)
+
+forms = pytest.mark.parametrize("form", FORMS, ids=lambda form: form.name)
+backends = pytest.mark.parametrize("backend", BACKENDS_UNDER_TEST)
+PAIRS = [(name, dtype) for name, dtypes in BACKENDS_UNDER_TEST.items() for dtype in dtypes]
+SEQUENCE = ("q", "k", "v", "log_decay", "value_log_decay", "beta")
+
+
+def cut(inputs, start, stop):
+    """The inputs of a stretch of time; what has no time axis stays."""
+    found = {}
+    for name, x in inputs.items():
+        along_time = name in SEQUENCE and x.dim() > 1
+        found[name] = x[:, start:stop] if along_time else x
+    return found
+
+
+def small_gates(form):
+    return list(GATES) if form.decay != "none" or form.value_decay else ["mild"]
+
+
+@forms
+@pytest.mark.parametrize(("backend", "dtype"), PAIRS, ids=str)
+def test_agrees_with_the_reference(form, backend, dtype):
+    compare(form, backend, dtype)
+
+
+@forms
+@backends
+def test_agrees_under_every_gate(form, backend):
+    for gates in small_gates(form):
+        compare(form, backend, torch.float32, time=37, gates=gates)
+
+
+@forms
+@backends
+@settings(max_examples=8, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_agrees_on_any_shape(form, backend, data):
+    lengths = data.draw(
+        st.none() | st.lists(st.integers(0, 80), min_size=1, max_size=5), label="lengths"
+    )
+    compare(
+        form,
+        backend,
+        torch.float32,
+        batch=data.draw(st.integers(1, 3), label="batch"),
+        time=data.draw(st.integers(0, 150), label="time"),
+        key_dim=data.draw(st.integers(1, 20), label="key_dim"),
+        value_dim=data.draw(st.integers(1, 20), label="value_dim"),
+        gates=data.draw(st.sampled_from(sorted(GATES)), label="gates"),
+        lengths=lengths,
+        seed=data.draw(st.integers(0, 1000), label="seed"),
+        chunk_size=data.draw(st.sampled_from([None, 16, 64, 128]), label="chunk_size"),
+    )
+
+
+@backends
+@pytest.mark.parametrize(("key_dim", "value_dim"), [(256, 32), (32, 256), (1, 1)])
+@pytest.mark.parametrize("name", ["additive_vector", "delta_scalar"])
+def test_large_and_unequal_dims(name, backend, key_dim, value_dim):
+    form = next(form for form in FORMS if form.name == name)
+    compare(form, backend, torch.float32, batch=1, key_dim=key_dim, value_dim=value_dim)
+
+
+@forms
+@pytest.mark.parametrize("gates", ["mild", "closing"])
+def test_gradcheck(form, gates):
+    inputs = sample(
+        form, batch=1, time=18, key_dim=2, value_dim=2, gates=gates, dtype=torch.float64
+    )
+    leaves = [x.requires_grad_() for x in inputs.values()]
+
+    def op(*values):
+        named = dict(zip(inputs, values, strict=True))
+        return linear_attention(**named, output_final_state=True, backend="torch", chunk_size=16)
+
+    # The projection of fast mode sees every entry of the Jacobian.
+    assert torch.autograd.gradcheck(op, leaves, fast_mode=True, atol=1e-6)
+
+
+@forms
+@backends
+@pytest.mark.parametrize("gates", ["mild", "closed"])
+def test_no_future_in_the_output(form, backend, gates):
+    """Whatever happens from token t on leaves what is before t as it was, bit for bit."""
+    inputs = sample(form, time=90, gates=gates)
+    before = linear_attention(**inputs, backend=backend)[0]
+    for t in (1, 40, 64, 89):
+        other = sample(form, time=90, gates=gates, seed=1)
+        mixed = dict(inputs)
+        for name in SEQUENCE:
+            if name in inputs and inputs[name].dim() > 1:
+                mixed[name] = torch.cat([inputs[name][:, :t], other[name][:, t:]], dim=1)
+        after = linear_attention(**mixed, backend=backend)[0]
+        assert torch.equal(before[:, :t], after[:, :t])
+
+
+@forms
+@backends
+@pytest.mark.parametrize("gates", ["mild", "closed"])
+def test_no_future_in_the_gradients(form, backend, gates):
+    """An output's gradient is exactly zero for every later input."""
+    inputs = sample(form, time=90, gates=gates)
+    leaves = {name: x.requires_grad_() for name, x in inputs.items() if x.is_floating_point()}
+    output = linear_attention(**leaves, backend=backend)[0]
+    for t in (0, 40, 63):
+        grads = torch.autograd.grad(
+            output[:, : t + 1].sum(), list(leaves.values()), retain_graph=True
+        )
+        for name, grad in zip(leaves, grads, strict=True):
+            if name in SEQUENCE and grad.dim() > 1:
+                assert not grad[:, t + 1 :].any(), name
+
+
+@backends
+@pytest.mark.parametrize("name", ["additive_scalar", "additive_vector", "delta_vector"])
+def test_a_later_gate_that_switches_the_way_moves_earlier_outputs_by_rounding_only(name, backend):
+    form = next(form for form in FORMS if form.name == name)
+    inputs = sample(form, time=128)
+    before = linear_attention(**inputs, backend=backend)[0]
+    closed = inputs["log_decay"].clone()
+    closed[:, 100] = -float("inf")
+    after = linear_attention(**{**inputs, "log_decay": closed}, backend=backend)[0]
+    assert relative_rms(after[:, :100], before[:, :100]) <= 1e-6
+
+
+@forms
+@backends
+@pytest.mark.parametrize("gates", ["mild", "closed"])
+def test_any_split_is_one_pass(form, backend, gates):
+    inputs = sample(form, time=130, gates=gates)
+    whole, whole_state = linear_attention(**inputs, output_final_state=True, backend=backend)
+    for splits in ([1, 129], [64, 66], [100, 0, 1, 1, 28]):
+        parts, state, start = [], inputs["initial_state"], 0
+        for length in splits:
+            part = {**cut(inputs, start, start + length), "initial_state": state}
+            with torch.no_grad():
+                o, state = linear_attention(**part, output_final_state=True, backend=backend)
+            parts.append(o)
+            start += length
+        assert relative_rms(torch.cat(parts, dim=1), whole) <= 1e-5
+        assert relative_rms(state, whole_state) <= 1e-5
+
+
+@forms
+@backends
+def test_packed_documents_are_each_alone(form, backend):
+    lengths = [0, 70, 1, 33, 0]
+    inputs = sample(form, lengths=lengths)
+    packed = evaluate(linear_attention, inputs, backend=backend)
+    start = 0
+    for row, length in enumerate(lengths):
+        alone = cut(inputs, start, start + length)
+        alone["initial_state"] = inputs["initial_state"][row : row + 1]
+        del alone["cu_seqlens"]
+        leaves = {name: x.detach().requires_grad_() for name, x in alone.items()}
+        o, state = linear_attention(**leaves, output_final_state=True, backend=backend)
+        assert torch.allclose(packed["output"][:, start : start + length].float(), o, atol=1e-5)
+        assert torch.allclose(packed["final_state"][row].float(), state[0], atol=1e-5)
+        if length == 0:
+            assert torch.equal(packed["final_state"][row].float(), inputs["initial_state"][row])
+        start += length
+
+
+@forms
+@backends
+@pytest.mark.parametrize("gates", ["mild", "strong"])
+def test_chunk_size_and_batch_change_nothing(form, backend, gates):
+    inputs = sample(form, batch=3, time=100, gates=gates)
+    first = evaluate(linear_attention, inputs, backend=backend, chunk_size=16)
+    for chunk_size in (32, 64, 128):
+        other = evaluate(linear_attention, inputs, backend=backend, chunk_size=chunk_size)
+        assert_agrees(other, first, 2 * TOLERANCE[torch.float32])
+    row = {
+        name: x[1:2] if name in (*SEQUENCE, "initial_state") and x.dim() > 1 else x
+        for name, x in inputs.items()
+    }
+    alone = linear_attention(**row, backend=backend)[0]
+    assert relative_rms(alone, first["output"][1:2]) <= 1e-5
+
+
+@backends
+@pytest.mark.parametrize("beta", [0.0, 1.0, 2.0])
+@pytest.mark.parametrize("chunk_size", [32, 64])
+def test_near_equal_keys(backend, beta, chunk_size):
+    """A power series for the inverse loses every digit here; substitution does not."""
+    torch.manual_seed(0)
+    key = torch.nn.functional.normalize(torch.randn(1, 1, 1, 64), dim=-1)
+    noise = 1e-3 * torch.randn(1, 256, 1, 64)
+    k = torch.nn.functional.normalize(key + noise, dim=-1)
+    inputs = {"q": torch.randn(1, 256, 1, 64), "k": k, "v": torch.randn(1, 256, 1, 64)}
+    inputs["beta"] = torch.full((1, 256, 1), beta)
+    inputs["initial_state"] = torch.zeros(1, 1, 64, 64)
+    expected = evaluate(linear_attention, inputs, dtype=torch.float64, backend="reference")
+    found = evaluate(linear_attention, inputs, backend=backend, chunk_size=chunk_size)
+    assert_agrees(found, expected, 1e-5)
+
+
+@backends
+@pytest.mark.parametrize("name", ["additive_fixed", "additive_vector", "delta_scalar"])
+def test_a_long_run_does_not_drift(name, backend):
+    form = next(form for form in FORMS if form.name == name)
+    inputs = sample(form, batch=1, time=2**16, key_dim=4, value_dim=4)
+    with torch.no_grad():
+        o, state = linear_attention(**inputs, output_final_state=True, backend=backend)
+        # The same in double precision and another chunk size, cut into pieces.
+        wide = {name: x.double() for name, x in inputs.items()}
+        pieces, after = [], wide["initial_state"]
+        for start in range(0, 2**16, 2**14):
+            part = {**cut(wide, start, start + 2**14), "initial_state": after}
+            piece, after = linear_attention(
+                **part, output_final_state=True, backend=backend, chunk_size=16
+            )
+            pieces.append(piece)
+    assert relative_rms(o[:, -1024:], torch.cat(pieces, 1)[:, -1024:]) <= 1e-5
+    assert relative_rms(state, after) <= 1e-5
+
+
+@forms
+@backends
+def test_one_token_without_gradients(form, backend):
+    """The decode step, and the state it was given stays as it was."""
+    inputs = sample(form, time=1, gates="strong")
+    state = inputs["initial_state"].clone()
+    expected = linear_attention(**inputs, output_final_state=True, backend="reference")
+    with torch.no_grad():
+        found = linear_attention(**inputs, output_final_state=True, backend=backend)
+    for x, y in zip(found, expected, strict=True):
+        assert relative_rms(x, y) <= 1e-6
+    assert torch.equal(inputs["initial_state"], state)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("name", ["additive_scalar", "delta_vector", "bonus_vector"])
+def test_compiles_without_a_graph_break(name, packed):
+    form = next(form for form in FORMS if form.name == name)
+    inputs = sample(form, time=40, lengths=[30, 10] if packed else None)
+    compiled = torch.compile(linear_attention, fullgraph=True, backend="aot_eager")
+    eager = evaluate(linear_attention, inputs, backend="torch")
+    assert_agrees(evaluate(compiled, inputs, backend="torch"), eager, 0.0)
