@@ -103,9 +103,31 @@ class HybridConfig(PreTrainedConfig):
 
     @property
     def layer_types(self) -> list[str]:
-        """One of transformers' layer types for each layer; its caches and masks are made from them."""
+        """One of transformers' layer types for each layer; its caches and masks are made from them.
+
+        A stack without keys has one layer of type `hybrid_sliding`, whose window stays empty: `generate`
+        asks a cache how many tokens it has seen, and layers of states alone cannot answer.
+        """
         kinds = {layer: self._layer_type(layer) for layer in set(self.layers)}
-        return [kinds[layer] for layer in self.layers]
+        types = [kinds[layer] for layer in self.layers]
+        if self.counting_layer is not None:
+            types[self.counting_layer] = "hybrid_sliding"
+        return types
+
+    @property
+    def counting_layer(self) -> int | None:
+        """The layer that counts tokens in the cache of a stack without keys; None where keys do."""
+        kinds = {self._layer_type(layer) for layer in set(self.layers)}
+        if kinds - {"linear_attention", "moe"}:
+            return None
+        return next(i for i, layer in enumerate(self.layers) if layer.mixers)
+
+    @property
+    def sliding_window(self) -> int:
+        """For the layer that counts tokens: a window that never fills. No other stack has one."""
+        if self.counting_layer is None:
+            raise AttributeError("no layer of this stack has a sliding window")
+        return 2
 
     @property
     def number_of_conv_states(self) -> int:

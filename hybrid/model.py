@@ -19,7 +19,7 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from hybrid import hub
-from hybrid.cache import LayerCache, is_empty, past_length
+from hybrid.cache import LayerCache, count_tokens, is_empty, past_length
 from hybrid.config import HybridConfig
 from hybrid.ffn import FeedForward
 from hybrid.layout import Layer
@@ -168,11 +168,6 @@ class HybridPreTrainedModel(PreTrainedModel):
         "attentions": OutputRecorder(SoftmaxAttention, index=1),
     }
 
-    @property
-    def _is_stateful(self) -> bool:
-        """Whether a layer carries a state: transformers then refuses to speculate and roll back."""
-        return any(kind in ("linear_attention", "hybrid") for kind in self.config.layer_types)
-
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         """Initialise one module; transformers calls this for every one that no checkpoint filled."""
@@ -206,9 +201,8 @@ class HybridModel(HybridPreTrainedModel):
             [HybridLayer(config, layer, i) for i, layer in enumerate(config.layers)]
         )
         self.rotary = self._build_rotary(config)
-        kinds = set(config.layer_types)
-        self.has_keys = bool(kinds & {"full_attention", "hybrid"})
-        self.has_state = bool(kinds & {"linear_attention", "hybrid"})
+        self.has_keys = config.counting_layer is None
+        self.has_state = any(any(layer.has_state) for layer in self.layers)
         self.norm = nn.Identity()
         if config.norm_position != "post":
             self.norm = build_norm(config.norm, config.hidden_size, config.norm_eps)
@@ -269,7 +263,7 @@ class HybridModel(HybridPreTrainedModel):
             start = past_length(past_key_values)
             position_ids = torch.arange(time, device=inputs_embeds.device).unsqueeze(0) + start
         masks = self._masks(inputs_embeds, attention_mask, past_key_values, position_ids)
-        if segments is WHOLE_ROWS:
+        if segments is WHOLE_ROWS and self.has_state:
             segments = from_padding(masks.get("linear_attention"), time)
         positions = {s: rotary(inputs_embeds, position_ids) for s, rotary in self.rotary.items()}
 
@@ -284,6 +278,8 @@ class HybridModel(HybridPreTrainedModel):
                 position_ids=position_ids,
                 **kwargs,
             )
+        if past_key_values is not None and not self.has_keys:
+            count_tokens(past_key_values, self.config.counting_layer, inputs_embeds)
         return BaseModelOutputWithPast(
             last_hidden_state=self.norm(x), past_key_values=past_key_values
         )

@@ -22,7 +22,7 @@ from typing import IO, Any
 
 from hybrid.options import ConfigError
 
-# What the evaluation measures; the sizes are those of the training rows and beyond.
+# What the evaluation measures, beside recall at the size that was trained.
 EVALUATION = [
     *("--tasks", "mqar,needle,heldout,cost"),
     *("--lengths", "32,64,128,256,512"),
@@ -73,7 +73,7 @@ def quickstart(
         run, log, status = failed
         print(f"training of {run.name} failed; the end of {log}:\n{_tail(log)}", file=sys.stderr)
         return status
-    status = subprocess.call(evaluation_command(runs, out))
+    status = subprocess.call(evaluation_command(runs, out, _recall_size(path, overrides)))
     if status:
         return status
     _print_end(Path(out), path, runs, time.perf_counter() - started)
@@ -88,12 +88,12 @@ def training_command(
     return [*launch, *engine, "-m", "hybrid.train", str(config), *overrides]
 
 
-def evaluation_command(runs: Sequence[Run], out: str | Path) -> list[str]:
+def evaluation_command(runs: Sequence[Run], out: str | Path, recall: Sequence[str]) -> list[str]:
     """`hybrid eval NAME=FOLDER ... --out OUT` with this Python."""
     models = [f"{run.name}={run.folder}" for run in runs]
     title = f"Quickstart: {', '.join(dict.fromkeys(run.layout for run in runs))}"
     command = [sys.executable, "-m", "hybrid.cli", "eval", *models, "--out", str(out)]
-    return [*command, *EVALUATION, "--title", title]
+    return [*command, *EVALUATION, *recall, "--title", title]
 
 
 def find_config(name: str) -> Path:
@@ -129,6 +129,18 @@ def _parameters(path: Path, runs: Sequence[Run], overrides: Sequence[str]) -> di
         config = load_model_config(str(path), [*overrides, f"model.layout={layout}"])
         sizes[layout] = plan(config, context=1).parameters
     return sizes
+
+
+def _recall_size(path: Path, overrides: Sequence[str]) -> list[str]:
+    """Evaluate associative recall at the row length and number of pairs of the training rows."""
+    from hybrid.train import load_config
+
+    config = load_config(path, overrides)
+    sizes = {"sequence_length": config.sequence_length}
+    for source in config.data:
+        if source.source == "mqar":
+            sizes |= {k: v for k, v in source.options.items() if k in ("pairs", "queries")}
+    return [word for k, v in sizes.items() for word in ("--set", f"mqar.{k}={v}")]
 
 
 def _print_sizes(sizes: dict[str, int]) -> None:

@@ -83,6 +83,14 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
         metavar="TASK.OPTION=VALUE",
         help="an option of one task, e.g. --set mqar.pairs=16",
     )
+    add(
+        "--ablate",
+        action="append",
+        default=[],
+        metavar="attention|linear|LAYERS",
+        help="also measure without these token mixers (layers as 0,3); may be repeated",
+    )
+    add("--mmlu-dir", type=Path, help="questions in MMLU's schema, for mmlu_letters and mmlu_cloze")
     add("--title", help="heading of the report")
     add("--list", action="store_true", help="print the tasks and stop")
     return parser
@@ -102,6 +110,14 @@ def parse_options(words: Sequence[str]) -> dict[str, dict[str, Any]]:
             raise ValueError(f"--set takes TASK.OPTION=VALUE, got {word!r}")
         find(task)
         options.setdefault(task, {})[option] = yaml.safe_load(value)
+    return options
+
+
+def _options(arguments: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    options = parse_options(arguments.set)
+    if arguments.mmlu_dir is not None:
+        for form in ("mmlu_letters", "mmlu_cloze"):
+            options.setdefault(form, {}).setdefault("path", str(arguments.mmlu_dir))
     return options
 
 
@@ -170,7 +186,8 @@ def _run(arguments: argparse.Namespace, console: Console) -> None:
             list(dict.fromkeys(names)) or None,
             out=arguments.out,
             settings=settings,
-            options=parse_options(arguments.set),
+            options=_options(arguments),
+            ablate=arguments.ablate,
             watcher=_Bars(progress),
             tokenizer=arguments.tokenizer,
             trust_remote_code=arguments.trust_remote_code,

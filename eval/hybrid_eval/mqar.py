@@ -43,6 +43,8 @@ class MQAR(Source):
         filler_ids: tuple[int, int],
         gap: Gap,
         power: float,
+        min_pairs: int | None = None,
+        repeat: bool = False,
         seed: int,
         start: int = 0,
         stream: str = "train",
@@ -50,6 +52,7 @@ class MQAR(Source):
         super().__init__(sequence_length=sequence_length, seed=seed, start=start, stream=stream)
         self.pairs = pairs
         self.queries = pairs if queries is None else queries
+        self.min_pairs, self.repeat = pairs if min_pairs is None else min_pairs, repeat
         self.key_ids, self.value_ids, self.filler_ids = key_ids, value_ids, filler_ids
         self.slots = (sequence_length - 2 * pairs) // 2
         self._validate(gap)
@@ -68,6 +71,13 @@ class MQAR(Source):
         if self.pairs < 1 or not 1 <= self.queries <= self.pairs:
             raise ValueError(
                 f"need 1 <= queries <= pairs, got queries={self.queries}, pairs={self.pairs}"
+            )
+        if not 1 <= self.min_pairs <= self.pairs or (
+            self.min_pairs < self.pairs and self.queries != self.pairs
+        ):
+            raise ValueError(
+                f"need 1 <= min_pairs <= pairs, and no queries beside min_pairs, got min_pairs="
+                f"{self.min_pairs}, pairs={self.pairs}, queries={self.queries}"
             )
         keys = self.key_ids[1] - self.key_ids[0]
         if self.pairs > keys:
@@ -88,14 +98,23 @@ class MQAR(Source):
 
     def draw(self, rng: np.random.Generator) -> dict[str, np.ndarray]:
         """Make one row from a generator of its own."""
-        keys = rng.choice(np.arange(*self.key_ids), self.pairs, replace=False)
-        values = rng.integers(*self.value_ids, self.pairs)
+        pairs, queries = self.pairs, self.queries
+        if self.min_pairs < pairs:
+            pairs = queries = int(rng.integers(self.min_pairs, pairs + 1))
+        keys = rng.choice(np.arange(*self.key_ids), pairs, replace=False)
+        values = rng.integers(*self.value_ids, pairs)
         ids = rng.integers(*self.filler_ids, self.sequence_length)
         labels = np.full(self.sequence_length, IGNORE, dtype=np.int64)
-        context = 2 * self.pairs
+        context = 2 * pairs
         ids[0:context:2], ids[1:context:2] = keys, values
-        asked = rng.choice(self.pairs, self.queries, replace=False)
-        slots = rng.choice(self.slots, self.queries, replace=False, p=self.slot_probabilities)
+        if self.repeat:
+            slots = np.arange((self.sequence_length - context) // 2)
+            rounds = -(-len(slots) // pairs)
+            orders = [rng.permutation(pairs) for _ in range(rounds)]
+            asked = np.concatenate(orders)[: len(slots)]
+        else:
+            asked = rng.choice(pairs, queries, replace=False)
+            slots = rng.choice(self.slots, queries, replace=False, p=self.slot_probabilities)
         at = context + 2 * slots
         ids[at], ids[at + 1] = keys[asked], values[asked]
         labels[at + 1] = values[asked]
@@ -112,6 +131,8 @@ def mqar(
     filler_ids: tuple[int, int] = FILLER_IDS,
     gap: Gap = "power",
     power: float = 0.01,
+    min_pairs: int | None = None,
+    repeat: bool = False,
     seed: int = 0,
     start: int = 0,
     tokenizer: Any = None,
@@ -127,6 +148,10 @@ def mqar(
         filler_ids: the same for tokens that are neither; must not overlap ``key_ids``.
         gap: where the queries stand: "power" (Zoology's power law, mostly early) or "uniform".
         power: exponent a of the power law a * slot^(a - 1).
+        min_pairs: rows hold a random number of pairs, from this to ``pairs``, all of them asked
+            for: easy rows first show what hard ones want. None: always ``pairs``.
+        repeat: ask for the keys again and again, each round in a new order, until the row is
+            full: more labels per row.
         seed: of the stream.
         start: index of the first row.
         tokenizer: not read; a trainer may hand its tokenizer to every source alike.
@@ -143,6 +168,8 @@ def mqar(
         filler_ids=id_range("filler_ids", filler_ids),
         gap=gap,
         power=power,
+        min_pairs=min_pairs,
+        repeat=repeat,
         seed=seed,
         start=start,
     )

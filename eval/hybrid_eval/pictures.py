@@ -215,6 +215,54 @@ def _apart(values: Sequence[float], norm: Normalize, gap: float = 0.06) -> list[
     return kept
 
 
+def curves(
+    lines: dict[str, list[tuple[float, float]]],
+    *,
+    x_label: str,
+    y_label: str,
+    title: str,
+    log_y: bool = False,
+) -> Figure:
+    """Draw one line with markers per model over lengths (log scale).
+
+    Args:
+        lines: model name to (length, value).
+        x_label: of the axis.
+        y_label: of the axis.
+        title: of the picture.
+        log_y: logarithmic y axis.
+    """
+    with _figure(6.4, 3.9) as figure:
+        axes = figure.add_subplot()
+        cmap = mpl.colormaps[_CMAP]
+        for number, (name, points) in enumerate(lines.items()):
+            shade = 0.9 * number / max(len(lines) - 1, 1)
+            x, y = zip(*points, strict=True)
+            axes.plot(
+                x,
+                y,
+                label=name,
+                color=cmap(shade),
+                marker=_MARKERS[number % len(_MARKERS)],
+                markeredgecolor="black",
+                markeredgewidth=0.6,
+            )
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(sorted({length for points in lines.values() for length, _ in points}))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: human_tokens(value)))
+        axes.minorticks_off()
+        if log_y:
+            axes.set_yscale("log")
+        else:
+            axes.set_ylim(bottom=0)
+        axes.set_xlabel(x_label)
+        axes.set_ylabel(y_label)
+        axes.set_title(title, loc="left")
+        # beside the axes: never on a line
+        figure.legend(loc="outside right center", frameon=False, fontsize=9)
+        return figure
+
+
 def heat_maps(grids: dict[str, list[dict[str, Any]]], *, title: str, columns: int = 3) -> Figure:
     """Draw accuracy by depth and length, one small picture per model on one colour scale.
 

@@ -10,16 +10,19 @@ from .corpus import Corpus, load_corpus
 from .cost import evaluate_cost
 from .errors import nearest
 from .heldout import evaluate_heldout
+from .mmlu import Form, evaluate_mmlu
 from .models import Subject
 from .mqar import KEY_IDS, VALUE_IDS, evaluate_mqar
 from .needle import evaluate_needle
 from .scoring import Progress
+from .speed import evaluate_speed
+from .synthetic import evaluate_hops, evaluate_icl, evaluate_state_tracking
 from .text.evaluate import evaluate_text
 from .text.tasks import NAMES as TEXT_TASKS
 from .text.tasks import RULER, Material
 from .tokens import ByteEncoder, Encoder, Haystack
 
-Axis = Literal["retrieval", "reasoning", "language", "cost"]
+Axis = Literal["retrieval", "reasoning", "language", "cost", "speed"]
 
 
 @dataclass(frozen=True)
@@ -73,7 +76,7 @@ class Task:
     def options(self) -> tuple[str, ...]:
         """Names that ``--set TASK.NAME=VALUE`` may set."""
         given = {"model", "progress", "haystack", "tokenizer", "corpus", "allow_longer"}
-        given |= {"task", "material"}
+        given |= {"task", "material", "form"}
         own = [
             p.name
             for p in inspect.signature(self.function).parameters.values()
@@ -274,6 +277,78 @@ for _name in TEXT_TASKS:
             evaluate_text,
             partial(_run_text, _name),
             _WORDS[_name],
+        )
+    )
+
+
+def _run_sampled(function, takes: tuple[str, ...], subject, settings, options, progress=None):
+    """Run a task whose arguments are those of the settings that it takes, and its options."""
+    given = grid_settings(settings, progress)
+    arguments = {key: value for key, value in given.items() if key in takes}
+    return function(subject.model, **{**arguments, **options})
+
+
+def _run_mmlu(form: Form, subject: Subject, settings: Settings, options, progress=None):
+    if "path" not in options:
+        raise ValueError(
+            f"mmlu_{form} reads local files: --mmlu-dir FOLDER or --set mmlu_{form}.path=FOLDER"
+        )
+    arguments = {**_sample_settings(settings, progress), **options}
+    return evaluate_mmlu(subject.model, form=form, tokenizer=tokenizer_of(subject), **arguments)
+
+
+_SAMPLED = ("n", "seed", "batch_size", "progress", "allow_longer")
+_SMALL: tuple[tuple[str, Axis, str, Callable[..., dict[str, Any]], tuple[str, ...], str], ...] = (
+    (
+        "state_tracking",
+        "reasoning",
+        "accuracy",
+        evaluate_state_tracking,
+        (*_SAMPLED, "lengths"),
+        "running product in a group (parity, S3, S5), for models trained on it",
+    ),
+    (
+        "hops_k",
+        "reasoning",
+        "accuracy",
+        evaluate_hops,
+        _SAMPLED,
+        "chains of assignments, k hops; k = 0 is pure retrieval; for models trained on it",
+    ),
+    (
+        "icl_fn",
+        "reasoning",
+        "accuracy",
+        evaluate_icl,
+        _SAMPLED,
+        "in-context mapping against number of shots, for models trained on it",
+    ),
+    (
+        "speed",
+        "speed",
+        "decode_tokens_per_second",
+        evaluate_speed,
+        ("lengths", "progress", "allow_longer"),
+        "prefill and decoding speed against length, measured",
+    ),
+)
+for _name, _axis, _metric, _function, _takes, _words in _SMALL:
+    register(
+        Task(_name, _axis, _metric, _function, partial(_run_sampled, _function, _takes), _words)
+    )
+_FORMS: tuple[tuple[Form, str], ...] = (
+    ("letters", "multiple choice by letter, from local files: symbol binding, a kind of retrieval"),
+    ("cloze", "multiple choice by text, from local files: what the model knows"),
+)
+for _form, _words in _FORMS:
+    register(
+        Task(
+            f"mmlu_{_form}",
+            "reasoning",
+            "accuracy",
+            evaluate_mmlu,
+            partial(_run_mmlu, _form),
+            _words,
         )
     )
 

@@ -12,6 +12,7 @@ from typing import Any
 import jinja2
 
 from . import pictures
+from .contrast import attention_share, cheaper_from, comparisons, corrected
 from .pictures import Point, human_bytes, human_tokens
 
 Record = dict[str, Any]
@@ -48,6 +49,7 @@ class Page:
     columns: list[Column]
     models: list[Record]
     pictures: list[Picture] = field(default_factory=list)
+    differences: list[list[str]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     footer: list[tuple[str, str]] = field(default_factory=list)
 
@@ -92,7 +94,7 @@ def _columns(results: dict[str, Any]) -> list[Column]:
         for task in tasks_on(results, axis):
             metric = results["models"][0]["results"][task]["metric"].replace("_", " ")
             columns.append(Column(f"{task}: {metric}", _interval_cell(task), note="95% interval"))
-    if tasks_on(results, "cost"):
+    if "cost" in results["models"][0]["results"]:
         context = results["models"][0]["results"]["cost"]["context"]
 
         def cost(key: str) -> Callable[[Record], str]:
@@ -101,6 +103,16 @@ def _columns(results: dict[str, Any]) -> list[Column]:
         columns.append(Column(f"cache at {human_tokens(context)}", cost("cache_bytes"), "measured"))
         columns.append(Column("fixed state", cost("fixed_bytes")))
         columns.append(Column("cache per token", cost("bytes_per_token")))
+        costs = [model["results"]["cost"] for model in results["models"]]
+        largest = max(costs, key=lambda found: found["bytes_per_token"])
+        if any(found is not largest for found in costs):
+            name = results["models"][costs.index(largest)]["name"]
+
+            def cheaper(record: Record) -> str:
+                tokens = cheaper_from(record["results"]["cost"], largest)
+                return "-" if tokens is None else f"{tokens:,} tokens"
+
+            columns.append(Column(f"smaller cache than {name} from", cheaper))
     return columns
 
 
@@ -181,7 +193,11 @@ def _pictures(results: dict[str, Any]) -> Iterator[Picture]:
     if retrieval and language:
         yield _contrast(results, language[0], retrieval[0], "retrieval_vs_loss.png")
     if retrieval and reasoning:
-        yield _contrast(results, reasoning[0], retrieval[0], "retrieval_vs_reasoning.png")
+        yield _two_axes(results, reasoning[0], retrieval[0])
+    shares = [attention_share(model) for model in results["models"]]
+    if None not in shares and len(set(shares)) > 1:
+        for task in [*retrieval[:1], *reasoning[:1]]:
+            yield _against_share(results, task)
     for task in retrieval:
         cells = results["models"][0]["results"][task].get("cells")
         if cells and "depth" in cells[0]:
@@ -189,6 +205,81 @@ def _pictures(results: dict[str, Any]) -> Iterator[Picture]:
     sizes = [_cache(model) for model in results["models"]]
     if retrieval and all(sizes):
         yield _against_cache(results, retrieval[0])
+    if "speed" in results["models"][0]["results"]:
+        yield from _speeds(results)
+
+
+def _two_axes(results: dict[str, Any], reasoning: str, retrieval: str) -> Picture:
+    """Draw retrieval against reasoning, both corrected for chance."""
+    points = [
+        Point(
+            model["name"],
+            corrected(model["results"][reasoning]),
+            corrected(model["results"][retrieval]),
+            _cache(model),
+        )
+        for model in results["models"]
+    ]
+    figure = pictures.scatter(
+        points,
+        x_label=f"{_task_words(results, reasoning)}: (accuracy - chance) / (1 - chance)",
+        y_label=f"{_task_words(results, retrieval)}: above chance",
+        title=f"{retrieval} against {reasoning}",
+        context=_context(results),
+        y_limits=None,
+    )
+    caption = (
+        f"{retrieval} against {reasoning}, both as (accuracy - chance) / (1 - chance) with 95% "
+        "Wilson intervals: 0 is a guesser, 1 makes no error."
+    )
+    return Picture("retrieval_vs_reasoning.png", caption, pictures.to_png(figure))
+
+
+def _against_share(results: dict[str, Any], task: str) -> Picture:
+    points = []
+    for model in results["models"]:
+        share = attention_share(model) or 0.0
+        points.append(Point(model["name"], (share, share, share), _value(model, task)))
+    figure = pictures.scatter(
+        points,
+        x_label="share of layers with full softmax attention",
+        y_label=f"{_task_words(results, task)}: accuracy",
+        title=f"{task} against attention share",
+        chance=results["models"][0]["results"][task].get("chance"),
+    )
+    caption = f"Accuracy on {task} (95% intervals) against the share of softmax attention layers."
+    return Picture(f"{task}_vs_attention_share.png", caption, pictures.to_png(figure))
+
+
+def _speeds(results: dict[str, Any]) -> Iterator[Picture]:
+    first = results["models"][0]["results"]["speed"]
+    machine = f"{first['device']}, {first['threads']} thread(s)"
+    for phase in ("prefill", "decode"):
+        key = f"{phase}_tokens_per_second"
+        lines = {
+            model["name"]: [(c["length"], c[key]) for c in model["results"]["speed"]["cells"]]
+            for model in results["models"]
+        }
+        figure = pictures.curves(
+            lines,
+            x_label="length (tokens)",
+            y_label="tokens per second",
+            title=f"{phase} speed, one sequence, {machine}",
+        )
+        caption = f"{phase.capitalize()} speed against length: median of {first['repeats']} runs."
+        yield Picture(f"{phase}_speed.png", caption, pictures.to_png(figure))
+
+
+def _differences(results: dict[str, Any]) -> list[list[str]]:
+    """Return the rows of the table of paired differences."""
+    rows = []
+    for task, metric, model, reference, found in comparisons(results):
+        p = f"{found.p_value:.3f}" if found.p_value >= 0.001 else "< 0.001"
+        interval = (
+            f"{found.difference:+.3f} [{found.interval.low:+.3f}, {found.interval.high:+.3f}]"
+        )
+        rows.append([f"{model} - {reference}", f"{task}: {metric}", interval, p, str(found.items)])
+    return rows
 
 
 def _footer(results: dict[str, Any]) -> list[tuple[str, str]]:
@@ -214,6 +305,11 @@ def _footer(results: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 _NOTES = {
+    "mmlu_letters": (
+        "mmlu_letters: multiple choice by letter, which also tests symbol binding; read it beside "
+        "mmlu_cloze, where the model never sees the list of choices."
+    ),
+    "speed": "speed: one sequence, median of the timed runs after one that is not counted.",
     "mqar": (
         "mqar: multi-query associative recall after Zoology (arXiv 2312.04927); interval over "
         "queries, widened for the correlation of queries within a row."
@@ -255,6 +351,7 @@ def build(results: dict[str, Any], title: str) -> Page:
         columns=_columns(results),
         models=results["models"],
         pictures=list(_pictures(results)),
+        differences=_differences(results),
         notes=_notes(ran),
         footer=_footer(results),
     )

@@ -12,6 +12,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Protocol
 
+from .ablate import ablated, select
 from .models import Subject, load
 from .registry import Settings, Task, check_options, default_tasks, find
 
@@ -77,8 +78,11 @@ def _run_task(
     options: dict[str, Any],
     out: Path | None,
     watcher: Watcher | None,
+    knocked_out: str | None,
 ) -> dict[str, Any]:
-    words = {"settings": _setting_words(settings), "options": options}
+    words: dict[str, Any] = {"settings": _setting_words(settings), "options": options}
+    if knocked_out is not None:
+        words["ablate"] = knocked_out
     path = None if out is None else _cache_path(out, subject, task, words)
     if watcher is not None:
         watcher.start(subject.name, task.name)
@@ -88,7 +92,8 @@ def _run_task(
     else:
         began = time.perf_counter()
         advance = None if watcher is None else watcher.advance
-        result = task.run(subject, settings, options, advance)
+        with ablated(subject.model, knocked_out):
+            result = task.run(subject, settings, options, advance)
         result["seconds"] = time.perf_counter() - began
         result = {"task": task.name, "axis": task.axis, "metric": task.metric, **result}
         result = plain({**result, "options": options})
@@ -141,6 +146,7 @@ def evaluate(
     settings: Settings | None = None,
     options: Mapping[str, Mapping[str, Any]] | None = None,
     watcher: Watcher | None = None,
+    ablate: Sequence[str] = (),
     **loading: Any,
 ) -> dict[str, Any]:
     """Measure models on tasks.
@@ -153,6 +159,8 @@ def evaluate(
         settings: what is common to all tasks.
         options: per task, options of its own: ``{"mqar": {"pairs": 16}}``.
         watcher: is told how far the run is.
+        ablate: knock-outs, each measured beside the whole model: "attention", "linear" or layer
+            numbers such as "0,3" (see :mod:`hybrid_eval.ablate`).
         loading: arguments of :func:`hybrid_eval.models.load`.
 
     Returns:
@@ -174,19 +182,27 @@ def evaluate(
         check_options(find(name), values)
     subjects = [s if isinstance(s, Subject) else load(s, **loading) for s in specs]
     _check_names([subject.name for subject in subjects])
+    for subject in subjects:
+        for what in ablate:
+            select(subject.model, what)
     if chosen is None:
         chosen = [find(name) for name in default_tasks(subjects)]
     folder = None if out is None else Path(out)
     records = []
     for subject in subjects:
-        record = _describe(subject)
-        record["results"] = {
-            task.name: _run_task(
-                subject, task, settings, options.get(task.name, {}), folder, watcher
-            )
-            for task in chosen
-        }
-        records.append(record)
+        for knocked_out in (None, *ablate):
+            shown = subject
+            if knocked_out is not None:
+                shown = replace(subject, name=f"{subject.name} without {knocked_out}")
+            record = _describe(shown)
+            record["ablate"] = knocked_out
+            record["results"] = {
+                task.name: _run_task(
+                    shown, task, settings, options.get(task.name, {}), folder, watcher, knocked_out
+                )
+                for task in chosen
+            }
+            records.append(record)
     return {
         "schema": RESULT_VERSION,
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),

@@ -12,6 +12,7 @@ kind overrides a hook or two.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -202,6 +203,8 @@ class StateMixer(Mixer):
     ) -> tuple[torch.Tensor, None]:
         """See `Mixer.forward`; the mask is not used, padding comes in `segments`."""
         batch, time, _ = x.shape
+        if cache is not None:
+            cache.resume(x, segments, lambda again: self.mix(again, None, cache))
         y = self.mix(segments.pack(x), segments.cu_seqlens, cache)
         return segments.unpack(y, batch, time), None
 
@@ -274,9 +277,13 @@ class LinearMixer(StateMixer):
         v: torch.Tensor,
         cu_seqlens: torch.Tensor | None,
         cache: LayerCache | None,
+        carry: Callable[[torch.Tensor], torch.Tensor] | None = None,
         **gates: torch.Tensor,
     ) -> torch.Tensor:
-        """The op, continuing from and writing to the cache slot where there is one: o (B, T, H, V)."""
+        """The op, continuing from and writing to the cache slot where there is one: o (B, T, H, V).
+
+        `carry` maps the final state (N, H, K, V) to what is stored.
+        """
         o, state = linear_attention(
             q,
             k,
@@ -288,7 +295,7 @@ class LinearMixer(StateMixer):
             output_final_state=cache is not None,
         )
         if cache is not None:
-            cache.set_recurrent_state(state)
+            cache.set_recurrent_state(state if carry is None else carry(state))
         return o
 
     def project(

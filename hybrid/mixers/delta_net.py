@@ -66,8 +66,7 @@ class DeltaRuleMixer(LinearMixer):
 
     def __init__(self, options: DeltaRuleOptions, config: HybridConfig, layer_idx: int) -> None:
         super().__init__(options, config, layer_idx)
-        heads, key_dim, value_dim = options.num_heads, options.head_dim, options.value_head_dim
-        assert heads and key_dim and value_dim
+        heads, key_dim, value_dim = options.sizes
         self.scale = key_dim**-0.5
         self.build(
             heads,

@@ -59,6 +59,14 @@ class HeadOptions(MixerOptions):
             values = max(1, int(self.value_share * slot))
         return replace(self, num_heads=heads, head_dim=keys, value_head_dim=values)
 
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """H, K, V of completed options."""
+        assert self.num_heads is not None
+        assert self.head_dim is not None
+        assert self.value_head_dim is not None
+        return self.num_heads, self.head_dim, self.value_head_dim
+
     def problems(self, config: HybridConfig) -> list[str]:
         """Sizes that do not fit together, or that the op does not take."""
         done = self.complete(config.hidden_size)

@@ -174,6 +174,9 @@ class SoftmaxAttention(Mixer):
         batch, time, _ = x.shape
         q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
         if self.conv is not None:
+            if cache is not None:
+                x = torch.cat([q, k, v], dim=-1)
+                cache.resume(x, segments, lambda again: self.conv(again, None, cache))
             packed = [segments.pack(y) for y in (q, k, v)]
             convolved = self.conv.split(packed, segments.cu_seqlens, cache)
             q, k, v = (segments.unpack(y, batch, time) for y in convolved)

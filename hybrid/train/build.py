@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate import Accelerator, DistributedType
 from transformers import TrainingArguments
 
 from hybrid.data.mixture import Mixture
@@ -55,6 +57,22 @@ def check_device(device: str) -> None:
     if present is None or present.type != device:
         there = "cpu" if present is None else f"{present.type}, cpu"
         raise ConfigError([f"device: there is no {device!r} here; this machine has: {there}"])
+
+
+def check_engine(accelerator: Accelerator) -> None:
+    """Refuse an engine that accelerate was asked for and passed over.
+
+    Raises:
+        ConfigError: FSDP was asked for on the CPU, where accelerate would copy instead of shard.
+    """
+    asked = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    if asked and accelerator.distributed_type is not DistributedType.FSDP:
+        raise ConfigError(
+            [
+                f"accelerate shards (FSDP) on accelerators, not on {accelerator.device.type}; use"
+                " configs/accelerate/ddp_cpu.yaml there"
+            ]
+        )
 
 
 def open_sources(

@@ -54,6 +54,8 @@ class Progress(TrainerCallback):
         if shown:
             rate = logs.get("tokens_per_second")
             tail = {} if rate is None else {"tokens/s": f"{rate:,.0f}"}
+            if "mfu" in logs:
+                tail["MFU"] = f"{logs['mfu']:.1%}"
             self.bar.set_postfix({k: f"{v:.4f}" for k, v in shown.items()} | tail)
 
     def on_train_end(

@@ -19,6 +19,7 @@ from hybrid.train import build
 from hybrid.train.checkpoints import newest_whole, refuse_other_run
 from hybrid.train.config import TrainConfig
 from hybrid.train.model import load_model, model_config
+from hybrid.train.throughput import training_flops_per_token
 from hybrid.train.trainer import HybridTrainer
 
 if TYPE_CHECKING:
@@ -39,6 +40,8 @@ class RunResult:
         seconds: wall time of this process's training.
         tokens: tokens of this process's steps, all processes together.
         tokens_per_second: tokens / seconds.
+        flops_per_token: forward and backward, by each mixer's own count; None for foreign models.
+        mfu: share of the devices' peak, 0..1; None where the peak is not known.
         parameters: of the model.
         resumed_from: step this process started at, 0 for a new run.
     """
@@ -50,6 +53,8 @@ class RunResult:
     seconds: float
     tokens: int
     tokens_per_second: float
+    flops_per_token: float | None
+    mfu: float | None
     parameters: int
     resumed_from: int
 
@@ -68,9 +73,10 @@ def run(config: TrainConfig) -> RunResult:
     started = time.perf_counter()
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     seconds = time.perf_counter() - started
-    if trainer.is_fsdp_enabled:
+    plugin = trainer.accelerator.state.fsdp_plugin if trainer.is_fsdp_enabled else None
+    if plugin is not None:
         # Checkpoints may be sharded; what the run leaves is for anybody to load.
-        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
+        plugin.set_state_dict_type("FULL_STATE_DICT")
     trainer.save_model()
     resumed_from = 0 if checkpoint is None else int(checkpoint.name.rpartition("-")[2])
     result = _result(trainer, seconds, resumed_from)
@@ -102,8 +108,9 @@ def prepare_run(config: TrainConfig) -> HybridTrainer:
         held = build.mixture(apart, config.eval_data, config.eval_rows, data_seed)
     set_seed(args.seed)
     resolved = config.as_dict()
-    return HybridTrainer(
+    trainer = HybridTrainer(
         tokens_per_step=rows_per_step * config.sequence_length,
+        flops_per_token=training_flops_per_token(made, config.sequence_length),
         muon=config.muon,
         resolved=resolved,
         run=_identity(resolved, args.seed, data_seed, rows_per_step),
@@ -114,6 +121,8 @@ def prepare_run(config: TrainConfig) -> HybridTrainer:
         data_collator=RowCollator(),
         processing_class=tokenizer,
     )
+    build.check_engine(trainer.accelerator)
+    return trainer
 
 
 def _identity(
@@ -155,6 +164,8 @@ def _result(trainer: HybridTrainer, seconds: float, resumed_from: int) -> RunRes
         seconds=seconds,
         tokens=tokens,
         tokens_per_second=tokens / seconds,
+        flops_per_token=trainer.flops_per_token,
+        mfu=trainer.utilisation(tokens / seconds),
         parameters=sum(p.numel() for p in unwrapped.parameters()),
         resumed_from=resumed_from,
     )

@@ -21,6 +21,7 @@ from hybrid.train.checkpoints import CheckpointError, write_manifest
 from hybrid.train.config import MuonConfig
 from hybrid.train.optim import Several, decaying, groups, matrices
 from hybrid.train.progress import LossWatch, Progress
+from hybrid.train.throughput import peak_flops
 
 CONFIG_NAME = "train_config.yaml"
 
@@ -30,6 +31,7 @@ class HybridTrainer(Trainer):
 
     Args:
         tokens_per_step: tokens that one optimizer step sees, all processes together.
+        flops_per_token: forward and backward, for `mfu`; None where it is not known.
         muon: options of Muon, or None for the optimizer that `args.optim` names.
         resolved: the configuration, saved beside every checkpoint.
         run: what the manifest of a checkpoint records of the run.
@@ -40,6 +42,7 @@ class HybridTrainer(Trainer):
         self,
         *,
         tokens_per_step: int,
+        flops_per_token: float | None,
         muon: MuonConfig | None,
         resolved: Mapping[str, Any],
         run: Mapping[str, Any],
@@ -47,6 +50,8 @@ class HybridTrainer(Trainer):
     ) -> None:
         super().__init__(**kwargs)
         self.tokens_per_step = tokens_per_step
+        self.flops_per_token = flops_per_token
+        self.peak_flops = peak_flops(self.args)
         self.muon = muon
         self.resolved = dict(resolved)
         self.run = dict(run)
@@ -100,13 +105,21 @@ class HybridTrainer(Trainer):
         return super().training_step(*args, **kwargs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds `tokens_per_second` since the last log; saving and evaluating do not count."""
+        """Adds `tokens_per_second` and `mfu` since the last log, without saving and evaluating."""
         if "loss" in logs and self._clock is not None:
             before, since = self._clock
             steps, seconds = self.state.global_step - since, time.perf_counter() - before
             logs["tokens_per_second"] = steps * self.tokens_per_step / seconds
+            if (used := self.utilisation(logs["tokens_per_second"])) is not None:
+                logs["mfu"] = used
         super().log(logs, start_time)
         self._clock = None
+
+    def utilisation(self, tokens_per_second: float) -> float | None:
+        """Model FLOPs utilisation (MFU), 0..1; None where the device's peak is not known."""
+        if self.flops_per_token is None or self.peak_flops is None:
+            return None
+        return self.flops_per_token * tokens_per_second / self.peak_flops
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict)
@@ -114,6 +127,12 @@ class HybridTrainer(Trainer):
             folder = Path(output_dir or str(self.args.output_dir))
             text = yaml.safe_dump(self.resolved, sort_keys=False)
             (folder / CONFIG_NAME).write_text(text, encoding="utf-8")
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """As `Trainer`; a tied weight is not missing, it is stored under its other name."""
+        tied = getattr(self.model, "all_tied_weights_keys", None) or {}
+        missing = [key for key in load_result.missing_keys if key not in tied]
+        super()._issue_warnings_after_load(load_result._replace(missing_keys=missing))
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Save, mark as whole, and only then let older checkpoints go."""
@@ -130,8 +149,8 @@ class HybridTrainer(Trainer):
             if self.args.should_save:
                 write_manifest(folder, self.run)
         except (OSError, RuntimeError, SafetensorError) as error:
-            if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):
-                raise  # no trouble with writing
+            if isinstance(error, RuntimeError) and not _of_torch_save(error):
+                raise
             if self.args.should_save:
                 shutil.rmtree(folder, ignore_errors=True)
             raise CheckpointError(
@@ -146,3 +165,8 @@ class HybridTrainer(Trainer):
                 save_total_limit=limit,
                 best_model_checkpoint=self.state.best_model_checkpoint,
             )
+
+
+def _of_torch_save(error: RuntimeError) -> bool:
+    """Whether an error comes from torch's zip writer, which a full disk stops with a RuntimeError."""
+    return any(part in str(error) for part in ("PytorchStreamWriter", "inline_container"))

@@ -12,6 +12,7 @@ import difflib
 import importlib
 import importlib.util
 import logging
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -49,10 +50,27 @@ class Backend:
     automatic: bool = True
 
 
+_ADAPTERS = "hybrid_kernels.adapters"
+_FLA = "pip install flash-linear-attention"
+_MAMBA = "pip install mamba-ssm"
+_CONV = "pip install causal-conv1d"
+
 # In order of preference: `backend=None` takes the first one that is present and able.
 BACKENDS: tuple[Backend, ...] = (
+    Backend(
+        "triton",
+        "hybrid_kernels.triton",
+        (LINEAR_ATTENTION,),
+        requires=("triton",),
+        pip="pip install triton",
+        gpu_only=True,
+    ),
     Backend("torch", "hybrid_kernels.chunked", OPS),
     Backend("reference", "hybrid_kernels.reference", OPS, automatic=False),
+    # Never chosen on their own: they take fewer inputs, and cannot be tested here.
+    Backend("fla", _ADAPTERS, (LINEAR_ATTENTION,), ("fla",), _FLA, True, False),
+    Backend("mamba_ssm", _ADAPTERS, (SELECTIVE_SCAN,), ("mamba_ssm",), _MAMBA, True, False),
+    Backend("causal_conv1d", _ADAPTERS, (CAUSAL_CONV1D,), ("causal_conv1d",), _CONV, True, False),
 )
 
 _BY_NAME = {backend.name: backend for backend in BACKENDS}
@@ -110,7 +128,7 @@ def choose(op: str, name: str | None, device: torch.device, arguments: dict[str,
     for backend in BACKENDS:
         if op not in backend.ops or not backend.automatic:
             continue
-        reason = _why_not(backend, op, device, arguments)
+        reason = _why_not(backend, op, device, arguments, automatic=True)
         if reason is None:
             _announce(op, backend.name, device.type, passed_over)
             return _FUNCTIONS[backend.name][op]
@@ -133,7 +151,7 @@ def _by_name(op: str, name: str, device: torch.device, arguments: dict[str, Any]
             f"{op}: backend {name!r} needs the package {package!r}, which is not installed. "
             f"Install it with `{backend.pip}`, or pass backend=None for the best one present."
         )
-    reason = _why_not(backend, op, device, arguments)
+    reason = _why_not(backend, op, device, arguments, automatic=False)
     if reason is not None:
         raise ValueError(
             f"{op}: backend {name!r} cannot take this input: {reason}. "
@@ -143,12 +161,18 @@ def _by_name(op: str, name: str, device: torch.device, arguments: dict[str, Any]
 
 
 def _why_not(
-    backend: Backend, op: str, device: torch.device, arguments: dict[str, Any]
+    backend: Backend,
+    op: str,
+    device: torch.device,
+    arguments: dict[str, Any],
+    automatic: bool,
 ) -> str | None:
+    """Return why a backend cannot take an input; triton's interpreter runs only by name."""
     package = _missing(backend.name)
     if package is not None:
         return f"{package} is not installed"
-    if backend.gpu_only and device.type != "cuda":
+    interpreted = backend.name == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
+    if backend.gpu_only and device.type != "cuda" and (automatic or not interpreted):
         return f"it needs a GPU, the tensors are on {device.type!r}"
     _load(backend.name)
     unsupported = _FUNCTIONS[backend.name].get("unsupported")

@@ -203,6 +203,8 @@ def test_gradient_checkpointing_changes_no_gradient(stack, ids):
 
 
 def test_compiled_without_graph_breaks(stack, ids):
+    torch.compiler.reset()  # every mixer compiles the same code objects, whose caches hold few
+    torch._dynamo.reset()  # the limit on recompilations counts those of other mixers
     x = ids(2, TIME)
     compiled = torch.compile(stack, fullgraph=True, backend="aot_eager")
     expected = stack(x, labels=x, use_cache=False)

@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import pytest
 import yaml
 
@@ -8,6 +10,7 @@ from hybrid.train.build import training_arguments
 from hybrid.train.model import model_config
 from hybrid.train.yaml import apply_overrides, parse
 
+RECIPES = Path(__file__).parents[2] / "configs" / "train"
 GOOD = """
 model: {layout: LS, hidden_size: 32}
 data:
@@ -203,3 +206,10 @@ def test_what_transformers_refuses_is_said_where_it_stands(tmp_path):
     training = {"output_dir": str(tmp_path), "lr_scheduler_type": "sine"}
     with pytest.raises(ConfigError, match=r"training: .*sine"):
         training_arguments(config_of(training=training))
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda p: p.stem)
+def test_every_recipe_is_a_config(path, tmp_path):
+    overrides = ["model.path=" + str(tmp_path)] if "path:" in path.read_text() else []
+    config = load_config(path, overrides)
+    assert config.training["output_dir"] == f"runs/{path.stem}"

@@ -19,9 +19,11 @@ STEPS, SAVE = 10, 3
 
 
 @pytest.fixture(autouse=True)
-def one_thread(monkeypatch):
+def one_thread(monkeypatch, tmp_path):
     """Sums in one order, here and in the processes that are started."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -92,6 +94,21 @@ def test_a_hybrid_trains_and_is_evaluated(values, tmp_path):
     assert [step for step, _ in result.eval_losses] == [4, 8, 10]
     assert result.eval_losses[1][1] < result.eval_losses[0][1]
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.layout == "LS"
+
+
+def test_utilisation_is_flops_against_the_peak(values, monkeypatch):
+    values["model"] = {"layout": "LS", "hidden_size": 32}
+    trainer = prepare_run(parse_config(values))
+    parameters = sum(p.numel() for p in trainer.model.parameters())
+    # Two FLOPs a parameter forward, three times that with the backward, and the mixing on top.
+    assert 6 * parameters < trainer.flops_per_token < 9 * parameters
+    assert trainer.utilisation(1e6) is None
+    monkeypatch.setattr(trainer, "peak_flops", trainer.flops_per_token * 4e6)
+    assert trainer.utilisation(1e6) == pytest.approx(0.25)
+    logs = {"loss": 1.0}
+    trainer._clock = (0.0, -1)
+    trainer.log(logs)
+    assert logs["mfu"] == pytest.approx(logs["tokens_per_second"] / 4e6)
 
 
 def test_the_number_of_steps_may_come_from_epochs(values):
@@ -218,18 +235,28 @@ def test_a_checkpoint_of_another_run_is_refused_with_the_keys_that_differ(values
     assert "belongs to a different run" in str(caught.value)
 
 
-def test_old_checkpoints_go_only_when_the_new_one_is_whole(values, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(28, "No space left on device"),
+        # What torch.save says when the disk is full.
+        RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 225536 vs 225424"),
+    ],
+)
+def test_old_checkpoints_go_only_when_the_new_one_is_whole(values, tmp_path, monkeypatch, error):
     """A disk that fills up in the third checkpoint: the second stays, the half-written one goes."""
     real, calls = torch.save, []
 
     def full(value, file, *args, **kwargs):
         calls.append(file)
         if len(calls) == 10:
-            raise OSError(28, "No space left on device")
+            raise error
         real(value, file, *args, **kwargs)
 
     monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(CheckpointError, match=r"cannot write .*checkpoint-9 .*No space left"):
+    with pytest.raises(
+        CheckpointError, match=r"cannot write .*checkpoint-9 .*(No space left|pos 225536)"
+    ):
         run(changed(values, save_total_limit=1))
     monkeypatch.undo()
     out = tmp_path / "out"

@@ -212,7 +212,14 @@ def test_near_equal_keys(backend, beta, chunk_size):
     inputs["initial_state"] = torch.zeros(1, 1, 64, 64)
     expected = evaluate(linear_attention, inputs, dtype=torch.float64, backend="reference")
     found = evaluate(linear_attention, inputs, backend=backend, chunk_size=chunk_size)
-    assert_agrees(found, expected, 1e-5)
+    tolerance = 1e-5
+    if beta == 2:
+        # Entries of the inverse reach 2, so each of a row's rounded products counts 4 times; the
+        # step-by-step recurrence in float32 says what one rounding is worth here.
+        plain = evaluate(linear_attention, inputs, backend="reference")
+        one = max(relative_rms(plain[name], expected[name]) for name in expected)
+        tolerance = 4 * chunk_size**0.5 * one
+    assert_agrees(found, expected, tolerance)
 
 
 @backends

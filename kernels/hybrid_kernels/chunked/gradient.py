@@ -67,7 +67,7 @@ class _Pass:
         factor = run.value_factor("read", p.scale)
         self.do = load(do, p.dtype, factor).flatten(2)
         if run.exact_values:
-            self.raw_do = load(do, p.dtype, p.scale).flatten(2)
+            self.raw_do = load(do, p.dtype).flatten(2) * p.scale
 
     def pass_states(self, dstate: Tensor) -> None:
         """Walk the states' gradient backwards; ``dstate`` becomes that before the segment."""
@@ -223,7 +223,7 @@ class _Pass:
         assert run.value_gate is not None
         writes = run.values * self.dvalues
         scalar = chunks.shape[5] == 1
-        if scalar and shape[0] == 1:
+        if scalar and shape[0] == 1 and not run.exact_values:
             # Summed over values, o do is q dq, which is at hand.
             reads = (self.queries * self.dread[:, : self.chunk]).sum(-1, keepdim=True)
             writes, dtotal = writes.sum(-1, keepdim=True), dtotal.sum(-1, keepdim=True)

@@ -153,7 +153,7 @@ class Layout:
 def load(
     chunks: Tensor,
     dtype: torch.dtype,
-    factor: Tensor | float | None = None,
+    factor: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
     """Gather chunks of G heads into (R*G, C, ...), times ``factor``, in ``dtype``.
@@ -161,7 +161,7 @@ def load(
     Args:
         chunks: (leading, sequences, C, G, ...).
         dtype: of the result.
-        factor: something that broadcasts to the result.
+        factor: something that broadcasts to the result, with its leading axis or one-dimensional.
         out: where to put the result; without it and without a factor, the result may be a view.
     """
     x = chunks.transpose(2, 3)
@@ -178,7 +178,7 @@ def load(
     return out
 
 
-def store(chunks: Tensor, x: Tensor, factor: Tensor | float | None = None) -> None:
+def store(chunks: Tensor, x: Tensor, factor: Tensor | None = None) -> None:
     """Scatter (R*G, C, ...), times ``factor``, into chunks of G heads."""
     target = chunks.transpose(2, 3)
     x = x.unflatten(0, target.shape[:3])
@@ -188,10 +188,8 @@ def store(chunks: Tensor, x: Tensor, factor: Tensor | float | None = None) -> No
         torch.mul(x, _by_chunk(factor, target), out=target)
 
 
-def _by_chunk(factor: Tensor | float, chunks: Tensor) -> Tensor | float:
-    if isinstance(factor, Tensor):
-        return factor.unflatten(0, chunks.shape[:3])
-    return factor
+def _by_chunk(factor: Tensor, chunks: Tensor) -> Tensor:
+    return factor if factor.dim() == 1 else factor.unflatten(0, chunks.shape[:3])
 
 
 def steps(segment: Segment, heads: int) -> Iterator[tuple[slice, int, slice | None, int]]:

@@ -124,23 +124,27 @@ class Run:
         read = self.key_gate.read if self.key_gate else None
         write = self.key_gate.write if self.key_gate else None
         self.write = load(p.k[lead], p.dtype, write)
-        self.values = load(p.v[lead], p.dtype, self.value_factor("write")).flatten(2)
+        written = self.value_factor("write")
         if not self.delta:
+            self.values = load(p.v[lead], p.dtype, written).flatten(2)
             self.read = load(p.q[lead], p.dtype, read)
             return
         assert p.beta is not None
         self.beta = load(p.beta[lead], p.dtype)
+        strength = self.beta[..., None]
+        strength = strength if written is None else strength * written
+        self.values = load(p.v[lead], p.dtype, strength).flatten(2)
         rows, chunk, size = self.write.shape
         self.read = self.write.new_empty(rows, 2 * chunk, size)
         load(p.q[lead], p.dtype, read, out=self.read[:, :chunk])
         erase = self.beta if read is None else self.beta * read
         load(p.k[lead], p.dtype, erase, out=self.read[:, chunk:])
-        self.values *= self.beta
 
-    def value_factor(self, which: str, scale: float = 1.0) -> Tensor | float | None:
+    def value_factor(self, which: str, scale: float = 1.0) -> Tensor | None:
         """Return the value gate's factor as (b, C, r, V or 1), times ``scale``."""
         if self.value_gate is None:
-            return scale if scale != 1.0 else None
+            # One element with a dimension: a plain number would take a product to bfloat16 first.
+            return None if scale == 1.0 else self.write.new_full((1,), scale)
         factor = getattr(self.value_gate, which).unflatten(2, self.p.v.shape[4:5] + (-1,))
         return factor if scale == 1.0 else factor * scale
 
@@ -253,7 +257,7 @@ class Run:
         if self.exact_values:
             out = torch.bmm(queries, self.starts).mul_(self.value_gate.read)
             out += self._pair_output()
-            store(o, out.unflatten(2, shape), p.scale)
+            store(o, out.mul_(p.scale).unflatten(2, shape))
             return
         out = self._pair_output().baddbmm_(queries, self.starts)
         store(o, out.unflatten(2, shape), self.value_factor("read", p.scale))

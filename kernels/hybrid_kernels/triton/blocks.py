@@ -15,7 +15,7 @@ import triton.language as tl
 
 @triton.jit
 def locate(i_chunk, p_offsets, p_first, p_owner, T, NT, C: tl.constexpr, PACKED: tl.constexpr):
-    """Return (sequence, first row, number of rows) of a chunk; a surplus chunk has no rows."""
+    """Return (first row, rows to the sequence's end) of a chunk; a surplus chunk has none."""
     if PACKED:
         i_n = tl.load(p_owner + i_chunk)
         start = tl.load(p_offsets + i_n) + (i_chunk - tl.load(p_first + i_n)) * C
@@ -24,7 +24,7 @@ def locate(i_chunk, p_offsets, p_first, p_owner, T, NT, C: tl.constexpr, PACKED:
         i_n = (i_chunk // NT).to(tl.int64)
         start = i_n * T + (i_chunk % NT) * C
         stop = i_n * T + T
-    return i_n, start, stop - start
+    return start, stop - start
 
 
 @triton.jit
@@ -159,7 +159,7 @@ def scalar_pairs(b_g, C: tl.constexpr):
 def scalar_factors(p_g, start, rows, i_h, H, C: tl.constexpr):
     """Return (g, decay from the chunk's start to each row, from each row to its end, of it all)."""
     b_g = load_column(p_g, start, rows, i_h, H, C)
-    b_next = load_column(p_g, start + 1, rows - 1, i_h, H, C)
+    b_next = load_column(p_g, start + 1, tl.minimum(rows, C) - 1, i_h, H, C)
     b_read = tl.exp(tl.cumsum(b_g, axis=0))
     b_write = tl.exp(tl.cumsum(b_next, axis=0, reverse=True))
     return b_g, b_read, b_write, tl.exp(tl.sum(b_g, axis=0))
@@ -169,7 +169,7 @@ def scalar_factors(p_g, start, rows, i_h, H, C: tl.constexpr):
 def vector_factors(p_g, start, rows, i_h, H, K, k0, C: tl.constexpr, BK: tl.constexpr):
     """Return (g, g of the next row, and the three decays of ``scalar_factors``) for BK keys."""
     b_g = load_rows(p_g, start, rows, i_h, H, K, k0, C, BK)
-    b_next = load_rows(p_g, start + 1, rows - 1, i_h, H, K, k0, C, BK)
+    b_next = load_rows(p_g, start + 1, tl.minimum(rows, C) - 1, i_h, H, K, k0, C, BK)
     b_read = tl.exp(tl.cumsum(b_g, axis=0))
     b_write = tl.exp(tl.cumsum(b_next, axis=0, reverse=True))
     return b_g, b_next, b_read, b_write, tl.exp(tl.sum(b_g, axis=0))

@@ -85,8 +85,7 @@ def decode_kernel(
     store_tile(p_final, b_state, i_row, K, V, 0, v0, BK, BV)
 
 
-@torch.library.custom_op("hybrid_kernels::triton_linear_attention_decode", mutates_args=())
-def decode(
+def step(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -123,6 +122,11 @@ def decode(
         INITIAL=initial_state is not None,
     )
     return o, final
+
+
+decode = torch.library.custom_op(
+    "hybrid_kernels::triton_linear_attention_decode", step, mutates_args=()
+)
 
 
 @decode.register_fake

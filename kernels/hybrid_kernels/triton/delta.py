@@ -99,7 +99,9 @@ def new_values_kernel(
     i_chunk = tl.program_id(0) // H
     i_h = tl.program_id(0) % H
     i_pair = tl.program_id(0).to(tl.int64)
-    _, row, rows = locate(i_chunk, p_offsets, p_first, p_owner, T, NT, C, PACKED)
+    row, rows = locate(i_chunk, p_offsets, p_first, p_owner, T, NT, C, PACKED)
+    if rows <= 0:
+        return
     b_beta = load_column(p_beta, row, rows, i_h, H, C)
     b_inverse = load_tile(p_inverse, i_pair, C, C, 0, 0, C, C) * b_beta[None, :]
     for v0 in range(0, V, BV):
@@ -149,7 +151,9 @@ def new_values_backward_kernel(
     i_chunk = tl.program_id(0) // H
     i_h = tl.program_id(0) % H
     i_pair = tl.program_id(0).to(tl.int64)
-    _, row, rows = locate(i_chunk, p_offsets, p_first, p_owner, T, NT, C, PACKED)
+    row, rows = locate(i_chunk, p_offsets, p_first, p_owner, T, NT, C, PACKED)
+    if rows <= 0:
+        return
     b_beta = load_column(p_beta, row, rows, i_h, H, C)
     b_inverse = tl.trans(load_tile(p_inverse, i_pair, C, C, 0, 0, C, C))
     b_dbeta = tl.zeros((C,), dtype=tl.float32)

@@ -15,7 +15,6 @@ import triton
 import triton.language as tl
 
 from hybrid_kernels.triton.blocks import (
-    blockwise_sum,
     level_factors,
     load_column,
     load_rows,
@@ -34,33 +33,49 @@ from hybrid_kernels.triton.blocks import (
 
 
 @triton.jit
-def sum_after(b_x):
-    """Sum each row and all after it."""
-    return tl.cumsum(b_x, axis=0, reverse=True)
+def sum_after(b_x, size: tl.constexpr, C: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr):
+    """Sum each row and all after it in its block of ``size`` rows; as a product, for speed."""
+    m_same = (tl.arange(0, C) // size)[:, None] == (tl.arange(0, C) // size)[None, :]
+    b_ones = tl.where(m_same & (tl.arange(0, C)[:, None] <= tl.arange(0, C)[None, :]), 1.0, 0.0)
+    return product(b_ones, b_x, DOT, PRECISION)
 
 
 @triton.jit
-def sum_before(b_x):
-    """Sum all rows before each."""
-    return tl.cumsum(b_x, axis=0) - b_x
+def sum_before(
+    b_x, size: tl.constexpr, C: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr
+):
+    """Sum all rows before each in its block of ``size`` rows."""
+    m_same = (tl.arange(0, C) // size)[:, None] == (tl.arange(0, C) // size)[None, :]
+    b_ones = tl.where(m_same & strictly_lower(C), 1.0, 0.0)
+    return product(b_ones, b_x, DOT, PRECISION)
 
 
 @triton.jit
-def spanning_pairs(b_pairs, C: tl.constexpr):
+def spanning_pairs(b_pairs, C: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr):
     """Sum for each t the pairs (i, j) with j < t <= i of a strictly lower matrix."""
-    b_before = tl.cumsum(b_pairs, axis=1) - b_pairs
+    b_ones = tl.where(strictly_lower(C), 1.0, 0.0)
+    b_before = product(b_pairs, tl.trans(b_ones), DOT, PRECISION)
     return tl.sum(tl.where(lower(C), b_before, 0.0), axis=0)
 
 
 @triton.jit
-def level_backward(b_dpairs, b_x, b_k, b_low, b_up, level: tl.constexpr, C, BK, DOT, PRECISION):
+def level_backward(
+    b_dpairs,
+    b_x,
+    b_k,
+    b_low,
+    b_up,
+    size: tl.constexpr,
+    C: tl.constexpr,
+    DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     """Return the gradients of x, k and g through one level of pairs_ij = x_i^T k_j decayed."""
-    b_dlevel = tl.where(straddle(1 << level, C), b_dpairs, 0.0)
+    b_dlevel = tl.where(straddle(size, C), b_dpairs, 0.0)
     b_dx = product(b_dlevel, b_k * b_up, DOT, PRECISION) * b_low
     b_dk = product(tl.trans(b_dlevel), b_x * b_low, DOT, PRECISION) * b_up
-    b_write = b_k * b_dk
-    b_dg = blockwise_sum(b_x * b_dx, 1 << level, C, BK, True)
-    b_dg += blockwise_sum(b_write, 1 << level, C, BK, False) - b_write
+    b_dg = sum_after(b_x * b_dx, size, C, DOT, PRECISION)
+    b_dg += sum_before(b_k * b_dk, size, C, DOT, PRECISION)
     return b_dx, b_dk, b_dg
 
 
@@ -114,7 +129,9 @@ def keys_backward_kernel(
     k0 = i_block * BK
     i_pair = tl.program_id(0).to(tl.int64)
     part = i_block.to(tl.int64) * total_rows * H
-    _, row, rows = locate(i_chunk, p_offsets, p_first, p_owner, T, NT, C, PACKED)
+    row, rows = locate(i_chunk, p_offsets, p_first, p_owner, T, NT, C, PACKED)
+    if rows <= 0:
+        return
     b_dpairs = tl.zeros((C, C), dtype=tl.float32)
     b_dstrict = tl.zeros((C, C), dtype=tl.float32)
     b_dq = tl.zeros((C, BK), dtype=tl.float32)
@@ -158,17 +175,21 @@ def keys_backward_kernel(
             b_reads += tl.sum(b_r * b_dr, axis=1)
             b_spans += product(b_r, tl.trans(b_k), DOT, PRECISION) * b_dstrict
         b_spans = tl.where(strictly_lower(C), b_spans, 0.0)
-        b_dg = sum_after(b_reads) + sum_before(b_writes) + spanning_pairs(b_spans, C)
+        b_dg = spanning_pairs(b_spans, C, DOT, PRECISION)
+        b_dg += tl.cumsum(b_reads, axis=0, reverse=True)
+        b_dg += tl.sum(tl.where(strictly_lower(C), b_writes[None, :], 0.0), axis=1)
         b_dg += tl.sum(b_dtotal, axis=0) * total
         store_column(p_dg + part, b_dg, row, rows, i_h, H, C)
     if VECTOR:
         b_g, b_next, b_read, b_write, b_total = vector_factors(p_g, row, rows, i_h, H, K, k0, C, BK)
         b_dq *= b_read
         b_dk *= b_write
-        b_dg = sum_after(b_q * b_dq) + sum_before(b_k * b_dk) + (b_dtotal * b_total)[None, :]
+        b_reads = b_q * b_dq
         if DELTA:
             b_dr *= b_read
-            b_dg += sum_after(b_r * b_dr)
+            b_reads += b_r * b_dr
+        b_dg = sum_after(b_reads, C, C, DOT, PRECISION) + (b_dtotal * b_total)[None, :]
+        b_dg += sum_before(b_k * b_dk, C, C, DOT, PRECISION)
         m_diagonal = tl.arange(0, C)[:, None] == tl.arange(0, C)[None, :]
         b_same = tl.sum(tl.where(m_diagonal, b_dpairs, 0.0), axis=1)[:, None]
         b_dq += b_same * b_k
@@ -176,14 +197,14 @@ def keys_backward_kernel(
         for level in tl.static_range(LEVELS):
             b_low, b_up = level_factors(b_g, b_next, 1 << level, C, BK)
             b_dq_l, b_dk_l, b_dg_l = level_backward(
-                b_dpairs, b_q, b_k, b_low, b_up, level, C, BK, DOT, PRECISION
+                b_dpairs, b_q, b_k, b_low, b_up, 1 << level, C, DOT, PRECISION
             )
             b_dq += b_dq_l
             b_dk += b_dk_l
             b_dg += b_dg_l
             if DELTA:
                 b_dr_l, b_dk_l, b_dg_l = level_backward(
-                    b_dstrict, b_r, b_k, b_low, b_up, level, C, BK, DOT, PRECISION
+                    b_dstrict, b_r, b_k, b_low, b_up, 1 << level, C, DOT, PRECISION
                 )
                 b_dr += b_dr_l
                 b_dk += b_dk_l

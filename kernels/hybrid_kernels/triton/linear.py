@@ -86,8 +86,7 @@ def _exclusive(
     return (before + own * v).to(o.dtype)
 
 
-@torch.library.custom_op("hybrid_kernels::triton_linear_attention", mutates_args=())
-def _forward(
+def forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -112,6 +111,11 @@ def _forward(
     return run.outputs_forward(p, u, found, states), final, inverse
 
 
+_forward = torch.library.custom_op(
+    "hybrid_kernels::triton_linear_attention", forward, mutates_args=()
+)
+
+
 @_forward.register_fake
 def _(q, k, v, log_decay, beta, initial_state, cu_seqlens, scale, chunk):
     batch, time = q.shape[:2]
@@ -124,8 +128,7 @@ def _(q, k, v, log_decay, beta, initial_state, cu_seqlens, scale, chunk):
     return o, final, q.new_empty(square, dtype=torch.float32)
 
 
-@torch.library.custom_op("hybrid_kernels::triton_linear_attention_backward", mutates_args=())
-def _backward(
+def backward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -162,6 +165,11 @@ def _backward(
         dq, dk, dg, _ = run.keys_backward(p, p.v, states, dstates, do, p.q)
     grads = [(q, dq), (k, dk), (v, dv), (log_decay, dg), (beta, dbeta), (initial_state, dinitial)]
     return [_like(x, grad) for x, grad in grads if x is not None]
+
+
+_backward = torch.library.custom_op(
+    "hybrid_kernels::triton_linear_attention_backward", backward, mutates_args=()
+)
 
 
 def _like(x: Tensor, grad: Tensor | None) -> Tensor:

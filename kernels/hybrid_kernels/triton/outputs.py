@@ -59,7 +59,9 @@ def outputs_forward_kernel(
     i_h = tl.program_id(0) % H
     v0 = tl.program_id(1) * BV
     i_pair = tl.program_id(0).to(tl.int64)
-    _, row, rows = locate(i_chunk, p_offsets, p_first, p_owner, T, NT, C, PACKED)
+    row, rows = locate(i_chunk, p_offsets, p_first, p_owner, T, NT, C, PACKED)
+    if rows <= 0:
+        return
     b_o = tl.zeros((C, BV), dtype=tl.float32)
     b_pairs = tl.zeros((C, C), dtype=tl.float32)
     for k0 in range(0, K, BK):
@@ -124,7 +126,9 @@ def values_backward_kernel(
     i_h = tl.program_id(0) % H
     v0 = tl.program_id(1) * BV
     i_pair = tl.program_id(0).to(tl.int64)
-    _, row, rows = locate(i_chunk, p_offsets, p_first, p_owner, T, NT, C, PACKED)
+    row, rows = locate(i_chunk, p_offsets, p_first, p_owner, T, NT, C, PACKED)
+    if rows <= 0:
+        return
     b_dv = tl.zeros((C, BV), dtype=tl.float32)
     b_pairs = tl.zeros((C, C), dtype=tl.float32)
     for k0 in range(0, K, BK):

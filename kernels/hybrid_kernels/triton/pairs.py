@@ -61,7 +61,7 @@ def pairs_kernel(
     i_chunk = tl.program_id(0) // H
     i_h = tl.program_id(0) % H
     i_pair = tl.program_id(0).to(tl.int64)
-    _, row, rows = locate(i_chunk, p_offsets, p_first, p_owner, T, NT, C, PACKED)
+    row, rows = locate(i_chunk, p_offsets, p_first, p_owner, T, NT, C, PACKED)
     b_pairs = tl.zeros((C, C), dtype=tl.float32)
     b_strict = tl.zeros((C, C), dtype=tl.float32)
     b_diagonal = tl.zeros((C,), dtype=tl.float32)

@@ -1,0 +1,67 @@
+"""Comparisons between the models of one run: paired differences, memory crossings, shares."""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from .stats import PairedDifference, above_chance, paired_bootstrap
+
+Record = dict[str, Any]
+
+
+class Comparison(NamedTuple):
+    """How a model differs from the reference on one task."""
+
+    task: str
+    metric: str
+    model: str
+    reference: str
+    found: PairedDifference
+
+
+def comparisons(results: Record, *, resamples: int = 2000) -> Iterator[Comparison]:
+    """Yield paired bootstraps of every model against the first, on identical items only.
+
+    The items of a task are the same for two models if the run's settings, the task's options and
+    the true token counts are: models with different tokenizers see different prompts.
+    """
+    reference, *others = results["models"]
+    for other in others:
+        for task, mine in other["results"].items():
+            base = reference["results"].get(task)
+            if base is None or "items" not in mine or len(mine["items"]) != len(base["items"]):
+                continue
+            if mine["tokens"] != base["tokens"] or mine["options"] != base["options"]:
+                continue
+            metric = "bits per byte" if mine["metric"] == "bits_per_byte" else "accuracy"
+            found = paired_bootstrap(mine["items"], base["items"], resamples=resamples)
+            yield Comparison(task, metric, other["name"], reference["name"], found)
+
+
+def cheaper_from(model: Record, full: Record) -> int | None:
+    """Return the context from which ``model`` has the smaller cache, None if it never has.
+
+    Args:
+        model: result of the cost task.
+        full: the same of the model to compare with.
+    """
+    gain = full["bytes_per_token"] - model["bytes_per_token"]
+    debt = model["fixed_bytes"] - full["fixed_bytes"]
+    if gain > 0:
+        # the first whole number of tokens at which fixed + per_token * n is smaller
+        return max(0, debt // gain + 1) if debt >= 0 else 0
+    return 0 if gain == 0 and debt < 0 else None
+
+
+def attention_share(record: Record) -> float | None:
+    """Return the share of layers with full softmax attention, None if the config states none."""
+    types = record.get("layer_types")
+    if not types:
+        return None
+    return sum(kind in ("full_attention", "hybrid") for kind in types) / len(types)
+
+
+def corrected(result: Record) -> tuple[float, float, float]:
+    """Return (accuracy - chance) / (1 - chance) with its interval."""
+    ends = (result["accuracy"], *result["interval"])
+    value, low, high = (above_chance(end, result["chance"]) for end in ends)
+    return value, low, high

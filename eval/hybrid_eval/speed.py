@@ -1,0 +1,84 @@
+"""Prefill and decoding speed against length, measured."""
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from .cost import prefill
+from .scoring import Progress, check_length, device_of, evaluating
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+@torch.inference_mode()
+def _decode(model, cache: Any, length: int, steps: int) -> float:
+    """Return the seconds that ``steps`` tokens after ``length`` take."""
+    device = device_of(model)
+    token = torch.ones(1, 1, dtype=torch.long, device=device)
+    with evaluating(model):
+        began = _now(device)
+        for step in range(steps):
+            place = torch.tensor([[length + step]], device=device)
+            cache = model(
+                token, past_key_values=cache, position_ids=place, use_cache=True
+            ).past_key_values
+        return _now(device) - began
+
+
+def evaluate_speed(
+    model,
+    *,
+    lengths: Sequence[int] = (128, 256, 512),
+    steps: int = 16,
+    repeats: int = 3,
+    progress: Progress | None = None,
+    allow_longer: bool = False,
+) -> dict[str, Any]:
+    """Time one sequence: the median of ``repeats`` runs after one that is not counted.
+
+    Args:
+        model: a causal language model that takes ``past_key_values``.
+        lengths: tokens of the prefill.
+        steps: tokens decoded after it.
+        repeats: timed runs per length.
+        progress: called with the number of lengths done and of all.
+        allow_longer: permit lengths beyond ``max_position_embeddings``.
+
+    Returns:
+        "cells": per length prefill and decode tokens per second; device and threads.
+    """
+    check_length(model, max(lengths) + steps, allow_longer=allow_longer)
+    device = device_of(model)
+    cells = []
+    for done, length in enumerate(lengths, 1):
+        prefills, decodes = [], []
+        for run in range(repeats + 1):
+            began = _now(device)
+            cache = prefill(model, length)
+            middle = _now(device)
+            seconds = _decode(model, cache, length, steps)
+            if run:
+                prefills.append(middle - began)
+                decodes.append(seconds)
+        cells.append(
+            {
+                "length": length,
+                "prefill_tokens_per_second": length / sorted(prefills)[repeats // 2],
+                "decode_tokens_per_second": steps / sorted(decodes)[repeats // 2],
+            }
+        )
+        if progress is not None:
+            progress(done, len(lengths))
+    return {
+        "decode_tokens_per_second": cells[-1]["decode_tokens_per_second"],
+        "cells": cells,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "threads": torch.get_num_threads(),
+        "repeats": repeats,
+    }

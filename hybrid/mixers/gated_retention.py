@@ -1,0 +1,64 @@
+"""Gated retention: RetNet with a data-dependent decay per head (YOCO, arXiv 2405.05254)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from hybrid.mixers.parts import positive, wide
+from hybrid.mixers.retention import RetentionOptions, RotatedLinearMixer
+from hybrid.registry import register_mixer
+
+if TYPE_CHECKING:
+    from hybrid.config import HybridConfig
+
+
+@dataclass(frozen=True)
+class GatedRetentionOptions(RetentionOptions):
+    """Options of `gated_retention`: those of `retention`, with V = K by default, and
+
+    Attributes:
+        tau: temperature: the decay is sigmoid(.)^(1 / tau), closer to 1 the larger it is.
+    """
+
+    tau: float = 16.0
+
+    value_share = 1.0
+
+    def problems(self, config: HybridConfig) -> list[str]:
+        """Sizes that do not fit together."""
+        return super().problems(config) + positive(tau=self.tau)
+
+
+@register_mixer("gated_retention", symbol="Y")
+class GatedRetention(RotatedLinearMixer):
+    """S_t = gamma_t e^{i theta} S_{t-1} + k_t v_t^T, gamma_t = sigmoid(x W_gamma)^(1 / tau) per head.
+
+    Rotary positions, norm and gate as in RetNet (arXiv 2405.05254, eq. 5 to 7).
+    """
+
+    Options = GatedRetentionOptions
+    paper = "arXiv 2405.05254"
+    formula = "G_t = gamma_t e^{i theta} 1^T 1, gamma_t = sigmoid(x_t W_gamma)^(1/tau)"
+
+    def __init__(
+        self, options: GatedRetentionOptions, config: HybridConfig, layer_idx: int
+    ) -> None:
+        super().__init__(options, config, layer_idx)
+        self.decay_proj = nn.Linear(config.hidden_size, self.num_heads, bias=False)
+
+    @classmethod
+    def samples(cls) -> list[dict[str, Any]]:
+        """As the paper has it; no positions, unequal dims."""
+        return [
+            {"num_heads": 2},
+            {"num_heads": 3, "head_dim": 5, "value_head_dim": 7, "rope_theta": None, "tau": 2.0},
+        ]
+
+    def gates(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        """log gamma (B, T, H)."""
+        return {"log_decay": F.logsigmoid(wide(self.decay_proj(x))) / self.options.tau}

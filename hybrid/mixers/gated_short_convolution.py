@@ -1,0 +1,83 @@
+"""Gated short convolution: LFM2's mixer, the only state of which is the convolution's.
+
+Shapes: B batch, T time, D model dim.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from hybrid.cache import LayerCache
+from hybrid.mixers.base import (
+    MixerOptions,
+    ShortConvolution,
+    StateMixer,
+    conv_problems,
+    residual_projection,
+)
+from hybrid.registry import register_mixer
+
+if TYPE_CHECKING:
+    from hybrid.config import HybridConfig
+
+
+@dataclass(frozen=True)
+class GatedShortConvolutionOptions(MixerOptions):
+    """Options of `gated_short_convolution`.
+
+    Attributes:
+        conv_size: width of the convolution.
+        bias: biases on the projections and the convolution.
+    """
+
+    conv_size: int = 3
+    bias: bool = False
+
+    def problems(self, config: HybridConfig) -> list[str]:
+        """A convolution too narrow."""
+        return conv_problems(self.conv_size)
+
+
+@register_mixer("gated_short_convolution", symbol="C")
+class GatedShortConvolution(StateMixer):
+    """y = (C * conv(B * u)) W_o with [B, C, u] = x W_in, two gates around a depthwise convolution.
+
+    LFM2 (arXiv 2511.23404, section 2), after Hyena's gating (arXiv 2302.10866).
+    """
+
+    Options = GatedShortConvolutionOptions
+    paper = "LFM2 arXiv 2511.23404"
+    formula = "no decay: y_t = C_t * sum_w a_w (B u)_{t-w}, w < W"
+
+    def __init__(
+        self, options: GatedShortConvolutionOptions, config: HybridConfig, layer_idx: int
+    ) -> None:
+        super().__init__(options, config, layer_idx)
+        d_model = config.hidden_size
+        self.in_proj = nn.Linear(d_model, 3 * d_model, bias=options.bias)
+        self.conv = ShortConvolution(d_model, options.conv_size, options.bias)
+        self.o_proj = residual_projection(d_model, d_model, bias=options.bias)
+
+    @classmethod
+    def samples(cls) -> list[dict[str, Any]]:
+        """As LFM2; wider, with biases."""
+        return [{}, {"conv_size": 5, "bias": True}]
+
+    def mix(
+        self, x: torch.Tensor, cu_seqlens: torch.Tensor | None, cache: LayerCache | None
+    ) -> torch.Tensor:
+        """See the class."""
+        B, C, u = self.in_proj(x).chunk(3, dim=-1)
+        return self.o_proj(C * self.conv(B * u, cu_seqlens, cache))
+
+    def mixing_flops(self, context: int) -> float:
+        """The two gates."""
+        return 2.0 * self.config.hidden_size
+
+    def state_elements(self) -> tuple[int, int]:
+        """W - 1 inputs of the convolution."""
+        return 0, self.conv.state_elements()

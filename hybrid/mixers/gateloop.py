@@ -1,0 +1,101 @@
+"""GateLoop: a data-controlled complex decay per key channel (arXiv 2311.01927)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from hybrid.cache import LayerCache
+from hybrid.mixers.base import LinearMixer
+from hybrid.mixers.parts import HeadOptions, too_wide, wide
+from hybrid.mixers.rotation import rotate, rotate_state, running_angle
+from hybrid.registry import register_mixer
+
+if TYPE_CHECKING:
+    from hybrid.config import HybridConfig
+
+
+@dataclass(frozen=True)
+class GateLoopOptions(HeadOptions):
+    """Options of `gateloop`.
+
+    Attributes:
+        num_heads: H; default D / 64, at least 1. The paper's best has a head per channel
+            (`num_heads: D`), whose state is one complex number each.
+        head_dim: complex key channels K; default D / H.
+        value_head_dim: value dim V; default D / H.
+        conv_size: width of a short convolution on q, k, v; null for none, as in the paper.
+    """
+
+    conv_size: int | None = None
+
+    def problems(self, config: HybridConfig) -> list[str]:
+        """Sizes that do not fit together; a complex channel counts twice."""
+        lines = super().problems(config)
+        done = self.complete(config.hidden_size)
+        if not lines and done.head_dim:
+            lines += too_wide(**{"head_dim, twice": 2 * done.head_dim})
+        return lines
+
+
+@register_mixer("gateloop", symbol="O")
+class GateLoop(LinearMixer):
+    """S_t = a_t * S_{t-1} + k_t v_t^T complex, a_t = sigmoid(x W_a1) exp(i x W_a2) per key channel.
+
+    o_t = Re(q_t^T S_t), gated by silu(x W_g) (arXiv 2311.01927, eq. 6 to 9). q, k, v are real; in the
+    op a complex channel is a pair, q and k rotated by the sum of the phases so far.
+    """
+
+    Options = GateLoopOptions
+    paper = "arXiv 2311.01927"
+    formula = "G_t = alpha_t^T 1, alpha_t = sigmoid(x_t W_1) exp(i x_t W_2)"
+
+    def __init__(self, options: GateLoopOptions, config: HybridConfig, layer_idx: int) -> None:
+        super().__init__(options, config, layer_idx)
+        heads, key_dim, value_dim = options.sizes
+        self.build(heads, key_dim, value_dim, options.conv_size, conv_activation="silu")
+        self.decay_proj = nn.Linear(config.hidden_size, heads * key_dim)
+        self.phase_proj = nn.Linear(config.hidden_size, heads * key_dim)
+        self.gate_proj = nn.Linear(config.hidden_size, heads * value_dim)
+
+    @classmethod
+    def samples(cls) -> list[dict[str, Any]]:
+        """Matrix states with a convolution; a head per channel as in the paper."""
+        return [
+            {"num_heads": 2, "head_dim": 5, "value_head_dim": 7, "conv_size": 3},
+            {"num_heads": 8, "head_dim": 1, "value_head_dim": 1},
+        ]
+
+    def mix(
+        self, x: torch.Tensor, cu_seqlens: torch.Tensor | None, cache: LayerCache | None
+    ) -> torch.Tensor:
+        """See the class."""
+        q, k, v = self.project(x, cu_seqlens, cache)
+        log_decay = F.logsigmoid(wide(self.decay_proj(x))).unflatten(-1, (self.num_heads, -1))
+        phase = wide(self.phase_proj(x)).unflatten(-1, (self.num_heads, -1))
+        angle, last = running_angle(phase, cu_seqlens)
+        # a real number is a pair with nothing in its imaginary half
+        q, k = (rotate(F.pad(y, (0, y.shape[-1])), angle) for y in (q, k))
+        o = self.recur(
+            q,
+            k,
+            v,
+            cu_seqlens,
+            cache,
+            carry=lambda state: rotate_state(state, -last),
+            log_decay=torch.cat([log_decay] * 2, dim=-1),
+        )
+        return self.o_proj(o.flatten(-2) * F.silu(self.gate_proj(x)))
+
+    def mixing_flops(self, context: int) -> float:
+        """A complex channel is two real ones."""
+        return 2 * super().mixing_flops(context)
+
+    def state_elements(self) -> tuple[int, int]:
+        """One complex K x V state per head."""
+        state, conv = super().state_elements()
+        return 2 * state, conv

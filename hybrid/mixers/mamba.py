@@ -1,0 +1,157 @@
+"""Mamba: a selective scan with a full matrix of decays (arXiv 2312.00752).
+
+Shapes: B batch, T time, E inner width, N state size per channel.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import initialization as init
+
+from hybrid.cache import LayerCache
+from hybrid.mixers.base import (
+    MixerOptions,
+    ShortConvolution,
+    StateMixer,
+    conv_problems,
+    residual_projection,
+)
+from hybrid.mixers.parts import init_time_step, positive, step_problems, wide
+from hybrid.norms import build_norm
+from hybrid.registry import register_mixer
+from hybrid_kernels import selective_scan
+
+if TYPE_CHECKING:
+    from hybrid.config import HybridConfig
+
+
+@dataclass(frozen=True)
+class MambaOptions(MixerOptions):
+    """Options of `mamba`.
+
+    Attributes:
+        inner_size: E; default 2 D.
+        state_size: N.
+        conv_size: width of the short convolution.
+        conv_bias: a bias on it.
+        bias: biases on the input and output projections.
+        dt_rank: rank of the map to the time step; default D / 16, rounded up.
+        inner_norm: RMSNorm of the time step's input, of B and of C (Jamba, Falcon-Mamba).
+        dt_min, dt_max, dt_floor: the range that initial time steps are drawn from, log-uniformly.
+    """
+
+    inner_size: int | None = None
+    state_size: int = 16
+    conv_size: int = 4
+    conv_bias: bool = True
+    bias: bool = False
+    dt_rank: int | None = None
+    inner_norm: bool = False
+    dt_min: float = 1e-3
+    dt_max: float = 0.1
+    dt_floor: float = 1e-4
+
+    def complete(self, hidden_size: int) -> MambaOptions:
+        """Fill in the inner width and the rank."""
+        return replace(
+            self,
+            inner_size=2 * hidden_size if self.inner_size is None else self.inner_size,
+            dt_rank=math.ceil(hidden_size / 16) if self.dt_rank is None else self.dt_rank,
+        )
+
+    def problems(self, config: HybridConfig) -> list[str]:
+        """Sizes that must be positive."""
+        lines = positive(
+            inner_size=self.inner_size, state_size=self.state_size, dt_rank=self.dt_rank
+        )
+        lines += step_problems(self.dt_min, self.dt_max, self.dt_floor)
+        return lines + conv_problems(self.conv_size)
+
+
+@register_mixer("mamba", symbol="m")
+class Mamba(StateMixer):
+    """h_t = exp(dt_t A) * h_{t-1} + (dt_t u_t) B_t^T, y_t = h_t C_t + D u_t; A = -exp(A_log) (E, N).
+
+    u = silu(conv(x W_u)); dt_t = softplus(u W_1 W_2 + b) per channel, B and C linear in u; output
+    y * silu(x W_z) (arXiv 2312.00752, algorithm 2 and section 3.4).
+    """
+
+    Options = MambaOptions
+    paper = "arXiv 2312.00752"
+    formula = "G_t = exp(-(1^T alpha_t) * exp(A)), alpha_t = softplus(x_t W_1 W_2 + b)"
+    no_weight_decay = ("A_log",)
+
+    def __init__(self, options: MambaOptions, config: HybridConfig, layer_idx: int) -> None:
+        super().__init__(options, config, layer_idx)
+        inner, rank, states = options.inner_size, options.dt_rank, options.state_size
+        assert inner is not None
+        assert rank is not None
+        self.in_proj = nn.Linear(config.hidden_size, 2 * inner, bias=options.bias)
+        self.conv = ShortConvolution(inner, options.conv_size, options.conv_bias, "silu")
+        self.x_proj = nn.Linear(inner, rank + 2 * states, bias=False)
+        self.dt_proj = nn.Linear(rank, inner)
+        self.A_log = nn.Parameter(torch.empty(inner, states))
+        self.D = nn.Parameter(torch.empty(inner))
+        self.o_proj = residual_projection(inner, config.hidden_size, bias=options.bias)
+        self.splits = [rank, states, states]
+        self.inner_norms = None
+        if options.inner_norm:
+            norms = [build_norm("rmsnorm", size, config.norm_eps) for size in self.splits]
+            self.inner_norms = nn.ModuleList(norms)
+
+    @classmethod
+    def samples(cls) -> list[dict[str, Any]]:
+        """As the paper has it; Jamba's inner norms, biases, another width."""
+        return [
+            {"state_size": 5},
+            {"inner_size": 24, "state_size": 4, "conv_size": 3, "conv_bias": False, "bias": True,
+             "dt_rank": 3, "inner_norm": True},
+        ]  # fmt: skip
+
+    def init_parameters(self, std: float) -> None:
+        """A = -1, ..., -N in every channel (S4D-real), D one, time steps log-uniform."""
+        o = self.options
+        rates = torch.arange(1, o.state_size + 1, dtype=torch.float32)
+        init.copy_(self.A_log, rates.log().expand_as(self.A_log))
+        init.ones_(self.D)
+        init.uniform_(self.dt_proj.weight, -(o.dt_rank**-0.5), o.dt_rank**-0.5)
+        init_time_step(self.dt_proj.bias, o.dt_min, o.dt_max, o.dt_floor)
+
+    def mix(
+        self, x: torch.Tensor, cu_seqlens: torch.Tensor | None, cache: LayerCache | None
+    ) -> torch.Tensor:
+        """See the class."""
+        u, z = self.in_proj(x).chunk(2, dim=-1)
+        u = self.conv(u, cu_seqlens, cache)
+        parts = self.x_proj(u).split(self.splits, dim=-1)
+        if self.inner_norms is not None:
+            parts = [norm(part) for norm, part in zip(self.inner_norms, parts, strict=True)]
+        dt, B, C = parts
+        y, state = selective_scan(
+            u,
+            F.softplus(wide(self.dt_proj(dt))),
+            -wide(self.A_log).exp(),
+            B,
+            C,
+            wide(self.D),
+            initial_state=None if cache is None else cache.recurrent_state(),
+            cu_seqlens=cu_seqlens,
+            output_final_state=cache is not None,
+        )
+        if cache is not None:
+            cache.set_recurrent_state(state)
+        return self.o_proj(y * F.silu(z))
+
+    def mixing_flops(self, context: int) -> float:
+        """Decay, write and read of an E x N state: 2 + 3 + 2 FLOPs an element."""
+        return 7.0 * self.A_log.numel()
+
+    def state_elements(self) -> tuple[int, int]:
+        """E x N, and W - 1 inputs of the convolution."""
+        return self.A_log.numel(), self.conv.state_elements()

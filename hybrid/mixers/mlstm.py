@@ -1,0 +1,203 @@
+"""mLSTM: a matrix memory with an input gate, exponential or sigmoid (xLSTM, arXiv 2405.04517).
+
+Shapes: B batch, T time, N documents, H heads, K key dim, V value dim.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import initialization as init
+
+from hybrid.cache import LayerCache
+from hybrid.mixers.base import LinearMixer
+from hybrid.mixers.parts import GroupedLayerNorm, HeadOptions, positive, too_wide, wide
+from hybrid.registry import register_mixer
+from hybrid_kernels import linear_attention
+
+if TYPE_CHECKING:
+    from hybrid.config import HybridConfig
+
+
+@dataclass(frozen=True)
+class MLSTMOptions(HeadOptions):
+    """Options of `mlstm`.
+
+    Attributes:
+        num_heads: H; default D / 128, at least 1.
+        head_dim: key dim K; default D / 2H, as xLSTM 7B.
+        value_head_dim: value dim V; default D / H.
+        input_gate: `exp`: exponential, with a normaliser and a stabiliser (xLSTM). `sigmoid`: neither
+            is needed (arXiv 2503.14376).
+        gate_soft_cap: gate logits z become c tanh(z / c); null for no cap.
+        conv_size: width of a short convolution on q, k, v; null for none, as xLSTM 7B.
+    """
+
+    input_gate: Literal["exp", "sigmoid"] = "exp"
+    gate_soft_cap: float | None = 15.0
+    conv_size: int | None = None
+
+    width = 128
+    key_share = 0.5
+
+    def problems(self, config: HybridConfig) -> list[str]:
+        """Sizes that do not fit together; the normaliser is one value more."""
+        lines = super().problems(config) + positive(gate_soft_cap=self.gate_soft_cap)
+        done = self.complete(config.hidden_size)
+        if not lines and done.value_head_dim and self.input_gate == "exp":
+            lines += too_wide(**{"value_head_dim, plus one": done.value_head_dim + 1})
+        return lines
+
+
+@register_mixer("mlstm", symbol="X")
+class MLSTM(LinearMixer):
+    """C_t = f_t C_{t-1} + i_t k_t v_t^T, n_t = f_t n_{t-1} + i_t k_t, f_t = sigmoid(x W_f + b).
+
+    h_t = q_t^T C_t / max(|q_t^T n_t|, 1) with q scaled by 1 / sqrt(K) and i_t = exp(x W_i + b); or
+    i_t = sigmoid and h_t = q_t^T C_t. Output LayerNorm(h) per head * sigmoid(x W_o) (arXiv 2405.04517,
+    eq. 19 to 27; 2503.13427; 2503.14376).
+
+    The normaliser n is one more value column, of ones. All is kept divided by exp(m_t), with
+    m_t = max(log f_t + m_{t-1}, log i_t): h does not depend on m, which only keeps exponents below
+    zero; it is stored with the state as one more column.
+    """
+
+    Options = MLSTMOptions
+    paper = "arXiv 2405.04517; xLSTM 7B arXiv 2503.13427; sigmoid input gate arXiv 2503.14376"
+    formula = "G_t = gamma_t 1^T 1, gamma_t = sigmoid(x_t W_g); input gate i_t, normaliser n_t"
+
+    def __init__(self, options: MLSTMOptions, config: HybridConfig, layer_idx: int) -> None:
+        super().__init__(options, config, layer_idx)
+        heads, key_dim, value_dim = options.sizes
+        self.scale = key_dim**-0.5
+        self.build(heads, key_dim, value_dim, options.conv_size, conv_activation="silu")
+        self.input_gate_proj = nn.Linear(config.hidden_size, heads)
+        self.forget_gate_proj = nn.Linear(config.hidden_size, heads)
+        self.gate_proj = nn.Linear(config.hidden_size, heads * value_dim, bias=False)
+        self.norm = GroupedLayerNorm(heads, heads * value_dim, config.norm_eps)
+
+    @classmethod
+    def samples(cls) -> list[dict[str, Any]]:
+        """As xLSTM 7B; the sigmoid gate, unequal dims, a convolution, no cap."""
+        return [
+            {"num_heads": 2},
+            {"num_heads": 3, "head_dim": 5, "value_head_dim": 7, "input_gate": "sigmoid",
+             "conv_size": 4, "gate_soft_cap": None},
+        ]  # fmt: skip
+
+    def init_parameters(self, std: float) -> None:
+        """Gates start as constants: forgetting little (3 to 6 over the heads), writing little (-10)."""
+        init.zeros_(self.input_gate_proj.weight)
+        init.zeros_(self.forget_gate_proj.weight)
+        init.constant_(self.input_gate_proj.bias, -10.0)
+        init.copy_(self.forget_gate_proj.bias, torch.linspace(3.0, 6.0, self.num_heads))
+
+    def mix(
+        self, x: torch.Tensor, cu_seqlens: torch.Tensor | None, cache: LayerCache | None
+    ) -> torch.Tensor:
+        """See the class."""
+        q, k, v = self.project(x, cu_seqlens, cache)
+        log_i = self._cap(wide(self.input_gate_proj(x)))
+        log_f = F.logsigmoid(self._cap(wide(self.forget_gate_proj(x))))
+        if self.options.input_gate == "sigmoid":
+            k = (k * torch.sigmoid(log_i).unsqueeze(-1)).to(k.dtype)
+            h = self.recur(q, k, v, cu_seqlens, cache, log_decay=log_f)
+        else:
+            h = self._stabilised(q, k, v, log_i, log_f, cu_seqlens, cache)
+        return self.o_proj(self.norm(h.flatten(-2)) * torch.sigmoid(self.gate_proj(x)))
+
+    def _cap(self, z: torch.Tensor) -> torch.Tensor:
+        cap = self.options.gate_soft_cap
+        return z if cap is None else cap * torch.tanh(z / cap)
+
+    def _stabilised(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        log_i: torch.Tensor,
+        log_f: torch.Tensor,
+        cu_seqlens: torch.Tensor | None,
+        cache: LayerCache | None,
+    ) -> torch.Tensor:
+        """h (B, T, H, V) of the exponential gate."""
+        stored = None if cache is None else cache.recurrent_state()
+        state, start = None, None
+        if stored is not None:
+            state, start = stored[..., :-1], stored[..., 0, -1]
+        m, m_before, m_last = stabiliser(log_f.detach(), log_i.detach(), start, cu_seqlens)
+        k = (k * (log_i - m).exp().unsqueeze(-1)).to(k.dtype)
+        # at most 0 but for rounding, which is taken off without closing the way of the gradient
+        log_decay = log_f + (m_before - m)
+        o, state = linear_attention(
+            q,
+            k,
+            F.pad(v, (0, 1), value=1.0),
+            log_decay=log_decay - log_decay.detach().clamp(min=0),
+            scale=self.scale,
+            initial_state=state,
+            cu_seqlens=cu_seqlens,
+            output_final_state=cache is not None,
+        )
+        if cache is not None:
+            column = m_last[..., None, None].expand(*state.shape[:-1], 1)
+            cache.set_recurrent_state(torch.cat([state, column.to(state.dtype)], dim=-1))
+        h, n = wide(o).split([self.value_dim, 1], dim=-1)
+        floor = (-m).exp().clamp(min=torch.finfo(m.dtype).tiny).unsqueeze(-1)
+        return (h / torch.maximum(n.abs(), floor)).to(v.dtype)
+
+    def state_elements(self) -> tuple[int, int]:
+        """K x V per head; with the exponential gate, K more for the normaliser, K for the stabiliser."""
+        state, conv = super().state_elements()
+        if self.options.input_gate == "exp":
+            state += 2 * self.num_heads * self.key_dim
+        return state, conv
+
+
+def stabiliser(
+    log_f: torch.Tensor,
+    log_i: torch.Tensor,
+    start: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """m_t = max(log f_t + m_{t-1}, log i_t) within each document, from m_0 = `start`, or 0.
+
+    A doubling scan over time: a token's value is (a, b), meaning m_t = max(a + m_before, b).
+
+    Args:
+        log_f, log_i: (B, T, H).
+        start: (N, H), or None.
+        cu_seqlens: (N + 1,), or None where rows are whole.
+
+    Returns:
+        m_t and m_{t-1}, (B, T, H); and m after the last token of each document, (N, H).
+    """
+    batch, time, heads = log_f.shape
+    if cu_seqlens is None:
+        bounds = torch.arange(batch + 1, device=log_f.device) * time
+    else:
+        bounds = cu_seqlens.long()
+    if start is None:
+        start = log_f.new_zeros(bounds.shape[0] - 1, heads)
+    a, b = log_f.flatten(0, 1), log_i.flatten(0, 1)
+    total = a.shape[0]
+    # documents without tokens point past the end, to a row that is cut off
+    filled = bounds[1:] > bounds[:-1]
+    first = torch.where(filled, bounds[:-1], total)
+    before = a.new_zeros(total + 1, heads).index_copy(0, first, start.to(a.dtype))[:total]
+    opens = a.new_zeros(total + 1, 1).index_fill(0, first, 1.0)[:total].bool()
+    b = torch.where(opens, torch.maximum(b, a + before), b)
+    a = torch.where(opens, -torch.inf, a)
+    shift = 1
+    while shift < total:
+        b = torch.cat([b[:shift], torch.maximum(b[shift:], b[:-shift] + a[shift:])])
+        a = torch.cat([a[:shift], a[shift:] + a[:-shift]])
+        shift *= 2
+    before = torch.where(opens, before, F.pad(b, (0, 0, 1, 0))[:total])
+    with_start = torch.cat([b, b.new_zeros(1, heads)])
+    last = torch.where(filled[:, None], with_start[bounds[1:] - 1], start.to(b.dtype))
+    return b.view_as(log_f), before.view_as(log_f), last

@@ -1,0 +1,152 @@
+"""Retention: a fixed decay per head and rotary positions (RetNet, arXiv 2307.08621)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import initialization as init
+
+from hybrid.cache import LayerCache
+from hybrid.mixers.base import LinearMixer
+from hybrid.mixers.parts import HeadOptions, positive
+from hybrid.mixers.rotation import rotate, rotate_state, running_angle
+from hybrid.precision import Float32Buffers
+from hybrid.registry import register_mixer
+
+if TYPE_CHECKING:
+    from hybrid.config import HybridConfig
+
+
+@dataclass(frozen=True)
+class RetentionOptions(HeadOptions):
+    """Options of `retention`.
+
+    Attributes:
+        num_heads: H; default D / 256, at least 1.
+        head_dim: key dim K, even where there are positions; default D / H.
+        value_head_dim: value dim V; default 2 D / H, or 256 if that is less.
+        rope_theta: base of the rotary positions; null for none.
+        conv_size: width of a short convolution on q, k, v; null for none, as in the paper.
+    """
+
+    rope_theta: float | None = 10000.0
+    conv_size: int | None = None
+
+    width = 128
+    value_share = 2.0
+
+    def problems(self, config: HybridConfig) -> list[str]:
+        """Sizes that do not fit together."""
+        lines = super().problems(config) + positive(rope_theta=self.rope_theta)
+        head_dim = self.complete(config.hidden_size).head_dim
+        if not lines and self.rope_theta is not None and head_dim is not None and head_dim % 2:
+            lines.append(f"head_dim: must be even to be rotated, found {head_dim}")
+        return lines
+
+
+class RotatedLinearMixer(Float32Buffers, LinearMixer):
+    """A linear mixer with rotary positions, its output normalised per head and gated by SiLU.
+
+    Positions need no counting: a rotation by theta per step is a part of the decay, and the state is
+    kept in the frame of the last token (see `hybrid.mixers.rotation`).
+    """
+
+    float32_buffers = ("theta",)
+
+    def __init__(self, options: Any, config: HybridConfig, layer_idx: int) -> None:
+        super().__init__(options, config, layer_idx)
+        heads, key_dim, value_dim = options.sizes
+        self.scale = key_dim**-0.5
+        self.build(heads, key_dim, value_dim, options.conv_size, conv_activation="silu")
+        self.gate_proj = nn.Linear(config.hidden_size, heads * value_dim, bias=False)
+        self.theta = nn.Buffer(self._theta(), persistent=False)
+
+    def _theta(self) -> torch.Tensor:
+        """Angle per step of each pair, (J,); none of them where there are no positions."""
+        if self.options.rope_theta is None:
+            return torch.empty(0)
+        pairs = torch.arange(0, self.key_dim, 2, dtype=torch.float32) / self.key_dim
+        return self.options.rope_theta**-pairs
+
+    def init_parameters(self, std: float) -> None:
+        """The angles are a function of the config, not a weight."""
+        init.copy_(self.theta, self._theta())
+
+    def recur(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        cu_seqlens: torch.Tensor | None,
+        cache: LayerCache | None,
+        carry: Any = None,
+        **gates: torch.Tensor,
+    ) -> torch.Tensor:
+        """The recurrence with q and k rotated, the state turned back to the last token's frame."""
+        if not self.theta.numel():
+            return super().recur(q, k, v, cu_seqlens, cache, carry, **gates)
+        steps = self.theta.to(torch.float64 if q.dtype == torch.float64 else torch.float32)
+        angle, last = running_angle(steps.expand(*q.shape[:2], 1, -1), cu_seqlens)
+        return super().recur(
+            rotate(q, angle),
+            rotate(k, angle),
+            v,
+            cu_seqlens,
+            cache,
+            carry=lambda state: rotate_state(state, -last),
+            **gates,
+        )
+
+    def read(self, o: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """RMSNorm(o) per head, without weights, times silu(x W_g)."""
+        y = F.rms_norm(o, o.shape[-1:], eps=self.config.norm_eps).flatten(-2)
+        return y * F.silu(self.gate_proj(x))
+
+
+@register_mixer("retention", symbol="T")
+class Retention(RotatedLinearMixer):
+    """S_t = gamma_h e^{i theta} S_{t-1} + k_t v_t^T, gamma_h = 1 - 2^(-5 - h), h from 0.
+
+    o_t = q_t^T S_t / sqrt(K), normalised per head and gated (arXiv 2307.08621, eq. 6 to 8). Pairs are
+    (j, j + K/2), where the published code has (2j, 2j + 1): the same up to an order of columns.
+    """
+
+    Options = RetentionOptions
+    paper = "arXiv 2307.08621"
+    formula = "G_t = gamma_h e^{i theta} 1^T 1, gamma_h = 1 - 2^(-5-h) fixed per head"
+    float32_buffers = ("theta", "log_decay")
+
+    def __init__(self, options: RetentionOptions, config: HybridConfig, layer_idx: int) -> None:
+        super().__init__(options, config, layer_idx)
+        self.log_decay = nn.Buffer(self._log_decay(), persistent=False)
+
+    def _log_decay(self) -> torch.Tensor:
+        heads = torch.arange(self.num_heads, dtype=torch.float32)
+        return torch.log1p(-torch.exp2(-5.0 - heads))
+
+    def init_parameters(self, std: float) -> None:
+        """Angles and decays are functions of the config."""
+        super().init_parameters(std)
+        init.copy_(self.log_decay, self._log_decay())
+
+    @classmethod
+    def samples(cls) -> list[dict[str, Any]]:
+        """As the paper has it; no positions, a convolution, odd dims."""
+        return [
+            {"num_heads": 2},
+            {
+                "num_heads": 3,
+                "head_dim": 5,
+                "value_head_dim": 7,
+                "rope_theta": None,
+                "conv_size": 3,
+            },
+        ]
+
+    def gates(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The fixed log decay, (H,)."""
+        return {"log_decay": self.log_decay}

@@ -1,0 +1,184 @@
+"""RG-LRU: a gated diagonal recurrence (Griffin, arXiv 2402.19427; RecurrentGemma, 2404.07839).
+
+Shapes: B batch, T time, N documents, E width of the recurrence, H blocks of the gates.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import initialization as init
+
+from hybrid.cache import LayerCache
+from hybrid.mixers.base import (
+    MixerOptions,
+    ShortConvolution,
+    StateMixer,
+    conv_problems,
+    residual_projection,
+)
+from hybrid.mixers.parts import divides, positive, too_wide, wide
+from hybrid.registry import register_mixer
+from hybrid_kernels import linear_attention
+
+if TYPE_CHECKING:
+    from hybrid.config import HybridConfig
+
+RATE = 8.0  # c in a_t = a^(c r_t)
+
+
+@dataclass(frozen=True)
+class RGLRUOptions(MixerOptions):
+    """Options of `rg_lru`.
+
+    Attributes:
+        width: E, channels of the recurrence; default D.
+        num_heads: H, blocks of the block-diagonal gates; default E / 256, at least 1; must divide E.
+        conv_size: width of the short convolution before the recurrence; null for none.
+    """
+
+    width: int | None = None
+    num_heads: int | None = None
+    conv_size: int | None = 4
+
+    def complete(self, hidden_size: int) -> RGLRUOptions:
+        """Fill in the width and the blocks."""
+        width = hidden_size if self.width is None else self.width
+        heads = max(1, width // 256) if self.num_heads is None else self.num_heads
+        return replace(self, width=width, num_heads=heads)
+
+    def problems(self, config: HybridConfig) -> list[str]:
+        """Sizes that do not fit together."""
+        lines = positive(width=self.width)
+        done = self.complete(config.hidden_size)
+        assert done.width is not None
+        assert done.num_heads is not None
+        if not lines:
+            lines += divides("num_heads", done.num_heads, "width", done.width)
+        if not lines:
+            lines += too_wide(**{"width / num_heads": done.width // done.num_heads})
+        return lines + conv_problems(self.conv_size)
+
+
+class BlockDiagonal(nn.Module):
+    """x (B, T, E) -> (B, T, E), each of H blocks of channels through its own matrix."""
+
+    def __init__(self, blocks: int, size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(blocks, size, size))
+        self.bias = nn.Parameter(torch.empty(blocks, size))
+
+    def init_parameters(self) -> None:
+        """Normal with variance 1 / block size; bias 0."""
+        init.normal_(self.weight, mean=0.0, std=self.weight.shape[-1] ** -0.5)
+        init.zeros_(self.bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, T, E) -> (B, T, E)."""
+        x = x.unflatten(-1, (self.weight.shape[0], -1))
+        return (torch.einsum("bthi,hij->bthj", x, self.weight) + self.bias).flatten(-2)
+
+
+@register_mixer("rg_lru", symbol="U")
+class RGLRU(StateMixer):
+    """h_t = a_t * h_{t-1} + sqrt(1 - a_t^2) * (i_t * u_t), log a_t = -8 r_t softplus(Lambda).
+
+    u = conv(x W_u), r_t and i_t sigmoids of block-diagonal maps of u_t; output (h * gelu(x W_y)) W_o
+    (arXiv 2402.19427, eq. 1 to 4 and section 2.3). As RecurrentGemma has it, a token that meets an
+    empty state is written whole, without the square root. A block of channels is a head of the op
+    with K = 1, its decay over values.
+    """
+
+    Options = RGLRUOptions
+    paper = "arXiv 2402.19427; RecurrentGemma arXiv 2404.07839"
+    formula = "diagonal: h_t = a_t * h_{t-1} + sqrt(1 - a_t^2) * (i_t * u_t), a_t = a^(8 r_t)"
+
+    def __init__(self, options: RGLRUOptions, config: HybridConfig, layer_idx: int) -> None:
+        super().__init__(options, config, layer_idx)
+        width, heads = options.width, options.num_heads
+        assert width is not None
+        assert heads is not None
+        self.width, self.num_heads = width, heads
+        self.x_proj = nn.Linear(config.hidden_size, width)
+        self.gate_proj = nn.Linear(config.hidden_size, width)
+        self.conv = None
+        if options.conv_size:
+            self.conv = ShortConvolution(width, options.conv_size, bias=True)
+        self.input_gate = BlockDiagonal(heads, width // heads)
+        self.recurrence_gate = BlockDiagonal(heads, width // heads)
+        self.decay_rate = nn.Parameter(torch.empty(width))
+        self.o_proj = residual_projection(width, config.hidden_size, bias=True)
+
+    @classmethod
+    def samples(cls) -> list[dict[str, Any]]:
+        """As RecurrentGemma; another width, no convolution."""
+        return [{"num_heads": 2}, {"width": 24, "num_heads": 3, "conv_size": None}]
+
+    def init_parameters(self, std: float) -> None:
+        """a^2 uniform in [0.9^2, 0.999^2] (section 2.4 of the paper), a = exp(-softplus(Lambda))."""
+        self.input_gate.init_parameters()
+        self.recurrence_gate.init_parameters()
+        square = torch.empty_like(self.decay_rate, dtype=torch.float32)
+        rate = -0.5 * square.uniform_(0.9**2, 0.999**2).log_()
+        init.copy_(self.decay_rate, rate.expm1().log())
+
+    def mix(
+        self, x: torch.Tensor, cu_seqlens: torch.Tensor | None, cache: LayerCache | None
+    ) -> torch.Tensor:
+        """See the class."""
+        u = self.x_proj(x)
+        state = None if cache is None else cache.recurrent_state()
+        if self.conv is not None:
+            u = self.conv(u, cu_seqlens, cache)
+        r = torch.sigmoid(wide(self.recurrence_gate(u)))
+        log_a = -RATE * r * F.softplus(wide(self.decay_rate))
+        # 1 - a^2 without cancellation; the clamp keeps 0 * inf out of the gradient where a is 1
+        left = (-torch.expm1(2 * log_a)).clamp(min=torch.finfo(log_a.dtype).tiny).sqrt()
+        left = torch.where(_meets_empty_state(u, state, cu_seqlens), 1.0, left)
+        v = wide(u) * torch.sigmoid(wide(self.input_gate(u))) * left
+        ones = v.new_ones(()).expand(*v.shape[:2], 1, 1)
+        h, state = linear_attention(
+            ones,
+            ones,
+            v.unflatten(-1, (self.num_heads, -1)),
+            value_log_decay=log_a.unflatten(-1, (self.num_heads, -1)),
+            scale=1.0,
+            initial_state=state,
+            cu_seqlens=cu_seqlens,
+            output_final_state=cache is not None,
+        )
+        if cache is not None:
+            cache.set_recurrent_state(state)
+        gate = F.gelu(self.gate_proj(x), approximate="tanh")
+        return self.o_proj(h.flatten(-2).to(x.dtype) * gate)
+
+    def mixing_flops(self, context: int) -> float:
+        """The block-diagonal gates, and a dozen operations a channel."""
+        return 2.0 * 2.0 * self.input_gate.weight.numel() + 12.0 * self.width
+
+    def state_elements(self) -> tuple[int, int]:
+        """E, and W - 1 inputs of the convolution."""
+        return self.width, self.conv.state_elements() if self.conv is not None else 0
+
+
+def _meets_empty_state(
+    u: torch.Tensor, state: torch.Tensor | None, cu_seqlens: torch.Tensor | None
+) -> torch.Tensor:
+    """(B, T, 1) bool: the first token of each document whose state (N, H, 1, V) is all zeros."""
+    batch, time, _ = u.shape
+    documents = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    empty = torch.ones(documents, dtype=torch.bool, device=u.device)
+    if state is not None:
+        empty = state.flatten(1).eq(0).all(dim=1)
+    first = torch.zeros(batch, time, dtype=torch.bool, device=u.device)
+    if cu_seqlens is None:
+        return torch.cat([empty[:, None], first[:, 1:]], dim=1)[:, :time, None]
+    bounds = cu_seqlens.long()
+    # documents without tokens point past the end, to a column that is cut off
+    place = torch.where(bounds[1:] > bounds[:-1], bounds[:-1], time)
+    padded = torch.cat([first, first.new_zeros(batch, 1)], dim=1)
+    return padded.index_copy(1, place, empty[None])[:, :time, None]

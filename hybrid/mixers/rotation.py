@@ -1,0 +1,58 @@
+"""Complex decays as rotations: S_t = exp(g_t + i phi_t) S_{t-1} + k_t v_t^T with real tensors.
+
+A complex channel is a pair of real ones. With Phi_t the sum of angles up to t, rotating q_t and k_t by
+Phi_t turns the recurrence into one with the real decay exp(g_t), for the product of a rotated q_t and
+a rotated k_s depends on Phi_t - Phi_s alone. Sums start from 0 in every pass; the state that leaves is
+rotated back by the last sum, so that it is always in the frame of the last token seen and no position
+has to be carried along.
+
+Shapes: B batch, T time, N documents, H heads, K channels, J = K / 2 pairs.
+"""
+
+from __future__ import annotations
+
+import torch
+
+
+def rotate(x: torch.Tensor, angle: torch.Tensor) -> torch.Tensor:
+    """Rotate the pairs (x_j, x_{j+J}) of x (..., 2J) by angle (..., J)."""
+    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
+
+
+def rotate_state(state: torch.Tensor, angle: torch.Tensor) -> torch.Tensor:
+    """Rotate the rows of states (N, H, 2J, V) by angle (N, H, J)."""
+    return rotate(state.transpose(-1, -2), angle.unsqueeze(-2)).transpose(-1, -2)
+
+
+def running_angle(
+    angle: torch.Tensor, cu_seqlens: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sums of angles from the start of each document.
+
+    In float64: an angle of 1e5 has three decimals left in float32.
+
+    Args:
+        angle: (B, T, ...), per token.
+        cu_seqlens: (N + 1,) document boundaries, or None where rows are whole.
+
+    Returns:
+        The sums up to each token (B, T, ...), in (-2 pi, 2 pi), in angle's dtype but float32 at least;
+        and those of whole documents (N, ...).
+    """
+    dtype = torch.float64 if angle.dtype == torch.float64 else torch.float32
+    total = angle.double().cumsum(dim=1)
+    if cu_seqlens is None:
+        last = total[:, -1] if total.shape[1] else total.sum(dim=1)
+        return _wrap(total, dtype), _wrap(last, dtype)
+    bounds = cu_seqlens.long()
+    from_zero = torch.cat([torch.zeros_like(total[:, :1]), total], dim=1)[0]
+    before = from_zero[bounds[:-1]]
+    token = torch.arange(total.shape[1], device=angle.device)
+    document = torch.searchsorted(bounds, token, right=True) - 1
+    return _wrap(total - before[document], dtype), _wrap(from_zero[bounds[1:]] - before, dtype)
+
+
+def _wrap(angle: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return torch.fmod(angle, 2 * torch.pi).to(dtype)

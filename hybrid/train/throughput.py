@@ -1,0 +1,48 @@
+"""How much of the hardware a run uses: FLOPs by each mixer's own count, against the device's peak."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from hybrid.config import HybridConfig
+from hybrid.plan import plan
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, TrainingArguments
+
+# Dense bfloat16 FLOPs a second of one device, from the makers' data sheets; the first name that the
+# device's own name contains counts.
+PEAK_BF16 = {
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "H200": 989e12,
+    "GH200": 989e12,
+    "B200": 2250e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+    "MI300X": 1307e12,
+    "MI250X": 383e12,
+}
+
+
+def training_flops_per_token(config: PreTrainedConfig, length: int) -> float | None:
+    """FLOPs that a token of a row of `length` tokens costs, forward and backward.
+
+    Counted as if the row were one document, by what each mixer does (see `hybrid.plan`), not as if
+    every layer were softmax. None for a model that is not ours.
+    """
+    if not isinstance(config, HybridConfig):
+        return None
+    return plan(config, length).training_flops_per_token
+
+
+def peak_flops(args: TrainingArguments) -> float | None:
+    """FLOPs a second of all devices of a run together; None where no data sheet says."""
+    if args.device.type != "cuda" or not (args.bf16 or args.fp16):
+        return None
+    name = torch.cuda.get_device_name(args.device)
+    known = [peak for device, peak in PEAK_BF16.items() if device in name]
+    return known[0] * args.world_size if known else None

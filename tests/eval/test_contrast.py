@@ -1,0 +1,78 @@
+import numpy as np
+import pytest
+
+from hybrid_eval import Settings, evaluate, load, write_report
+from hybrid_eval.contrast import attention_share, cheaper_from, comparisons, corrected
+
+
+def cost(fixed, per_token):
+    return {"fixed_bytes": fixed, "bytes_per_token": per_token}
+
+
+@pytest.mark.parametrize(
+    ("fixed", "per_token", "expected"),
+    [(1000, 10, 12), (990, 10, 12), (0, 10, 0), (5, 100, None), (0, 100, None), (1000, 200, None)],
+)
+def test_the_crossing_is_the_first_context_that_is_cheaper(fixed, per_token, expected):
+    full = cost(0, 100)
+    found = cheaper_from(cost(fixed, per_token), full)
+    if expected is None:
+        assert found is None
+        return
+    sizes = [fixed + per_token * n - 100 * n for n in range(50)]
+    assert found == next((n for n, size in enumerate(sizes) if size < 0 or fixed == 0), None)
+
+
+def record(name, items, tokens=10):
+    result = {
+        "metric": "accuracy",
+        "items": items,
+        "tokens": {"min": tokens, "max": tokens},
+        "options": {},
+    }
+    return {"name": name, "results": {"mqar": result}}
+
+
+def test_only_identical_items_are_paired():
+    rng = np.random.default_rng(0)
+    a = (rng.random(200) < 0.9).astype(float).tolist()
+    b = (rng.random(200) < 0.2).astype(float).tolist()
+    results = {"models": [record("a", a), record("b", b), record("c", b, tokens=11)]}
+    (found,) = comparisons(results)
+    assert (found.model, found.reference) == ("b", "a")
+    assert found.found.difference == pytest.approx(np.mean(b) - np.mean(a))
+    assert found.found.interval.high < 0
+
+
+def test_chance_is_taken_off_the_whole_interval():
+    result = {"accuracy": 0.25, "interval": [0.2, 0.4], "chance": 0.25}
+    assert corrected(result) == pytest.approx((0, -0.05 / 0.75, 0.2))
+
+
+def test_the_share_of_attention():
+    assert attention_share({"layer_types": ["linear_attention"] * 3 + ["full_attention"]}) == 0.25
+    assert attention_share({"layer_types": []}) is None
+
+
+def test_the_report_shows_every_comparison(tiny_llama, tmp_path):
+    subjects = [load(tiny_llama, name=name, tokenizer="bytes") for name in ("one", "two")]
+    results = evaluate(
+        subjects,
+        ("mqar", "icl_fn", "heldout", "speed", "cost"),
+        settings=Settings(limit=4),
+        options={"speed": {"lengths": [8, 16], "steps": 2, "repeats": 1}},
+    )
+    for model, kind in zip(results["models"], ("full_attention", "linear_attention"), strict=True):
+        model["layer_types"] = [kind]
+    html = write_report(results, tmp_path).read_text()
+    assert "Paired differences" in html
+    assert "two - one" in html
+    assert {path.name for path in tmp_path.glob("*.png")} == {
+        "retrieval_vs_loss.png",
+        "retrieval_vs_reasoning.png",
+        "retrieval_vs_cache.png",
+        "mqar_vs_attention_share.png",
+        "icl_fn_vs_attention_share.png",
+        "prefill_speed.png",
+        "decode_speed.png",
+    }

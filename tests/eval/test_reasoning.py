@@ -1,0 +1,224 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from hybrid_eval import Settings, evaluate, load
+from hybrid_eval.ablate import ablated, branches, select
+from hybrid_eval.mmlu import evaluate_mmlu, read_items
+from hybrid_eval.speed import evaluate_speed
+from hybrid_eval.synthetic import (
+    Hops,
+    InContextFunction,
+    StateTracking,
+    evaluate_hops,
+    evaluate_icl,
+    evaluate_state_tracking,
+)
+from hybrid_eval.tokens import ByteEncoder
+
+
+def test_parity_labels_are_the_parity():
+    for row in StateTracking(group="parity", sequence_length=40).take(5):
+        bits = row["input_ids"] - 128
+        np.testing.assert_array_equal(row["labels"][1:] - 130, np.cumsum(bits)[:-1] % 2)
+
+
+@pytest.mark.parametrize(("group", "order"), [("S3", 6), ("S5", 120)])
+def test_products_are_those_of_permutation_matrices(group, order):
+    source = StateTracking(group=group, sequence_length=30)
+    assert len(source.elements) == order
+    points = source.elements.shape[1]
+    row = source[0]
+    product = np.eye(points, dtype=int)
+    for t in range(29):
+        element = source.elements[row["input_ids"][t] - 128]
+        product = np.eye(points, dtype=int)[element].T @ product
+        state = source.elements[row["labels"][t + 1] - 128 - order]
+        np.testing.assert_array_equal(product, np.eye(points, dtype=int)[state].T)
+
+
+def test_one_who_keeps_the_state_scores_one_and_one_who_forgets_does_not(rule_model):
+    def parity(ids):
+        return 130 + sum(i - 128 for i in ids) % 2
+
+    def forgets(ids):
+        return 130 + sum(i - 128 for i in ids[-8:]) % 2
+
+    whole = evaluate_state_tracking(rule_model(parity), lengths=(16, 32), n=8)
+    assert whole["accuracy"] == 1.0
+    short = evaluate_state_tracking(rule_model(forgets), lengths=(64,), n=16)
+    assert short["accuracy"] < 0.75
+    assert short["cells"][0]["late"] == pytest.approx(0.5, abs=0.15)
+
+
+def test_a_chain_takes_as_many_hops_as_it_says(rule_model):
+    for k in range(5):
+        ids = Hops(hops=k, sequence_length=60)[3]["input_ids"]
+        pairs = ids[-42:-2].reshape(-1, 2)
+        source = dict(pairs.tolist())
+        at, hops = source[int(ids[-2])], 0
+        while at in source:
+            at, hops = source[at], hops + 1
+        assert (at, hops) == (ids[-1], k)
+
+    def one_step(ids):
+        return dict(zip(ids[-41:-1:2], ids[-40:-1:2], strict=True))[ids[-1]]
+
+    # the row is 64 tokens, the last of which is the answer and is not read
+    found = evaluate_hops(rule_model(one_step), n=8)
+    assert found["cells"][0]["accuracy"] == 1.0
+    assert found["accuracy"] == 0.0
+    assert found["drop"] == 1.0
+
+
+def test_shots_are_counted(recall_model):
+    found = evaluate_icl(recall_model, inputs=4, n=12)
+    by_shots = {cell["shots"]: cell["accuracy"] for cell in found["cells"]}
+    assert by_shots[0] < 0.5
+    assert all(by_shots[shots] == 1.0 for shots in (1, 2, 3, 4))
+    assert found["accuracy"] == 1.0
+    for row in InContextFunction(inputs=4).take(3):
+        pairs = row["input_ids"].reshape(-1, 2)
+        assert len(np.unique(pairs, axis=0)) == len(np.unique(pairs[:, 0])) <= 4
+
+
+def test_bad_sizes_are_named():
+    with pytest.raises(ValueError, match="unknown group 's3'; did you mean 'S3'"):
+        StateTracking(group="s3")
+    with pytest.raises(ValueError, match="take 42 tokens"):
+        Hops(sequence_length=30)
+
+
+@pytest.fixture
+def questions(tmp_path):
+    colours = ["red", "green", "blue", "white"]
+    for split, numbers in (("dev", range(5)), ("test", range(5, 25))):
+        (tmp_path / split).mkdir()
+        lines = [
+            json.dumps(
+                {
+                    "question": f"What is the colour of thing {i}?",
+                    "choices": [colours[(j + i) % 4] for j in range(4)],
+                    "answer": (-i + 2) % 4,
+                    "subject": "colours",
+                }
+            )
+            for i in numbers
+        ]
+        (tmp_path / split / "colours.jsonl").write_text("\n".join(lines))
+    return tmp_path
+
+
+def test_cloze_and_letters_are_different_questions(questions, rule_model):
+    """A model that knows the colour but no letters."""
+    encoder = ByteEncoder()
+    answer = " blue"
+
+    def knows(ids):
+        text = bytes(ids).decode()
+        begun = text[text.rindex("Answer:") + 7 :]
+        return ord(answer[len(begun)]) if len(begun) < len(answer) else None
+
+    arguments = {"tokenizer": encoder, "path": str(questions)}
+    cloze = evaluate_mmlu(rule_model(knows), form="cloze", **arguments)
+    assert (cloze["accuracy"], cloze["accuracy_norm"], cloze["n"]) == (1.0, 1.0, 20)
+    assert cloze["gold_bits_per_byte"] < 0.01
+    letters = evaluate_mmlu(rule_model(knows), form="letters", **arguments)
+    # all letters are equally unlikely to it; the first is taken
+    assert letters["accuracy"] == 0.25
+    assert letters["chance"] == 0.25
+
+
+def test_the_prompt_has_worked_examples_and_cloze_hides_the_choices(questions):
+    from hybrid_eval.mmlu import prompt
+
+    items, shots = read_items(questions)
+    letters = prompt(items[0], shots["colours"], "letters")
+    assert letters.count("Answer: ") == 5
+    assert "\nA. " in letters
+    assert letters.endswith("Answer:")
+    cloze = prompt(items[0], shots["colours"], "cloze")
+    assert cloze.count("Answer: blue") == 5
+    assert "A. " not in cloze
+
+
+def test_the_original_csv_is_read(tmp_path):
+    (tmp_path / "anatomy_test.csv").write_text('"How many, all in all?",one,two,three,four,C\n')
+    ((item,), _) = read_items(tmp_path)
+    assert (item.answer, item.subject, item.choices[2]) == (2, "anatomy", "three")
+    (tmp_path / "anatomy_test.csv").write_text("What?,one,two,Z\n")
+    with pytest.raises(ValueError, match=r"anatomy_test.csv, item 1: answer 'Z'"):
+        read_items(tmp_path)
+    with pytest.raises(ValueError, match=r"no .jsonl, .parquet or .csv"):
+        read_items(tmp_path / "nothing")
+
+
+def test_knocking_out_every_mixer_leaves_a_model_without_context(tiny_llama):
+    ids = torch.randint(0, 256, (1, 12))
+    other = torch.cat([torch.randint(0, 256, (1, 11)), ids[:, -1:]], dim=1)
+    with torch.no_grad():
+        before = tiny_llama(ids).logits
+        with ablated(tiny_llama, "attention") as gone:
+            assert [branch.layer for branch in gone] == [0, 1]
+            a, b = tiny_llama(ids).logits[:, -1], tiny_llama(other).logits[:, -1]
+        with ablated(tiny_llama, "1"):
+            assert not torch.equal(tiny_llama(ids).logits, before)
+        after = tiny_llama(ids).logits
+    torch.testing.assert_close(a, b)
+    assert torch.equal(before, after)
+
+
+def test_a_hybrid_has_branches_of_both_kinds():
+    from transformers import AutoModelForCausalLM, FalconH1Config
+
+    config = FalconH1Config(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        mamba_d_ssm=32,
+        mamba_n_heads=2,
+        mamba_d_head=16,
+        mamba_d_state=8,
+        mamba_n_groups=1,
+    )
+    model = AutoModelForCausalLM.from_config(config)
+    kinds = [(branch.layer, branch.kind) for branch in branches(model)]
+    assert sorted(kinds) == [(i, kind) for i in (0, 1) for kind in ("attention", "linear")]
+    assert len(select(model, "0")) == 2
+
+
+def test_a_knock_out_that_names_nothing_is_refused(tiny_llama):
+    for what, words in (
+        ("linear", "no linear branch"),
+        ("7", "no token mixer in layer 7; layers are 0 to 1"),
+        ("softmax", "attention, linear or layers"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            select(tiny_llama, what)
+
+
+def test_knock_outs_are_measured_beside_the_model(tiny_llama, tmp_path):
+    results = evaluate(
+        load(tiny_llama, name="tiny", tokenizer="bytes"),
+        ("mqar", "heldout"),
+        settings=Settings(limit=2),
+        ablate=("attention", "0"),
+        out=tmp_path,
+    )
+    names = [model["name"] for model in results["models"]]
+    assert names == ["tiny", "tiny without attention", "tiny without 0"]
+    losses = {model["results"]["heldout"]["loss"] for model in results["models"]}
+    assert len(losses) == 3
+
+
+def test_speed_is_measured_at_every_length(tiny_llama):
+    found = evaluate_speed(tiny_llama, lengths=(16, 32), steps=2, repeats=1)
+    assert [cell["length"] for cell in found["cells"]] == [16, 32]
+    assert all(cell["prefill_tokens_per_second"] > 0 for cell in found["cells"])
+    with pytest.raises(ValueError, match="max_position_embeddings"):
+        evaluate_speed(tiny_llama, lengths=(512,))

@@ -1,0 +1,157 @@
+"""Choosing a backend, and what a wrong argument is told."""
+
+import logging
+import re
+
+import pytest
+import torch
+
+from hybrid_kernels import (
+    available_backends,
+    backends,
+    causal_conv1d,
+    linear_attention,
+    selective_scan,
+)
+
+
+def rows(**changes):
+    found = {name: torch.randn(2, 5, 4, 8) for name in "qkv"}
+    found.update(changes)
+    return found
+
+
+def test_reference_and_torch_are_always_there():
+    for op in backends.OPS:
+        assert {"reference", "torch"} <= set(available_backends(op))
+
+
+def test_the_choice_is_logged_once(caplog, monkeypatch):
+    monkeypatch.setattr(backends, "_announced", set())
+    with caplog.at_level(logging.INFO, logger="hybrid_kernels"):
+        for _ in range(3):
+            linear_attention(**rows())
+    said = [r.message for r in caplog.records if "linear_attention on cpu" in r.message]
+    assert len(said) == 1
+    assert "'torch'" in said[0]
+
+
+def test_an_unknown_backend_gets_the_nearest_name():
+    with pytest.raises(ValueError, match="did you mean 'torch'"):
+        linear_attention(**rows(), backend="pytorch")
+
+
+def test_an_absent_backend_names_the_command():
+    absent = [b for b in backends.BACKENDS if backends._missing(b.name)]
+    assert absent, "this test needs one optional package to be absent"
+    for backend in absent:
+        arguments = {
+            backends.LINEAR_ATTENTION: lambda: linear_attention(**rows(), backend=backend.name),
+            backends.SELECTIVE_SCAN: lambda: selective_scan(*scan(), backend=backend.name),
+            backends.CAUSAL_CONV1D: lambda: causal_conv1d(
+                torch.randn(1, 4, 2), torch.randn(2, 4), backend=backend.name
+            ),
+        }
+        with pytest.raises(ImportError, match=re.escape(backend.pip)):
+            arguments[backend.ops[0]]()
+
+
+def test_a_gpu_backend_refuses_a_cpu_by_name():
+    for backend in backends.BACKENDS:
+        if backend.gpu_only and backends._missing(backend.name) is None:
+            op = backend.ops[0]
+            with pytest.raises(ValueError, match="GPU"):
+                backends.choose(op, backend.name, torch.device("cpu"), {})
+
+
+def scan(**changes):
+    found = {
+        "u": torch.randn(1, 5, 3),
+        "delta": torch.rand(1, 5, 3),
+        "A": -torch.rand(3, 2),
+        "B": torch.randn(1, 5, 2),
+        "C": torch.randn(1, 5, 2),
+    }
+    found.update(changes)
+    return found.values()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"q": torch.randn(2, 5, 8)}, r"q must be \(B, T, heads, dim\)"),
+        ({"q": torch.ones(2, 5, 4, 8, dtype=torch.int64)}, "q must be float64"),
+        ({"q": [1.0]}, "q must be a tensor, got list"),
+        ({"v": torch.randn(2, 6, 4, 8)}, "agree in batch and time"),
+        ({"k": torch.randn(2, 5, 4, 7)}, "agree in key dim"),
+        ({"v": torch.randn(2, 5, 3, 8)}, "heads of v must divide"),
+        ({"v": torch.randn(2, 5, 4, 257)}, "value dim must be between 1 and 256, got 257"),
+        ({"log_decay": torch.randn(2, 5, 3)}, r"log_decay must be \(H,\)"),
+        ({"beta": torch.rand(2, 5, 1)}, r"beta must be \(B, T, H\) = \(2, 5, 4\)"),
+        ({"bonus": torch.rand(4, 7)}, r"bonus must be \(H, K\)"),
+        ({"bonus": torch.rand(4, 8), "beta": torch.rand(2, 5, 4)}, "cannot go with beta"),
+        ({"value_log_decay": -torch.rand(2, 5, 4, 8), "beta": torch.rand(2, 5, 4)}, "with beta"),
+        ({"initial_state": torch.zeros(2, 4, 8, 7)}, r"initial_state must be \(B or N"),
+        ({"chunk_size": -1}, "at least 16, got -1"),
+        ({"chunk_size": 24}, "power of two"),
+        ({"cu_seqlens": torch.tensor([0, 5])}, "batch of 1, got B = 2"),
+        ({"cu_seqlens": torch.tensor([0.0, 5.0])}, "int32 or int64"),
+        ({"q": torch.randn(2, 5, 4, 8, device="meta")}, "k is on cpu but q is on meta"),
+    ],
+)
+def test_linear_attention_names_what_is_wrong(changes, message):
+    with pytest.raises(ValueError, match=message):
+        linear_attention(**rows(**changes))
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+@pytest.mark.parametrize(
+    ("offsets", "message"),
+    [([1, 5], "start at 0"), ([0, 4], "end at T = 5"), ([0, 4, 3, 5], "must not fall")],
+)
+def test_wrong_offsets(backend, offsets, message):
+    x = torch.randn(1, 5, 2, 4)
+    cu_seqlens = torch.tensor(offsets)
+    with pytest.raises(ValueError, match=message):
+        linear_attention(x, x, x, cu_seqlens=cu_seqlens, backend=backend)
+    with pytest.raises(ValueError, match=message):
+        causal_conv1d(x[:, :, 0], torch.randn(4, 3), cu_seqlens=cu_seqlens, backend=backend)
+    with pytest.raises(ValueError, match=message):
+        selective_scan(*scan(), cu_seqlens=cu_seqlens, backend=backend)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"x": torch.randn(5, 3)}, r"x must be \(B, T, D\)"),
+        ({"weight": torch.randn(4, 4)}, r"weight must be \(D, W\) with D = 3"),
+        ({"bias": torch.randn(4)}, r"bias must be \(D,\)"),
+        ({"activation": "silo"}, "did you mean 'silu'"),
+        ({"initial_state": torch.randn(2, 3, 4)}, "W-1"),
+    ],
+)
+def test_causal_conv1d_names_what_is_wrong(changes, message):
+    arguments = {"x": torch.randn(2, 5, 3), "weight": torch.randn(3, 4), **changes}
+    with pytest.raises(ValueError, match=message):
+        causal_conv1d(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"u": torch.randn(5, 3)}, r"u must be \(B, T, D\)"),
+        ({"A": torch.randn(4, 2)}, r"A must be \(D, N\) with D = 3"),
+        ({"delta": torch.randn(1, 5, 4)}, "delta must be"),
+        ({"C": torch.randn(1, 5, 3)}, "C must be"),
+    ],
+)
+def test_selective_scan_names_what_is_wrong(changes, message):
+    with pytest.raises(ValueError, match=message):
+        selective_scan(*scan(**changes))
+
+
+def test_int32_offsets_do_too():
+    x = torch.randn(1, 5, 2, 4)
+    long = linear_attention(x, x, x, cu_seqlens=torch.tensor([0, 2, 5]))[0]
+    short = linear_attention(x, x, x, cu_seqlens=torch.tensor([0, 2, 5], dtype=torch.int32))[0]
+    assert torch.equal(long, short)
