@@ -14,7 +14,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from .corpus import load_corpus
 from .registry import TASKS, Settings, find
-from .report import build, write_report
+from .report import table_columns, write_report
 from .runner import evaluate
 
 
@@ -152,11 +152,12 @@ def _print_tasks(console: Console) -> None:
 
 
 def print_table(results: dict[str, Any], console: Console) -> None:
-    """Print the table of the report."""
-    page = build(results, "")
-    table = Table(*(column.heading for column in page.columns))
-    for record in page.models:
-        table.add_row(*(column.cell(record) for column in page.columns))
+    """Print the table of the report, one column per model so that it fits a terminal."""
+    headings, *rest = table_columns(results)
+    models = results["models"]
+    table = Table("", *(headings.cell(record) for record in models))
+    for column in rest:
+        table.add_row(column.heading, *(column.cell(record) for record in models))
     console.print(table)
 
 

@@ -10,6 +10,7 @@ splits it is public, so that a trainer which knows nothing of this package can k
 """
 
 import json
+import os
 import sysconfig
 import zlib
 from collections.abc import Iterator
@@ -51,10 +52,8 @@ def stdlib_documents(split: Split = "heldout") -> tuple[Document, ...]:
     if split not in ("heldout", "train", "all"):
         raise ValueError(f"split must be 'heldout', 'train' or 'all', got {split!r}")
     root = Path(sysconfig.get_path("stdlib"))
-    paths = sorted(path.relative_to(root).as_posix() for path in root.rglob("*.py"))
-    wanted = (path for path in paths if EXCLUDED.isdisjoint(path.split("/")))
     documents = []
-    for path in wanted:
+    for path in sorted(_python_files(root)):
         if split != "all" and is_held_out(path) != (split == "heldout"):
             continue
         try:
@@ -62,6 +61,13 @@ def stdlib_documents(split: Split = "heldout") -> tuple[Document, ...]:
         except UnicodeDecodeError:
             continue
     return tuple(documents)
+
+
+def _python_files(root: Path) -> Iterator[str]:
+    for folder, below, names in os.walk(root):
+        below[:] = [name for name in below if name not in EXCLUDED]  # site-packages may be huge
+        base = Path(folder).relative_to(root)
+        yield from ((base / name).as_posix() for name in names if name.endswith(".py"))
 
 
 def _jsonl(path: Path) -> Iterator[Document]:

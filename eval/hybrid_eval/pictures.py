@@ -129,7 +129,8 @@ def scatter(
     chance: float | None = None,
     context: int | None = None,
     log_x: bool = False,
-    y_limits: tuple[float, float] | None = (-0.04, 1.08),
+    y_limits: tuple[float, float] = (-0.04, 1.08),
+    x_limits: tuple[float, float] | None = None,
 ) -> Figure:
     """Draw one labelled point per model, with 95% intervals.
 
@@ -143,7 +144,8 @@ def scatter(
         chance: horizontal line at the score of a guesser.
         context: tokens at which the cache bytes hold, for the colour bar's label.
         log_x: logarithmic x axis.
-        y_limits: None lets the data decide.
+        y_limits: of the y axis.
+        x_limits: of the x axis; None lets the data decide.
     """
     sizes = [p.cache_bytes for p in points if p.cache_bytes]
     with _figure(6.4, 4.3) as figure:
@@ -164,15 +166,17 @@ def scatter(
                 marker=_MARKERS[number % len(_MARKERS)] if not coloured else "o",
                 edgecolor="black",
                 linewidth=0.8,
-                zorder=3,
+                # the smaller marker on top
+                zorder=4 - area / 1000,
             )
             radii.append(math.sqrt(area / math.pi))
         if log_x:
             axes.set_xscale("log", base=2)
             axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: human_bytes(value)))
         _pad_x(axes, points, log=log_x)
-        if y_limits is not None:
-            axes.set_ylim(*y_limits)
+        axes.set_ylim(*y_limits)
+        if x_limits is not None:
+            axes.set_xlim(*x_limits)
         if not log_x:
             axes.xaxis.set_major_locator(MaxNLocator(6))
         if chance is not None:

@@ -85,7 +85,8 @@ def _interval_cell(task: str) -> Callable[[Record], str]:
     return cell
 
 
-def _columns(results: dict[str, Any]) -> list[Column]:
+def table_columns(results: dict[str, Any]) -> list[Column]:
+    """Return the columns of the table: one line of it is a model."""
     columns = [Column("model", lambda record: record["name"])]
     if any(record.get("layout") for record in results["models"]):
         columns.append(Column("layout", lambda record: record.get("layout") or "-"))
@@ -226,7 +227,8 @@ def _two_axes(results: dict[str, Any], reasoning: str, retrieval: str) -> Pictur
         y_label=f"{_task_words(results, retrieval)}: above chance",
         title=f"{retrieval} against {reasoning}",
         context=_context(results),
-        y_limits=None,
+        y_limits=(-0.2, 1.1),
+        x_limits=(-0.2, 1.1),
     )
     caption = (
         f"{retrieval} against {reasoning}, both as (accuracy - chance) / (1 - chance) with 95% "
@@ -348,7 +350,7 @@ def build(results: dict[str, Any], title: str) -> Page:
     ran = results["models"][0]["results"]
     return Page(
         title=title,
-        columns=_columns(results),
+        columns=table_columns(results),
         models=results["models"],
         pictures=list(_pictures(results)),
         differences=_differences(results),

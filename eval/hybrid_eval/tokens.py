@@ -36,8 +36,17 @@ class ByteEncoder:
         return bytes(token_ids).decode("utf-8", errors="replace")
 
 
+def reads_bytes(tokenizer: Encoder) -> bool:
+    """Whether a tokenizer's ids are the bytes of UTF-8, so that encoding megabytes costs nothing."""
+    probe = "".join(map(chr, range(1, 0x180))) + "a  b\r\n\u20ac\U0001f600"
+    found = tokenizer(probe, add_special_tokens=False, verbose=False)["input_ids"]
+    return list(found) == list(probe.encode("utf-8"))
+
+
 def encode(tokenizer: Encoder, text: str) -> np.ndarray:
     """Return the ids of a text, without special tokens."""
+    if reads_bytes(tokenizer):
+        return np.frombuffer(text.encode("utf-8"), dtype=np.uint8).astype(np.int64)
     # verbose=False: a haystack is longer than the model, and it is cut before the model sees it
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     return np.asarray(ids, dtype=np.int64)

@@ -53,6 +53,7 @@ class Mixer(nn.Module, ABC):
             cached) or `linear_attention` (only states are).
         paper: where it comes from.
         formula: one line, in the notation S_t = G_t * S_{t-1} + v_t k_t^T.
+        used_by: published models that have it.
     """
 
     name: ClassVar[str]
@@ -61,6 +62,7 @@ class Mixer(nn.Module, ABC):
     layer_type: ClassVar[str] = "linear_attention"
     paper: ClassVar[str] = ""
     formula: ClassVar[str] = ""
+    used_by: ClassVar[str] = ""
 
     def __init__(self, options: Any, config: HybridConfig, layer_idx: int) -> None:
         super().__init__()

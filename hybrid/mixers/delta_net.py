@@ -24,8 +24,8 @@ class DeltaRuleOptions(HeadOptions):
     Attributes:
         num_heads: H, heads of v and of the state; default D / 128, at least 1.
         num_key_heads: heads of q and k, each serving H / num_key_heads heads; default H.
-        head_dim: key dim K; default D / H.
-        value_head_dim: value dim V; default D / H.
+        head_dim: key dim K; default V, or D / H.
+        value_head_dim: value dim V; default K.
         conv_size: width of the short convolution on q, k, v; null for none.
         negative_eigenvalues: beta in (0, 2) and not (0, 1), so that a transition can flip the sign
             of what is stored (arXiv 2411.12537).
@@ -129,6 +129,7 @@ class DeltaNet(DeltaRuleMixer):
     Options = DeltaNetOptions
     paper = "arXiv 2406.06484; negative eigenvalues arXiv 2411.12537"
     formula = "S_t = S_{t-1} (I - beta_t k_t k_t^T) + beta_t v_t k_t^T"
+    used_by = "DeltaNet"
 
     @classmethod
     def samples(cls) -> list[dict[str, Any]]:

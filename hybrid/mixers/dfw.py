@@ -23,8 +23,8 @@ class DecayingFastWeightsOptions(HeadOptions):
 
     Attributes:
         num_heads: H; default D / 64, at least 1.
-        head_dim: key dim K; default D / H.
-        value_head_dim: value dim V; default D / H.
+        head_dim: key dim K; default V, or D / H.
+        value_head_dim: value dim V; default K.
         conv_size: width of a short convolution on q, k, v; null for none, as in the paper.
         output_norm: RMSNorm of the output over all heads (`layer`), over each (`head`), or null for
             none, as in the paper, which starts from trained weights.
@@ -46,6 +46,7 @@ class DecayingFastWeights(LinearMixer):
     Options = DecayingFastWeightsOptions
     paper = "arXiv 2210.04243"
     formula = "G_t = alpha_t^T beta_t, both sigmoids of linear maps of x_t"
+    used_by = "converted GPT-2 of its paper"
 
     def __init__(
         self, options: DecayingFastWeightsOptions, config: HybridConfig, layer_idx: int

@@ -32,6 +32,7 @@ class GatedDeltaNet(DeltaRuleMixer):
     Options = GatedDeltaNetOptions
     paper = "arXiv 2412.06464; negative eigenvalues arXiv 2411.12537"
     formula = "S_t = gamma_t S_{t-1} (I - beta_t k_t k_t^T) + beta_t v_t k_t^T"
+    used_by = "Qwen3-Next, Qwen3.5, OLMo Hybrid"
 
     def __init__(self, options: GatedDeltaNetOptions, config: HybridConfig, layer_idx: int) -> None:
         super().__init__(options, config, layer_idx)

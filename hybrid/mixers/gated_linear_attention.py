@@ -23,8 +23,8 @@ class GatedLinearAttentionOptions(HeadOptions):
 
     Attributes:
         num_heads: H; default D / 256, at least 1.
-        head_dim: key dim K; default D / 2H.
-        value_head_dim: value dim V; default D / H.
+        head_dim: key dim K; default V / 2, or D / 2H.
+        value_head_dim: value dim V; default 2 K, or D / H.
         gate_rank: rank of the map from x to the decay.
         tau: temperature: the decay is sigmoid(.)^(1 / tau), closer to 1 the larger it is.
         conv_size: width of a short convolution on q, k, v; null for none, as in the paper.
@@ -52,6 +52,7 @@ class GatedLinearAttention(LinearMixer):
     Options = GatedLinearAttentionOptions
     paper = "arXiv 2312.06635"
     formula = "G_t = alpha_t^T 1, alpha_t = sigmoid(x_t W_1 W_2 + b)^(1/tau)"
+    used_by = "GLA"
 
     def __init__(
         self, options: GatedLinearAttentionOptions, config: HybridConfig, layer_idx: int

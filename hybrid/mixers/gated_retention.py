@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class GatedRetentionOptions(RetentionOptions):
-    """Options of `gated_retention`: those of `retention`, with V = K by default, and
+    """Options of `gated_retention`: those of `retention`, with V = K = D / H by default, and
 
     Attributes:
         tau: temperature: the decay is sigmoid(.)^(1 / tau), closer to 1 the larger it is.
@@ -44,6 +44,7 @@ class GatedRetention(RotatedLinearMixer):
     Options = GatedRetentionOptions
     paper = "arXiv 2405.05254"
     formula = "G_t = gamma_t e^{i theta} 1^T 1, gamma_t = sigmoid(x_t W_gamma)^(1/tau)"
+    used_by = "YOCO"
 
     def __init__(
         self, options: GatedRetentionOptions, config: HybridConfig, layer_idx: int

@@ -52,6 +52,7 @@ class GatedShortConvolution(StateMixer):
     Options = GatedShortConvolutionOptions
     paper = "LFM2 arXiv 2511.23404"
     formula = "no decay: y_t = C_t * sum_w a_w (B u)_{t-w}, w < W"
+    used_by = "LFM2"
 
     def __init__(
         self, options: GatedShortConvolutionOptions, config: HybridConfig, layer_idx: int

@@ -26,8 +26,8 @@ class GateLoopOptions(HeadOptions):
     Attributes:
         num_heads: H; default D / 64, at least 1. The paper's best has a head per channel
             (`num_heads: D`), whose state is one complex number each.
-        head_dim: complex key channels K; default D / H.
-        value_head_dim: value dim V; default D / H.
+        head_dim: complex key channels K; default V, or D / H.
+        value_head_dim: value dim V; default K.
         conv_size: width of a short convolution on q, k, v; null for none, as in the paper.
     """
 
@@ -53,6 +53,7 @@ class GateLoop(LinearMixer):
     Options = GateLoopOptions
     paper = "arXiv 2311.01927"
     formula = "G_t = alpha_t^T 1, alpha_t = sigmoid(x_t W_1) exp(i x_t W_2)"
+    used_by = "GateLoop"
 
     def __init__(self, options: GateLoopOptions, config: HybridConfig, layer_idx: int) -> None:
         super().__init__(options, config, layer_idx)

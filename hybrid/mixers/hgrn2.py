@@ -26,8 +26,8 @@ class HGRN2Options(HeadOptions):
 
     Attributes:
         num_heads: H; default D / 128, at least 1.
-        head_dim: key dim K, by how much the state is expanded; default D / H.
-        value_head_dim: value dim V; default D / H.
+        head_dim: key dim K, by how much the state is expanded; default V, or D / H.
+        value_head_dim: value dim V; default K.
         conv_size: width of a short convolution on q, k, v; null for none, as in the paper.
         lower_bound: keep the forget gate above a learned gamma per key channel, which starts at l / n
             in layer l (from 0) of n, so that upper layers remember longer; else gamma is 0.
@@ -51,6 +51,7 @@ class HGRN2(LinearMixer):
     Options = HGRN2Options
     paper = "arXiv 2404.07904"
     formula = "G_t = alpha_t^T 1, alpha_t = gamma + (1 - gamma) sigmoid(x_t W_a), k_t = 1 - alpha_t"
+    used_by = "HGRN-2"
 
     def __init__(self, options: HGRN2Options, config: HybridConfig, layer_idx: int) -> None:
         super().__init__(options, config, layer_idx)

@@ -30,7 +30,7 @@ class KimiDeltaAttentionOptions(DeltaRuleOptions):
     Attributes:
         decay_gate: `softplus`: log decay = -exp(A_log) softplus(f + dt_bias) (Kimi Linear).
             `bounded`: log decay = lower_bound * sigmoid(exp(A_log) (f + dt_bias)), never below
-            lower_bound (Ling 2.5).
+            lower_bound (Ling 3.0).
         lower_bound: of the log decay per token, for `bounded`; below 0.
         gate_rank: rank of the maps x -> f and x -> output gate; default V; 0 for full matrices.
     """
@@ -69,6 +69,7 @@ class KimiDeltaAttention(DeltaRuleMixer):
     Options = KimiDeltaAttentionOptions
     paper = "arXiv 2510.26692"
     formula = "S_t = S_{t-1} diag(alpha_t) (I - beta_t k_t k_t^T) + beta_t v_t k_t^T"
+    used_by = "Kimi Linear, Ling 3.0"
     gate_activation = "sigmoid"
 
     def __init__(

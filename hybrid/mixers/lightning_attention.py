@@ -135,6 +135,7 @@ class LightningAttention(Float32Buffers, PlainLinearAttention):
     Options = LightningAttentionOptions
     paper = "arXiv 2401.04658; MiniMax-01 arXiv 2501.08313"
     formula = "G_t = exp(-s_h) 1^T 1, s_h fixed per head"
+    used_by = "MiniMax-01, Ring-linear, HypeNet"
     float32_buffers = ("log_decay",)
 
     def __init__(

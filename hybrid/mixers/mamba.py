@@ -85,6 +85,7 @@ class Mamba(StateMixer):
     Options = MambaOptions
     paper = "arXiv 2312.00752"
     formula = "G_t = exp(-(1^T alpha_t) * exp(A)), alpha_t = softplus(x_t W_1 W_2 + b)"
+    used_by = "Mamba, Falcon-Mamba, Jamba, Samba"
     no_weight_decay = ("A_log",)
 
     def __init__(self, options: MambaOptions, config: HybridConfig, layer_idx: int) -> None:

@@ -114,6 +114,7 @@ class Mamba2(LinearMixer):
     Options = Mamba2Options
     paper = "arXiv 2405.21060"
     formula = "G_t = gamma_t 1^T 1, gamma_t = exp(-softplus(x_t W_dt + b) exp(A_log))"
+    used_by = "Mamba-2, Nemotron-H, Granite-4.0-H, Bamba, Zamba2, Falcon-H1"
 
     def __init__(self, options: Mamba2Options, config: HybridConfig, layer_idx: int) -> None:
         super().__init__(options, config, layer_idx)

@@ -29,8 +29,8 @@ class MLSTMOptions(HeadOptions):
 
     Attributes:
         num_heads: H; default D / 128, at least 1.
-        head_dim: key dim K; default D / 2H, as xLSTM 7B.
-        value_head_dim: value dim V; default D / H.
+        head_dim: key dim K; default V / 2, or D / 2H, as xLSTM 7B.
+        value_head_dim: value dim V; default 2 K, or D / H.
         input_gate: `exp`: exponential, with a normaliser and a stabiliser (xLSTM). `sigmoid`: neither
             is needed (arXiv 2503.14376).
         gate_soft_cap: gate logits z become c tanh(z / c); null for no cap.
@@ -69,6 +69,7 @@ class MLSTM(LinearMixer):
     Options = MLSTMOptions
     paper = "arXiv 2405.04517; xLSTM 7B arXiv 2503.13427; sigmoid input gate arXiv 2503.14376"
     formula = "G_t = gamma_t 1^T 1, gamma_t = sigmoid(x_t W_g); input gate i_t, normaliser n_t"
+    used_by = "xLSTM 7B"
 
     def __init__(self, options: MLSTMOptions, config: HybridConfig, layer_idx: int) -> None:
         super().__init__(options, config, layer_idx)

@@ -27,3 +27,4 @@ class NormAttention(PlainLinearAttention):
     Options = NormAttentionOptions
     paper = "arXiv 2210.10340"
     formula = "G_t = 1^T 1, output RMSNorm(S_t q_t)"
+    used_by = "TransNormer"

@@ -32,7 +32,8 @@ class HeadOptions(MixerOptions):
     Attributes:
         num_heads: H; default D / `width`, at least 1.
         head_dim: key dim K; default `key_share` * D / H.
-        value_head_dim: value dim V; default `value_share` * D / H.
+        value_head_dim: value dim V; default `value_share` * D / H. Where one of K and V is given, the
+            other keeps the ratio of the two shares.
     """
 
     num_heads: int | None = None
@@ -45,18 +46,21 @@ class HeadOptions(MixerOptions):
 
     def complete(self, hidden_size: int) -> HeadOptions:
         """Fill in heads and dims."""
+        keys, values = self.head_dim, self.value_head_dim
+        slot: float = self.width
+        if self.num_heads is not None:
+            slot = hidden_size // max(1, self.num_heads)
+        if values is not None:
+            slot = values / self.value_share
+        elif keys is not None:
+            slot = keys / self.key_share
         heads = self.num_heads
         if heads is None:
-            width = self.width
-            if self.value_head_dim or self.head_dim:
-                of_value = (self.value_head_dim or 0) / self.value_share
-                width = max(1, round(of_value or (self.head_dim or 0) / self.key_share))
-            heads = max(1, hidden_size // width)
-        slot = hidden_size // max(1, heads)
-        keys = max(1, int(self.key_share * slot)) if self.head_dim is None else self.head_dim
-        values = self.value_head_dim
-        if values is None:
-            values = max(1, int(self.value_share * slot))
+            heads = max(1, int(hidden_size // max(1.0, slot)))
+            if keys is None and values is None:
+                slot = hidden_size // heads
+        keys = max(1, int(self.key_share * slot)) if keys is None else keys
+        values = max(1, int(self.value_share * slot)) if values is None else values
         return replace(self, num_heads=heads, head_dim=keys, value_head_dim=values)
 
     @property

@@ -26,9 +26,9 @@ class RetentionOptions(HeadOptions):
     """Options of `retention`.
 
     Attributes:
-        num_heads: H; default D / 256, at least 1.
-        head_dim: key dim K, even where there are positions; default D / H.
-        value_head_dim: value dim V; default 2 D / H, or 256 if that is less.
+        num_heads: H; default D / 128, at least 1.
+        head_dim: key dim K, even where there are positions; default V / 2, or D / H.
+        value_head_dim: value dim V; default 2 K, or 2 D / H.
         rope_theta: base of the rotary positions; null for none.
         conv_size: width of a short convolution on q, k, v; null for none, as in the paper.
     """
@@ -118,6 +118,7 @@ class Retention(RotatedLinearMixer):
     Options = RetentionOptions
     paper = "arXiv 2307.08621"
     formula = "G_t = gamma_h e^{i theta} 1^T 1, gamma_h = 1 - 2^(-5-h) fixed per head"
+    used_by = "RetNet"
     float32_buffers = ("theta", "log_decay")
 
     def __init__(self, options: RetentionOptions, config: HybridConfig, layer_idx: int) -> None:

@@ -96,6 +96,7 @@ class RGLRU(StateMixer):
     Options = RGLRUOptions
     paper = "arXiv 2402.19427; RecurrentGemma arXiv 2404.07839"
     formula = "diagonal: h_t = a_t * h_{t-1} + sqrt(1 - a_t^2) * (i_t * u_t), a_t = a^(8 r_t)"
+    used_by = "RecurrentGemma, Griffin"
 
     def __init__(self, options: RGLRUOptions, config: HybridConfig, layer_idx: int) -> None:
         super().__init__(options, config, layer_idx)

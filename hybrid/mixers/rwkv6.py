@@ -28,8 +28,8 @@ class RWKV6Options(HeadOptions):
 
     Attributes:
         num_heads: H; default D / 64, at least 1.
-        head_dim: key dim K; default D / H.
-        value_head_dim: value dim V; default D / H.
+        head_dim: key dim K; default V, or D / H.
+        value_head_dim: value dim V; default K.
         shift_rank: rank of the data-dependent part of the token shift, for each of its five.
         decay_rank: rank of the data-dependent part of the decay.
         norm_eps: of the norm of each head's output; the published one is 1e-5 * 8^2.
@@ -59,6 +59,7 @@ class RWKV6(LinearMixer):
     Options = RWKV6Options
     paper = "arXiv 2404.05892"
     formula = "G_t = alpha_t^T 1, alpha_t = exp(-exp(x_t W_a)); reads S_{t-1} + diag(u) k_t v_t"
+    used_by = "RWKV-6 (Finch)"
     no_weight_decay = ("bonus", "shift")
 
     def __init__(self, options: RWKV6Options, config: HybridConfig, layer_idx: int) -> None:

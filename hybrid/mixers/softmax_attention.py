@@ -111,6 +111,7 @@ class SoftmaxAttention(Mixer):
     layer_type = "full_attention"
     paper = "arXiv 1706.03762; grouped heads arXiv 2305.13245"
     formula = "o_t = sum_s softmax_s(scale q_t . k_s) v_s, s <= t"
+    used_by = "Llama, Qwen3, and a share of the layers of nearly every hybrid"
     is_causal = True
 
     def __init__(

@@ -71,7 +71,7 @@ class Progress(TrainerCallback):
 
 
 class LossWatch(TrainerCallback):
-    """Logs where it saves, and ends a run whose loss is not finite.
+    """Logs where it saves and at the end, and stops a run whose loss is not finite.
 
     The logged loss is a mean since the last log. Logging at each save makes the means after a
     resumed checkpoint the means of an uninterrupted run.
@@ -84,8 +84,9 @@ class LossWatch(TrainerCallback):
         control: TrainerControl,
         **kwargs: Any,
     ) -> TrainerControl:
-        """Ask for a log wherever a checkpoint is asked for."""
-        control.should_log = control.should_log or control.should_save
+        """Ask for a log wherever a checkpoint is asked for, and at the end."""
+        ended = state.global_step >= state.max_steps
+        control.should_log = control.should_log or control.should_save or ended
         return control
 
     def on_log(

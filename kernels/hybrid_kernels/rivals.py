@@ -1,12 +1,15 @@
 """What ``bench.py`` compares: for each op, our call and the fallback in transformers.
 
 Functions of transformers are imported when they are called: the package itself does not need it.
+They are unwrapped, since where an optional kernel package is installed transformers puts its
+function in the place of the fallback, GPU or not.
 
 Legend: B = 1 batch, T time, H heads, K key dim, V value dim, D channels, N state size, C chunk.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -86,7 +89,7 @@ def _ssd_ours(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tensor:
 def _ssd_theirs(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tensor:
     from transformers.models.mamba2.modeling_mamba2 import mamba2_chunk_scan
 
-    found = mamba2_chunk_scan(x, dt, A, B, C, chunk_size=256)
+    found = inspect.unwrap(mamba2_chunk_scan)(x, dt, A, B, C, chunk_size=256)
     return found[0] if isinstance(found, tuple) else found
 
 
@@ -100,13 +103,13 @@ def _delta_ours(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_decay: Tensor
 def _gated_delta_theirs(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_decay: Tensor) -> Tensor:
     from transformers.models.qwen3_next.modeling_qwen3_next import torch_chunk_gated_delta_rule
 
-    return torch_chunk_gated_delta_rule(q, k, v, log_decay, beta)[0]
+    return inspect.unwrap(torch_chunk_gated_delta_rule)(q, k, v, log_decay, beta)[0]
 
 
 def _kda_theirs(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_decay: Tensor) -> Tensor:
     from transformers.models.kimi_linear.modeling_kimi_linear import chunk_kimi_delta_attention
 
-    return chunk_kimi_delta_attention(q, k, v, log_decay, beta)[0]
+    return inspect.unwrap(chunk_kimi_delta_attention)(q, k, v, log_decay, beta)[0]
 
 
 # Lightning: MiniMax's layer with everything around the recurrence made the identity.
@@ -197,7 +200,7 @@ def _scan_ours(**inputs: Tensor) -> Tensor:
 def _scan_theirs(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor) -> Tensor:
     from transformers.models.mamba.modeling_mamba import mamba_selective_scan
 
-    found = mamba_selective_scan(u.mT, delta.mT, A, B.mT, C.mT, D)
+    found = inspect.unwrap(mamba_selective_scan)(u.mT, delta.mT, A, B.mT, C.mT, D)
     return (found[0] if isinstance(found, tuple) else found).mT
 
 
@@ -219,7 +222,7 @@ def _conv_ours(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 def _conv_theirs(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     from transformers.models.mamba2.modeling_mamba2 import causal_conv1d_fn
 
-    return causal_conv1d_fn(x.mT, weight, bias, activation="silu").mT
+    return inspect.unwrap(causal_conv1d_fn)(x.mT, weight, bias, activation="silu").mT
 
 
 # Decode steps: T is ignored, one token with a state.
@@ -243,7 +246,9 @@ def _gated_delta_step(
         torch_recurrent_gated_delta_rule,
     )
 
-    return torch_recurrent_gated_delta_rule(q, k, v, log_decay, beta, state, True)[0]
+    return inspect.unwrap(torch_recurrent_gated_delta_rule)(q, k, v, log_decay, beta, state, True)[
+        0
+    ]
 
 
 def _kda_step(
@@ -253,7 +258,7 @@ def _kda_step(
         recurrent_kimi_delta_attention,
     )
 
-    return recurrent_kimi_delta_attention(q, k, v, log_decay, beta, state, True)[0]
+    return inspect.unwrap(recurrent_kimi_delta_attention)(q, k, v, log_decay, beta, state, True)[0]
 
 
 def _ssd_step_inputs(length: int) -> dict[str, Tensor]:
@@ -274,7 +279,7 @@ def _ssd_step_theirs(
     # It updates its state in place; starting from zeros, the first call is the one compared.
     state = state.zero_()
     wide = A[:, None, None].expand(H, V, K)
-    found = mamba2_selective_state_update(
+    found = inspect.unwrap(mamba2_selective_state_update)(
         state.mT, x[:, 0], dt[:, 0, :, None].expand(1, H, V), wide, B[:, 0], C[:, 0]
     )
     return found[:, None]

@@ -11,7 +11,7 @@ def cost(fixed, per_token):
 
 @pytest.mark.parametrize(
     ("fixed", "per_token", "expected"),
-    [(1000, 10, 12), (990, 10, 12), (0, 10, 0), (5, 100, None), (0, 100, None), (1000, 200, None)],
+    [(1000, 10, 12), (990, 10, 12), (0, 10, 1), (5, 100, None), (0, 100, None), (1000, 200, None)],
 )
 def test_the_crossing_is_the_first_context_that_is_cheaper(fixed, per_token, expected):
     full = cost(0, 100)
@@ -20,7 +20,7 @@ def test_the_crossing_is_the_first_context_that_is_cheaper(fixed, per_token, exp
         assert found is None
         return
     sizes = [fixed + per_token * n - 100 * n for n in range(50)]
-    assert found == next((n for n, size in enumerate(sizes) if size < 0 or fixed == 0), None)
+    assert found == next((n for n, size in enumerate(sizes) if size < 0), None)
 
 
 def record(name, items, tokens=10):

@@ -10,7 +10,6 @@ import torch
 from torch.testing import assert_close
 from transformers import DynamicCache, StaticCache
 
-
 MIXERS = {
     "S": {"num_heads": 2, "num_kv_heads": 1},
     "L": {"num_heads": 2},
@@ -238,3 +237,73 @@ def test_eos_ends_a_row_and_pads_it(model, ids):
     out = generate(model, prompt, eos_token_id=eos)
     assert torch.equal(out[0, : first + 1], free[0, : first + 1])
     assert (out[0, first + 1 :] == 0).all()
+
+
+def recording(model):
+    """A cache of which tokens can be taken back."""
+    cache = DynamicCache(config=model.config)
+    cache.activate_past_recording()
+    return cache
+
+
+def test_tokens_taken_back_leave_no_trace(stack, ids):
+    """For every mixer: crops within one forward, across several, two in a row, and of nothing."""
+    x, wrong = ids(1, 20), ids(1, 20, seed=1)
+    with torch.no_grad():
+        expected = stack(x, use_cache=False).logits
+        cache, done = recording(stack), 0
+        for pieces, crops in [
+            ((7,), [3]),
+            ((1, 1, 4), [5]),
+            ((3, 2), [1, 2]),
+            ((2,), [0]),
+            ((), []),
+        ]:
+            for piece in pieces:
+                stack(wrong[:, :piece], past_key_values=cache)
+            for crop in crops:
+                cache.crop(-crop)
+            # whatever was kept of the wrong tokens must go too
+            if kept := sum(pieces) - sum(crops):
+                cache.crop(-kept)
+            out = stack(x[:, done : done + 4], past_key_values=cache).logits
+            assert_close(out, expected[:, done : done + 4], rtol=1e-8, atol=1e-9)
+            done += 4
+
+
+def test_taking_back_more_than_was_recorded_is_refused(model, layout, ids):
+    if layout == "SS":
+        pytest.skip("keys and values can be dropped however many there are")
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(ids(1, 5), past_key_values=cache)
+        cache.activate_past_recording()
+        model(ids(1, 3), past_key_values=cache)
+        cache.crop(-4)
+        with pytest.raises(ValueError, match="more than the 3 tokens"):
+            model(ids(1, 3), past_key_values=cache)
+
+
+def test_padding_is_recorded_too(model, ids):
+    row = ids(1, 6)[0]
+    x, mask = padded([row], "left")
+    x, mask = (torch.nn.functional.pad(y, (3, 0)) for y in (x, mask))
+    cache = recording(model)
+    with torch.no_grad():
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)
+        model(x, attention_mask=mask, position_ids=positions, past_key_values=cache)
+        cache.crop(-2)
+        mask = torch.nn.functional.pad(mask[:, :-2], (0, 3), value=1)
+        tail = ids(1, 3, seed=4)
+        positions = torch.arange(4, 7)[None]
+        out = model(tail, attention_mask=mask, position_ids=positions, past_key_values=cache)
+        alone = model(torch.cat([row[None, :4], tail], dim=1)).logits[:, 4:]
+    assert_close(out.logits, alone, rtol=1e-8, atol=1e-9)
+
+
+def test_a_mixer_that_does_not_record_says_so(model, layout, ids, monkeypatch):
+    if layout == "SS":
+        pytest.skip("no state to record")
+    monkeypatch.setattr("hybrid.cache.LayerCache.resume", lambda *args: None)
+    with pytest.raises(ValueError, match="its mixer does not"):
+        model(ids(1, 3), past_key_values=recording(model))

@@ -99,7 +99,9 @@ def mamba2(w, x):
         y = torch.zeros(H, P, dtype=x.dtype)
         for h in range(H):
             g = h // (H // G)
-            S[h] = math.exp(-dt[h] * math.exp(w["A_log"][h])) * S[h] + dt[h] * torch.outer(v[h], B[g])
+            S[h] = math.exp(-dt[h] * math.exp(w["A_log"][h])) * S[h] + dt[h] * torch.outer(
+                v[h], B[g]
+            )
             y[h] = S[h] @ C[g] + w["D"][h] * v[h]
         z = (y.flatten() * silu(w("gate_proj", u))).reshape(G, -1)
         out.append(w("o_proj", w["norm.weight"] * torch.cat([rms(part) for part in z])))
@@ -153,9 +155,7 @@ def gated_delta_net(w, x):
         dt = softplus(w("decay_proj", u)[h] + w["dt_bias"][h])
         return torch.exp(-torch.exp(w["A_log"][h]) * dt)
 
-    return delta_rule(
-        w, x, gamma, lambda o, w, u: o * silu(w("gate_proj", u)), 4, 2, 4, 5, False
-    )
+    return delta_rule(w, x, gamma, lambda o, w, u: o * silu(w("gate_proj", u)), 4, 2, 4, 5, False)
 
 
 @recurrence("kimi_delta_attention", num_heads=2, head_dim=4, value_head_dim=5, gate_rank=3)
@@ -197,7 +197,9 @@ def additive(w, x, decay, read, H, K, V, scale, conv=False, key=None, query=None
 
 
 @recurrence("gated_linear_attention", num_heads=2, head_dim=4, value_head_dim=5)
-@recurrence("gated_linear_attention", num_heads=2, head_dim=4, value_head_dim=5, conv_size=3, tau=3.0)
+@recurrence(
+    "gated_linear_attention", num_heads=2, head_dim=4, value_head_dim=5, conv_size=3, tau=3.0
+)
 def gated_linear_attention(w, x, conv_size=None, tau=16.0):
     def alpha(u):
         f = heads(w("decay_proj.1", w("decay_proj.0", u)), 2)
@@ -346,7 +348,9 @@ def rg_lru(w, x):
     for u, row in zip(x, rows, strict=True):
 
         def gate(name, row=row):
-            blocks = torch.stack([row[4 * b : 4 * b + 4] @ w[f"{name}.weight"][b] for b in range(3)])
+            blocks = torch.stack(
+                [row[4 * b : 4 * b + 4] @ w[f"{name}.weight"][b] for b in range(3)]
+            )
             return sigmoid(blocks + w[f"{name}.bias"]).flatten()
 
         a = torch.exp(-8 * gate("recurrence_gate") * softplus(w["decay_rate"]))

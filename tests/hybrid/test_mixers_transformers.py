@@ -1,9 +1,15 @@
 """Mixers against the layers of transformers that are meant to be the same, on equal weights.
 
-float32, outputs and the gradient of the input, relative to the standard deviation of theirs.
+float32, outputs and the gradient of the input: root mean square of the difference against the
+standard deviation of theirs.
 """
 
+import importlib
+import importlib.util
+import inspect
 import math
+import sys
+import types
 
 import pytest
 import torch
@@ -22,6 +28,27 @@ from transformers.models.xlstm import modeling_xlstm
 import hybrid
 
 D, TIME = 32, 21
+
+# Not yet in the oldest transformers that this package works with.
+NEWER = ("kimi_linear", "bailing_hybrid")
+for name in NEWER:
+    if importlib.util.find_spec(f"transformers.models.{name}") is not None:
+        importlib.import_module(f"transformers.models.{name}.modeling_{name}")
+
+
+def module_or_skip(name):
+    return pytest.importorskip(f"transformers.models.{name}.modeling_{name}")
+
+
+@pytest.fixture(autouse=True)
+def _their_code_in_pytorch(monkeypatch):
+    """Optional packages that transformers prefers, where installed, want a GPU."""
+    for name, module in list(sys.modules.items()):
+        if not name.startswith("transformers.models.") or ".modeling_" not in name:
+            continue
+        for key, function in list(vars(module).items()):
+            if isinstance(function, types.FunctionType) and function.__module__ == name:
+                monkeypatch.setattr(module, key, inspect.unwrap(function))
 
 
 def layer(cls, config, *args, **kwargs):
@@ -59,17 +86,19 @@ def assert_same(ours, theirs):
     grads = [torch.autograd.grad((y * direction).sum(), x, retain_graph=True)[0] for y in (a, b)]
     for found, expected in ((a, b), grads):
         assert expected.std() > 0
-        assert (found - expected).abs().max() <= 2e-5 * expected.std()
+        error = (found - expected).square().mean().sqrt()
+        assert error <= 1e-5 * expected.std()
 
 
-def rename(theirs, names, drop=()):
+def rename(theirs, names):
     """Their parameters under our names; convolution weights (D, 1, W) become (D, W)."""
     weights = {}
     for name, parameter in theirs.named_parameters():
         for old, new in names.items():
-            name = name.replace(old, new)
+            if name == old or name.startswith(old + "."):
+                name = new + name[len(old) :]
         weights[name] = parameter.squeeze(1) if name.endswith("conv.weight") else parameter
-    return {name: w for name, w in weights.items() if name not in drop}
+    return weights
 
 
 def test_mamba2():
@@ -80,7 +109,7 @@ def test_mamba2():
     theirs = layer(modeling_mamba2.Mamba2Mixer, config, layer_idx=0)
     ours = mixer(
         "mamba2", num_heads=8, head_dim=8, state_size=6, num_groups=2, norm_eps=1e-5,
-        norm_groups=getattr(theirs.norm, "group_size", 64) and 64 // theirs.norm.group_size,
+        norm_groups=64 // theirs.norm.group_size,
     )  # fmt: skip
     load(ours, mamba2_weights(theirs, inner=64, states=12))
     assert_same(ours, theirs)
@@ -107,7 +136,7 @@ def test_mamba2_of_bamba():
     theirs = layer(modeling_bamba.BambaMixer, config, layer_idx=0)
     ours = mixer(
         "mamba2", num_heads=8, head_dim=8, state_size=6, num_groups=2, norm_eps=1e-5,
-        norm_groups=1,
+        norm_groups=64 // theirs.norm.group_size,
     )  # fmt: skip
     load(ours, mamba2_weights(theirs, inner=64, states=12))
     assert_same(ours, theirs)
@@ -125,11 +154,13 @@ def test_mamba_of_falcon():
     config = modeling_falcon_mamba.FalconMambaConfig(
         hidden_size=D, state_size=5, num_hidden_layers=1, mixer_rms_eps=1e-6
     )
-    theirs = layer(modeling_falcon_mamba.FalconMambaMixer, config, layer_idx=0)
+    theirs = layer(modeling_falcon_mamba.FalconMambaMixer, config, 0, False)
     ours = mixer("mamba", state_size=5, inner_norm=True)
     weights = rename(theirs, {"out_proj": "o_proj", "conv1d": "conv"})
     # their norms have no weights
-    load(ours, weights | {f"inner_norms.{i}.weight": torch.ones(n) for i, n in enumerate((2, 5, 5))})
+    load(
+        ours, weights | {f"inner_norms.{i}.weight": torch.ones(n) for i, n in enumerate((2, 5, 5))}
+    )
     assert_same(ours, theirs)
 
 
@@ -151,9 +182,7 @@ def test_gated_delta_net_of_qwen3_next():
         linear_value_head_dim=8, linear_conv_kernel_dim=4, num_hidden_layers=1,
     )  # fmt: skip
     theirs = layer(modeling_qwen3_next.Qwen3NextGatedDeltaNet, config, layer_idx=0)
-    ours = mixer(
-        "gated_delta_net", num_heads=4, num_key_heads=2, head_dim=6, value_head_dim=8
-    )
+    ours = mixer("gated_delta_net", num_heads=4, num_key_heads=2, head_dim=6, value_head_dim=8)
     weights = rename(theirs, {"out_proj": "o_proj", "conv1d": "conv"})
     # rows come key head by key head: [q, k, v, z] and [beta, a]
     fused = weights.pop("in_proj_qkvz.weight").view(2, -1, D).split([6, 6, 16, 16], dim=1)
@@ -169,9 +198,9 @@ def test_gated_delta_net_of_qwen3_next():
 def test_gated_delta_net_of_olmo_hybrid():
     config = modeling_olmo_hybrid.OlmoHybridConfig(
         hidden_size=D, linear_num_value_heads=2, linear_num_key_heads=2, linear_key_head_dim=6,
-        linear_value_head_dim=8, linear_conv_kernel_dim=4, num_hidden_layers=1,
-        layer_types=["linear_attention"], linear_allow_neg_eigval=True, rms_norm_eps=1e-6,
-        num_attention_heads=4,
+        linear_value_head_dim=8, linear_conv_kernel_dim=4, num_hidden_layers=2,
+        layer_types=["linear_attention", "full_attention"], linear_allow_neg_eigval=True,
+        rms_norm_eps=1e-6, num_attention_heads=4,
     )  # fmt: skip
     theirs = layer(modeling_olmo_hybrid.OlmoHybridGatedDeltaNet, config, layer_idx=0)
     ours = mixer(
@@ -180,10 +209,15 @@ def test_gated_delta_net_of_olmo_hybrid():
     )  # fmt: skip
     weights = rename(
         theirs,
-        {"b_proj": "beta_proj", "a_proj": "decay_proj", "g_proj": "gate_proj", "o_norm": "norm"},
+        {
+            "b_proj": "beta_proj",
+            "a_proj": "decay_proj",
+            "g_proj": "gate_proj",
+            "o_norm": "norm",
+            "conv1d": "conv",
+        },
     )
-    convolutions = [weights.pop(f"{n}_conv1d.weight").squeeze(1) for n in "qkv"]
-    load(ours, weights | {"conv.weight": torch.cat(convolutions)})
+    load(ours, weights)
     assert_same(ours, theirs)
 
 
@@ -194,7 +228,7 @@ KDA = {
 
 
 def test_kimi_delta_attention_of_kimi_linear():
-    modeling = pytest.importorskip("transformers.models.kimi_linear.modeling_kimi_linear")
+    modeling = module_or_skip("kimi_linear")
     config = modeling.KimiLinearConfig(
         hidden_size=D, linear_num_heads=2, linear_head_dim=8, linear_conv_kernel_dim=4,
         num_hidden_layers=1, rms_norm_eps=1e-6, layer_types=["linear_attention"],
@@ -212,7 +246,7 @@ def test_kimi_delta_attention_of_kimi_linear():
 
 @pytest.mark.parametrize("bounded", [True, False])
 def test_kimi_delta_attention_of_bailing_hybrid(bounded):
-    modeling = pytest.importorskip("transformers.models.bailing_hybrid.modeling_bailing_hybrid")
+    modeling = module_or_skip("bailing_hybrid")
     config = modeling.BailingHybridConfig(
         hidden_size=D, linear_num_heads=2, linear_head_dim=8, linear_conv_kernel_dim=4,
         num_hidden_layers=1, rms_norm_eps=1e-6, layer_types=["linear_attention"],
@@ -247,8 +281,10 @@ def test_rg_lru_of_recurrent_gemma():
     ours = mixer("rg_lru", num_heads=4)
     names = {
         "linear_x": "x_proj", "linear_y": "gate_proj", "linear_out": "o_proj", "conv_1d": "conv",
-        "rg_lru.recurrent_param": "decay_rate", "rg_lru.input_gate_": "input_gate.",
-        "rg_lru.recurrent_gate_": "recurrence_gate.",
+        "rg_lru.recurrent_param": "decay_rate", "rg_lru.input_gate_weight": "input_gate.weight",
+        "rg_lru.input_gate_bias": "input_gate.bias",
+        "rg_lru.recurrent_gate_weight": "recurrence_gate.weight",
+        "rg_lru.recurrent_gate_bias": "recurrence_gate.bias",
     }  # fmt: skip
     load(ours, rename(theirs, names))
     positions = torch.arange(TIME)[None].expand(2, -1)
@@ -264,7 +300,7 @@ def test_lightning_attention_of_minimax(layer_idx):
     theirs = layer(modeling_minimax.MiniMaxLightningAttention, config, layer_idx=layer_idx)
     ours = mixer("lightning_attention", layers=4, layer_idx=layer_idx, num_heads=4)
     weights = rename(
-        theirs, {"out_proj": "o_proj", "output_gate": "gate_proj", "norm.": "norm.norm."}
+        theirs, {"out_proj": "o_proj", "output_gate": "gate_proj", "norm": "norm.norm"}
     )
     # rows come head by head: [q, k, v]
     fused = weights.pop("qkv_proj.weight").view(4, 3, 8, D).unbind(1)
@@ -301,7 +337,7 @@ def test_time_steps_start_where_mamba_has_them():
     """softplus(dt_bias) log-uniform in [1e-3, 0.1]: the mean of its log is that of the bounds."""
     ours = mixer("mamba", inner_size=4096, state_size=2)
     dt = torch.nn.functional.softplus(ours.dt_proj.bias)
-    assert 1e-3 <= dt.min()
+    assert dt.min() >= 1e-3
     assert dt.max() <= 0.1 * (1 + 1e-5)
     middle = (math.log(1e-3) + math.log(0.1)) / 2
     spread = (math.log(0.1) - math.log(1e-3)) / math.sqrt(12)

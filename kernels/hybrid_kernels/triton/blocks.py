@@ -132,20 +132,30 @@ def strictly_lower(C: tl.constexpr):
 
 
 @triton.jit
-def straddle(size: tl.constexpr, C: tl.constexpr):
-    """Mask of the pairs (i, j) whose split point at this level has j above it and i below."""
+def straddle(size, C: tl.constexpr):
+    """Mask of the pairs (i, j) whose split point at this level has j above it and i below.
+
+    The split points of a level lie in the middle of every ``2 * size`` rows.
+    """
     o_i = tl.arange(0, C)[:, None] // size
     o_j = tl.arange(0, C)[None, :] // size
     return (o_i % 2 == 1) & (o_j + 1 == o_i)
 
 
 @triton.jit
-def blockwise_sum(
-    b_x, size: tl.constexpr, C: tl.constexpr, BD: tl.constexpr, REVERSE: tl.constexpr
-):
-    """Running sum down the rows that starts anew every ``size`` rows."""
-    b_cut = tl.reshape(b_x, (C // size, size, BD))
-    return tl.reshape(tl.cumsum(b_cut, axis=1, reverse=REVERSE), (C, BD))
+def widen(b_low, b_up, b_all, size, C: tl.constexpr, BD: tl.constexpr):
+    """Go from the decays of one level to those of the next, with blocks twice as large.
+
+    Of each row: ``b_low``, the decay from its block's start up to it; ``b_up``, from it to its
+    block's end; ``b_all``, of its whole block. At the first level a block is one row: exp(g), 1,
+    exp(g). All are products of numbers of at most 1, nothing is divided.
+    """
+    o_r = tl.arange(0, C)[:, None]
+    b_other = tl.gather(b_all, tl.broadcast_to(o_r ^ size, (C, BD)), axis=0)
+    m_second = (o_r // size) % 2 == 1
+    b_low = tl.where(m_second, b_low * b_other, b_low)
+    b_up = tl.where(m_second, b_up, b_up * b_other)
+    return b_low, b_up, b_all * b_other
 
 
 @triton.jit
@@ -167,22 +177,9 @@ def scalar_factors(p_g, start, rows, i_h, H, C: tl.constexpr):
 
 @triton.jit
 def vector_factors(p_g, start, rows, i_h, H, K, k0, C: tl.constexpr, BK: tl.constexpr):
-    """Return (g, g of the next row, and the three decays of ``scalar_factors``) for BK keys."""
+    """Return g and the three decays of ``scalar_factors`` for BK keys."""
     b_g = load_rows(p_g, start, rows, i_h, H, K, k0, C, BK)
     b_next = load_rows(p_g, start + 1, tl.minimum(rows, C) - 1, i_h, H, K, k0, C, BK)
     b_read = tl.exp(tl.cumsum(b_g, axis=0))
     b_write = tl.exp(tl.cumsum(b_next, axis=0, reverse=True))
-    return b_g, b_next, b_read, b_write, tl.exp(tl.sum(b_g, axis=0))
-
-
-@triton.jit
-def level_factors(b_g, b_next, size: tl.constexpr, C: tl.constexpr, BK: tl.constexpr):
-    """Return the decays from a split point to each row below it, and to it from each row above.
-
-    The split points of a level lie every ``2 * size`` rows, so that the two factors of a pair of
-    rows that straddles one multiply to its decay.
-    """
-    m_same = ((tl.arange(0, C) + 1) % size != 0)[:, None]
-    b_low = blockwise_sum(b_g, size, C, BK, False)
-    b_up = blockwise_sum(tl.where(m_same, b_next, 0.0), size, C, BK, True)
-    return tl.exp(b_low), tl.exp(b_up)
+    return b_g, b_read, b_write, tl.exp(tl.sum(b_g, axis=0))

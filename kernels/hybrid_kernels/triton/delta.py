@@ -57,7 +57,7 @@ def inverse_kernel(
         b_solved = tl.sum(b_row[:, :, None] * b_small, axis=1)
         b_small = tl.where(m_row, b_small - b_solved[:, None, :], b_small)
     b_x = tl.reshape(tl.where(m_block, b_small[:, :, None, :], 0.0), (C, C))
-    for merge in tl.static_range(MERGES):
+    for merge in range(0, MERGES):
         b_below = tl.where(straddle(16 << merge, C), b_strict, 0.0)
         b_left = product(b_x, b_below, tl.float32, PRECISION)
         b_x -= product(b_left, b_x, tl.float32, PRECISION)
@@ -114,7 +114,7 @@ def new_values_kernel(
     for k0 in range(0, K, BK):
         b_k = load_rows(p_k, row, rows, i_h // (H // HK), HK, K, k0, C, BK)
         if VECTOR:
-            _, _, b_read, _, _ = vector_factors(p_g, row, rows, i_h, H, K, k0, C, BK)
+            _, b_read, _, _ = vector_factors(p_g, row, rows, i_h, H, K, k0, C, BK)
             b_k *= b_read
         b_w = product(b_inverse, b_k, DOT, PRECISION)
         store_rows(p_w, b_w, row, rows, i_h, H, K, k0, C, BK)

@@ -15,7 +15,6 @@ import triton
 import triton.language as tl
 
 from hybrid_kernels.triton.blocks import (
-    level_factors,
     load_column,
     load_rows,
     load_tile,
@@ -29,11 +28,12 @@ from hybrid_kernels.triton.blocks import (
     straddle,
     strictly_lower,
     vector_factors,
+    widen,
 )
 
 
 @triton.jit
-def sum_after(b_x, size: tl.constexpr, C: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr):
+def sum_after(b_x, size, C: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr):
     """Sum each row and all after it in its block of ``size`` rows; as a product, for speed."""
     m_same = (tl.arange(0, C) // size)[:, None] == (tl.arange(0, C) // size)[None, :]
     b_ones = tl.where(m_same & (tl.arange(0, C)[:, None] <= tl.arange(0, C)[None, :]), 1.0, 0.0)
@@ -42,7 +42,7 @@ def sum_after(b_x, size: tl.constexpr, C: tl.constexpr, DOT: tl.constexpr, PRECI
 
 @triton.jit
 def sum_before(
-    b_x, size: tl.constexpr, C: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr
+    b_x, size, C: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr
 ):
     """Sum all rows before each in its block of ``size`` rows."""
     m_same = (tl.arange(0, C) // size)[:, None] == (tl.arange(0, C) // size)[None, :]
@@ -65,7 +65,7 @@ def level_backward(
     b_k,
     b_low,
     b_up,
-    size: tl.constexpr,
+    size,
     C: tl.constexpr,
     DOT: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -181,7 +181,7 @@ def keys_backward_kernel(
         b_dg += tl.sum(b_dtotal, axis=0) * total
         store_column(p_dg + part, b_dg, row, rows, i_h, H, C)
     if VECTOR:
-        b_g, b_next, b_read, b_write, b_total = vector_factors(p_g, row, rows, i_h, H, K, k0, C, BK)
+        b_g, b_read, b_write, b_total = vector_factors(p_g, row, rows, i_h, H, K, k0, C, BK)
         b_dq *= b_read
         b_dk *= b_write
         b_reads = b_q * b_dq
@@ -191,11 +191,13 @@ def keys_backward_kernel(
         b_dg = sum_after(b_reads, C, C, DOT, PRECISION) + (b_dtotal * b_total)[None, :]
         b_dg += sum_before(b_k * b_dk, C, C, DOT, PRECISION)
         m_diagonal = tl.arange(0, C)[:, None] == tl.arange(0, C)[None, :]
+        b_low = tl.exp(b_g)
+        b_all = b_low
+        b_up = tl.full((C, BK), 1.0, dtype=tl.float32)
         b_same = tl.sum(tl.where(m_diagonal, b_dpairs, 0.0), axis=1)[:, None]
         b_dq += b_same * b_k
         b_dk += b_same * b_q
-        for level in tl.static_range(LEVELS):
-            b_low, b_up = level_factors(b_g, b_next, 1 << level, C, BK)
+        for level in range(0, LEVELS):
             b_dq_l, b_dk_l, b_dg_l = level_backward(
                 b_dpairs, b_q, b_k, b_low, b_up, 1 << level, C, DOT, PRECISION
             )
@@ -209,6 +211,7 @@ def keys_backward_kernel(
                 b_dr += b_dr_l
                 b_dk += b_dk_l
                 b_dg += b_dg_l
+            b_low, b_up, b_all = widen(b_low, b_up, b_all, 1 << level, C, BK)
         store_rows(p_dg, b_dg, row, rows, i_h, H, K, k0, C, BK)
     else:
         b_dq += product(b_dpairs, b_k, DOT, PRECISION)

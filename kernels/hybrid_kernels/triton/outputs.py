@@ -68,7 +68,7 @@ def outputs_forward_kernel(
         b_q = load_rows(p_q, row, rows, i_h // (H // HQ), HQ, K, k0, C, BK)
         b_state = load_tile(p_states, i_pair, K, V, k0, v0, BK, BV)
         if VECTOR:
-            _, _, b_read, _, _ = vector_factors(p_g, row, rows, i_h, H, K, k0, C, BK)
+            _, b_read, _, _ = vector_factors(p_g, row, rows, i_h, H, K, k0, C, BK)
             b_q *= b_read
         else:
             b_k = load_rows(p_k, row, rows, i_h // (H // HK), HK, K, k0, C, BK)
@@ -138,7 +138,7 @@ def values_backward_kernel(
             b_pairs += product(b_q, tl.trans(b_k), DOT, PRECISION)
         if STATES:
             if VECTOR:
-                _, _, _, b_write, _ = vector_factors(p_g, row, rows, i_h, H, K, k0, C, BK)
+                _, _, b_write, _ = vector_factors(p_g, row, rows, i_h, H, K, k0, C, BK)
                 b_k *= b_write
             b_dstate = load_tile(p_dstates, i_pair, K, V, k0, v0, BK, BV)
             b_dv += product(b_k, b_dstate, DOT, PRECISION)

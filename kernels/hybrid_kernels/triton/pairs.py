@@ -14,7 +14,6 @@ import triton
 import triton.language as tl
 
 from hybrid_kernels.triton.blocks import (
-    level_factors,
     load_column,
     load_rows,
     locate,
@@ -23,7 +22,7 @@ from hybrid_kernels.triton.blocks import (
     store_tile,
     straddle,
     strictly_lower,
-    vector_factors,
+    widen,
 )
 
 
@@ -69,10 +68,11 @@ def pairs_kernel(
         b_k = load_rows(p_k, row, rows, i_h // (H // HK), HK, K, k0, C, BK)
         if VECTOR:
             b_q = load_rows(p_q, row, rows, i_h // (H // HQ), HQ, K, k0, C, BK)
-            b_g, b_next, _, _, _ = vector_factors(p_g, row, rows, i_h, H, K, k0, C, BK)
             b_diagonal += tl.sum(b_q * b_k, axis=1)
-            for level in tl.static_range(LEVELS):
-                b_low, b_up = level_factors(b_g, b_next, 1 << level, C, BK)
+            b_all = tl.exp(load_rows(p_g, row, rows, i_h, H, K, k0, C, BK))
+            b_low = b_all
+            b_up = tl.full((C, BK), 1.0, dtype=tl.float32)
+            for level in range(0, LEVELS):
                 m_level = straddle(1 << level, C)
                 b_write = tl.trans(b_k * b_up)
                 b_pairs += tl.where(m_level, product(b_q * b_low, b_write, DOT, PRECISION), 0.0)
@@ -80,6 +80,7 @@ def pairs_kernel(
                     b_strict += tl.where(
                         m_level, product(b_k * b_low, b_write, DOT, PRECISION), 0.0
                     )
+                b_low, b_up, b_all = widen(b_low, b_up, b_all, 1 << level, C, BK)
         else:
             b_strict += product(b_k, tl.trans(b_k), DOT, PRECISION)
     if VECTOR:

@@ -85,7 +85,7 @@ def states_forward_kernel(
             b_k *= b_write[:, None]
             b_state *= total
         if VECTOR:
-            _, _, _, b_write, b_total = vector_factors(p_g, row, rows, i_h, H, K, k0, C, BK)
+            _, _, b_write, b_total = vector_factors(p_g, row, rows, i_h, H, K, k0, C, BK)
             b_k *= b_write
             b_state *= b_total[:, None]
         b_state += product(tl.trans(b_k), b_v, DOT, PRECISION)
@@ -152,7 +152,7 @@ def states_backward_kernel(
             if DELTA:
                 b_k *= b_write[:, None]
         if VECTOR:
-            _, _, b_read, b_write, b_total = vector_factors(p_g, row, rows, i_h, H, K, k0, C, BK)
+            _, b_read, b_write, b_total = vector_factors(p_g, row, rows, i_h, H, K, k0, C, BK)
             b_q *= b_read
             b_carried *= b_total[:, None]
             if DELTA:

@@ -1,0 +1,66 @@
+"""The table of all mixers, `docs/mixers.md`: `python -m hybrid.mixers.table > docs/mixers.md`."""
+
+from __future__ import annotations
+
+import torch
+
+from hybrid.config import HybridConfig
+from hybrid.plan import Plan, plan
+from hybrid.registry import mixers
+
+HIDDEN_SIZE, CONTEXT = 1024, 4096
+
+HEAD = f"""# Mixers
+
+Made from the registry by `python -m hybrid.mixers.table`; a test keeps the two the same.
+
+The state of a linear mixer follows S_t = G_t * S_(t-1) + v_t k_t^T, read as o_t = S_t q_t, but where
+the formula says otherwise. Sizes and costs are those of one layer with default options at
+D = {HIDDEN_SIZE}, without a feed-forward: its parameters; the forward FLOPs of a token, a mean over
+{CONTEXT} tokens, projections included; elements of fixed size in the cache; elements that the cache
+grows by per token.
+
+| symbol | mixer | formula | paper | parameters | FLOPs per token | state | per token | used by |
+|---|---|---|---|---|---|---|---|---|
+"""
+
+
+def markdown() -> str:
+    """The whole page."""
+    return HEAD + "".join(_row(name) for name in _ours())
+
+
+def _ours() -> list[str]:
+    """Mixers of this package, those with a symbol first, in the order of registration."""
+    names = [n for n in mixers.names() if mixers.get(n).__module__.startswith("hybrid.mixers.")]
+    return sorted(names, key=lambda name: mixers.get(name).symbol is None)
+
+
+def _row(name: str) -> str:
+    cls = mixers.get(name)
+    cost = _cost(name)
+    state = cost.state_bytes // 4  # weights and states alike are counted in float32
+    cells = [
+        f"`{cls.symbol}`" if cls.symbol else "",
+        f"`{name}`",
+        f"`{cls.formula}`",
+        cls.paper,
+        f"{cost.parameters - cost.embedding_parameters:,}",
+        f"{cost.flops_per_token:,.0f}",
+        f"{state:,}",
+        f"{cost.kv_bytes_per_token // 4:,}",
+        cls.used_by,
+    ]
+    return f"| {' | '.join(cells)} |\n"
+
+
+def _cost(name: str) -> Plan:
+    """The plan of one layer of the mixer; a vocabulary of one token adds next to nothing."""
+    config = HybridConfig(
+        layout="Q", ffn="", hidden_size=HIDDEN_SIZE, vocab_size=1, mixers={"Q": {"type": name}}
+    )
+    return plan(config, context=CONTEXT, dtype=torch.float32)
+
+
+if __name__ == "__main__":
+    print(markdown(), end="")
