@@ -13,6 +13,9 @@ AUTO_MAP = {
     "AutoModelForCausalLM": "modeling_hybrid.HybridForCausalLM",
 }
 
+# What `save_pretrained(..., push_to_hub=True)` hands on to `push_to_hub`.
+PUSH_OPTIONS = ("repo_id", "commit_message", "private", "token", "revision", "create_pr")
+
 # transformers copies these next to its own modules and imports them there; they hold no model code,
 # so the checkpoint always runs the installed version of the package.
 _LOADING_FILE = '''"""Loads this checkpoint through the package `{distribution}`."""

@@ -5,6 +5,7 @@ Shapes: B batch, T time, D model dim, V vocabulary.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -184,11 +185,17 @@ class HybridPreTrainedModel(PreTrainedModel):
         elif isinstance(module, (Mixer, FeedForward)):
             module.init_parameters(std)
 
-    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+    def save_pretrained(
+        self, save_directory: Any, is_main_process: bool = True, *args: Any, **kwargs: Any
+    ) -> None:
         """As transformers', and two small files by which `trust_remote_code=True` finds this package."""
-        super().save_pretrained(save_directory, *args, **kwargs)
-        if kwargs.get("is_main_process", True):
+        push = kwargs.pop("push_to_hub", False)
+        hub_options = {k: kwargs.pop(k) for k in hub.PUSH_OPTIONS if push and k in kwargs}
+        super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
+        if is_main_process:
             hub.add_loading_files(save_directory)
+        if push and is_main_process:  # it saves anew, with the two files this time, and uploads
+            self.push_to_hub(**{"repo_id": Path(save_directory).name, **hub_options})
 
 
 class HybridModel(HybridPreTrainedModel):
@@ -225,9 +232,9 @@ class HybridModel(HybridPreTrainedModel):
     @capture_outputs
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
@@ -355,12 +362,12 @@ class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):
     @can_return_tuple
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
-        labels: torch.LongTensor | None = None,
+        labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs: Any,

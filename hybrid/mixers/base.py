@@ -170,7 +170,7 @@ class ShortConvolution(nn.Module):
             cu_seqlens=cu_seqlens,
             output_final_state=cache is not None,
         )
-        if cache is not None:
+        if cache is not None and tail is not None:
             cache.set_conv_state(tail)
         return y
 
@@ -280,7 +280,7 @@ class LinearMixer(StateMixer):
         cu_seqlens: torch.Tensor | None,
         cache: LayerCache | None,
         carry: Callable[[torch.Tensor], torch.Tensor] | None = None,
-        **gates: torch.Tensor,
+        **gates: Any,
     ) -> torch.Tensor:
         """The op, continuing from and writing to the cache slot where there is one: o (B, T, H, V).
 
@@ -296,7 +296,7 @@ class LinearMixer(StateMixer):
             cu_seqlens=cu_seqlens,
             output_final_state=cache is not None,
         )
-        if cache is not None:
+        if cache is not None and state is not None:
             cache.set_recurrent_state(state if carry is None else carry(state))
         return o
 
@@ -316,7 +316,7 @@ class LinearMixer(StateMixer):
         """Activations or normalisation of q, k, v; none by default."""
         return q, k, v
 
-    def gates(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+    def gates(self, x: torch.Tensor) -> dict[str, Any]:
         """`log_decay` and `beta` of the op, from x (B, T, D); none by default."""
         return {}
 

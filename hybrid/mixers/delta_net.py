@@ -101,7 +101,7 @@ class DeltaRuleMixer(LinearMixer):
             q, k, v = F.silu(q), F.silu(k), F.silu(v)
         return l2_normalize(q), l2_normalize(k), v
 
-    def gates(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+    def gates(self, x: torch.Tensor) -> dict[str, Any]:
         """beta (B, T, H)."""
         beta = torch.sigmoid(wide(self.beta_proj(x)))
         return {"beta": 2 * beta if self.options.negative_eigenvalues else beta}

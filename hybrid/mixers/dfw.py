@@ -69,7 +69,7 @@ class DecayingFastWeights(LinearMixer):
              "output_norm": "head", "bias": True},
         ]  # fmt: skip
 
-    def gates(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+    def gates(self, x: torch.Tensor) -> dict[str, Any]:
         """log alpha (B, T, H, K) and log beta (B, T, H, V)."""
         alpha, beta = (
             F.logsigmoid(wide(proj(x))).unflatten(-1, (self.num_heads, -1))

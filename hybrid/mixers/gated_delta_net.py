@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -45,7 +45,7 @@ class GatedDeltaNet(DeltaRuleMixer):
         init_log_uniform(self.A_log, 0.01, 16.0)  # away from 0, whose log is -inf
         init_time_step(self.dt_bias)
 
-    def gates(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+    def gates(self, x: torch.Tensor) -> dict[str, Any]:
         """beta and log gamma, both (B, T, H)."""
         log_decay = softplus_log_decay(self.decay_proj(x), self.dt_bias, self.A_log)
         return {**super().gates(x), "log_decay": log_decay}

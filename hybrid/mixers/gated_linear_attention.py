@@ -75,7 +75,7 @@ class GatedLinearAttention(LinearMixer):
             {"num_heads": 3, "head_dim": 5, "value_head_dim": 7, "conv_size": 4, "tau": 2.0},
         ]
 
-    def gates(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+    def gates(self, x: torch.Tensor) -> dict[str, Any]:
         """log alpha (B, T, H, K)."""
         f = wide(self.decay_proj(x)).unflatten(-1, (self.num_heads, -1))
         return {"log_decay": F.logsigmoid(f) / self.options.tau}

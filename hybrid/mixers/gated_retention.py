@@ -60,6 +60,6 @@ class GatedRetention(RotatedLinearMixer):
             {"num_heads": 3, "head_dim": 5, "value_head_dim": 7, "rope_theta": None, "tau": 2.0},
         ]
 
-    def gates(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+    def gates(self, x: torch.Tensor) -> dict[str, Any]:
         """log gamma (B, T, H)."""
         return {"log_decay": F.logsigmoid(wide(self.decay_proj(x))) / self.options.tau}

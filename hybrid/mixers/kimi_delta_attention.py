@@ -103,7 +103,7 @@ class KimiDeltaAttention(DeltaRuleMixer):
         init_log_uniform(self.A_log, 1.0, 16.0)
         init_time_step(self.dt_bias)
 
-    def gates(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+    def gates(self, x: torch.Tensor) -> dict[str, Any]:
         """beta (B, T, H) and log alpha (B, T, H, K)."""
         f = self.decay_proj(x).unflatten(-1, (self.num_heads, -1))
         bias, rate = self.dt_bias.unflatten(0, (self.num_heads, -1)), self.A_log.unsqueeze(-1)

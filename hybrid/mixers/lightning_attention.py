@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
 from transformers import initialization as init
 
-from hybrid.mixers.base import (
-    FEATURE_MAPS,
-    LinearMixer,
-    MixerOptions,
-    OutputNorm,
-    conv_problems,
-    head_problems,
-)
+from hybrid.mixers.base import FEATURE_MAPS, LinearMixer, OutputNorm
+from hybrid.mixers.parts import HeadOptions, positive
 from hybrid.precision import Float32Buffers
 from hybrid.registry import register_mixer
 
@@ -25,12 +19,12 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class LinearAttentionOptions(MixerOptions):
+class LinearAttentionOptions(HeadOptions):
     """Options that the plain linear mixers share.
 
     Attributes:
         num_heads: H; default D / 64, at least 1.
-        head_dim: key dim K; default D / H.
+        head_dim: key dim K; default V, or D / H.
         value_head_dim: value dim V; default K.
         feature_map: what q and k go through.
         conv_size: width of a short causal convolution on q, k, v; null for none.
@@ -41,9 +35,6 @@ class LinearAttentionOptions(MixerOptions):
         bias: biases on the projections.
     """
 
-    num_heads: int | None = None
-    head_dim: int | None = None
-    value_head_dim: int | None = None
     feature_map: Literal["identity", "silu", "relu", "elu+1"] = "silu"
     conv_size: int | None = None
     output_norm: Literal["layer", "head"] = "layer"
@@ -51,27 +42,9 @@ class LinearAttentionOptions(MixerOptions):
     output_gate: bool = True
     bias: bool = False
 
-    def complete(self, hidden_size: int) -> LinearAttentionOptions:
-        """Fill in heads and dims."""
-        heads = self.num_heads
-        if heads is None:
-            heads = max(1, hidden_size // (self.head_dim or 64))
-        head_dim = hidden_size // max(1, heads) if self.head_dim is None else self.head_dim
-        value_dim = head_dim if self.value_head_dim is None else self.value_head_dim
-        return replace(self, num_heads=heads, head_dim=head_dim, value_head_dim=value_dim)
-
     def problems(self, config: HybridConfig) -> list[str]:
         """Sizes that do not fit together."""
-        done = self.complete(config.hidden_size)
-        lines = head_problems(
-            config.hidden_size,
-            done.num_heads,
-            head_dim=self.head_dim,
-            value_head_dim=self.value_head_dim,
-        )
-        if self.output_norm_eps is not None and self.output_norm_eps <= 0:
-            lines.append(f"output_norm_eps: must be greater than 0, found {self.output_norm_eps}")
-        return lines + conv_problems(self.conv_size)
+        return super().problems(config) + positive(output_norm_eps=self.output_norm_eps)
 
 
 class PlainLinearAttention(LinearMixer):
@@ -81,7 +54,7 @@ class PlainLinearAttention(LinearMixer):
         self, options: LinearAttentionOptions, config: HybridConfig, layer_idx: int
     ) -> None:
         super().__init__(options, config, layer_idx)
-        heads, key_dim, value_dim = options.num_heads, options.head_dim, options.value_head_dim
+        heads, key_dim, value_dim = options.sizes
         self.build(heads, key_dim, value_dim, options.conv_size, options.bias)
         eps = config.norm_eps if options.output_norm_eps is None else options.output_norm_eps
         self.norm = OutputNorm(options.output_norm, heads, value_dim, eps)
@@ -162,6 +135,6 @@ class LightningAttention(Float32Buffers, PlainLinearAttention):
         phi = FEATURE_MAPS[self.options.feature_map]
         return phi(q), phi(k), phi(v)
 
-    def gates(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+    def gates(self, x: torch.Tensor) -> dict[str, Any]:
         """The fixed log decay, (H,)."""
         return {"log_decay": self.log_decay}

@@ -145,7 +145,7 @@ class Mamba(StateMixer):
             cu_seqlens=cu_seqlens,
             output_final_state=cache is not None,
         )
-        if cache is not None:
+        if cache is not None and state is not None:
             cache.set_recurrent_state(state)
         return self.o_proj(y * F.silu(z))
 

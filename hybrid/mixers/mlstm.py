@@ -144,7 +144,7 @@ class MLSTM(LinearMixer):
             cu_seqlens=cu_seqlens,
             output_final_state=cache is not None,
         )
-        if cache is not None:
+        if cache is not None and state is not None:
             column = m_last[..., None, None].expand(*state.shape[:-1], 1)
             cache.set_recurrent_state(torch.cat([state, column.to(state.dtype)], dim=-1))
         h, n = wide(o).split([self.value_dim, 1], dim=-1)

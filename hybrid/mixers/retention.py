@@ -84,7 +84,7 @@ class RotatedLinearMixer(Float32Buffers, LinearMixer):
         cu_seqlens: torch.Tensor | None,
         cache: LayerCache | None,
         carry: Any = None,
-        **gates: torch.Tensor,
+        **gates: Any,
     ) -> torch.Tensor:
         """The recurrence with q and k rotated, the state turned back to the last token's frame."""
         if not self.theta.numel():
@@ -148,6 +148,6 @@ class Retention(RotatedLinearMixer):
             },
         ]
 
-    def gates(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+    def gates(self, x: torch.Tensor) -> dict[str, Any]:
         """The fixed log decay, (H,)."""
         return {"log_decay": self.log_decay}

@@ -152,7 +152,7 @@ class RGLRU(StateMixer):
             cu_seqlens=cu_seqlens,
             output_final_state=cache is not None,
         )
-        if cache is not None:
+        if cache is not None and state is not None:
             cache.set_recurrent_state(state)
         gate = F.gelu(self.gate_proj(x), approximate="tanh")
         return self.o_proj(h.flatten(-2).to(x.dtype) * gate)

@@ -101,9 +101,9 @@ class RWKV6(LinearMixer):
         inner = torch.arange(self.bonus.numel())
         share = inner / max(1, self.bonus.numel() - 1)
         init.copy_(self.decay_base, -6 + 5 * share ** (0.7 + 1.3 * depth))
-        down, up = self.decay_proj
-        init.zeros_(down.weight)
-        init.uniform_(up.weight, -0.01, 0.01)
+        down, up = self.decay_proj.parameters()
+        init.zeros_(down)
+        init.uniform_(up, -0.01, 0.01)
         zigzag = ((inner + 1) % 3 - 1) * 0.1
         bonus = depth * (1 - share) + zigzag
         init.copy_(self.bonus, bonus.view_as(self.bonus))
@@ -144,7 +144,7 @@ class RWKV6(LinearMixer):
             cu_seqlens=cu_seqlens,
             output_final_state=cache is not None,
         )
-        if cache is not None:
+        if cache is not None and last is not None:
             cache.set_conv_state(last)
         return before
 

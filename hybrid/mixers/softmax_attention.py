@@ -10,10 +10,18 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
+from transformers import initialization as init
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
 from hybrid.cache import LayerCache
+from hybrid.mixers.attention import (
+    CAPPED_FUNCTIONS,
+    PLAIN_FUNCTIONS,
+    add_positions,
+    alibi_slopes,
+    capped_attention,
+)
 from hybrid.mixers.base import (
     Mixer,
     MixerOptions,
@@ -22,6 +30,7 @@ from hybrid.mixers.base import (
     head_problems,
     residual_projection,
 )
+from hybrid.mixers.parts import positive
 from hybrid.norms import build_norm
 from hybrid.registry import register_mixer
 from hybrid.rotary import RotaryEmbedding, apply_rotary, rope_problems
@@ -49,6 +58,13 @@ class SoftmaxAttentionOptions(MixerOptions):
         output_bias: bias on the output projection.
         dropout: probability, on the attention weights in training.
         scale: of the logits; default K ** -0.5.
+        output_gate: multiply the output by sigmoid(x W_g), per channel (arXiv 2505.06708; Qwen3-Next).
+        sinks: a learned logit per head that takes part in the softmax and adds nothing (GPT-OSS), so
+            that a head may attend to nothing.
+        soft_cap: logits z become c tanh(z / c) (Gemma 2, arXiv 2408.00118); null for no cap.
+        alibi: add -m_h (t - s) to the logits (arXiv 2108.12409); wants rope_parameters null.
+        nope_every: no positions in every n-th softmax layer of the stack, from the n-th on (RNoPE,
+            arXiv 2501.18795; SmolLM3); null for positions in all.
     """
 
     num_heads: int | None = None
@@ -63,6 +79,11 @@ class SoftmaxAttentionOptions(MixerOptions):
     output_bias: bool = False
     dropout: float = 0.0
     scale: float | None = None
+    output_gate: bool = False
+    sinks: bool = False
+    soft_cap: float | None = None
+    alibi: bool = False
+    nope_every: int | None = None
 
     def complete(self, hidden_size: int) -> SoftmaxAttentionOptions:
         """Fill in heads and dims."""
@@ -95,6 +116,11 @@ class SoftmaxAttentionOptions(MixerOptions):
             lines.append(f"dropout: must be in [0, 1), found {self.dropout}")
         if self.rope_parameters is not None and not lines:
             lines += rope_problems(self.rope_parameters, done.head_dim, config)
+        lines += positive(soft_cap=self.soft_cap, nope_every=self.nope_every)
+        if self.alibi and self.rope_parameters is not None:
+            lines.append("alibi: takes the place of rotary positions; set rope_parameters to null")
+        if self.alibi and (self.sinks or self.soft_cap is not None):
+            lines.append("alibi: does not go with sinks or soft_cap")
         return lines + conv_problems(self.conv_size)
 
 
@@ -130,10 +156,39 @@ class SoftmaxAttention(Mixer):
         self.conv = None
         if options.conv_size:
             self.conv = ShortConvolution(inner + 2 * inner_kv, options.conv_size)
+        self.gate_proj = (
+            nn.Linear(d_model, inner, bias=options.bias) if options.output_gate else None
+        )
+        self.sinks = nn.Parameter(torch.empty(self.num_heads)) if options.sinks else None
+        self.slopes = None
+        if options.alibi:
+            self.slopes = nn.Buffer(self._slopes(), persistent=False)
+        self.has_positions = self._has_positions()
         self.q_norm = self.k_norm = None
         if options.qk_norm:
             sizes = (self.head_dim,) * 2 if options.qk_norm == "head" else (inner, inner_kv)
             self.q_norm, self.k_norm = (build_norm("rmsnorm", n, config.norm_eps) for n in sizes)
+
+    def _slopes(self) -> torch.Tensor:
+        return torch.tensor(alibi_slopes(self.num_heads))
+
+    def _has_positions(self) -> bool:
+        """Whether this is not one of the every n-th softmax layers that go without."""
+        every = self.options.nope_every
+        if every is None:
+            return True
+        kinds = [
+            any(issubclass(self.config.mixer(s)[0], SoftmaxAttention) for s in layer.mixers)
+            for layer in self.config.layers[: self.layer_idx + 1]
+        ]
+        return sum(kinds) % every != 0
+
+    def init_parameters(self, std: float) -> None:
+        """Sinks normal; slopes are a function of the config."""
+        if self.sinks is not None:
+            init.normal_(self.sinks, mean=0.0, std=std)
+        if self.slopes is not None:
+            init.copy_(self.slopes, self._slopes())
 
     @classmethod
     def uses_state(cls, options: SoftmaxAttentionOptions) -> bool:
@@ -142,14 +197,16 @@ class SoftmaxAttention(Mixer):
 
     @classmethod
     def samples(cls) -> list[dict[str, Any]]:
-        """MHA with RoPE; GQA, partial RoPE, QK-norm; MQA without positions; a convolution."""
+        """MHA with RoPE; GQA, partial RoPE, QK-norm, sinks and cap; MQA, ALiBi; a convolution, NoPE."""
         partial = {"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 0.5}
         return [
             {"num_heads": 2},
-            {"num_heads": 4, "num_kv_heads": 2, "rope_parameters": partial, "qk_norm": "head"},
+            {"num_heads": 4, "num_kv_heads": 2, "rope_parameters": partial, "qk_norm": "head",
+             "sinks": True, "soft_cap": 3.0},
             {"num_heads": 3, "num_kv_heads": 1, "head_dim": 10, "rope_parameters": None,
-             "qk_norm": "layer", "bias": True, "output_bias": True},
-            {"num_heads": 2, "num_kv_heads": 1, "conv_size": 3},
+             "qk_norm": "layer", "bias": True, "output_bias": True, "alibi": True},
+            {"num_heads": 2, "num_kv_heads": 1, "conv_size": 3, "output_gate": True,
+             "nope_every": 2},
         ]  # fmt: skip
 
     @classmethod
@@ -182,24 +239,53 @@ class SoftmaxAttention(Mixer):
             convolved = self.conv.split(packed, segments.cu_seqlens, cache)
             q, k, v = (segments.unpack(y, batch, time) for y in convolved)
         q, k, v = self._heads(q, self.q_norm), self._heads(k, self.k_norm), self._heads(v, None)
-        if position_embeddings is not None:
+        if position_embeddings is not None and self.has_positions:
             q, k = apply_rotary(q, k, *position_embeddings)
+        if self.slopes is not None and self.has_positions:
+            positions = kwargs.get("position_ids")
+            if positions is None:
+                positions = torch.arange(time, device=x.device)[None]
+            q, k = add_positions(q, k, positions, self.slopes, self.scaling)
         if cache is not None:
             k, v = cache.update_kv(k, v)
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
-        )
-        o, weights = attend(
-            self,
-            q,
-            k,
-            v,
-            attention_mask,
-            dropout=self.options.dropout if self.training else 0.0,
-            scaling=self.scaling,
-            **kwargs,
-        )
-        return self.o_proj(o.reshape(batch, time, -1)), weights
+        o, weights = self._attend(q, k, v, attention_mask, kwargs)
+        o = o.reshape(batch, time, -1)
+        if self.gate_proj is not None:
+            o = o * torch.sigmoid(self.gate_proj(x))
+        return self.o_proj(o), weights
+
+    def _attend(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        mask: torch.Tensor | None,
+        kwargs: dict[str, Any],
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """o (B, T, H, K) by the attention function of the config, or ours where it lacks something."""
+        name = self.config._attn_implementation or "eager"
+        dropout = self.options.dropout if self.training else 0.0
+        extra: dict[str, Any] = {}
+        if self.sinks is not None or self.options.soft_cap is not None:
+            if name in PLAIN_FUNCTIONS:
+                return capped_attention(
+                    q,
+                    k,
+                    v,
+                    mask,
+                    scaling=self.scaling,
+                    soft_cap=self.options.soft_cap,
+                    sinks=self.sinks,
+                    dropout=dropout,
+                )
+            if name not in CAPPED_FUNCTIONS:
+                raise ValueError(
+                    f"attn_implementation {name!r} knows no sinks and no soft_cap; these do:"
+                    f" {', '.join(PLAIN_FUNCTIONS + CAPPED_FUNCTIONS)}"
+                )
+            extra = {"softcap": self.options.soft_cap, "s_aux": self.sinks}
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention_forward)
+        return attend(self, q, k, v, mask, dropout=dropout, scaling=self.scaling, **extra, **kwargs)
 
     def _heads(self, y: torch.Tensor, norm: nn.Module | None) -> torch.Tensor:
         """(B, T, H * K) -> (B, H, T, K), normalised per layer or per head."""
@@ -215,8 +301,9 @@ class SoftmaxAttention(Mixer):
         return 2.0 * 2.0 * self.num_heads * self.head_dim * (context + 1) / 2
 
     def cache_elements_per_token(self) -> int:
-        """Keys and values."""
-        return 2 * self.num_kv_heads * self.head_dim
+        """Keys and values, and with ALiBi the position, in two numbers, per key head."""
+        positions = 2 if self.slopes is not None and self.has_positions else 0
+        return self.num_kv_heads * (2 * self.head_dim + positions)
 
     def state_elements(self) -> tuple[int, int]:
         """The convolution's."""

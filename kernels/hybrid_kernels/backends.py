@@ -76,14 +76,17 @@ BACKENDS: tuple[Backend, ...] = (
 _BY_NAME = {backend.name: backend for backend in BACKENDS}
 
 
+_MISSING: dict[str, str | None] = {}
+
+
 # A compiler that traces an op takes what is installed for a constant.
 @torch.compiler.assume_constant_result
 def _missing(name: str) -> str | None:
     """Return the first package that a backend requires and that is not installed, or None."""
-    for package in _BY_NAME[name].requires:
-        if importlib.util.find_spec(package) is None:
-            return package
-    return None
+    if name not in _MISSING:
+        absent = (p for p in _BY_NAME[name].requires if importlib.util.find_spec(p) is None)
+        _MISSING[name] = next(absent, None)
+    return _MISSING[name]
 
 
 # The functions of each backend that has been loaded, by name. A compiler can follow a look-up here,

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hybrid_kernels.chunked.layout import load, steps, store
+from hybrid_kernels.chunked.layout import load, split, store, walk_back
 from hybrid_kernels.chunked.pairs import apply_pairs_backward, key_pairs_backward
 from hybrid_kernels.chunked.segment import Problem, Run
 
@@ -39,11 +39,12 @@ def backward(p: Problem, saved: Tensor, do: Tensor, dstate: Tensor, grads: Gradi
         grads: chunks to fill.
     """
     end = saved.shape[0]
+    wanted = grads.key_decay is not None or grads.value_decay is not None
     for segment in reversed(p.layout.segments()):
         rows = segment.width * p.heads
         run = Run(p, segment)
         run.pass_states(saved[end - rows : end].clone())
-        step = _Pass(run, do[segment.lead])
+        step = _Pass(run, do[segment.lead], wanted)
         step.pass_states(dstate)
         step.pass_pairs()
         step.store_rows(grads)
@@ -56,13 +57,14 @@ class _Pass:
 
     Attributes (b leading):
         do: (C, r V) the output's gradient times scale and the values' read factor.
-        dsums: (K, r V) gradient of what a chunk adds to its decayed (exact) or undecayed state.
+        dends: (K, r V) gradient of the states after each chunk; then, of what rows write there.
         dwritten: (C, r V) gradient of what the delta rule writes.
     """
 
-    def __init__(self, run: Run, do: Tensor):
+    def __init__(self, run: Run, do: Tensor, decays_wanted: bool):
         p = run.p
         self.run, self.p, self.chunk, self.lead = run, p, p.layout.chunk, run.segment.lead
+        self.decays_wanted = decays_wanted
         self.queries = run.read[:, : self.chunk]
         factor = run.value_factor("read", p.scale)
         self.do = load(do, p.dtype, factor).flatten(2)
@@ -71,25 +73,38 @@ class _Pass:
 
     def pass_states(self, dstate: Tensor) -> None:
         """Walk the states' gradient backwards; ``dstate`` becomes that before the segment."""
-        run, p = self.run, self.p
+        run, segment, heads = self.run, self.run.segment, self.p.heads
         dreads = torch.bmm(self.queries.mT, self.do)
-        self.dsums = torch.empty_like(dreads)
+        self.dends = torch.empty_like(dreads)
+        dreads = split(dreads, segment, heads)
+        totals = None if run.total is None else split(run.total, segment, heads)
         if run.delta:
             self.dwritten = torch.bmm(run.pairs[:, : self.chunk].mT, self.do)
-        for rows, width, _, _ in reversed(list(steps(run.segment, p.heads))):
-            after, dsum = dstate[:width], self.dsums[rows]
-            total = None if run.total is None else run.total[rows]
-            if total is None or p.exact:
-                dsum.copy_(after)
+            dwritten, carry = split(self.dwritten, segment, heads), split(run.carry, segment, heads)
+            erase = split(run.erase.mT, segment, heads)
+        for i, after, before in walk_back(split(self.dends, segment, heads), dstate):
+            if totals is None:
+                torch.add(dreads[i], after, out=before)
             else:
-                torch.mul(after, total, out=dsum)
-            if p.exact and total is not None:
-                torch.addcmul(dreads[rows], after, total, out=after)
-            else:
-                torch.add(dreads[rows], dsum, out=after)
+                torch.addcmul(dreads[i], after, totals[i], out=before)
             if run.delta:
-                dwritten = self.dwritten[rows].baddbmm_(run.write[rows], dsum)
-                after.baddbmm_(run.erase[rows].mT, dwritten, alpha=-1)
+                du = dwritten[i].baddbmm_(carry[i], after)
+                before.baddbmm_(erase[i], du, alpha=-1)
+        if self.decays_wanted and run.total is not None:
+            self.dtotal = self._total_gradient(run.total)
+        if run.total is not None and not self.p.exact:
+            # What rescaled rows write decays to the chunk's end.
+            self.dends *= run.total
+
+    def _total_gradient(self, total: Tensor) -> Tensor:
+        """Return the decay over the chunk times its gradient, (K, r V).
+
+        Rescaled, it is what the whole state after the chunk goes through; exact, only the state
+        before it does.
+        """
+        if self.p.exact:
+            return (self.run.starts * self.dends).mul_(total)
+        return torch.cat(self.run.ends) * self.dends
 
     def pass_pairs(self) -> None:
         """Find the gradients of pairs, reading rows, writing rows and values."""
@@ -98,7 +113,7 @@ class _Pass:
             self.dvalues = torch.bmm(run.inverse.mT, self.dwritten)
             do = torch.cat([do, -self.dvalues], dim=1)
         else:
-            self.dvalues = torch.bmm(run.write, self.dsums)
+            self.dvalues = torch.bmm(run.write, self.dends)
         if run.exact_values:
             dpairs = self._exact_value_pairs()
         else:
@@ -109,7 +124,7 @@ class _Pass:
         if run.own_diagonal():
             self.ddiagonal = dpairs[:, : self.chunk].diagonal(dim1=1, dim2=2)[..., None].clone()
         self.dread = torch.bmm(do, run.starts.mT)
-        self.dwrite = torch.bmm(run.written, self.dsums.mT)
+        self.dwrite = torch.bmm(run.written, self.dends.mT)
         if run.exact_keys:
             assert run.key_gate is not None
             self.dpair_read, self.dpair_write, self.dpair_decay = key_pairs_backward(
@@ -199,10 +214,7 @@ class _Pass:
         run, p = self.run, self.p
         if grads.key_decay is None and grads.value_decay is None:
             return
-        if p.exact:
-            dtotal = run.starts * self.dsums * run.total
-        else:
-            dtotal = run.sums * self.dsums
+        dtotal = self.dtotal
         if grads.key_decay is not None:
             assert run.key_gate is not None
             reads = run.read * self.dread

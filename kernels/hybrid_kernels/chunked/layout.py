@@ -192,17 +192,50 @@ def _by_chunk(factor: Tensor, chunks: Tensor) -> Tensor:
     return factor if factor.dim() == 1 else factor.unflatten(0, chunks.shape[:3])
 
 
-def steps(segment: Segment, heads: int) -> Iterator[tuple[slice, int, slice | None, int]]:
-    """Yield what the serial pass over states needs for each step of a segment.
+def split(x: Tensor, segment: Segment, heads: int) -> tuple[Tensor, ...]:
+    """Cut (R*G, ...) into the steps of a segment."""
+    return x.split([width * heads for width in segment.widths])
+
+
+def walk(pieces: tuple[Tensor, ...], state: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Walk states forward through the steps of a segment.
+
+    Args:
+        pieces: memory for the states before each step; the first is filled in.
+        state: of all sequences; filled in for those that end in the segment or outlast it.
 
     Yields:
-        the step's rows of an (R*G, ...) tensor; how many rows of states run at it; the rows of
-        the next step if that is in the segment too; and how many states run on there.
+        the index of a step, the states before it, and where to put those after it.
     """
-    for i, width in enumerate(segment.widths):
-        rows = slice(segment.offsets[i] * heads, segment.offsets[i + 1] * heads)
-        if i + 1 < len(segment.widths):
-            following = segment.widths[i + 1] * heads
-            yield rows, width * heads, slice(rows.stop, rows.stop + following), following
+    for i, start in enumerate(pieces):
+        width = start.shape[0]
+        running = pieces[i + 1].shape[0] if i + 1 < len(pieces) else 0
+        if running == width:
+            yield i, start, pieces[i + 1]
+        elif running == 0:
+            yield i, start, state[:width]
         else:
-            yield rows, width * heads, None, 0
+            end = torch.empty_like(start)
+            yield i, start, end
+            pieces[i + 1].copy_(end[:running])
+            state[running:width] = end[running:]
+
+
+def walk_back(pieces: tuple[Tensor, ...], dstate: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Walk the gradient of states backward through the steps of a segment.
+
+    Args:
+        pieces: memory for the gradients of the states after each step.
+        dstate: gradient of every sequence's state after the segment, or after its end if that
+            comes first; becomes the gradient before the segment.
+
+    Yields:
+        the index of a step, the gradients after it, and where to put those before it.
+    """
+    pieces[-1].copy_(dstate[: pieces[-1].shape[0]])
+    for i in reversed(range(1, len(pieces))):
+        running, width = pieces[i].shape[0], pieces[i - 1].shape[0]
+        yield i, pieces[i], pieces[i - 1][:running]
+        if running < width:
+            pieces[i - 1][running:] = dstate[running:width]
+    yield 0, pieces[0], dstate[: pieces[0].shape[0]]

@@ -8,7 +8,7 @@ beta k), w the rows that write, S the state before the chunk and D its decay ove
     u = (I + L)^-1 (beta v - beta k S)                     delta rule (arXiv 2406.06484, eq. 6-11;
                                                            with decay arXiv 2412.06464, eq. 9)
     o = A u + q S
-    S' = D (S + w^T u) when rescaled,  D S + w^T u when exact
+    S' = D S + w^T u          with w decayed to the chunk's end
 
 A segment is recomputed in the backward pass from the state before it, the only thing that the
 forward pass keeps.
@@ -20,6 +20,7 @@ rule), N sequences.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -27,8 +28,12 @@ from torch import Tensor
 
 from hybrid_kernels.chunked.gates import Gate, triangle
 from hybrid_kernels.chunked.inverse import unit_lower_inverse
-from hybrid_kernels.chunked.layout import Layout, Segment, load, steps, store
+from hybrid_kernels.chunked.layout import Layout, Segment, load, split, store, walk
 from hybrid_kernels.chunked.pairs import apply_pairs, key_pairs
+
+
+# From the index of a step and its states, fill in the states after it.
+Step = Callable[[int, Tensor, Tensor], object]
 
 
 @dataclass(frozen=True)
@@ -95,9 +100,14 @@ class Run:
         write: (C, K) keys times their write factor.
         values: (C, r V) what is written but for the delta rule's correction.
         pairs: (X, C) decayed products, masked.
-        starts: (K, r V) states before each chunk.
-        sums: (K, r V) after each chunk, before the decay if rescaled.
+        starts: (K, r V) states before each chunk; ``ends`` those after it, step by step.
+        total: (K or 1, r V or 1) decay of the state over each chunk, or None.
         written: (C, r V) u.
+
+    And for the delta rule:
+        inverse: (C, C) of I + L.
+        erase: (C, K) the inverse times beta k.
+        carry: (C, K) writing rows as they reach the end of the chunk.
     """
 
     def __init__(self, p: Problem, segment: Segment):
@@ -145,7 +155,7 @@ class Run:
         if self.value_gate is None:
             # One element with a dimension: a plain number would take a product to bfloat16 first.
             return None if scale == 1.0 else self.write.new_full((1,), scale)
-        factor = getattr(self.value_gate, which).unflatten(2, self.p.v.shape[4:5] + (-1,))
+        factor = getattr(self.value_gate, which).unflatten(2, (*self.p.v.shape[4:5], -1))
         return factor if scale == 1.0 else factor * scale
 
     def _make_pairs(self) -> None:
@@ -182,6 +192,7 @@ class Run:
         return self.p.bonus.to(self.p.dtype).repeat(chunks, 1)[:, None]
 
     def mask(self) -> Tensor:
+        """Return what pairs are multiplied by: (X, C) ones and zeros."""
         chunk, dtype, device = self.p.layout.chunk, self.p.dtype, self.write.device
         queries = triangle(chunk, 0 if self.p.bonus is None else -1, dtype, device)
         if not self.delta:
@@ -200,42 +211,51 @@ class Run:
 
     def pass_states(self, state: Tensor) -> None:
         """Walk the states through the segment; ``state`` becomes that after it, in place."""
-        p, chunk = self.p, self.p.layout.chunk
         self.total = self._total()
+        # Rescaled rows are relative to the chunk's start; what they write decays to its end.
+        late = None if self.p.exact else self.total
         self.starts = state.new_empty(self.write.shape[0], *state.shape[1:])
-        self.starts[: self.segment.width * p.heads] = state[: self.segment.width * p.heads]
+        pieces = split(self.starts, self.segment, self.p.heads)
+        pieces[0].copy_(state[: pieces[0].shape[0]])
         if self.delta:
-            self.inverse = unit_lower_inverse(self.pairs[:, chunk:])
-            self.erase = torch.bmm(self.inverse, self.read[:, chunk:])
-            self.written = torch.bmm(self.inverse, self.values)
-            self.sums = torch.empty_like(self.starts)
+            step = self._delta_step(late)
         else:
-            self.written = self.values
-            self.sums = torch.bmm(self.write.mT, self.values)
-        for rows, width, following, running in steps(self.segment, p.heads):
-            self._step(rows)
-            after, total = self.sums[rows], None
-            if self.total is not None and not p.exact:
-                total = self.total[rows]
-            if following is not None:
-                _decay(after[:running], total, out=self.starts[following])
-            if running < width:
-                _decay(after[running:], total, out=state[running:width], offset=running)
+            step = self._additive_step(late)
+        self.ends = []
+        for i, start, end in walk(pieces, state):
+            step(i, start, end)
+            self.ends.append(end)
 
-    def _step(self, rows: slice) -> None:
-        """Add one step's writes to its states."""
-        start, after = self.starts[rows], self.sums[rows]
-        decayed = self.total is not None and self.p.exact
-        if not self.delta:
-            if decayed:
-                after.addcmul_(start, self.total[rows])
+    def _additive_step(self, late: Tensor | None) -> Step:
+        self.written = self.values
+        sums = torch.bmm(self.write.mT, self.values)
+        if late is not None:
+            sums *= late
+        sums = split(sums, self.segment, self.p.heads)
+        if self.total is None:
+            return lambda i, start, end: torch.add(sums[i], start, out=end)
+        totals = split(self.total, self.segment, self.p.heads)
+        return lambda i, start, end: torch.addcmul(sums[i], start, totals[i], out=end)
+
+    def _delta_step(self, late: Tensor | None) -> Step:
+        chunk, segment, heads = self.p.layout.chunk, self.segment, self.p.heads
+        self.inverse = unit_lower_inverse(self.pairs[:, chunk:])
+        self.erase = torch.bmm(self.inverse, self.read[:, chunk:])
+        self.written = torch.bmm(self.inverse, self.values)
+        self.carry = self.write if late is None else self.write * late.mT
+        erase, written = split(self.erase, segment, heads), split(self.written, segment, heads)
+        carry = split(self.carry.mT, segment, heads)
+        totals = None if self.total is None else split(self.total, segment, heads)
+
+        def step(i: int, start: Tensor, end: Tensor) -> None:
+            u = written[i].baddbmm_(erase[i], start, alpha=-1)
+            if totals is None:
+                torch.baddbmm(start, carry[i], u, out=end)
             else:
-                after.add_(start)
-            return
-        written = self.written[rows].baddbmm_(self.erase[rows], start, alpha=-1)
-        if decayed:
-            start = start * self.total[rows]
-        torch.baddbmm(start, self.write[rows].mT, written, out=after)
+                torch.mul(start, totals[i], out=end)
+                end.baddbmm_(carry[i], u)
+
+        return step
 
     def _pair_output(self) -> Tensor:
         """Return what the chunk's own writes give, for exact value decays before scaling."""
@@ -248,6 +268,7 @@ class Run:
         return o.addcmul_(queries.diagonal(dim1=1, dim2=2)[..., None], raw)
 
     def raw_values(self) -> Tensor:
+        """Return the values without any factor, (b, C, V)."""
         return load(self.p.v[self.segment.lead], self.p.dtype).flatten(2)
 
     def store_output(self, o: Tensor) -> None:
@@ -261,10 +282,3 @@ class Run:
             return
         out = self._pair_output().baddbmm_(queries, self.starts)
         store(o, out.unflatten(2, shape), self.value_factor("read", p.scale))
-
-
-def _decay(x: Tensor, total: Tensor | None, out: Tensor, offset: int = 0) -> None:
-    if total is None:
-        out.copy_(x)
-    else:
-        torch.mul(x, total[offset : offset + x.shape[0]], out=out)

@@ -33,21 +33,22 @@ from hybrid_kernels.triton.blocks import (
 
 
 @triton.jit
-def sum_after(b_x, size, C: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr):
-    """Sum each row and all after it in its block of ``size`` rows; as a product, for speed."""
-    m_same = (tl.arange(0, C) // size)[:, None] == (tl.arange(0, C) // size)[None, :]
-    b_ones = tl.where(m_same & (tl.arange(0, C)[:, None] <= tl.arange(0, C)[None, :]), 1.0, 0.0)
-    return product(b_ones, b_x, DOT, PRECISION)
+def sum_rows(b_x, m_rows, DOT: tl.constexpr, PRECISION: tl.constexpr):
+    """Sum for each t the rows s with ``m_rows[t, s]``; as a product, for speed."""
+    return product(tl.where(m_rows, 1.0, 0.0).to(DOT), b_x, DOT, PRECISION)
 
 
 @triton.jit
-def sum_before(
-    b_x, size, C: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr
-):
-    """Sum all rows before each in its block of ``size`` rows."""
-    m_same = (tl.arange(0, C) // size)[:, None] == (tl.arange(0, C) // size)[None, :]
-    b_ones = tl.where(m_same & strictly_lower(C), 1.0, 0.0)
-    return product(b_ones, b_x, DOT, PRECISION)
+def spanned(size, C: tl.constexpr):
+    """Mask of (t, s): row s reads or writes across step t, at the level with blocks of ``size``.
+
+    Rows above a split point write across the steps after them, rows below it read across those up
+    to their own.
+    """
+    o_t = tl.arange(0, C)[:, None]
+    o_s = tl.arange(0, C)[None, :]
+    m_below = (o_t // size) % 2 == 1
+    return (o_t // size == o_s // size) & (m_below == (o_s >= o_t))
 
 
 @triton.jit
@@ -56,27 +57,6 @@ def spanning_pairs(b_pairs, C: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.co
     b_ones = tl.where(strictly_lower(C), 1.0, 0.0)
     b_before = product(b_pairs, tl.trans(b_ones), DOT, PRECISION)
     return tl.sum(tl.where(lower(C), b_before, 0.0), axis=0)
-
-
-@triton.jit
-def level_backward(
-    b_dpairs,
-    b_x,
-    b_k,
-    b_low,
-    b_up,
-    size,
-    C: tl.constexpr,
-    DOT: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """Return the gradients of x, k and g through one level of pairs_ij = x_i^T k_j decayed."""
-    b_dlevel = tl.where(straddle(size, C), b_dpairs, 0.0)
-    b_dx = product(b_dlevel, b_k * b_up, DOT, PRECISION) * b_low
-    b_dk = product(tl.trans(b_dlevel), b_x * b_low, DOT, PRECISION) * b_up
-    b_dg = sum_after(b_x * b_dx, size, C, DOT, PRECISION)
-    b_dg += sum_before(b_k * b_dk, size, C, DOT, PRECISION)
-    return b_dx, b_dk, b_dg
 
 
 @triton.jit
@@ -90,6 +70,8 @@ def keys_backward_kernel(
     p_dstates,
     p_do,
     p_dx,
+    p_dpairs,
+    p_dstrict,
     p_dq,
     p_dk,
     p_dg,
@@ -121,7 +103,8 @@ def keys_backward_kernel(
     """Write dq, dk (rows, H, K), dg and, with DELTA, dbeta and the second read's share of dk.
 
     Grid (R * H, blocks of K). dg is (rows, H, K) with VECTOR; with SCALAR it is, as dbeta is,
-    (blocks of K, rows, H), to be summed. With DELTA, v is u.
+    (blocks of K, rows, H), to be summed. dpairs and dstrict come from ``pairs_backward_kernel``.
+    With DELTA, v is u.
     """
     i_chunk = tl.program_id(0) // H
     i_h = tl.program_id(0) % H
@@ -132,8 +115,6 @@ def keys_backward_kernel(
     row, rows = locate(i_chunk, p_offsets, p_first, p_owner, T, NT, C, PACKED)
     if rows <= 0:
         return
-    b_dpairs = tl.zeros((C, C), dtype=tl.float32)
-    b_dstrict = tl.zeros((C, C), dtype=tl.float32)
     b_dq = tl.zeros((C, BK), dtype=tl.float32)
     b_dk = tl.zeros((C, BK), dtype=tl.float32)
     b_dr = tl.zeros((C, BK), dtype=tl.float32)
@@ -143,23 +124,23 @@ def keys_backward_kernel(
         b_v = load_rows(p_v, row, rows, i_h // (H // HV), HV, V, v0, C, BV)
         b_state = load_tile(p_states, i_pair, K, V, k0, v0, BK, BV)
         b_dstate = load_tile(p_dstates, i_pair, K, V, k0, v0, BK, BV)
-        b_dpairs += product(b_do, tl.trans(b_v), DOT, PRECISION)
         b_dq += product(b_do, tl.trans(b_state), DOT, PRECISION)
         b_dk += product(b_v, tl.trans(b_dstate), DOT, PRECISION)
         b_dtotal += tl.sum(b_state * b_dstate, axis=1)
         if DELTA:
             b_dx = load_rows(p_dx, row, rows, i_h, H, V, v0, C, BV)
-            b_dstrict += product(b_dx, tl.trans(b_v), DOT, PRECISION)
             b_dr += product(b_dx, tl.trans(b_state), DOT, PRECISION)
     b_q = load_rows(p_q, row, rows, i_h // (H // HQ), HQ, K, k0, C, BK)
     b_k = load_rows(p_k, row, rows, i_h // (H // HK), HK, K, k0, C, BK)
-    b_dpairs = tl.where(lower(C), b_dpairs, 0.0) * scale
     b_dq *= scale
     if DELTA:
         # The second read's rows are -beta k, so that beta may be 0.
         b_beta = load_column(p_beta, row, rows, i_h, H, C)[:, None]
         b_r = -b_beta * b_k
-        b_dstrict = tl.where(strictly_lower(C), b_dstrict, 0.0)
+    if not VECTOR:
+        b_dpairs = load_tile(p_dpairs, i_pair, C, C, 0, 0, C, C)
+        if DELTA:
+            b_dstrict = load_tile(p_dstrict, i_pair, C, C, 0, 0, C, C)
     if SCALAR:
         b_g, b_read, b_write, total = scalar_factors(p_g, row, rows, i_h, H, C)
         b_decay = scalar_pairs(b_g, C)
@@ -188,29 +169,38 @@ def keys_backward_kernel(
         if DELTA:
             b_dr *= b_read
             b_reads += b_r * b_dr
-        b_dg = sum_after(b_reads, C, C, DOT, PRECISION) + (b_dtotal * b_total)[None, :]
-        b_dg += sum_before(b_k * b_dk, C, C, DOT, PRECISION)
-        m_diagonal = tl.arange(0, C)[:, None] == tl.arange(0, C)[None, :]
+        b_dg = sum_rows(b_reads, tl.trans(lower(C)), DOT, PRECISION)
+        b_dg += sum_rows(b_k * b_dk, strictly_lower(C), DOT, PRECISION)
+        b_dg += (b_dtotal * b_total)[None, :]
         b_low = tl.exp(b_g)
         b_all = b_low
         b_up = tl.full((C, BK), 1.0, dtype=tl.float32)
-        b_same = tl.sum(tl.where(m_diagonal, b_dpairs, 0.0), axis=1)[:, None]
-        b_dq += b_same * b_k
-        b_dk += b_same * b_q
+        o_r = tl.arange(0, C)
+        b_same = tl.load(p_dpairs + i_pair * C * C + o_r * (C + 1)).to(tl.float32)
+        b_dq += b_same[:, None] * b_k
+        b_dk += b_same[:, None] * b_q
+        # Half the registers where the operands of products are half as wide.
+        b_q = b_q.to(DOT)
+        b_k = b_k.to(DOT)
+        o_pair = i_pair * C * C + o_r[:, None] * C + o_r[None, :]
         for level in range(0, LEVELS):
-            b_dq_l, b_dk_l, b_dg_l = level_backward(
-                b_dpairs, b_q, b_k, b_low, b_up, 1 << level, C, DOT, PRECISION
-            )
-            b_dq += b_dq_l
-            b_dk += b_dk_l
-            b_dg += b_dg_l
+            m_level = straddle(1 << level, C)
+            b_d = tl.load(p_dpairs + o_pair, mask=m_level, other=0.0)
+            b_dread = product(b_d, b_k * b_up, DOT, PRECISION) * b_low
+            b_dwrite = product(tl.trans(b_d), b_q * b_low, DOT, PRECISION)
+            b_dq += b_dread
+            b_reads = b_q * b_dread
             if DELTA:
-                b_dr_l, b_dk_l, b_dg_l = level_backward(
-                    b_dstrict, b_r, b_k, b_low, b_up, 1 << level, C, DOT, PRECISION
-                )
-                b_dr += b_dr_l
-                b_dk += b_dk_l
-                b_dg += b_dg_l
+                b_r = -b_beta * b_k
+                b_d = tl.load(p_dstrict + o_pair, mask=m_level, other=0.0)
+                b_dread = product(b_d, b_k * b_up, DOT, PRECISION) * b_low
+                b_dwrite += product(tl.trans(b_d), b_r * b_low, DOT, PRECISION)
+                b_dr += b_dread
+                b_reads += b_r * b_dread
+            b_dwrite *= b_up
+            b_dk += b_dwrite
+            m_span = spanned(1 << level, C)
+            b_dg += sum_rows(b_reads + b_k * b_dwrite, m_span, DOT, PRECISION)
             b_low, b_up, b_all = widen(b_low, b_up, b_all, 1 << level, C, BK)
         store_rows(p_dg, b_dg, row, rows, i_h, H, K, k0, C, BK)
     else:

@@ -52,6 +52,7 @@ _CUDA: dict[str, tuple[Config, Config]] = {
     "values_backward": (Config(64, 64, 4, 2), Config(32, 32, 4, 1)),
     "keys_backward": (Config(32, 32, 4, 2), Config(32, 32, 8, 1)),
     "pairs": (Config(32, 32, 4, 1), Config(32, 32, 8, 1)),
+    "pairs_backward": (Config(64, 64, 4, 2), Config(32, 32, 4, 1)),
     "inverse": (Config(64, 64, 4, 1), Config(64, 64, 4, 1)),
     "new_values": (Config(64, 64, 4, 2), Config(32, 32, 4, 1)),
     "new_values_backward": (Config(64, 64, 4, 2), Config(32, 32, 4, 1)),

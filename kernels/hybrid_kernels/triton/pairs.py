@@ -17,6 +17,7 @@ from hybrid_kernels.triton.blocks import (
     load_column,
     load_rows,
     locate,
+    lower,
     product,
     scalar_pairs,
     store_tile,
@@ -93,3 +94,52 @@ def pairs_kernel(
         b_beta = load_column(p_beta, row, rows, i_h, H, C)
         b_strict = tl.where(strictly_lower(C), b_strict * b_beta[:, None], 0.0)
         store_tile(p_strict, b_strict, i_pair, C, C, 0, 0, C, C)
+
+
+@triton.jit
+def pairs_backward_kernel(
+    p_do,
+    p_v,
+    p_dx,
+    p_dpairs,
+    p_dstrict,
+    p_offsets,
+    p_first,
+    p_owner,
+    scale,
+    T,
+    NT,
+    H,
+    HV,
+    V: tl.constexpr,
+    C: tl.constexpr,
+    BV: tl.constexpr,
+    DELTA: tl.constexpr,
+    PACKED: tl.constexpr,
+    DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """dpairs_ij = scale * do_i^T v_j, i >= j; with DELTA dstrict_ij = dx_i^T v_j, i > j, v being u.
+
+    Grid (R * H,). Gradients of the decayed products; zero elsewhere. Writes (R * H, C, C) each.
+    """
+    i_chunk = tl.program_id(0) // H
+    i_h = tl.program_id(0) % H
+    i_pair = tl.program_id(0).to(tl.int64)
+    row, rows = locate(i_chunk, p_offsets, p_first, p_owner, T, NT, C, PACKED)
+    if rows <= 0:
+        return
+    b_dpairs = tl.zeros((C, C), dtype=tl.float32)
+    b_dstrict = tl.zeros((C, C), dtype=tl.float32)
+    for v0 in range(0, V, BV):
+        b_do = load_rows(p_do, row, rows, i_h, H, V, v0, C, BV)
+        b_v = tl.trans(load_rows(p_v, row, rows, i_h // (H // HV), HV, V, v0, C, BV))
+        b_dpairs += product(b_do, b_v, DOT, PRECISION)
+        if DELTA:
+            b_dx = load_rows(p_dx, row, rows, i_h, H, V, v0, C, BV)
+            b_dstrict += product(b_dx, b_v, DOT, PRECISION)
+    b_dpairs = tl.where(lower(C), b_dpairs, 0.0) * scale
+    store_tile(p_dpairs, b_dpairs, i_pair, C, C, 0, 0, C, C)
+    if DELTA:
+        b_dstrict = tl.where(strictly_lower(C), b_dstrict, 0.0)
+        store_tile(p_dstrict, b_dstrict, i_pair, C, C, 0, 0, C, C)

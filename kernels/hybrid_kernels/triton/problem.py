@@ -21,7 +21,7 @@ from hybrid_kernels.triton.keys import keys_backward_kernel
 from hybrid_kernels.triton.launch import Config, block, launch
 from hybrid_kernels.triton.layout import Chunks, chunks
 from hybrid_kernels.triton.outputs import outputs_forward_kernel, values_backward_kernel
-from hybrid_kernels.triton.pairs import pairs_kernel
+from hybrid_kernels.triton.pairs import pairs_backward_kernel, pairs_kernel
 from hybrid_kernels.triton.states import states_backward_kernel, states_forward_kernel
 
 
@@ -284,6 +284,29 @@ def new_values_backward(p: Problem, inverse: Tensor, du: Tensor) -> tuple[Tensor
     return dx, dv, dbeta
 
 
+def pairs_backward(p: Problem, v: Tensor, do: Tensor, dx: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the gradients of both kinds of pairs (R * H, C, C); a dummy without delta rule."""
+    square = (p.per_chunk(), p.chunk, p.chunk)
+    dpairs = p.empty(*square)
+    dstrict = p.empty(*square) if p.delta else dpairs
+    config, sizes = p.sizes("pairs_backward")
+    launch(
+        pairs_backward_kernel,
+        (p.per_chunk(),),
+        config,
+        *(do, v, dx, dpairs, dstrict),
+        *p.chunks.tables,
+        p.scale,
+        *p.counts,
+        v.shape[2],
+        V=sizes["V"],
+        BV=sizes["BV"],
+        DELTA=p.delta,
+        **p.common,
+    )
+    return dpairs, dstrict
+
+
 def keys_backward(
     p: Problem, v: Tensor, states: Tensor, dstates: Tensor, do: Tensor, dx: Tensor
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
@@ -291,6 +314,7 @@ def keys_backward(
     config, sizes = p.sizes("keys_backward")
     blocks = triton.cdiv(p.key_dim, sizes["BK"])
     tokens = (*p.q.shape[:2], p.heads)
+    dpairs, dstrict = pairs_backward(p, v, do, dx)
     dq, dk, dg, dbeta = p.like(p.q), p.like(p.k), None, None
     if p.vector:
         dg = p.empty(*tokens, p.key_dim, dtype=torch.float32)
@@ -303,7 +327,7 @@ def keys_backward(
         (p.per_chunk(), blocks),
         config,
         *(p.q, p.k, v, p.g, p.q if p.beta is None else p.beta, states, dstates, do, dx),
-        *(dq, dk, dq if dg is None else dg, dq if dbeta is None else dbeta),
+        *(dpairs, dstrict, dq, dk, dq if dg is None else dg, dq if dbeta is None else dbeta),
         *p.chunks.tables,
         p.scale,
         *p.counts,

@@ -1,0 +1,109 @@
+"""What softmax attention needs beyond transformers' attention functions.
+
+Shapes: B batch, T queries, S keys, H heads, H_kv key heads, K head dim, V value dim.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch.nn import functional as F
+
+from hybrid.mixers.parts import wide
+
+# Attention functions of transformers that know of sinks and caps themselves.
+CAPPED_FUNCTIONS = ("flex_attention",)
+# And those whose place `capped_attention` can take: it does the same and takes the same masks.
+PLAIN_FUNCTIONS = ("eager", "sdpa")
+
+LOW = 256  # positions are LOW * high + low, both exact in bfloat16 up to position 65,535
+
+
+def capped_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor | None,
+    *,
+    scaling: float,
+    soft_cap: float | None = None,
+    sinks: torch.Tensor | None = None,
+    dropout: float = 0.0,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Softmax attention with a cap on the logits and a sink beside them, in plain PyTorch.
+
+    With z = scaling q . k, capped to c tanh(z / c): o = sum_s exp(z_s) v_s / (sum_s exp(z_s) + exp(b)),
+    b the sink of the head. Memory is O(T S).
+
+    Args:
+        q: (B, H, T, K).
+        k, v: (B, H_kv, S, K) and (B, H_kv, S, V); H_kv divides H.
+        mask: (B or 1, H or 1, T, S or more), bool (True: may attend) or added to the logits; None for
+            causal, the last query seeing all keys.
+        scaling: of the logits.
+        soft_cap: c; None for no cap.
+        sinks: (H,); None for none.
+        dropout: probability, on the weights.
+
+    Returns:
+        o (B, T, H, V) in v's dtype, and the weights (B, H, T, S).
+    """
+    groups = q.shape[1] // k.shape[1]
+    k, v = (y.repeat_interleave(groups, dim=1) if groups > 1 else y for y in (k, v))
+    logits = wide(q @ k.transpose(-1, -2)) * scaling
+    if soft_cap is not None:
+        logits = soft_cap * torch.tanh(logits / soft_cap)
+    queries, keys = logits.shape[-2:]
+    if mask is None:
+        mask = torch.ones(queries, keys, dtype=torch.bool, device=q.device).tril(keys - queries)
+    mask = mask[..., :keys]
+    if mask.dtype == torch.bool:
+        # not -inf: a row of padding has nothing else, and must not become NaN
+        logits = logits.masked_fill(~mask, torch.finfo(logits.dtype).min)
+    else:
+        logits = logits + mask
+    if sinks is not None:
+        column = sinks.to(logits.dtype).view(1, -1, 1, 1).expand(*logits.shape[:-1], 1)
+        logits = torch.cat([logits, column], dim=-1)
+    weights = torch.softmax(logits, dim=-1)[..., :keys].to(v.dtype)
+    weights = F.dropout(weights, dropout)
+    return (weights @ v).transpose(1, 2).contiguous(), weights
+
+
+def alibi_slopes(num_heads: int) -> list[float]:
+    """ALiBi's slope of each head (arXiv 2108.12409): 2^(-8h/H) for H a power of two.
+
+    Otherwise those of the power of two below, and every second one of the power of two above.
+    """
+    below = 2 ** math.floor(math.log2(num_heads))
+    slopes = [2 ** (-8 * (h + 1) / below) for h in range(below)]
+    return slopes + [2 ** (-4 * (2 * h + 1) / below) for h in range(num_heads - below)]
+
+
+def add_positions(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    position_ids: torch.Tensor,
+    slopes: torch.Tensor,
+    scaling: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Append ALiBi's bias to q and k as two dims more: scaling q' . k' = scaling q . k + slope * p_k.
+
+    What is missing, - slope * p_q, is the same for all keys of a query, and softmax does not see it. So
+    the positions of keys lie in the cache, whatever padding is between them, and any attention
+    function will do.
+
+    Args:
+        q, k: (B, H, T, K), (B, H_kv, T, K).
+        position_ids: (B or 1, T).
+        slopes: (H,).
+        scaling: of the logits.
+    """
+    batch, _, time, _ = k.shape
+    place = position_ids.expand(batch, time)[:, None]
+    high = torch.div(place, LOW, rounding_mode="floor")
+    position = torch.stack([high, place - LOW * high], dim=-1)  # (B, 1, T, 2)
+    k = torch.cat([k, position.to(k.dtype).expand(-1, k.shape[1], -1, -1)], dim=-1)
+    weights = (slopes.to(q.dtype) / scaling)[:, None] * q.new_tensor([LOW, 1])
+    return torch.cat([q, weights[None, :, None].expand(*q.shape[:3], 2)], dim=-1), k
