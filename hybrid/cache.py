@@ -124,7 +124,7 @@ class LayerCache:
             recording = self._mark(layer)
         recording.inputs.append(x.detach())
         recording.real.append(_real_tokens(x, segments))
-        self._lay_rulers(layer, recording)
+        self._lay_ruler(layer, recording)
 
     def _follow_crops(
         self,
@@ -149,7 +149,8 @@ class LayerCache:
             recurrent = layer.recurrent_states[self.state_idx]
             if recurrent is not None:
                 # zeros where there was none: the convolution raises the flag before this one is read
-                recurrent.copy_(0 if recording.recurrent is None else recording.recurrent)
+                before = recording.recurrent
+                recurrent.copy_(torch.zeros_like(recurrent) if before is None else before)
             again = recording.first(kept)
             if again.shape[1]:
                 recording_past, layer.record_past = layer.record_past, False
@@ -183,14 +184,10 @@ class LayerCache:
         layer.is_conv_states_initialized[i] = conv is not None
         layer.conv_kernel_size[i] = None if conv is None else conv.shape[-1]
 
-    def _lay_rulers(self, layer: LinearAttentionCacheLayerMixin, recording: Recording) -> None:
+    def _lay_ruler(self, layer: LinearAttentionCacheLayerMixin, recording: Recording) -> None:
         """Put 0, 1, ..., length where `crop` cuts: the last number left is the tokens kept."""
-        for i in range(layer.number_of_states):
-            if i == self.state_idx or layer.conv_states[i] is None:
-                layer.conv_states[i] = torch.arange(
-                    recording.length + 1 if i == self.state_idx else 1, device="cpu"
-                )
-                layer.conv_kernel_size[i] = _UNLIMITED
+        layer.conv_states[self.state_idx] = torch.arange(recording.length + 1, device="cpu")
+        layer.conv_kernel_size[self.state_idx] = _UNLIMITED
 
     def _recording(self, layer: LinearAttentionCacheLayerMixin) -> Recording | None:
         return getattr(layer, "recordings", {}).get(self.state_idx)
@@ -230,6 +227,16 @@ def _real_tokens(x: torch.Tensor, segments: Segments) -> torch.Tensor:
         )
     real = torch.zeros(x.shape[1], dtype=torch.bool, device=x.device)
     return real.index_fill(0, segments.index, True)
+
+
+def fill_unused(cache: Cache) -> None:
+    """Give `crop` something to cut in slots that no mixer uses; it stumbles over None."""
+    for layer in cache.layers:
+        if isinstance(layer, LinearAttentionCacheLayerMixin) and layer.record_past:
+            for i in range(layer.number_of_states):
+                if layer.conv_states[i] is None:
+                    layer.conv_states[i] = torch.arange(1, device="cpu")
+                    layer.conv_kernel_size[i] = _UNLIMITED
 
 
 def count_tokens(cache: Cache, layer_idx: int, x: torch.Tensor) -> None:

@@ -1,11 +1,14 @@
 """HybridConfig: a layout string, what its letters mean, and the sizes around them."""
 
+import copy
 import dataclasses
+import difflib
 import inspect
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from typing import Any, Literal
 
+import torch
 from transformers import GenerationConfig, PreTrainedConfig
 
 from hybrid import ffn as _ffn  # noqa: F401  (registers the feed-forwards)
@@ -14,6 +17,18 @@ from hybrid.layout import FFN, Layer, LayoutError, check_bound, check_symbol, pa
 from hybrid.norms import NormName
 from hybrid.options import ConfigError, build, did_you_mean, type_problem
 from hybrid.registry import Registry, feed_forwards, mixers
+
+FULL = "full_attention"
+
+# What other models' configs call our options.
+OTHER_NAMES = {
+    "num_attention_heads": "num_heads", "num_key_value_heads": "num_kv_heads",
+    "rope_theta": "rope_parameters", "rope_scaling": "rope_parameters",
+    "hidden_act": "activation", "attention_bias": "bias", "attention_dropout": "dropout",
+}  # fmt: skip
+
+# Stands in for a hidden_size that is itself a mistake: whatever head count is asked for divides it.
+ANY_SIZE = 64 * 2**4 * 3**2 * 5 * 7 * 11 * 13
 
 # Keys that config.json may hold beside the fields, all of them transformers' own.
 STANDARD_KEYS = {
@@ -88,6 +103,10 @@ class HybridConfig(PreTrainedConfig):
             raise ConfigError(mistakes, "the model config")
         self.num_hidden_layers = len(self.layers)
         super().__post_init__(**kwargs)
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:
+        """Do nothing: a checkpoint names this package, and carries no copy of its code."""
 
     def to_dict(self) -> dict[str, Any]:
         """As transformers', less the attributes that others attached: only keys that load again."""
@@ -188,9 +207,14 @@ class HybridConfig(PreTrainedConfig):
             return "linear_attention"
         return "hybrid" if any(map(self.uses_state, layer.mixers)) else softmax[0]
 
+    def _class(self, field: str, registry: Registry, symbol: str) -> type:
+        name = self._bound(field).get(symbol, {}).get("type")
+        return registry.get(name or registry.symbols()[symbol])
+
     def _binding(self, field: str, registry: Registry, symbol: str) -> tuple[type, Any]:
-        values = dict((getattr(self, field) or {}).get(symbol, {}))
-        cls = registry.get(values.pop("type", None) or registry.symbols()[symbol])
+        values = dict(self._bound(field).get(symbol, {}))
+        values.pop("type", None)
+        cls = self._class(field, registry, symbol)
         options = build(cls.Options, values, f"{field}.{symbol}", [])
         return cls, options.complete(self.hidden_size)
 
@@ -200,27 +224,52 @@ class HybridConfig(PreTrainedConfig):
         return {f.name for f in dataclasses.fields(self)}
 
     def _unknown_keys(self, kwargs: dict[str, Any]) -> list[str]:
-        fields = self._field_names()
         lines = []
-        for key in kwargs:
-            if key in _standard_keys():
-                continue
-            owners = [c for c in mixers.classes() if key in _option_names(c)]
-            if owners:
-                symbol = owners[0].symbol or "?"
-                lines.append(
-                    f"{key}: is an option of mixers, not of the model; write"
-                    f" mixers: {{{symbol}: {{{key}: ...}}}}"
-                )
-            else:
-                lines.append(f"{key}: unknown key, {did_you_mean(key, fields)}")
-        return lines
+        model_type = kwargs.get("model_type", self.model_type)
+        if model_type != self.model_type:
+            lines.append(f"model_type: this is {self.model_type!r}, found {model_type!r}")
+        unknown = [key for key in kwargs if key not in _standard_keys()]
+        return lines + [f"{key}: unknown key, {self._hint(key)}" for key in unknown]
+
+    def _hint(self, key: str) -> str:
+        """Where a key that is not the model's belongs: to a mixer or a feed-forward, by its options."""
+        key = OTHER_NAMES.get(key, key)
+        nested = {f"mixers: {{{s}: {{{o}: ...}}}}": o for s, o in self._options("mixers", mixers)}
+        nested |= {
+            f"feed_forwards: {{{s}: {{{o}: ...}}}}": o
+            for s, o in self._options("feed_forwards", feed_forwards)
+        }
+        names = list(inspect.get_annotations(HybridConfig))
+        near = difflib.get_close_matches(key, [*nested.values(), *names], n=1, cutoff=0.6)
+        if near and near[0] not in names:
+            return f"did you mean {next(path for path, o in nested.items() if o == near[0])}?"
+        return did_you_mean(key, names)
+
+    def _options(self, field: str, registry: Registry) -> Iterator[tuple[str, str]]:
+        """Symbol and option, for every symbol that the layout seems to use; softmax's first."""
+        text = f"{self.layout}{self.ffn}" if isinstance(self.layout, str) else ""
+        names = registry.symbols() | {s: v.get("type") for s, v in self._bound(field).items()}
+        known = {s: registry.get(n) for s, n in names.items() if n in registry.names()}
+        used = sorted(set(known) & set(text), key=text.index)
+        used.sort(key=lambda s: getattr(known[s], "layer_type", FULL) != FULL)
+        for symbol in used:
+            for f in dataclasses.fields(known[symbol].Options):
+                yield symbol, f.name
+
+    def _bound(self, field: str) -> dict[str, dict]:
+        """What the config binds, as far as it is well-formed."""
+        bindings = getattr(self, field)
+        bindings = bindings if isinstance(bindings, dict) else {}
+        return {s: v for s, v in bindings.items() if isinstance(s, str) and isinstance(v, dict)}
 
     def _wrong_types(self) -> list[str]:
         lines = []
         for name, hint in inspect.get_annotations(HybridConfig).items():
             if problem := type_problem(getattr(self, name), hint):
                 lines.append(f"{name}: {problem}")
+        if isinstance(self.dtype, str) and not _is_dtype(self.dtype):
+            known = [name for name in vars(torch) if _is_dtype(name)]
+            lines.append(f"dtype: unknown {self.dtype!r}, {did_you_mean(self.dtype, known)}")
         return lines
 
     def _wrong_sizes(self) -> list[str]:
@@ -231,8 +280,8 @@ class HybridConfig(PreTrainedConfig):
                 lines.append(f"{name}: must be at least 1, found {value}")
         for name in ("norm_eps", "initializer_range"):
             value = getattr(self, name)
-            if _is_number(value) and value <= 0:
-                lines.append(f"{name}: must be greater than 0, found {value}")
+            if _is_number(value) and not 0 < value < float("inf"):
+                lines.append(f"{name}: must be greater than 0 and finite, found {value}")
         size = self.vocab_size if _is_number(self.vocab_size) else 0
         for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
             ids = getattr(self, name)
@@ -252,6 +301,9 @@ class HybridConfig(PreTrainedConfig):
             try:
                 self._check_symbol(symbol, registry)
                 name = values.get("type") or registry.symbols().get(symbol)
+                if not isinstance(name, str | None):
+                    lines.append(f"{path}.type: expected str, found {type(name).__name__} {name!r}")
+                    continue
                 if name is None:
                     known = ", ".join(registry.names())
                     lines.append(f"{path}.type: required, for {symbol!r} has none; known: {known}")
@@ -261,10 +313,28 @@ class HybridConfig(PreTrainedConfig):
                 lines.append(f"{path}: {error}")
                 continue
             options = {key: value for key, value in values.items() if key != "type"}
-            built = build(cls.Options, options, path, lines)
-            if built is not None and isinstance(self.hidden_size, int) and self.hidden_size > 0:
-                lines += [f"{path}.{problem}" for problem in built.problems(self)]
+            lines += self._wrong_options(cls, options, path)
         return lines
+
+    def _wrong_options(self, cls: type, options: dict[str, Any], path: str) -> list[str]:
+        """Mistakes in each option, and in how those that are right in themselves fit together."""
+        lines: list[str] = []
+        built = build(cls.Options, options, path, lines)
+        if built is None:
+            wrong = {line.removeprefix(f"{path}.").split(":")[0] for line in lines}
+            right = {key: value for key, value in options.items() if key not in wrong}
+            built = build(cls.Options, right, path, [])
+        if built is None:
+            return lines
+        return lines + [f"{path}.{problem}" for problem in built.problems(self._sized())]
+
+    def _sized(self) -> "HybridConfig":
+        """This config, with a stand-in where hidden_size is a mistake."""
+        if type(self.hidden_size) is int and self.hidden_size > 0:
+            return self
+        sized = copy.copy(self)
+        sized.hidden_size = ANY_SIZE
+        return sized
 
     def _wrong_layout(self) -> list[str]:
         if not isinstance(self.layout, str):
@@ -274,7 +344,7 @@ class HybridConfig(PreTrainedConfig):
         lines: list[str] = []
         layers: tuple[Layer, ...] = ()
         try:
-            check_bound(parse(self.layout), {*mixers.symbols(), *(self.mixers or {})} - set(FFN))
+            check_bound(parse(self.layout), {*mixers.symbols(), *self._bound("mixers")} - set(FFN))
         except LayoutError as error:
             lines.append(str(error))
         try:
@@ -288,7 +358,7 @@ class HybridConfig(PreTrainedConfig):
         return lines or self._defaults_that_do_not_fit(layers) + self._crowded(layers)
 
     def _unbound_feed_forwards(self, layers: Iterable[Layer]) -> list[str]:
-        bound = set(feed_forwards.symbols()) | set(self.feed_forwards or {})
+        bound = set(feed_forwards.symbols()) | set(self._bound("feed_forwards"))
         return [
             f"ffn: {symbol!r} ({FFN[symbol]}) stands for no feed-forward yet; bound:"
             f" {', '.join(sorted(bound))}. Bind it in feed_forwards: {{{symbol}: ...}}"
@@ -309,7 +379,7 @@ class HybridConfig(PreTrainedConfig):
             return []
         lines = []
         for symbol in dict.fromkeys(s for layer in layers for s in layer.mixers):
-            if symbol not in (self.mixers or {}):
+            if symbol not in self._bound("mixers"):
                 options = mixers.get(mixers.symbols()[symbol]).Options()
                 lines += [f"mixers.{symbol}.{problem}" for problem in options.problems(self)]
         return lines
@@ -318,8 +388,8 @@ class HybridConfig(PreTrainedConfig):
         lines = []
         for layer in dict.fromkeys(layers):
             try:
-                kinds = [self.mixer(symbol)[0].layer_type for symbol in layer.mixers]
-            except (ValueError, AttributeError):
+                kinds = [self._class("mixers", mixers, s).layer_type for s in layer.mixers]
+            except (ValueError, TypeError):
                 continue  # a binding with a mistake of its own, reported already
             if len(kinds) - kinds.count("linear_attention") > 1:
                 lines.append(
@@ -344,5 +414,5 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def _option_names(cls: type) -> set[str]:
-    return {f.name for f in dataclasses.fields(cls.Options)}
+def _is_dtype(name: str) -> bool:
+    return isinstance(getattr(torch, name.removeprefix("torch."), None), torch.dtype)

@@ -13,16 +13,26 @@ from torch import nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.masking_utils import create_causal_mask
+from transformers.masking_utils import (
+    create_causal_mask,
+    create_masks_for_generate,
+    create_recurrent_attention_mask,
+)
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,
+    CausalLMOutputWithPast,
+    MoeCausalLMOutputWithPast,
+)
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from hybrid import hub
-from hybrid.cache import LayerCache, count_tokens, is_empty, past_length
+from hybrid.cache import LayerCache, count_tokens, fill_unused, is_empty, past_length
 from hybrid.config import HybridConfig
-from hybrid.ffn import FeedForward
+from hybrid.ffn import FeedForward, balance
+from hybrid.ffn.moe import Experts
+from hybrid.ffn.router import Router
 from hybrid.layout import Layer
 from hybrid.mixers import Mixer, ShortConvolution
 from hybrid.mixers.softmax_attention import SoftmaxAttention
@@ -167,7 +177,15 @@ class HybridPreTrainedModel(PreTrainedModel):
     _can_record_outputs = {
         "hidden_states": HybridLayer,
         "attentions": OutputRecorder(SoftmaxAttention, index=1),
+        "router_logits": OutputRecorder(Router, index=0),
+        "router_indices": OutputRecorder(Router, index=2),
     }
+    _keep_in_fp32_modules_strict = ["score_correction_bias"]
+
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        """Yes; transformers would look for its decorator in this file, and it is in `hybrid.ffn.moe`."""
+        return True
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -182,7 +200,7 @@ class HybridPreTrainedModel(PreTrainedModel):
                 init.normal_(module.weight, mean=0.0, std=scaled)
         elif isinstance(module, ShortConvolution):
             module.init_parameters()
-        elif isinstance(module, (Mixer, FeedForward)):
+        elif isinstance(module, (Mixer, FeedForward, Router, Experts)):
             module.init_parameters(std)
 
     def save_pretrained(
@@ -197,6 +215,10 @@ class HybridPreTrainedModel(PreTrainedModel):
         if push and is_main_process:  # it saves anew, with the two files this time, and uploads
             self.push_to_hub(**{"repo_id": Path(save_directory).name, **hub_options})
 
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoModel") -> None:
+        """Do nothing: a checkpoint names this package, and carries no copy of its code."""
+
 
 class HybridModel(HybridPreTrainedModel):
     """The stack without a head: ids (B, T) -> hidden states (B, T, D)."""
@@ -208,8 +230,10 @@ class HybridModel(HybridPreTrainedModel):
             [HybridLayer(config, layer, i) for i, layer in enumerate(config.layers)]
         )
         self.rotary = self._build_rotary(config)
-        self.has_keys = config.counting_layer is None
-        self.has_state = any(any(layer.has_state) for layer in self.layers)
+        self.counting_layer = config.counting_layer
+        self.has_keys = self.counting_layer is None
+        symbols = {symbol for layer in config.layers for symbol in layer.mixers}
+        self.has_state = any(map(config.uses_state, symbols))
         self.norm = nn.Identity()
         if config.norm_position != "post":
             self.norm = build_norm(config.norm, config.hidden_size, config.norm_eps)
@@ -256,9 +280,8 @@ class HybridModel(HybridPreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
-        if inputs_embeds is None:
-            inputs_embeds = self.embed_tokens(input_ids)
-        batch, time = inputs_embeds.shape[:2]
+        x: torch.Tensor = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        batch, time = x.shape[:2]
         given_cache = past_key_values
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
@@ -268,13 +291,12 @@ class HybridModel(HybridPreTrainedModel):
             past_key_values, attention_mask = None, None
         if position_ids is None:
             start = past_length(past_key_values)
-            position_ids = torch.arange(time, device=inputs_embeds.device).unsqueeze(0) + start
-        masks = self._masks(inputs_embeds, attention_mask, past_key_values, position_ids)
+            position_ids = torch.arange(time, device=x.device).unsqueeze(0) + start
+        masks = self._masks(x, attention_mask, past_key_values, position_ids)
         if segments is WHOLE_ROWS and self.has_state:
             segments = from_padding(masks.get("linear_attention"), time)
-        positions = {s: rotary(inputs_embeds, position_ids) for s, rotary in self.rotary.items()}
+        positions = {s: rotary(x, position_ids) for s, rotary in self.rotary.items()}
 
-        x = inputs_embeds
         for layer in self.layers:
             x = layer(
                 x,
@@ -285,8 +307,10 @@ class HybridModel(HybridPreTrainedModel):
                 position_ids=position_ids,
                 **kwargs,
             )
-        if past_key_values is not None and not self.has_keys:
-            count_tokens(past_key_values, self.config.counting_layer, inputs_embeds)
+        if past_key_values is not None:
+            fill_unused(past_key_values)
+            if self.counting_layer is not None:
+                count_tokens(past_key_values, self.counting_layer, x)
         return BaseModelOutputWithPast(
             last_hidden_state=self.norm(x), past_key_values=past_key_values
         )
@@ -350,7 +374,16 @@ class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):
         self.model = HybridModel(config)
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.has_experts = bool(balance.routers(self.model))
         self.post_init()
+
+    def create_masks_for_generate(self, **kwargs: Any) -> Any:
+        """The masks of one forward, made ahead of a compiled one; a stack without keys has one."""
+        if self.model.has_keys:
+            return create_masks_for_generate(**kwargs)
+        names = ("config", "inputs_embeds", "attention_mask", "past_key_values")
+        mask = create_recurrent_attention_mask(**{name: kwargs[name] for name in names})
+        return {"linear_attention": mask}
 
     @classmethod
     def from_published(cls, source: str | PreTrainedModel, **kwargs: Any) -> HybridForCausalLM:
@@ -371,8 +404,12 @@ class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs: Any,
-    ) -> CausalLMOutputWithPast:
+    ) -> CausalLMOutputWithPast | MoeCausalLMOutputWithPast:
         """As `HybridModel.forward`, and the head.
+
+        A stack with a mixture of experts has two more outputs: `router_logits`, (B * T, E) of each
+        router, under `output_router_logits=True`; and in training `aux_loss`, what its balance
+        options add to the loss (see `hybrid.ffn.balance`).
 
         Args:
             labels: (B, T) int64, -100 where nothing is to be predicted; label t is compared with the
@@ -380,6 +417,8 @@ class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):
             logits_to_keep: compute logits only for the last so many tokens (0: all), or for these
                 indices.
         """
+        observed = self.has_experts and self.training and torch.is_grad_enabled()
+        record = {"output_router_logits": True, "output_router_indices": True} if observed else {}
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -387,7 +426,7 @@ class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
-            **kwargs,
+            **{**kwargs, **record},
         )
         hidden = outputs.last_hidden_state
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -397,10 +436,30 @@ class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):
             loss = self.loss_function(
                 logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs
             )
-        return CausalLMOutputWithPast(
-            loss=loss,
-            logits=logits,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
+        found = {
+            "logits": logits,
+            "past_key_values": outputs.past_key_values,
+            "hidden_states": outputs.hidden_states,
+            "attentions": outputs.attentions,
+        }
+        if not self.has_experts:
+            return CausalLMOutputWithPast(loss=loss, **found)
+        aux_loss = self._observe(outputs, hidden, attention_mask) if observed else None
+        if loss is not None and aux_loss is not None:
+            targets = kwargs.get("shift_labels")
+            targets = labels[:, 1:] if targets is None else targets
+            share = balance.share_of_batch(targets, kwargs.get("num_items_in_batch"))
+            loss = loss + share * aux_loss.to(loss.device)
+        router_logits = outputs.router_logits if kwargs.get("output_router_logits") else None
+        return MoeCausalLMOutputWithPast(
+            loss=loss, aux_loss=aux_loss, router_logits=router_logits, **found
         )
+
+    def _observe(
+        self, outputs: Any, hidden: torch.Tensor, attention_mask: torch.Tensor | Masks | None
+    ) -> torch.Tensor:
+        """Count the load of the experts, and return the balance losses of all layers."""
+        mask = hidden.new_ones(hidden.shape[:2])
+        if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2:
+            mask = attention_mask[:, -hidden.shape[1] :]
+        return balance.observe(self.model, outputs.router_logits, outputs.router_indices, mask)

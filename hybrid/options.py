@@ -103,7 +103,12 @@ def type_problem(value: Any, hint: Any) -> str | None:
     if origin in (list, tuple, dict, Mapping):
         base = dict if origin is Mapping else origin
         accepted = (list, tuple) if base in (list, tuple) else (base,)
-        return None if isinstance(value, accepted) else _mismatch(value, hint)
+        if not isinstance(value, accepted):
+            return _mismatch(value, hint)
+        if base is list and get_args(hint):
+            problems = [type_problem(item, get_args(hint)[0]) for item in value]
+            return next((f"in the list: {p}" for p in problems if p), None)
+        return None
     if hint is float:
         good = isinstance(value, (int, float)) and not isinstance(value, bool)
         return None if good else _mismatch(value, hint)

@@ -51,7 +51,7 @@ def quickstart(
     """Train every layout with every seed, evaluate them in a fresh process, write the report.
 
     Args:
-        out: folder for checkpoints, logs and the report. Runs that are complete there are kept.
+        out: folder for checkpoints, logs and the report.
         config: training YAML; default `configs/quickstart.yaml`.
         layouts: the first is the hybrid, the others its controls.
         seeds: of initialisation and data.

@@ -19,6 +19,31 @@ if TYPE_CHECKING:
 NEEDS_LENGTH = ("dynamic", "yarn", "longrope", "llama3")
 
 
+# What each type must be told, and what it may be told besides.
+COMMON = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
+REQUIRED = {
+    "default": set(),
+    "linear": {"factor"},
+    "dynamic": {"factor"},
+    "proportional": set(),
+    "yarn": {"factor"},
+    "longrope": {"short_factor", "long_factor"},
+    "llama3": {
+        "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"
+    },
+}  # fmt: skip
+OPTIONAL = {
+    "dynamic": {"original_max_position_embeddings"},
+    "proportional": {"factor"},
+    "yarn": {
+        "original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow", "mscale",
+        "mscale_all_dim", "truncate",
+    },
+    "longrope": {"original_max_position_embeddings", "attention_factor", "factor"},
+}  # fmt: skip
+LISTS = ("short_factor", "long_factor")
+
+
 class RotaryEmbedding(Float32Buffers, LlamaRotaryEmbedding):
     """cos and sin (B, T, R) of R = partial_rotary_factor * head_dim rotated dims, from position ids.
 
@@ -49,8 +74,8 @@ class RotaryEmbedding(Float32Buffers, LlamaRotaryEmbedding):
         config: LlamaConfig, device: torch.device | None = None, **kwargs: Any
     ) -> tuple[torch.Tensor, float]:
         """theta ** (-2i / R) for i < R / 2, and a scale of 1."""
-        rope = config.rope_parameters
-        dim = rotated_dims(rope, config.head_dim)
+        rope: Any = config.rope_parameters
+        dim = rotated_dims(rope, config.hidden_size)
         exponents = torch.arange(0, dim, 2, dtype=torch.float, device=device) / dim
         return 1.0 / (rope["rope_theta"] ** exponents), 1.0
 
@@ -77,15 +102,15 @@ def apply_rotary(
 
 def rope_problems(rope: dict[str, Any], head_dim: int, config: HybridConfig) -> list[str]:
     """What is wrong with a rope dictionary, a line each."""
-    kinds = ["default", *ROPE_INIT_FUNCTIONS]
-    kind = rope.get("rope_type", "default")
+    kinds = [kind for kind in REQUIRED if kind == "default" or kind in ROPE_INIT_FUNCTIONS]
+    kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in kinds:
         return [f"rope_parameters.rope_type: unknown {kind!r}, {did_you_mean(str(kind), kinds)}"]
-    lines = []
+    lines = _key_problems(rope, kind, head_dim)
     theta, share = rope.get("rope_theta", 10000.0), rope.get("partial_rotary_factor", 1.0)
-    if not isinstance(theta, (int, float)) or theta <= 0:
+    if not _is_positive(theta):
         lines.append(f"rope_parameters.rope_theta: must be a positive number, found {theta!r}")
-    if not isinstance(share, (int, float)) or not 0 < share <= 1:
+    if not _is_share(rope):
         lines.append(f"rope_parameters.partial_rotary_factor: must be in (0, 1], found {share!r}")
     elif rotated_dims(rope, head_dim) % 2 or not rotated_dims(rope, head_dim):
         lines.append(
@@ -95,3 +120,33 @@ def rope_problems(rope: dict[str, Any], head_dim: int, config: HybridConfig) -> 
     if kind in NEEDS_LENGTH and config.max_position_embeddings is None:
         lines.append(f"rope_parameters.rope_type: {kind!r} needs max_position_embeddings to be set")
     return lines
+
+
+def _key_problems(rope: dict[str, Any], kind: str, head_dim: int) -> list[str]:
+    """Keys of a rope dictionary that are unknown, missing, or no numbers."""
+    known = COMMON | REQUIRED[kind] | OPTIONAL.get(kind, set())
+    lines = [
+        f"rope_parameters.{key}: unknown key for rope_type {kind!r}, {did_you_mean(str(key), known)}"
+        for key in rope
+        if key not in known
+    ]
+    for key in sorted(REQUIRED[kind] - set(rope)):
+        lines.append(f"rope_parameters.{key}: required by rope_type {kind!r}, and not given")
+    for key, value in rope.items():
+        where = f"rope_parameters.{key}"
+        if key in LISTS and key in known:
+            half = rotated_dims(rope, head_dim) // 2 if _is_share(rope) else None
+            if not isinstance(value, list) or (half is not None and len(value) != half):
+                lines.append(f"{where}: expected a list of {half} numbers, found {value!r}")
+        elif "factor" in key and key in known - COMMON and not _is_positive(value):
+            lines.append(f"{where}: must be a positive number, found {value!r}")
+    return lines
+
+
+def _is_positive(value: Any) -> bool:
+    return isinstance(value, (int, float)) and value > 0
+
+
+def _is_share(rope: dict[str, Any]) -> bool:
+    share = rope.get("partial_rotary_factor", 1.0)
+    return isinstance(share, (int, float)) and 0 < share <= 1

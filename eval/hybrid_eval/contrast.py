@@ -32,7 +32,7 @@ def comparisons(results: Record, *, resamples: int = 2000) -> Iterator[Compariso
                 continue
             if mine["tokens"] != base["tokens"] or mine["options"] != base["options"]:
                 continue
-            metric = "bits per byte" if mine["metric"] == "bits_per_byte" else "accuracy"
+            metric = mine["metric"].replace("_", " ")
             found = paired_bootstrap(mine["items"], base["items"], resamples=resamples)
             yield Comparison(task, metric, other["name"], reference["name"], found)
 

@@ -1,10 +1,11 @@
-"""Multiple choice in MMLU's schema from local files, in both forms: letters and cloze.
+"""Multiple choice in MMLU's schema, from the hub or local files, in two forms: letters and cloze.
 
 Letters: the choices are listed as A to D and the model names a letter. That is symbol binding, a
 kind of retrieval. Cloze: the model is asked for the text of the answer and never sees the list;
 the choice with the largest log-likelihood wins. Cloze is the measure of what a model knows.
 
-Files: ``*.jsonl`` or ``*.parquet`` with question, choices (list), answer (index or letter) and
+Questions: MMLU's own 57 subjects from the hub, five worked examples of each from its ``dev`` split;
+or local files, ``*.jsonl`` or ``*.parquet`` with question, choices (list), answer (index or letter) and
 optionally subject; or the original CSV (question, A, B, C, D, letter). A folder may have the
 original's ``dev`` and ``test`` subfolders: then examples come from ``dev``, five per subject.
 """
@@ -12,13 +13,14 @@ original's ``dev`` and ``test`` subfolders: then examples come from ``dev``, fiv
 import csv
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
+from .hub import load_hub
 from .scoring import IGNORE, Progress, score
 from .seeding import generator
 from .stats import above_chance, mean_and_error, wilson
@@ -27,6 +29,7 @@ from .tokens import Encoder
 
 Form = Literal["letters", "cloze"]
 _LETTERS = "ABCDEFGHIJ"
+HUB = "cais/mmlu"
 
 
 @dataclass(frozen=True)
@@ -67,10 +70,40 @@ def _read(path: Path) -> list[Item]:
         with path.open(encoding="utf-8", newline="") as file:
             rows = list(csv.reader(file))
         records = [{"question": r[0], "choices": r[1:-1], "answer": r[-1]} for r in rows if r]
-    return [
-        _item({"subject": subject, **record}, f"{path}, item {number}")
-        for number, record in enumerate(records, 1)
+    return _items(({"subject": subject, **record} for record in records), str(path))
+
+
+def _items(records: Iterable[dict[str, Any]], where: str) -> list[Item]:
+    return [_item(record, f"{where}, item {number}") for number, record in enumerate(records, 1)]
+
+
+def _by_subject(items: Iterable[Item]) -> dict[str, list[Item]]:
+    found: dict[str, list[Item]] = {}
+    for item in items:
+        found.setdefault(item.subject, []).append(item)
+    return found
+
+
+def hub_items() -> tuple[list[Item], dict[str, list[Item]]]:
+    """Return MMLU's questions from the hub, and its worked examples by subject.
+
+    Raises:
+        ValueError: the hub cannot be reached, or an item is not in the schema.
+    """
+    splits = [
+        _items(
+            load_hub(
+                HUB,
+                config="all",
+                split=split,
+                what="MMLU",
+                way_out="give questions in its schema as local files, --mmlu-dir FOLDER",
+            ),
+            f"{HUB} {split}",
+        )
+        for split in ("test", "dev")
     ]
+    return splits[0], _by_subject(splits[1])
 
 
 def read_items(folder: str | Path) -> tuple[list[Item], dict[str, list[Item]]]:
@@ -91,10 +124,8 @@ def read_items(folder: str | Path) -> tuple[list[Item], dict[str, list[Item]]]:
     found = [item for path in files(places["test"] if split else root) for item in _read(path)]
     if not found:
         raise ValueError(f"{root}: no .jsonl, .parquet or .csv file with questions")
-    shots: dict[str, list[Item]] = {}
-    for path in files(places["dev"]) if places["dev"].is_dir() else []:
-        for item in _read(path):
-            shots.setdefault(item.subject, []).append(item)
+    dev = files(places["dev"]) if places["dev"].is_dir() else []
+    shots = _by_subject(item for path in dev for item in _read(path))
     return found, shots
 
 
@@ -122,14 +153,17 @@ def prompt(item: Item, examples: Sequence[Item], form: Form) -> str:
     return head + shown + _block(item, form)
 
 
-def _choose(items: Sequence[Item], n: int | None, seed: int) -> list[Item]:
-    """Return ``n`` items, drawn so that each subject keeps its share."""
+def choose(items: Sequence[Item], n: int | None, seed: int) -> list[Item]:
+    """Return ``n`` items at random, each subject keeping its share; more items keep the fewer."""
     if n is None or n >= len(items):
         return list(items)
-    order = sorted(range(len(items)), key=lambda i: (items[i].subject, i))
-    # evenly spaced over the items sorted by subject, from a random offset
-    offset = float(generator("mmlu", seed).random())
-    return [items[order[int((k + offset) * len(items) / n)]] for k in range(n)]
+    ranked = []
+    for subject, found in _by_subject(items).items():
+        rng = generator("mmlu", seed, subject)
+        # every subject is spread over (0, 1) in a random order: a prefix has its share of each
+        ranks = (rng.permutation(len(found)) + rng.random()) / len(found)
+        ranked += zip(ranks.tolist(), found, strict=True)
+    return [item for _, item in sorted(ranked, key=lambda pair: pair[0])[:n]]
 
 
 def evaluate_mmlu(
@@ -137,7 +171,7 @@ def evaluate_mmlu(
     *,
     form: Form,
     tokenizer: Encoder,
-    path: str,
+    path: str | None = None,
     n: int | None = None,
     shots: int = 5,
     seed: int = 0,
@@ -145,15 +179,15 @@ def evaluate_mmlu(
     progress: Progress | None = None,
     allow_longer: bool = False,
 ) -> dict[str, Any]:
-    """Measure multiple choice from local files in one of its two forms.
+    """Measure multiple choice in one of its two forms.
 
     Args:
         model: a causal language model.
         form: "letters" or "cloze".
         tokenizer: the model's.
-        path: file or folder in MMLU's schema.
+        path: file or folder in MMLU's schema; None takes MMLU itself from the hub.
         n: number of questions, each subject keeping its share; None takes all.
-        shots: worked examples, where the folder has a ``dev`` part.
+        shots: worked examples per question, where there is a ``dev`` part.
         seed: of the choice of questions.
         batch_size: rows per forward; None chooses.
         progress: called with the number of continuations done and of all.
@@ -163,8 +197,8 @@ def evaluate_mmlu(
         accuracy (largest log-likelihood) with standard error and Wilson interval, accuracy_norm
         (log-likelihood per byte of the choice), gold_bits_per_byte, chance, per-question scores.
     """
-    questions, worked = read_items(path)
-    chosen = _choose(questions, n, seed)
+    questions, worked = hub_items() if path is None else read_items(path)
+    chosen = choose(questions, n, seed)
     rows, owners = [], []
     for number, item in enumerate(chosen):
         ids = prompt_ids(tokenizer, prompt(item, worked.get(item.subject, [])[:shots], form))
@@ -201,6 +235,6 @@ def evaluate_mmlu(
         "form": form,
         "tokens": {"min": min(lengths), "max": max(lengths)},
         "truncated": 0,
-        "haystack": f"questions of {Path(path).name}",
+        "haystack": f"questions of {HUB if path is None else Path(path).name}",
         "items": right,
     }

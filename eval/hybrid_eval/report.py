@@ -190,7 +190,8 @@ def _heat_map(results: dict[str, Any], task: str) -> Picture:
 
 def _pictures(results: dict[str, Any]) -> Iterator[Picture]:
     retrieval, language = tasks_on(results, "retrieval"), tasks_on(results, "language")
-    reasoning = tasks_on(results, "reasoning")
+    # the figures of some of lm-eval's tasks are no accuracies: those are in the table alone
+    reasoning = [task for task in tasks_on(results, "reasoning") if _has_chance(results, task)]
     if retrieval and language:
         yield _contrast(results, language[0], retrieval[0], "retrieval_vs_loss.png")
     if retrieval and reasoning:
@@ -208,6 +209,10 @@ def _pictures(results: dict[str, Any]) -> Iterator[Picture]:
         yield _against_cache(results, retrieval[0])
     if "speed" in results["models"][0]["results"]:
         yield from _speeds(results)
+
+
+def _has_chance(results: dict[str, Any], task: str) -> bool:
+    return all("chance" in model["results"][task] for model in results["models"])
 
 
 def _two_axes(results: dict[str, Any], reasoning: str, retrieval: str) -> Picture:
@@ -342,6 +347,13 @@ def _notes(ran: dict[str, Any]) -> list[str]:
             "long_...: generated as RULER (arXiv 2404.06654) generates, but from other words, texts "
             "and documents than RULER's. These are not RULER scores."
         )
+    for task, result in ran.items():
+        if "lm_eval" in result:
+            found = result["lm_eval"]
+            notes.append(
+                f"{task}: run by lm-eval {found['version']}, {found['num_fewshot']}-shot, its figure "
+                f"{found['metric']}."
+            )
     return notes
 
 

@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from .ablate import ablated, select
+from .catalogue import default_tasks
+from .lm_harness import resolve
 from .models import Subject, load
-from .registry import Settings, Task, check_options, default_tasks, find
+from .registry import Settings, Task, check_options, find
 
 # a cached result of another version is not reused
 RESULT_VERSION = 1
@@ -36,7 +38,7 @@ class Watcher(Protocol):
 def versions() -> dict[str, str]:
     """Return the versions that a result depends on."""
     found = {"python": platform.python_version()}
-    for package in ("torch", "transformers", "numpy", "hybrid-language-models"):
+    for package in ("torch", "transformers", "numpy", "lm_eval", "hybrid-language-models"):
         try:
             found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
@@ -138,6 +140,12 @@ def _check_names(names: Sequence[str]) -> None:
             raise ValueError(f"two models are called {name!r}; give them names: NAME=PATH")
 
 
+def _resolve_all(names: Sequence[str], include_path: str | Path | None) -> list[Task]:
+    """Return the tasks of these names, each once."""
+    found = [task for name in names for task in resolve(name, include_path)]
+    return list({task.name: task for task in found}.values())
+
+
 def evaluate(
     models: Any | Sequence[Any],
     tasks: Sequence[str] | None = None,
@@ -147,6 +155,7 @@ def evaluate(
     options: Mapping[str, Mapping[str, Any]] | None = None,
     watcher: Watcher | None = None,
     ablate: Sequence[str] = (),
+    include_path: str | Path | None = None,
     **loading: Any,
 ) -> dict[str, Any]:
     """Measure models on tasks.
@@ -154,13 +163,15 @@ def evaluate(
     Args:
         models: one or several of: a model object, a loaded :class:`~hybrid_eval.models.Subject`,
             a checkpoint folder, a .gguf file, a hub name, ``NAME=PATH``.
-        tasks: names from :data:`hybrid_eval.registry.TASKS`; None takes what suits the models.
+        tasks: names from :data:`hybrid_eval.registry.TASKS`, or of lm-eval's tasks; None takes
+            what suits the models.
         out: folder for cached results; the same call resumes there. None keeps nothing.
         settings: what is common to all tasks.
         options: per task, options of its own: ``{"mqar": {"pairs": 16}}``.
         watcher: is told how far the run is.
         ablate: knock-outs, each measured beside the whole model: "attention", "linear" or layer
             numbers such as "0,3" (see :mod:`hybrid_eval.ablate`).
+        include_path: folder of lm-eval YAML files of your own, whose tasks may then be named.
         loading: arguments of :func:`hybrid_eval.models.load`.
 
     Returns:
@@ -172,14 +183,16 @@ def evaluate(
             that a model cannot take.
     """
     settings = settings or Settings()
-    options = {name: dict(values) for name, values in (options or {}).items()}
     specs = list(models) if isinstance(models, list | tuple) else [models]
     if not specs:
         raise ValueError("no model to evaluate")
     # every name is checked before the first model is loaded
-    chosen = [find(name) for name in tasks] if tasks is not None else None
-    for name, values in options.items():
-        check_options(find(name), values)
+    chosen = None if tasks is None else _resolve_all(tasks, include_path)
+    given: dict[str, dict[str, Any]] = {}
+    for name, values in (options or {}).items():
+        for task in resolve(name, include_path):
+            check_options(task, values)
+            given[task.name] = dict(values)
     subjects = [s if isinstance(s, Subject) else load(s, **loading) for s in specs]
     _check_names([subject.name for subject in subjects])
     for subject in subjects:
@@ -198,7 +211,7 @@ def evaluate(
             record["ablate"] = knocked_out
             record["results"] = {
                 task.name: _run_task(
-                    shown, task, settings, options.get(task.name, {}), folder, watcher, knocked_out
+                    shown, task, settings, given.get(task.name, {}), folder, watcher, knocked_out
                 )
                 for task in chosen
             }

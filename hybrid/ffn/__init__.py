@@ -1,6 +1,6 @@
 """Feed-forwards: importing this package registers them all."""
 
-from hybrid.ffn import dense
+from hybrid.ffn import dense, moe
 from hybrid.ffn.base import FeedForward, FeedForwardOptions
 
-__all__ = ["FeedForward", "FeedForwardOptions", "dense"]
+__all__ = ["FeedForward", "FeedForwardOptions", "dense", "moe"]

@@ -14,10 +14,12 @@ from hybrid.mixers import (
     mamba,
     mamba2,
     mlstm,
+    multi_head_latent_attention,
     norm_attention,
     retention,
     rg_lru,
     rwkv6,
+    sliding_window_attention,
     softmax_attention,
 )
 from hybrid.mixers.base import LinearMixer, Mixer, MixerOptions, ShortConvolution, StateMixer
@@ -41,9 +43,11 @@ __all__ = [
     "mamba",
     "mamba2",
     "mlstm",
+    "multi_head_latent_attention",
     "norm_attention",
     "retention",
     "rg_lru",
     "rwkv6",
+    "sliding_window_attention",
     "softmax_attention",
 ]

@@ -97,25 +97,31 @@ class SoftmaxAttentionOptions(MixerOptions):
             head_dim=hidden_size // max(1, heads) if self.head_dim is None else self.head_dim,
         )
 
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """H, H_kv, K of completed options."""
+        assert self.num_heads is not None
+        assert self.num_kv_heads is not None
+        assert self.head_dim is not None
+        return self.num_heads, self.num_kv_heads, self.head_dim
+
     def problems(self, config: HybridConfig) -> list[str]:
         """Sizes that do not fit together."""
-        done = self.complete(config.hidden_size)
+        heads, kv_heads, head_dim = self.complete(config.hidden_size).sizes
         lines = head_problems(
             config.hidden_size,
-            done.num_heads,
+            heads,
             head_dim=self.head_dim,
             num_kv_heads=self.num_kv_heads,
         )
         if self.head_dim is None and self.num_kv_heads is not None and not lines:
-            lines = head_problems(config.hidden_size, done.num_heads)
-        if not lines and done.num_heads % done.num_kv_heads:
-            lines.append(
-                f"num_kv_heads: {done.num_kv_heads} does not divide num_heads {done.num_heads}"
-            )
+            lines = head_problems(config.hidden_size, heads)
+        if not lines and heads % kv_heads:
+            lines.append(f"num_kv_heads: {kv_heads} does not divide num_heads {heads}")
         if not 0.0 <= self.dropout < 1.0:
             lines.append(f"dropout: must be in [0, 1), found {self.dropout}")
         if self.rope_parameters is not None and not lines:
-            lines += rope_problems(self.rope_parameters, done.head_dim, config)
+            lines += rope_problems(self.rope_parameters, head_dim, config)
         lines += positive(soft_cap=self.soft_cap, nope_every=self.nope_every)
         if self.alibi and self.rope_parameters is not None:
             lines.append("alibi: takes the place of rotary positions; set rope_parameters to null")
@@ -144,8 +150,8 @@ class SoftmaxAttention(Mixer):
         self, options: SoftmaxAttentionOptions, config: HybridConfig, layer_idx: int
     ) -> None:
         super().__init__(options, config, layer_idx)
-        d_model, self.head_dim = config.hidden_size, options.head_dim
-        self.num_heads, self.num_kv_heads = options.num_heads, options.num_kv_heads
+        d_model = config.hidden_size
+        self.num_heads, self.num_kv_heads, self.head_dim = options.sizes
         self.num_key_value_groups = self.num_heads // self.num_kv_heads
         self.scaling = self.head_dim**-0.5 if options.scale is None else options.scale
         inner, inner_kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
@@ -160,9 +166,7 @@ class SoftmaxAttention(Mixer):
             nn.Linear(d_model, inner, bias=options.bias) if options.output_gate else None
         )
         self.sinks = nn.Parameter(torch.empty(self.num_heads)) if options.sinks else None
-        self.slopes = None
-        if options.alibi:
-            self.slopes = nn.Buffer(self._slopes(), persistent=False)
+        self.slopes = nn.Buffer(self._slopes(), persistent=False) if options.alibi else None
         self.has_positions = self._has_positions()
         self.q_norm = self.k_norm = None
         if options.qk_norm:
@@ -215,7 +219,7 @@ class SoftmaxAttention(Mixer):
         if options.rope_parameters is None:
             return None
         return RotaryEmbedding(
-            options.rope_parameters, options.head_dim, config.max_position_embeddings
+            options.rope_parameters, options.sizes[2], config.max_position_embeddings
         )
 
     def forward(
@@ -233,8 +237,9 @@ class SoftmaxAttention(Mixer):
         q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
         if self.conv is not None:
             if cache is not None:
-                x = torch.cat([q, k, v], dim=-1)
-                cache.resume(x, segments, lambda again: self.conv(again, None, cache))
+                qkv = torch.cat([q, k, v], dim=-1)
+                conv = self.conv
+                cache.resume(qkv, segments, lambda again: conv(again, None, cache))
             packed = [segments.pack(y) for y in (q, k, v)]
             convolved = self.conv.split(packed, segments.cu_seqlens, cache)
             q, k, v = (segments.unpack(y, batch, time) for y in convolved)

@@ -19,6 +19,7 @@ from transformers.trainer_utils import rotate_checkpoints
 
 from hybrid.train.checkpoints import CheckpointError, write_manifest
 from hybrid.train.config import MuonConfig
+from hybrid.train.expert_load import ExpertLoad
 from hybrid.train.optim import Several, decaying, groups, matrices
 from hybrid.train.progress import LossWatch, Progress
 from hybrid.train.throughput import peak_flops
@@ -58,6 +59,8 @@ class HybridTrainer(Trainer):
         self._clock: tuple[float, int] | None = None
         for callback in (ProgressCallback, PrinterCallback):
             self.remove_callback(callback)
+        self.expert_load = ExpertLoad()
+        self.add_callback(self.expert_load)
         # The watch first: the bar shows what is logged.
         self.add_callback(LossWatch())
         self.add_callback(Progress())
@@ -105,13 +108,19 @@ class HybridTrainer(Trainer):
         return super().training_step(*args, **kwargs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds `tokens_per_second` and `mfu` since the last log, without saving and evaluating."""
+        """Adds `tokens_per_second` and `mfu` since the last log, without saving and evaluating.
+
+        And for experts what `ExpertLoad` has of their load.
+        """
         if "loss" in logs and self._clock is not None:
             before, since = self._clock
             steps, seconds = self.state.global_step - since, time.perf_counter() - before
             logs["tokens_per_second"] = steps * self.tokens_per_step / seconds
             if (used := self.utilisation(logs["tokens_per_second"])) is not None:
                 logs["mfu"] = used
+        if "loss" in logs:
+            logs.update(self.expert_load.summary())
+            self.expert_load.write(self.args, self.state)
         super().log(logs, start_time)
         self._clock = None
 

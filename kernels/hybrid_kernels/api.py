@@ -73,23 +73,22 @@ def linear_attention(
             cannot take this input.
         ImportError: the backend asked for needs a package that is not installed.
     """
-    validation.check_linear_attention(
-        q, k, v, log_decay, value_log_decay, beta, bonus, initial_state, cu_seqlens, chunk_size
-    )
-    arguments = {
+    inputs = {
+        "q": q,
+        "k": k,
+        "v": v,
         "log_decay": log_decay,
         "value_log_decay": value_log_decay,
         "beta": beta,
         "bonus": bonus,
-        "scale": q.shape[-1] ** -0.5 if scale is None else float(scale),
         "initial_state": initial_state,
         "cu_seqlens": cu_seqlens,
         "chunk_size": chunk_size,
     }
-    run = backends.choose(
-        backends.LINEAR_ATTENTION, backend, q.device, {"q": q, "k": k, "v": v, **arguments}
-    )
-    o, final_state = run(q, k, v, **arguments)
+    check = validation.check_linear_attention
+    run = backends.checked(backends.LINEAR_ATTENTION, backend, check, inputs)
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    o, final_state = run(scale=scale, **inputs)
     return o, final_state if output_final_state else None
 
 
@@ -129,19 +128,17 @@ def causal_conv1d(
         ValueError: an argument has the wrong shape, dtype or device, or the backend is unknown.
         ImportError: the backend asked for needs a package that is not installed.
     """
-    validation.check_causal_conv1d(x, weight, bias, activation, initial_state, cu_seqlens)
-    arguments = {
+    inputs = {
+        "x": x,
+        "weight": weight,
+        "bias": bias,
         "activation": activation,
         "initial_state": initial_state,
         "cu_seqlens": cu_seqlens,
     }
-    run = backends.choose(
-        backends.CAUSAL_CONV1D,
-        backend,
-        x.device,
-        {"x": x, "weight": weight, "bias": bias, **arguments},
-    )
-    y, final_state = run(x, weight, bias, **arguments)
+    check = validation.check_causal_conv1d
+    run = backends.checked(backends.CAUSAL_CONV1D, backend, check, inputs)
+    y, final_state = run(**inputs)
     return y, final_state if output_final_state else None
 
 
@@ -187,9 +184,17 @@ def selective_scan(
         ValueError: an argument has the wrong shape, dtype or device, or the backend is unknown.
         ImportError: the backend asked for needs a package that is not installed.
     """
-    validation.check_selective_scan(u, delta, A, B, C, D, initial_state, cu_seqlens)
-    inputs = {"u": u, "delta": delta, "A": A, "B": B, "C": C, "D": D}
-    options = {"initial_state": initial_state, "cu_seqlens": cu_seqlens}
-    run = backends.choose(backends.SELECTIVE_SCAN, backend, u.device, {**inputs, **options})
-    y, final_state = run(**inputs, **options)
+    inputs = {
+        "u": u,
+        "delta": delta,
+        "A": A,
+        "B": B,
+        "C": C,
+        "D": D,
+        "initial_state": initial_state,
+        "cu_seqlens": cu_seqlens,
+    }
+    check = validation.check_selective_scan
+    run = backends.checked(backends.SELECTIVE_SCAN, backend, check, inputs)
+    y, final_state = run(**inputs)
     return y, final_state if output_final_state else None

@@ -112,19 +112,63 @@ def available_backends(op: str) -> list[str]:
     return [b.name for b in BACKENDS if op in b.ops and _missing(b.name) is None]
 
 
-def choose(op: str, name: str | None, device: torch.device, arguments: dict[str, Any]) -> Callable:
+# What inputs of one form were found to be right, and which function computes them. Both depend on
+# shapes, dtypes and devices only; a decode loop asks the same question at every token.
+_KNOWN: dict[tuple, Callable] = {}
+_KNOWN_LIMIT = 4096
+
+
+def checked(
+    op: str, name: str | None, check: Callable[..., None], inputs: dict[str, Any]
+) -> Callable:
+    """Check the inputs of ``op`` and return the function that computes it.
+
+    Args:
+        op: one of ``OPS``.
+        name: the backend asked for, or None for the best one present.
+        check: raises a ValueError if an input is wrong.
+        inputs: keyword arguments of both ``check`` and the function returned.
+
+    Raises:
+        ValueError: an input is wrong, or ``choose`` says so.
+        ImportError: ``choose`` says so.
+    """
+    if torch.compiler.is_compiling():
+        check(**inputs)
+        return choose(op, name, inputs)
+    form = (op, name, *[_form(x) for x in inputs.values()])
+    run = _KNOWN.get(form)
+    if run is None:
+        check(**inputs)
+        run = choose(op, name, inputs)
+        if len(_KNOWN) >= _KNOWN_LIMIT:
+            _KNOWN.clear()
+        _KNOWN[form] = run
+    return run
+
+
+def _form(x: Any) -> Any:
+    """Return what a check may depend on; a number, a string or None stands for itself."""
+    if x is None:
+        return None
+    if isinstance(x, torch.Tensor):
+        return x.shape, x.dtype, x.device
+    return x if isinstance(x, (int, float, str)) else type(x)
+
+
+def choose(op: str, name: str | None, arguments: dict[str, Any]) -> Callable:
     """Return the function that computes ``op``.
 
     Args:
         op: one of ``OPS``.
         name: the backend asked for, or None for the best one present.
-        device: where the tensors are.
-        arguments: the op's keyword arguments, for backends that take only some.
+        arguments: the op's keyword arguments, the first of them a tensor.
 
     Raises:
         ValueError: ``name`` is unknown, or that backend cannot take these inputs.
         ImportError: ``name`` needs a package that is not installed.
     """
+    device = next(iter(arguments.values())).device
     if name is not None:
         return _by_name(op, name, device, arguments)
     passed_over: list[str] = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 
 from torch import Tensor
 
@@ -22,7 +23,7 @@ def document_lengths(cu_seqlens: Tensor, time: int) -> list[int]:
         raise ValueError(
             f"cu_seqlens must start at 0 and end at T = {time}, got {offsets[0]} and {offsets[-1]}"
         )
-    lengths = [stop - start for start, stop in zip(offsets, offsets[1:], strict=False)]
+    lengths = [stop - start for start, stop in pairwise(offsets)]
     for index, length in enumerate(lengths):
         if length < 0:
             raise ValueError(

@@ -193,8 +193,8 @@ def _scan_inputs(length: int) -> dict[str, Tensor]:
     }
 
 
-def _scan_ours(**inputs: Tensor) -> Tensor:
-    return selective_scan(**inputs)[0]
+def _scan_ours(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor) -> Tensor:
+    return selective_scan(u, delta, A, B, C, D)[0]
 
 
 def _scan_theirs(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor) -> Tensor:
@@ -235,8 +235,12 @@ def _step_inputs(**options) -> Callable[[int], dict[str, Tensor]]:
     return inputs
 
 
-def _step_ours(state: Tensor, **rows: Tensor) -> Tensor:
-    return linear_attention(**rows, initial_state=state, output_final_state=True)[0]
+def _step_ours(
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_decay: Tensor, state: Tensor
+) -> Tensor:
+    return linear_attention(
+        q, k, v, beta=beta, log_decay=log_decay, initial_state=state, output_final_state=True
+    )[0]
 
 
 def _gated_delta_step(

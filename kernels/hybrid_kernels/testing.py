@@ -82,9 +82,10 @@ def _pick(values: Sequence[float]) -> Callable[[tuple[int, ...], torch.Generator
 
 
 def _alternating(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    steps = torch.arange(shape[1] if len(shape) > 1 else shape[0]) % 2
-    gates = -20.0 * steps.double()
-    return gates.view(1, -1, *[1] * (len(shape) - 2)).expand(shape) if len(shape) > 1 else gates
+    along = min(1, len(shape) - 1)
+    steps = torch.arange(shape[along]) % 2
+    others = [1] * (len(shape) - along - 1)
+    return (-20.0 * steps.double()).view(-1, *others).expand(shape)
 
 
 def _uniform(rate: float) -> Callable[[tuple[int, ...], torch.Generator], Tensor]:

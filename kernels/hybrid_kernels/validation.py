@@ -19,7 +19,10 @@ ACTIVATIONS = ("silu",)
 
 def state_dtype(*inputs: Tensor) -> torch.dtype:
     """Return the dtype of the state: float64 if any input is float64, else float32."""
-    return torch.float64 if any(x.dtype == torch.float64 for x in inputs) else torch.float32
+    for x in inputs:
+        if x.dtype == torch.float64:
+            return torch.float64
+    return torch.float32
 
 
 def check_linear_attention(

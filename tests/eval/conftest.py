@@ -65,3 +65,21 @@ def tiny_llama():
             max_position_embeddings=512,
         )
     )
+
+
+@pytest.fixture
+def lm_checkpoint(tmp_path, tiny_llama):
+    """A checkpoint whose tokenizer is a Hugging Face one and reads bytes."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    letters = bytes_to_unicode()
+    backend = Tokenizer(models.BPE(vocab={letters[i]: i for i in range(256)}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    folder = tmp_path / "tiny"
+    tiny_llama.config.max_position_embeddings = 1024
+    tiny_llama.save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=letters[0]).save_pretrained(folder)
+    return str(folder)

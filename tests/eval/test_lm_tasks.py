@@ -14,31 +14,14 @@ pytestmark = [
 ]
 
 
-@pytest.fixture
-def checkpoint(tmp_path, tiny_llama):
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-    from transformers.convert_slow_tokenizer import bytes_to_unicode
-
-    letters = bytes_to_unicode()
-    backend = Tokenizer(models.BPE(vocab={letters[i]: i for i in range(256)}, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    backend.decoder = decoders.ByteLevel()
-    folder = tmp_path / "tiny"
-    tiny_llama.config.max_position_embeddings = 1024
-    tiny_llama.save_pretrained(folder)
-    PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=letters[0]).save_pretrained(folder)
-    return str(folder)
-
-
-def run(checkpoint, tasks, metadata, **options):
+def run(lm_checkpoint, tasks, metadata, **options):
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
-    given = {"tokenizer": checkpoint, "pretrained": checkpoint, **metadata}
+    given = {"tokenizer": lm_checkpoint, "pretrained": lm_checkpoint, **metadata}
     return simple_evaluate(
-        HFLM(pretrained=checkpoint, device="cpu", batch_size=2),
+        HFLM(pretrained=lm_checkpoint, device="cpu", batch_size=2),
         tasks=tasks,
         # without lm-eval's own tasks: indexing them takes most of a minute
         task_manager=TaskManager(include_path=str(FOLDER), include_defaults=False, metadata=given),
@@ -48,9 +31,9 @@ def run(checkpoint, tasks, metadata, **options):
     )
 
 
-def test_lm_eval_runs_our_tasks_and_limit_takes_a_share_of_every_length(checkpoint):
+def test_lm_eval_runs_our_tasks_and_limit_takes_a_share_of_every_length(lm_checkpoint):
     found = run(
-        checkpoint,
+        lm_checkpoint,
         ["niah_grid_forced", "niah_grid"],
         {"lengths": [512, 1024], "depths": [0.0, 1.0], "samples": 2},
         limit=4,
@@ -65,8 +48,8 @@ def test_lm_eval_runs_our_tasks_and_limit_takes_a_share_of_every_length(checkpoi
     assert found["results"]["niah_grid_forced"]["nll,none"] > 0
 
 
-def test_a_prompt_reaches_the_model_whole(checkpoint):
-    found = run(checkpoint, ["niah_grid"], {"lengths": [1024], "depths": [0.5], "samples": 1})
+def test_a_prompt_reaches_the_model_whole(lm_checkpoint):
+    found = run(lm_checkpoint, ["niah_grid"], {"lengths": [1024], "depths": [0.5], "samples": 1})
     (sample,) = found["samples"]["niah_grid"]
     sent = sample["arguments"][0][0]
     doc = sample["doc"]
@@ -82,9 +65,9 @@ def test_a_prompt_reaches_the_model_whole(checkpoint):
         ({"tokenizer": None, "pretrained": None}, "no tokenizer to count with"),
     ],
 )
-def test_what_lm_eval_would_cut_is_refused(checkpoint, metadata, words):
+def test_what_lm_eval_would_cut_is_refused(lm_checkpoint, metadata, words):
     with pytest.raises(ValueError, match=words):
-        run(checkpoint, ["niah_grid"], metadata)
+        run(lm_checkpoint, ["niah_grid"], metadata)
 
 
 def test_every_task_has_a_file_of_its_name():

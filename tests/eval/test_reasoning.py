@@ -6,7 +6,7 @@ import torch
 
 from hybrid_eval import Settings, evaluate, load
 from hybrid_eval.ablate import ablated, branches, select
-from hybrid_eval.mmlu import evaluate_mmlu, read_items
+from hybrid_eval.mmlu import Item, choose, evaluate_mmlu, read_items
 from hybrid_eval.speed import evaluate_speed
 from hybrid_eval.synthetic import (
     Hops,
@@ -142,6 +142,20 @@ def test_the_prompt_has_worked_examples_and_cloze_hides_the_choices(questions):
     cloze = prompt(items[0], shots["colours"], "cloze")
     assert cloze.count("Answer: blue") == 5
     assert "A. " not in cloze
+
+
+def test_a_choice_of_questions_keeps_the_share_of_every_subject():
+    items = [
+        Item(f"{subject} {i}", ("a", "b"), i % 2, subject)
+        for subject, count in (("big", 60), ("small", 20))
+        for i in range(count)
+    ]
+    some = choose(items, 40, seed=0)
+    assert abs(sum(item.subject == "small" for item in some) - 10) <= 1
+    # a stride over the file would take every second one, all with one answer
+    assert {item.answer for item in some} == {0, 1}
+    assert choose(items, 12, seed=0) == some[:12]
+    assert choose(items, 40, seed=1) != some
 
 
 def test_the_original_csv_is_read(tmp_path):

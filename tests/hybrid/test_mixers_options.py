@@ -37,6 +37,15 @@ MISTAKES = [
     ("rwkv6", {"shift_rank": 0}, "shift_rank: must be greater than 0, found 0"),
     ("rg_lru", {"num_heads": 5}, "num_heads: must be at least 1 and divide width 64, found 5"),
     ("rg_lru", {"width": 512, "num_heads": 1}, "width / num_heads: must be at most 256, found 512"),
+    ("sliding_window_attention", {"window": 1}, "window: must be at least 2, found 1"),
+    ("sliding_window_attention", {"num_heads": 4, "num_kv_heads": 3}, "num_kv_heads: 3 does not"),
+    (
+        "sliding_window_attention",
+        {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}},
+        "rope_parameters.rope_type: 'dynamic' ",
+    ),
+    ("multi_head_latent_attention", {"rope_dim": 3}, "rope_parameters: 3 of head_dim 3 would be"),
+    ("multi_head_latent_attention", {"latent_dim": 0}, "latent_dim: must be greater than 0"),
     ("gated_short_convolution", {"conv_size": 0}, "conv_size: must be at least 2"),
 ]
 

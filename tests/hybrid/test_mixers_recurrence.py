@@ -362,6 +362,34 @@ def rg_lru(w, x):
     return out
 
 
+@recurrence("sliding_window_attention", window=4, num_heads=4, num_kv_heads=2, head_dim=6)
+@recurrence(
+    "sliding_window_attention", window=4, num_heads=4, num_kv_heads=2, head_dim=6, qk_norm="head"
+)
+def sliding_window_attention(w, x, qk_norm=None):
+    """Keys t - 3 to t, q and k turned by their absolute positions, pairs (j, j + 3)."""
+    H, G, K = 4, 2, 6
+    theta = 10000.0 ** (-torch.arange(0, K, 2, dtype=x.dtype) / K)
+
+    def turned(y, t, norm):
+        y = rms(y) * w[f"{norm}.weight"] if qk_norm else y
+        return torch.complex(*y.split(K // 2)) * torch.exp(1j * t * theta)
+
+    out = []
+    for t, u in enumerate(x):
+        o = []
+        for h in range(H):
+            g = h // (H // G)
+            q = turned(heads(w("q_proj", u), H)[h], t, "q_norm")
+            reach = range(max(0, t - 3), t + 1)
+            keys = [turned(heads(w("k_proj", x[s]), G)[g], s, "k_norm") for s in reach]
+            e = torch.stack([torch.exp((q * k.conj()).real.sum() / math.sqrt(K)) for k in keys])
+            values = torch.stack([heads(w("v_proj", x[s]), G)[g] for s in reach])
+            o.append(e / e.sum() @ values)
+        out.append(w("o_proj", torch.cat(o)))
+    return out
+
+
 def lightning(w, x, slope, read, phi=silu):
     H, K = 2, 12
     S, out = torch.zeros(H, K, K, dtype=x.dtype), []
@@ -418,8 +446,10 @@ def test_equals_its_published_recurrence(case):
         found, _ = mixer(x)
     for row, y in zip(x, found, strict=True):
         expected = torch.stack(function(Weights(mixer), row, **taken))
-        # fixed decays are float32 buffers, whatever the model's dtype
-        fixed = name in ("lightning_attention", "retention", "gated_retention")
+        # fixed decays and rotary angles are float32 buffers, whatever the model's dtype
+        fixed = name in (
+            "lightning_attention", "retention", "gated_retention", "sliding_window_attention"
+        )  # fmt: skip
         tolerance = {"rtol": 1e-5, "atol": 1e-6} if fixed else {"rtol": 1e-9, "atol": 1e-10}
         torch.testing.assert_close(y, expected, **tolerance)
 

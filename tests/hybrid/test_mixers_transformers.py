@@ -13,7 +13,9 @@ import types
 
 import pytest
 import torch
+from transformers import DynamicCache
 from transformers.models.bamba import modeling_bamba
+from transformers.models.deepseek_v3 import modeling_deepseek_v3
 from transformers.models.falcon_mamba import modeling_falcon_mamba
 from transformers.models.jamba import modeling_jamba
 from transformers.models.lfm2 import modeling_lfm2
@@ -26,6 +28,7 @@ from transformers.models.recurrent_gemma import modeling_recurrent_gemma
 from transformers.models.xlstm import modeling_xlstm
 
 import hybrid
+from hybrid.cache import LayerCache
 
 D, TIME = 32, 21
 
@@ -342,3 +345,50 @@ def test_time_steps_start_where_mamba_has_them():
     middle = (math.log(1e-3) + math.log(0.1)) / 2
     spread = (math.log(0.1) - math.log(1e-3)) / math.sqrt(12)
     assert abs(dt.log().mean() - middle) < 5 * spread / math.sqrt(4096)
+
+
+@pytest.mark.parametrize("query_latent", [12, None])
+def test_multi_head_latent_attention_of_deepseek_v3(query_latent):
+    config = modeling_deepseek_v3.DeepseekV3Config(
+        hidden_size=D, num_attention_heads=4, num_key_value_heads=4, q_lora_rank=query_latent,
+        kv_lora_rank=16, qk_nope_head_dim=6, qk_rope_head_dim=8, v_head_dim=10,
+        num_hidden_layers=1, attention_bias=False,
+    )  # fmt: skip
+    config._attn_implementation = "sdpa"
+    theirs = layer(modeling_deepseek_v3.DeepseekV3Attention, config, layer_idx=0)
+    ours = mixer(
+        "multi_head_latent_attention", num_heads=4, latent_dim=16, query_latent_dim=query_latent,
+        head_dim=6, rope_dim=8, value_head_dim=10,
+    )  # fmt: skip
+    names = {
+        "q_a_proj": "q_down_proj", "q_a_layernorm": "q_norm", "q_b_proj": "q_proj",
+        "kv_a_proj_with_mqa": "kv_down_proj", "kv_a_layernorm": "kv_norm", "kv_b_proj": "kv_proj",
+    }  # fmt: skip
+    weights = rename(theirs, names)
+    order = torch.tensor([0, 2, 4, 6, 1, 3, 5, 7])  # their pairs are neighbours
+    q = weights["q_proj.weight"].view(4, 14, -1)
+    weights["q_proj.weight"] = torch.cat([q[:, :6], q[:, 6:][:, order]], dim=1).flatten(0, 1)
+    down = weights["kv_down_proj.weight"]
+    weights["kv_down_proj.weight"] = torch.cat([down[:16], down[16:][order]])
+    load(ours, weights)
+
+    ours.config._attn_implementation = "sdpa"
+    rotary = modeling_deepseek_v3.DeepseekV3RotaryEmbedding(config)
+    x = torch.randn(1, TIME, D)
+    cos, sin = rotary(x, torch.arange(TIME)[None])
+    assert_same(
+        lambda x: ours(x, position_embeddings=(cos, sin)),
+        lambda x: theirs(x, (cos, sin), None)[0],
+    )
+
+    # and token by token, where ours attends to the latents themselves
+    with torch.no_grad():
+        expected = theirs(x, (cos, sin), None)[0]
+        cache = LayerCache(DynamicCache(config=ours.config), 0)
+        steps = [
+            ours(x[:, t : t + 1], position_embeddings=(cos[:, t : t + 1], sin[:, t : t + 1]),
+                 cache=cache)[0]
+            for t in range(TIME)
+        ]  # fmt: skip
+    error = (torch.cat(steps, dim=1) - expected).square().mean().sqrt()
+    assert error <= 1e-5 * expected.std()

@@ -1,7 +1,12 @@
 """All kernel tests run with uninitialised memory filled with NaN, on one thread."""
 
+import os
+
 import pytest
 import torch
+
+# These run in a process of their own, see test_triton.py.
+collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["interpreted"]
 
 
 @pytest.fixture(autouse=True)

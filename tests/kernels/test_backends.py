@@ -6,6 +6,7 @@ import re
 import pytest
 import torch
 
+import hybrid_kernels
 from hybrid_kernels import (
     available_backends,
     backends,
@@ -28,6 +29,7 @@ def test_reference_and_torch_are_always_there():
 
 def test_the_choice_is_logged_once(caplog, monkeypatch):
     monkeypatch.setattr(backends, "_announced", set())
+    monkeypatch.setattr(backends, "_KNOWN", {})
     with caplog.at_level(logging.INFO, logger="hybrid_kernels"):
         for _ in range(3):
             linear_attention(**rows())
@@ -45,15 +47,14 @@ def test_an_absent_backend_names_the_command():
     absent = [b for b in backends.BACKENDS if backends._missing(b.name)]
     assert absent, "this test needs one optional package to be absent"
     for backend in absent:
+        op = getattr(hybrid_kernels, backend.ops[0])
         arguments = {
-            backends.LINEAR_ATTENTION: lambda: linear_attention(**rows(), backend=backend.name),
-            backends.SELECTIVE_SCAN: lambda: selective_scan(*scan(), backend=backend.name),
-            backends.CAUSAL_CONV1D: lambda: causal_conv1d(
-                torch.randn(1, 4, 2), torch.randn(2, 4), backend=backend.name
-            ),
+            linear_attention: [torch.randn(1, 5, 2, 4)] * 3,
+            selective_scan: scan(),
+            causal_conv1d: [torch.randn(1, 4, 2), torch.randn(2, 4)],
         }
         with pytest.raises(ImportError, match=re.escape(backend.pip)):
-            arguments[backend.ops[0]]()
+            op(*arguments[op], backend=backend.name)
 
 
 def test_a_gpu_backend_refuses_a_cpu_by_name():
@@ -61,7 +62,7 @@ def test_a_gpu_backend_refuses_a_cpu_by_name():
         if backend.gpu_only and backends._missing(backend.name) is None:
             op = backend.ops[0]
             with pytest.raises(ValueError, match="GPU"):
-                backends.choose(op, backend.name, torch.device("cpu"), {})
+                backends.choose(op, backend.name, {"x": torch.zeros(1)})
 
 
 def scan(**changes):

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hybrid_kernels import linear_attention
+from hybrid_kernels.chunked import linear as chunked_linear
 from hybrid_kernels.testing import (
     BACKENDS_UNDER_TEST,
     FORMS,
@@ -71,6 +72,15 @@ def test_agrees_on_any_shape(form, backend, data):
         seed=data.draw(st.integers(0, 1000), label="seed"),
         chunk_size=data.draw(st.sampled_from([None, 16, 64, 128]), label="chunk_size"),
     )
+
+
+@forms
+@pytest.mark.parametrize("lengths", [None, [70, 0, 1, 66]])
+def test_many_segments(form, lengths, monkeypatch):
+    """The chunked backend works segment by segment; here every one is as short as it gets."""
+    monkeypatch.setattr(chunked_linear, "SEGMENT_ROWS", 1)
+    for gates in ("mild", "closed"):
+        compare(form, "torch", torch.float32, time=130, lengths=lengths, gates=gates)
 
 
 @backends

@@ -72,8 +72,9 @@ def test_agrees_on_any_shape(backend, data):
 
 
 @backends
-def test_many_segments(backend):
-    compare(backend, torch.float32, batch=1, time=200, channels=256, size=64)
+@pytest.mark.parametrize("lengths", [None, [70, 0, 20, 1, 50]])
+def test_many_segments(backend, lengths):
+    compare(backend, torch.float32, batch=1, time=100, channels=256, size=64, lengths=lengths)
 
 
 def test_gradcheck():

@@ -38,7 +38,8 @@ def generate(model, tokenizer: Encoder, sample: TextSample) -> str:
             do_sample=False,
             pad_token_id=pad if pad is not None else getattr(tokenizer, "eos_token_id", None),
         )
-    return tokenizer.decode(output[0, ids.shape[1] :].tolist(), skip_special_tokens=True)
+    answer = tokenizer.decode(output[0, ids.shape[1] :].tolist(), skip_special_tokens=True)
+    return answer if sample.stop is None else answer.partition(sample.stop)[0]
 
 
 def _generated(model, tokenizer, made: Sequence[TextSample], progress: Progress | None):
@@ -76,6 +77,71 @@ def _cell_results(
             }
         )
     return found
+
+
+def measure(
+    model,
+    made: Sequence[TextSample],
+    *,
+    tokenizer: Encoder,
+    mode: Mode,
+    batch_size: int | None = None,
+    progress: Progress | None = None,
+    allow_longer: bool = False,
+) -> dict[str, Any]:
+    """Score samples in one of the two modes.
+
+    Args:
+        model: a causal language model.
+        made: the samples.
+        tokenizer: the model's.
+        mode: as of :func:`evaluate_text`.
+        batch_size: rows per forward; None chooses.
+        progress: called with the number of samples done and of samples in all.
+        allow_longer: permit samples beyond ``max_position_embeddings``.
+
+    Returns:
+        accuracy over all samples with standard error and Wilson interval, true token counts, and
+        per sample "items" (scores) and "nlls" (None for generation).
+
+    Raises:
+        ValueError: an unknown mode, or a sample that the model cannot take.
+    """
+    if mode not in ("forced", "generate"):
+        raise ValueError(f"mode must be 'forced' or 'generate', got {mode!r}")
+    longest = max(sample.prompt_tokens + sample.max_new_tokens for sample in made)
+    check_length(model, longest, allow_longer=allow_longer)
+    nlls, answers = None, None
+    if mode == "forced":
+        rows = [forced_row(sample, tokenizer) for sample in made]
+        scored = score(
+            model, rows, batch_size=batch_size, progress=progress, allow_longer=allow_longer
+        )
+        scores = [float(row.exact) for row in scored]
+        nlls = [float(row.nll.sum()) for row in scored]
+    else:
+        scores, answers = _generated(model, tokenizer, made, progress)
+    accuracy, error = mean_and_error(scores)
+    tokens = [sample.prompt_tokens for sample in made]
+    result: dict[str, Any] = {
+        "accuracy": accuracy,
+        "accuracy_stderr": error,
+        "interval": wilson(sum(scores), len(scores)),
+        "chance": 0.0,
+        "above_chance": above_chance(accuracy, 0.0),
+        "n": len(scores),
+        "tokens": {"min": min(tokens), "max": max(tokens)},
+        "truncated": 0,
+        "haystack": made[0].haystack,
+        "mode": mode,
+        "items": scores,
+        "nlls": nlls,
+    }
+    if nlls is not None:
+        result["nll"], result["nll_stderr"] = mean_and_error(nlls)
+    if answers is not None:
+        result["answers"] = answers
+    return result
 
 
 def evaluate_text(
@@ -121,8 +187,6 @@ def evaluate_text(
         ValueError: as :func:`hybrid_eval.text.tasks.samples`, or a length that the model cannot
             take.
     """
-    if mode not in ("forced", "generate"):
-        raise ValueError(f"mode must be 'forced' or 'generate', got {mode!r}")
     check_length(model, max(lengths), allow_longer=allow_longer)
     made = samples(
         task,
@@ -134,34 +198,15 @@ def evaluate_text(
         material=material,
         **options,
     )
-    nll, answers = None, None
-    if mode == "forced":
-        rows = [forced_row(sample, tokenizer) for sample in made]
-        scored = score(
-            model, rows, batch_size=batch_size, progress=progress, allow_longer=allow_longer
-        )
-        scores = [float(row.exact) for row in scored]
-        nll = [float(row.nll.sum()) for row in scored]
-    else:
-        scores, answers = _generated(model, tokenizer, made, progress)
-    accuracy, error = mean_and_error(scores)
-    tokens = [sample.prompt_tokens for sample in made]
-    result: dict[str, Any] = {
-        "accuracy": accuracy,
-        "accuracy_stderr": error,
-        "interval": wilson(sum(scores), len(scores)),
-        "chance": 0.0,
-        "above_chance": above_chance(accuracy, 0.0),
-        "n": len(scores),
-        "cells": _cell_results(cells(task, lengths, depths), n, made, scores, nll),
-        "tokens": {"min": min(tokens), "max": max(tokens)},
-        "truncated": 0,
-        "haystack": made[0].haystack,
-        "mode": mode,
-        "items": scores,
-    }
-    if nll is not None:
-        result["nll"], result["nll_stderr"] = mean_and_error(nll)
-    if answers is not None:
-        result["answers"] = answers
-    return result
+    measured = measure(
+        model,
+        made,
+        tokenizer=tokenizer,
+        mode=mode,
+        batch_size=batch_size,
+        progress=progress,
+        allow_longer=allow_longer,
+    )
+    grid = cells(task, lengths, depths)
+    measured["cells"] = _cell_results(grid, n, made, measured["items"], measured.pop("nlls"))
+    return measured

@@ -25,7 +25,7 @@ def fill(
     """Find the largest number of units whose prompt takes at most ``budget`` tokens.
 
     Tokens of units nearly add up, so the estimate from ``unit_tokens`` is right or almost right
-    and a sample costs one or two tokenisations of the prompt, not a search.
+    and a sample costs one or two tokenisations of a full prompt, not a search.
 
     Args:
         count: tokens of the prompt with that many units, counted on the prompt itself.
@@ -41,8 +41,8 @@ def fill(
     most = len(prefix) - 1
     fits: Filled | None = None
     too_many = most + 1
-    # what surrounds the units is not known yet: a first guess leaves it out and is corrected
-    units = max(minimum, min(most, _guess(prefix, 0, budget * 9 // 10)))
+    # the shortest prompt says, for little, how much surrounds the units
+    units = minimum
     while True:
         tokens = count(units)
         target = _guess(prefix, units, budget - tokens)

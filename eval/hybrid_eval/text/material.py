@@ -2,12 +2,14 @@
 
 import re
 import string
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import numpy as np
 
 from ..corpus import Corpus, load_corpus, stdlib_documents
+from ..hub import load_hub
 
 # filler of RULER's "repeat" haystack and of its variable tracking
 NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
@@ -113,9 +115,9 @@ def wonder_words() -> Words:
     )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Filler:
-    """Words of a long text, in order.
+    """Words of a long text, in order. Two are equal if they are one: hashing costs nothing.
 
     Attributes:
         words: the text, split at white space.
@@ -126,6 +128,25 @@ class Filler:
     words: tuple[str, ...]
     source: str
     official: bool = False
+
+    @cached_property
+    def sentences(self) -> "tuple[tuple[int, ...], tuple[str, ...]]":
+        """Ends (the number of words up to each) and texts of the sentences that have an end."""
+        ends = sentence_ends(self.words)
+        starts = (0, *ends[:-1])
+        texts = [" ".join(self.words[a:b]) for a, b in zip(starts, ends, strict=True)]
+        return ends, tuple(texts)
+
+    @lru_cache(maxsize=4)  # noqa: B019 - a handful of fillers, kept for the whole run anyway
+    def repeated(self, words: int) -> "Filler":
+        """Return this text, gone round until there are at least so many words."""
+        times = -(-words // len(self.words))
+        return self if times <= 1 else Filler(self.words * times, self.source, self.official)
+
+
+def sentence_ends(words: Sequence[str]) -> tuple[int, ...]:
+    """Return, for every sentence of a text, the number of words up to its end."""
+    return tuple(i + 1 for i, word in enumerate(words) if re.search(r"[.!?][\"')\]]*$", word))
 
 
 def filler_from(corpus: Corpus, *, official: bool = False) -> Filler:
@@ -153,15 +174,11 @@ def essays() -> Filler:
     Raises:
         ValueError: the hub cannot be reached.
     """
-    from datasets import Dataset, load_dataset
-
-    try:
-        rows = load_dataset("baber/paul_graham_essays", split="train")
-        assert isinstance(rows, Dataset)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise ValueError(
-            "RULER hides its needles in Paul Graham's essays, and the hub they are on cannot be "
-            "reached; run the task under its own name, long_..., with text that is at hand"
-        ) from error
-    words = " ".join(str(rows[i]["text"]) for i in range(len(rows))).split()
+    rows = load_hub(
+        "baber/paul_graham_essays",
+        split="train",
+        what="RULER's haystack of Paul Graham's essays",
+        way_out="run the task under its own name, long_..., with text that is at hand",
+    )
+    words = " ".join(str(row["text"]) for row in rows).split()
     return Filler(tuple(words), "Paul Graham essays", official=True)

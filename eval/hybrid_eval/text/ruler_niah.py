@@ -4,10 +4,9 @@ Prompt, needle sentence, depths and haystacks follow NVIDIA's definition. What d
 a sample is drawn (from a generator of its own) and how the length is filled (exactly).
 """
 
-import re
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Literal
 
 import numpy as np
@@ -53,24 +52,13 @@ NIAH: dict[str, NiahKind] = {
 }
 
 
-@lru_cache(maxsize=4)
-def _sentence_ends(filler: Filler) -> tuple[int, ...]:
-    """Return, for every sentence of the filler, the number of words up to its end."""
-    ends = [i + 1 for i, word in enumerate(filler.words) if re.search(r"[.!?][\"')\]]*$", word)]
-    return tuple(ends)
-
-
 def _sentences(filler: Filler, words: int) -> list[str]:
     """Cut the first ``words`` words into sentences; the last may be cut short."""
-    found, start = [], 0
-    for end in _sentence_ends(filler):
-        if end >= words:
-            break
-        found.append(" ".join(filler.words[start:end]))
-        start = end
-    if start < words:
-        found.append(" ".join(filler.words[start:words]))
-    return found
+    ends, texts = filler.sentences
+    whole = bisect_right(ends, words)
+    start = ends[whole - 1] if whole else 0
+    rest = filler.words[start:words]
+    return [*texts[:whole], " ".join(rest)] if rest else list(texts[:whole])
 
 
 def _essay_context(
@@ -165,11 +153,8 @@ def ruler_niah(
     lines: list[str] = []
     most = length if kind.haystack == "essay" else length // 8 + len(needles) + 1
     if kind.haystack == "essay":
-        if most > len(filler.words):
-            filler = Filler(
-                filler.words * (most // len(filler.words) + 1), filler.source, filler.official
-            )
-        unit_tokens = [counter.piece(f" {word}") for word in filler.words[:most]]
+        filler = filler.repeated(most)
+        unit_tokens = counter.words(filler.words)[:most]
     elif kind.haystack == "repeat":
         lines = [NOISE] * most
         unit_tokens = [counter.piece("\n" + NOISE)] * most

@@ -28,6 +28,7 @@ class TextSample:
         haystack: source of the filler.
         depth: of the (first) needle in [0, 1], where there is one.
         needle_positions: token index in the prompt at which each answer's evidence begins.
+        stop: the model's answer ends before this; None for nowhere.
         details: what else a solver or a reader may want to know.
     """
 
@@ -45,6 +46,7 @@ class TextSample:
     haystack: str
     depth: float | None = None
     needle_positions: tuple[int, ...] = ()
+    stop: str | None = None
     details: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -82,12 +84,15 @@ class Counter:
         self.tokenizer = tokenizer
         self._pieces: dict[str, int] = {}
         self._recent: dict[str, Any] = {}
+        self._words: dict[int, tuple[Sequence[str], list[int]]] = {}
 
     def _encode(self, text: str) -> Any:
         if text not in self._recent:
             if len(self._recent) >= 4:
                 self._recent.pop(next(iter(self._recent)))
-            self._recent[text] = self.tokenizer(text, verbose=False)
+            self._recent[text] = self.tokenizer(
+                text, verbose=False, return_attention_mask=False, return_token_type_ids=False
+            )
         return self._recent[text]
 
     def text(self, text: str) -> int:
@@ -101,6 +106,13 @@ class Counter:
             ids = self.tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"]
             self._pieces[piece] = len(ids)
         return self._pieces[piece]
+
+    def words(self, words: Sequence[str]) -> list[int]:
+        """Tokens that each word takes inside a text; remembered for this very sequence."""
+        if id(words) not in self._words:
+            # the sequence is kept with its counts, so that its id stays its own
+            self._words[id(words)] = (words, [self.piece(f" {word}") for word in words])
+        return self._words[id(words)][1]
 
     def positions(self, text: str, places: Sequence[int]) -> tuple[int, ...]:
         """Index of the token in which each character lies; ``text`` as it was counted last."""

@@ -37,42 +37,45 @@ def linear_attention_step(
     """Compute ``linear_attention`` for one token; ``state`` is left as it is."""
     dtype = state_dtype(q, k, v)
     heads = max(q.shape[2], k.shape[2], v.shape[2])
-    queries, keys, values = (_one(x, heads, dtype) for x in (q, k, v))
+    query, key, value = (_row(x, heads, dtype) for x in (q, k, v))
     if state is None:
-        state = keys.new_zeros(*keys.shape, values.shape[-1])
-    state = state.to(dtype)
-    after = _decayed(state, log_decay, value_log_decay)
+        state = key.new_zeros(q.shape[0], heads, q.shape[3], v.shape[3])
+    elif state.dtype != dtype:
+        state = state.to(dtype)
+    after = _decayed(state, log_decay, value_log_decay).view(-1, *state.shape[2:])
     if beta is not None:
-        answered = torch.matmul(keys[:, :, None], after)[:, :, 0]
-        values = (values - answered) * beta[:, 0, :, None]
-    after.addcmul_(keys[..., None], values[:, :, None])
-    read = after if bonus is None else state
-    o = torch.matmul((queries * scale)[:, :, None], read)[:, :, 0]
+        value = torch.baddbmm(value, key, after, alpha=-1)
+        value *= beta.reshape(-1, 1, 1)
+    after.baddbmm_(key.mT, value)
+    read = after if bonus is None else state.reshape(after.shape)
+    # With beta = 0 the first argument only lends its shape.
+    o = torch.baddbmm(value, query, read, beta=0, alpha=scale)
     if bonus is not None:
-        own = (queries * keys * bonus).sum(-1, keepdim=True) * scale
-        o = torch.addcmul(o, own, values)
-    return o[:, None].to(v.dtype), after
+        own = (query * key).view(-1, heads, key.shape[2]).mul(bonus).sum(-1)
+        o.addcmul_(own.view(-1, 1, 1), value, value=scale)
+    o = o.view(v.shape[0], 1, heads, v.shape[3])
+    return o if o.dtype == v.dtype else o.to(v.dtype), after.view(state.shape)
 
 
-def _one(x: Tensor, heads: int, dtype: torch.dtype) -> Tensor:
-    """Bring (B, 1, heads of x, D) to (B, H, D)."""
-    x = x[:, 0].to(dtype)
-    return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], dim=1)
+def _row(x: Tensor, heads: int, dtype: torch.dtype) -> Tensor:
+    """Bring (B, 1, heads of x, D) to (B H, 1, D)."""
+    if x.dtype != dtype:
+        x = x.to(dtype)
+    if x.shape[2] != heads:
+        x = x.repeat_interleave(heads // x.shape[2], dim=2)
+    return x.reshape(-1, 1, x.shape[3])
 
 
 def _decayed(state: Tensor, log_decay: Tensor | None, value_log_decay: Tensor | None) -> Tensor:
     """Return a new, decayed state."""
-    factors = []
+    heads, after = state.shape[1], None
     if log_decay is not None:
-        g = log_decay.to(state.dtype).exp()
-        g = g if g.dim() == 1 else g[:, 0]
-        factors.append(g[..., None] if g.dim() == 3 else g[..., None, None])
+        keys = log_decay.shape[3] if log_decay.dim() == 4 else 1
+        after = state * log_decay.to(state.dtype).exp().reshape(-1, heads, keys, 1)
     if value_log_decay is not None:
-        factors.append(value_log_decay[:, 0].to(state.dtype).exp()[:, :, None])
-    if not factors:
-        return state.clone()
-    after = state * factors[0]
-    return after.mul_(factors[1]) if len(factors) == 2 else after
+        factor = value_log_decay[:, 0].to(state.dtype).exp()[:, :, None]
+        after = state * factor if after is None else after.mul_(factor)
+    return state.clone(memory_format=torch.contiguous_format) if after is None else after
 
 
 def selective_scan_step(

@@ -190,6 +190,7 @@ class _Pass:
     def _add_own(self, dq: Tensor, dk: Tensor, grads: Gradients) -> tuple[Tensor, Tensor]:
         """Add what pairs within the chunk say that are not products of scaled rows."""
         run, p = self.run, self.p
+        assert self.ddiagonal is not None
         q, k = load(p.q[self.lead], p.dtype), load(p.k[self.lead], p.dtype)
         if run.exact_keys:
             dq, dk = dq + self.dpair_read[:, 0], dk + self.dpair_write
@@ -211,7 +212,7 @@ class _Pass:
 
     def store_decays(self, grads: Gradients) -> None:
         """Write the gradients of the log decays: every factor times its own gradient, summed."""
-        run, p = self.run, self.p
+        run = self.run
         if grads.key_decay is None and grads.value_decay is None:
             return
         dtotal = self.dtotal

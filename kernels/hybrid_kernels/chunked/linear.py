@@ -113,41 +113,42 @@ def _backward(
         q, k, v, log_decay, value_log_decay, beta, bonus, cu_seqlens, scale, chunk_size, fixed
     )
     layout = p.layout
-    dq, dk, dv, dbeta = (_Memory(layout, x) for x in (p.q, p.k, p.v, p.beta))
-    dkey = _Memory(layout, p.key_decay if decays_wanted else None, p.dtype)
-    dvalue = _Memory(layout, p.value_decay if decays_wanted else None, p.dtype)
+    dq, dk, dv = (_Memory(layout, x) for x in (p.q, p.k, p.v))
+    dbeta = None if p.beta is None else _Memory(layout, p.beta)
+    dkey = dvalue = None
+    if decays_wanted and p.key_decay is not None:
+        dkey = _Memory(layout, p.key_decay, p.dtype)
+    if decays_wanted and p.value_decay is not None:
+        dvalue = _Memory(layout, p.value_decay, p.dtype)
     dbonus = None if bonus is None else torch.zeros_like(bonus, dtype=p.dtype)
-    grads = Gradients(
-        dq.chunks, dk.chunks, dv.chunks, dkey.chunks, dvalue.chunks, dbeta.chunks, dbonus
-    )
+    optional = (None if memory is None else memory.chunks for memory in (dkey, dvalue, dbeta))
+    grads = Gradients(dq.chunks, dk.chunks, dv.chunks, *optional, dbonus)
     dstate = _fold(layout.sort_states(dfinal.to(p.dtype)), p)
     backward(p, _fold(saved, p), layout.chunks(do).unflatten(3, p.v.shape[3:5]), dstate, grads)
 
-    found = [(q, dq.result()), (k, dk.result()), (v, dv.result())]
+    # A scalar decay went with the values or with the keys.
+    dlog_decay = dvalue if dkey is None else dkey
+    found: list[tuple[Tensor | None, _Memory | Tensor | None]] = [(q, dq), (k, dk), (v, dv)]
     if decays_wanted:
-        found.append((log_decay, dvalue.result() if p.key_decay is None else dkey.result()))
-        found.append((value_log_decay, dvalue.result()))
-    found.append((beta, dbeta.result()))
-    found.append((bonus, dbonus))
-    found.append((initial_state, layout.unsort_states(_unfold(dstate, p))))
+        found += [(log_decay, dlog_decay), (value_log_decay, dvalue)]
+    dinitial = layout.unsort_states(_unfold(dstate, p))
+    found += [(beta, dbeta), (bonus, dbonus), (initial_state, dinitial)]
     return [_like(x, grad) for x, grad in found if x is not None]
 
 
 class _Memory:
-    """A gradient to be filled chunk by chunk, or nothing."""
+    """A gradient to be filled chunk by chunk."""
 
-    def __init__(self, layout: Layout, like: Tensor | None, dtype: torch.dtype | None = None):
-        self.layout, self.chunks = layout, None
-        if like is not None:
-            self.whole, self.chunks = layout.empty(like.shape[3:], dtype or like.dtype, like.device)
-
-    def result(self) -> Tensor | None:
-        return None if self.chunks is None else self.layout.result(self.whole)
+    def __init__(self, layout: Layout, like: Tensor, dtype: torch.dtype | None = None):
+        self.layout = layout
+        self.whole, self.chunks = layout.empty(like.shape[3:], dtype or like.dtype, like.device)
 
 
-def _like(x: Tensor, grad: Tensor | None) -> Tensor:
+def _like(x: Tensor, grad: _Memory | Tensor | None) -> Tensor:
     """Bring a gradient per token and per head to the shape and dtype of its input."""
     assert grad is not None
+    if isinstance(grad, _Memory):
+        grad = grad.layout.result(grad.whole)
     if x.dim() == 1:
         grad = grad.reshape(-1, x.shape[0]).sum(0)
     elif x.dim() == 4 and grad.numel() != x.numel():
@@ -194,7 +195,7 @@ def _problem(
         lambda size: Layout(
             batch, time, size, lambda n: _span(n, heads, chunk_size), lengths, q.device
         ),
-        chunk_size or _default_chunk(beta is not None, longest),
+        chunk_size or _default_chunk(beta is not None, max(q.shape[3], v.shape[3]), longest),
         longest,
     )
     exact = exact or exactly
@@ -259,8 +260,9 @@ def _span(sequences: int, heads: int, chunk_size: int) -> int:
     return unit * max(1, SEGMENT_ROWS // (sequences * heads * unit))
 
 
-def _default_chunk(delta: bool, longest: int) -> int:
-    chunk = 32 if delta else 64
+def _default_chunk(delta: bool, widest: int, longest: int) -> int:
+    """Return the chunk size for heads of ``widest`` and sequences of at most ``longest``."""
+    chunk = 32 if delta or widest <= 32 else 64
     while chunk > SMALLEST_CHUNK and chunk // 2 >= longest:
         chunk //= 2
     return chunk

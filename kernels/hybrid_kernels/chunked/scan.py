@@ -154,16 +154,16 @@ class _Part:
         self.decays = torch.mul(self.delta[:, None], scan.A).exp_()
         self.states = torch.mul((self.delta * self.u)[:, None], self.B[:, :, None])
         before = state[: segment.width]
-        for width, rows in self._steps():
-            after = self.states[rows].addcmul_(self.decays[rows], before[:width])
-            if width < before.shape[0]:
-                state[width : before.shape[0]] = before[width:]
-            before = after
-        state[: before.shape[0]] = before
+        for decay, after in zip(self.decays.split(segment.widths), self._steps(), strict=True):
+            if len(after) < len(before):
+                state[len(after) : len(before)] = before[len(after) :]
+                before = before[: len(after)]
+            before = after.addcmul_(decay, before)
+        state[: len(before)] = before
 
-    def _steps(self) -> list[tuple[int, slice]]:
-        offsets = self.segment.offsets
-        return [(w, slice(offsets[i], offsets[i + 1])) for i, w in enumerate(self.segment.widths)]
+    def _steps(self) -> tuple[Tensor, ...]:
+        """Return the states after each step."""
+        return self.states.split(self.segment.widths)
 
     def backward(
         self, start: Tensor, dy: Tensor, dstate: Tensor, dA: Tensor
@@ -178,20 +178,30 @@ class _Part:
         """
         dstates = torch.mul(self.C[:, :, None], dy[:, None])
         dC = torch.matmul(self.states, dy[:, :, None])[:, :, 0]
-        # What each decay multiplied, times its own value: first the state before each step ...
-        through = self.decays
-        steps = self._steps()
-        for i, (width, rows) in reversed(list(enumerate(steps))):
-            after = dstates[rows].add_(dstate[:width])
-            torch.mul(after, self.decays[rows], out=dstate[:width])
-            before = self.states[steps[i - 1][1]][:width] if i else start[:width]
-            # ... then, once the decay itself is no longer needed, its gradient.
-            torch.mul(dstate[:width], before, out=through[rows])
-        dA.add_(torch.einsum("rnd,rd->nd", through, self.delta))
+        self._pass_back(dstates, dstate)
+        # What each decay multiplied, times its own value and gradient.
+        widths = self.segment.widths
+        before = [x[:width] for x, width in zip([start, *self._steps()], widths, strict=False)]
+        through = torch.cat(before).mul_(dstates).mul_(self.decays)
+        dA.add_((through * self.delta[:, None]).sum(0))
         dinput = torch.matmul(self.B[:, None], dstates)[:, 0]
         ddelta = (through * self.A).sum(1).addcmul_(dinput, self.u)
         dB = torch.matmul(dstates, (self.delta * self.u)[:, :, None])[:, :, 0]
         return dinput * self.delta, ddelta, dB, dC
+
+    def _pass_back(self, dstates: Tensor, dstate: Tensor) -> None:
+        """Turn gradients of the states as each step reads them into the whole ones, in place."""
+        widths = self.segment.widths
+        pieces, decays = dstates.split(widths), self.decays.split(widths)
+        pieces[-1].add_(dstate[: widths[-1]])
+        for i in reversed(range(len(widths) - 1)):
+            running, width = widths[i + 1], widths[i]
+            if running == width:
+                pieces[i].addcmul_(decays[i + 1], pieces[i + 1])
+            else:
+                pieces[i][:running].addcmul_(decays[i + 1], pieces[i + 1])
+                pieces[i][running:].add_(dstate[running:width])
+        torch.mul(decays[0], pieces[0], out=dstate[: widths[0]])
 
 
 def _segment_steps(sequences: int, A: Tensor) -> int:

@@ -31,7 +31,6 @@ from hybrid_kernels.chunked.inverse import unit_lower_inverse
 from hybrid_kernels.chunked.layout import Layout, Segment, load, split, store, walk
 from hybrid_kernels.chunked.pairs import apply_pairs, key_pairs
 
-
 # From the index of a step and its states, fill in the states after it.
 Step = Callable[[int, Tensor, Tensor], object]
 

@@ -86,6 +86,13 @@ def store_column(p_x, b_x, start, rows, i_h, H, C: tl.constexpr):
 
 
 @triton.jit
+def load_vector(p_x, i_row, D, d0, BD: tl.constexpr):
+    """Load BD entries of row ``i_row`` of an (n, D) tensor as float32."""
+    o_d = d0 + tl.arange(0, BD)
+    return tl.load(p_x + i_row * D + o_d, mask=o_d < D, other=0.0).to(tl.float32)
+
+
+@triton.jit
 def tile_pointers(p_x, i, K, V, k0, v0, BK: tl.constexpr, BV: tl.constexpr):
     """Point at a (BK, BV) tile of matrix ``i`` of an (n, K, V) tensor."""
     o_k = k0 + tl.arange(0, BK)

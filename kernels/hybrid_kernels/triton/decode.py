@@ -12,15 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hybrid_kernels.triton.blocks import load_tile, store_tile
+from hybrid_kernels.triton.blocks import load_tile, load_vector, store_tile
 from hybrid_kernels.triton.launch import block, config, launch
-
-
-@triton.jit
-def load_vector(p_x, i_row, D, d0, BD: tl.constexpr):
-    """Load BD entries of row ``i_row`` of an (n, D) tensor as float32."""
-    o_d = d0 + tl.arange(0, BD)
-    return tl.load(p_x + i_row * D + o_d, mask=o_d < D, other=0.0).to(tl.float32)
 
 
 @triton.jit

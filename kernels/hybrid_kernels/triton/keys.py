@@ -1,7 +1,7 @@
 """Gradients of queries, keys, decay and beta, parallel over chunks and blocks of K.
 
 The delta rule reads the state twice: with q for the output, and with k for what is already stored.
-Both reads have the same gradient, so the second one is the first with -beta k for q and dx for do.
+Both reads have the same gradient, so the second one is the first with k for q and -beta dx for do.
 
 No gradient of a decay is a difference of sums: each pair of rows counts once, for the steps that
 it spans. Where gates differ by many orders of magnitude a difference would keep only rounding.
@@ -130,37 +130,26 @@ def keys_backward_kernel(
         if DELTA:
             b_dx = load_rows(p_dx, row, rows, i_h, H, V, v0, C, BV)
             b_dr += product(b_dx, tl.trans(b_state), DOT, PRECISION)
-    b_q = load_rows(p_q, row, rows, i_h // (H // HQ), HQ, K, k0, C, BK)
-    b_k = load_rows(p_k, row, rows, i_h // (H // HK), HK, K, k0, C, BK)
+    # As wide as the operands of products: half the registers in bfloat16, and nothing lost.
+    b_q = load_rows(p_q, row, rows, i_h // (H // HQ), HQ, K, k0, C, BK).to(DOT)
+    b_k = load_rows(p_k, row, rows, i_h // (H // HK), HK, K, k0, C, BK).to(DOT)
     b_dq *= scale
     if DELTA:
-        # The second read's rows are -beta k, so that beta may be 0.
-        b_beta = load_column(p_beta, row, rows, i_h, H, C)[:, None]
-        b_r = -b_beta * b_k
-    if not VECTOR:
-        b_dpairs = load_tile(p_dpairs, i_pair, C, C, 0, 0, C, C)
-        if DELTA:
-            b_dstrict = load_tile(p_dstrict, i_pair, C, C, 0, 0, C, C)
+        # The second read is by k, and -beta weighs its rows; dr is without, so that beta may be 0.
+        b_weight = -load_column(p_beta, row, rows, i_h, H, C)[:, None]
     if SCALAR:
         b_g, b_read, b_write, total = scalar_factors(p_g, row, rows, i_h, H, C)
         b_decay = scalar_pairs(b_g, C)
-        b_dpairs *= b_decay
         b_dq *= b_read[:, None]
         b_dk *= b_write[:, None]
         b_reads = tl.sum(b_q * b_dq, axis=1)
         b_writes = tl.sum(b_k * b_dk, axis=1)
-        b_spans = product(b_q, tl.trans(b_k), DOT, PRECISION) * b_dpairs
         if DELTA:
-            b_dstrict *= b_decay
             b_dr *= b_read[:, None]
-            b_reads += tl.sum(b_r * b_dr, axis=1)
-            b_spans += product(b_r, tl.trans(b_k), DOT, PRECISION) * b_dstrict
-        b_spans = tl.where(strictly_lower(C), b_spans, 0.0)
-        b_dg = spanning_pairs(b_spans, C, DOT, PRECISION)
-        b_dg += tl.cumsum(b_reads, axis=0, reverse=True)
+            b_reads += tl.sum(b_weight * b_k * b_dr, axis=1)
+        b_dg = tl.cumsum(b_reads, axis=0, reverse=True)
         b_dg += tl.sum(tl.where(strictly_lower(C), b_writes[None, :], 0.0), axis=1)
         b_dg += tl.sum(b_dtotal, axis=0) * total
-        store_column(p_dg + part, b_dg, row, rows, i_h, H, C)
     if VECTOR:
         b_g, b_read, b_write, b_total = vector_factors(p_g, row, rows, i_h, H, K, k0, C, BK)
         b_dq *= b_read
@@ -168,7 +157,7 @@ def keys_backward_kernel(
         b_reads = b_q * b_dq
         if DELTA:
             b_dr *= b_read
-            b_reads += b_r * b_dr
+            b_reads += b_weight * b_k * b_dr
         b_dg = sum_rows(b_reads, tl.trans(lower(C)), DOT, PRECISION)
         b_dg += sum_rows(b_k * b_dk, strictly_lower(C), DOT, PRECISION)
         b_dg += (b_dtotal * b_total)[None, :]
@@ -179,9 +168,6 @@ def keys_backward_kernel(
         b_same = tl.load(p_dpairs + i_pair * C * C + o_r * (C + 1)).to(tl.float32)
         b_dq += b_same[:, None] * b_k
         b_dk += b_same[:, None] * b_q
-        # Half the registers where the operands of products are half as wide.
-        b_q = b_q.to(DOT)
-        b_k = b_k.to(DOT)
         o_pair = i_pair * C * C + o_r[:, None] * C + o_r[None, :]
         for level in range(0, LEVELS):
             m_level = straddle(1 << level, C)
@@ -191,12 +177,11 @@ def keys_backward_kernel(
             b_dq += b_dread
             b_reads = b_q * b_dread
             if DELTA:
-                b_r = -b_beta * b_k
                 b_d = tl.load(p_dstrict + o_pair, mask=m_level, other=0.0)
                 b_dread = product(b_d, b_k * b_up, DOT, PRECISION) * b_low
-                b_dwrite += product(tl.trans(b_d), b_r * b_low, DOT, PRECISION)
+                b_dwrite += product(tl.trans(b_d * b_weight), b_k * b_low, DOT, PRECISION)
                 b_dr += b_dread
-                b_reads += b_r * b_dread
+                b_reads += b_weight * b_k * b_dread
             b_dwrite *= b_up
             b_dk += b_dwrite
             m_span = spanned(1 << level, C)
@@ -204,13 +189,27 @@ def keys_backward_kernel(
             b_low, b_up, b_all = widen(b_low, b_up, b_all, 1 << level, C, BK)
         store_rows(p_dg, b_dg, row, rows, i_h, H, K, k0, C, BK)
     else:
-        b_dq += product(b_dpairs, b_k, DOT, PRECISION)
-        b_dk += product(tl.trans(b_dpairs), b_q, DOT, PRECISION)
+        b_d = load_tile(p_dpairs, i_pair, C, C, 0, 0, C, C)
+        if SCALAR:
+            b_d *= b_decay
+            b_spans = product(b_q, tl.trans(b_k), DOT, PRECISION) * b_d
+        b_dq += product(b_d, b_k, DOT, PRECISION)
+        b_dk += product(tl.trans(b_d), b_q, DOT, PRECISION)
         if DELTA:
-            b_dr += product(b_dstrict, b_k, DOT, PRECISION)
-            b_dk += product(tl.trans(b_dstrict), b_r, DOT, PRECISION)
+            b_d = load_tile(p_dstrict, i_pair, C, C, 0, 0, C, C)
+            if SCALAR:
+                b_d *= b_decay
+            b_dr += product(b_d, b_k, DOT, PRECISION)
+            b_d *= b_weight
+            if SCALAR:
+                b_spans += product(b_k, tl.trans(b_k), DOT, PRECISION) * b_d
+            b_dk += product(tl.trans(b_d), b_k, DOT, PRECISION)
+        if SCALAR:
+            b_spans = tl.where(strictly_lower(C), b_spans, 0.0)
+            b_dg += spanning_pairs(b_spans, C, DOT, PRECISION)
+            store_column(p_dg + part, b_dg, row, rows, i_h, H, C)
     if DELTA:
         store_column(p_dbeta + part, -tl.sum(b_dr * b_k, axis=1), row, rows, i_h, H, C)
-        b_dk -= b_beta * b_dr
+        b_dk += b_weight * b_dr
     store_rows(p_dq, b_dq, row, rows, i_h, H, K, k0, C, BK)
     store_rows(p_dk, b_dk, row, rows, i_h, H, K, k0, C, BK)

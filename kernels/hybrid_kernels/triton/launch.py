@@ -17,7 +17,10 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-CHUNK = 64
+
+def default_chunk(dot: tl.dtype, delta: bool, key_dim: int) -> int:
+    """Return the rows of a chunk: what still fits the registers in the widest kernel of a form."""
+    return 64 if dot == tl.bfloat16 and not (delta and key_dim > 128) else 32
 
 
 @dataclass(frozen=True)
@@ -42,16 +45,20 @@ class Config:
         return {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": True}
 
 
-# Kernel -> configuration with 16-bit operands, and with float32 ones.
+# Kernel -> configuration with 16-bit operands, and with float32 ones. A name may be led by the form
+# that needs smaller blocks: "delta_vector_", "delta_" or "vector_", the first that is there counts.
 _CUDA: dict[str, tuple[Config, Config]] = {
     "states_forward": (Config(64, 64, 4, 2), Config(32, 32, 4, 1)),
     "states_backward": (Config(64, 64, 4, 2), Config(32, 32, 4, 1)),
-    "delta_states_forward": (Config(256, 32, 4, 2), Config(256, 16, 8, 1)),
-    "delta_states_backward": (Config(256, 32, 8, 2), Config(256, 16, 8, 1)),
+    "vector_states_forward": (Config(64, 32, 4, 2), Config(32, 32, 4, 1)),
+    "delta_states_forward": (Config(256, 16, 4, 2), Config(256, 16, 8, 1)),
+    "delta_states_backward": (Config(256, 16, 8, 1), Config(256, 16, 8, 1)),
     "outputs_forward": (Config(64, 64, 4, 2), Config(32, 32, 4, 1)),
     "values_backward": (Config(64, 64, 4, 2), Config(32, 32, 4, 1)),
-    "keys_backward": (Config(32, 32, 4, 2), Config(32, 32, 8, 1)),
-    "pairs": (Config(32, 32, 4, 1), Config(32, 32, 8, 1)),
+    "keys_backward": (Config(32, 32, 4, 1), Config(32, 32, 4, 1)),
+    "delta_keys_backward": (Config(32, 32, 8, 1), Config(32, 32, 4, 1)),
+    "delta_vector_keys_backward": (Config(16, 32, 4, 1), Config(16, 32, 4, 1)),
+    "pairs": (Config(32, 32, 8, 1), Config(32, 32, 4, 1)),
     "pairs_backward": (Config(64, 64, 4, 2), Config(32, 32, 4, 1)),
     "inverse": (Config(64, 64, 4, 1), Config(64, 64, 4, 1)),
     "new_values": (Config(64, 64, 4, 2), Config(32, 32, 4, 1)),
@@ -60,7 +67,7 @@ _CUDA: dict[str, tuple[Config, Config]] = {
     "convolution": (Config(64, 32, 4, 1), Config(64, 32, 4, 1)),
     "scan": (Config(16, 32, 4, 1), Config(16, 32, 4, 1)),
 }
-_INTERPRETER = {name: (Config(16, 16),) * 2 for name in _CUDA}
+_INTERPRETER = {name: (Config(32, 32),) * 2 for name in _CUDA}
 _TABLE: dict[str, dict[str, tuple[Config, Config]]] = {
     "sm_80": _CUDA,
     "sm_90": _CUDA,
@@ -109,11 +116,21 @@ def exact(device: torch.device) -> str:
     return "tf32x3" if device_class(device).startswith("sm") else "ieee"
 
 
-def config(kernel: str, device: torch.device, dot: tl.dtype) -> Config:
+def config(
+    kernel: str,
+    device: torch.device,
+    dot: tl.dtype,
+    *,
+    delta: bool = False,
+    vector: bool = False,
+) -> Config:
     """Return the shipped configuration of a kernel, or what ``override`` put in its place."""
     if kernel in _overrides:
         return _overrides[kernel]
-    return _TABLE[device_class(device)][kernel][0 if dot == tl.bfloat16 else 1]
+    table = _TABLE[device_class(device)]
+    forms = ["delta_vector_"] * (delta and vector) + ["delta_"] * delta + ["vector_"] * vector
+    name = next((form + kernel for form in forms if form + kernel in table), kernel)
+    return table[name][0 if dot == tl.bfloat16 else 1]
 
 
 def block(size: int, limit: int) -> int:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hybrid_kernels.triton import problem as run
 from hybrid_kernels.triton.decode import decode
-from hybrid_kernels.triton.launch import CHUNK
+from hybrid_kernels.triton.launch import default_chunk, operands
 from hybrid_kernels.triton.problem import make_problem
 
 
@@ -37,7 +37,8 @@ def linear_attention(
     learning = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
     if q.shape[1] == 1 and cu_seqlens is None and not learning:
         return decode(q, k, v, log_decay, beta, bonus, initial_state, scale)
-    chunk = chunk_size or CHUNK
+    dot, _ = operands(q.device, q, k, v)
+    chunk = chunk_size or default_chunk(dot, beta is not None, q.shape[3])
     heads = max(q.shape[2], k.shape[2], v.shape[2])
     if log_decay is not None and log_decay.dim() == 1:
         log_decay = log_decay.expand(*q.shape[:2], heads)
@@ -101,14 +102,14 @@ def forward(
     p = make_problem(q, k, v, log_decay, beta, cu_seqlens, scale, chunk)
     if initial_state is not None:
         initial_state = initial_state.contiguous()
-    found, inverse = run.pairs(p, p.delta)
+    rows = run.make_rows(p, strict=p.delta)
     if not p.delta:
-        states, final = run.states_forward(p, initial_state, p.q, p.q)
-        return run.outputs_forward(p, p.v, found, states), final, p.empty(0, dtype=torch.float32)
-    run.invert(p, inverse)
+        states, final = run.states_forward(p, rows, initial_state, p.q, p.q)
+        return run.outputs_forward(p, rows, p.v, states), final, p.empty(0, dtype=torch.float32)
+    inverse = run.invert(p, rows)
     w, u = run.new_values(p, inverse)
-    states, final = run.states_forward(p, initial_state, w, u)
-    return run.outputs_forward(p, u, found, states), final, inverse
+    states, final = run.states_forward(p, rows, initial_state, w, u)
+    return run.outputs_forward(p, rows, u, states), final, inverse
 
 
 _forward = torch.library.custom_op(
@@ -147,21 +148,21 @@ def backward(
     if initial_state is not None:
         initial_state = initial_state.contiguous()
     do, dfinal = do.contiguous(), dfinal.contiguous()
-    found, _ = run.pairs(p, False)
+    rows = run.make_rows(p, strict=False)
     if p.delta:
         w, u = run.new_values(p, inverse)
-        states, _ = run.states_forward(p, initial_state, w, u)
+        states, _ = run.states_forward(p, rows, initial_state, w, u)
         du = torch.empty_like(u)
-        run.values_backward(p, found, do, du, None)
-        dstates, dinitial = run.states_backward(p, w, do, du, dfinal)
+        run.values_backward(p, rows, do, du, None)
+        dstates, dinitial = run.states_backward(p, rows, w, do, du, dfinal)
         dx, dv, dbeta = run.new_values_backward(p, inverse, du)
         dq, dk, dg, rest = run.keys_backward(p, u, states, dstates, do, dx)
         dbeta += rest
     else:
-        states, _ = run.states_forward(p, initial_state, p.q, p.q)
-        dstates, dinitial = run.states_backward(p, p.q, do, p.q, dfinal)
+        states, _ = run.states_forward(p, rows, initial_state, p.q, p.q)
+        dstates, dinitial = run.states_backward(p, rows, p.q, do, p.q, dfinal)
         dv, dbeta = p.like(p.v), None
-        run.values_backward(p, found, do, dv, dstates)
+        run.values_backward(p, rows, do, dv, dstates)
         dq, dk, dg, _ = run.keys_backward(p, p.v, states, dstates, do, p.q)
     grads = [(q, dq), (k, dk), (v, dv), (log_decay, dg), (beta, dbeta), (initial_state, dinitial)]
     return [_like(x, grad) for x, grad in grads if x is not None]

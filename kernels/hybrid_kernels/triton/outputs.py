@@ -17,7 +17,6 @@ from hybrid_kernels.triton.blocks import (
     scalar_factors,
     scalar_pairs,
     store_rows,
-    vector_factors,
 )
 
 
@@ -53,7 +52,8 @@ def outputs_forward_kernel(
 ):
     """o = scale * ((q * read) S + pairs v), pairs_ij = q_i^T k_j decayed, i >= j.
 
-    Grid (R * H, blocks of V). With VECTOR, pairs (R * H, C, C) come from ``pairs_kernel``.
+    Grid (R * H, blocks of V). With VECTOR, q * read and pairs (R * H, C, C) come from
+    ``pairs_kernel``.
     """
     i_chunk = tl.program_id(0) // H
     i_h = tl.program_id(0) % H
@@ -67,10 +67,7 @@ def outputs_forward_kernel(
     for k0 in range(0, K, BK):
         b_q = load_rows(p_q, row, rows, i_h // (H // HQ), HQ, K, k0, C, BK)
         b_state = load_tile(p_states, i_pair, K, V, k0, v0, BK, BV)
-        if VECTOR:
-            _, b_read, _, _ = vector_factors(p_g, row, rows, i_h, H, K, k0, C, BK)
-            b_q *= b_read
-        else:
+        if not VECTOR:
             b_k = load_rows(p_k, row, rows, i_h // (H // HK), HK, K, k0, C, BK)
             b_pairs += product(b_q, tl.trans(b_k), DOT, PRECISION)
         b_o += product(b_q, b_state, DOT, PRECISION)
@@ -119,7 +116,7 @@ def values_backward_kernel(
 ):
     """dv = scale * pairs^T do, and with STATES plus (k * write) dS'.
 
-    Grid (R * H, blocks of V). Without STATES it is the delta rule's first half: dS' is not known
+    Grid (R * H, blocks of V). With VECTOR, k is k * write already. Without STATES it is the delta rule's first half: dS' is not known
     before du is, and ``states_backward_kernel`` adds the rest.
     """
     i_chunk = tl.program_id(0) // H
@@ -137,9 +134,6 @@ def values_backward_kernel(
             b_q = load_rows(p_q, row, rows, i_h // (H // HQ), HQ, K, k0, C, BK)
             b_pairs += product(b_q, tl.trans(b_k), DOT, PRECISION)
         if STATES:
-            if VECTOR:
-                _, _, b_write, _ = vector_factors(p_g, row, rows, i_h, H, K, k0, C, BK)
-                b_k *= b_write
             b_dstate = load_tile(p_dstates, i_pair, K, V, k0, v0, BK, BV)
             b_dv += product(b_k, b_dstate, DOT, PRECISION)
     if VECTOR:

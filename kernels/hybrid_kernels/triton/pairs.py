@@ -20,9 +20,11 @@ from hybrid_kernels.triton.blocks import (
     lower,
     product,
     scalar_pairs,
+    store_rows,
     store_tile,
     straddle,
     strictly_lower,
+    vector_factors,
     widen,
 )
 
@@ -35,6 +37,9 @@ def pairs_kernel(
     p_beta,
     p_pairs,
     p_strict,
+    p_read,
+    p_write,
+    p_total,
     p_offsets,
     p_first,
     p_owner,
@@ -56,7 +61,9 @@ def pairs_kernel(
 ):
     """pairs_ij = q_i^T k_j decayed, i >= j (VECTOR); strict_ij = beta_i k_i^T k_j, i > j (DELTA).
 
-    Grid (R * H,). Writes pairs (R * H, C, C) and strict (R * H, C, C), float32.
+    Grid (R * H,). Writes pairs (R * H, C, C) and strict (R * H, C, C), float32. With VECTOR also
+    q * read and k * write (rows, H, K), and the decay of the whole chunk (R, H, K), float32: what
+    the walk over time needs of g, so that it reads no gates.
     """
     i_chunk = tl.program_id(0) // H
     i_h = tl.program_id(0) % H
@@ -70,16 +77,21 @@ def pairs_kernel(
         if VECTOR:
             b_q = load_rows(p_q, row, rows, i_h // (H // HQ), HQ, K, k0, C, BK)
             b_diagonal += tl.sum(b_q * b_k, axis=1)
-            b_all = tl.exp(load_rows(p_g, row, rows, i_h, H, K, k0, C, BK))
+            b_g, b_read, b_write, b_total = vector_factors(p_g, row, rows, i_h, H, K, k0, C, BK)
+            store_rows(p_read, b_q * b_read, row, rows, i_h, H, K, k0, C, BK)
+            store_rows(p_write, b_k * b_write, row, rows, i_h, H, K, k0, C, BK)
+            o_k = k0 + tl.arange(0, BK)
+            tl.store(p_total + i_pair * K + o_k, b_total, mask=o_k < K)
+            b_all = tl.exp(b_g)
             b_low = b_all
             b_up = tl.full((C, BK), 1.0, dtype=tl.float32)
             for level in range(0, LEVELS):
                 m_level = straddle(1 << level, C)
-                b_write = tl.trans(b_k * b_up)
-                b_pairs += tl.where(m_level, product(b_q * b_low, b_write, DOT, PRECISION), 0.0)
+                b_above = tl.trans(b_k * b_up)
+                b_pairs += tl.where(m_level, product(b_q * b_low, b_above, DOT, PRECISION), 0.0)
                 if DELTA:
                     b_strict += tl.where(
-                        m_level, product(b_k * b_low, b_write, DOT, PRECISION), 0.0
+                        m_level, product(b_k * b_low, b_above, DOT, PRECISION), 0.0
                     )
                 b_low, b_up, b_all = widen(b_low, b_up, b_all, 1 << level, C, BK)
         else:

@@ -5,7 +5,7 @@ Legend: B batch, T time, H heads, K key dim, V value dim, C chunk, R chunks in a
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -75,7 +75,7 @@ class Problem:
 
     def sizes(self, kernel: str) -> tuple[Config, dict[str, int]]:
         """Return the configuration of a kernel and its blocks of K and V."""
-        found = shipped.config(kernel, self.device, self.dot)
+        found = shipped.config(kernel, self.device, self.dot, delta=self.delta, vector=self.vector)
         keys, values = block(self.key_dim, found.keys), block(self.value_dim, found.values)
         sizes = {"K": self.key_dim, "V": self.value_dim, "BK": keys, "BV": values}
         return found, sizes
@@ -102,47 +102,70 @@ def make_problem(
     return Problem(q, k, v, log_decay, beta, scale, chunk, chunks(q, cu_seqlens, chunk))
 
 
-def pairs(p: Problem, delta: bool) -> tuple[Tensor, Tensor]:
-    """Return (pairs, strict), each (R * H, C, C) float32.
+@dataclass(frozen=True)
+class Rows:
+    """Queries and keys as the walk over time takes them, and what else a chunk's pairs give.
 
-    The first is a dummy without a decay over keys, where other kernels form it on the way; the
-    second is one if ``delta`` is false.
+    Attributes:
+        q, k: with a decay over keys, decayed from and to the chunk's ends, (B, T, H, K); else the
+            inputs.
+        total: with a decay over keys, that of whole chunks (R, H, K); else the log decay itself.
+        pairs: with a decay over keys, q_i^T k_j decayed, (R * H, C, C); else a dummy.
+        strict: beta_i k_i^T k_j decayed, (R * H, C, C), if asked for; else a dummy.
     """
+
+    q: Tensor
+    k: Tensor
+    total: Tensor
+    pairs: Tensor
+    strict: Tensor
+
+
+def make_rows(p: Problem, strict: bool) -> Rows:
+    """Decay rows and pairs of rows; ``strict`` asks for what the delta rule inverts."""
     square = (p.per_chunk(), p.chunk, p.chunk)
-    found = p.empty(*square, dtype=torch.float32) if p.vector else p.q
-    strict = p.empty(*square, dtype=torch.float32) if delta else p.q
-    if not (p.vector or delta):
-        return found, strict
+    rows = Rows(p.q, p.k, p.g, p.q, p.q)
+    if p.vector:
+        tokens = (*p.q.shape[:2], p.heads, p.key_dim)
+        total = p.empty(p.per_chunk(), p.key_dim, dtype=torch.float32)
+        pairs = p.empty(*square, dtype=torch.float32)
+        rows = Rows(p.empty(*tokens), p.empty(*tokens), total, pairs, p.q)
+    if strict:
+        rows = replace(rows, strict=p.empty(*square, dtype=torch.float32))
+    if not (p.vector or strict):
+        return rows
     config, sizes = p.sizes("pairs")
     launch(
         pairs_kernel,
         (p.per_chunk(),),
         config,
-        *(p.q, p.k, p.g, p.q if p.beta is None else p.beta, found, strict),
+        *(p.q, p.k, p.g, p.q if p.beta is None else p.beta, rows.pairs, rows.strict),
+        *(rows.q, rows.k, rows.total),
         *p.chunks.tables,
         *p.counts,
         *(p.q.shape[2], p.k.shape[2]),
         K=sizes["K"],
         BK=sizes["BK"],
         LEVELS=p.levels,
-        DELTA=delta,
+        DELTA=strict,
         **p.decays,
         **p.common,
     )
-    return found, strict
+    return rows
 
 
-def invert(p: Problem, strict: Tensor) -> None:
-    """Replace each strictly lower matrix L by (I + L)^-1."""
+def invert(p: Problem, rows: Rows) -> Tensor:
+    """Return (I + L)^-1 of each strictly lower L, in the memory of ``rows.strict``."""
     launch(
         inverse_kernel,
         (p.per_chunk(),),
         shipped.config("inverse", p.device, p.dot),
-        strict,
+        rows.strict,
         C=p.chunk,
         MERGES=p.levels - 4,
         PRECISION=shipped.exact(p.device),
     )
+    return rows.strict
 
 
 def new_values(p: Problem, inverse: Tensor) -> tuple[Tensor, Tensor]:
@@ -168,7 +191,7 @@ def new_values(p: Problem, inverse: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _state_sizes(p: Problem, direction: str) -> tuple[Config, dict[str, int], tuple[int, ...]]:
-    config, sizes = p.sizes(f"delta_states_{direction}" if p.delta else f"states_{direction}")
+    config, sizes = p.sizes(f"states_{direction}")
     if p.delta:
         sizes["BK"] = block(p.key_dim, 256)
     tiles = (triton.cdiv(p.value_dim, sizes["BV"]), triton.cdiv(p.key_dim, sizes["BK"]))
@@ -176,7 +199,7 @@ def _state_sizes(p: Problem, direction: str) -> tuple[Config, dict[str, int], tu
 
 
 def states_forward(
-    p: Problem, initial: Tensor | None, w: Tensor, u: Tensor
+    p: Problem, rows: Rows, initial: Tensor | None, w: Tensor, u: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Return the states before each chunk (R, H, K, V) and the final ones; turns U into u."""
     states = p.empty(p.chunks.count, p.heads, p.key_dim, p.value_dim)
@@ -187,10 +210,10 @@ def states_forward(
         states_forward_kernel,
         grid,
         config,
-        *(p.k, p.v, p.g, w, u, p.q if initial is None else initial, states, final),
+        *(rows.k, p.v, rows.total, w, u, p.q if initial is None else initial, states, final),
         *p.chunks.tables[:2],
         *p.counts,
-        *(p.k.shape[2], p.v.shape[2]),
+        *(rows.k.shape[2], p.v.shape[2]),
         INITIAL=initial is not None,
         **sizes,
         **p.forms,
@@ -200,7 +223,7 @@ def states_forward(
 
 
 def states_backward(
-    p: Problem, w: Tensor, do: Tensor, du: Tensor, dfinal: Tensor
+    p: Problem, rows: Rows, w: Tensor, do: Tensor, du: Tensor, dfinal: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Return the gradients of the states after each chunk and of the initial ones; completes du."""
     dstates = p.empty(p.chunks.count, p.heads, p.key_dim, p.value_dim)
@@ -210,11 +233,11 @@ def states_backward(
         states_backward_kernel,
         grid,
         config,
-        *(p.q, p.k, p.g, w, do, du, dfinal, dstates, dinitial),
+        *(rows.q, rows.k, rows.total, w, do, du, dfinal, dstates, dinitial),
         *p.chunks.tables[:2],
         p.scale,
         *p.counts,
-        *(p.q.shape[2], p.k.shape[2]),
+        *(rows.q.shape[2], rows.k.shape[2]),
         **sizes,
         **p.forms,
         **p.common,
@@ -222,7 +245,7 @@ def states_backward(
     return dstates, dinitial
 
 
-def outputs_forward(p: Problem, v: Tensor, found: Tensor, states: Tensor) -> Tensor:
+def outputs_forward(p: Problem, rows: Rows, v: Tensor, states: Tensor) -> Tensor:
     """Return o (B, T, H, V) in the dtype of v."""
     o = p.empty(*p.q.shape[:2], p.heads, p.value_dim, dtype=p.v.dtype)
     config, sizes = p.sizes("outputs_forward")
@@ -230,11 +253,11 @@ def outputs_forward(p: Problem, v: Tensor, found: Tensor, states: Tensor) -> Ten
         outputs_forward_kernel,
         (p.per_chunk(), triton.cdiv(p.value_dim, sizes["BV"])),
         config,
-        *(p.q, p.k, v, p.g, found, states, o),
+        *(rows.q, rows.k, v, p.g, rows.pairs, states, o),
         *p.chunks.tables,
         p.scale,
         *p.counts,
-        *(p.q.shape[2], p.k.shape[2], v.shape[2]),
+        *(rows.q.shape[2], rows.k.shape[2], v.shape[2]),
         **sizes,
         **p.decays,
         **p.common,
@@ -242,20 +265,18 @@ def outputs_forward(p: Problem, v: Tensor, found: Tensor, states: Tensor) -> Ten
     return o
 
 
-def values_backward(
-    p: Problem, found: Tensor, do: Tensor, dv: Tensor, dstates: Tensor | None
-) -> None:
+def values_backward(p: Problem, rows: Rows, do: Tensor, dv: Tensor, dstates: Tensor | None) -> None:
     """Fill dv (B, T, H, V) with the gradient of what the additive form writes."""
     config, sizes = p.sizes("values_backward")
     launch(
         values_backward_kernel,
         (p.per_chunk(), triton.cdiv(p.value_dim, sizes["BV"])),
         config,
-        *(p.q, p.k, p.g, found, do if dstates is None else dstates, do, dv),
+        *(rows.q, rows.k, p.g, rows.pairs, do if dstates is None else dstates, do, dv),
         *p.chunks.tables,
         p.scale,
         *p.counts,
-        *(p.q.shape[2], p.k.shape[2]),
+        *(rows.q.shape[2], rows.k.shape[2]),
         STATES=dstates is not None,
         **sizes,
         **p.decays,

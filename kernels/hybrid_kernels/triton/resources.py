@@ -22,6 +22,7 @@ from typing import Any
 import torch
 import triton
 import triton.compiler
+import triton.language as tl
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
@@ -91,9 +92,10 @@ def linear_calls(
     q, k = (torch.zeros(*tokens, key_dim, dtype=dtype) for _ in range(2))
     v = torch.zeros(*tokens, value_dim, dtype=dtype)
     state = torch.zeros(batch, heads, key_dim, value_dim)
-    count = batch * time // launch.CHUNK * heads
-    inverse = torch.zeros(count, launch.CHUNK, launch.CHUNK)
-    inputs = (q, k, v, g, beta, state, None, 1.0, launch.CHUNK)
+    dot = tl.bfloat16 if dtype == torch.bfloat16 else tl.float32
+    chunk = launch.default_chunk(dot, rule == "delta", key_dim)
+    inverse = torch.zeros(batch * time // chunk * heads, chunk, chunk)
+    inputs = (q, k, v, g, beta, state, None, 1.0, chunk)
     one = [None if x is None else x[:, :1].contiguous() for x in (q, k, v, g, beta)]
     return {
         "forward": lambda: linear.forward(*inputs),
@@ -108,7 +110,7 @@ def recorded(call: Callable[[], object], target: str) -> list[Launch]:
 
     def note(kernel: Any, config: launch.Config, arguments: tuple, constants: dict) -> None:
         names = kernel.arg_names
-        signature, aligned = {name: "constexpr" for name in names}, []
+        signature, aligned = dict.fromkeys(names, "constexpr"), []
         for index, (name, x) in enumerate(zip(names, arguments, strict=False)):
             signature[name] = _type(x)
             if isinstance(x, Tensor) or (isinstance(x, int) and x % 16 == 0):

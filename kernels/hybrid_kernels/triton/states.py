@@ -15,12 +15,12 @@ import triton.language as tl
 from hybrid_kernels.triton.blocks import (
     load_rows,
     load_tile,
+    load_vector,
     product,
     scalar_factors,
     sequence,
     store_rows,
     store_tile,
-    vector_factors,
 )
 
 
@@ -58,6 +58,7 @@ def states_forward_kernel(
 
     Grid (N * H, blocks of V, blocks of K); DELTA needs all of K in one block.
     Reads k (rows, HK, K), v (rows, HV, V) or w, u (rows, H, K or V); writes states (R, H, K, V).
+    With VECTOR, k is k * write already, and g the decay of whole chunks (R, H, K).
     """
     i_n = tl.program_id(0) // H
     i_h = tl.program_id(0) % H
@@ -85,9 +86,7 @@ def states_forward_kernel(
             b_k *= b_write[:, None]
             b_state *= total
         if VECTOR:
-            _, _, b_write, b_total = vector_factors(p_g, row, rows, i_h, H, K, k0, C, BK)
-            b_k *= b_write
-            b_state *= b_total[:, None]
+            b_state *= load_vector(p_g, (chunk + i) * H + i_h, K, k0, BK)[:, None]
         b_state += product(tl.trans(b_k), b_v, DOT, PRECISION)
     store_tile(p_final, b_state, i_state, K, V, k0, v0, BK, BV)
 
@@ -125,7 +124,7 @@ def states_backward_kernel(
 ):
     """dS = total * dS' + scale * (q * read)^T do; with DELTA, minus W^T du.
 
-    Grid as in the forward pass. With DELTA, du (rows, H, V) holds what the chunk's own outputs
+    Grid as in the forward pass, and with VECTOR q and k are decayed already as there. With DELTA, du (rows, H, V) holds what the chunk's own outputs
     give and receives (k * write) dS' on top. Writes dstates (R, H, K, V), the dS' of each chunk.
     """
     i_n = tl.program_id(0) // H
@@ -152,11 +151,7 @@ def states_backward_kernel(
             if DELTA:
                 b_k *= b_write[:, None]
         if VECTOR:
-            _, b_read, b_write, b_total = vector_factors(p_g, row, rows, i_h, H, K, k0, C, BK)
-            b_q *= b_read
-            b_carried *= b_total[:, None]
-            if DELTA:
-                b_k *= b_write
+            b_carried *= load_vector(p_g, (chunk + i) * H + i_h, K, k0, BK)[:, None]
         if DELTA:
             b_du = load_rows(p_du, row, rows, i_h, H, V, v0, C, BV)
             b_du += product(b_k, b_dstate, DOT, PRECISION)

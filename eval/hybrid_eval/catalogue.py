@@ -1,0 +1,244 @@
+"""The tasks of this package, and how each is run on a model under test."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+from .corpus import load_corpus
+from .cost import evaluate_cost
+from .heldout import evaluate_heldout
+from .mmlu import Form, evaluate_mmlu
+from .models import Subject
+from .mqar import KEY_IDS, VALUE_IDS, evaluate_mqar
+from .needle import evaluate_needle
+from .registry import Axis, Settings, Task, register, tokenizer_of
+from .scoring import Progress
+from .speed import evaluate_speed
+from .synthetic import evaluate_hops, evaluate_icl, evaluate_state_tracking
+from .text.completion import COMPLETIONS, evaluate_completion
+from .text.evaluate import evaluate_text
+from .text.tasks import NAMES as TEXT_TASKS
+from .text.tasks import RULER, Material
+from .tokens import ByteEncoder, Haystack
+
+
+def _sample_settings(settings: Settings, progress: Progress | None) -> dict[str, Any]:
+    common: dict[str, Any] = {"seed": settings.seed, "allow_longer": settings.allow_longer}
+    if settings.limit is not None:
+        common["n"] = settings.limit
+    return {**common, "batch_size": settings.batch_size, "progress": progress}
+
+
+def _run_mqar(subject: Subject, settings: Settings, options: dict[str, Any], progress=None):
+    return evaluate_mqar(subject.model, **{**_sample_settings(settings, progress), **options})
+
+
+def grid_settings(settings: Settings, progress: Progress | None) -> dict[str, Any]:
+    """Return the arguments of a depth x length task that the run's settings decide."""
+    arguments = _sample_settings(settings, progress)
+    if settings.lengths is not None:
+        arguments["lengths"] = settings.lengths
+    if settings.depths is not None:
+        arguments["depths"] = settings.depths
+    return arguments
+
+
+def _run_needle(subject: Subject, settings: Settings, options: dict[str, Any], progress=None):
+    arguments = {**grid_settings(settings, progress), **options}
+    if settings.corpus is not None:
+        reserved = (
+            tuple(arguments.get("key_ids", KEY_IDS)),
+            tuple(arguments.get("value_ids", VALUE_IDS)),
+        )
+        encoder = subject.tokenizer or ByteEncoder()
+        arguments["haystack"] = Haystack(settings.corpus, encoder, reserved)
+    return evaluate_needle(subject.model, **arguments)
+
+
+def _run_heldout(subject: Subject, settings: Settings, options: dict[str, Any], progress=None):
+    arguments = _sample_settings(settings, progress)
+    # the windows are fixed by the text: there is nothing to draw
+    arguments.pop("seed")
+    return evaluate_heldout(
+        subject.model,
+        tokenizer=tokenizer_of(subject),
+        corpus=settings.corpus,
+        **{**arguments, **options},
+    )
+
+
+def _run_cost(subject: Subject, settings: Settings, options: dict[str, Any], progress=None):
+    return evaluate_cost(subject.model, **{"context": settings.context, **options})
+
+
+register(
+    Task(
+        "mqar",
+        "retrieval",
+        "accuracy",
+        evaluate_mqar,
+        _run_mqar,
+        "multi-query associative recall, for models trained on its format",
+    )
+)
+register(
+    Task(
+        "needle",
+        "retrieval",
+        "accuracy",
+        evaluate_needle,
+        _run_needle,
+        "key-value needle in real text, depth x length, for models trained on its format",
+    )
+)
+register(
+    Task(
+        "heldout",
+        "language",
+        "bits_per_byte",
+        evaluate_heldout,
+        _run_heldout,
+        "held-out loss and bits per byte on real text",
+        higher_is_better=False,
+    )
+)
+register(
+    Task(
+        "cost",
+        "cost",
+        "cache_bytes",
+        evaluate_cost,
+        _run_cost,
+        "cache bytes, measured",
+        higher_is_better=False,
+    )
+)
+
+
+def _run_text(name: str, subject: Subject, settings: Settings, options, progress=None):
+    arguments = {**grid_settings(settings, progress), **options}
+    essays = arguments.pop("essays", None)
+    material = Material(
+        settings.corpus,
+        None if essays is None else load_corpus(essays),
+        arguments.pop("squad", None),
+        arguments.pop("hotpot", None),
+    )
+    return evaluate_text(
+        subject.model,
+        task=name,
+        tokenizer=tokenizer_of(subject),
+        material=material,
+        **arguments,
+    )
+
+
+_WORDS = {
+    "niah_grid": "one sentence hidden in text, every depth and length exact",
+    "kv_recall": "a phone book, one entry looked up",
+    **{f"ruler_{name}": f"RULER's {name}, on RULER's own material" for name in RULER},
+    **{f"long_{name}": f"RULER's {name} generator on material at hand" for name in RULER},
+}
+for _name in TEXT_TASKS:
+    register(
+        Task(
+            _name,
+            "retrieval",
+            "accuracy",
+            evaluate_text,
+            partial(_run_text, _name),
+            _WORDS[_name],
+        )
+    )
+
+
+def _run_sampled(function, takes: tuple[str, ...], subject, settings, options, progress=None):
+    """Run a task whose arguments are those of the settings that it takes, and its options."""
+    given = grid_settings(settings, progress)
+    arguments = {key: value for key, value in given.items() if key in takes}
+    return function(subject.model, **{**arguments, **options})
+
+
+def _run_on_questions(function, fixed, subject: Subject, settings, options, progress=None):
+    """Run a task whose questions are given, not drawn."""
+    arguments = {**_sample_settings(settings, progress), **options, **fixed}
+    return function(subject.model, tokenizer=tokenizer_of(subject), **arguments)
+
+
+_SAMPLED = ("n", "seed", "batch_size", "progress", "allow_longer")
+_SMALL: tuple[tuple[str, Axis, str, Callable[..., dict[str, Any]], tuple[str, ...], str], ...] = (
+    (
+        "state_tracking",
+        "reasoning",
+        "accuracy",
+        evaluate_state_tracking,
+        (*_SAMPLED, "lengths"),
+        "running product in a group (parity, S3, S5), for models trained on it",
+    ),
+    (
+        "hops_k",
+        "reasoning",
+        "accuracy",
+        evaluate_hops,
+        _SAMPLED,
+        "chains of assignments, k hops; k = 0 is pure retrieval; for models trained on it",
+    ),
+    (
+        "icl_fn",
+        "reasoning",
+        "accuracy",
+        evaluate_icl,
+        _SAMPLED,
+        "in-context mapping against number of shots, for models trained on it",
+    ),
+    (
+        "speed",
+        "speed",
+        "decode_tokens_per_second",
+        evaluate_speed,
+        ("lengths", "progress", "allow_longer"),
+        "prefill and decoding speed against length, measured",
+    ),
+)
+for _name, _axis, _metric, _function, _takes, _words in _SMALL:
+    register(
+        Task(_name, _axis, _metric, _function, partial(_run_sampled, _function, _takes), _words)
+    )
+for _name in COMPLETIONS:
+    register(
+        Task(
+            _name,
+            "retrieval",
+            "accuracy",
+            evaluate_completion,
+            partial(_run_on_questions, evaluate_completion, {"task": _name}),
+            f"a fact completed from a long document, from the hub or --set {_name}.path=FILE",
+        )
+    )
+_FORMS: tuple[tuple[Form, str], ...] = (
+    ("letters", "MMLU by letter, from the hub or --mmlu-dir: symbol binding, a kind of retrieval"),
+    ("cloze", "MMLU by text of the choice, from the hub or --mmlu-dir: what the model knows"),
+)
+for _form, _words in _FORMS:
+    register(
+        Task(
+            f"mmlu_{_form}",
+            "reasoning",
+            "accuracy",
+            evaluate_mmlu,
+            partial(_run_on_questions, evaluate_mmlu, {"form": _form}),
+            _words,
+        )
+    )
+
+
+def default_tasks(subjects: Sequence[Subject]) -> tuple[str, ...]:
+    """Return the tasks that suit these models when the user names none."""
+    if any(_reads_language(subject) for subject in subjects):
+        return ("niah_grid", "kv_recall", "heldout", "cost")
+    return ("mqar", "needle", "heldout", "cost")
+
+
+def _reads_language(subject: Subject) -> bool:
+    """Whether the tokenizer has more than bytes and a few special tokens."""
+    return subject.tokenizer is not None and getattr(subject.tokenizer, "vocab_size", 0) > 512

@@ -1,0 +1,44 @@
+"""Data sets by name from the hub, and the one refusal where it cannot be reached."""
+
+from typing import Any
+
+
+def unreachable(what: str, name: str, way_out: str) -> ValueError:
+    """Return the error for a data set that could not be fetched.
+
+    Args:
+        what: who needs it, first words of the message.
+        name: of the data set on the hub.
+        way_out: what to do instead.
+    """
+    return ValueError(
+        f"{what} needs the data set {name} from the hub, which cannot be reached and has no copy "
+        f"in the local cache; {way_out}"
+    )
+
+
+def load_hub(
+    name: str, *, split: str, what: str, way_out: str, config: str | None = None
+) -> list[dict[str, Any]]:
+    """Return the rows of one split of a data set on the hub, or of its local copy.
+
+    Args:
+        name: of the data set.
+        split: "test", "dev" ...
+        what: who needs it, for the error.
+        way_out: what to do where the hub cannot be reached, for the error.
+        config: of the data set, where it has several.
+
+    Raises:
+        ValueError: neither the hub nor a local copy can be read.
+    """
+    from datasets import Dataset, load_dataset
+
+    try:
+        rows = load_dataset(name, config, split=split)
+    # offline, `datasets` raises ConnectionError, FileNotFoundError, or ValueError for a config
+    # that is not in its cache
+    except (OSError, ValueError, RuntimeError) as error:
+        raise unreachable(what, name, way_out) from error
+    assert isinstance(rows, Dataset)
+    return rows.to_list()

@@ -1,0 +1,308 @@
+"""Mixture of experts: each token runs through k of E feed-forwards, and through shared ones.
+
+Shapes: B batch, T time, N tokens, D model dim, E experts, k experts of a token, I width of an expert.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, use_experts_implementation
+
+from hybrid.ffn.base import FeedForward, FeedForwardOptions
+from hybrid.ffn.dense import ACTIVATIONS, Dense, DenseOptions
+from hybrid.ffn.router import build_router
+from hybrid.registry import register_feed_forward
+
+if TYPE_CHECKING:
+    from hybrid.config import HybridConfig
+
+
+@dataclass(frozen=True)
+class MoEOptions(FeedForwardOptions):
+    """Options of `mixture_of_experts`.
+
+    Attributes:
+        num_experts: E, routed experts.
+        top_k: k, routed experts of a token.
+        intermediate_size: I, inner width of an expert; default: all experts of a token together are
+            as wide as the default of `dense`. Granularity is 2 D / I.
+        activation: as of `dense`.
+        num_shared_experts: experts that every token goes through (arXiv 2401.06066), computed as one
+            feed-forward of `num_shared_experts * shared_intermediate_size`.
+        shared_intermediate_size: inner width of a shared expert; default I.
+        shared_gate: multiply the shared experts by sigmoid(w x) (Qwen2-MoE, Qwen3-Next).
+        score_function: `softmax` over the experts (Mixtral, Qwen3-MoE), or `sigmoid` of each
+            (DeepSeek-V3).
+        normalize_weights: make the weights of a token's k experts sum to one.
+        scaling_factor: multiplies the weights, after they are normalised.
+        num_groups, top_k_groups: experts stand in `num_groups` equal groups, and a token chooses
+            among those of its `top_k_groups` best (DeepSeek-V2, V3).
+        group_score: a group is as good as the sum of its two best experts (`top2`, DeepSeek-V3), or
+            its best (`max`, DeepSeek-V2).
+        score_correction_bias: a bias per expert that is added to the scores for the choice alone; a
+            buffer, not a parameter. `bias_update_rate` implies it.
+        bias_update_rate: gamma of loss-free balancing (arXiv 2408.15664; 0.001 in 2412.19437): after
+            each optimizer step the bias of an expert rises by gamma if it got fewer tokens than the
+            mean, and falls by gamma if more. 0: leave the bias as it is.
+        balance_loss: alpha of the auxiliary loss alpha * E * sum_i f_i P_i per layer (arXiv
+            2101.03961, eq. 4), f_i the share of choices that fell on expert i, P_i its mean
+            probability: alpha where the load is even, whatever E and k.
+        balance_statistics: f_i of `local` tokens (of this process and forward), or of the `global`
+            batch: all processes, and the forwards since the last optimizer step (arXiv 2501.11873).
+        sequence_balance_loss: alpha of the same loss with f and P of each row of the batch on its
+            own, mean over rows (arXiv 2412.19437, eq. 17-20; 0.0001 there).
+        router_z_loss: lambda of lambda * mean(logsumexp(logits)^2) per layer (arXiv 2202.08906,
+            eq. 5; 0.001 there).
+    """
+
+    num_experts: int = 8
+    top_k: int = 2
+    intermediate_size: int | None = None
+    activation: Literal["swiglu", "geglu", "geglu_tanh", "reglu", "relu2", "gelu", "silu"] = (
+        "swiglu"
+    )
+    num_shared_experts: int = 0
+    shared_intermediate_size: int | None = None
+    shared_gate: bool = False
+    score_function: Literal["softmax", "sigmoid"] = "softmax"
+    normalize_weights: bool = True
+    scaling_factor: float = 1.0
+    num_groups: int = 1
+    top_k_groups: int = 1
+    group_score: Literal["top2", "max"] = "top2"
+    score_correction_bias: bool = False
+    bias_update_rate: float = 0.0
+    balance_loss: float = 0.0
+    balance_statistics: Literal["local", "global"] = "global"
+    sequence_balance_loss: float = 0.0
+    router_z_loss: float = 0.0
+
+    def complete(self, hidden_size: int) -> MoEOptions:
+        """Fill in the widths."""
+        inner = self.intermediate_size
+        if inner is None:
+            whole = DenseOptions(activation=self.activation).complete(hidden_size)
+            assert whole.intermediate_size is not None
+            inner = 32 * max(1, whole.intermediate_size // max(1, self.active_experts) // 32)
+        shared = self.shared_intermediate_size
+        if self.num_shared_experts and shared is None:
+            shared = inner
+        return replace(self, intermediate_size=inner, shared_intermediate_size=shared)
+
+    @property
+    def has_correction_bias(self) -> bool:
+        """Whether the choice is corrected by a bias per expert."""
+        return self.score_correction_bias or self.bias_update_rate > 0
+
+    @property
+    def has_losses(self) -> bool:
+        """Whether training adds something to the loss."""
+        return max(self.balance_loss, self.sequence_balance_loss, self.router_z_loss) > 0
+
+    @property
+    def total_experts(self) -> int:
+        """Routed and shared."""
+        return self.num_experts + self.num_shared_experts
+
+    @property
+    def active_experts(self) -> int:
+        """Those that one token goes through, routed and shared."""
+        return self.top_k + self.num_shared_experts
+
+    @property
+    def activation_ratio(self) -> float:
+        """Active / total experts."""
+        return self.active_experts / self.total_experts
+
+    @property
+    def sparsity(self) -> float:
+        """Total / active experts."""
+        return self.total_experts / self.active_experts
+
+    def granularity(self, hidden_size: int) -> float:
+        """G = 2 D / I, of completed options."""
+        assert self.intermediate_size is not None
+        return 2 * hidden_size / self.intermediate_size
+
+    def problems(self, config: HybridConfig) -> list[str]:
+        """Numbers that cannot be, and groups that do not fit."""
+        lines = []
+        for name in ("num_experts", "top_k", "num_groups", "top_k_groups"):
+            if getattr(self, name) < 1:
+                lines.append(f"{name}: must be at least 1, found {getattr(self, name)}")
+        for name in ("intermediate_size", "shared_intermediate_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                lines.append(f"{name}: must be at least 1, found {value}")
+        for name in (
+            *("num_shared_experts", "bias_update_rate"),
+            *("balance_loss", "sequence_balance_loss", "router_z_loss"),
+        ):
+            if getattr(self, name) < 0:
+                lines.append(f"{name}: must not be below 0, found {getattr(self, name)}")
+        if self.scaling_factor <= 0:
+            lines.append(f"scaling_factor: must be above 0, found {self.scaling_factor}")
+        return lines or [*self._routing_problems(), *self._shared_problems()]
+
+    def _routing_problems(self) -> list[str]:
+        experts, groups, kept = self.num_experts, self.num_groups, self.top_k_groups
+        if self.top_k > experts:
+            return [f"top_k: a token cannot choose {self.top_k} of num_experts {experts}"]
+        if experts % groups:
+            fit = [g for g in range(1, experts + 1) if experts % g == 0]
+            near = [max(g for g in fit if g < groups), *(g for g in fit if g > groups)][:2]
+            return [
+                f"num_groups: {groups} equal groups cannot be made of num_experts {experts};"
+                f" {' or '.join(map(str, near))} can"
+            ]
+        lines = []
+        size = experts // groups
+        if kept > groups:
+            lines.append(f"top_k_groups: a token cannot choose {kept} of num_groups {groups}")
+        elif self.top_k > kept * size:
+            lines.append(
+                f"top_k: a token cannot choose {self.top_k} of the {kept * size} experts in its"
+                f" top_k_groups {kept} (of {size} experts each)"
+            )
+        if groups > 1 and size < 2 and self.group_score == "top2":
+            lines.append(
+                f"group_score: 'top2' needs two experts in a group, and num_groups {groups} of"
+                f" num_experts {experts} have one; use 'max'"
+            )
+        return lines
+
+    def _shared_problems(self) -> list[str]:
+        if self.num_shared_experts:
+            return []
+        given = [n for n in ("shared_intermediate_size", "shared_gate") if getattr(self, n)]
+        return [f"{name}: set, but num_shared_experts is 0" for name in given]
+
+
+class Experts(nn.Module):
+    """E feed-forwards as stacked matrices, in the shape that transformers' experts back-ends take.
+
+    `config._experts_implementation` names the back-end: `grouped_mm` (the default), `batched_mm`,
+    `eager`, or any other that transformers has. `forward` here is `eager`. float64, which torch's
+    grouped product does not take, goes through `batched_mm` where `grouped_mm` is asked for.
+    """
+
+    gated: bool
+
+    def __init__(self, config: HybridConfig, options: MoEOptions) -> None:
+        super().__init__()
+        self.config = config
+        inner, d_model = options.intermediate_size, config.hidden_size
+        assert inner is not None
+        self.num_experts = options.num_experts
+        self.hidden_dim, self.intermediate_dim = d_model, inner  # names that the back-ends read
+        first = torch.empty(self.num_experts, 2 * inner if self.gated else inner, d_model)
+        name = "gate_up_proj" if self.gated else "up_proj"
+        self.register_parameter(name, nn.Parameter(first))
+        self.down_proj = nn.Parameter(torch.empty(self.num_experts, d_model, inner))
+        self.act_fn = ACT2FN[ACTIVATIONS[options.activation][1]]
+
+    def forward(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """(N, D), experts (N, k), their weights (N, k) -> (N, D), expert by expert."""
+        y = torch.zeros_like(hidden_states)
+        for expert in top_k_index.unique().tolist():
+            tokens, slots = (top_k_index == expert).nonzero(as_tuple=True)
+            x = hidden_states[tokens]
+            if self.gated:
+                h = self._apply_gate(F.linear(x, self.gate_up_proj[expert]))
+            else:
+                h = self.act_fn(F.linear(x, self.up_proj[expert]))
+            out = F.linear(h, self.down_proj[expert]) * top_k_weights[tokens, slots, None]
+            y.index_add_(0, tokens, out.to(y.dtype))
+        return y
+
+    def init_parameters(self, std: float) -> None:
+        """Each expert as a `dense` of its size would be."""
+        config = self.config
+        std_in = std_out = std
+        if config.init == "xavier":
+            std_in = std_out = (2 / (self.hidden_dim + self.intermediate_dim)) ** 0.5
+        elif config.init == "depth_scaled":
+            std_out = std / max(1, config.num_residual_branches) ** 0.5
+        first = self.gate_up_proj if self.gated else self.up_proj
+        init.normal_(first, mean=0.0, std=std_in)
+        init.normal_(self.down_proj, mean=0.0, std=std_out)
+
+
+@use_experts_implementation
+class GatedExperts(Experts):
+    """W_down(act(W_gate x) * W_up x); `gate_up_proj` (E, 2 I, D), the gate first."""
+
+    gated = True
+
+
+@use_experts_implementation(has_gate=False)
+class PlainExperts(Experts):
+    """W_down act(W_up x); `up_proj` (E, I, D)."""
+
+    gated = False
+
+
+@register_feed_forward("mixture_of_experts", symbol="E")
+class MixtureOfExperts(FeedForward):
+    """sum_{i in top k} w_i FFN_i(x), and shared experts.
+
+    The parts that balance the load are in `hybrid.ffn.balance`; the model calls them.
+    """
+
+    Options = MoEOptions
+    paper = "arXiv 1701.06538"
+    formula = "sum_{i in top k} w_i FFN_i(x) + FFN_shared(x)"
+
+    def __init__(self, options: MoEOptions, config: HybridConfig, layer_idx: int) -> None:
+        super().__init__(options, config, layer_idx)
+        gated, _ = ACTIVATIONS[options.activation]
+        self.router = build_router(options, config.hidden_size)
+        self.experts = (GatedExperts if gated else PlainExperts)(config, options)
+        self.shared_experts = self._build_shared()
+        self.shared_gate = (
+            nn.Linear(config.hidden_size, 1, bias=False) if options.shared_gate else None
+        )
+
+    def _build_shared(self) -> Dense | None:
+        options = self.options
+        if not options.num_shared_experts:
+            return None
+        width = options.num_shared_experts * options.shared_intermediate_size
+        dense = DenseOptions(intermediate_size=width, activation=options.activation)
+        return Dense(dense, self.config, self.layer_idx)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, T, D) -> (B, T, D)."""
+        flat = x.reshape(-1, x.shape[-1])
+        _, weights, indices = self.router(flat)
+        y = self._run_experts(flat, indices, weights).view_as(x)
+        if self.shared_experts is None:
+            return y
+        shared = self.shared_experts(x)
+        if self.shared_gate is not None:
+            shared = self.shared_gate(x).sigmoid() * shared
+        return y + shared
+
+    def _run_experts(
+        self, x: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor
+    ) -> torch.Tensor:
+        grouped = self.config._experts_implementation == "grouped_mm"
+        if grouped and x.dtype == torch.float64:
+            return ALL_EXPERTS_FUNCTIONS["batched_mm"](self.experts, x, indices, weights)
+        return self.experts(x, indices, weights)
+
+    def active_share(self) -> float:
+        """Share of the parameters that one token uses: k of the E experts, and all the rest."""
+        total = sum(p.numel() for p in self.parameters())
+        routed = sum(p.numel() for p in self.experts.parameters())
+        idle = routed // self.options.num_experts * (self.options.num_experts - self.options.top_k)
+        return (total - idle) / total

@@ -1,0 +1,227 @@
+"""Multi-head latent attention: keys and values from one cached latent (DeepSeek-V2, 2405.04434).
+
+Shapes: B batch, T queries, S keys, H heads, R latent dim, P position dim, N the rest of a head's key,
+V value dim, D model dim.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama.modeling_llama import eager_attention_forward
+
+from hybrid.cache import LayerCache
+from hybrid.mixers.base import Mixer, MixerOptions, residual_projection
+from hybrid.mixers.parts import positive
+from hybrid.norms import build_norm
+from hybrid.registry import register_mixer
+from hybrid.rotary import RotaryEmbedding, apply_rotary, rope_problems
+from hybrid.segments import WHOLE_ROWS, Segments
+
+if TYPE_CHECKING:
+    from hybrid.config import HybridConfig
+
+
+@dataclass(frozen=True)
+class MultiHeadLatentAttentionOptions(MixerOptions):
+    """Options of `multi_head_latent_attention`.
+
+    Attributes:
+        num_heads: H; default D / 128, at least 1.
+        latent_dim: R, of the latent that keys and values are made from; default 4 V.
+        query_latent_dim: of a latent that queries are made from; null for a full projection.
+        head_dim: N, dims of a head's key that come from the latent.
+        rope_dim: P, further dims of a head's query that meet a key shared by all heads.
+        value_head_dim: V.
+        rope_parameters: transformers' rope dictionary, for those P dims; null leaves them unrotated
+            (Kimi Linear).
+        scale: of the logits; default (N + P) ** -0.5.
+        dropout: probability, on the attention weights in training.
+    """
+
+    num_heads: int | None = None
+    latent_dim: int | None = None
+    query_latent_dim: int | None = None
+    head_dim: int = 128
+    rope_dim: int = 64
+    value_head_dim: int = 128
+    rope_parameters: dict | None = field(
+        default_factory=lambda: {"rope_type": "default", "rope_theta": 10000.0}
+    )
+    scale: float | None = None
+    dropout: float = 0.0
+
+    def complete(self, hidden_size: int) -> MultiHeadLatentAttentionOptions:
+        """Fill in heads and the latent's dim."""
+        return replace(
+            self,
+            num_heads=max(1, hidden_size // 128) if self.num_heads is None else self.num_heads,
+            latent_dim=4 * self.value_head_dim if self.latent_dim is None else self.latent_dim,
+        )
+
+    def problems(self, config: HybridConfig) -> list[str]:
+        """Sizes that must be positive, and positions that do not fit."""
+        lines = positive(
+            num_heads=self.num_heads,
+            latent_dim=self.latent_dim,
+            query_latent_dim=self.query_latent_dim,
+            head_dim=self.head_dim,
+            rope_dim=self.rope_dim,
+            value_head_dim=self.value_head_dim,
+        )
+        if not 0.0 <= self.dropout < 1.0:
+            lines.append(f"dropout: must be in [0, 1), found {self.dropout}")
+        if self.rope_parameters is not None and not lines:
+            lines += rope_problems(self.rope_parameters, self.rope_dim, config)
+        return lines
+
+
+@register_mixer("multi_head_latent_attention", symbol="A")
+class MultiHeadLatentAttention(Mixer):
+    """Softmax attention with [k_N, v] = c W_b, c = RMSNorm(x W_a) of dim R, and a shared key k_P.
+
+    q = [q_N, q_P], k = [k_N, k_P], q_P and k_P rotated (arXiv 2405.04434, eq. 9 to 19). Only c and k_P
+    are cached: R + P numbers per token, whatever H is. A single new token attends to the latents
+    themselves, W_b absorbed: q_N . k_N = (q_N W_bk^T) . c, and values are made from the mean latent.
+    Rotated pairs are (j, j + P/2), where DeepSeek's are (2j, 2j + 1): the same up to an order of rows.
+    """
+
+    Options = MultiHeadLatentAttentionOptions
+    layer_type = "full_attention"
+    paper = "arXiv 2405.04434"
+    formula = "o_t = sum_s softmax_s(scale q_t . k_s) v_s, k_s and v_s linear in a latent c_s"
+    used_by = "DeepSeek-V2, V3, Kimi K2, Kimi Linear"
+    is_causal = True
+    num_key_value_groups = 1  # for transformers' attention functions: k and v have H heads
+
+    def __init__(
+        self, options: MultiHeadLatentAttentionOptions, config: HybridConfig, layer_idx: int
+    ) -> None:
+        super().__init__(options, config, layer_idx)
+        assert options.num_heads is not None
+        assert options.latent_dim is not None
+        d_model, heads = config.hidden_size, options.num_heads
+        self.num_heads, self.latent_dim = heads, options.latent_dim
+        self.head_dim, self.rope_dim = options.head_dim, options.rope_dim
+        self.value_dim = options.value_head_dim
+        key_dim = self.head_dim + self.rope_dim
+        self.scaling = key_dim**-0.5 if options.scale is None else options.scale
+        query_dim = d_model if options.query_latent_dim is None else options.query_latent_dim
+        self.q_down_proj = self.q_norm = None
+        if options.query_latent_dim is not None:
+            self.q_down_proj = nn.Linear(d_model, query_dim, bias=False)
+            self.q_norm = build_norm("rmsnorm", query_dim, config.norm_eps)
+        self.q_proj = nn.Linear(query_dim, heads * key_dim, bias=False)
+        self.kv_down_proj = nn.Linear(d_model, self.latent_dim + self.rope_dim, bias=False)
+        self.kv_norm = build_norm("rmsnorm", self.latent_dim, config.norm_eps)
+        # one block of N + V rows per head
+        self.kv_proj = nn.Linear(
+            self.latent_dim, heads * (self.head_dim + self.value_dim), bias=False
+        )
+        self.o_proj = residual_projection(heads * self.value_dim, d_model)
+
+    @classmethod
+    def samples(cls) -> list[dict[str, Any]]:
+        """As DeepSeek-V2; as Kimi Linear, without positions."""
+        small = {"num_heads": 2, "latent_dim": 12, "head_dim": 6, "rope_dim": 4}
+        return [
+            {**small, "value_head_dim": 5, "query_latent_dim": 10},
+            {**small, "value_head_dim": 8, "rope_parameters": None, "scale": 0.5},
+        ]
+
+    @classmethod
+    def rotary(
+        cls, options: MultiHeadLatentAttentionOptions, config: HybridConfig
+    ) -> nn.Module | None:
+        """The rotary embedding of the P dims; None without positions."""
+        if options.rope_parameters is None:
+            return None
+        return RotaryEmbedding(
+            options.rope_parameters, options.rope_dim, config.max_position_embeddings
+        )
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        *,
+        attention_mask: torch.Tensor | None = None,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        segments: Segments = WHOLE_ROWS,
+        cache: LayerCache | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """See `Mixer.forward`."""
+        q = x
+        if self.q_down_proj is not None and self.q_norm is not None:
+            q = self.q_norm(self.q_down_proj(x))
+        q = self.q_proj(q).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        q, q_place = q.split([self.head_dim, self.rope_dim], dim=-1)
+        latent, place = self.kv_down_proj(x).split([self.latent_dim, self.rope_dim], dim=-1)
+        latent, place = self.kv_norm(latent).unsqueeze(1), place.unsqueeze(1)
+        if position_embeddings is not None:
+            q_place, place = apply_rotary(q_place, place, *position_embeddings)
+        if cache is not None:
+            latent, place = cache.update_kv(latent, place)
+        attend = self._absorbed if x.shape[1] == 1 else self._expanded
+        o, weights = attend(q, q_place, latent, place, attention_mask, kwargs)
+        return self.o_proj(o.flatten(2)), weights
+
+    def _expanded(
+        self,
+        q: torch.Tensor,
+        q_place: torch.Tensor,
+        latent: torch.Tensor,
+        place: torch.Tensor,
+        mask: torch.Tensor | None,
+        kwargs: dict[str, Any],
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """o (B, T, H, V) with the keys and values of every head made from the latents."""
+        kv = self.kv_proj(latent[:, 0]).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        k, v = kv.split([self.head_dim, self.value_dim], dim=-1)
+        k = torch.cat([k, place.expand(-1, self.num_heads, -1, -1)], dim=-1)
+        return self._attend(torch.cat([q, q_place], dim=-1), k, v, mask, kwargs)
+
+    def _absorbed(
+        self,
+        q: torch.Tensor,
+        q_place: torch.Tensor,
+        latent: torch.Tensor,
+        place: torch.Tensor,
+        mask: torch.Tensor | None,
+        kwargs: dict[str, Any],
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """o (B, T, H, V) as multi-query attention over the latents."""
+        up = self.kv_proj.weight.unflatten(0, (self.num_heads, -1))
+        to_key, to_value = up.split([self.head_dim, self.value_dim], dim=1)
+        q = torch.cat([torch.einsum("bhtn,hnr->bhtr", q, to_key), q_place], dim=-1)
+        k = torch.cat([latent, place], dim=-1).expand(-1, self.num_heads, -1, -1)
+        v = latent.expand(-1, self.num_heads, -1, -1)
+        o, weights = self._attend(q, k, v, mask, kwargs)
+        return torch.einsum("bthr,hvr->bthv", o, to_value), weights
+
+    def _attend(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        mask: torch.Tensor | None,
+        kwargs: dict[str, Any],
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """transformers' attention function."""
+        name = self.config._attn_implementation or "eager"
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention_forward)
+        dropout = self.options.dropout if self.training else 0.0
+        return attend(self, q, k, v, mask, dropout=dropout, scaling=self.scaling, **kwargs)
+
+    def mixing_flops(self, context: int) -> float:
+        """Logits and weighted sum, expanded, over the (context + 1) / 2 tokens seen on average."""
+        width = self.head_dim + self.rope_dim + self.value_dim
+        return 2.0 * self.num_heads * width * (context + 1) / 2
+
+    def cache_elements_per_token(self) -> int:
+        """The latent and the shared key."""
+        return self.latent_dim + self.rope_dim

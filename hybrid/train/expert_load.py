@@ -1,0 +1,73 @@
+"""The load of experts during training: biases moved, imbalance logged, histograms kept."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from hybrid.ffn import balance
+
+FILE = "expert_load.jsonl"
+
+
+class ExpertLoad(TrainerCallback):
+    """Ends each optimizer step for `hybrid.ffn.balance`, and adds up loads from log to log.
+
+    Works with any `Trainer` and any model of this package; models without experts pass untouched.
+    """
+
+    def __init__(self) -> None:
+        self.loads: dict[str, torch.Tensor] = {}
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        """Drop histograms of steps that a resumed run takes again."""
+        path = Path(str(args.output_dir)) / FILE
+        if state.is_world_process_zero and path.is_file():
+            lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+            kept = [x for x in lines if json.loads(x)["step"] <= state.global_step]
+            path.write_text("".join(kept), encoding="utf-8")
+
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        """Move the biases and take over the counts."""
+        for name, load in balance.finish_step(kwargs["model"]).items():
+            self.loads[name] = self.loads[name] + load if name in self.loads else load
+
+    def summary(self) -> dict[str, float]:
+        """What is logged since the last log; empty without experts.
+
+        `expert_imbalance` is the load of the busiest expert over the mean, less one (MaxVio of arXiv
+        2408.15664), in the worst layer; `expert_idle_share` the share of experts, of all layers, that
+        got no token. No token is ever dropped: experts have no capacity.
+        """
+        if not self.loads:
+            return {}
+        worst = max((x.max() / x.mean().clamp(min=1e-20)).item() for x in self.loads.values())
+        idle = torch.cat([x == 0 for x in self.loads.values()]).float().mean().item()
+        return {"expert_imbalance": worst - 1, "expert_idle_share": idle}
+
+    def write(self, args: TrainingArguments, state: TrainerState) -> None:
+        """One line of `expert_load.jsonl`, tokens of each expert by router, and start anew."""
+        loads, self.loads = self.loads, {}
+        if not loads or not state.is_world_process_zero:
+            return
+        folder = Path(str(args.output_dir))
+        folder.mkdir(parents=True, exist_ok=True)
+        counts = {name: [int(n) for n in load.tolist()] for name, load in loads.items()}
+        with (folder / FILE).open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": state.global_step, "load": counts}) + "\n")

@@ -1,0 +1,348 @@
+"""`mixture_of_experts` against transformers' own blocks, in the model, and under bad configs."""
+
+import pytest
+import torch
+from torch.testing import assert_close
+from transformers import AutoModelForCausalLM, DynamicCache
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from transformers.models.deepseek_v3 import modeling_deepseek_v3 as deepseek
+from transformers.models.mixtral import modeling_mixtral as mixtral
+from transformers.models.qwen2_moe import modeling_qwen2_moe as qwen2
+from transformers.models.qwen3_moe import modeling_qwen3_moe as qwen3
+from transformers.models.qwen3_next import modeling_qwen3_next as qwen3_next
+
+from hybrid import HybridConfig
+from hybrid.ffn import balance
+from hybrid.ffn.moe import MixtureOfExperts, MoEOptions
+
+D, WIDTH, E, K = 32, 24, 8, 3
+CLOSE = {"rtol": 1e-5, "atol": 1e-5}
+BACKENDS = ("eager", "batched_mm", "grouped_mm")
+OPTIONS = {
+    "num_experts": 6,
+    "top_k": 2,
+    "intermediate_size": 16,
+    "num_shared_experts": 1,
+    "shared_gate": True,
+    "bias_update_rate": 0.01,
+}
+
+
+def layer(options, implementation="grouped_mm"):
+    config = HybridConfig(
+        layout="S",
+        ffn="E",
+        hidden_size=D,
+        feed_forwards={"E": options},
+        experts_implementation=implementation,
+    )
+    cls, completed = config.feed_forward("E")
+    return cls(completed, config, 0)
+
+
+def mixtral_block():
+    config = mixtral.MixtralConfig(
+        hidden_size=D, intermediate_size=WIDTH, num_local_experts=E, num_experts_per_tok=K
+    )
+    return config, mixtral.MixtralSparseMoeBlock, {}
+
+
+def qwen3_block(norm):
+    config = qwen3.Qwen3MoeConfig(
+        hidden_size=D,
+        moe_intermediate_size=WIDTH,
+        num_experts=E,
+        num_experts_per_tok=K,
+        norm_topk_prob=norm,
+    )
+    return config, qwen3.Qwen3MoeSparseMoeBlock, {"normalize_weights": norm}
+
+
+def shared_block(module, name, norm):
+    config = getattr(module, f"{name}Config")(
+        hidden_size=D,
+        moe_intermediate_size=WIDTH,
+        shared_expert_intermediate_size=40,
+        num_experts=E,
+        num_experts_per_tok=K,
+        norm_topk_prob=norm,
+    )
+    options = {
+        "normalize_weights": norm,
+        "num_shared_experts": 1,
+        "shared_intermediate_size": 40,
+        "shared_gate": True,
+    }
+    return config, getattr(module, f"{name}SparseMoeBlock"), options
+
+
+def deepseek_block(groups, kept, norm):
+    config = deepseek.DeepseekV3Config(
+        hidden_size=D,
+        moe_intermediate_size=WIDTH,
+        n_routed_experts=E,
+        num_experts_per_tok=K,
+        n_shared_experts=2,
+        n_group=groups,
+        topk_group=kept,
+        norm_topk_prob=norm,
+        routed_scaling_factor=2.5,
+    )
+    options = {
+        "score_function": "sigmoid",
+        "score_correction_bias": True,
+        "normalize_weights": norm,
+        "scaling_factor": 2.5,
+        "num_groups": groups,
+        "top_k_groups": kept,
+        "num_shared_experts": 2,
+    }
+    return config, deepseek.DeepseekV3MoE, options
+
+
+BLOCKS = {
+    "mixtral": mixtral_block(),
+    "qwen3_moe": qwen3_block(True),
+    "qwen3_moe_as_is": qwen3_block(False),
+    "qwen2_moe": shared_block(qwen2, "Qwen2Moe", False),
+    "qwen3_next": shared_block(qwen3_next, "Qwen3Next", True),
+    "deepseek_v3": deepseek_block(4, 2, True),
+    "deepseek_v3_without_groups": deepseek_block(1, 1, False),
+}
+# Their names -> ours.
+NAMES = {
+    "gate.weight": "router.weight",
+    "gate.e_score_correction_bias": "router.score_correction_bias",
+    "shared_expert_gate.weight": "shared_gate.weight",
+}
+
+
+def ours(name):
+    return NAMES.get(name, name.replace("shared_expert.", "shared_experts."))
+
+
+@pytest.mark.parametrize("implementation", BACKENDS)
+@pytest.mark.parametrize("name", BLOCKS)
+def test_outputs_and_gradients_of_transformers_blocks(name, implementation):
+    config, block_class, options = BLOCKS[name]
+    config._experts_implementation = "eager"
+    torch.manual_seed(0)
+    block = block_class(config)
+    for tensor in (*block.parameters(), *block.buffers()):
+        torch.nn.init.normal_(tensor, std=0.2)
+    base = {"num_experts": E, "top_k": K, "intermediate_size": WIDTH}
+    moe = layer({**base, **options}, implementation)
+    moe.load_state_dict({ours(n): t for n, t in block.state_dict().items()}, strict=True)
+
+    x = torch.randn(2, 13, D)
+    theirs_x, ours_x = (x.clone().requires_grad_() for _ in range(2))
+    direction = torch.randn(2, 13, D)
+    expected, found = block(theirs_x), moe(ours_x)
+    assert_close(found, expected, **CLOSE)
+    (expected * direction).sum().backward()
+    (found * direction).sum().backward()
+    assert_close(ours_x.grad, theirs_x.grad, **CLOSE)
+    gradients = {n: p.grad for n, p in moe.named_parameters()}
+    for n, p in block.named_parameters():
+        assert_close(gradients[ours(n)], p.grad, rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("implementation", BACKENDS[1:])
+def test_the_backend_of_that_name_runs(monkeypatch, implementation):
+    calls = []
+    original = ALL_EXPERTS_FUNCTIONS[implementation]
+
+    def spy(*args):
+        calls.append(implementation)
+        return original(*args)
+
+    monkeypatch.setitem(ALL_EXPERTS_FUNCTIONS._local_mapping, implementation, spy)
+    layer({}, implementation).eval()(torch.zeros(1, 2, D))
+    assert calls == [implementation]
+
+
+@pytest.mark.parametrize("activation", ["relu2", "geglu"])
+def test_backends_agree_for_other_activations(activation):
+    options = {"num_experts": E, "intermediate_size": WIDTH, "activation": activation}
+    x = torch.randn(2, 9, D)
+    outputs = []
+    for implementation in BACKENDS:
+        torch.manual_seed(0)
+        moe = layer(options, implementation)
+        for p in moe.parameters():
+            torch.nn.init.normal_(p, std=0.3)
+        outputs.append(moe(x))
+    for found in outputs[1:]:
+        assert_close(found, outputs[0], **CLOSE)
+
+
+def test_group_score_of_deepseek_v2_is_the_best_of_a_group():
+    options = {"num_experts": 4, "top_k": 1, "num_groups": 2, "top_k_groups": 1}
+    scores = torch.tensor([[0.6, 0.0, 0.5, 0.4]])
+    for group_score, expert in (("max", 0), ("top2", 2)):
+        router = layer({**options, "group_score": group_score}).router
+        assert router.choose(scores).tolist() == [[expert]]
+
+
+def test_the_bias_chooses_and_does_not_weigh():
+    moe = layer({"num_experts": 4, "top_k": 1, "normalize_weights": False, **sigmoid()})
+    torch.nn.init.zeros_(moe.router.weight)
+    moe.router.score_correction_bias[3] = 1.0
+    _, weights, indices = moe.router(torch.randn(5, D))
+    assert indices.flatten().tolist() == [3] * 5
+    assert_close(weights, torch.full((5, 1), 0.5))
+
+
+def sigmoid():
+    return {"score_function": "sigmoid", "score_correction_bias": True}
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_the_router_is_computed_in_float32(autocast):
+    """In bfloat16 the scores of two experts this near would be equal."""
+    moe = layer({"num_experts": 2, "top_k": 1}).to(torch.float32 if autocast else torch.bfloat16)
+    torch.nn.init.ones_(moe.router.weight)
+    with torch.no_grad():
+        moe.router.weight[1, 0] += 2**-7
+    x = torch.ones(1, D, dtype=moe.router.weight.dtype)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        logits, weights, indices = moe.router(x)
+    assert logits.dtype == weights.dtype == torch.float32
+    assert logits[0].tolist() == [D, D + 2**-7]
+    assert indices.item() == 1
+
+
+# In the model.
+
+
+@pytest.fixture
+def stack(build):
+    """Two mixers with a mixture of experts each, in float64."""
+    return build(layout="LS", ffn="E", feed_forwards={"E": OPTIONS})
+
+
+def logits(model, ids, **kwargs):
+    with torch.no_grad():
+        return model(ids, use_cache=False, **kwargs).logits
+
+
+def test_causality(stack, ids):
+    x = ids(2, 15)
+    changed = x.clone()
+    changed[:, 7] = (changed[:, 7] + 1) % stack.config.vocab_size
+    before, after = logits(stack, x), logits(stack, changed)
+    assert torch.equal(before[:, :7], after[:, :7])
+    assert not torch.equal(before[:, 7:], after[:, 7:])
+
+
+def test_rows_packed_documents_and_splits_do_not_meet(stack, ids):
+    close = {"rtol": 1e-8, "atol": 1e-9}
+    x = ids(3, 15)
+    whole = logits(stack, x)
+    assert_close(whole[1:2], logits(stack, x[1:2]), **close)
+    positions = torch.cat([torch.arange(6), torch.arange(9)]).expand(3, 15)
+    packed = logits(stack, x, position_ids=positions)
+    assert_close(packed[:, 6:], logits(stack, x[:, 6:]), **close)
+    cache = DynamicCache(config=stack.config)
+    with torch.no_grad():
+        pieces = [stack(p, past_key_values=cache).logits for p in x.split([7, 1, 7], dim=1)]
+    assert_close(torch.cat(pieces, dim=1), whole, **close)
+
+
+def test_gradcheck_of_the_layer(stack):
+    x = torch.randn(1, 4, stack.config.hidden_size, dtype=torch.float64, requires_grad=True)
+    ffn = stack.model.layers[0].ffn
+    assert torch.autograd.gradcheck(lambda x: ffn(x).sin().sum(), (x,), fast_mode=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_saved_and_loaded_bit_for_bit_with_the_bias(build, ids, tmp_path, dtype):
+    model = build(dtype=dtype, layout="LS", ffn="E", feed_forwards={"E": OPTIONS})
+    bias = model.model.layers[1].ffn.router.score_correction_bias
+    bias.copy_(torch.randn(6))
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    router = again.model.layers[1].ffn.router
+    assert router.score_correction_bias.dtype == torch.float32
+    assert torch.equal(router.score_correction_bias, bias)
+    x = ids(2, 9)
+    assert torch.equal(logits(again, x), logits(model, x))
+
+
+def test_generate_with_every_backend(build, ids):
+    model = build(dtype=torch.float32, layout="LS", ffn="E", feed_forwards={"E": OPTIONS})
+    texts = []
+    for implementation in BACKENDS:
+        model.set_experts_implementation(implementation)
+        assert model.config._experts_implementation == implementation
+        texts.append(model.generate(ids(2, 5), max_new_tokens=8, do_sample=False))
+    assert texts[0].shape == (2, 13)
+    assert all(torch.equal(t, texts[0]) for t in texts)
+
+
+def test_an_unknown_backend_is_named(build):
+    with pytest.raises(ValueError, match="quick_mm"):
+        build(layout="S", ffn="E", experts_implementation="quick_mm")
+
+
+def test_layouts_with_dense_layers_first():
+    config = HybridConfig(layout="L4S", ffn="-E4", hidden_size=D)
+    assert [layer.ffn for layer in config.layers] == list("-EEEE")
+
+
+@pytest.mark.parametrize("init", ["fixed", "depth_scaled", "xavier"])
+def test_experts_start_as_dense_layers_do(build, init):
+    model = build(layout="S", ffn="E-", init=init, num_hidden_layers=2, hidden_size=64)
+    moe, dense = (layer.ffn for layer in model.model.layers)
+    share = (2 / (64 + moe.options.intermediate_size)) ** 0.5 if init == "xavier" else None
+    down = dense.down_proj.weight.std().item() if share is None else share
+    assert moe.experts.down_proj.std().item() == pytest.approx(down, rel=0.05)
+    assert moe.router.weight.std().item() == pytest.approx(0.3, rel=0.1)
+
+
+def test_compiled_without_graph_breaks(build, ids):
+    torch.compiler.reset()
+    model = build(dtype=torch.float32, layout="S", ffn="E", feed_forwards={"E": OPTIONS})
+    x = ids(2, 9)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    assert_close(compiled(x, use_cache=False).logits, model(x, use_cache=False).logits, **CLOSE)
+
+
+def test_router_logits_on_request(stack, ids):
+    out = stack(ids(2, 5), output_router_logits=True)
+    assert [tuple(x.shape) for x in out.router_logits] == [(10, 6)] * 2
+    assert stack(ids(2, 5)).router_logits is None
+
+
+def test_defaults_fill_in_the_widths():
+    done = MoEOptions(num_shared_experts=1).complete(768)
+    assert done.intermediate_size == done.shared_intermediate_size == 672  # 8 * 768 / 3 / 3, by 32
+    assert isinstance(layer({}), MixtureOfExperts)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"top_k": 9}, "top_k: a token cannot choose 9 of num_experts 8"),
+        ({"num_groups": 3}, "num_groups: 3 equal groups .* num_experts 8; 2 or 4 can"),
+        ({"num_groups": 16}, "num_groups: 16 equal groups .*; 8 can"),
+        ({"num_groups": 4, "top_k_groups": 5}, "top_k_groups: a token cannot choose 5 of"),
+        ({"num_groups": 4, "top_k": 3}, "top_k: a token cannot choose 3 of the 2 experts"),
+        ({"num_groups": 8, "top_k_groups": 2}, "group_score: 'top2' needs two experts"),
+        ({"score_function": "softmx"}, "score_function: .*did you mean 'softmax'"),
+        ({"num_experts": 0}, "num_experts: must be at least 1, found 0"),
+        ({"balance_loss": -1}, "balance_loss: must not be below 0"),
+        ({"scaling_factor": 0}, "scaling_factor: must be above 0"),
+        ({"shared_gate": True}, "shared_gate: set, but num_shared_experts is 0"),
+        ({"num_expert": 4}, "num_expert: unknown key, did you mean 'num_experts'"),
+    ],
+)
+def test_bad_configs_are_named(options, message):
+    with pytest.raises(ValueError, match=f"feed_forwards.E.{message}"):
+        HybridConfig(layout="S", ffn="E", feed_forwards={"E": options})
+
+
+def test_no_router_is_asked_where_there_is_none(build, ids):
+    model = build(layout="S").train()
+    assert not balance.routers(model)
+    assert "aux_loss" not in model(ids(1, 4), labels=ids(1, 4))

@@ -1,0 +1,155 @@
+"""Every form of linear_attention in triton's interpreter against the reference in float64."""
+
+import pytest
+import torch
+
+from hybrid_kernels import linear_attention
+from hybrid_kernels.testing import (
+    FORMS,
+    TOLERANCE,
+    assert_agrees,
+    compare,
+    evaluate,
+    relative_rms,
+    sample,
+)
+
+TAKEN = [form for form in FORMS if not form.value_decay]
+GROUPED = [form for form in TAKEN if len(set(form.heads)) > 1]
+PLAIN = [form for form in TAKEN if form not in GROUPED]
+SMALL = {"batch": 1, "time": 37, "key_dim": 20, "value_dim": 18, "chunk_size": 16}
+named = {form.name: form for form in FORMS}
+
+
+def by_name(form):
+    return form.name
+
+
+@pytest.mark.parametrize("form", PLAIN, ids=by_name)
+def test_agrees(form):
+    compare(form, "triton", torch.float32, **SMALL)
+
+
+@pytest.mark.parametrize("form", TAKEN, ids=by_name)
+def test_agrees_with_hard_gates_and_packed_documents(form):
+    compare(form, "triton", torch.float32, **SMALL, gates="closed", lengths=[6, 0, 1, 19])
+
+
+@pytest.mark.parametrize("gates", ["closing", "alternating", "huge"])
+@pytest.mark.parametrize("name", ["additive_scalar", "additive_vector", "delta_vector"])
+def test_agrees_under_gates_that_hurt(name, gates):
+    small = {**SMALL, "key_dim": 6, "value_dim": 5}
+    compare(named[name], "triton", torch.float32, **small, gates=gates)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["additive_scalar", "delta_vector"])
+def test_agrees_in_half_precision(name, dtype):
+    compare(named[name], "triton", dtype, **{**SMALL, "time": 20, "batch": 2})
+
+
+@pytest.mark.parametrize("time", [0, 1, 16])
+@pytest.mark.parametrize("name", ["additive", "bonus_vector", "delta_scalar"])
+def test_short_sequences(name, time):
+    compare(named[name], "triton", torch.float32, **{**SMALL, "time": time})
+
+
+@pytest.mark.parametrize("form", [f for f in TAKEN if f not in GROUPED[1:]], ids=by_name)
+def test_decode_step(form):
+    inputs = sample(form, time=1, key_dim=20, value_dim=18)
+    with torch.no_grad():
+        found = linear_attention(**inputs, output_final_state=True, backend="triton")
+        expected = linear_attention(
+            **{name: x.double() for name, x in inputs.items()},
+            output_final_state=True,
+            backend="reference",
+        )
+    for x, y in zip(found, expected, strict=True):
+        assert relative_rms(x, y) <= TOLERANCE[torch.float32]
+
+
+def test_inverse_survives_near_equal_keys():
+    # Where powers of the strict part grow to 1e8 and more, forward substitution does not notice.
+    inputs = sample(named["delta"], batch=1, time=64, key_dim=4, value_dim=3)
+    inputs["k"] = torch.ones_like(inputs["k"]) / 2 + 1e-3 * inputs["k"]
+    inputs["beta"] = torch.ones_like(inputs["beta"])
+    expected = evaluate(linear_attention, inputs, dtype=torch.float64, backend="reference")
+    found = evaluate(linear_attention, inputs, backend="triton", chunk_size=64)
+    assert_agrees(found, expected, 1e-4)
+
+
+@pytest.mark.parametrize("name", ["additive_vector", "delta_scalar"])
+def test_the_future_is_not_seen(name):
+    inputs = sample(named[name], batch=1, time=37, gates="strong")
+    changed = {key: x.clone() for key, x in inputs.items()}
+    for key in ("q", "k", "v", "log_decay", "beta"):
+        if key in changed:
+            changed[key][:, 21:] *= 0.5
+    run = {"backend": "triton", "chunk_size": 16}
+    leaves = {key: x.requires_grad_() for key, x in inputs.items()}
+    o, _ = linear_attention(**leaves, **run)
+    with torch.no_grad():
+        assert torch.equal(linear_attention(**changed, **run)[0][:, :21], o[:, :21])
+    for x in torch.autograd.grad(o[:, :21].sum(), [leaves["k"], leaves["v"], leaves["log_decay"]]):
+        assert (x[:, 21:] == 0).all()
+        assert x[:, :21].any()
+
+
+def test_same_inputs_same_bits():
+    inputs = sample(named["delta_vector"], batch=1, time=20)
+    first, second = (
+        evaluate(linear_attention, inputs, backend="triton", chunk_size=16) for _ in range(2)
+    )
+    for name, x in first.items():
+        assert torch.equal(x, second[name]), name
+
+
+def test_one_pass_is_two():
+    inputs = sample(named["delta_vector"], batch=1, time=30)
+    run = {"backend": "triton", "chunk_size": 16, "output_final_state": True}
+    whole, last = linear_attention(**inputs, **run)
+    state, parts = inputs.pop("initial_state"), []
+    for part in (slice(0, 11), slice(11, 30)):
+        cut = {name: x[:, part] for name, x in inputs.items()}
+        o, state = linear_attention(**cut, initial_state=state, **run)
+        parts.append(o)
+    assert relative_rms(torch.cat(parts, 1), whole) <= 1e-6
+    assert relative_rms(state, last) <= 1e-6
+
+
+def test_compiled_without_a_graph_break():
+    inputs = sample(named["additive_scalar"], batch=1, time=17)
+
+    def loss(**tensors):
+        return linear_attention(**tensors, backend="triton", chunk_size=16)[0].square().sum()
+
+    compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
+    grads = []
+    for run in (loss, compiled):
+        leaves = {name: x.clone().requires_grad_() for name, x in inputs.items()}
+        grads.append(torch.autograd.grad(run(**leaves), list(leaves.values())))
+    for x, y in zip(*grads, strict=True):
+        assert relative_rms(x, y) <= 1e-6
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"chunk_size": 128}, "chunk_size is at most 64, got 128"),
+        ({"value_log_decay": torch.zeros(2, 70, 2, 5)}, "value_log_decay"),
+        ({"q": torch.zeros(2, 70, 2, 8, dtype=torch.float64)}, "float64"),
+    ],
+)
+def test_what_it_cannot_take_is_named(change, words):
+    inputs = {**sample(named["additive"]), **change}
+    with pytest.raises(ValueError, match=words):
+        linear_attention(**inputs, backend="triton")
+
+
+@pytest.mark.parametrize("offsets", [[0, 9, 5, 20], [0, 9, 19], [1, 20]])
+def test_wrong_offsets_are_refused(offsets):
+    inputs = sample(named["additive"], batch=1, time=20)
+    inputs["cu_seqlens"] = torch.tensor(offsets)
+    inputs["initial_state"] = inputs["initial_state"].expand(len(offsets) - 1, -1, -1, -1)
+    with pytest.raises(ValueError, match="cu_seqlens"):
+        linear_attention(**inputs, backend="triton")
