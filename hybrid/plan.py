@@ -7,6 +7,7 @@ asked for what it alone knows: the FLOPs of its mixing, what its cache grows by,
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +17,32 @@ from torch import nn
 
 from hybrid.config import HybridConfig
 from hybrid.ffn import FeedForward
+from hybrid.ffn.moe import MoEOptions
 from hybrid.mixers import Mixer, ShortConvolution
 from hybrid.model import HybridForCausalLM
 from hybrid.options import ConfigError, did_you_mean
+
+
+@dataclass(frozen=True)
+class ExpertPlan:
+    """A mixture of experts in numbers.
+
+    Attributes:
+        layers: how many have it.
+        routed, shared, top_k: experts to choose from, experts that every token goes through, experts
+            that a token chooses.
+        activation_ratio: experts of a token over all of them, shared ones counted in both.
+        sparsity: its inverse.
+        granularity: G = 2 d_model / d_expert.
+    """
+
+    layers: int
+    routed: int
+    shared: int
+    top_k: int
+    activation_ratio: float
+    sparsity: float
+    granularity: float
 
 
 @dataclass(frozen=True)
@@ -33,6 +57,7 @@ class Plan:
         flops_per_token: forward, mean over a sequence of N tokens, the head included.
         kv_bytes_per_token: what the cache grows by per token and sequence.
         state_bytes: what the cache holds whatever the length, per sequence.
+        experts: of each feed-forward symbol that stands for a mixture of experts.
     """
 
     parameters: int
@@ -42,6 +67,7 @@ class Plan:
     flops_per_token: float
     kv_bytes_per_token: int
     state_bytes: int
+    experts: dict[str, ExpertPlan]
 
     @property
     def cache_bytes(self) -> int:
@@ -78,7 +104,27 @@ def plan(config: HybridConfig, context: int = 8192, dtype: torch.dtype = torch.b
         flops_per_token=_matmul_flops(model) + sum(m.mixing_flops(context) for m in mixers),
         kv_bytes_per_token=size * sum(m.cache_elements_per_token() for m in mixers),
         state_bytes=sum(4 * recurrent + size * conv for recurrent, conv in states),
+        experts=expert_plans(config),
     )
+
+
+def expert_plans(config: HybridConfig) -> dict[str, ExpertPlan]:
+    """Symbol -> its experts, for the feed-forwards of the stack that have any."""
+    used = Counter(layer.ffn for layer in config.layers if layer.ffn)
+    found = {}
+    for symbol, layers in used.items():
+        options = config.feed_forward(symbol)[1]
+        if isinstance(options, MoEOptions):
+            found[symbol] = ExpertPlan(
+                layers=layers,
+                routed=options.num_experts,
+                shared=options.num_shared_experts,
+                top_k=options.top_k,
+                activation_ratio=options.activation_ratio,
+                sparsity=options.sparsity,
+                granularity=options.granularity(config.hidden_size),
+            )
+    return found
 
 
 def count(module: nn.Module) -> int:
@@ -101,13 +147,12 @@ def _matmul_flops(model: HybridForCausalLM) -> float:
     """Two per weight and token in every projection, and in the short convolutions."""
     total = 0.0
     for layer in model.model.layers:
-        share = layer.ffn.active_share() if layer.ffn is not None else 1.0
-        for part, used in ((layer.mixer, 1.0), (layer.ffn, share)):
-            if part is None:
-                continue
-            for module in part.modules():
-                if isinstance(module, (nn.Linear, ShortConvolution)):
-                    total += 2.0 * used * module.weight.numel()
+        for module in layer.mixer.modules() if layer.mixer is not None else ():
+            if isinstance(module, (nn.Linear, ShortConvolution)):
+                total += 2.0 * module.weight.numel()
+        if layer.ffn is not None:  # all of its matrices are projections, stacked ones too
+            weights = sum(p.numel() for p in layer.ffn.parameters() if p.ndim > 1)
+            total += 2.0 * layer.ffn.active_share() * weights
     return total + 2.0 * model.lm_head.weight.numel()
 
 
@@ -183,6 +228,15 @@ def print_plan(cost: Plan, config: HybridConfig) -> None:
         ("cache bytes whatever the length", f"{cost.state_bytes:,}"),
         (f"cache at {cost.context:,} tokens", f"{human_bytes(cost.cache_bytes)} a sequence"),
     ]
+    for symbol, experts in cost.experts.items():
+        shared = f"+{experts.shared}" if experts.shared else ""
+        active = f"{experts.top_k}{shared} of {experts.routed}{shared}"
+        rows += [
+            (f"{symbol}: experts of a token", f"{active}, in {experts.layers} layers"),
+            (f"{symbol}: activation ratio", f"{experts.activation_ratio:.3%}"),
+            (f"{symbol}: sparsity", f"{experts.sparsity:.3g}"),
+            (f"{symbol}: granularity", f"{experts.granularity:.3g}"),
+        ]
     for name, value in rows:
         table.add_row(name, value)
     Console().print(table)

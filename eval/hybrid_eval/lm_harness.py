@@ -198,7 +198,7 @@ def evaluate_lm_eval(
     language_model = _language_model(model, tokenizer, batch_size, limit)
     try:
         with evaluating(model):
-            found = simple_evaluate(
+            found: Any = simple_evaluate(
                 language_model,
                 tasks=[task],
                 num_fewshot=num_fewshot,
@@ -211,7 +211,6 @@ def evaluate_lm_eval(
     except OSError as error:
         way_out = f"run it once where the hub can be reached, or leave {task} out ({error})"
         raise unreachable(f"lm-eval's {task}", "of that task", way_out) from error
-    assert found is not None
     scores = found.get("groups", {}).get(task) or found["results"].get(task, {})
     metric, filtered = _headline(scores, task)
     samples = [

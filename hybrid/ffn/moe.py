@@ -194,6 +194,8 @@ class Experts(nn.Module):
     """
 
     gated: bool
+    gate_up_proj: torch.Tensor
+    up_proj: torch.Tensor
 
     def __init__(self, config: HybridConfig, options: MoEOptions) -> None:
         super().__init__()
@@ -232,9 +234,9 @@ class Experts(nn.Module):
             std_in = std_out = (2 / (self.hidden_dim + self.intermediate_dim)) ** 0.5
         elif config.init == "depth_scaled":
             std_out = std / max(1, config.num_residual_branches) ** 0.5
-        first = self.gate_up_proj if self.gated else self.up_proj
-        init.normal_(first, mean=0.0, std=std_in)
-        init.normal_(self.down_proj, mean=0.0, std=std_out)
+        for name, parameter in self.named_parameters():
+            std = std_out if name == "down_proj" else std_in
+            init.normal_(parameter, mean=0.0, std=std)
 
 
 @use_experts_implementation
@@ -272,7 +274,7 @@ class MixtureOfExperts(FeedForward):
             nn.Linear(config.hidden_size, 1, bias=False) if options.shared_gate else None
         )
 
-    def _build_shared(self) -> Dense | None:
+    def _build_shared(self) -> FeedForward | None:
         options = self.options
         if not options.num_shared_experts:
             return None

@@ -60,7 +60,7 @@ BACKENDS: tuple[Backend, ...] = (
     Backend(
         "triton",
         "hybrid_kernels.triton",
-        (LINEAR_ATTENTION,),
+        (LINEAR_ATTENTION, CAUSAL_CONV1D),
         requires=("triton",),
         pip="pip install triton",
         gpu_only=True,

@@ -95,7 +95,10 @@ def test_results_hold_what_the_footer_needs(tiny_llama):
     [
         (["{tmp}/absent"], "no such checkpoint folder"),
         (["{tmp}"], "no checkpoint: no config.json"),
-        (["{tmp}/tiny", "--tasks", "mqarr"], "unknown task 'mqarr', neither ours nor lm-eval's; did you mean 'mqar'?"),
+        (
+            ["{tmp}/tiny", "--tasks", "mqarr"],
+            "unknown task 'mqarr', neither ours nor lm-eval's; did you mean 'mqar'?",
+        ),
         (["{tmp}/tiny", "--tasks", "heldout"], "no tokenizer beside the model"),
         (["{tmp}/tiny", "--tasks", "needle", "--lengths", "4k"], "max_position_embeddings = 512"),
         (["{tmp}/tiny", "--set", "mqar.pair=3"], "no option 'pair'; did you mean 'pairs'?"),

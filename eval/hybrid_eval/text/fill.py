@@ -19,8 +19,25 @@ def _guess(prefix: Sequence[int], units: int, room: int) -> int:
     return max(bisect_right(prefix, prefix[units] + room) - 1, 0)
 
 
+def _walk(measure: Callable[[int], int], units: int, room: int, most: int) -> int:
+    """Return what :func:`_guess` does, from units measured one by one."""
+    while room < 0 and units > 0:
+        units -= 1
+        room += measure(units)
+    while units < most and measure(units) <= room:
+        room -= measure(units)
+        units += 1
+    return units
+
+
 def fill(
-    count: Callable[[int], int], unit_tokens: Sequence[int], budget: int, *, minimum: int, what: str
+    count: Callable[[int], int],
+    unit_tokens: Sequence[int],
+    budget: int,
+    *,
+    minimum: int,
+    what: str,
+    measure: Callable[[int], int] | None = None,
 ) -> Filled:
     """Find the largest number of units whose prompt takes at most ``budget`` tokens.
 
@@ -33,6 +50,8 @@ def fill(
         budget: tokens that the prompt may take.
         minimum: units without which the sample makes no sense.
         what: name for the error.
+        measure: tokens of one unit, counted on the unit; asked for the few units around the end
+            where ``unit_tokens`` is but an average.
 
     Raises:
         ValueError: not even ``minimum`` units fit.
@@ -45,11 +64,17 @@ def fill(
     units = minimum
     while True:
         tokens = count(units)
-        target = _guess(prefix, units, budget - tokens)
+        if measure is not None and units > minimum:
+            target = _walk(measure, units, budget - tokens, most)
+        else:
+            target = _guess(prefix, units, budget - tokens)
         if tokens > budget:
             too_many = units
         else:
-            following = prefix[units + 1] - prefix[units] if units < most else 0
+            following = 0
+            if units < most:
+                step = prefix[units + 1] - prefix[units]
+                following = step if measure is None else measure(units)
             fits = Filled(units, tokens, following)
         floor = minimum - 1 if fits is None else fits.units
         if too_many - floor == 1 or (tokens <= budget and target <= units):

@@ -154,17 +154,18 @@ def ruler_niah(
     most = length if kind.haystack == "essay" else length // 8 + len(needles) + 1
     if kind.haystack == "essay":
         filler = filler.repeated(most)
-        unit_tokens = counter.words(filler.words)[:most]
+        unit_tokens = counter.words(filler.words, most)
     elif kind.haystack == "repeat":
         lines = [NOISE] * most
         unit_tokens = [counter.piece("\n" + NOISE)] * most
     else:
-        # a line is about as long as any other: one is counted for all
+        # a line is about as long as any other: a few are counted for all
         shortest = counter.piece("\n" + needles[0])
         most = length // max(shortest - 4, 1) + len(needles) + 1
         others = distinct(rng, draw_key, most, taken=keys)
         lines = [_NEEDLE.format(kind=kind.value, key=key, value=draw_value(rng)) for key in others]
-        unit_tokens = [shortest] * most
+        sample = lines[:8]
+        unit_tokens = [sum(counter.piece("\n" + line) for line in sample) // len(sample)] * most
 
     def build(units: int) -> str:
         if kind.haystack == "essay":
@@ -177,6 +178,7 @@ def ruler_niah(
         length - _ROOM,
         minimum=len(needles),
         what=f"{name} at length {length}",
+        measure=(lambda i: counter.count("\n" + lines[i])) if kind.haystack == "needle" else None,
     )
     prompt = build(filled.units)
     evidence = [

@@ -101,18 +101,23 @@ class Counter:
         return len(ids) - ends_with_special(self.tokenizer, ids)
 
     def piece(self, piece: str) -> int:
-        """Tokens that a piece takes inside a text."""
+        """Tokens that a piece takes inside a text; remembered."""
         if piece not in self._pieces:
-            ids = self.tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"]
-            self._pieces[piece] = len(ids)
+            self._pieces[piece] = self.count(piece)
         return self._pieces[piece]
 
-    def words(self, words: Sequence[str]) -> list[int]:
-        """Tokens that each word takes inside a text; remembered for this very sequence."""
-        if id(words) not in self._words:
-            # the sequence is kept with its counts, so that its id stays its own
-            self._words[id(words)] = (words, [self.piece(f" {word}") for word in words])
-        return self._words[id(words)][1]
+    def count(self, piece: str) -> int:
+        """Tokens that a piece takes inside a text, for a piece that will not be asked again."""
+        return len(self.tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"])
+
+    def words(self, words: Sequence[str], most: int) -> list[int]:
+        """Tokens that each of the first ``most`` words takes inside a text.
+
+        Remembered for this very sequence, which is kept so that its id stays its own.
+        """
+        _, counts = self._words.setdefault(id(words), (words, []))
+        counts += [self.piece(f" {word}") for word in words[len(counts) : most]]
+        return counts[:most]
 
     def positions(self, text: str, places: Sequence[int]) -> tuple[int, ...]:
         """Index of the token in which each character lies; ``text`` as it was counted last."""

@@ -104,7 +104,7 @@ class _Pass:
         """
         if self.p.exact:
             return (self.run.starts * self.dends).mul_(total)
-        return torch.cat(self.run.ends) * self.dends
+        return self.run.ends * self.dends
 
     def pass_pairs(self) -> None:
         """Find the gradients of pairs, reading rows, writing rows and values."""

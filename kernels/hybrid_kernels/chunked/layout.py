@@ -62,6 +62,7 @@ class Layout:
         device: torch.device,
     ):
         self.batch, self.time, self.chunk, self.span = batch, time, chunk, span
+        # For packed documents: the place of each token, and the document of each state.
         self.tokens: Tensor | None = None
         self.order: Tensor | None = None
         if lengths is None:
@@ -93,6 +94,13 @@ class Layout:
         width = torch.tensor([0, *self.widths], device=device).cumsum(0)
         row = width[within // self.chunk] + place.repeat_interleave(length)
         self.tokens = row * self.chunk + within % self.chunk
+        # The way back: the token at every place, and the places that hold none.
+        places = sum(self.widths) * self.chunk
+        self.source = torch.zeros(places, dtype=torch.int64, device=device)
+        self.source[self.tokens] = torch.arange(self.time, device=device)
+        empty = torch.ones(places, dtype=torch.bool, device=device)
+        empty[self.tokens] = False
+        self.padding = empty.nonzero().flatten()
 
     def segments(self) -> list[Segment]:
         """Cut the steps into segments."""
@@ -112,8 +120,7 @@ class Layout:
     def chunks(self, x: Tensor) -> Tensor:
         """View (B, T, ...) as (leading, sequences at a step, C, ...); copies only to pad."""
         if self.tokens is not None:
-            padded = x.new_zeros(self.starts[-1] * self.chunk, *x.shape[2:])
-            padded.index_copy_(0, self.tokens, x[0])
+            padded = x[0].index_select(0, self.source).index_fill_(0, self.padding, 0)
             return padded.unflatten(0, (-1, 1, self.chunk))
         missing = len(self.widths) * self.chunk - self.time
         if missing:

@@ -99,7 +99,7 @@ class Run:
         write: (C, K) keys times their write factor.
         values: (C, r V) what is written but for the delta rule's correction.
         pairs: (X, C) decayed products, masked.
-        starts: (K, r V) states before each chunk; ``ends`` those after it, step by step.
+        starts: (K, r V) states before each chunk; ``ends`` those after it.
         total: (K or 1, r V or 1) decay of the state over each chunk, or None.
         written: (C, r V) u.
 
@@ -213,17 +213,22 @@ class Run:
         self.total = self._total()
         # Rescaled rows are relative to the chunk's start; what they write decays to its end.
         late = None if self.p.exact else self.total
-        self.starts = state.new_empty(self.write.shape[0], *state.shape[1:])
+        rows, first, last = self.write.shape[0], self.segment.widths[0], self.segment.widths[-1]
+        states = state.new_empty(rows + last * self.p.heads, *state.shape[1:])
+        self.starts = states[:rows]
         pieces = split(self.starts, self.segment, self.p.heads)
         pieces[0].copy_(state[: pieces[0].shape[0]])
         if self.delta:
             step = self._delta_step(late)
         else:
             step = self._additive_step(late)
-        self.ends = []
+        ends = []
         for i, start, end in walk(pieces, state):
             step(i, start, end)
-            self.ends.append(end)
+            ends.append(end)
+        # While no sequence ends, the states after each step are those before the next.
+        states[rows:] = ends[-1]
+        self.ends = states[first * self.p.heads :] if first == last else torch.cat(ends)
 
     def _additive_step(self, late: Tensor | None) -> Step:
         self.written = self.values

@@ -14,9 +14,10 @@ does not need is not compiled)::
     read with a bonus (RWKV-6)        the additive form with q shifted by one token (linear.py)
     one token, any of these           decode.py  decode               -
 
-    causal_conv1d                     convolution.py                  convolution.py
-    selective_scan                    scan.py                         scan.py
+    causal_conv1d                     convolution.py convolution      ... convolution (BACKWARD),
+                                                                          convolution_inputs
 
+No kernel yet for a decay over values, and for selective_scan; ``unsupported`` says so.
 ``linear.py`` has the order of the kernels, ``problem.py`` each launch, ``launch.py`` the block
 sizes, ``blocks.py`` what all kernels share. Nothing here imports triton until an op runs.
 
@@ -25,13 +26,12 @@ No atomics are used: the same inputs give the same bits, run after run on one de
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import torch
 
 MAX_CHUNK = 64
-MAX_WIDTH = 16
+MAX_WIDTH = 16  # taps of causal_conv1d; its loop over them is unrolled
 
 
 def linear_attention(*args: Any, **kwargs: Any):
@@ -41,9 +41,11 @@ def linear_attention(*args: Any, **kwargs: Any):
     return run(*args, **kwargs)
 
 
-def interpreting() -> bool:
-    """Say whether kernels run in triton's interpreter, on the CPU."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
+def causal_conv1d(*args: Any, **kwargs: Any):
+    """Compute ``hybrid_kernels.causal_conv1d``."""
+    from hybrid_kernels.triton.convolution import causal_conv1d as run
+
+    return run(*args, **kwargs)
 
 
 def unsupported(op: str, **arguments: Any) -> str | None:
@@ -56,4 +58,6 @@ def unsupported(op: str, **arguments: Any) -> str | None:
         chunk = arguments.get("chunk_size")
         if chunk is not None and chunk > MAX_CHUNK:
             return f"its chunk_size is at most {MAX_CHUNK}, got {chunk}"
+    if op == "causal_conv1d" and arguments["weight"].shape[1] > MAX_WIDTH:
+        return f"its filters have at most {MAX_WIDTH} taps, got {arguments['weight'].shape[1]}"
     return None

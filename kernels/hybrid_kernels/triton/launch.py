@@ -50,22 +50,19 @@ class Config:
 _CUDA: dict[str, tuple[Config, Config]] = {
     "states_forward": (Config(64, 64, 4, 2), Config(32, 32, 4, 1)),
     "states_backward": (Config(64, 64, 4, 2), Config(32, 32, 4, 1)),
-    "vector_states_forward": (Config(64, 32, 4, 2), Config(32, 32, 4, 1)),
     "delta_states_forward": (Config(256, 16, 4, 2), Config(256, 16, 8, 1)),
     "delta_states_backward": (Config(256, 16, 8, 1), Config(256, 16, 8, 1)),
     "outputs_forward": (Config(64, 64, 4, 2), Config(32, 32, 4, 1)),
     "values_backward": (Config(64, 64, 4, 2), Config(32, 32, 4, 1)),
     "keys_backward": (Config(32, 32, 4, 1), Config(32, 32, 4, 1)),
-    "delta_keys_backward": (Config(32, 32, 8, 1), Config(32, 32, 4, 1)),
-    "delta_vector_keys_backward": (Config(16, 32, 4, 1), Config(16, 32, 4, 1)),
+    "delta_keys_backward": (Config(16, 32, 4, 1), Config(16, 32, 4, 1)),
     "pairs": (Config(32, 32, 8, 1), Config(32, 32, 4, 1)),
     "pairs_backward": (Config(64, 64, 4, 2), Config(32, 32, 4, 1)),
-    "inverse": (Config(64, 64, 4, 1), Config(64, 64, 4, 1)),
+    "inverse": (Config(64, 64, 8, 1), Config(64, 64, 4, 1)),
     "new_values": (Config(64, 64, 4, 2), Config(32, 32, 4, 1)),
     "new_values_backward": (Config(64, 64, 4, 2), Config(32, 32, 4, 1)),
     "decode": (Config(256, 16, 4, 1), Config(256, 16, 4, 1)),
-    "convolution": (Config(64, 32, 4, 1), Config(64, 32, 4, 1)),
-    "scan": (Config(16, 32, 4, 1), Config(16, 32, 4, 1)),
+    "convolution": (Config(64, 64, 4, 1), Config(64, 64, 4, 1)),
 }
 _INTERPRETER = {name: (Config(32, 32),) * 2 for name in _CUDA}
 _TABLE: dict[str, dict[str, tuple[Config, Config]]] = {

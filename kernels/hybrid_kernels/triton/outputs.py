@@ -116,8 +116,8 @@ def values_backward_kernel(
 ):
     """dv = scale * pairs^T do, and with STATES plus (k * write) dS'.
 
-    Grid (R * H, blocks of V). With VECTOR, k is k * write already. Without STATES it is the delta rule's first half: dS' is not known
-    before du is, and ``states_backward_kernel`` adds the rest.
+    Grid (R * H, blocks of V). With VECTOR, k is k * write already. Without STATES it is the delta
+    rule's first half: dS' is not known before du is, and ``states_backward_kernel`` adds the rest.
     """
     i_chunk = tl.program_id(0) // H
     i_h = tl.program_id(0) % H

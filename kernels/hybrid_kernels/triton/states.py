@@ -124,8 +124,9 @@ def states_backward_kernel(
 ):
     """dS = total * dS' + scale * (q * read)^T do; with DELTA, minus W^T du.
 
-    Grid as in the forward pass, and with VECTOR q and k are decayed already as there. With DELTA, du (rows, H, V) holds what the chunk's own outputs
-    give and receives (k * write) dS' on top. Writes dstates (R, H, K, V), the dS' of each chunk.
+    Grid as in the forward pass; with VECTOR, q and k are decayed already and g is as there. With
+    DELTA, du (rows, H, V) holds what the chunk's own outputs give and receives (k * write) dS' on
+    top. Writes dstates (R, H, K, V), the dS' of each chunk.
     """
     i_n = tl.program_id(0) // H
     i_h = tl.program_id(0) % H

@@ -17,7 +17,7 @@ from hybrid_kernels.testing import (
 TAKEN = [form for form in FORMS if not form.value_decay]
 GROUPED = [form for form in TAKEN if len(set(form.heads)) > 1]
 PLAIN = [form for form in TAKEN if form not in GROUPED]
-SMALL = {"batch": 1, "time": 37, "key_dim": 20, "value_dim": 18, "chunk_size": 16}
+SMALL = {"batch": 1, "time": 20, "key_dim": 20, "value_dim": 18, "chunk_size": 16}
 named = {form.name: form for form in FORMS}
 
 
@@ -33,6 +33,12 @@ def test_agrees(form):
 @pytest.mark.parametrize("form", TAKEN, ids=by_name)
 def test_agrees_with_hard_gates_and_packed_documents(form):
     compare(form, "triton", torch.float32, **SMALL, gates="closed", lengths=[6, 0, 1, 19])
+
+
+def test_agrees_over_several_blocks():
+    small = {**SMALL, "time": 39, "key_dim": 36, "value_dim": 33}
+    for name in ("additive_scalar", "additive_vector", "delta_vector"):
+        compare(named[name], "triton", torch.float32, **small)
 
 
 @pytest.mark.parametrize("gates", ["closing", "alternating", "huge"])
