@@ -13,7 +13,7 @@ from transformers import GenerationConfig, PreTrainedConfig
 
 from hybrid import ffn as _ffn  # noqa: F401  (registers the feed-forwards)
 from hybrid import mixers as _mixers  # noqa: F401  (registers the mixers)
-from hybrid.layout import FFN, Layer, LayoutError, check_bound, check_symbol, parse, resolve
+from hybrid.layout import FFN, Layer, LayoutError, check_bound, check_symbol, parse, parse_ffn, resolve
 from hybrid.norms import NormName
 from hybrid.options import ConfigError, build, did_you_mean, type_problem
 from hybrid.registry import Registry, feed_forwards, mixers
@@ -350,8 +350,12 @@ class HybridConfig(PreTrainedConfig):
         try:
             layers = _resolved(self.layout, ffn, depth if depth and depth > 0 else None)
         except LayoutError as error:
-            if str(error) not in lines:
-                lines.append(str(error))
+            lines.append(str(error))
+        try:
+            parse_ffn(ffn)
+        except LayoutError as error:
+            lines.append(str(error))
+        lines = list(dict.fromkeys(lines))  # what is wrong with one string may stop more than one
         if layers and not any(layer.mixers for layer in layers):
             lines.append(f"layout: {self.layout!r} has no mixer, so tokens would never meet")
         lines += self._unbound_feed_forwards(layers)

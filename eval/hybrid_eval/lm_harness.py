@@ -132,7 +132,7 @@ def _figures(
     value: float, error: float, samples: Sequence[dict[str, Any]], metric: str
 ) -> dict[str, Any]:
     """Return the headline figure with its interval; as an accuracy where every item is 0 or 1."""
-    items = [sample.get(metric) for sample in samples]
+    items: list[Any] = [sample.get(metric) for sample in samples]
     half = Z_95 * error
     if not items or any(item not in (0, 1) for item in items):
         return {

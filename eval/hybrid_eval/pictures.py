@@ -259,6 +259,7 @@ def curves(
             axes.set_yscale("log")
         else:
             axes.set_ylim(bottom=0)
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
         axes.set_xlabel(x_label)
         axes.set_ylabel(y_label)
         axes.set_title(title, loc="left")

@@ -1,9 +1,8 @@
 """The report: one HTML file that opens from disk, its pictures as PNG, its figures as JSON."""
 
-import base64
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -11,25 +10,9 @@ from typing import Any
 
 import jinja2
 
-from . import pictures
-from .contrast import attention_share, cheaper_from, comparisons, corrected
-from .pictures import Point, human_bytes, human_tokens
-
-Record = dict[str, Any]
-
-
-@dataclass
-class Picture:
-    """A picture with its file name and caption."""
-
-    file: str
-    caption: str
-    png: bytes
-
-    @property
-    def data_uri(self) -> str:
-        """The picture inlined for HTML."""
-        return "data:image/png;base64," + base64.b64encode(self.png).decode("ascii")
+from .contrast import cheaper_from, comparisons
+from .pictures import human_bytes, human_tokens
+from .report_figures import Picture, Record, figures, interval_of, tasks_on
 
 
 @dataclass
@@ -54,32 +37,13 @@ class Page:
     footer: list[tuple[str, str]] = field(default_factory=list)
 
 
-def tasks_on(results: dict[str, Any], axis: str) -> list[str]:
-    """Return the tasks of an axis that every model has, in the order they were run."""
-    models = results["models"]
-    return [
-        name
-        for name, result in models[0]["results"].items()
-        if result["axis"] == axis and all(name in model["results"] for model in models)
-    ]
-
-
-def _value(record: Record, task: str) -> tuple[float, float, float]:
-    """Return the headline figure of a task with its interval."""
-    result = record["results"][task]
-    value = result[result["metric"]]
-    low, high = result.get("interval") or (value, value)
-    # one sample has no interval: draw a point
-    return value, value if low is None else low, value if high is None else high
-
-
 def _number(value: float | None, digits: int = 3) -> str:
     return "-" if value is None or math.isnan(value) else f"{value:.{digits}f}"
 
 
 def _interval_cell(task: str) -> Callable[[Record], str]:
     def cell(record: Record) -> str:
-        value, low, high = _value(record, task)
+        value, low, high = interval_of(record, task)
         return f"{_number(value)} [{_number(low)}, {_number(high)}]"
 
     return cell
@@ -115,166 +79,6 @@ def table_columns(results: dict[str, Any]) -> list[Column]:
 
             columns.append(Column(f"smaller cache than {name} from", cheaper))
     return columns
-
-
-def _cache(record: Record) -> float | None:
-    cost = record["results"].get("cost")
-    return None if cost is None else cost["cache_bytes"]
-
-
-def _context(results: dict[str, Any]) -> int | None:
-    cost = results["models"][0]["results"].get("cost")
-    return None if cost is None else cost["context"]
-
-
-def _task_words(results: dict[str, Any], task: str) -> str:
-    """Name a task with the settings that a reader must know."""
-    result = results["models"][0]["results"][task]
-    options = result.get("options", {})
-    chosen = ", ".join(f"{key} {value}" for key, value in options.items())
-    return f"{task} ({chosen})" if chosen else task
-
-
-def _contrast(results: dict[str, Any], across: str, up: str, file: str) -> Picture:
-    """Draw one task against another, one point per model."""
-    models = results["models"]
-    points = [
-        Point(model["name"], _value(model, across), _value(model, up), _cache(model))
-        for model in models
-    ]
-    metric = models[0]["results"][across]["metric"].replace("_", " ")
-    better = "" if metric == "accuracy" else " (lower is better)"
-    chance = models[0]["results"][up].get("chance")
-    figure = pictures.scatter(
-        points,
-        x_label=f"{_task_words(results, across)}: {metric}{better}",
-        y_label=f"{_task_words(results, up)}: accuracy",
-        title=f"{up} against {across}",
-        chance=chance,
-        context=_context(results),
-    )
-    caption = (
-        f"Accuracy on {up} against {metric} on {across}, one point per model; bars are 95% "
-        "intervals, marker area and colour the cache of one sequence."
-    )
-    return Picture(file, caption, pictures.to_png(figure))
-
-
-def _against_cache(results: dict[str, Any], task: str) -> Picture:
-    points = []
-    for model in results["models"]:
-        size = float(_cache(model) or 0)
-        points.append(Point(model["name"], (size, size, size), _value(model, task), size))
-    context = human_tokens(_context(results) or 0)
-    figure = pictures.scatter(
-        points,
-        x_label=f"cache of one sequence at {context} tokens (log scale)",
-        y_label=f"{_task_words(results, task)}: accuracy",
-        title=f"{task} against memory",
-        chance=results["models"][0]["results"][task].get("chance"),
-        log_x=True,
-    )
-    caption = f"Accuracy on {task} (95% intervals) against the measured cache at {context} tokens."
-    return Picture("retrieval_vs_cache.png", caption, pictures.to_png(figure))
-
-
-def _heat_map(results: dict[str, Any], task: str) -> Picture:
-    grids = {model["name"]: model["results"][task]["cells"] for model in results["models"]}
-    n = results["models"][0]["results"][task]["cells"][0]["n"]
-    figure = pictures.heat_maps(grids, title=f"{task}: accuracy by depth and length")
-    caption = (
-        f"{task}: accuracy for every depth and length, {n} samples per cell; depth 0 is the start."
-    )
-    return Picture(f"{task}_heatmap.png", caption, pictures.to_png(figure))
-
-
-def _pictures(results: dict[str, Any]) -> Iterator[Picture]:
-    retrieval, language = tasks_on(results, "retrieval"), tasks_on(results, "language")
-    # the figures of some of lm-eval's tasks are no accuracies: those are in the table alone
-    reasoning = [task for task in tasks_on(results, "reasoning") if _has_chance(results, task)]
-    if retrieval and language:
-        yield _contrast(results, language[0], retrieval[0], "retrieval_vs_loss.png")
-    if retrieval and reasoning:
-        yield _two_axes(results, reasoning[0], retrieval[0])
-    shares = [attention_share(model) for model in results["models"]]
-    if None not in shares and len(set(shares)) > 1:
-        for task in [*retrieval[:1], *reasoning[:1]]:
-            yield _against_share(results, task)
-    for task in retrieval:
-        cells = results["models"][0]["results"][task].get("cells")
-        if cells and "depth" in cells[0]:
-            yield _heat_map(results, task)
-    sizes = [_cache(model) for model in results["models"]]
-    if retrieval and all(sizes):
-        yield _against_cache(results, retrieval[0])
-    if "speed" in results["models"][0]["results"]:
-        yield from _speeds(results)
-
-
-def _has_chance(results: dict[str, Any], task: str) -> bool:
-    return all("chance" in model["results"][task] for model in results["models"])
-
-
-def _two_axes(results: dict[str, Any], reasoning: str, retrieval: str) -> Picture:
-    """Draw retrieval against reasoning, both corrected for chance."""
-    points = [
-        Point(
-            model["name"],
-            corrected(model["results"][reasoning]),
-            corrected(model["results"][retrieval]),
-            _cache(model),
-        )
-        for model in results["models"]
-    ]
-    figure = pictures.scatter(
-        points,
-        x_label=f"{_task_words(results, reasoning)}: (accuracy - chance) / (1 - chance)",
-        y_label=f"{_task_words(results, retrieval)}: above chance",
-        title=f"{retrieval} against {reasoning}",
-        context=_context(results),
-        y_limits=(-0.2, 1.1),
-        x_limits=(-0.2, 1.1),
-    )
-    caption = (
-        f"{retrieval} against {reasoning}, both as (accuracy - chance) / (1 - chance) with 95% "
-        "Wilson intervals: 0 is a guesser, 1 makes no error."
-    )
-    return Picture("retrieval_vs_reasoning.png", caption, pictures.to_png(figure))
-
-
-def _against_share(results: dict[str, Any], task: str) -> Picture:
-    points = []
-    for model in results["models"]:
-        share = attention_share(model) or 0.0
-        points.append(Point(model["name"], (share, share, share), _value(model, task)))
-    figure = pictures.scatter(
-        points,
-        x_label="share of layers with full softmax attention",
-        y_label=f"{_task_words(results, task)}: accuracy",
-        title=f"{task} against attention share",
-        chance=results["models"][0]["results"][task].get("chance"),
-    )
-    caption = f"Accuracy on {task} (95% intervals) against the share of softmax attention layers."
-    return Picture(f"{task}_vs_attention_share.png", caption, pictures.to_png(figure))
-
-
-def _speeds(results: dict[str, Any]) -> Iterator[Picture]:
-    first = results["models"][0]["results"]["speed"]
-    machine = f"{first['device']}, {first['threads']} thread(s)"
-    for phase in ("prefill", "decode"):
-        key = f"{phase}_tokens_per_second"
-        lines = {
-            model["name"]: [(c["length"], c[key]) for c in model["results"]["speed"]["cells"]]
-            for model in results["models"]
-        }
-        figure = pictures.curves(
-            lines,
-            x_label="length (tokens)",
-            y_label="tokens per second",
-            title=f"{phase} speed, one sequence, {machine}",
-        )
-        caption = f"{phase.capitalize()} speed against length: median of {first['repeats']} runs."
-        yield Picture(f"{phase}_speed.png", caption, pictures.to_png(figure))
 
 
 def _differences(results: dict[str, Any]) -> list[list[str]]:
@@ -364,7 +168,7 @@ def build(results: dict[str, Any], title: str) -> Page:
         title=title,
         columns=table_columns(results),
         models=results["models"],
-        pictures=list(_pictures(results)),
+        pictures=list(figures(results)),
         differences=_differences(results),
         notes=_notes(ran),
         footer=_footer(results),

@@ -120,8 +120,10 @@ class SoftmaxAttentionOptions(MixerOptions):
             lines.append(f"num_kv_heads: {kv_heads} does not divide num_heads {heads}")
         if not 0.0 <= self.dropout < 1.0:
             lines.append(f"dropout: must be in [0, 1), found {self.dropout}")
-        if self.rope_parameters is not None and not lines:
-            lines += rope_problems(self.rope_parameters, head_dim, config)
+        if self.rope_parameters is not None:
+            rope = rope_problems(self.rope_parameters, max(2, head_dim), config)
+            # with heads that do not fit, what it says of their size would be a second complaint
+            lines += [line for line in rope if not lines or line.startswith("rope_parameters.")]
         lines += positive(soft_cap=self.soft_cap, nope_every=self.nope_every)
         if self.alibi and self.rope_parameters is not None:
             lines.append("alibi: takes the place of rotary positions; set rope_parameters to null")

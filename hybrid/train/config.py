@@ -105,18 +105,19 @@ def parse_config(values: Mapping[str, Any], title: str = "the config") -> TrainC
         values["training"] = _parse_training(values.get("training", {}), mistakes)
     if isinstance(values.get("model"), dict):
         mistakes += model_mistakes(values["model"])
+    mistakes += _impossible(values)
     config = build(TrainConfig, values, "", mistakes)
-    if config is not None:
-        mistakes += _impossible(config)
     if mistakes or config is None:
         raise ConfigError(mistakes, title)
     return config
 
 
 def _parse_sources(values: Any, key: str, mistakes: list[str]) -> list[Any]:
-    if not isinstance(values, list):
-        return [parse_source(values, key, mistakes)]
-    return [parse_source(v, f"{key}[{i}]", mistakes) for i, v in enumerate(values)]
+    entries = values if isinstance(values, list) else [values]
+    paths = [f"{key}[{i}]" for i in range(len(entries))] if isinstance(values, list) else [key]
+    parsed = [parse_source(v, path, mistakes) for v, path in zip(entries, paths, strict=True)]
+    # one with a mistake, which is on the list by now, should not be complained of twice
+    return [SourceConfig("stdlib") if source is None else source for source in parsed]
 
 
 def _parse_muon(value: Any, mistakes: list[str]) -> MuonConfig | None:
@@ -141,16 +142,19 @@ def _parse_training(values: dict[str, Any], mistakes: list[str]) -> dict[str, An
     return checked
 
 
-def _impossible(config: TrainConfig) -> list[str]:
+def _impossible(values: Mapping[str, Any]) -> list[str]:
     """Values of the right type that cannot be meant."""
     mistakes = []
     for key in ("sequence_length", "eval_rows"):
-        if (value := getattr(config, key)) < 1:
+        value = values.get(key)
+        if type_problem(value, int) is None and value < 1:
             mistakes.append(f"{key}: expected at least 1, found {value}")
-    if not config.data:
+    if values.get("data") == []:
         mistakes.append("data: no source; name at least one, e.g. {source: stdlib}")
-    if config.model.get("path") is not None and not Path(str(config.model["path"])).is_dir():
-        mistakes.append(f"model.path: there is no folder {str(config.model['path'])!r}")
+    model = values.get("model")
+    path = model.get("path") if isinstance(model, Mapping) else None
+    if path is not None and not Path(str(path)).is_dir():
+        mistakes.append(f"model.path: there is no folder {str(path)!r}")
     return mistakes
 
 

@@ -179,7 +179,7 @@ def test_many_kinds_of_mistakes_at_once_are_all_named():
         "layout", "hidden_size", "vocab_sise", "norm", "init", "norm_eps", "pad_token_id",
         "num_heads", "dtype", "mixers.S.num_kv_heads", "mixers.L.conv_size",
         "mixers.L.feature_map", "mixers.W", "mixers.SS", "feed_forwards.-.intermediate_size",
-        "feed_forwards.-.activation", "feed_forwards.Z",
+        "feed_forwards.-.activation", "feed_forwards.Z", "mixers.S.rope_parameters.rope_type",
     ]  # fmt: skip
     for name in named:
         assert any(line.startswith((f"{name}:", f"{name},")) for line in lines), name

@@ -2,10 +2,10 @@
 
 import os
 
-assert os.environ.get("TRITON_INTERPRET") == "1", "these files run through test_triton.py"
-
 import pytest
 from triton.runtime import interpreter
+
+assert os.environ.get("TRITON_INTERPRET") == "1", "these files run through test_triton.py"
 
 
 class _Kept:

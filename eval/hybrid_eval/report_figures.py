@@ -1,0 +1,222 @@
+"""Which pictures a report has: from the results of a run to figures with captions."""
+
+import base64
+import textwrap
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from . import pictures
+from .contrast import attention_share, corrected
+from .pictures import Point, human_tokens
+
+Record = dict[str, Any]
+# where a task's material comes from is in the footer, not on an axis
+_SOURCES = ("path", "essays", "squad", "hotpot")
+
+
+@dataclass
+class Picture:
+    """A picture with its file name and caption."""
+
+    file: str
+    caption: str
+    png: bytes
+
+    @property
+    def data_uri(self) -> str:
+        """The picture inlined for HTML."""
+        return "data:image/png;base64," + base64.b64encode(self.png).decode("ascii")
+
+
+def tasks_on(results: dict[str, Any], axis: str) -> list[str]:
+    """Return the tasks of an axis that every model has, in the order they were run."""
+    models = results["models"]
+    return [
+        name
+        for name, result in models[0]["results"].items()
+        if result["axis"] == axis and all(name in model["results"] for model in models)
+    ]
+
+
+def interval_of(record: Record, task: str) -> tuple[float, float, float]:
+    """Return the headline figure of a task with its interval."""
+    result = record["results"][task]
+    value = result[result["metric"]]
+    low, high = result.get("interval") or (value, value)
+    # one sample has no interval: draw a point
+    return value, value if low is None else low, value if high is None else high
+
+
+def _cache(record: Record) -> float | None:
+    cost = record["results"].get("cost")
+    return None if cost is None else cost["cache_bytes"]
+
+
+def _context(results: dict[str, Any]) -> int | None:
+    cost = results["models"][0]["results"].get("cost")
+    return None if cost is None else cost["context"]
+
+
+def _task_words(results: dict[str, Any], task: str) -> str:
+    """Name a task with the settings that a reader must know."""
+    result = results["models"][0]["results"][task]
+    options = result.get("options", {})
+    chosen = ", ".join(f"{k} {v}" for k, v in options.items() if k not in _SOURCES)
+    return f"{task} ({chosen})" if chosen else task
+
+
+def _label(words: str) -> str:
+    """Break the words of an axis so that they fit it."""
+    return textwrap.fill(words, 52)
+
+
+def _contrast(results: dict[str, Any], across: str, up: str, file: str) -> Picture:
+    """Draw one task against another, one point per model."""
+    models = results["models"]
+    points = [
+        Point(model["name"], interval_of(model, across), interval_of(model, up), _cache(model))
+        for model in models
+    ]
+    metric = models[0]["results"][across]["metric"].replace("_", " ")
+    better = "" if metric == "accuracy" else " (lower is better)"
+    chance = models[0]["results"][up].get("chance")
+    figure = pictures.scatter(
+        points,
+        x_label=_label(f"{_task_words(results, across)}: {metric}{better}"),
+        y_label=_label(f"{_task_words(results, up)}: accuracy"),
+        title=f"{up} against {across}",
+        chance=chance,
+        context=_context(results),
+    )
+    caption = (
+        f"Accuracy on {up} against {metric} on {across}, one point per model; bars are 95% "
+        "intervals, marker area and colour the cache of one sequence."
+    )
+    return Picture(file, caption, pictures.to_png(figure))
+
+
+def _against_cache(results: dict[str, Any], task: str) -> Picture:
+    points = []
+    for model in results["models"]:
+        size = float(_cache(model) or 0)
+        points.append(Point(model["name"], (size, size, size), interval_of(model, task), size))
+    context = human_tokens(_context(results) or 0)
+    figure = pictures.scatter(
+        points,
+        x_label=f"cache of one sequence at {context} tokens (log scale)",
+        y_label=_label(f"{_task_words(results, task)}: accuracy"),
+        title=f"{task} against memory",
+        chance=results["models"][0]["results"][task].get("chance"),
+        log_x=True,
+    )
+    caption = f"Accuracy on {task} (95% intervals) against the measured cache at {context} tokens."
+    return Picture("retrieval_vs_cache.png", caption, pictures.to_png(figure))
+
+
+def _heat_map(results: dict[str, Any], task: str) -> Picture:
+    grids = {model["name"]: model["results"][task]["cells"] for model in results["models"]}
+    n = results["models"][0]["results"][task]["cells"][0]["n"]
+    figure = pictures.heat_maps(grids, title=f"{task}: accuracy by depth and length")
+    caption = (
+        f"{task}: accuracy for every depth and length, {n} samples per cell; depth 0 is the start."
+    )
+    return Picture(f"{task}_heatmap.png", caption, pictures.to_png(figure))
+
+
+def figures(results: dict[str, Any]) -> Iterator[Picture]:
+    """Yield the pictures that these results allow."""
+    retrieval, language = tasks_on(results, "retrieval"), tasks_on(results, "language")
+    # the figures of some of lm-eval's tasks are no accuracies: those are in the table alone
+    reasoning = [task for task in tasks_on(results, "reasoning") if _has_chance(results, task)]
+    # naming a letter is symbol binding: it stands for reasoning only where nothing else was run
+    reasoning.sort(key=lambda task: task == "mmlu_letters")
+    if retrieval and language:
+        yield _contrast(results, language[0], retrieval[0], "retrieval_vs_loss.png")
+    if retrieval and reasoning:
+        yield _two_axes(results, reasoning[0], retrieval[0])
+    shares = [attention_share(model) for model in results["models"]]
+    if None not in shares and len(set(shares)) > 1:
+        for task in [*retrieval[:1], *reasoning[:1]]:
+            yield _against_share(results, task)
+    for task in retrieval:
+        cells = results["models"][0]["results"][task].get("cells")
+        if cells and "depth" in cells[0]:
+            yield _heat_map(results, task)
+    sizes = [_cache(model) for model in results["models"]]
+    if retrieval and all(sizes):
+        yield _against_cache(results, retrieval[0])
+    if "speed" in results["models"][0]["results"]:
+        yield from _speeds(results)
+
+
+def _has_chance(results: dict[str, Any], task: str) -> bool:
+    return all("chance" in model["results"][task] for model in results["models"])
+
+
+def _around(values: list[tuple[float, float, float]]) -> tuple[float, float]:
+    """Return limits from below the lowest interval (a guesser's passes 0) to above 1."""
+    return min(-0.1, *(low - 0.04 for _, low, _ in values)), 1.08
+
+
+def _two_axes(results: dict[str, Any], reasoning: str, retrieval: str) -> Picture:
+    """Draw retrieval against reasoning, both corrected for chance."""
+    points = [
+        Point(
+            model["name"],
+            corrected(model["results"][reasoning]),
+            corrected(model["results"][retrieval]),
+            _cache(model),
+        )
+        for model in results["models"]
+    ]
+    figure = pictures.scatter(
+        points,
+        x_label=_label(f"{_task_words(results, reasoning)}: (accuracy - chance) / (1 - chance)"),
+        y_label=_label(f"{_task_words(results, retrieval)}: above chance"),
+        title=f"{retrieval} against {reasoning}",
+        context=_context(results),
+        y_limits=_around([point.y for point in points]),
+        x_limits=_around([point.x for point in points]),
+    )
+    caption = (
+        f"{retrieval} against {reasoning}, both as (accuracy - chance) / (1 - chance) with 95% "
+        "Wilson intervals: 0 is a guesser, 1 makes no error."
+    )
+    return Picture("retrieval_vs_reasoning.png", caption, pictures.to_png(figure))
+
+
+def _against_share(results: dict[str, Any], task: str) -> Picture:
+    points = []
+    for model in results["models"]:
+        share = attention_share(model) or 0.0
+        points.append(Point(model["name"], (share, share, share), interval_of(model, task)))
+    figure = pictures.scatter(
+        points,
+        x_label="share of layers with full softmax attention",
+        x_limits=(-0.06, 1.06),
+        y_label=_label(f"{_task_words(results, task)}: accuracy"),
+        title=f"{task} against attention share",
+        chance=results["models"][0]["results"][task].get("chance"),
+    )
+    caption = f"Accuracy on {task} (95% intervals) against the share of softmax attention layers."
+    return Picture(f"{task}_vs_attention_share.png", caption, pictures.to_png(figure))
+
+
+def _speeds(results: dict[str, Any]) -> Iterator[Picture]:
+    first = results["models"][0]["results"]["speed"]
+    machine = f"{first['device']}, {first['threads']} thread(s)"
+    for phase in ("prefill", "decode"):
+        key = f"{phase}_tokens_per_second"
+        lines = {
+            model["name"]: [(c["length"], c[key]) for c in model["results"]["speed"]["cells"]]
+            for model in results["models"]
+        }
+        figure = pictures.curves(
+            lines,
+            x_label="length (tokens)",
+            y_label="tokens per second",
+            title=f"{phase} speed, one sequence, {machine}",
+        )
+        caption = f"{phase.capitalize()} speed against length: median of {first['repeats']} runs."
+        yield Picture(f"{phase}_speed.png", caption, pictures.to_png(figure))
