@@ -146,7 +146,8 @@ def _mixers(arguments: argparse.Namespace) -> int:
             table.add_row(cls.symbol or "", cls.name, cls.formula, cls.paper)
         console.print(table)
         return 0
-    cls = mixers.get(mixers.symbols().get(arguments.name, arguments.name))
+    name: str = arguments.name
+    cls = mixers.get(mixers.symbols().get(name, name))
     console.print(f"{cls.name} ({cls.symbol})\n", inspect.getdoc(cls), "\n", highlight=False)
     console.print(inspect.getdoc(cls.Options), highlight=False, markup=False)
     table = Table("option", "default")

@@ -13,7 +13,16 @@ from transformers import GenerationConfig, PreTrainedConfig
 
 from hybrid import ffn as _ffn  # noqa: F401  (registers the feed-forwards)
 from hybrid import mixers as _mixers  # noqa: F401  (registers the mixers)
-from hybrid.layout import FFN, Layer, LayoutError, check_bound, check_symbol, parse, parse_ffn, resolve
+from hybrid.layout import (
+    FFN,
+    Layer,
+    LayoutError,
+    check_bound,
+    check_symbol,
+    parse,
+    parse_ffn,
+    resolve,
+)
 from hybrid.norms import NormName
 from hybrid.options import ConfigError, build, did_you_mean, type_problem
 from hybrid.registry import Registry, feed_forwards, mixers

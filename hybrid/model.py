@@ -25,7 +25,11 @@ from transformers.modeling_outputs import (
     MoeCausalLMOutputWithPast,
 )
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
-from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+from transformers.utils.output_capturing import (
+    OutputRecorder,
+    capture_outputs,
+    maybe_install_capturing_hooks,
+)
 
 from hybrid import hub
 from hybrid.cache import LayerCache, count_tokens, fill_unused, is_empty, past_length
@@ -375,6 +379,8 @@ class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.has_experts = bool(balance.routers(self.model))
+        if self.has_experts:  # training records routers; compiled, it could not install the hooks
+            maybe_install_capturing_hooks(self.model)
         self.post_init()
 
     def create_masks_for_generate(self, **kwargs: Any) -> Any:

@@ -105,7 +105,7 @@ def type_problem(value: Any, hint: Any) -> str | None:
         accepted = (list, tuple) if base in (list, tuple) else (base,)
         if not isinstance(value, accepted):
             return _mismatch(value, hint)
-        if base is list and get_args(hint):
+        if base is list and get_args(hint) and get_args(hint)[0] in (int, float, str, bool):
             problems = [type_problem(item, get_args(hint)[0]) for item in value]
             return next((f"in the list: {p}" for p in problems if p), None)
         return None

@@ -194,7 +194,7 @@ def _against_share(results: dict[str, Any], task: str) -> Picture:
     figure = pictures.scatter(
         points,
         x_label="share of layers with full softmax attention",
-        x_limits=(-0.06, 1.06),
+        x_limits=(-0.06, 1.18),
         y_label=_label(f"{_task_words(results, task)}: accuracy"),
         title=f"{task} against attention share",
         chance=results["models"][0]["results"][task].get("chance"),

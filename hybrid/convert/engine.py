@@ -90,14 +90,20 @@ def from_published(source: str | PreTrainedModel, **kwargs: Any) -> HybridForCau
 
 
 def _renamed(family: Family, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    renamed = {name: family.rename(name) for name in weights}
-    left_over = [name for name, ours in renamed.items() if ours is None]
+    renamed: dict[str, torch.Tensor] = {}
+    left_over = []
+    for theirs, tensor in weights.items():
+        ours = family.rename(theirs)
+        if ours is None:
+            left_over.append(theirs)
+        else:
+            renamed[ours] = tensor
     if left_over:
         raise ValueError(
             f"the map of {family.model_type!r} has no place for {_some(left_over)}; the checkpoint"
             " may be of a variant of that family"
         )
-    return {ours: weights[name] for name, ours in renamed.items()}
+    return renamed
 
 
 def _check_shapes(weights: Mapping[str, torch.Tensor], model: HybridForCausalLM) -> None:

@@ -54,6 +54,12 @@ class DenseOptions(FeedForwardOptions):
         width = hidden_size * 8 / 3 if gated else hidden_size * 4
         return replace(self, intermediate_size=32 * -(-int(width) // 32))
 
+    @property
+    def width(self) -> int:
+        """The inner width of completed options."""
+        assert self.intermediate_size is not None
+        return self.intermediate_size
+
     def problems(self, config: HybridConfig) -> list[str]:
         """A width below 1."""
         if self.intermediate_size is not None and self.intermediate_size < 1:
@@ -72,7 +78,7 @@ class Dense(FeedForward):
     def __init__(self, options: DenseOptions, config: HybridConfig, layer_idx: int) -> None:
         super().__init__(options, config, layer_idx)
         gated, activation = ACTIVATIONS[options.activation]
-        d_model, inner = config.hidden_size, options.intermediate_size
+        d_model, inner = config.hidden_size, options.width
         self.gate_proj = nn.Linear(d_model, inner, bias=options.bias) if gated else None
         self.up_proj = nn.Linear(d_model, inner, bias=options.bias)
         self.down_proj = residual_projection(inner, d_model, bias=options.bias)

@@ -148,7 +148,7 @@ def _lightning_inputs(length: int) -> dict[str, Tensor]:
 
 def _lightning_ours(qkv: Tensor, log_slopes: Tensor) -> Tensor:
     q, k, v = qkv.unflatten(2, (H, 3 * K)).split(K, dim=3)
-    return 0.5 * linear_attention(q, k, v, log_decay=log_slopes, scale=1.0)[0].flatten(2)
+    return linear_attention(q, k, v, log_decay=log_slopes, scale=0.5)[0].flatten(2)
 
 
 def _lightning_theirs(qkv: Tensor, log_slopes: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from hybrid_eval import Settings, evaluate, load, write_report
+from hybrid_eval import Settings, evaluate, load, report_figures, write_report
 from hybrid_eval.contrast import attention_share, cheaper_from, comparisons, corrected
 
 
@@ -76,3 +76,39 @@ def test_the_report_shows_every_comparison(tiny_llama, tmp_path):
         "prefill_speed.png",
         "decode_speed.png",
     }
+
+
+def test_an_axis_names_settings_and_no_paths(monkeypatch):
+    def model(name, **results):
+        return {"name": name, "layer_types": [], "results": results}
+
+    def result(axis, accuracy, **options):
+        return {
+            "axis": axis,
+            "metric": "accuracy",
+            "accuracy": accuracy,
+            "interval": [accuracy - 0.1, accuracy + 0.1],
+            "chance": 0.25,
+            "options": options,
+        }
+
+    seen = []
+    draw = report_figures.pictures.scatter
+    monkeypatch.setattr(
+        report_figures.pictures,
+        "scatter",
+        lambda points, **words: seen.append(words) or draw(points, **words),
+    )
+    record = model(
+        "one",
+        mqar=result("retrieval", 0.5, pairs=4),
+        mmlu_letters=result("reasoning", 0.2, path="/very/long/path"),
+        mmlu_cloze=result("reasoning", 0.9, path="/very/long/path"),
+        gsm={**result("reasoning", 0.9), "metric": "f1", "f1": 0.9, "chance": None},
+    )
+    del record["results"]["gsm"]["chance"]
+    (picture,) = report_figures.figures({"models": [record]})
+    assert picture.file == "retrieval_vs_reasoning.png"
+    # letters test symbol binding: they do not stand for reasoning where cloze was run
+    assert seen[0]["x_label"] == "mmlu_cloze: (accuracy - chance) / (1 - chance)"
+    assert seen[0]["y_label"] == "mqar (pairs 4): above chance"

@@ -299,3 +299,23 @@ def test_every_name_is_a_task():
     from hybrid_eval import TASKS
 
     assert set(NAMES) <= set(TASKS)
+
+
+def test_units_measured_around_the_end_save_counts_of_the_whole():
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        sizes = rng.integers(5, 40, 200)
+        counted = []
+
+        def count(units, sizes=sizes, counted=counted):
+            counted.append(units)
+            return 50 + int(sizes[:units].sum())
+
+        average = [int(sizes[:8].mean())] * 200
+        found = fill(
+            count, average, 2000, minimum=1, what="x", measure=lambda i, s=sizes: int(s[i])
+        )
+        assert found.tokens <= 2000 < found.tokens + sizes[found.units]
+        assert found.next_tokens == sizes[found.units]
+        # the shortest prompt, the estimate, and the end
+        assert len(counted) <= 3

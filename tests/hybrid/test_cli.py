@@ -88,7 +88,12 @@ def test_quickstart_end_to_end(tmp_path):
     """Two layouts, two steps: every part of the road, without the learning."""
     out = tmp_path / "out"
     command = [sys.executable, "-m", "hybrid.cli", "quickstart", "--out", str(out)]
-    options = ["--layouts", "LS,L2", "training.max_steps=2", "training.per_device_train_batch_size=4"]
+    options = [
+        "--layouts",
+        "LS,L2",
+        "training.max_steps=2",
+        "training.per_device_train_batch_size=4",
+    ]
     done = subprocess.run([*command, *options], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "accelerate launch -m hybrid.train" in done.stdout

@@ -300,7 +300,7 @@ def test_experts_start_as_dense_layers_do(build, init):
     assert moe.router.weight.std().item() == pytest.approx(0.3, rel=0.1)
 
 
-# Before 5.20 or so, transformers could not compile the gradient of grouped products in float32.
+# transformers 5.17 cannot compile the gradient of grouped products in float32.
 COMPILED_GRADIENT = hasattr(torch.ops.transformers, "grouped_mm_fallback_backward")
 
 

@@ -132,7 +132,7 @@ def test_gradient_checkpointing_changes_neither_gradients_nor_counts(moe, ids):
     for checkpointed in (False, True):
         model = moe(torch.float64, balance_loss=0.5, router_z_loss=0.1)
         if checkpointed:
-            name = "activation_checkpointing_enable"  # its name since transformers 5.20
+            name = "activation_checkpointing_enable"  # newer transformers
             getattr(model, name, model.gradient_checkpointing_enable)()
         model(x, labels=x, use_cache=False).loss.backward()
         loads = balance.finish_step(model)

@@ -3,7 +3,7 @@
 Legend: B batch, T time, D channels, W filter width, N packed documents; C rows of a tile.
 """
 
-# pyright: reportArgumentType=false
+# pyright: reportArgumentType=false, reportGeneralTypeIssues=false
 
 from __future__ import annotations
 

@@ -71,4 +71,5 @@ def _check(cu_seqlens: Tensor, time: int) -> None:
         document_lengths(cu_seqlens, time)
         return
     good = (cu_seqlens[0] == 0) & (cu_seqlens[-1] == time) & (cu_seqlens.diff() >= 0).all()
-    torch._assert_async(good, f"cu_seqlens must rise from 0 to T = {time} and never fall")
+    words = f"cu_seqlens must rise from 0 to T = {time} and never fall"
+    torch._assert_async(good, words)  # pyright: ignore[reportPrivateImportUsage]
