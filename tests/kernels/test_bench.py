@@ -9,8 +9,6 @@ import torch
 
 from hybrid_kernels import bench
 
-pytest.importorskip("transformers", minversion="5.23")
-
 
 def test_it_runs_and_writes_its_figures(tmp_path):
     """In a process of its own: transformers warns at import when an optional package is odd."""

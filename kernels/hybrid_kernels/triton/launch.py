@@ -62,7 +62,7 @@ _CUDA: dict[str, tuple[Config, Config]] = {
     "new_values": (Config(64, 64, 4, 2), Config(32, 32, 4, 1)),
     "new_values_backward": (Config(64, 64, 4, 2), Config(32, 32, 4, 1)),
     "decode": (Config(256, 16, 4, 1), Config(256, 16, 4, 1)),
-    "convolution": (Config(64, 64, 4, 1), Config(64, 64, 4, 1)),
+    "convolution": (Config(64, 16, 4, 1), Config(64, 16, 4, 1)),
 }
 _INTERPRETER = dict.fromkeys(_CUDA, (Config(32, 32), Config(32, 32)))
 _TABLE: dict[str, dict[str, tuple[Config, Config]]] = {
