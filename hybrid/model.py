@@ -5,6 +5,7 @@ Shapes: B batch, T time, D model dim, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +36,8 @@ from hybrid import hub
 from hybrid.cache import LayerCache, count_tokens, fill_unused, is_empty, past_length
 from hybrid.config import HybridConfig
 from hybrid.ffn import FeedForward, balance
-from hybrid.ffn.moe import Experts
-from hybrid.ffn.router import Router
+from hybrid.ffn.moe import Experts, MixtureOfExperts
+from hybrid.ffn.router import BiasedRouter, Router
 from hybrid.layout import Layer
 from hybrid.mixers import Mixer, ShortConvolution
 from hybrid.mixers.softmax_attention import SoftmaxAttention
@@ -165,6 +166,20 @@ class HybridLayer(GradientCheckpointingLayer):
         return calls
 
 
+class _HasExperts:
+    """`model._can_set_experts_implementation()`: whether its layout has experts; False of the class.
+
+    transformers looks for its decorator in this file otherwise, and it is in `hybrid.ffn.moe`.
+    """
+
+    def __get__(self, model: HybridPreTrainedModel | None, cls: type) -> Callable[[], bool]:
+        if model is None:
+            return lambda: False
+        symbols = {layer.ffn for layer in model.config.layers if layer.ffn}
+        kinds = [model.config.feed_forward(symbol)[0] for symbol in symbols]
+        return lambda: any(issubclass(kind, MixtureOfExperts) for kind in kinds)
+
+
 class HybridPreTrainedModel(PreTrainedModel):
     """What every hybrid model shares: initialisation, saving, and what transformers may do with it."""
 
@@ -184,12 +199,13 @@ class HybridPreTrainedModel(PreTrainedModel):
         "router_logits": OutputRecorder(Router, index=0),
         "router_indices": OutputRecorder(Router, index=2),
     }
-    _keep_in_fp32_modules_strict = ["score_correction_bias"]
+    _can_set_experts_implementation = _HasExperts()  # type: ignore[assignment]
 
-    @classmethod
-    def _can_set_experts_implementation(cls) -> bool:
-        """Yes; transformers would look for its decorator in this file, and it is in `hybrid.ffn.moe`."""
-        return True
+    def post_init(self) -> None:
+        """As transformers', which is told of the one buffer that only some layouts have."""
+        if any(isinstance(module, BiasedRouter) for module in self.modules()):
+            self._keep_in_fp32_modules_strict = ["score_correction_bias"]
+        super().post_init()
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

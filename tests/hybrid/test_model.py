@@ -404,3 +404,11 @@ def test_exported(build, ids, layout):
     x = ids(2, 16)
     program = torch.export.export(model, (x,), {"use_cache": False}, strict=False)
     assert_close(program.module()(x, use_cache=False).logits, logits(model, x))
+
+
+@pytest.mark.parametrize(("ffn", "experts"), [("-", False), ("-E", True)])
+def test_what_only_experts_have_is_claimed_for_experts_only(build, ffn, experts):
+    feed_forwards = {"E": {"num_experts": 4, "top_k": 2, "score_correction_bias": True}}
+    model = build(layout="LS", ffn=ffn, mixers=MIXERS, feed_forwards=feed_forwards)
+    assert model._can_set_experts_implementation() == experts
+    assert model._keep_in_fp32_modules_strict == ({"score_correction_bias"} if experts else set())

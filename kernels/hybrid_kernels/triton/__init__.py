@@ -17,7 +17,8 @@ does not need is not compiled)::
     causal_conv1d                     convolution.py convolution      ... convolution (BACKWARD),
                                                                           convolution_inputs
 
-No kernel yet for a decay over values, and for selective_scan; ``unsupported`` says so.
+No kernel yet for a decay over values (``unsupported`` says so) nor for selective_scan (the table in
+``backends.py`` does not list it).
 ``linear.py`` has the order of the kernels, ``problem.py`` each launch, ``launch.py`` the block
 sizes, ``blocks.py`` what all kernels share. Nothing here imports triton until an op runs.
 
