@@ -55,7 +55,8 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. model.layout=SSSL")
     train.add_argument("--config_file", help="an accelerate config, e.g. of configs/accelerate/")
 
-    command("eval", _train, "measure models; see `hybrid eval --help`")
+    # for the list of commands; `main` hands its arguments on before they are parsed here
+    command("eval", lambda parsed: _eval([]), "measure models; see `hybrid eval --help`")
 
     cost = command("plan", _plan, "print parameters, FLOPs per token and cache bytes of a config")
     cost.add_argument("config", help="a YAML file, a checkpoint folder or a config.json")

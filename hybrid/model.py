@@ -343,10 +343,12 @@ class HybridModel(HybridPreTrainedModel):
         batch: int,
     ) -> Segments:
         """Documents packed into rows, by position ids that restart; WHOLE_ROWS where there are none."""
-        masked = attention_mask is not None and (
+        if position_ids is None or not is_empty(cache):
+            return WHOLE_ROWS
+        # last, for it waits for the device: a decode step has returned by now
+        if attention_mask is not None and (
             isinstance(attention_mask, dict) or attention_mask.ndim != 2 or not attention_mask.all()
-        )
-        if position_ids is None or masked or not is_empty(cache):
+        ):
             return WHOLE_ROWS
         segments = from_positions(position_ids, batch)
         if segments is not WHOLE_ROWS and cache is not None:
