@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 
@@ -55,6 +56,29 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. model.layout=SSSL")
     train.add_argument("--config_file", help="an accelerate config, e.g. of configs/accelerate/")
 
+    compare = command(
+        "ablate", _ablate, "train a baseline and changes to it, and say what is noise"
+    )
+    compare.add_argument("config", help="e.g. configs/ablations/quick.yaml")
+    compare.add_argument("--dry-run", action="store_true", help="print the runs and stop")
+    compare.add_argument("--config_file", help="an accelerate config; default: this process")
+    compare.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. seeds=[0,1,2]")
+
+    data = command("data", _data, "prepare training data ahead")
+    steps = data.add_subparsers(dest="step", required=True, metavar="STEP")
+    words = "tokenise text into shards that training memory-maps"
+    prepare = steps.add_parser("prepare", help=words, description=words)
+    prepare.add_argument("source", help="stdlib, a file, folder or 'pattern', or a hub data set")
+    prepare.add_argument("out", help="folder to write; name it under `data:` of a training config")
+    prepare.add_argument(
+        "--tokenizer", default="bytes", help="bytes, or any Hugging Face tokenizer"
+    )
+    prepare.add_argument("--shard-tokens", default="100m", help="tokens of a shard, e.g. 4096k")
+    prepare.add_argument("--text-key", default="text", help="column that holds the text")
+    prepare.add_argument("--split", default="train", help="of a hub data set; stdlib: also heldout")
+    prepare.add_argument("--name", help="configuration of a hub data set")
+    prepare.add_argument("--streaming", action="store_true", help="read without storing the source")
+
     # for the list of commands; `main` hands its arguments on before they are parsed here
     command("eval", lambda parsed: _eval([]), "measure models; see `hybrid eval --help`")
 
@@ -63,6 +87,18 @@ def _parser() -> argparse.ArgumentParser:
     cost.add_argument("--context", default="8k", help="tokens, e.g. 8192, 32k, 1m")
     cost.add_argument("--dtype", default="bfloat16", help="of weights and keys")
     cost.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. model.layout=SSSL")
+
+    reading = command("import", _import, "convert a published checkpoint into a layout")
+    reading.add_argument("source", metavar="PATH", help="a folder of safetensors, or a hub name")
+    reading.add_argument("out", metavar="OUT", help="folder to write; must be new or empty")
+    reading.add_argument("--dtype", help="of the weights, e.g. bfloat16; default: as they are")
+    reading.add_argument("--max-shard-size", default="5GB", help="of one file, e.g. 500MB")
+
+    writing = command("export", _export, "write a model as a published architecture's checkpoint")
+    writing.add_argument("source", metavar="PATH", help="folder of a model of ours")
+    writing.add_argument("out", metavar="OUT", help="folder to write; must be new or empty")
+    writing.add_argument("--as", dest="family", help="e.g. qwen3_next; default: the one that fits")
+    writing.add_argument("--max-shard-size", default="5GB", help="of one file, e.g. 500MB")
 
     stack = command("layout", _layout, "print a layout as a table")
     stack.add_argument("layout", help='e.g. "LLLS", "(L7S)10", "[MS]4", "M-M-M*-"')
@@ -102,12 +138,186 @@ def _eval(argv: Sequence[str]) -> int:
     return evaluate(argv, prog="hybrid eval")
 
 
+def _ablate(arguments: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from hybrid.ablate import load_ablation, plan_runs, run_design, summarise, write_report
+    from hybrid.ablate.runs import refuse_other_runs, train_by, train_here
+    from hybrid.ablate.table import print_design, print_report
+
+    tasks, console = _Tasks(), Console()
+    design = plan_runs(load_ablation(arguments.config, arguments.overrides, tasks))
+    refuse_other_runs(design)
+    print_design(design, console)
+    if arguments.dry_run:
+        return 0
+    engine = arguments.config_file
+    measured = run_design(design, tasks, train_by(engine) if engine else train_here)
+    report = summarise(design, measured, tasks)
+    path = write_report(report, design.out)
+    page = path.with_suffix(".html")
+    page.write_text(_ablation_page(report, path.parent), encoding="utf-8")
+    print_report(report, console)
+    console.print(f"report: {page}", highlight=False, soft_wrap=True)
+    return 0
+
+
+class _Tasks:
+    """The tasks of `hybrid_eval`, and lm-eval's, as metrics of an ablation: each its headline figure."""
+
+    def problems(self, metrics: Sequence[str], options: Mapping[str, Any]) -> list[str]:
+        """Unknown tasks, settings or options, a line each."""
+        from hybrid.ablate.config import TRAINING_METRICS
+        from hybrid.options import did_you_mean
+        from hybrid_eval.lm_harness import resolve
+        from hybrid_eval.registry import TASKS, check_options
+
+        lines = []
+        for name in metrics:
+            try:
+                if len(resolve(name)) != 1:
+                    lines.append(f"metrics: {name!r} stands for several tasks; name one of them")
+            except ValueError as error:
+                near = did_you_mean(name, [*TRAINING_METRICS, *TASKS])
+                hint = near if near.startswith("did") else str(error)
+                lines.append(f"metrics: unknown metric {name!r}, {hint}")
+        known = self._settings()
+        lines += [
+            f"evaluate.{key}: unknown key, {did_you_mean(str(key), [*known, 'options'])}"
+            for key in options
+            if key not in (*known, "options")
+        ]
+        for name, values in (options.get("options") or {}).items():
+            try:
+                for task in resolve(name):
+                    check_options(task, values)
+            except ValueError as error:
+                lines.append(f"evaluate.options: {error}")
+        return lines
+
+    def higher_is_better(self, metric: str) -> bool:
+        """As the task says."""
+        from hybrid_eval.lm_harness import resolve
+
+        return resolve(metric)[0].higher_is_better
+
+    def __call__(
+        self, folder: Path, metrics: Sequence[str], options: Mapping[str, Any]
+    ) -> dict[str, float]:
+        """The headline figure of each task on the checkpoint in `folder`."""
+        import hybrid  # noqa: F401  (registers the model with transformers)
+        from hybrid_eval import Settings, evaluate
+
+        settings = {
+            key: tuple(value) if isinstance(value, list) else value
+            for key, value in options.items()
+            if key != "options"
+        }
+        found = evaluate(
+            str(folder), metrics, settings=Settings(**settings), options=options.get("options")
+        )
+        results = found["models"][0]["results"]
+        return {name: results[name][results[name]["metric"]] for name in metrics}
+
+    @staticmethod
+    def _settings() -> list[str]:
+        import dataclasses
+
+        from hybrid_eval import Settings
+
+        return [f.name for f in dataclasses.fields(Settings) if f.name != "corpus"]
+
+
+def _ablation_page(report: dict[str, Any], folder: Path) -> str:
+    """The report of an ablation in the dress of `hybrid eval`'s: one self-contained HTML text."""
+    from hybrid.ablate import report as words
+    from hybrid_eval.report import Column, Page, render
+    from hybrid_eval.report_figures import Picture
+
+    seeds = f"{report['confidence']:.0%} interval over seeds"
+    notes = {"difference": seeds}
+    caption = "Differences, paired by seed, with intervals: dark is established, grey is noise."
+    picture = Picture("effects.png", caption, (folder / "effects.png").read_bytes())
+    page = Page(
+        title=f"Ablation: {report['name']}",
+        columns=[Column(head, cell, note) for head, note, cell in words.columns(report)],
+        models=report["variants"],
+        pictures=[picture],
+        differences=words.effect_rows(report),
+        compared=(
+            "What each change does",
+            [(head, notes.get(head, "")) for head in words.EFFECT_HEADINGS],
+        ),
+        notes=words.notes(report),
+        footer=[(name, version) for name, version in report["versions"].items()],
+    )
+    return render(page)
+
+
+def _data(arguments: argparse.Namespace) -> int:
+    from rich.console import Console
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    from hybrid.data import prepare
+    from hybrid.options import ConfigError
+    from hybrid.plan import parse_tokens
+
+    counts = TextColumn("{task.completed:,} documents, {task.fields[tokens]:,} tokens")
+    console = Console(stderr=True)
+    try:
+        with Progress(SpinnerColumn(), counts, TimeElapsedColumn(), console=console) as bar:
+            lane = bar.add_task("", total=None, tokens=0, visible=False)
+            index = prepare(
+                arguments.source,
+                arguments.out,
+                tokenizer=arguments.tokenizer,
+                shard_tokens=parse_tokens(arguments.shard_tokens, "--shard-tokens"),
+                progress=lambda done, tokens: bar.update(
+                    lane, completed=done, tokens=tokens, visible=True
+                ),
+                text_key=arguments.text_key,
+                split=arguments.split,
+                name=arguments.name,
+                streaming=arguments.streaming,
+            )
+    except ConfigError as error:
+        raise ValueError("; ".join(error.mistakes)) from error
+    except OSError as error:
+        raise ValueError(f"{arguments.out}: {error}") from error
+    size = f"{index['documents']:,} documents, {index['tokens']:,} tokens"
+    shards = len(index["shards"])
+    print(f"{arguments.out}: {size} in {shards} shard{'s' if shards > 1 else ''}")
+    return 0
+
+
 def _plan(arguments: argparse.Namespace) -> int:
     from hybrid.plan import load_model_config, parse_dtype, parse_tokens, plan, print_plan
 
     config = load_model_config(arguments.config, arguments.overrides)
     context = parse_tokens(arguments.context)
     print_plan(plan(config, context, parse_dtype(arguments.dtype)), config)
+    return 0
+
+
+def _import(arguments: argparse.Namespace) -> int:
+    from hybrid.convert import import_published
+
+    config = import_published(
+        arguments.source,
+        arguments.out,
+        dtype=arguments.dtype,
+        max_shard_size=arguments.max_shard_size,
+    )
+    print(f"{arguments.out}: layout {config.layout}, ffn {config.ffn or 'none'}")
+    return 0
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    from hybrid.convert import export
+
+    size = arguments.max_shard_size
+    family = export(arguments.source, arguments.out, arguments.family, max_shard_size=size)
+    print(f"{arguments.out}: {family}")
     return 0
 
 
@@ -150,7 +360,9 @@ def _mixers(arguments: argparse.Namespace) -> int:
     name: str = arguments.name
     cls = mixers.get(mixers.symbols().get(name, name))
     console.print(f"{cls.name} ({cls.symbol})\n", inspect.getdoc(cls), "\n", highlight=False)
-    console.print(inspect.getdoc(cls.Options), highlight=False, markup=False)
+    for options in cls.Options.__mro__:  # those that mixers share explain themselves
+        if dataclasses.is_dataclass(options) and dataclasses.fields(options):
+            console.print(inspect.getdoc(options), "\n", highlight=False, markup=False)
     table = Table("option", "default")
     for field in dataclasses.fields(cls.Options):
         made = field.default_factory

@@ -1,50 +1,21 @@
 """HybridConfig: a layout string, what its letters mean, and the sizes around them."""
 
-import copy
 import dataclasses
-import difflib
 import inspect
-from collections.abc import Iterable, Iterator
-from functools import lru_cache
 from typing import Any, Literal
 
-import torch
-from transformers import GenerationConfig, PreTrainedConfig
+from transformers import PreTrainedConfig
 
 from hybrid import ffn as _ffn  # noqa: F401  (registers the feed-forwards)
 from hybrid import mixers as _mixers  # noqa: F401  (registers the mixers)
-from hybrid.layout import (
-    FFN,
-    Layer,
-    LayoutError,
-    check_bound,
-    check_symbol,
-    parse,
-    parse_ffn,
-    resolve,
-)
+from hybrid.around import NormPosition, ResidualOptions, SharedOptions, pick
+from hybrid.config_checks import bound, bound_class, find_mistakes, resolved, standard_keys
+from hybrid.layout import Layer
+from hybrid.losses import LossBackend
+from hybrid.mup import attention_scale
 from hybrid.norms import NormName
-from hybrid.options import ConfigError, build, did_you_mean, type_problem
+from hybrid.options import ConfigError, build
 from hybrid.registry import Registry, feed_forwards, mixers
-
-FULL = "full_attention"
-
-# What other models' configs call our options.
-OTHER_NAMES = {
-    "num_attention_heads": "num_heads", "num_key_value_heads": "num_kv_heads",
-    "rope_theta": "rope_parameters", "rope_scaling": "rope_parameters",
-    "hidden_act": "activation", "attention_bias": "bias", "attention_dropout": "dropout",
-}  # fmt: skip
-
-# Stands in for a hidden_size that is itself a mistake: whatever head count is asked for divides it.
-ANY_SIZE = 64 * 2**4 * 3**2 * 5 * 7 * 11 * 13
-
-# Keys that config.json may hold beside the fields, all of them transformers' own.
-STANDARD_KEYS = {
-    "model_type", "auto_map", "torch_dtype", "name_or_path", "_name_or_path", "_commit_hash",
-    "attn_implementation", "experts_implementation", "output_attentions", "num_labels",
-    "quantization_config", "per_layer_config", "tie_last_hidden_states", "custom_pipelines",
-}  # fmt: skip
 
 
 class HybridConfig(PreTrainedConfig):
@@ -55,20 +26,53 @@ class HybridConfig(PreTrainedConfig):
         num_hidden_layers: depth; the layout cycles to fill it and must divide it. Default: the
             layout's own length.
         ffn: the feed-forward pattern laid after each mixer, cyclically (`-` dense); empty for none.
+            Or one by symbol, laid after the layers of that symbol: `{"S": "E", "default": "-"}`.
             A layout that names feed-forwards itself is taken literally and wants the default here.
         mixers: symbol -> options of its mixer. `type` names the mixer, and may be left out for
             symbols that have one by default: `{"S": {"num_heads": 8}, "Q": {"type":
             "softmax_attention", "rope_parameters": null}}`.
         feed_forwards: likewise for `-` and `E`.
         vocab_size, hidden_size: V and the model dim D.
-        norm, norm_eps: `rmsnorm` or `layernorm`.
+        norm, norm_eps: `rmsnorm`, `layernorm`, `zero_centered_rmsnorm` (Gemma, Qwen3-Next), or
+            `weightless_rmsnorm`; see `hybrid.norms`.
         norm_position: `pre`: x + f(norm(x)). `post`: norm(x + f(x)) (arXiv 1706.03762).
             `sandwich`: x + norm(f(norm(x))) (Gemma 2). `reordered`: x + norm(f(x)) (OLMo 2).
+            `normed`: n + f(n), n = norm(x) (MiniMax-01, arXiv 2501.08313). Or by symbol (see
+            `hybrid.around`): `{"S": "reordered", "default": "pre"}` (OLMo Hybrid).
+        residuals: symbol -> multipliers of its residual branches, `input_multiplier`,
+            `output_multiplier` and `skip_multiplier` (see `hybrid.around.ResidualOptions`; Granite,
+            Falcon-H1, MiniMax-01): `{"default": {"output_multiplier": 0.22}}`.
+        embedding_multiplier: of the embeddings of ids (Granite, Falcon-H1); `sqrt_hidden_size`:
+            sqrt(D), rounded to the precision of the weights (Gemma, arXiv 2403.08295). Embeddings
+            that are given as such are taken as they are.
+        logits_multiplier: of the logits (Falcon-H1's `lm_head_multiplier`, Granite's 1 /
+            `logits_scaling`).
         init: `fixed`: std `initializer_range` everywhere. `depth_scaled`: as GPT-2, projections into
             the residual stream divided by sqrt(number of residual branches). `xavier`:
-            Xavier-normal matrices (arXiv: Glorot and Bengio 2010), embeddings with the std.
+            Xavier-normal matrices (Glorot and Bengio 2010), embeddings with the std. `deepnorm`
+            (arXiv 2203.00555): likewise, and with M residual branches, values, outputs and
+            feed-forwards times (4 M)^(-1/4), and M^(1/4) the skip multiplier where `residuals` names
+            none; with norm_position `post` or `normed`.
         initializer_range: the std.
-        parallel_combine: how mixers side by side in one layer are combined, `mean` or `sum`.
+        parallel_combine: how mixers side by side in one layer are combined: `mean`, `sum`, `concat`,
+            `learned` or `learned_scalar`; see `hybrid.layer.ParallelMixers`.
+        canon: positions of canon layers, short causal convolutions with a residual, as `ACD` or a
+            list, or by symbol (see `hybrid.canon`); null for none. `B` makes the convolution of
+            the mixers of that symbol one.
+        canon_width: width of canon layers.
+        shared: symbol -> how its layers share their weights: `blocks`, `lora_rank`, ... (see
+            `hybrid.around.SharedOptions`; Zamba2).
+        z_loss: lambda of lambda log^2 Z, added to the loss in training, Z the sum of a token's
+            exponentiated logits (PaLM, arXiv 2204.02311: 0.0001; OLMo 2: 0.00001).
+        logit_softcap: c of logits c tanh(logits / c), null for none (Gemma 2, arXiv 2408.00118: 30).
+        loss_backend: how the loss is taken from hidden states: `chunked`, `liger` or `full`; see
+            `hybrid.losses`.
+        num_mtp_layers: multi-token prediction modules (arXiv 2412.19437, section 2.2); see
+            `hybrid.mtp`.
+        mtp_layout: the layers of each, a layout; null: of the kind of the last layer.
+        mtp_loss_weight: of the mean of their losses (0.3, then 0.1, in DeepSeek-V3).
+        mup_base_width: hidden_size that initialisation and learning rates were tuned at, from which
+            they are scaled (muP, arXiv 2203.03466; see `hybrid.mup`); null: as they are.
         max_position_embeddings: the longest sequence the model is meant for; null for no limit.
         tie_word_embeddings: share the embedding with the output head.
         use_cache: return a cache from forward.
@@ -84,15 +88,28 @@ class HybridConfig(PreTrainedConfig):
     hidden_size: int = 512
     layout: str = "LLLS"
     num_hidden_layers: int | None = None
-    ffn: str | None = "-"
+    ffn: str | dict[str, str] | None = "-"
     mixers: dict[str, dict] | None = None
     feed_forwards: dict[str, dict] | None = None
     norm: NormName = "rmsnorm"
     norm_eps: float = 1e-6
-    norm_position: Literal["pre", "post", "sandwich", "reordered"] = "pre"
-    init: Literal["fixed", "depth_scaled", "xavier"] = "depth_scaled"
+    norm_position: NormPosition | dict[str, NormPosition] = "pre"
+    residuals: dict[str, dict] | None = None
+    embedding_multiplier: float | Literal["sqrt_hidden_size"] = 1.0
+    logits_multiplier: float = 1.0
+    init: Literal["fixed", "depth_scaled", "xavier", "deepnorm"] = "depth_scaled"
     initializer_range: float = 0.02
-    parallel_combine: Literal["mean", "sum"] = "mean"
+    parallel_combine: Literal["mean", "sum", "concat", "learned", "learned_scalar"] = "mean"
+    canon: str | list[str] | dict[str, str] | None = None
+    canon_width: int = 4
+    shared: dict[str, dict] | None = None
+    z_loss: float = 0.0
+    logit_softcap: float | None = None
+    loss_backend: LossBackend = "chunked"
+    num_mtp_layers: int = 0
+    mtp_layout: str | None = None
+    mtp_loss_weight: float = 0.3
+    mup_base_width: int | None = None
     max_position_embeddings: int | None = None
     tie_word_embeddings: bool = True
     use_cache: bool = True
@@ -101,13 +118,7 @@ class HybridConfig(PreTrainedConfig):
     eos_token_id: int | list[int] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
-        mistakes = self._unknown_keys(kwargs)
-        kwargs = {key: value for key, value in kwargs.items() if key in _standard_keys()}
-        mistakes += self._wrong_types()
-        mistakes += self._wrong_sizes()
-        mistakes += self._wrong_bindings("mixers", mixers)
-        mistakes += self._wrong_bindings("feed_forwards", feed_forwards)
-        mistakes += self._wrong_layout()
+        mistakes = find_mistakes(self, inspect.get_annotations(HybridConfig), kwargs)
         if mistakes:
             raise ConfigError(mistakes, "the model config")
         self.num_hidden_layers = len(self.layers)
@@ -119,7 +130,7 @@ class HybridConfig(PreTrainedConfig):
 
     def to_dict(self) -> dict[str, Any]:
         """As transformers', less the attributes that others attached: only keys that load again."""
-        known = self._field_names() | _standard_keys()
+        known = {f.name for f in dataclasses.fields(self)} | standard_keys()
         return {key: value for key, value in super().to_dict().items() if key in known}
 
     # What the rest of the package asks.
@@ -127,7 +138,7 @@ class HybridConfig(PreTrainedConfig):
     @property
     def layers(self) -> tuple[Layer, ...]:
         """The stack, layer by layer."""
-        return _resolved(self.layout, self.ffn or "", self.num_hidden_layers)
+        return resolved(self.layout, self.ffn, self.num_hidden_layers)
 
     @property
     def layer_types(self) -> list[str]:
@@ -159,13 +170,85 @@ class HybridConfig(PreTrainedConfig):
 
     @property
     def number_of_conv_states(self) -> int:
-        """States that a layer of transformers' cache must hold: mixers with one, side by side."""
-        return max(1, *(sum(map(self.uses_state, layer.mixers)) for layer in set(self.layers)))
+        """States that a layer of transformers' cache must hold, of mixers and of canon layers."""
+        return max(1, *map(self.states_of, set(self.layers)))
 
     @property
     def num_residual_branches(self) -> int:
         """Sublayers that add to the residual stream."""
         return sum(bool(layer.mixers) + bool(layer.ffn) for layer in self.layers)
+
+    @property
+    def deepnorm_alpha(self) -> float:
+        """The skip multiplier of DeepNorm for a decoder: (2 N)^(1/4), N layers of two branches."""
+        return self.num_residual_branches**0.25
+
+    @property
+    def deepnorm_beta(self) -> float:
+        """The gain of its initialisation: (8 N)^(-1/4)."""
+        return (4 * self.num_residual_branches) ** -0.25
+
+    def norm_position_at(self, *symbols: str) -> str:
+        """Where the norms of a residual branch are, for the first of its symbols that is named."""
+        return pick(self.norm_position, symbols, "pre")
+
+    def residual_at(self, *symbols: str) -> ResidualOptions:
+        """The multipliers of a residual branch, likewise."""
+        options = ResidualOptions(**pick(self.residuals, symbols, {}))
+        if options.skip_multiplier is not None:
+            return options
+        skip = self.deepnorm_alpha if self.init == "deepnorm" else 1.0
+        return dataclasses.replace(options, skip_multiplier=skip)
+
+    @property
+    def ends_normed(self) -> bool:
+        """Whether the last branch leaves the stream normalised, so that the head needs no norm."""
+        last = self.layers[-1]
+        symbols = (last.ffn, *last.mixers) if last.ffn else last.mixers
+        return self.norm_position_at(*symbols) == "post"
+
+    def canon_at(self, *symbols: str) -> str:
+        """The positions of canon layers, for the first of the symbols that is named."""
+        return "".join(sorted(pick(self.canon, symbols, "")))
+
+    def canon_of(self, layer: Layer) -> str:
+        """The positions at which a layer has a convolution of its own: A, C, D."""
+        before = self.canon_at(*layer.mixers) if layer.mixers else ""
+        around = self.canon_at(layer.ffn, *layer.mixers) if layer.ffn else ""
+        return "".join(at for at in "ACD" if at in (before if at == "A" else around))
+
+    def canon_problem(self, symbol: str) -> str | None:
+        """Why the mixer of a symbol cannot have a canon layer on q, k, v; None where it can."""
+        cls, options = self._binding("mixers", mixers, symbol, self.input_size(symbol))
+        if not hasattr(options, "conv_size"):
+            return (
+                f"{cls.name} of {symbol!r} has no convolution that B could be; take another mixer"
+            )
+        if options.conv_size is None:
+            return None
+        return (
+            f"{cls.name} of {symbol!r} has a convolution of its own that B would be; set"
+            f" mixers.{symbol}.conv_size to null"
+        )
+
+    def shared_at(self, *symbols: str) -> SharedOptions | None:
+        """How the layers of a symbol share weights; None where each has its own."""
+        values = pick(self.shared, symbols, None)
+        return None if values is None else SharedOptions(**values)
+
+    def shared_source(self, layer_idx: int) -> int:
+        """The layer whose weights a layer has: itself, or the first of its block."""
+        layer = self.layers[layer_idx]
+        shared = self.shared_at(*layer.mixers)
+        if shared is None:
+            return layer_idx
+        places = [i for i, other in enumerate(self.layers) if other.mixers == layer.mixers]
+        return places[places.index(layer_idx) % shared.blocks]
+
+    def input_size(self, *symbols: str) -> int:
+        """Channels that a mixer reads: D, or 2 D with the embeddings beside."""
+        shared = self.shared_at(*symbols)
+        return self.hidden_size * (2 if shared is not None and shared.concat_embeddings else 1)
 
     def uses_state(self, symbol: str) -> bool:
         """Whether the mixer of a symbol keeps a recurrent or a convolution state."""
@@ -174,11 +257,14 @@ class HybridConfig(PreTrainedConfig):
 
     def mixer(self, symbol: str) -> tuple[type, Any]:
         """The mixer class of a symbol, and its completed options."""
-        return self._binding("mixers", mixers, symbol)
+        cls, options = self._binding("mixers", mixers, symbol, self.input_size(symbol))
+        if "B" in self.canon_at(symbol):
+            options = dataclasses.replace(options, conv_size=self.canon_width)
+        return cls, attention_scale(self, symbol, options)
 
     def feed_forward(self, symbol: str) -> tuple[type, Any]:
         """The feed-forward class of a symbol, and its completed options."""
-        return self._binding("feed_forwards", feed_forwards, symbol)
+        return self._binding("feed_forwards", feed_forwards, symbol, self.hidden_size)
 
     # Names that tools around transformers expect, answered by the first mixer that has them.
 
@@ -207,225 +293,21 @@ class HybridConfig(PreTrainedConfig):
                     return getattr(options, name)
         raise AttributeError(f"no mixer of layout {self.layout!r} has the option {names[0]!r}")
 
+    def states_of(self, layer: Layer) -> int:
+        """States that a layer keeps, each with a slot of its own in the cache."""
+        return sum(map(self.uses_state, layer.mixers)) + len(self.canon_of(layer))
+
     def _layer_type(self, layer: Layer) -> str:
-        if not layer.mixers:
-            return "moe"  # transformers' name for a layer without a mixer: nothing is cached
         kinds = [self.mixer(symbol)[0].layer_type for symbol in layer.mixers]
         softmax = [kind for kind in kinds if kind != "linear_attention"]
-        if not softmax:
-            return "linear_attention"
-        return "hybrid" if any(map(self.uses_state, layer.mixers)) else softmax[0]
+        if self.states_of(layer):
+            return "hybrid" if softmax else "linear_attention"
+        # "moe" is transformers' name for a layer without a mixer: nothing is cached
+        return softmax[0] if softmax else "moe"
 
-    def _class(self, field: str, registry: Registry, symbol: str) -> type:
-        name = self._bound(field).get(symbol, {}).get("type")
-        return registry.get(name or registry.symbols()[symbol])
-
-    def _binding(self, field: str, registry: Registry, symbol: str) -> tuple[type, Any]:
-        values = dict(self._bound(field).get(symbol, {}))
+    def _binding(self, field: str, registry: Registry, symbol: str, width: int) -> tuple[type, Any]:
+        values = dict(bound(self, field).get(symbol, {}))
         values.pop("type", None)
-        cls = self._class(field, registry, symbol)
+        cls = bound_class(self, field, registry, symbol)
         options = build(cls.Options, values, f"{field}.{symbol}", [])
-        return cls, options.complete(self.hidden_size)
-
-    # Validation: every mistake is a line, none hides another.
-
-    def _field_names(self) -> set[str]:
-        return {f.name for f in dataclasses.fields(self)}
-
-    def _unknown_keys(self, kwargs: dict[str, Any]) -> list[str]:
-        lines = []
-        model_type = kwargs.get("model_type", self.model_type)
-        if model_type != self.model_type:
-            lines.append(f"model_type: this is {self.model_type!r}, found {model_type!r}")
-        unknown = [key for key in kwargs if key not in _standard_keys()]
-        return lines + [f"{key}: unknown key, {self._hint(key)}" for key in unknown]
-
-    def _hint(self, key: str) -> str:
-        """Where a key that is not the model's belongs: to a mixer or a feed-forward, by its options."""
-        key = OTHER_NAMES.get(key, key)
-        nested = {f"mixers: {{{s}: {{{o}: ...}}}}": o for s, o in self._options("mixers", mixers)}
-        nested |= {
-            f"feed_forwards: {{{s}: {{{o}: ...}}}}": o
-            for s, o in self._options("feed_forwards", feed_forwards)
-        }
-        names = list(inspect.get_annotations(HybridConfig))
-        near = difflib.get_close_matches(key, [*nested.values(), *names], n=1, cutoff=0.6)
-        if near and near[0] not in names:
-            return f"did you mean {next(path for path, o in nested.items() if o == near[0])}?"
-        return did_you_mean(key, names)
-
-    def _options(self, field: str, registry: Registry) -> Iterator[tuple[str, str]]:
-        """Symbol and option, for every symbol that the layout seems to use; softmax's first."""
-        text = f"{self.layout}{self.ffn}" if isinstance(self.layout, str) else ""
-        names = registry.symbols() | {s: v.get("type") for s, v in self._bound(field).items()}
-        known = {s: registry.get(n) for s, n in names.items() if n in registry.names()}
-        used = sorted(set(known) & set(text), key=text.index)
-        used.sort(key=lambda s: getattr(known[s], "layer_type", FULL) != FULL)
-        for symbol in used:
-            for f in dataclasses.fields(known[symbol].Options):
-                yield symbol, f.name
-
-    def _bound(self, field: str) -> dict[str, dict]:
-        """What the config binds, as far as it is well-formed."""
-        bindings = getattr(self, field)
-        bindings = bindings if isinstance(bindings, dict) else {}
-        return {s: v for s, v in bindings.items() if isinstance(s, str) and isinstance(v, dict)}
-
-    def _wrong_types(self) -> list[str]:
-        lines = []
-        for name, hint in inspect.get_annotations(HybridConfig).items():
-            if problem := type_problem(getattr(self, name), hint):
-                lines.append(f"{name}: {problem}")
-        if isinstance(self.dtype, str) and not _is_dtype(self.dtype):
-            known = [name for name in vars(torch) if _is_dtype(name)]
-            lines.append(f"dtype: unknown {self.dtype!r}, {did_you_mean(self.dtype, known)}")
-        return lines
-
-    def _wrong_sizes(self) -> list[str]:
-        lines = []
-        for name in ("vocab_size", "hidden_size", "num_hidden_layers", "max_position_embeddings"):
-            value = getattr(self, name)
-            if _is_number(value) and value < 1:
-                lines.append(f"{name}: must be at least 1, found {value}")
-        for name in ("norm_eps", "initializer_range"):
-            value = getattr(self, name)
-            if _is_number(value) and not 0 < value < float("inf"):
-                lines.append(f"{name}: must be greater than 0 and finite, found {value}")
-        size = self.vocab_size if _is_number(self.vocab_size) else 0
-        for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
-            ids = getattr(self, name)
-            for token in ids if isinstance(ids, list) else [ids]:
-                if _is_number(token) and size > 0 and not 0 <= token < size:
-                    lines.append(f"{name}: {token} is outside the vocabulary of {size}")
-        return lines
-
-    def _wrong_bindings(self, field: str, registry: Registry) -> list[str]:
-        lines: list[str] = []
-        bindings = getattr(self, field)
-        for symbol, values in (bindings if isinstance(bindings, dict) else {}).items():
-            path = f"{field}.{symbol}"
-            if not isinstance(values, dict):
-                lines.append(f"{path}: expected a mapping of options, found {values!r}")
-                continue
-            try:
-                self._check_symbol(symbol, registry)
-                name = values.get("type") or registry.symbols().get(symbol)
-                if not isinstance(name, str | None):
-                    lines.append(f"{path}.type: expected str, found {type(name).__name__} {name!r}")
-                    continue
-                if name is None:
-                    known = ", ".join(registry.names())
-                    lines.append(f"{path}.type: required, for {symbol!r} has none; known: {known}")
-                    continue
-                cls = registry.get(name)
-            except ValueError as error:
-                lines.append(f"{path}: {error}")
-                continue
-            options = {key: value for key, value in values.items() if key != "type"}
-            lines += self._wrong_options(cls, options, path)
-        return lines
-
-    def _wrong_options(self, cls: type, options: dict[str, Any], path: str) -> list[str]:
-        """Mistakes in each option, and in how those that are right in themselves fit together."""
-        lines: list[str] = []
-        built = build(cls.Options, options, path, lines)
-        if built is None:
-            wrong = {line.removeprefix(f"{path}.").split(":")[0] for line in lines}
-            right = {key: value for key, value in options.items() if key not in wrong}
-            built = build(cls.Options, right, path, [])
-        if built is None:
-            return lines
-        return lines + [f"{path}.{problem}" for problem in built.problems(self._sized())]
-
-    def _sized(self) -> "HybridConfig":
-        """This config, with a stand-in where hidden_size is a mistake."""
-        if type(self.hidden_size) is int and self.hidden_size > 0:
-            return self
-        sized = copy.copy(self)
-        sized.hidden_size = ANY_SIZE
-        return sized
-
-    def _wrong_layout(self) -> list[str]:
-        if not isinstance(self.layout, str):
-            return []
-        depth = self.num_hidden_layers if _is_number(self.num_hidden_layers) else None
-        ffn = self.ffn if isinstance(self.ffn, str) else ""
-        lines: list[str] = []
-        layers: tuple[Layer, ...] = ()
-        try:
-            check_bound(parse(self.layout), {*mixers.symbols(), *self._bound("mixers")} - set(FFN))
-        except LayoutError as error:
-            lines.append(str(error))
-        try:
-            layers = _resolved(self.layout, ffn, depth if depth and depth > 0 else None)
-        except LayoutError as error:
-            lines.append(str(error))
-        try:
-            parse_ffn(ffn)
-        except LayoutError as error:
-            lines.append(str(error))
-        lines = list(dict.fromkeys(lines))  # what is wrong with one string may stop more than one
-        if layers and not any(layer.mixers for layer in layers):
-            lines.append(f"layout: {self.layout!r} has no mixer, so tokens would never meet")
-        lines += self._unbound_feed_forwards(layers)
-        return lines or self._defaults_that_do_not_fit(layers) + self._crowded(layers)
-
-    def _unbound_feed_forwards(self, layers: Iterable[Layer]) -> list[str]:
-        bound = set(feed_forwards.symbols()) | set(self._bound("feed_forwards"))
-        return [
-            f"ffn: {symbol!r} ({FFN[symbol]}) stands for no feed-forward yet; bound:"
-            f" {', '.join(sorted(bound))}. Bind it in feed_forwards: {{{symbol}: ...}}"
-            for symbol in dict.fromkeys(layer.ffn for layer in layers if layer.ffn)
-            if symbol not in bound
-        ]
-
-    @staticmethod
-    def _check_symbol(symbol: str, registry: Registry) -> None:
-        if registry is mixers:
-            check_symbol(symbol)
-        elif symbol not in FFN:
-            raise ValueError(f"{symbol!r} is no feed-forward symbol; they are {', '.join(FFN)}")
-
-    def _defaults_that_do_not_fit(self, layers: Iterable[Layer]) -> list[str]:
-        """Symbols used by the layout but not bound by the config, whose defaults clash with D."""
-        if not isinstance(self.hidden_size, int) or self.hidden_size < 1:
-            return []
-        lines = []
-        for symbol in dict.fromkeys(s for layer in layers for s in layer.mixers):
-            if symbol not in self._bound("mixers"):
-                options = mixers.get(mixers.symbols()[symbol]).Options()
-                lines += [f"mixers.{symbol}.{problem}" for problem in options.problems(self)]
-        return lines
-
-    def _crowded(self, layers: Iterable[Layer]) -> list[str]:
-        lines = []
-        for layer in dict.fromkeys(layers):
-            try:
-                kinds = [self._class("mixers", mixers, s).layer_type for s in layer.mixers]
-            except (ValueError, TypeError):
-                continue  # a binding with a mistake of its own, reported already
-            if len(kinds) - kinds.count("linear_attention") > 1:
-                lines.append(
-                    f"layout: [{''.join(layer.mixers)}] has two softmax mixers side by side, and a"
-                    " layer's cache holds the keys and values of one; put them in two layers"
-                )
-        return lines
-
-
-@lru_cache(maxsize=256)
-def _resolved(layout: str, ffn: str, depth: int | None) -> tuple[Layer, ...]:
-    return resolve(layout, ffn=ffn, num_hidden_layers=depth)
-
-
-@lru_cache(maxsize=1)
-def _standard_keys() -> frozenset[str]:
-    generation = GenerationConfig._get_default_generation_params()
-    return frozenset(STANDARD_KEYS | set(PreTrainedConfig().__dict__) | set(generation))
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _is_dtype(name: str) -> bool:
-    return isinstance(getattr(torch, name.removeprefix("torch."), None), torch.dtype)
+        return cls, options.complete(width)

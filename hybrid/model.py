@@ -5,259 +5,57 @@ Shapes: B batch, T time, D model dim, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import GenerationMixin, PreTrainedModel
-from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation.candidate_generator import CandidateGenerator
 from transformers.masking_utils import (
     create_causal_mask,
     create_masks_for_generate,
     create_recurrent_attention_mask,
 )
-from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import (
-    BaseModelOutputWithPast,
-    CausalLMOutputWithPast,
-    MoeCausalLMOutputWithPast,
-)
+from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
-from transformers.utils.output_capturing import (
-    OutputRecorder,
-    capture_outputs,
-    maybe_install_capturing_hooks,
-)
+from transformers.utils.output_capturing import capture_outputs
 
-from hybrid import hub
-from hybrid.cache import LayerCache, count_tokens, fill_unused, is_empty, past_length
+from hybrid.cache import count_tokens, fill_unused, is_empty, past_length
 from hybrid.config import HybridConfig
-from hybrid.ffn import FeedForward, balance
-from hybrid.ffn.moe import Experts, MixtureOfExperts
-from hybrid.ffn.router import BiasedRouter, Router
-from hybrid.layout import Layer
-from hybrid.mixers import Mixer, ShortConvolution
-from hybrid.mixers.softmax_attention import SoftmaxAttention
+from hybrid.context_parallel import ContextGroup, Neighbours
+from hybrid.drafts import MTPDrafts
+from hybrid.embeddings import build_embedding, build_head
+from hybrid.layer import HybridLayer, Masks
+from hybrid.mtp import MultiTokenPrediction
 from hybrid.norms import build_norm
+from hybrid.objective import Objective
+from hybrid.outputs import HybridOutput
+from hybrid.pretrained import HybridPreTrainedModel
 from hybrid.segments import WHOLE_ROWS, Segments, from_padding, from_positions
-
-Masks = dict[str, torch.Tensor | None]
-
-
-class ParallelMixers(nn.Module):
-    """Mixers side by side on one input, outputs combined (Falcon-H1 2507.22448, Hymba 2411.13676)."""
-
-    def __init__(self, mixers: list[Mixer], combine: str) -> None:
-        super().__init__()
-        self.branches = nn.ModuleList(mixers)
-        self.combine = combine
-
-    def forward(self, x: torch.Tensor, branch_kwargs: list[dict[str, Any]]) -> torch.Tensor:
-        """(B, T, D) -> (B, T, D): the sum or the mean of the branches."""
-        outputs = [
-            branch(x, **kwargs)[0]
-            for branch, kwargs in zip(self.branches, branch_kwargs, strict=True)
-        ]
-        total = torch.stack(outputs).sum(dim=0)
-        return total / len(outputs) if self.combine == "mean" else total
-
-
-class Residual(nn.Module):
-    """Where the norms of one residual branch sit: x, f -> x + f(x) and its relatives.
-
-    pre x + f(n(x)); post n(x + f(x)); reordered x + n(f(x)); sandwich x + m(f(n(x))).
-    """
-
-    def __init__(self, config: HybridConfig) -> None:
-        super().__init__()
-        self.position = config.norm_position
-
-        def norm() -> nn.Module:
-            return build_norm(config.norm, config.hidden_size, config.norm_eps)
-
-        self.norm_in = norm() if self.position in ("pre", "sandwich") else None
-        self.norm_out = norm() if self.position != "pre" else None
-
-    def enter(self, x: torch.Tensor) -> torch.Tensor:
-        """The input of the branch."""
-        return x if self.norm_in is None else self.norm_in(x)
-
-    def leave(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        """The residual stream after the branch gave y."""
-        if self.norm_out is None:
-            return x + y
-        return self.norm_out(x + y) if self.position == "post" else x + self.norm_out(y)
-
-
-class HybridLayer(GradientCheckpointingLayer):
-    """One layer of the layout: mixer(s), a feed-forward, or both, each with its own residual."""
-
-    def __init__(self, config: HybridConfig, layer: Layer, layer_idx: int) -> None:
-        super().__init__()
-        self.layer_idx = layer_idx
-        self.symbols = layer.mixers
-        self.has_state = [config.uses_state(symbol) for symbol in layer.mixers]
-        self.mixer = self._build_mixer(config)
-        self.mixer_residual = Residual(config) if self.mixer is not None else None
-        self.ffn: FeedForward | None = None
-        if layer.ffn:
-            cls, options = config.feed_forward(layer.ffn)
-            self.ffn = cls(options, config, layer_idx)
-        self.ffn_residual = Residual(config) if self.ffn is not None else None
-
-    def _build_mixer(self, config: HybridConfig) -> Mixer | ParallelMixers | None:
-        built = []
-        for symbol in self.symbols:
-            cls, options = config.mixer(symbol)
-            built.append(cls(options, config, self.layer_idx))
-        if len(built) > 1:
-            return ParallelMixers(built, config.parallel_combine)
-        return built[0] if built else None
-
-    def forward(
-        self,
-        x: torch.Tensor,
-        *,
-        attention_mask: Masks,
-        position_embeddings: dict[str, tuple[torch.Tensor, torch.Tensor]],
-        segments: Segments = WHOLE_ROWS,
-        past_key_values: Cache | None = None,
-        **kwargs: Any,
-    ) -> torch.Tensor:
-        """(B, T, D) -> (B, T, D)."""
-        if self.mixer is not None:
-            branches = self.mixer.branches if len(self.symbols) > 1 else [self.mixer]
-            calls = self._calls(
-                branches, attention_mask, position_embeddings, segments, past_key_values, kwargs
-            )
-            h = self.mixer_residual.enter(x)
-            y = self.mixer(h, calls) if len(calls) > 1 else self.mixer(h, **calls[0])[0]
-            x = self.mixer_residual.leave(x, y)
-        if self.ffn is not None:
-            x = self.ffn_residual.leave(x, self.ffn(self.ffn_residual.enter(x)))
-        return x
-
-    def _calls(
-        self,
-        branches: Any,
-        masks: Masks,
-        position_embeddings: dict[str, tuple[torch.Tensor, torch.Tensor]],
-        segments: Segments,
-        cache: Cache | None,
-        kwargs: dict[str, Any],
-    ) -> list[dict[str, Any]]:
-        """The keyword arguments of each mixer; those with a state count from 0."""
-        calls, state_idx = [], 0
-        for symbol, mixer, has_state in zip(self.symbols, branches, self.has_state, strict=True):
-            slot = None if cache is None else LayerCache(cache, self.layer_idx, state_idx)
-            calls.append(
-                {
-                    **kwargs,
-                    "attention_mask": masks.get(mixer.layer_type),
-                    "position_embeddings": position_embeddings.get(symbol),
-                    "segments": segments,
-                    "cache": slot,
-                }
-            )
-            state_idx += has_state
-        return calls
-
-
-class _HasExperts:
-    """`model._can_set_experts_implementation()`: whether its layout has experts; False of the class.
-
-    transformers looks for its decorator in this file otherwise, and it is in `hybrid.ffn.moe`.
-    """
-
-    def __get__(self, model: HybridPreTrainedModel | None, cls: type) -> Callable[[], bool]:
-        if model is None:
-            return lambda: False
-        symbols = {layer.ffn for layer in model.config.layers if layer.ffn}
-        kinds = [model.config.feed_forward(symbol)[0] for symbol in symbols]
-        return lambda: any(issubclass(kind, MixtureOfExperts) for kind in kinds)
-
-
-class HybridPreTrainedModel(PreTrainedModel):
-    """What every hybrid model shares: initialisation, saving, and what transformers may do with it."""
-
-    config: HybridConfig
-    config_class = HybridConfig
-    base_model_prefix = "model"
-    supports_gradient_checkpointing = True
-    _no_split_modules = ["HybridLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
-    _supports_flash_attn = True
-    _supports_sdpa = True
-    _supports_flex_attn = True
-    _supports_attention_backend = True
-    _can_record_outputs = {
-        "hidden_states": HybridLayer,
-        "attentions": OutputRecorder(SoftmaxAttention, index=1),
-        "router_logits": OutputRecorder(Router, index=0),
-        "router_indices": OutputRecorder(Router, index=2),
-    }
-    _can_set_experts_implementation = _HasExperts()  # type: ignore[assignment]
-
-    def post_init(self) -> None:
-        """As transformers', which is told of the one buffer that only some layouts have."""
-        if any(isinstance(module, BiasedRouter) for module in self.modules()):
-            self._keep_in_fp32_modules_strict = ["score_correction_bias"]
-        super().post_init()
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        """Initialise one module; transformers calls this for every one that no checkpoint filled."""
-        super()._init_weights(module)  # zeros and ones for biases and norms, std for the rest
-        std = self.config.initializer_range
-        if isinstance(module, nn.Linear):
-            if self.config.init == "xavier" and module is not self.get_output_embeddings():
-                init.xavier_normal_(module.weight)
-            if self.config.init == "depth_scaled" and hasattr(module, "is_residual_projection"):
-                scaled = std / max(1, self.config.num_residual_branches) ** 0.5
-                init.normal_(module.weight, mean=0.0, std=scaled)
-        elif isinstance(module, ShortConvolution):
-            module.init_parameters()
-        elif isinstance(module, (Mixer, FeedForward, Router, Experts)):
-            module.init_parameters(std)
-
-    def save_pretrained(
-        self, save_directory: Any, is_main_process: bool = True, *args: Any, **kwargs: Any
-    ) -> None:
-        """As transformers', and two small files by which `trust_remote_code=True` finds this package."""
-        push = kwargs.pop("push_to_hub", False)
-        hub_options = {k: kwargs.pop(k) for k in hub.PUSH_OPTIONS if push and k in kwargs}
-        super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
-        if is_main_process:
-            hub.add_loading_files(save_directory)
-        if push and is_main_process:  # it saves anew, with the two files this time, and uploads
-            self.push_to_hub(**{"repo_id": Path(save_directory).name, **hub_options})
-
-    @classmethod
-    def register_for_auto_class(cls, auto_class: str = "AutoModel") -> None:
-        """Do nothing: a checkpoint names this package, and carries no copy of its code."""
+from hybrid.shared import tied_weights
 
 
 class HybridModel(HybridPreTrainedModel):
     """The stack without a head: ids (B, T) -> hidden states (B, T, D)."""
 
-    def __init__(self, config: HybridConfig) -> None:
+    def __init__(self, config: HybridConfig, embed: bool = True) -> None:
         super().__init__(config)
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.embed_tokens: Any = build_embedding(config) if embed else None
         self.layers = nn.ModuleList(
             [HybridLayer(config, layer, i) for i, layer in enumerate(config.layers)]
         )
         self.rotary = self._build_rotary(config)
         self.counting_layer = config.counting_layer
         self.has_keys = self.counting_layer is None
-        symbols = {symbol for layer in config.layers for symbol in layer.mixers}
-        self.has_state = any(map(config.uses_state, symbols))
+        self.has_state = any(map(config.states_of, set(config.layers)))
         self.norm = nn.Identity()
-        if config.norm_position != "post":
+        if not config.ends_normed:
             self.norm = build_norm(config.norm, config.hidden_size, config.norm_eps)
+        self._tied_weights_keys = tied_weights(config, self.layers)
         self.gradient_checkpointing = False
+        self.context_group: ContextGroup | None = None
         self.post_init()
 
     @staticmethod
@@ -305,28 +103,41 @@ class HybridModel(HybridPreTrainedModel):
         given_cache = past_key_values
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
-        segments = self._packed(attention_mask, position_ids, given_cache, batch)
-        if segments is not WHOLE_ROWS:
-            # a document boundary inside the cache has no meaning for the tokens that come next
-            past_key_values, attention_mask = None, None
-        if position_ids is None:
-            start = past_length(past_key_values)
-            position_ids = torch.arange(time, device=x.device).unsqueeze(0) + start
-        masks = self._masks(x, attention_mask, past_key_values, position_ids)
-        if segments is WHOLE_ROWS and self.has_state:
-            segments = from_padding(masks.get("linear_attention"), time)
+        neighbours = None
+        if self.context_group is not None:
+            if attention_mask is not None or past_key_values is not None:
+                raise ValueError(
+                    "slices of rows (context parallelism) take neither an attention_mask nor a cache"
+                )
+            neighbours = Neighbours(self.context_group, position_ids, x)
+            segments, position_ids = neighbours.segments, neighbours.position_ids
+            masks: Masks = {"full_attention": neighbours.mask(self.config, x)}
+        else:
+            segments = self._segments(attention_mask, position_ids, given_cache, batch, time)
+            if segments.packed:
+                # a document boundary inside the cache has no meaning for the tokens that come next
+                past_key_values, attention_mask = None, None
+            if position_ids is None:
+                start = past_length(past_key_values)
+                position_ids = torch.arange(time, device=x.device).unsqueeze(0) + start
+            masks = self._masks(x, attention_mask, past_key_values, position_ids)
         positions = {s: rotary(x, position_ids) for s, rotary in self.rotary.items()}
 
+        embeddings, beside = x, None
         for layer in self.layers:
-            x = layer(
+            y = layer(
                 x,
                 attention_mask=masks,
                 position_embeddings=positions,
                 segments=segments,
                 past_key_values=past_key_values,
+                beside=beside,
+                embeddings=embeddings if layer.reads_embeddings else None,
+                neighbours=neighbours,
                 position_ids=position_ids,
                 **kwargs,
             )
+            x, beside = (x, y) if layer.feeds_next else (y, None)
         if past_key_values is not None:
             fill_unused(past_key_values)
             if self.counting_layer is not None:
@@ -335,23 +146,32 @@ class HybridModel(HybridPreTrainedModel):
             last_hidden_state=self.norm(x), past_key_values=past_key_values
         )
 
-    def _packed(
+    def _segments(
         self,
-        attention_mask: torch.Tensor | dict | None,
+        attention_mask: torch.Tensor | Masks | None,
         position_ids: torch.Tensor | None,
         cache: Cache | None,
         batch: int,
+        time: int,
     ) -> Segments:
-        """Documents packed into rows, by position ids that restart; WHOLE_ROWS where there are none."""
-        if position_ids is None or not is_empty(cache):
+        """Padding, or documents packed into rows by position ids that restart; WHOLE_ROWS for neither.
+
+        The mask is reduced once, for that waits for the device, and not at all in a decode step of a
+        stack without states.
+        """
+        made = isinstance(attention_mask, dict)  # by `generate`, ahead of a compiled forward
+        mask = attention_mask.get("linear_attention") if made else attention_mask
+        custom = mask is not None and mask.ndim != 2
+        may_pack = not made and position_ids is not None and is_empty(cache)
+        if custom or not (may_pack or self.has_state):
             return WHOLE_ROWS
-        # last, for it waits for the device: a decode step has returned by now
-        if attention_mask is not None and (
-            isinstance(attention_mask, dict) or attention_mask.ndim != 2 or not attention_mask.all()
-        ):
+        padding = from_padding(mask, time)
+        if padding is not WHOLE_ROWS:
+            return padding
+        if position_ids is None or not may_pack:
             return WHOLE_ROWS
         segments = from_positions(position_ids, batch)
-        if segments is not WHOLE_ROWS and cache is not None:
+        if segments.packed and cache is not None:
             raise ValueError(
                 "packed documents (position_ids that restart) cannot fill a cache; run each document"
                 " as a row of its own, or leave past_key_values out"
@@ -386,7 +206,7 @@ class HybridModel(HybridPreTrainedModel):
         return masks
 
 
-class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):
+class HybridForCausalLM(Objective, HybridPreTrainedModel, GenerationMixin):
     """A hybrid language model: ids (B, T) -> logits (B, T, V)."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
@@ -395,10 +215,9 @@ class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.model = HybridModel(config)
         self.vocab_size = config.vocab_size
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.has_experts = bool(balance.routers(self.model))
-        if self.has_experts:  # training records routers; compiled, it could not install the hooks
-            maybe_install_capturing_hooks(self.model)
+        self.lm_head = build_head(config)
+        self.mtp = MultiTokenPrediction(config, HybridModel) if config.num_mtp_layers else None
+        self.install_recorders()
         self.post_init()
 
     def create_masks_for_generate(self, **kwargs: Any) -> Any:
@@ -410,11 +229,19 @@ class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):
         return {"linear_attention": mask}
 
     @classmethod
-    def from_published(cls, source: str | PreTrainedModel, **kwargs: Any) -> HybridForCausalLM:
+    def from_published(
+        cls, source: str | Path | PreTrainedModel, **kwargs: Any
+    ) -> HybridForCausalLM:
         """A published model's weights in the equal layout; see `hybrid.convert.from_published`."""
         from hybrid.convert import from_published
 
         return from_published(source, **kwargs)
+
+    def export_published(self, out: str | Path, family: str | None = None, **kwargs: Any) -> str:
+        """Write this model as a published architecture's checkpoint; see `hybrid.convert.export`."""
+        from hybrid.convert import export
+
+        return export(self, out, family, **kwargs)
 
     @can_return_tuple
     def forward(
@@ -427,22 +254,21 @@ class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):
         labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        skip_logits: bool | None = None,
+        output_last_hidden_state: bool = False,
         **kwargs: Any,
-    ) -> CausalLMOutputWithPast | MoeCausalLMOutputWithPast:
+    ) -> HybridOutput:
         """As `HybridModel.forward`, and the head.
-
-        A stack with a mixture of experts has two more outputs: `router_logits`, (B * T, E) of each
-        router, under `output_router_logits=True`; and in training `aux_loss`, what its balance
-        options add to the loss (see `hybrid.ffn.balance`).
 
         Args:
             labels: (B, T) int64, -100 where nothing is to be predicted; label t is compared with the
                 logits at t - 1.
             logits_to_keep: compute logits only for the last so many tokens (0: all), or for these
                 indices.
+            skip_logits: return none. Default: where there are labels in training, so that the loss
+                can do without those of the whole batch (see `hybrid.losses`).
+            output_last_hidden_state: return what the head reads.
         """
-        observed = self.has_experts and self.training and torch.is_grad_enabled()
-        record = {"output_router_logits": True, "output_router_indices": True} if observed else {}
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -450,40 +276,31 @@ class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
-            **{**kwargs, **record},
+            **{**kwargs, **self.record()},
         )
         hidden = outputs.last_hidden_state
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(hidden[:, keep])
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(
-                logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs
-            )
-        found = {
-            "logits": logits,
-            "past_key_values": outputs.past_key_values,
-            "hidden_states": outputs.hidden_states,
-            "attentions": outputs.attentions,
-        }
-        if not self.has_experts:
-            return CausalLMOutputWithPast(loss=loss, **found)
-        aux_loss = self._observe(outputs, hidden, attention_mask) if observed else None
-        if loss is not None and aux_loss is not None:
-            targets = kwargs.get("shift_labels")
-            targets = labels[:, 1:] if targets is None else targets
-            share = balance.share_of_batch(targets, kwargs.get("num_items_in_batch"))
-            loss = loss + share * aux_loss.to(loss.device)
-        router_logits = outputs.router_logits if kwargs.get("output_router_logits") else None
-        return MoeCausalLMOutputWithPast(
-            loss=loss, aux_loss=aux_loss, router_logits=router_logits, **found
+        if skip_logits is None:
+            skip_logits = self.training and labels is not None
+        skip_logits = skip_logits and not self.has_loss_of_its_own
+        found = HybridOutput(
+            logits=None if skip_logits else self.compute_logits(hidden[:, keep]),
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            router_logits=outputs.get("router_logits")
+            if kwargs.get("output_router_logits")
+            else None,
+            last_hidden_state=hidden if output_last_hidden_state else None,
         )
+        if self.mtp is not None and inputs_embeds is None and self.training:
+            inputs_embeds = self.model.embed_tokens(input_ids)
+        inputs = {"attention_mask": attention_mask, "position_ids": position_ids}
+        self.add_losses(found, outputs, labels, inputs_embeds, inputs, **kwargs)
+        return found
 
-    def _observe(
-        self, outputs: Any, hidden: torch.Tensor, attention_mask: torch.Tensor | Masks | None
-    ) -> torch.Tensor:
-        """Count the load of the experts, and return the balance losses of all layers."""
-        mask = hidden.new_ones(hidden.shape[:2])
-        if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2:
-            mask = attention_mask[:, -hidden.shape[1] :]
-        return balance.observe(self.model, outputs.router_logits, outputs.router_indices, mask)
+    def _get_candidate_generator(self, **kwargs: Any) -> CandidateGenerator:
+        """As transformers', which cannot know these modules; see `hybrid.drafts`."""
+        if kwargs["generation_config"].use_mtp:
+            return MTPDrafts(self, kwargs["generation_config"])
+        return super()._get_candidate_generator(**kwargs)

@@ -15,11 +15,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from hybrid.canon import Canon
 from hybrid.config import HybridConfig
 from hybrid.ffn import FeedForward
 from hybrid.ffn.moe import MoEOptions
 from hybrid.mixers import Mixer, ShortConvolution
-from hybrid.model import HybridForCausalLM
+from hybrid.model import HybridForCausalLM, HybridModel
 from hybrid.options import ConfigError, did_you_mean
 
 
@@ -51,10 +52,13 @@ class Plan:
 
     Attributes:
         parameters: all of them, tied ones once.
-        active_parameters: those that one token uses.
+        active_parameters: those that one token uses at inference.
+        mtp_parameters: of the multi-token prediction modules, which `parameters` includes.
         embedding_parameters: of the embedding and an untied head.
         context: N, in tokens.
-        flops_per_token: forward, mean over a sequence of N tokens, the head included.
+        flops_per_token: forward, mean over a sequence of N tokens, the head included; without
+            multi-token prediction.
+        mtp_flops_per_token: of its modules, the head for each included.
         kv_bytes_per_token: what the cache grows by per token and sequence.
         state_bytes: what the cache holds whatever the length, per sequence.
         experts: of each feed-forward symbol that stands for a mixture of experts.
@@ -62,9 +66,11 @@ class Plan:
 
     parameters: int
     active_parameters: int
+    mtp_parameters: int
     embedding_parameters: int
     context: int
     flops_per_token: float
+    mtp_flops_per_token: float
     kv_bytes_per_token: int
     state_bytes: int
     experts: dict[str, ExpertPlan]
@@ -76,8 +82,8 @@ class Plan:
 
     @property
     def training_flops_per_token(self) -> float:
-        """Forward and backward: three times the forward."""
-        return 3 * self.flops_per_token
+        """Forward and backward: three times the forward, with multi-token prediction."""
+        return 3 * (self.flops_per_token + self.mtp_flops_per_token)
 
 
 def plan(config: HybridConfig, context: int = 8192, dtype: torch.dtype = torch.bfloat16) -> Plan:
@@ -93,15 +99,23 @@ def plan(config: HybridConfig, context: int = 8192, dtype: torch.dtype = torch.b
     with torch.device("meta"):
         model = HybridForCausalLM(config)
     model.tie_weights()
-    mixers = [m for m in model.modules() if isinstance(m, Mixer)]
+    mixers = _mixers(model.model)
     size = dtype.itemsize
     states = [m.state_elements() for m in mixers]
+    states += [(0, m.state_elements()) for m in model.model.modules() if isinstance(m, Canon)]
+    ahead = 0 if model.mtp is None else count(model.mtp)
+    head_flops = 2.0 * model.lm_head.weight.numel()
     return Plan(
         parameters=count(model),
-        active_parameters=count(model) - _idle(model),
+        active_parameters=count(model) - ahead - _idle(model.model),
+        mtp_parameters=ahead,
         embedding_parameters=_embedding(model),
         context=context,
-        flops_per_token=_matmul_flops(model) + sum(m.mixing_flops(context) for m in mixers),
+        flops_per_token=_stack_flops(model.model, context) + head_flops,
+        mtp_flops_per_token=sum(
+            2.0 * depth.projection.weight.numel() + _stack_flops(depth.stack, context) + head_flops
+            for depth in (() if model.mtp is None else model.mtp.depths)
+        ),
         kv_bytes_per_token=size * sum(m.cache_elements_per_token() for m in mixers),
         state_bytes=sum(4 * recurrent + size * conv for recurrent, conv in states),
         experts=expert_plans(config),
@@ -132,10 +146,10 @@ def count(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
 
 
-def _idle(model: HybridForCausalLM) -> int:
-    """Parameters that one token does not use."""
-    parts = [m for m in model.modules() if isinstance(m, FeedForward)]
-    return round(sum(count(m) * (1 - m.active_share()) for m in parts))
+def _idle(stack: nn.Module) -> int:
+    """Parameters that one token does not use; layers that share weights are one."""
+    parts = {id(next(m.parameters())): m for m in stack.modules() if isinstance(m, FeedForward)}
+    return round(sum(count(m) * (1 - m.active_share()) for m in parts.values()))
 
 
 def _embedding(model: HybridForCausalLM) -> int:
@@ -143,17 +157,27 @@ def _embedding(model: HybridForCausalLM) -> int:
     return embedding if model.config.tie_word_embeddings else 2 * embedding
 
 
-def _matmul_flops(model: HybridForCausalLM) -> float:
-    """Two per weight and token in every projection, and in the short convolutions."""
+def _stack_flops(stack: HybridModel, context: int) -> float:
+    """Two per weight and token in every projection and short convolution, and what mixers declare.
+
+    Weights that layers share count at each depth.
+    """
     total = 0.0
-    for layer in model.model.layers:
-        for module in layer.mixer.modules() if layer.mixer is not None else ():
-            if isinstance(module, (nn.Linear, ShortConvolution)):
+    for layer in stack.layers:
+        within = set(layer.ffn.modules()) if layer.ffn is not None else set()
+        for module in layer.modules():
+            if module not in within and isinstance(module, (nn.Linear, ShortConvolution)):
                 total += 2.0 * module.weight.numel()
         if layer.ffn is not None:  # all of its matrices are projections, stacked ones too
-            weights = sum(p.numel() for p in layer.ffn.parameters() if p.ndim > 1)
+            weights = sum(
+                p.numel() for m in within for p in m.parameters(recurse=False) if p.ndim > 1
+            )
             total += 2.0 * layer.ffn.active_share() * weights
-    return total + 2.0 * model.lm_head.weight.numel()
+    return total + sum(m.mixing_flops(context) for m in _mixers(stack))
+
+
+def _mixers(stack: nn.Module) -> list[Mixer]:
+    return [m for m in stack.modules() if isinstance(m, Mixer)]
 
 
 def load_model_config(path: str, overrides: Sequence[str] = ()) -> HybridConfig:
@@ -190,12 +214,12 @@ def load_model_config(path: str, overrides: Sequence[str] = ()) -> HybridConfig:
     return HybridConfig(**model)
 
 
-def parse_tokens(text: str) -> int:
-    """'8192', '8k' (8192), '1m' -> tokens. Raises ValueError for anything else."""
+def parse_tokens(text: str, name: str = "context") -> int:
+    """'8192', '8k' (8192), '1m' -> tokens; a ValueError that names `name` for anything else."""
     scale = {"k": 1024, "m": 1024**2}.get(text[-1:].lower(), 1)
     digits = text[:-1] if scale > 1 else text
     if not digits.isdigit():
-        raise ValueError(f"context: {text!r} is no number of tokens; write 8192, 8k or 1m")
+        raise ValueError(f"{name}: {text!r} is no number of tokens; write 8192, 8k or 1m")
     return int(digits) * scale
 
 
@@ -220,6 +244,11 @@ def print_plan(cost: Plan, config: HybridConfig) -> None:
     share = cost.embedding_parameters / cost.parameters
     rows = [
         ("parameters", f"{cost.parameters:,}"),
+        *(
+            [("without multi-token prediction", f"{cost.parameters - cost.mtp_parameters:,}")]
+            if cost.mtp_parameters
+            else []
+        ),
         ("active per token", f"{cost.active_parameters:,}"),
         ("of these, embedding", f"{cost.embedding_parameters:,} ({share:.1%})"),
         (f"forward FLOPs per token at {cost.context:,}", f"{cost.flops_per_token:,.0f}"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +18,9 @@ if TYPE_CHECKING:
 
 # These types stretch a known training length, so they have to be told what it is.
 NEEDS_LENGTH = ("dynamic", "yarn", "longrope", "llama3")
+
+# And these have frequencies that depend on how long the sequence is.
+BY_LENGTH = ("dynamic", "longrope")
 
 
 # What each type must be told, and what it may be told besides.
@@ -80,24 +84,43 @@ class RotaryEmbedding(Float32Buffers, LlamaRotaryEmbedding):
         return 1.0 / (rope["rope_theta"] ** exponents), 1.0
 
 
+def build_rotary(
+    rope_parameters: dict[str, Any] | None, head_dim: int, config: HybridConfig
+) -> RotaryEmbedding | None:
+    """The embedding of a rope dictionary for heads of a model; None without positions."""
+    if rope_parameters is None:
+        return None
+    return RotaryEmbedding(rope_parameters, head_dim, config.max_position_embeddings)
+
+
 def rotated_dims(rope_parameters: dict[str, Any], head_dim: int) -> int:
     """R, the number of dims of a head that are rotated."""
     return int(head_dim * rope_parameters.get("partial_rotary_factor", 1.0))
+
+
+def yarn_mscale(rope_parameters: dict[str, Any] | None) -> float:
+    """0.1 m ln(factor) + 1, m = `mscale_all_dim`: what DeepSeek scales q and k by; 1 without one."""
+    rope = rope_parameters or {}
+    weight = rope.get("mscale_all_dim")
+    if rope.get("rope_type") != "yarn" or not weight or rope["factor"] <= 1:
+        return 1.0
+    return 0.1 * weight * math.log(rope["factor"]) + 1.0
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotate the first R dims of x (B, H, T, K) by cos and sin (B, T, R)."""
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    dim = cos.shape[-1]
+    head, tail = x[..., :dim], x[..., dim:]
+    head = head * cos + rotate_half(head) * sin
+    return torch.cat([head, tail], dim=-1) if tail.shape[-1] else head
 
 
 def apply_rotary(
     q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Rotate the first R dims of q and k (B, H, T, K) by cos and sin (B, T, R)."""
-    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
-    dim = cos.shape[-1]
-
-    def rotate(x: torch.Tensor) -> torch.Tensor:
-        head, tail = x[..., :dim], x[..., dim:]
-        head = head * cos + rotate_half(head) * sin
-        return torch.cat([head, tail], dim=-1) if tail.shape[-1] else head
-
-    return rotate(q), rotate(k)
+    return rotate(q, cos, sin), rotate(k, cos, sin)
 
 
 def rope_problems(rope: dict[str, Any], head_dim: int, config: HybridConfig) -> list[str]:

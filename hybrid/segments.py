@@ -28,6 +28,11 @@ class Segments:
     cu_seqlens: torch.Tensor | None = None
     index: torch.Tensor | None = None
 
+    @property
+    def packed(self) -> bool:
+        """Whether rows hold documents without padding, as opposed to one document each."""
+        return self.cu_seqlens is not None and self.index is None
+
     def pack(self, x: torch.Tensor) -> torch.Tensor:
         """(B, T, ...) -> (1, tokens, ...); unchanged where every row is one whole document."""
         if self.cu_seqlens is None:

@@ -9,7 +9,7 @@ from .cost import evaluate_cost
 from .heldout import evaluate_heldout
 from .mmlu import Form, evaluate_mmlu
 from .models import Subject
-from .mqar import KEY_IDS, VALUE_IDS, evaluate_mqar
+from .mqar import KEY_IDS, VALUE_IDS, evaluate_mqar, mqar
 from .needle import evaluate_needle
 from .registry import Axis, Settings, Task, register, tokenizer_of
 from .scoring import Progress
@@ -79,6 +79,7 @@ register(
         evaluate_mqar,
         _run_mqar,
         "multi-query associative recall, for models trained on its format",
+        more=mqar,
     )
 )
 register(

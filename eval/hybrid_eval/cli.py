@@ -101,7 +101,7 @@ def parse_options(words: Sequence[str]) -> dict[str, dict[str, Any]]:
     """Read ``TASK.OPTION=VALUE`` words; values are YAML.
 
     Raises:
-        ValueError: a word of another form.
+        ValueError: a word of another form, or a value that is not YAML.
     """
     options: dict[str, dict[str, Any]] = {}
     for word in words:
@@ -109,7 +109,10 @@ def parse_options(words: Sequence[str]) -> dict[str, dict[str, Any]]:
         task, dot, option = left.partition(".")
         if not (equals and dot and task and option):
             raise ValueError(f"--set takes TASK.OPTION=VALUE, got {word!r}")
-        options.setdefault(task, {})[option] = yaml.safe_load(value)
+        try:
+            options.setdefault(task, {})[option] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ValueError(f"--set {word}: the value is not YAML ({error})") from error
     return options
 
 

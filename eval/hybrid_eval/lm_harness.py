@@ -46,8 +46,11 @@ def resolve(name: str, include_path: str | Path | None = None) -> list[Task]:
         include_path: folder of lm-eval YAML files of the user's.
 
     Raises:
-        ValueError: nobody knows it; the message has the nearest name, or how to get lm-eval.
+        ValueError: nobody knows it; the message has the nearest name, or how to get lm-eval. Or
+            there is no such folder.
     """
+    if include_path is not None and not Path(include_path).is_dir():
+        raise ValueError(f"include_path {include_path}: no such folder of lm-eval YAML files")
     if name in TASKS:
         return [TASKS[name]]
     manager = _manager(None if include_path is None else str(include_path))

@@ -24,8 +24,7 @@ from .hub import load_hub
 from .scoring import IGNORE, Progress, score
 from .seeding import generator
 from .stats import above_chance, mean_and_error, wilson
-from .text.sample import prompt_ids
-from .tokens import Encoder
+from .tokens import Encoder, prompt_ids
 
 Form = Literal["letters", "cloze"]
 _LETTERS = "ABCDEFGHIJ"

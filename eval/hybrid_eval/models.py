@@ -136,6 +136,28 @@ def _object_fingerprint(model: torch.nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
+def _dtype(dtype: str | torch.dtype) -> str | torch.dtype:
+    if isinstance(dtype, torch.dtype) or dtype == "auto":
+        return dtype
+    found = getattr(torch, dtype, None)
+    if not isinstance(found, torch.dtype):
+        known = ("auto", "float32", "bfloat16", "float16")
+        raise ValueError(f"no dtype {dtype!r}{nearest(dtype, known)}")
+    return found
+
+
+def _device(device: str | None) -> str:
+    if device is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        kind = torch.device(device).type
+    except RuntimeError as error:
+        raise ValueError(f"no device {device!r}; write cpu, cuda, cuda:1 ...") from error
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device {device!r}: this torch ({torch.__version__}) finds no GPU")
+    return device
+
+
 def load(
     spec: Any,
     *,
@@ -158,9 +180,10 @@ def load(
         device: None takes a GPU if there is one.
 
     Raises:
-        ValueError: nothing there, no checkpoint, or a model type that needs code of its own.
+        ValueError: nothing there, no checkpoint, a model type that needs code of its own, or a
+            dtype or device that is not here.
     """
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device, dtype = _device(device), _dtype(dtype)
     if isinstance(spec, torch.nn.Module):
         label = name or type(spec).__name__
         encoder = None if tokenizer is None else _tokenizer("", tokenizer)

@@ -1,7 +1,7 @@
 """What a task is, and the tasks by name (:mod:`hybrid_eval.catalogue` fills them in)."""
 
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -51,6 +51,7 @@ class Task:
         run: adapter that turns a subject, the settings and options into a result.
         words: one line for ``--list``.
         higher_is_better: direction of the headline figure.
+        more: a function to which ``function`` hands on what it does not know itself.
     """
 
     name: str
@@ -60,6 +61,7 @@ class Task:
     run: Callable[..., dict[str, Any]]
     words: str
     higher_is_better: bool = True
+    more: Callable[..., Any] | None = None
 
     @property
     def options(self) -> tuple[str, ...]:
@@ -114,16 +116,23 @@ def find(name: str) -> Task:
     return TASKS[name]
 
 
-def check_options(task: Task, options: Iterable[str]) -> None:
-    """Refuse options that the task does not have.
+def check_options(task: Task, options: Mapping[str, Any]) -> None:
+    """Refuse options that the task does not have, and words where it wants a whole number.
 
     Raises:
-        ValueError: names the option and the nearest right one.
+        ValueError: names the option, and the nearest right one or what it takes.
     """
-    for name in options:
+    parameters = dict(inspect.signature(task.function).parameters)
+    if task.more is not None:
+        parameters |= inspect.signature(task.more).parameters
+    for name, value in options.items():
         if name not in task.options:
             hint = nearest(name, task.options)
             raise ValueError(f"task {task.name!r} has no option {name!r}{hint}")
+        wanted = parameters[name].annotation if name in parameters else None
+        whole = wanted is int or (wanted == int | None and value is not None)
+        if whole and (not isinstance(value, int) or isinstance(value, bool)):
+            raise ValueError(f"{task.name}.{name} must be a whole number, got {value!r}")
 
 
 def tokenizer_of(subject: Subject) -> Encoder:

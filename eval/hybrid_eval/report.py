@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -24,15 +24,25 @@ class Column:
     note: str = ""
 
 
+PAIRED = (
+    *(("models", ""), ("task", ""), ("difference", "95% bootstrap interval")),
+    *(("p", ""), ("items", "")),
+)
+
+
 @dataclass
 class Page:
-    """Everything that the template shows."""
+    """Everything that the template shows; `compared` is the heading and columns of `differences`."""
 
     title: str
     columns: list[Column]
     models: list[Record]
     pictures: list[Picture] = field(default_factory=list)
     differences: list[list[str]] = field(default_factory=list)
+    compared: tuple[str, Sequence[tuple[str, str]]] = (
+        "Paired differences on identical items",
+        PAIRED,
+    )
     notes: list[str] = field(default_factory=list)
     footer: list[tuple[str, str]] = field(default_factory=list)
 

@@ -186,6 +186,9 @@ def evaluate(
     specs = list(models) if isinstance(models, list | tuple) else [models]
     if not specs:
         raise ValueError("no model to evaluate")
+    folder = None if out is None else Path(out)
+    if folder is not None and folder.exists() and not folder.is_dir():
+        raise ValueError(f"out: {folder} is a file; results go to a folder")
     # every name is checked before the first model is loaded
     chosen = None if tasks is None else _resolve_all(tasks, include_path)
     given: dict[str, dict[str, Any]] = {}
@@ -200,7 +203,6 @@ def evaluate(
             select(subject.model, what)
     if chosen is None:
         chosen = [find(name) for name in default_tasks(subjects)]
-    folder = None if out is None else Path(out)
     records = []
     for subject in subjects:
         for knocked_out in (None, *ablate):

@@ -52,6 +52,18 @@ def encode(tokenizer: Encoder, text: str) -> np.ndarray:
     return np.asarray(ids, dtype=np.int64)
 
 
+def ends_with_special(tokenizer: Encoder, ids: Sequence[int]) -> bool:
+    """Whether the tokenizer closed the text with a token after which nothing would follow."""
+    end = getattr(tokenizer, "eos_token_id", None)
+    return end is not None and len(ids) > 1 and ids[-1] == end
+
+
+def prompt_ids(tokenizer: Encoder, text: str) -> list[int]:
+    """Return ids with the special tokens that the tokenizer puts in front, none behind."""
+    ids = list(tokenizer(text, verbose=False)["input_ids"])
+    return ids[:-1] if ends_with_special(tokenizer, ids) else ids
+
+
 class Haystack:
     """A long stream of tokens of real text, without the ids that a task has taken for itself.
 

@@ -1,6 +1,16 @@
-"""Published checkpoints into layouts: one file per family, one engine for all."""
+"""Published checkpoints into layouts and back: one file per family, one engine for all."""
 
-from hybrid.convert import llama
-from hybrid.convert.engine import Family, families, from_published
+from hybrid.convert import families as _families  # noqa: F401  (registers them)
+from hybrid.convert.engine import export, fitting, from_published, import_published
+from hybrid.convert.family import FAMILIES, Family, get_family, register_family
 
-__all__ = ["Family", "families", "from_published", "llama"]
+__all__ = [
+    "FAMILIES",
+    "Family",
+    "export",
+    "fitting",
+    "from_published",
+    "get_family",
+    "import_published",
+    "register_family",
+]

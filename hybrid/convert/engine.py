@@ -1,122 +1,341 @@
-"""The engine that reads a family's map: their names to ours, and back.
-
-A family is a config mapping and a list of name pairs. A pair holds `{i}` where the layer index goes;
-the same list is read in both directions, so what converts one way converts back.
-"""
+"""Published checkpoints in and out: from a folder, a hub name or a model, to a model or a folder."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+import logging
+import sys
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from rich.console import Console
+from rich.progress import Progress
+from torch import nn
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
+from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
+from hybrid import hub
 from hybrid.config import HybridConfig
+from hybrid.convert.checkpoint import (
+    COMPANIONS,
+    DEFAULT_SHARD_SIZE,
+    Checkpoint,
+    Spec,
+    copy_companions,
+    new_folder,
+    read_json,
+    some,
+    write_weights,
+)
+from hybrid.convert.configs import to_ours, to_theirs
+from hybrid.convert.family import FAMILIES, Family, NotExpressible, get_family
+from hybrid.convert.stack import on_meta
+from hybrid.convert.steps import (
+    Held,
+    Respelt,
+    Source,
+    Step,
+    check_theirs,
+    our_specs,
+    read_steps,
+    steps,
+    their_specs,
+    write_steps,
+)
 from hybrid.model import HybridForCausalLM
-from hybrid.options import did_you_mean
+
+logger = logging.getLogger(__name__)
+
+Named = Iterator[tuple[str, torch.Tensor]]
 
 
-@dataclass(frozen=True)
-class Family:
-    """One published architecture.
-
-    Attributes:
-        model_type: transformers' name for it.
-        config: their config -> the keyword arguments of HybridConfig. Raises ValueError naming the
-            option that this package cannot express.
-        names: (theirs, ours) pairs of parameter names, `{i}` for the layer index.
-    """
-
-    model_type: str
-    config: Callable[[Any], dict[str, Any]]
-    names: tuple[tuple[str, str], ...]
-
-    def rename(self, theirs: str) -> str | None:
-        """Our name of one of their parameters, or None where the map has none."""
-        for pattern, ours in self.names:
-            match = re.fullmatch(re.escape(pattern).replace(r"\{i\}", r"(\d+)"), theirs)
-            if match:
-                return ours.replace("{i}", match[1]) if match.groups() else ours
-        return None
-
-
-families: dict[str, Family] = {}
-
-
-def register_family(family: Family) -> Family:
-    """Add a family; refuses a second one for the same model type."""
-    if family.model_type in families:
-        raise ValueError(f"the family {family.model_type!r} is registered already")
-    families[family.model_type] = family
-    return family
-
-
-def from_published(source: str | PreTrainedModel, **kwargs: Any) -> HybridForCausalLM:
-    """Read a published model's weights into a hybrid of the equal layout.
+def from_published(
+    source: str | Path | PreTrainedModel,
+    *,
+    dtype: torch.dtype | str | None = None,
+    gguf_file: str | None = None,
+    **hub_options: Any,
+) -> HybridForCausalLM:
+    """Read a published model into a hybrid of the equal layout.
 
     Args:
-        source: a model of transformers, or the path or hub name of one.
-        kwargs: for `AutoModelForCausalLM.from_pretrained`, such as `gguf_file` or `dtype`.
+        source: a folder with `config.json` and safetensors, the hub name of one, or a model of
+            transformers. The weights are copied: nothing is shared with a model given.
+        dtype: of the floating weights, such as `torch.bfloat16` or its name; None keeps each
+            tensor's own.
+        gguf_file: a GGUF file of the folder, which transformers reads.
+        hub_options: for the hub's `snapshot_download`, such as `revision` or `token`.
 
     Raises:
-        ValueError: a family without a map, an option that cannot be expressed, or weights whose
-            names or shapes do not fit; each is named.
+        ValueError: a family without a map, options that cannot be expressed (all are listed), or
+            weights whose names or shapes do not fit; each is named.
     """
-    theirs = source
-    if isinstance(source, str):
-        theirs = AutoModelForCausalLM.from_pretrained(source, **kwargs)
-    kind = theirs.config.model_type
-    if kind not in families:
-        raise ValueError(f"no map for the family {kind!r}, {did_you_mean(kind, families)}")
-    family = families[kind]
-    generation = theirs.generation_config
-    config = HybridConfig(**family.config(theirs.config))
-    with torch.device("meta"):
-        ours = HybridForCausalLM(config)
-    weights = _renamed(family, theirs.state_dict())
-    _check_shapes(weights, ours)
-    # buffers outside the state dict (rotary frequencies, decays) are functions of the config
-    ours.to_empty(device=theirs.device)
-    ours.load_state_dict(weights, strict=True, assign=True)
-    ours.tie_weights()
-    for module in ours.modules():
-        if not list(module.parameters(recurse=False)):
-            ours._init_weights(module)
-    ours.generation_config = generation
-    return ours.eval()
+    if gguf_file is not None:
+        source = AutoModelForCausalLM.from_pretrained(str(source), gguf_file=gguf_file)
+    with _opened(source, hub_options) as (family, theirs, weights, folder):
+        model = on_meta(to_ours(family, theirs))
+        planned = _planned_import(family, model, weights)
+        _fill(model, _tracked("reading", planned, read_steps(planned, weights, _dtype(dtype))))
+    model.config.dtype = model.dtype
+    model.generation_config = _generation_config(source, folder, model.config)
+    return model.eval()
 
 
-def _renamed(family: Family, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    renamed: dict[str, torch.Tensor] = {}
-    left_over = []
-    for theirs, tensor in weights.items():
-        ours = family.rename(theirs)
-        if ours is None:
-            left_over.append(theirs)
-        else:
-            renamed[ours] = tensor
-    if left_over:
-        raise ValueError(
-            f"the map of {family.model_type!r} has no place for {_some(left_over)}; the checkpoint"
-            " may be of a variant of that family"
+def import_published(
+    source: str | Path,
+    out: str | Path,
+    *,
+    dtype: torch.dtype | str | None = None,
+    max_shard_size: str | int = DEFAULT_SHARD_SIZE,
+    **hub_options: Any,
+) -> HybridConfig:
+    """Convert a published checkpoint into one of ours, tensor by tensor, without building a model.
+
+    Args:
+        source: a folder, or a hub name.
+        out: the new folder; it must not exist, or be empty. It appears when all went well.
+        dtype, hub_options: as of `from_published`.
+        max_shard_size: bytes of one file, such as `5GB`.
+
+    Returns:
+        The config of the new checkpoint.
+
+    Raises:
+        ValueError: as `from_published`; or `out` exists.
+    """
+    with (
+        _opened(source, hub_options) as (family, theirs, weights, folder),
+        new_folder(out) as made,
+    ):
+        model = on_meta(to_ours(family, theirs))
+        planned = _planned_import(family, model, weights)
+        cast = _dtype(dtype)
+        specs = our_specs(planned, weights, cast)
+        write_weights(
+            made,
+            specs,
+            lambda: _tracked("importing", planned, read_steps(planned, weights, cast)),
+            max_shard_size,
         )
-    return renamed
+        config = model.config
+        config.dtype, config.architectures = _main_dtype(specs), [HybridForCausalLM.__name__]
+        config.save_pretrained(made)
+        if folder is not None:
+            copy_companions(folder, made)
+        hub.add_loading_files(made)
+    return config
 
 
-def _check_shapes(weights: Mapping[str, torch.Tensor], model: HybridForCausalLM) -> None:
-    wanted = model.state_dict()
-    missing = sorted(set(wanted) - set(weights))
-    if missing:
-        raise ValueError(f"the checkpoint has no weights for {_some(missing)}")
-    for name, tensor in weights.items():
-        if name not in wanted or wanted[name].shape != tensor.shape:
-            expected = tuple(wanted[name].shape) if name in wanted else "no such weight"
-            raise ValueError(f"{name}: expected {expected}, found {tuple(tensor.shape)}")
+def export(
+    source: str | Path | HybridForCausalLM,
+    out: str | Path,
+    family: str | None = None,
+    *,
+    max_shard_size: str | int = DEFAULT_SHARD_SIZE,
+) -> str:
+    """Write a model of ours as a published architecture's own checkpoint.
+
+    Args:
+        source: a model, or the folder of one; from a folder the weights stream.
+        out: the new folder; it must not exist, or be empty. It appears when all went well.
+        family: the architecture, by its `model_type`; None for the only one that fits.
+        max_shard_size: bytes of one file, such as `5GB`.
+
+    Returns:
+        The name of the family.
+
+    Raises:
+        ValueError: layers or options that the family has no place for, all of them listed with what
+            it can say; several families that fit, or none, where none was asked for; or `out` exists.
+    """
+    with _ours(source) as (model, weights, folder):
+        chosen = get_family(family) if family is not None else _only_fit(model)
+        config, again = to_theirs(chosen, model)
+        planned = steps(chosen, model, again)
+        specs = their_specs(planned, weights)
+        with new_folder(out) as made:
+            write_weights(
+                made,
+                specs,
+                lambda: _tracked("exporting", planned, write_steps(planned, weights)),
+                max_shard_size,
+            )
+            if folder is not None:
+                copy_companions(folder, made)
+            elif isinstance(source, PreTrainedModel) and source.generation_config is not None:
+                source.generation_config.save_pretrained(made)
+            config.dtype, config.architectures = _main_dtype(specs), [chosen.architecture]
+            config.to_json_file(made / "config.json", use_diff=False)
+    return chosen.name
 
 
-def _some(names: Iterable[str]) -> str:
-    names = list(names)
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+def fitting(model: HybridForCausalLM) -> tuple[list[str], dict[str, NotExpressible]]:
+    """The families that can hold a model, and for the others what stands in the way."""
+    fit, refused = [], {}
+    for name, family in sorted(FAMILIES.items()):
+        try:
+            to_theirs(family, model)
+            fit.append(name)
+        except NotExpressible as error:
+            refused[name] = error
+    return fit, refused
+
+
+def _only_fit(model: HybridForCausalLM) -> Family:
+    fit, refused = fitting(model)
+    if len(fit) == 1:
+        return FAMILIES[fit[0]]
+    if fit:
+        raise ValueError(
+            f"this model fits the published architectures {', '.join(fit)}; choose one of them"
+            " (--as on the command line)"
+        )
+    nearest = sorted(refused, key=lambda name: len(refused[name].obstacles))[:3]
+    lines = [f"{name}: {refused[name].obstacles[0]}" for name in nearest]
+    raise NotExpressible("this model fits no published architecture; the nearest are", lines)
+
+
+def _planned_import(family: Family, model: HybridForCausalLM, weights: Source) -> list[Step]:
+    planned = steps(family, model)
+    unread = check_theirs(family, planned, weights, model.config.tie_word_embeddings)
+    if unread:
+        logger.warning("left out, for their own class does not read them either: %s", some(unread))
+    return planned
+
+
+@contextmanager
+def _opened(
+    source: str | Path | PreTrainedModel, hub_options: Mapping[str, Any]
+) -> Iterator[tuple[Family, Any, Source, Path | None]]:
+    """The family, their config, their tensors as on disk, and the folder if there is one."""
+    if isinstance(source, PreTrainedModel):
+        theirs = source.config
+        family = get_family(theirs.model_type)
+        if theirs.model_type in family.wrapped_in:
+            theirs = theirs.get_text_config()
+        yield family, theirs, Respelt(Held(on_disk(source)), family.spellings), None
+        return
+    folder = _folder(source, hub_options)
+    config = read_json(folder / "config.json")
+    if "model_type" not in config:
+        raise ValueError(f"{folder / 'config.json'}: no model_type, so the family is unknown")
+    if config["model_type"] == HybridConfig.model_type:
+        raise ValueError(f"{folder}: this is a hybrid already; load it with from_pretrained")
+    if config.get("quantization_config") is not None:
+        raise ValueError(f"{folder}: quantized weights are not read; convert the original ones")
+    family = get_family(config["model_type"])
+    if config["model_type"] in family.wrapped_in:
+        # the outer config may hold what the inner one leaves out, such as whether weights are tied
+        inner = config.get("text_config", {})
+        config = {k: config[k] for k in ("tie_word_embeddings",) if k in config} | inner
+    with Checkpoint(folder) as weights:
+        yield family, family.their_config(config), Respelt(weights, family.spellings), folder
+
+
+def on_disk(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """A model of transformers' tensors by the names and in the shapes that `save_pretrained` writes."""
+    held = remove_tied_weights_from_state_dict(model.state_dict(), model)
+    return revert_weight_conversion(model, held)
+
+
+def _folder(source: str | Path, hub_options: Mapping[str, Any]) -> Path:
+    path = Path(source)
+    if path.is_dir():
+        return path
+    if isinstance(source, Path) or path.exists() or str(source).count("/") > 1:
+        raise ValueError(f"{source}: no such folder")
+    patterns = ["*.safetensors", "*.json", *(name for name in COMPANIONS if "json" not in name)]
+    try:
+        return Path(snapshot_download(str(source), allow_patterns=patterns, **hub_options))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"{source}: no such folder, and not to be had from the hub: {reason}"
+        ) from error
+
+
+@contextmanager
+def _ours(
+    source: str | Path | HybridForCausalLM,
+) -> Iterator[tuple[HybridForCausalLM, Source, Path | None]]:
+    """Our model (on the meta device if from a folder), its tensors, and its folder."""
+    if isinstance(source, HybridForCausalLM):
+        yield source, Held(source.state_dict()), None
+        return
+    folder = Path(source)
+    if not folder.is_dir():
+        raise ValueError(f"{source}: no such folder")
+    config = read_json(folder / "config.json")
+    if config.get("model_type") != HybridConfig.model_type:
+        raise ValueError(f"{folder}: no hybrid of ours, model_type is {config.get('model_type')!r}")
+    model = on_meta(HybridConfig.from_dict(config))
+    with Checkpoint(folder) as weights:
+        yield model, weights, folder
+
+
+def _fill(model: HybridForCausalLM, tensors: Named) -> None:
+    """Put weights into a model on the meta device, and compute what is a function of the config."""
+    for name, tensor in tensors:
+        owner, leaf = name.rpartition(".")[::2]
+        module = model.get_submodule(owner)
+        if leaf in module._parameters:
+            tensor = nn.Parameter(tensor, requires_grad=tensor.is_floating_point())
+            module._parameters[leaf] = tensor
+        else:
+            module._buffers[leaf] = tensor
+        tensor._is_hf_initialized = True  # type: ignore[attr-defined]
+    model.tie_weights()
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None and buffer.is_meta:
+                module._buffers[name] = torch.empty_like(buffer, device="cpu")
+        model._init_weights(module)  # leaves alone what is marked as initialised
+    for tensor in (*model.parameters(), *model.buffers()):
+        assert not tensor.is_meta
+        if hasattr(tensor, "_is_hf_initialized"):
+            del tensor._is_hf_initialized
+
+
+def _generation_config(
+    source: str | Path | PreTrainedModel, folder: Path | None, config: HybridConfig
+) -> GenerationConfig:
+    if isinstance(source, PreTrainedModel) and source.generation_config is not None:
+        return GenerationConfig.from_dict(source.generation_config.to_dict())
+    if folder is not None and (folder / "generation_config.json").is_file():
+        return GenerationConfig.from_pretrained(folder)
+    return GenerationConfig.from_model_config(config)
+
+
+def _tracked(what: str, planned: Sequence[Step], tensors: Named) -> Named:
+    """The tensors, with a bar on the terminal if there is one."""
+    console = Console(stderr=True)
+    with Progress(console=console, disable=not sys.stderr.isatty()) as bar:
+        total = sum(len(step.ours if what != "exporting" else step.theirs) for step in planned)
+        task = bar.add_task(what, total=total)
+        for name, tensor in tensors:
+            bar.update(task, description=f"{what} {name}")
+            yield name, tensor
+            bar.advance(task)
+
+
+def _main_dtype(specs: Mapping[str, Spec]) -> torch.dtype:
+    """The dtype of most of the bytes."""
+    sizes: Counter[torch.dtype] = Counter()
+    for spec in specs.values():
+        sizes[spec.dtype] += spec.nbytes
+    return sizes.most_common(1)[0][0]
+
+
+def _dtype(name: torch.dtype | str | None) -> torch.dtype | None:
+    if name is None or isinstance(name, torch.dtype):
+        return name
+    found = getattr(torch, name, None)
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise ValueError(f"dtype: expected float32, bfloat16 or float16, found {name!r}")
+    return found

@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from hybrid.data.documents import FORMAT, INDEX, encode, write_shard
-from hybrid.data.sources import SourceConfig, open_texts
-from hybrid.options import ConfigError, build
+from hybrid.data.sources import open_texts, parse_source, plugins
+from hybrid.options import ConfigError
 from hybrid.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+EVERY = 256  # documents between two reports of progress
 
 
 def prepare(
@@ -36,7 +38,7 @@ def prepare(
         output: a folder; made where absent.
         tokenizer: `bytes`, or a Hugging Face tokenizer by name or path.
         shard_tokens: tokens after which a new shard begins.
-        progress: called after each shard with the documents and tokens so far.
+        progress: called every `EVERY` documents and at the end with the documents and tokens so far.
         options: `text_key`, `split`, `name`, `streaming`, as in a config's `data:`.
 
     Returns:
@@ -45,9 +47,14 @@ def prepare(
     Raises:
         ValueError: an option is unknown, the source holds no text, or `output` holds prepared data.
     """
+    if source in plugins():
+        raise ValueError(
+            f"{source!r} is a plug-in, whose rows are drawn as training goes: there is no text to"
+            " prepare; name it under `data:` of a training config"
+        )
     mistakes: list[str] = []
-    config = build(SourceConfig, {"source": source, **options}, "", mistakes)
-    if config is None:
+    config = parse_source({"source": source, **options}, "source", mistakes)
+    if config is None or mistakes:
         raise ConfigError(mistakes, "the source")
     if shard_tokens < 1:
         raise ValueError(f"shard_tokens: expected at least 1, found {shard_tokens}")
@@ -59,23 +66,19 @@ def prepare(
     folder.mkdir(parents=True, exist_ok=True)
     shards: list[dict] = []
     batch: list[np.ndarray] = []
-    held = 0
-
-    def flush() -> None:
-        nonlocal held
-        shards.append(write_shard(folder, len(shards), batch))
-        batch.clear()
-        held = 0
-        if progress is not None:
-            progress(_total(shards, "documents"), _total(shards, "tokens"))
-
+    held = documents = tokens = 0
     for ids in encode(texts(0), loaded):
         batch.append(ids)
-        held += len(ids)
+        held, documents, tokens = held + len(ids), documents + 1, tokens + len(ids)
         if held >= shard_tokens:
-            flush()
+            shards.append(write_shard(folder, len(shards), batch))
+            batch, held = [], 0
+        if progress is not None and documents % EVERY == 0:
+            progress(documents, tokens)
     if batch:
-        flush()
+        shards.append(write_shard(folder, len(shards), batch))
+    if progress is not None:
+        progress(documents, tokens)
     index = {
         "format": FORMAT,
         "tokenizer": tokenizer,

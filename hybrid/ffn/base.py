@@ -32,6 +32,8 @@ class FeedForward(nn.Module, ABC):
     name: ClassVar[str]
     symbol: ClassVar[str | None]
     Options: ClassVar[type[FeedForwardOptions]] = FeedForwardOptions
+    takes_canon: ClassVar[bool] = False
+    """Whether `forward` takes `convolve`, and there is `hidden_channels`, as `dense` has them."""
     paper: ClassVar[str] = ""
     formula: ClassVar[str] = ""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
@@ -9,6 +10,7 @@ import torch
 from torch import nn
 from transformers.activations import ACT2FN
 
+from hybrid.around import scaled
 from hybrid.ffn.base import FeedForward, FeedForwardOptions
 from hybrid.mixers.base import residual_projection
 from hybrid.registry import register_feed_forward
@@ -38,6 +40,8 @@ class DenseOptions(FeedForwardOptions):
         activation: `swiglu`, `geglu`, `geglu_tanh` and `reglu` are gated (arXiv 2002.05202);
             `relu2` (arXiv 2109.08668), `gelu` and `silu` are plain.
         bias: biases on the projections.
+        gate_multiplier: of W_gate x, before its activation (Falcon-H1, arXiv 2507.22448, the first of
+            its `mlp_multipliers`; the second is the residual's `output_multiplier`).
     """
 
     intermediate_size: int | None = None
@@ -45,6 +49,7 @@ class DenseOptions(FeedForwardOptions):
         "swiglu"
     )
     bias: bool = False
+    gate_multiplier: float = 1.0
 
     def complete(self, hidden_size: int) -> DenseOptions:
         """Fill in the inner width."""
@@ -61,10 +66,13 @@ class DenseOptions(FeedForwardOptions):
         return self.intermediate_size
 
     def problems(self, config: HybridConfig) -> list[str]:
-        """A width below 1."""
+        """A width below 1; a multiplier of nothing."""
+        lines = []
         if self.intermediate_size is not None and self.intermediate_size < 1:
-            return [f"intermediate_size: must be at least 1, found {self.intermediate_size}"]
-        return []
+            lines.append(f"intermediate_size: must be at least 1, found {self.intermediate_size}")
+        if self.gate_multiplier != 1 and not ACTIVATIONS[self.activation][0]:
+            lines.append(f"gate_multiplier: activation {self.activation!r} has no gate to multiply")
+        return lines
 
 
 @register_feed_forward("dense", symbol="-")
@@ -72,6 +80,7 @@ class Dense(FeedForward):
     """W_down(act(W_gate x) * W_up x), or W_down act(W_up x) for plain kinds (arXiv 2002.05202)."""
 
     Options = DenseOptions
+    takes_canon = True
     paper = "arXiv 2002.05202"
     formula = "W_down(act(W_gate x) * W_up x)"
 
@@ -84,8 +93,25 @@ class Dense(FeedForward):
         self.down_proj = residual_projection(inner, d_model, bias=options.bias)
         self.act = ACT2FN[activation]
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, T, D) -> (B, T, D)."""
+    @property
+    def hidden_channels(self) -> int:
+        """Channels of a canon layer within it: I, twice where there is a gate."""
+        return self.options.width * (1 if self.gate_proj is None else 2)
+
+    def forward(
+        self, x: torch.Tensor, convolve: Callable[[torch.Tensor], torch.Tensor] | None = None
+    ) -> torch.Tensor:
+        """(B, T, D) -> (B, T, D).
+
+        Args:
+            x: (B, T, D).
+            convolve: mixes tokens before the activation, [gate, up] (B, T, `hidden_channels`) to the
+                same; None for none.
+        """
+        up = self.up_proj(x)
         if self.gate_proj is None:
-            return self.down_proj(self.act(self.up_proj(x)))
-        return self.down_proj(self.act(self.gate_proj(x)) * self.up_proj(x))
+            return self.down_proj(self.act(up if convolve is None else convolve(up)))
+        gate = scaled(self.gate_proj(x), self.options.gate_multiplier)
+        if convolve is not None:
+            gate, up = convolve(torch.cat([gate, up], dim=-1)).chunk(2, dim=-1)
+        return self.down_proj(self.act(gate) * up)

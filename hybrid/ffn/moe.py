@@ -6,7 +6,7 @@ Shapes: B batch, T time, N tokens, D model dim, E experts, k experts of a token,
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
@@ -18,6 +18,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, use_experts_imp
 from hybrid.ffn.base import FeedForward, FeedForwardOptions
 from hybrid.ffn.dense import ACTIVATIONS, Dense, DenseOptions
 from hybrid.ffn.router import build_router
+from hybrid.mixers.base import residual_projection
 from hybrid.registry import register_feed_forward
 
 if TYPE_CHECKING:
@@ -33,14 +34,22 @@ class MoEOptions(FeedForwardOptions):
         top_k: k, routed experts of a token.
         intermediate_size: I, inner width of an expert; default: all experts of a token together are
             as wide as the default of `dense`. Granularity is 2 D / I.
-        activation: as of `dense`.
+        activation: as of `dense`; or `clamped_swiglu`, (up + 1) * gate * sigmoid(swiglu_alpha * gate)
+            with gate at most `swiglu_limit` and up within it on both sides (gpt-oss, arXiv 2508.10925).
+        swiglu_alpha, swiglu_limit: of `clamped_swiglu`.
+        bias: biases on the projections of the experts (gpt-oss).
+        latent_size: dim in which the routed experts work, between two projections that they share
+            (Nemotron 3); default D.
         num_shared_experts: experts that every token goes through (arXiv 2401.06066), computed as one
             feed-forward of `num_shared_experts * shared_intermediate_size`.
         shared_intermediate_size: inner width of a shared expert; default I.
         shared_gate: multiply the shared experts by sigmoid(w x) (Qwen2-MoE, Qwen3-Next).
+        router_bias: a learnt bias on the router's logits (gpt-oss).
         score_function: `softmax` over the experts (Mixtral, Qwen3-MoE), or `sigmoid` of each
             (DeepSeek-V3).
-        normalize_weights: make the weights of a token's k experts sum to one.
+        normalize_weights: make the weights of a token's k experts sum to one. With `softmax` that is
+            the softmax over the logits of those k alone (Mixtral, Granite, gpt-oss).
+        normalize_epsilon: added to that sum (1e-6 in LFM2).
         scaling_factor: multiplies the weights, after they are normalised.
         num_groups, top_k_groups: experts stand in `num_groups` equal groups, and a token chooses
             among those of its `top_k_groups` best (DeepSeek-V2, V3).
@@ -65,14 +74,20 @@ class MoEOptions(FeedForwardOptions):
     num_experts: int = 8
     top_k: int = 2
     intermediate_size: int | None = None
-    activation: Literal["swiglu", "geglu", "geglu_tanh", "reglu", "relu2", "gelu", "silu"] = (
-        "swiglu"
-    )
+    activation: Literal[
+        "swiglu", "geglu", "geglu_tanh", "reglu", "relu2", "gelu", "silu", "clamped_swiglu"
+    ] = "swiglu"
+    swiglu_alpha: float = 1.702
+    swiglu_limit: float = 7.0
+    bias: bool = False
+    latent_size: int | None = None
     num_shared_experts: int = 0
     shared_intermediate_size: int | None = None
     shared_gate: bool = False
+    router_bias: bool = False
     score_function: Literal["softmax", "sigmoid"] = "softmax"
     normalize_weights: bool = True
+    normalize_epsilon: float = 1e-20
     scaling_factor: float = 1.0
     num_groups: int = 1
     top_k_groups: int = 1
@@ -88,13 +103,18 @@ class MoEOptions(FeedForwardOptions):
         """Fill in the widths."""
         inner = self.intermediate_size
         if inner is None:
-            whole = DenseOptions(activation=self.activation).complete(hidden_size)
+            whole = DenseOptions(activation=self.dense_activation).complete(hidden_size)
             assert whole.intermediate_size is not None
             inner = 32 * max(1, whole.intermediate_size // max(1, self.active_experts) // 32)
         shared = self.shared_intermediate_size
         if self.num_shared_experts and shared is None:
             shared = inner
         return replace(self, intermediate_size=inner, shared_intermediate_size=shared)
+
+    @property
+    def dense_activation(self) -> Any:
+        """The activation of `dense` that is as wide, and as gated, as this one."""
+        return "swiglu" if self.activation == "clamped_swiglu" else self.activation
 
     @property
     def has_correction_bias(self) -> bool:
@@ -137,7 +157,7 @@ class MoEOptions(FeedForwardOptions):
         for name in ("num_experts", "top_k", "num_groups", "top_k_groups"):
             if getattr(self, name) < 1:
                 lines.append(f"{name}: must be at least 1, found {getattr(self, name)}")
-        for name in ("intermediate_size", "shared_intermediate_size"):
+        for name in ("intermediate_size", "shared_intermediate_size", "latent_size"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 lines.append(f"{name}: must be at least 1, found {value}")
@@ -147,8 +167,9 @@ class MoEOptions(FeedForwardOptions):
         ):
             if getattr(self, name) < 0:
                 lines.append(f"{name}: must not be below 0, found {getattr(self, name)}")
-        if self.scaling_factor <= 0:
-            lines.append(f"scaling_factor: must be above 0, found {self.scaling_factor}")
+        for name in ("scaling_factor", "normalize_epsilon", "swiglu_limit"):
+            if getattr(self, name) <= 0:
+                lines.append(f"{name}: must be above 0, found {getattr(self, name)}")
         return lines or [*self._routing_problems(), *self._shared_problems()]
 
     def _routing_problems(self) -> list[str]:
@@ -180,7 +201,12 @@ class MoEOptions(FeedForwardOptions):
 
     def _shared_problems(self) -> list[str]:
         if self.num_shared_experts:
-            return []
+            if self.activation != "clamped_swiglu":
+                return []
+            return [
+                "activation: 'clamped_swiglu' is for routed experts, and num_shared_experts is"
+                f" {self.num_shared_experts}; use 'swiglu'"
+            ]
         given = [n for n in ("shared_intermediate_size", "shared_gate") if getattr(self, n)]
         return [f"{name}: set, but num_shared_experts is 0" for name in given]
 
@@ -194,21 +220,28 @@ class Experts(nn.Module):
     """
 
     gated: bool
-    gate_up_proj: torch.Tensor
-    up_proj: torch.Tensor
+    has_bias: bool
+    down_proj: torch.Tensor
 
     def __init__(self, config: HybridConfig, options: MoEOptions) -> None:
         super().__init__()
         self.config = config
-        inner, d_model = options.intermediate_size, config.hidden_size
+        inner = options.intermediate_size
         assert inner is not None
+        self.options = options
         self.num_experts = options.num_experts
-        self.hidden_dim, self.intermediate_dim = d_model, inner  # names that the back-ends read
-        first = torch.empty(self.num_experts, 2 * inner if self.gated else inner, d_model)
-        name = "gate_up_proj" if self.gated else "up_proj"
-        self.register_parameter(name, nn.Parameter(first))
-        self.down_proj = nn.Parameter(torch.empty(self.num_experts, d_model, inner))
-        self.act_fn = ACT2FN[ACTIVATIONS[options.activation][1]]
+        # names that the back-ends read
+        self.hidden_dim, self.intermediate_dim = options.latent_size or config.hidden_size, inner
+        self.first = "gate_up_proj" if self.gated else "up_proj"
+        self._add(self.first, 2 * inner if self.gated else inner, self.hidden_dim)
+        self._add("down_proj", self.hidden_dim, inner)
+        self.act_fn = ACT2FN[ACTIVATIONS[options.dense_activation][1]]
+
+    def _add(self, name: str, size_out: int, size_in: int) -> None:
+        weight = torch.empty(self.num_experts, size_out, size_in)
+        self.register_parameter(name, nn.Parameter(weight))
+        bias = torch.empty(self.num_experts, size_out) if self.options.bias else None
+        self.register_parameter(f"{name}_bias", None if bias is None else nn.Parameter(bias))
 
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
@@ -217,26 +250,42 @@ class Experts(nn.Module):
         y = torch.zeros_like(hidden_states)
         for expert in top_k_index.unique().tolist():
             tokens, slots = (top_k_index == expert).nonzero(as_tuple=True)
-            x = hidden_states[tokens]
-            if self.gated:
-                h = self._apply_gate(F.linear(x, self.gate_up_proj[expert]))
-            else:
-                h = self.act_fn(F.linear(x, self.up_proj[expert]))
-            out = F.linear(h, self.down_proj[expert]) * top_k_weights[tokens, slots, None]
-            y.index_add_(0, tokens, out.to(y.dtype))
+            h = self._project(self.first, hidden_states[tokens], expert)
+            h = self._apply_gate(h) if self.gated else self.act_fn(h)
+            h = self._project("down_proj", h, expert)
+            y.index_add_(0, tokens, (h * top_k_weights[tokens, slots, None]).to(y.dtype))
         return y
+
+    def _project(self, name: str, x: torch.Tensor, expert: int) -> torch.Tensor:
+        bias = getattr(self, f"{name}_bias")
+        return F.linear(x, getattr(self, name)[expert], None if bias is None else bias[expert])
+
+    def _apply_gate(self, gate_up: torch.Tensor) -> torch.Tensor:
+        """What the back-ends call between the projections of gated experts: (..., 2 I) -> (..., I)."""
+        gate, up = gate_up.chunk(2, dim=-1)
+        if self.options.activation != "clamped_swiglu":
+            return self.act_fn(gate) * up
+        limit = self.options.swiglu_limit
+        gate, up = gate.clamp(max=limit), up.clamp(min=-limit, max=limit)
+        return (up + 1) * gate * torch.sigmoid(self.options.swiglu_alpha * gate)
+
+    def no_weight_decay(self) -> list[str]:
+        """The stacked biases, which have the shape of matrices."""
+        return [name for name, _ in self.named_parameters() if name.endswith("_bias")]
 
     def init_parameters(self, std: float) -> None:
         """Each expert as a `dense` of its size would be."""
         config = self.config
         std_in = std_out = std
-        if config.init == "xavier":
-            std_in = std_out = (2 / (self.hidden_dim + self.intermediate_dim)) ** 0.5
-        elif config.init == "depth_scaled":
+        if config.init in ("xavier", "deepnorm"):
+            gain = config.deepnorm_beta if config.init == "deepnorm" else 1.0
+            std_in = std_out = gain * (2 / (self.hidden_dim + self.intermediate_dim)) ** 0.5
+        elif config.init == "depth_scaled" and self.options.latent_size is None:
             std_out = std / max(1, config.num_residual_branches) ** 0.5
-        for name, parameter in self.named_parameters():
-            std = std_out if name == "down_proj" else std_in
-            init.normal_(parameter, mean=0.0, std=std)
+        for name in self.no_weight_decay():
+            init.zeros_(getattr(self, name))
+        init.normal_(getattr(self, self.first), mean=0.0, std=std_in)
+        init.normal_(self.down_proj, mean=0.0, std=std_out)
 
 
 @use_experts_implementation
@@ -266,9 +315,15 @@ class MixtureOfExperts(FeedForward):
 
     def __init__(self, options: MoEOptions, config: HybridConfig, layer_idx: int) -> None:
         super().__init__(options, config, layer_idx)
-        gated, _ = ACTIVATIONS[options.activation]
+        gated, _ = ACTIVATIONS[options.dense_activation]
         self.router = build_router(options, config.hidden_size)
         self.experts = (GatedExperts if gated else PlainExperts)(config, options)
+        # what the decorator knows of a class, and here hangs on the options
+        vars(self.experts)["has_bias"] = options.bias
+        self.latent_in = self.latent_out = None
+        if options.latent_size is not None:
+            self.latent_in = nn.Linear(config.hidden_size, options.latent_size, bias=False)
+            self.latent_out = residual_projection(options.latent_size, config.hidden_size)
         self.shared_experts = self._build_shared()
         self.shared_gate = (
             nn.Linear(config.hidden_size, 1, bias=False) if options.shared_gate else None
@@ -279,14 +334,21 @@ class MixtureOfExperts(FeedForward):
         if not options.num_shared_experts:
             return None
         width = options.num_shared_experts * options.shared_intermediate_size
-        dense = DenseOptions(intermediate_size=width, activation=options.activation)
+        dense = DenseOptions(
+            intermediate_size=width, activation=options.dense_activation, bias=options.bias
+        )
         return Dense(dense, self.config, self.layer_idx)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, T, D) -> (B, T, D)."""
         flat = x.reshape(-1, x.shape[-1])
         _, weights, indices = self.router(flat)
-        y = self._run_experts(flat, indices, weights).view_as(x)
+        if self.latent_in is not None:
+            flat = self.latent_in(flat)
+        y = self._run_experts(flat, indices, weights)
+        if self.latent_out is not None:
+            y = self.latent_out(y)
+        y = y.view_as(x)
         if self.shared_experts is None:
             return y
         shared = self.shared_experts(x)

@@ -29,10 +29,14 @@ class Router(nn.Module):
             `DistributedDataParallel` would overwrite it with that of the first process.
     """
 
+    bias: torch.Tensor | None
+
     def __init__(self, options: MoEOptions, hidden_size: int) -> None:
         super().__init__()
         self.options = options
         self.weight = nn.Parameter(torch.empty(options.num_experts, hidden_size))
+        bias = nn.Parameter(torch.empty(options.num_experts)) if options.router_bias else None
+        self.register_parameter("bias", bias)
         self.load: torch.Tensor | None = None
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -42,13 +46,15 @@ class Router(nn.Module):
         the choice (arXiv 2412.19437, eq. 16).
         """
         with maybe_autocast(device_type=x.device.type, enabled=False):
-            logits = F.linear(wide(x), wide(self.weight))
+            bias = None if self.bias is None else wide(self.bias)
+            logits = F.linear(wide(x), wide(self.weight), bias)
         scores = self._scores(logits)
         indices = self.choose(scores.detach())
         weights = scores.gather(-1, indices)
         if self.options.normalize_weights:
             # Sigmoid scores of all k may vanish together.
-            weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
+            total = weights.sum(dim=-1, keepdim=True)
+            weights = weights / (total + self.options.normalize_epsilon)
         return logits, weights * self.options.scaling_factor, indices
 
     def choose(self, scores: torch.Tensor) -> torch.Tensor:
@@ -79,8 +85,10 @@ class Router(nn.Module):
         return logits.sigmoid()
 
     def init_parameters(self, std: float) -> None:
-        """Normal weights."""
+        """Normal weights, no bias."""
         init.normal_(self.weight, mean=0.0, std=std)
+        if self.bias is not None:
+            init.zeros_(self.bias)
 
     def extra_repr(self) -> str:
         """Sizes."""
@@ -106,7 +114,7 @@ class BiasedRouter(Float32Buffers, Router):
         return super().choose(scores + self.score_correction_bias)
 
     def init_parameters(self, std: float) -> None:
-        """Normal weights, and a bias of zero."""
+        """As `Router`, and a correction of zero."""
         super().init_parameters(std)
         init.zeros_(self.score_correction_bias)
 

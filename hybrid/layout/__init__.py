@@ -15,10 +15,11 @@ business: nothing here knows the registry.
 
 from hybrid.layout.errors import LayoutError
 from hybrid.layout.parser import parse, parse_ffn
-from hybrid.layout.stack import DEFAULT_FFN, Row, check_bound, describe, resolve
+from hybrid.layout.stack import DEFAULT, DEFAULT_FFN, Row, check_bound, describe, resolve
 from hybrid.layout.types import FFN, MAX_DEPTH, Layer, Layout, check_symbol
 
 __all__ = [
+    "DEFAULT",
     "DEFAULT_FFN",
     "FFN",
     "MAX_DEPTH",

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import cycle, groupby
 from typing import NamedTuple
 
 from hybrid.layout.errors import LayoutError, quote
 from hybrid.layout.parser import parse, parse_ffn
-from hybrid.layout.types import FFN, MAX_DEPTH, Layer, Layout
+from hybrid.layout.types import FFN, MAX_DEPTH, Layer, Layout, check_symbol
 
 DEFAULT_FFN = "-"
 """The feed-forward pattern where none is asked for: a dense one after each mixer."""
 
 
+DEFAULT = "default"
+"""In a pattern by symbol, the key of all layers that are not named."""
+
+
 def resolve(
-    layout: Layout | str, ffn: str = DEFAULT_FFN, num_hidden_layers: int | None = None
+    layout: Layout | str,
+    ffn: str | Mapping[str, str] = DEFAULT_FFN,
+    num_hidden_layers: int | None = None,
 ) -> tuple[Layer, ...]:
     """Lay out a whole stack: fill the depth, then lay a feed-forward after each mixer layer.
 
@@ -23,8 +29,10 @@ def resolve(
         layout: a layout or its string.
         ffn: pattern of feed-forwards for a layout of mixers only, laid cyclically from the first
             layer: "-" dense everywhere, "-E" dense and experts in turn, "-E19" dense first in a
-            stack of 20, "" none at all. A layout that names its own feed-forwards takes none, so
-            `ffn` must be left at its default there.
+            stack of 20, "" none at all. Or a pattern by mixer symbol, laid cyclically over the
+            layers of that symbol, "default" for those that are not named: {"S": "E", "default":
+            "-"}; a layer of several mixers goes with the first that is named. A layout that names
+            its own feed-forwards takes none, so `ffn` must be left at its default there.
         num_hidden_layers: depth, in layers; the layout is repeated to fill it. None: the layout's
             own length. A cycle that should end early is written out: "(KKKX)6 KKX".
 
@@ -37,10 +45,10 @@ def resolve(
     """
     layout = layout if isinstance(layout, Layout) else parse(layout)
     layers = _fill(layout, num_hidden_layers)
-    pattern = parse_ffn(ffn)
+    patterns = _patterns(ffn)
     text = layout.source or str(layout)
     if layout.names_ffn:
-        if pattern != parse_ffn(DEFAULT_FFN):
+        if patterns != {DEFAULT: parse_ffn(DEFAULT_FFN)}:
             raise LayoutError(
                 f"names its own feed-forwards, yet ffn={ffn!r} asks for more",
                 "one or the other: leave ffn out, or take '-' and 'E' out of the layout",
@@ -48,19 +56,39 @@ def resolve(
                 min(text.find(c) for c in FFN if c in text),
             )
         return layers
-    if not pattern:
-        return layers
-    if len(pattern) > len(layers):
-        raise LayoutError(
-            f"a pattern of {len(pattern)} feed-forwards for {len(layers)} layers, layout {text!r}",
-            f"{len(layers)} or fewer, which then repeat; shorten the pattern or deepen the layout",
-            ffn,
-            None,
-            "ffn",
-        )
-    pairs = list(zip(layers, cycle(pattern), strict=False))
-    made = {pair: Layer(pair[0].mixers, pair[1]) for pair in set(pairs)}
-    return tuple(made[pair] for pair in pairs)
+    keys = [next((s for s in layer.mixers if s in patterns), DEFAULT) for layer in layers]
+    for key, pattern in patterns.items():
+        if len(pattern) > keys.count(key) > 0:
+            raise LayoutError(
+                f"a pattern of {len(pattern)} feed-forwards for {keys.count(key)} layers, layout"
+                f" {text!r}",
+                f"{keys.count(key)} or fewer, which then repeat; shorten the pattern or deepen the"
+                " layout",
+                ffn if isinstance(ffn, str) else str(ffn[key]),
+                None,
+                "ffn" if isinstance(ffn, str) else f"ffn.{key}",
+            )
+    laid = {key: cycle(pattern or (None,)) for key, pattern in patterns.items()}
+    return tuple(_paired(layers, [next(laid[key]) for key in keys]))
+
+
+def _patterns(ffn: str | Mapping[str, str]) -> dict[str, tuple[str, ...]]:
+    """The feed-forward patterns by symbol."""
+    if not isinstance(ffn, Mapping):
+        return {DEFAULT: parse_ffn(ffn)}
+    patterns = {DEFAULT: parse_ffn(DEFAULT_FFN)}
+    for symbol, pattern in ffn.items():
+        if symbol != DEFAULT:
+            check_symbol(symbol)
+        patterns[symbol] = parse_ffn(pattern)
+    return patterns
+
+
+def _paired(layers: Iterable[Layer], laid: Iterable[str | None]) -> Iterator[Layer]:
+    """Each layer with its feed-forward; equal layers are one object."""
+    made: dict[tuple[Layer, str | None], Layer] = {}
+    for layer, ffn in zip(layers, laid, strict=True):
+        yield made.setdefault((layer, ffn), Layer(layer.mixers, ffn))
 
 
 def _fill(layout: Layout, depth: int | None) -> tuple[Layer, ...]:

@@ -1,6 +1,7 @@
 """Token mixers: importing this package registers them all."""
 
 from hybrid.mixers import (
+    chunked_attention,
     delta_net,
     dfw,
     gated_delta_net,
@@ -15,6 +16,7 @@ from hybrid.mixers import (
     mamba2,
     mlstm,
     multi_head_latent_attention,
+    native_sparse_attention,
     norm_attention,
     retention,
     rg_lru,
@@ -30,6 +32,7 @@ __all__ = [
     "MixerOptions",
     "ShortConvolution",
     "StateMixer",
+    "chunked_attention",
     "delta_net",
     "dfw",
     "gated_delta_net",
@@ -44,6 +47,7 @@ __all__ = [
     "mamba2",
     "mlstm",
     "multi_head_latent_attention",
+    "native_sparse_attention",
     "norm_attention",
     "retention",
     "rg_lru",

@@ -6,11 +6,20 @@ Shapes: B batch, T queries, S keys, H heads, H_kv key heads, K head dim, V value
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 from torch.nn import functional as F
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama.modeling_llama import eager_attention_forward
 
+from hybrid.mixers.base import Mixer
 from hybrid.mixers.parts import wide
+from hybrid.rotary import build_rotary
+
+if TYPE_CHECKING:
+    from hybrid.config import HybridConfig
 
 # Attention functions of transformers that know of sinks and caps themselves.
 CAPPED_FUNCTIONS = ("flex_attention",)
@@ -18,6 +27,78 @@ CAPPED_FUNCTIONS = ("flex_attention",)
 PLAIN_FUNCTIONS = ("eager", "sdpa")
 
 LOW = 256  # positions are LOW * high + low, both exact in bfloat16 up to position 65,535
+
+
+class FullAttention(Mixer):
+    """A mixer whose keys and values are all cached, attended to by transformers' attention functions.
+
+    Subclasses set `scaling` and have the options `rope_parameters` and `dropout`; the attention is that
+    of the config's `attn_implementation` (eager, sdpa, flash_attention_2, flex_attention, ...).
+    """
+
+    layer_type = "full_attention"
+    is_causal = True
+    num_key_value_groups: int = 1
+    scaling: float
+
+    @classmethod
+    def rotated_dim(cls, options: Any) -> int:
+        """Dims of a head that positions are for, of which `partial_rotary_factor` takes a share."""
+        raise NotImplementedError
+
+    @classmethod
+    def rotary(cls, options: Any, config: HybridConfig) -> nn.Module | None:
+        """The rotary embedding of these options; None without positions."""
+        return build_rotary(options.rope_parameters, cls.rotated_dim(options), config)
+
+    def attend(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        mask: torch.Tensor | None,
+        kwargs: dict[str, Any],
+        *,
+        soft_cap: float | None = None,
+        sinks: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The attention function of the config, or ours where it lacks caps and sinks.
+
+        Args:
+            q: (B, H, T, K).
+            k, v: (B, H_kv, S, K) and (B, H_kv, S, V).
+            mask: as transformers' mask function for `attn_implementation` makes it.
+            kwargs: what the model passes on to attention functions.
+            soft_cap, sinks: as in `capped_attention`.
+
+        Returns:
+            o (B, T, H, V), and the weights (B, H, T, S) where the function returns them.
+        """
+        name = self.config._attn_implementation or "eager"
+        dropout = self.options.dropout if self.training else 0.0
+        extra: dict[str, Any] = {}
+        if sinks is not None or soft_cap is not None:
+            if name in PLAIN_FUNCTIONS:
+                return capped_attention(
+                    q, k, v, mask,
+                    scaling=self.scaling, soft_cap=soft_cap, sinks=sinks, dropout=dropout,
+                )  # fmt: skip
+            if name not in CAPPED_FUNCTIONS:
+                raise _unfit(name, "no sinks and no soft_cap", PLAIN_FUNCTIONS + CAPPED_FUNCTIONS)
+            extra = {"softcap": soft_cap, "s_aux": sinks}
+        function = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention_forward)
+        scaling = self.scaling
+        return function(self, q, k, v, mask, dropout=dropout, scaling=scaling, **extra, **kwargs)
+
+    def require_plain(self, what: str) -> None:
+        """Raise ValueError where the config's attention function is not one that ours may replace."""
+        name = self.config._attn_implementation or "eager"
+        if name not in PLAIN_FUNCTIONS:
+            raise _unfit(name, what, PLAIN_FUNCTIONS)
+
+
+def _unfit(name: str, what: str, known: tuple[str, ...]) -> ValueError:
+    return ValueError(f"attn_implementation {name!r} knows {what}; these do: {', '.join(known)}")
 
 
 def capped_attention(
@@ -52,11 +133,24 @@ def capped_attention(
     groups = q.shape[1] // k.shape[1]
     k, v = (y.repeat_interleave(groups, dim=1) if groups > 1 else y for y in (k, v))
     logits = wide(q @ k.transpose(-1, -2)) * scaling
+    return weighted_values(logits, v, mask, soft_cap=soft_cap, sinks=sinks, dropout=dropout)
+
+
+def weighted_values(
+    logits: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor | None,
+    *,
+    soft_cap: float | None = None,
+    sinks: torch.Tensor | None = None,
+    dropout: float = 0.0,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The second half of `capped_attention`: from logits (B, H, T, S) on, v (B, H, S, V)."""
     if soft_cap is not None:
         logits = soft_cap * torch.tanh(logits / soft_cap)
     queries, keys = logits.shape[-2:]
     if mask is None:
-        mask = torch.ones(queries, keys, dtype=torch.bool, device=q.device).tril(keys - queries)
+        mask = torch.ones(queries, keys, dtype=torch.bool, device=v.device).tril(keys - queries)
     mask = mask[..., :keys]
     if mask.dtype == torch.bool:
         # not -inf: a row of padding has nothing else, and must not become NaN
@@ -95,15 +189,14 @@ def add_positions(
     function will do.
 
     Args:
-        q, k: (B, H, T, K), (B, H_kv, T, K).
-        position_ids: (B or 1, T).
+        q, k: (B, H, T, K), (B, H_kv, S, K).
+        position_ids: (B or 1, S), of the keys.
         slopes: (H,).
         scaling: of the logits.
     """
-    batch, _, time, _ = k.shape
-    place = position_ids.expand(batch, time)[:, None]
-    high = torch.div(place, LOW, rounding_mode="floor")
-    position = torch.stack([high, place - LOW * high], dim=-1)  # (B, 1, T, 2)
-    k = torch.cat([k, position.to(k.dtype).expand(-1, k.shape[1], -1, -1)], dim=-1)
     weights = (slopes.to(q.dtype) / scaling)[:, None] * q.new_tensor([LOW, 1])
-    return torch.cat([q, weights[None, :, None].expand(*q.shape[:3], 2)], dim=-1), k
+    q = torch.cat([q, weights[None, :, None].expand(*q.shape[:3], 2)], dim=-1)
+    place = position_ids.expand(k.shape[0], -1)[:, None]
+    high = torch.div(place, LOW, rounding_mode="floor")
+    position = torch.stack([high, place - LOW * high], dim=-1)  # (B, 1, S, 2)
+    return q, torch.cat([k, position.to(k.dtype).expand(-1, k.shape[1], -1, -1)], dim=-1)

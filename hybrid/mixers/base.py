@@ -149,6 +149,8 @@ class ShortConvolution(nn.Module):
         self.weight = nn.Parameter(torch.empty(channels, width))
         self.bias = nn.Parameter(torch.empty(channels)) if bias else None
         self.activation = activation
+        self.residual = False
+        """Whether x is added to its convolution, before the activation: a canon layer."""
 
     def init_parameters(self) -> None:
         """Uniform with variance 1 / (3 W), torch's own default for a depthwise Conv1d; bias 0."""
@@ -165,14 +167,16 @@ class ShortConvolution(nn.Module):
             x,
             self.weight.to(x.dtype),
             None if self.bias is None else self.bias.to(x.dtype),
-            activation=self.activation,
+            activation=None if self.residual else self.activation,
             initial_state=None if cache is None else cache.conv_state(),
             cu_seqlens=cu_seqlens,
             output_final_state=cache is not None,
         )
         if cache is not None and tail is not None:
             cache.set_conv_state(tail)
-        return y
+        if not self.residual:
+            return y
+        return F.silu(x + y) if self.activation == "silu" else x + y
 
     def split(
         self, parts: list[torch.Tensor], cu_seqlens: torch.Tensor | None, cache: LayerCache | None
@@ -304,11 +308,15 @@ class LinearMixer(StateMixer):
         self, x: torch.Tensor, cu_seqlens: torch.Tensor | None, cache: LayerCache | None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """x (B, T, D) -> q, k (B, T, H_k, K), v (B, T, H, V), convolved and through `features`."""
-        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        q, k, v = self.read_in(x)
         if self.conv is not None:
             q, k, v = self.conv.split([q, k, v], cu_seqlens, cache)
         q, k = (y.unflatten(-1, (self.key_heads, -1)) for y in (q, k))
         return self.features(q, k, v.unflatten(-1, (self.num_heads, -1)))
+
+    def read_in(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """x (B, T, D) -> q, k (B, T, H_k * K), v (B, T, H * V), as they enter the convolution."""
+        return self.q_proj(x), self.k_proj(x), self.v_proj(x)
 
     def features(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from hybrid.mixers.base import LinearMixer
-from hybrid.mixers.parts import GatedRMSNorm, HeadOptions, divides, l2_normalize, wide
+from hybrid.mixers.parts import GatedRMSNorm, HeadOptions, divides, l2_normalize, positive, wide
 from hybrid.registry import register_mixer
 
 if TYPE_CHECKING:
@@ -30,12 +30,14 @@ class DeltaRuleOptions(HeadOptions):
         negative_eigenvalues: beta in (0, 2) and not (0, 1), so that a transition can flip the sign
             of what is stored (arXiv 2411.12537).
         output_gate: gate the normalised output.
+        output_norm_eps: epsilon of that norm; default the model's `norm_eps`.
     """
 
     num_key_heads: int | None = None
     conv_size: int | None = 4
     negative_eigenvalues: bool = False
     output_gate: bool = True
+    output_norm_eps: float | None = None
 
     width = 128
 
@@ -48,7 +50,7 @@ class DeltaRuleOptions(HeadOptions):
 
     def problems(self, config: HybridConfig) -> list[str]:
         """Sizes that do not fit together."""
-        lines = super().problems(config)
+        lines = super().problems(config) + positive(output_norm_eps=self.output_norm_eps)
         done = self.complete(config.hidden_size)
         if not lines and done.num_heads and done.num_key_heads is not None:
             lines += divides("num_key_heads", done.num_key_heads, "num_heads", done.num_heads)
@@ -78,7 +80,8 @@ class DeltaRuleMixer(LinearMixer):
         )
         self.beta_proj = nn.Linear(config.hidden_size, heads, bias=False)
         self.gate_proj = self.build_gate() if options.output_gate else None
-        self.norm = GatedRMSNorm(value_dim, config.norm_eps, self.gate_activation)
+        eps = config.norm_eps if options.output_norm_eps is None else options.output_norm_eps
+        self.norm = GatedRMSNorm(value_dim, eps, self.gate_activation)
 
     def build_gate(self) -> nn.Module:
         """The projection of the output gate, D -> H * V."""
@@ -90,7 +93,7 @@ class DeltaRuleMixer(LinearMixer):
         return [
             {"num_heads": 4, "num_key_heads": 2, "head_dim": 6, "value_head_dim": 8},
             {"num_heads": 2, "conv_size": None, "negative_eigenvalues": True,
-             "output_gate": False},
+             "output_gate": False, "output_norm_eps": 1e-3},
         ]  # fmt: skip
 
     def features(

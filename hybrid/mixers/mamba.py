@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
@@ -23,7 +23,7 @@ from hybrid.mixers.base import (
     residual_projection,
 )
 from hybrid.mixers.parts import init_time_step, positive, step_problems, wide
-from hybrid.norms import build_norm
+from hybrid.norms import NormName, build_norm
 from hybrid.registry import register_mixer
 from hybrid_kernels import selective_scan
 
@@ -42,7 +42,9 @@ class MambaOptions(MixerOptions):
         conv_bias: a bias on it.
         bias: biases on the input and output projections.
         dt_rank: rank of the map to the time step; default D / 16, rounded up.
-        inner_norm: RMSNorm of the time step's input, of B and of C (Jamba, Falcon-Mamba).
+        inner_norm: RMSNorm of the time step's input, of B and of C (Jamba); `weightless`: without
+            weights (Falcon-Mamba).
+        inner_norm_eps: epsilon of those norms; default: the config's norm_eps.
         dt_min, dt_max, dt_floor: the range that initial time steps are drawn from, log-uniformly.
     """
 
@@ -52,7 +54,8 @@ class MambaOptions(MixerOptions):
     conv_bias: bool = True
     bias: bool = False
     dt_rank: int | None = None
-    inner_norm: bool = False
+    inner_norm: bool | Literal["weightless"] = False
+    inner_norm_eps: float | None = None
     dt_min: float = 1e-3
     dt_max: float = 0.1
     dt_floor: float = 1e-4
@@ -103,16 +106,19 @@ class Mamba(StateMixer):
         self.splits = [rank, states, states]
         self.inner_norms = None
         if options.inner_norm:
-            norms = [build_norm("rmsnorm", size, config.norm_eps) for size in self.splits]
+            eps = config.norm_eps if options.inner_norm_eps is None else options.inner_norm_eps
+            kind: NormName = "rmsnorm" if options.inner_norm is True else "weightless_rmsnorm"
+            norms = [build_norm(kind, size, eps) for size in self.splits]
             self.inner_norms = nn.ModuleList(norms)
 
     @classmethod
     def samples(cls) -> list[dict[str, Any]]:
-        """As the paper has it; Jamba's inner norms, biases, another width."""
+        """As the paper has it; Jamba's inner norms, biases, another width; Falcon-Mamba's norms."""
         return [
             {"state_size": 5},
             {"inner_size": 24, "state_size": 4, "conv_size": 3, "conv_bias": False, "bias": True,
              "dt_rank": 3, "inner_norm": True},
+            {"state_size": 3, "inner_norm": "weightless", "inner_norm_eps": 1e-3},
         ]  # fmt: skip
 
     def init_parameters(self, std: float) -> None:

@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import initialization as init
 
+from hybrid.around import scaled
 from hybrid.cache import LayerCache
 from hybrid.mixers.base import LinearMixer, MixerOptions, conv_problems
 from hybrid.mixers.parts import (
@@ -51,6 +52,8 @@ class Mamba2Options(MixerOptions):
         dt_min, dt_max, dt_floor: the range that initial time steps are drawn from, log-uniformly.
         dt_limit: [low, high] that time steps are clamped to; null for no limit.
         a_range: [low, high] that the initial rates A are drawn from, uniformly.
+        projection_multipliers: five numbers that multiply the parts z, x, B, C, dt of the input
+            projection (Falcon-H1's `ssm_multipliers`, arXiv 2507.22448); null for none.
     """
 
     num_heads: int | None = None
@@ -69,6 +72,7 @@ class Mamba2Options(MixerOptions):
     dt_floor: float = 1e-4
     dt_limit: list | None = None
     a_range: list | tuple = (1.0, 16.0)
+    projection_multipliers: list[float] | None = None
 
     def complete(self, hidden_size: int) -> Mamba2Options:
         """Fill in heads and the groups of the norm."""
@@ -97,6 +101,11 @@ class Mamba2Options(MixerOptions):
         for name, pair in (("dt_limit", self.dt_limit), ("a_range", self.a_range)):
             if pair is not None and (len(pair) != 2 or not 0 <= pair[0] <= pair[1]):
                 lines.append(f"{name}: expected [low, high] with 0 <= low <= high, found {pair!r}")
+        parts = self.projection_multipliers
+        if parts is not None and len(parts) != 5:
+            lines.append(
+                f"projection_multipliers: expected five numbers, of z, x, B, C, dt; found {parts!r}"
+            )
         lines += step_problems(self.dt_min, self.dt_max, self.dt_floor)
         return lines + conv_problems(self.conv_size)
 
@@ -131,6 +140,8 @@ class Mamba2(LinearMixer):
             conv_bias=options.conv_bias,
             conv_activation="silu",
         )
+        parts = options.projection_multipliers or [1.0] * 5
+        self.multipliers = dict(zip(("z", "x", "B", "C", "dt"), parts, strict=True))
         inner = heads * head_dim
         self.gate_proj = nn.Linear(config.hidden_size, inner, bias=options.bias)
         self.dt_proj = nn.Linear(config.hidden_size, heads, bias=options.bias)
@@ -143,11 +154,12 @@ class Mamba2(LinearMixer):
 
     @classmethod
     def samples(cls) -> list[dict[str, Any]]:
-        """Two groups and a norm for each; no convolution, no skip, clamped steps, biases."""
+        """Two groups and a norm for each; no convolution, no skip, clamps, biases, multipliers."""
         return [
             {"head_dim": 8, "state_size": 6, "num_heads": 4, "num_groups": 2},
             {"head_dim": 4, "state_size": 5, "num_heads": 3, "conv_size": None, "skip": False,
-             "bias": True, "output_norm": "gated_after", "norm_groups": 3, "dt_limit": [0.01, 0.5]},
+             "bias": True, "output_norm": "gated_after", "norm_groups": 3, "dt_limit": [0.01, 0.5],
+             "projection_multipliers": [0.5, 2.0, 1.5, 0.7, 0.3]},
         ]  # fmt: skip
 
     def init_parameters(self, std: float) -> None:
@@ -163,7 +175,8 @@ class Mamba2(LinearMixer):
     ) -> torch.Tensor:
         """See the class."""
         C, B, u = self.project(x, cu_seqlens, cache)
-        dt = F.softplus(wide(self.dt_proj(x)) + wide(self.dt_bias))
+        step = scaled(self.dt_proj(x), self.multipliers["dt"])
+        dt = F.softplus(wide(step) + wide(self.dt_bias))
         if self.options.dt_limit is not None:
             dt = dt.clamp(*self.options.dt_limit)
         log_decay = -dt * wide(self.A_log).exp()
@@ -171,7 +184,14 @@ class Mamba2(LinearMixer):
         y = self.recur(C, B, v, cu_seqlens, cache, log_decay=log_decay)
         if self.D is not None:
             y = y + u * self.D.to(u.dtype).unsqueeze(-1)
-        return self.o_proj(self._gate(y.flatten(-2), F.silu(self.gate_proj(x))))
+        z = scaled(self.gate_proj(x), self.multipliers["z"])
+        return self.o_proj(self._gate(y.flatten(-2), F.silu(z)))
+
+    def read_in(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """C, B and x as they are projected, with their multipliers."""
+        C, B, u = super().read_in(x)
+        by = self.multipliers
+        return scaled(C, by["C"]), scaled(B, by["B"]), scaled(u, by["x"])
 
     def project(
         self, x: torch.Tensor, cu_seqlens: torch.Tensor | None, cache: LayerCache | None

@@ -11,15 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.llama.modeling_llama import eager_attention_forward
 
 from hybrid.cache import LayerCache
-from hybrid.mixers.base import Mixer, MixerOptions, residual_projection
+from hybrid.mixers.attention import FullAttention
+from hybrid.mixers.base import MixerOptions, residual_projection
 from hybrid.mixers.parts import positive
 from hybrid.norms import build_norm
 from hybrid.registry import register_mixer
-from hybrid.rotary import RotaryEmbedding, apply_rotary, rope_problems
+from hybrid.rotary import apply_rotary, rope_problems, yarn_mscale
 from hybrid.segments import WHOLE_ROWS, Segments
 
 if TYPE_CHECKING:
@@ -39,8 +38,11 @@ class MultiHeadLatentAttentionOptions(MixerOptions):
         value_head_dim: V.
         rope_parameters: transformers' rope dictionary, for those P dims; null leaves them unrotated
             (Kimi Linear).
-        scale: of the logits; default (N + P) ** -0.5.
+        scale: of the logits; default (N + P) ** -0.5, times yarn's mscale squared where
+            rope_parameters has `mscale_all_dim` (DeepSeek-V2, V3).
         dropout: probability, on the attention weights in training.
+        latent_norm_eps: of the norms of both latents; default the model's `norm_eps`. Published models
+            have 1e-6 here whatever theirs is.
     """
 
     num_heads: int | None = None
@@ -54,6 +56,7 @@ class MultiHeadLatentAttentionOptions(MixerOptions):
     )
     scale: float | None = None
     dropout: float = 0.0
+    latent_norm_eps: float | None = None
 
     def complete(self, hidden_size: int) -> MultiHeadLatentAttentionOptions:
         """Fill in heads and the latent's dim."""
@@ -72,6 +75,8 @@ class MultiHeadLatentAttentionOptions(MixerOptions):
             head_dim=self.head_dim,
             rope_dim=self.rope_dim,
             value_head_dim=self.value_head_dim,
+            scale=self.scale,
+            latent_norm_eps=self.latent_norm_eps,
         )
         if not 0.0 <= self.dropout < 1.0:
             lines.append(f"dropout: must be in [0, 1), found {self.dropout}")
@@ -81,7 +86,7 @@ class MultiHeadLatentAttentionOptions(MixerOptions):
 
 
 @register_mixer("multi_head_latent_attention", symbol="A")
-class MultiHeadLatentAttention(Mixer):
+class MultiHeadLatentAttention(FullAttention):
     """Softmax attention with [k_N, v] = c W_b, c = RMSNorm(x W_a) of dim R, and a shared key k_P.
 
     q = [q_N, q_P], k = [k_N, k_P], q_P and k_P rotated (arXiv 2405.04434, eq. 9 to 19). Only c and k_P
@@ -91,12 +96,9 @@ class MultiHeadLatentAttention(Mixer):
     """
 
     Options = MultiHeadLatentAttentionOptions
-    layer_type = "full_attention"
     paper = "arXiv 2405.04434"
     formula = "o_t = sum_s softmax_s(scale q_t . k_s) v_s, k_s and v_s linear in a latent c_s"
     used_by = "DeepSeek-V2, V3, Kimi K2, Kimi Linear"
-    is_causal = True
-    num_key_value_groups = 1  # for transformers' attention functions: k and v have H heads
 
     def __init__(
         self, options: MultiHeadLatentAttentionOptions, config: HybridConfig, layer_idx: int
@@ -109,15 +111,18 @@ class MultiHeadLatentAttention(Mixer):
         self.head_dim, self.rope_dim = options.head_dim, options.rope_dim
         self.value_dim = options.value_head_dim
         key_dim = self.head_dim + self.rope_dim
-        self.scaling = key_dim**-0.5 if options.scale is None else options.scale
+        self.scaling = options.scale
+        if self.scaling is None:
+            self.scaling = key_dim**-0.5 * yarn_mscale(options.rope_parameters) ** 2
         query_dim = d_model if options.query_latent_dim is None else options.query_latent_dim
+        eps = config.norm_eps if options.latent_norm_eps is None else options.latent_norm_eps
         self.q_down_proj = self.q_norm = None
         if options.query_latent_dim is not None:
             self.q_down_proj = nn.Linear(d_model, query_dim, bias=False)
-            self.q_norm = build_norm("rmsnorm", query_dim, config.norm_eps)
+            self.q_norm = build_norm("rmsnorm", query_dim, eps)
         self.q_proj = nn.Linear(query_dim, heads * key_dim, bias=False)
         self.kv_down_proj = nn.Linear(d_model, self.latent_dim + self.rope_dim, bias=False)
-        self.kv_norm = build_norm("rmsnorm", self.latent_dim, config.norm_eps)
+        self.kv_norm = build_norm("rmsnorm", self.latent_dim, eps)
         # one block of N + V rows per head
         self.kv_proj = nn.Linear(
             self.latent_dim, heads * (self.head_dim + self.value_dim), bias=False
@@ -134,15 +139,9 @@ class MultiHeadLatentAttention(Mixer):
         ]
 
     @classmethod
-    def rotary(
-        cls, options: MultiHeadLatentAttentionOptions, config: HybridConfig
-    ) -> nn.Module | None:
-        """The rotary embedding of the P dims; None without positions."""
-        if options.rope_parameters is None:
-            return None
-        return RotaryEmbedding(
-            options.rope_parameters, options.rope_dim, config.max_position_embeddings
-        )
+    def rotated_dim(cls, options: MultiHeadLatentAttentionOptions) -> int:
+        """P."""
+        return options.rope_dim
 
     def forward(
         self,
@@ -183,7 +182,7 @@ class MultiHeadLatentAttention(Mixer):
         kv = self.kv_proj(latent[:, 0]).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
         k, v = kv.split([self.head_dim, self.value_dim], dim=-1)
         k = torch.cat([k, place.expand(-1, self.num_heads, -1, -1)], dim=-1)
-        return self._attend(torch.cat([q, q_place], dim=-1), k, v, mask, kwargs)
+        return self.attend(torch.cat([q, q_place], dim=-1), k, v, mask, kwargs)
 
     def _absorbed(
         self,
@@ -200,22 +199,8 @@ class MultiHeadLatentAttention(Mixer):
         q = torch.cat([torch.einsum("bhtn,hnr->bhtr", q, to_key), q_place], dim=-1)
         k = torch.cat([latent, place], dim=-1).expand(-1, self.num_heads, -1, -1)
         v = latent.expand(-1, self.num_heads, -1, -1)
-        o, weights = self._attend(q, k, v, mask, kwargs)
+        o, weights = self.attend(q, k, v, mask, kwargs)
         return torch.einsum("bthr,hvr->bthv", o, to_value), weights
-
-    def _attend(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        mask: torch.Tensor | None,
-        kwargs: dict[str, Any],
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """transformers' attention function."""
-        name = self.config._attn_implementation or "eager"
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention_forward)
-        dropout = self.options.dropout if self.training else 0.0
-        return attend(self, q, k, v, mask, dropout=dropout, scaling=self.scaling, **kwargs)
 
     def mixing_flops(self, context: int) -> float:
         """Logits and weighted sum, expanded, over the (context + 1) / 2 tokens seen on average."""

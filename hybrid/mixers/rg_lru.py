@@ -132,9 +132,9 @@ class RGLRU(StateMixer):
     ) -> torch.Tensor:
         """See the class."""
         u = self.x_proj(x)
-        state = None if cache is None else cache.recurrent_state()
         if self.conv is not None:
             u = self.conv(u, cu_seqlens, cache)
+        state = None if cache is None else cache.recurrent_state()
         r = torch.sigmoid(wide(self.recurrence_gate(u)))
         log_a = -RATE * r * F.softplus(wide(self.decay_rate))
         # 1 - a^2 without cancellation; the clamp keeps 0 * inf out of the gradient where a is 1

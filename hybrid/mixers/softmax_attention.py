@@ -5,35 +5,27 @@ Shapes: B batch, T time, H query heads, H_kv key heads, K head dim, D model dim.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
-from transformers import initialization as init
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.llama.modeling_llama import eager_attention_forward
 
 from hybrid.cache import LayerCache
-from hybrid.mixers.attention import (
-    CAPPED_FUNCTIONS,
-    PLAIN_FUNCTIONS,
-    add_positions,
-    alibi_slopes,
-    capped_attention,
+from hybrid.mixers.attention import FullAttention, add_positions
+from hybrid.mixers.base import ShortConvolution, conv_problems
+from hybrid.mixers.dual_chunk import (
+    CHUNK_MARKS,
+    DualChunkAngles,
+    DualChunkRotaryEmbedding,
+    dual_chunk_attention,
+    mark_chunks,
+    read_chunks,
 )
-from hybrid.mixers.base import (
-    Mixer,
-    MixerOptions,
-    ShortConvolution,
-    conv_problems,
-    head_problems,
-    residual_projection,
-)
-from hybrid.mixers.parts import positive
-from hybrid.norms import build_norm
+from hybrid.mixers.grouped_heads import GroupedHeadOptions, GroupedHeads
+from hybrid.mixers.parts import positive, wide
 from hybrid.registry import register_mixer
-from hybrid.rotary import RotaryEmbedding, apply_rotary, rope_problems
+from hybrid.rotary import BY_LENGTH, apply_rotary
 from hybrid.segments import WHOLE_ROWS, Segments
 
 if TYPE_CHECKING:
@@ -41,99 +33,72 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class SoftmaxAttentionOptions(MixerOptions):
-    """Options of `softmax_attention`.
+class SoftmaxAttentionOptions(GroupedHeadOptions):
+    """Options of `softmax_attention`: those of `GroupedHeadOptions`, and:
 
     Attributes:
-        num_heads: query heads H; default D / 64, at least 1.
-        num_kv_heads: key and value heads; default H (MHA); 1 is MQA; must divide H.
-        head_dim: K; default D / H.
-        rope_parameters: transformers' own rope dictionary (`rope_type`, `rope_theta`,
-            `partial_rotary_factor`, and what the type needs); null for no positions (NoPE).
-        qk_norm: RMSNorm of q and k: `head` (over K, one weight for all heads, Qwen3), `layer` (over
-            all heads together, OLMo 2), or null.
         conv_size: width of a short causal convolution on q, k, v (Primer, arXiv 2109.08668); null for
             none.
-        bias: biases on q, k, v.
-        output_bias: bias on the output projection.
-        dropout: probability, on the attention weights in training.
-        scale: of the logits; default K ** -0.5.
-        output_gate: multiply the output by sigmoid(x W_g), per channel (arXiv 2505.06708; Qwen3-Next).
-        sinks: a learned logit per head that takes part in the softmax and adds nothing (GPT-OSS), so
-            that a head may attend to nothing.
-        soft_cap: logits z become c tanh(z / c) (Gemma 2, arXiv 2408.00118); null for no cap.
-        alibi: add -m_h (t - s) to the logits (arXiv 2108.12409); wants rope_parameters null.
         nope_every: no positions in every n-th softmax layer of the stack, from the n-th on (RNoPE,
             arXiv 2501.18795; SmolLM3); null for positions in all.
+        temperature: a: queries are scaled by 1 + a ln(1 + floor((t + offset) / n)), so that logits do
+            not flatten out as there are more of them (arXiv 2501.19399; Llama 4, Ministral 3); null
+            for none. With `nope_every` only in the layers without positions.
+        temperature_length: n, tokens at one temperature (Llama 4's `floor_scale`).
+        temperature_offset: 1 as Llama 4 has it, 0 as Ministral 3.
+        dual_chunk_size: s: at inference, keys further away than the model was trained for are met at
+            positions that it knows, chunk by chunk (dual chunk attention, arXiv 2402.17463); null for
+            plain positions. Training never uses it.
+        dual_chunk_window: w, tokens before a chunk that keep their true distance; the largest distance
+            that occurs is s + w - 1. Default s / 3, so that s is 3/4 of the length trained for.
     """
 
-    num_heads: int | None = None
-    num_kv_heads: int | None = None
-    head_dim: int | None = None
-    rope_parameters: dict | None = field(
-        default_factory=lambda: {"rope_type": "default", "rope_theta": 10000.0}
-    )
-    qk_norm: Literal["head", "layer"] | None = None
     conv_size: int | None = None
-    bias: bool = False
-    output_bias: bool = False
-    dropout: float = 0.0
-    scale: float | None = None
-    output_gate: bool = False
-    sinks: bool = False
-    soft_cap: float | None = None
-    alibi: bool = False
     nope_every: int | None = None
-
-    def complete(self, hidden_size: int) -> SoftmaxAttentionOptions:
-        """Fill in heads and dims."""
-        heads = self.num_heads
-        if heads is None:
-            heads = max(1, hidden_size // (self.head_dim or 64))
-        return replace(
-            self,
-            num_heads=heads,
-            num_kv_heads=heads if self.num_kv_heads is None else self.num_kv_heads,
-            head_dim=hidden_size // max(1, heads) if self.head_dim is None else self.head_dim,
-        )
+    temperature: float | None = None
+    temperature_length: int = 8192
+    temperature_offset: Literal[0, 1] = 1
+    dual_chunk_size: int | None = None
+    dual_chunk_window: int | None = None
 
     @property
-    def sizes(self) -> tuple[int, int, int]:
-        """H, H_kv, K of completed options."""
-        assert self.num_heads is not None
-        assert self.num_kv_heads is not None
-        assert self.head_dim is not None
-        return self.num_heads, self.num_kv_heads, self.head_dim
+    def dual_chunk(self) -> tuple[int, int] | None:
+        """s and w of dual chunk attention; None where it is off."""
+        if self.dual_chunk_size is None:
+            return None
+        window = self.dual_chunk_window
+        return self.dual_chunk_size, max(1, self.dual_chunk_size // 3) if window is None else window
 
     def problems(self, config: HybridConfig) -> list[str]:
         """Sizes that do not fit together."""
-        heads, kv_heads, head_dim = self.complete(config.hidden_size).sizes
-        lines = head_problems(
-            config.hidden_size,
-            heads,
-            head_dim=self.head_dim,
-            num_kv_heads=self.num_kv_heads,
+        lines = super().problems(config)
+        lines += positive(
+            nope_every=self.nope_every,
+            temperature=self.temperature,
+            temperature_length=self.temperature_length,
+            dual_chunk_size=self.dual_chunk_size,
+            dual_chunk_window=self.dual_chunk_window,
         )
-        if self.head_dim is None and self.num_kv_heads is not None and not lines:
-            lines = head_problems(config.hidden_size, heads)
-        if not lines and heads % kv_heads:
-            lines.append(f"num_kv_heads: {kv_heads} does not divide num_heads {heads}")
-        if not 0.0 <= self.dropout < 1.0:
-            lines.append(f"dropout: must be in [0, 1), found {self.dropout}")
-        if self.rope_parameters is not None:
-            rope = rope_problems(self.rope_parameters, max(2, head_dim), config)
-            # with heads that do not fit, what it says of their size would be a second complaint
-            lines += [line for line in rope if not lines or line.startswith("rope_parameters.")]
-        lines += positive(soft_cap=self.soft_cap, nope_every=self.nope_every)
-        if self.alibi and self.rope_parameters is not None:
-            lines.append("alibi: takes the place of rotary positions; set rope_parameters to null")
-        if self.alibi and (self.sinks or self.soft_cap is not None):
-            lines.append("alibi: does not go with sinks or soft_cap")
-        return lines + conv_problems(self.conv_size)
+        return lines + self._dual_chunk_problems() + conv_problems(self.conv_size)
+
+    def _dual_chunk_problems(self) -> list[str]:
+        if self.dual_chunk_size is None:
+            if self.dual_chunk_window is None:
+                return []
+            return ["dual_chunk_window: has no meaning without dual_chunk_size"]
+        if self.rope_parameters is None:
+            return ["dual_chunk_size: is about rotary positions; give rope_parameters"]
+        kind, window = self.rope_parameters.get("rope_type", "default"), self.dual_chunk_window
+        if window is not None and window > self.dual_chunk_size:
+            at_most = f"at most dual_chunk_size {self.dual_chunk_size}"
+            return [f"dual_chunk_window: must be {at_most}, found {window}"]
+        if kind in BY_LENGTH:
+            return [f"dual_chunk_size: does not go with rope_type {kind!r}, which stretches too"]
+        return []
 
 
 @register_mixer("softmax_attention", symbol="S")
-class SoftmaxAttention(Mixer):
+class SoftmaxAttention(GroupedHeads, FullAttention):
     """Causal softmax attention with grouped heads.
 
     o_t = sum_{s <= t} softmax_s(scale * q_t . k_s) v_s (arXiv 1706.03762, eq. 1); grouped heads
@@ -142,41 +107,23 @@ class SoftmaxAttention(Mixer):
     """
 
     Options = SoftmaxAttentionOptions
-    layer_type = "full_attention"
     paper = "arXiv 1706.03762; grouped heads arXiv 2305.13245"
     formula = "o_t = sum_s softmax_s(scale q_t . k_s) v_s, s <= t"
     used_by = "Llama, Qwen3, and a share of the layers of nearly every hybrid"
-    is_causal = True
 
     def __init__(
         self, options: SoftmaxAttentionOptions, config: HybridConfig, layer_idx: int
     ) -> None:
         super().__init__(options, config, layer_idx)
-        d_model = config.hidden_size
-        self.num_heads, self.num_kv_heads, self.head_dim = options.sizes
-        self.num_key_value_groups = self.num_heads // self.num_kv_heads
-        self.scaling = self.head_dim**-0.5 if options.scale is None else options.scale
-        inner, inner_kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
-        self.q_proj = nn.Linear(d_model, inner, bias=options.bias)
-        self.k_proj = nn.Linear(d_model, inner_kv, bias=options.bias)
-        self.v_proj = nn.Linear(d_model, inner_kv, bias=options.bias)
-        self.o_proj = residual_projection(inner, d_model, bias=options.output_bias)
+        self.build(options)
         self.conv = None
         if options.conv_size:
-            self.conv = ShortConvolution(inner + 2 * inner_kv, options.conv_size)
-        self.gate_proj = (
-            nn.Linear(d_model, inner, bias=options.bias) if options.output_gate else None
-        )
-        self.sinks = nn.Parameter(torch.empty(self.num_heads)) if options.sinks else None
-        self.slopes = nn.Buffer(self._slopes(), persistent=False) if options.alibi else None
+            inner = (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
+            self.conv = ShortConvolution(inner, options.conv_size)
         self.has_positions = self._has_positions()
-        self.q_norm = self.k_norm = None
-        if options.qk_norm:
-            sizes = (self.head_dim,) * 2 if options.qk_norm == "head" else (inner, inner_kv)
-            self.q_norm, self.k_norm = (build_norm("rmsnorm", n, config.norm_eps) for n in sizes)
-
-    def _slopes(self) -> torch.Tensor:
-        return torch.tensor(alibi_slopes(self.num_heads))
+        self.tuned = options.temperature is not None and not (
+            options.nope_every and self.has_positions
+        )
 
     def _has_positions(self) -> bool:
         """Whether this is not one of the every n-th softmax layers that go without."""
@@ -189,13 +136,6 @@ class SoftmaxAttention(Mixer):
         ]
         return sum(kinds) % every != 0
 
-    def init_parameters(self, std: float) -> None:
-        """Sinks normal; slopes are a function of the config."""
-        if self.sinks is not None:
-            init.normal_(self.sinks, mean=0.0, std=std)
-        if self.slopes is not None:
-            init.copy_(self.slopes, self._slopes())
-
     @classmethod
     def uses_state(cls, options: SoftmaxAttentionOptions) -> bool:
         """Only the convolution has one."""
@@ -203,25 +143,34 @@ class SoftmaxAttention(Mixer):
 
     @classmethod
     def samples(cls) -> list[dict[str, Any]]:
-        """MHA with RoPE; GQA, partial RoPE, QK-norm, sinks and cap; MQA, ALiBi; a convolution, NoPE."""
+        """MHA; GQA, dual chunks, sinks and cap; MQA, ALiBi; convolution, gate, sinks, NoPE tuned."""
         partial = {"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 0.5}
         return [
             {"num_heads": 2},
             {"num_heads": 4, "num_kv_heads": 2, "rope_parameters": partial, "qk_norm": "head",
-             "sinks": True, "soft_cap": 3.0},
+             "dual_chunk_size": 4, "dual_chunk_window": 2, "sinks": True, "soft_cap": 3.0},
             {"num_heads": 3, "num_kv_heads": 1, "head_dim": 10, "rope_parameters": None,
              "qk_norm": "layer", "bias": True, "output_bias": True, "alibi": True},
-            {"num_heads": 2, "num_kv_heads": 1, "conv_size": 3, "output_gate": True,
-             "nope_every": 2},
+            {"num_heads": 2, "num_kv_heads": 1, "conv_size": 3, "output_gate": True, "sinks": True,
+             "nope_every": 2, "temperature": 0.5, "temperature_length": 3,
+             "qk_norm": "head", "qk_norm_type": "zero_centered_rmsnorm"},
         ]  # fmt: skip
 
     @classmethod
+    def rotated_dim(cls, options: SoftmaxAttentionOptions) -> int:
+        """K."""
+        return options.sizes[2]
+
+    @classmethod
     def rotary(cls, options: SoftmaxAttentionOptions, config: HybridConfig) -> nn.Module | None:
-        """The rotary embedding of these options; None for NoPE."""
-        if options.rope_parameters is None:
-            return None
-        return RotaryEmbedding(
-            options.rope_parameters, options.sizes[2], config.max_position_embeddings
+        """The rotary embedding of these options, of dual chunks where they ask for it."""
+        if options.dual_chunk is None or options.rope_parameters is None:
+            return super().rotary(options, config)
+        return DualChunkRotaryEmbedding(
+            options.rope_parameters,
+            cls.rotated_dim(options),
+            config.max_position_embeddings,
+            *options.dual_chunk,
         )
 
     def forward(
@@ -229,15 +178,39 @@ class SoftmaxAttention(Mixer):
         x: torch.Tensor,
         *,
         attention_mask: torch.Tensor | None = None,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | DualChunkAngles | None = None,
         segments: Segments = WHOLE_ROWS,
         cache: LayerCache | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """See `Mixer.forward`."""
-        batch, time, _ = x.shape
+        q, k, v = self._project(x, segments, cache)
+        positions = kwargs.get("position_ids")
+        if positions is None:
+            positions = torch.arange(x.shape[1], device=x.device)[None]
+        if self.tuned:
+            q = (q * self._temperature(positions, wide(q).dtype)).to(q.dtype)
+        if self.slopes is not None and self.has_positions:
+            q, k = add_positions(q, k, positions, self.slopes, self.scaling)
+        angles = position_embeddings if self.has_positions else None
+        if isinstance(angles, DualChunkAngles):
+            o, weights = self._in_chunks(q, k, v, angles, attention_mask, cache)
+            return self.output(o.flatten(2), x), weights
+        if angles is not None:
+            q, k = apply_rotary(q, k, *angles)
+        if cache is not None:
+            k, v = cache.update_kv(k, v)
+        caps = {"soft_cap": self.options.soft_cap, "sinks": self.sinks}
+        o, weights = self.attend(q, k, v, attention_mask, kwargs, **caps)
+        return self.output(o.flatten(2), x), weights
+
+    def _project(
+        self, x: torch.Tensor, segments: Segments, cache: LayerCache | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """x (B, T, D) -> q (B, H, T, K), k and v (B, H_kv, T, K), convolved and normalised."""
         q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
         if self.conv is not None:
+            batch, time, _ = x.shape
             if cache is not None:
                 qkv = torch.cat([q, k, v], dim=-1)
                 conv = self.conv
@@ -245,72 +218,53 @@ class SoftmaxAttention(Mixer):
             packed = [segments.pack(y) for y in (q, k, v)]
             convolved = self.conv.split(packed, segments.cu_seqlens, cache)
             q, k, v = (segments.unpack(y, batch, time) for y in convolved)
-        q, k, v = self._heads(q, self.q_norm), self._heads(k, self.k_norm), self._heads(v, None)
-        if position_embeddings is not None and self.has_positions:
-            q, k = apply_rotary(q, k, *position_embeddings)
-        if self.slopes is not None and self.has_positions:
-            positions = kwargs.get("position_ids")
-            if positions is None:
-                positions = torch.arange(time, device=x.device)[None]
-            q, k = add_positions(q, k, positions, self.slopes, self.scaling)
-        if cache is not None:
-            k, v = cache.update_kv(k, v)
-        o, weights = self._attend(q, k, v, attention_mask, kwargs)
-        o = o.reshape(batch, time, -1)
-        if self.gate_proj is not None:
-            o = o * torch.sigmoid(self.gate_proj(x))
-        return self.o_proj(o), weights
+        return (
+            self.split_heads(q, self.q_norm),
+            self.split_heads(k, self.k_norm),
+            self.split_heads(v),
+        )
 
-    def _attend(
+    def _temperature(self, positions: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """1 + a ln(1 + floor((t + offset) / n)) of positions (B, T), as (B, 1, T, 1)."""
+        options = self.options
+        steps = torch.div(
+            positions + options.temperature_offset,
+            options.temperature_length,
+            rounding_mode="floor",
+        )
+        return (1 + options.temperature * torch.log1p(steps.to(dtype)))[:, None, :, None]
+
+    def _in_chunks(
         self,
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
+        angles: DualChunkAngles,
         mask: torch.Tensor | None,
-        kwargs: dict[str, Any],
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """o (B, T, H, K) by the attention function of the config, or ours where it lacks something."""
-        name = self.config._attn_implementation or "eager"
-        dropout = self.options.dropout if self.training else 0.0
-        extra: dict[str, Any] = {}
-        if self.sinks is not None or self.options.soft_cap is not None:
-            if name in PLAIN_FUNCTIONS:
-                return capped_attention(
-                    q,
-                    k,
-                    v,
-                    mask,
-                    scaling=self.scaling,
-                    soft_cap=self.options.soft_cap,
-                    sinks=self.sinks,
-                    dropout=dropout,
-                )
-            if name not in CAPPED_FUNCTIONS:
-                raise ValueError(
-                    f"attn_implementation {name!r} knows no sinks and no soft_cap; these do:"
-                    f" {', '.join(PLAIN_FUNCTIONS + CAPPED_FUNCTIONS)}"
-                )
-            extra = {"softcap": self.options.soft_cap, "s_aux": self.sinks}
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention_forward)
-        return attend(self, q, k, v, mask, dropout=dropout, scaling=self.scaling, **extra, **kwargs)
-
-    def _heads(self, y: torch.Tensor, norm: nn.Module | None) -> torch.Tensor:
-        """(B, T, H * K) -> (B, H, T, K), normalised per layer or per head."""
-        if norm is not None and self.options.qk_norm == "layer":
-            y = norm(y)
-        y = y.unflatten(-1, (-1, self.head_dim))
-        if norm is not None and self.options.qk_norm == "head":
-            y = norm(y)
-        return y.transpose(1, 2)
+        cache: LayerCache | None,
+    ) -> tuple[torch.Tensor, None]:
+        """Dual chunk attention; the cache holds rotated keys, and which chunk each belongs to."""
+        self.require_plain("no dual chunks")
+        queries, k = angles.rotate(q, k)
+        k = mark_chunks(k, angles.chunk)
+        if cache is not None:
+            k, v = cache.update_kv(k, v)
+        k, chunk = read_chunks(k)
+        return dual_chunk_attention(
+            queries, k, v, angles.chunk, chunk, mask,
+            scaling=self.scaling, soft_cap=self.options.soft_cap, sinks=self.sinks,
+        )  # fmt: skip
 
     def mixing_flops(self, context: int) -> float:
         """Logits and weighted sum over the (context + 1) / 2 tokens a token sees on average."""
-        return 2.0 * 2.0 * self.num_heads * self.head_dim * (context + 1) / 2
+        return self.logits_flops((context + 1) / 2)
 
     def cache_elements_per_token(self) -> int:
-        """Keys and values, and with ALiBi the position, in two numbers, per key head."""
-        positions = 2 if self.slopes is not None and self.has_positions else 0
-        return self.num_kv_heads * (2 * self.head_dim + positions)
+        """Keys and values; with ALiBi the position, with dual chunks the chunk, in two numbers each."""
+        marks = 0
+        if self.has_positions:
+            marks = 2 * (self.slopes is not None) + CHUNK_MARKS * bool(self.options.dual_chunk)
+        return self.num_kv_heads * (2 * self.head_dim + marks)
 
     def state_elements(self) -> tuple[int, int]:
         """The convolution's."""

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator, DistributedType
 from transformers import TrainingArguments
+from transformers.integrations import integration_utils
 
 from hybrid.data.mixture import Mixture
+from hybrid.data.packing import Row
 from hybrid.data.rows import Rows
 from hybrid.data.sources import RowFormat, SourceConfig, open_source
-from hybrid.options import ConfigError
+from hybrid.options import ConfigError, did_you_mean
 from hybrid.train.config import TrainConfig
+from hybrid.train.probes import Probe, draw
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 
 def training_arguments(config: TrainConfig) -> TrainingArguments:
@@ -40,9 +44,44 @@ def training_arguments(config: TrainConfig) -> TrainingArguments:
     if config.eval_data and "eval_strategy" not in values:
         values["eval_strategy"] = "steps"
     try:
-        return TrainingArguments(**values)
+        args = TrainingArguments(**_renamed(values))
     except (ValueError, ImportError) as error:
         raise ConfigError([f"training: {error}"]) from error
+    check_trackers(args.report_to)
+    return args
+
+
+def _renamed(values: dict[str, Any]) -> dict[str, Any]:
+    """Gradient checkpointing by the name that the installed transformers wants (newer than 5.17)."""
+    known = {f.name for f in dataclasses.fields(TrainingArguments)}
+    renamed = {}
+    for key, value in values.items():
+        newer = key.replace("gradient_checkpointing", "activation_checkpointing")
+        renamed[newer if newer in known else key] = value
+    return renamed
+
+
+def check_trackers(names: Iterable[str]) -> None:
+    """Refuse trackers that transformers does not know, or whose package is absent.
+
+    Raises:
+        ConfigError: with one line for each.
+    """
+    mistakes = []
+    callbacks: dict[str, Any] = integration_utils.INTEGRATION_TO_CALLBACK
+    present = integration_utils.get_available_reporting_integrations()
+    for name in names:
+        if name not in callbacks:
+            near = did_you_mean(name, [*callbacks, "none", "all"])
+            mistakes.append(f"training.report_to: no tracker {name!r}, {near}")
+        # one that somebody registered says itself what it needs
+        elif callbacks[name].__module__ == integration_utils.__name__ and name not in present:
+            mistakes.append(
+                f"training.report_to: {name!r} is not installed here; pip install {name}, or name one"
+                f" that is ({', '.join(present) or 'none is'})"
+            )
+    if mistakes:
+        raise ConfigError(mistakes)
 
 
 def check_device(device: str) -> None:
@@ -88,25 +127,61 @@ def open_sources(
     Raises:
         ConfigError: with one line for each source that cannot be used.
     """
-    ids: list[Any] = [tokenizer.pad_token_id, tokenizer.eos_token_id, 0]
-    pad_id = next(value for value in ids if isinstance(value, int))
-    rows = RowFormat(config.sequence_length, pad_id, config.packing, config.long_documents)
+    rows = row_format(config, tokenizer, config.sequence_length)
     opened, mistakes = [], []
     for number, source in enumerate(configs):
         try:
             # Each source draws from a stream of its own.
             opened.append(open_source(source, tokenizer, rows, seed * 1000 + number))
-            largest = int(opened[-1].row(0)["input_ids"].max())
-            if largest >= vocabulary:
-                raise ValueError(
-                    f"its first row has the token id {largest}, the model's vocab_size is"
-                    f" {vocabulary}"
-                )
+            _check_ids(opened[-1].row(0), vocabulary)
         except (ValueError, TypeError) as error:
             mistakes.append(f"{key}[{number}] ({source.source}): {error}")
     if mistakes:
         raise ConfigError(mistakes)
     return opened
+
+
+def open_probes(
+    config: TrainConfig, tokenizer: PreTrainedTokenizerBase, made: PreTrainedConfig, seed: int
+) -> list[Probe]:
+    """Every probe with its rows drawn, from a stream that training does not see.
+
+    Raises:
+        ConfigError: with one line for each probe that cannot be used.
+    """
+    opened, mistakes = [], []
+    limit = getattr(made, "max_position_embeddings", None)
+    for number, (name, probe) in enumerate(config.probes.items()):
+        rows = {}
+        for length in probe.lengths or [config.sequence_length]:
+            form = row_format(config, tokenizer, length)
+            try:
+                if limit is not None and length > limit:
+                    raise ValueError(f"beyond the model's max_position_embeddings {limit}")
+                source = open_source(probe.source, tokenizer, form, seed * 1000 + 500 + number)
+                rows[length] = draw(source, probe.rows)
+                _check_ids(rows[length][0], made.vocab_size)
+            except (ValueError, TypeError) as error:
+                mistakes.append(f"probes.{name} ({probe.source.source}, length {length}): {error}")
+        opened.append(Probe(name, probe.every, rows, probe.depth_buckets))
+    if mistakes:
+        raise ConfigError(mistakes)
+    return opened
+
+
+def row_format(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, length: int) -> RowFormat:
+    """Rows of `length` tokens, laid out as the config says."""
+    ids: list[Any] = [tokenizer.pad_token_id, tokenizer.eos_token_id, 0]
+    pad_id = next(value for value in ids if isinstance(value, int))
+    return RowFormat(length, pad_id, config.packing, config.long_documents)
+
+
+def _check_ids(row: Row, vocabulary: int) -> None:
+    largest = int(row["input_ids"].max())
+    if largest >= vocabulary:
+        raise ValueError(
+            f"its first row has the token id {largest}, the model's vocab_size is {vocabulary}"
+        )
 
 
 def total_steps(args: TrainingArguments, sources: Sequence[Rows], rows_per_step: int) -> int:

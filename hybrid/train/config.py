@@ -43,6 +43,22 @@ class MuonConfig:
 
 
 @dataclass(frozen=True)
+class ProbeConfig:
+    """Recall measured while a run trains: rows of a plug-in, and how many of their labels are met.
+
+    Other keys beside these are the source's own, as in `data:`.
+    """
+
+    source: SourceConfig = option(help="a plug-in, e.g. needle or mqar; or any source of `data:`")
+    every: int = option(
+        100, help="optimizer steps between two probes; there is one at the end, too"
+    )
+    rows: int = option(64, help="rows of each length")
+    lengths: list[int] | None = option(None, help="tokens of a row; null: sequence_length")
+    depth_buckets: int = option(4, help="parts of a row in which what is asked for may stand")
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """What `hybrid.train.run` needs; the YAML file has the same keys."""
 
@@ -56,8 +72,15 @@ class TrainConfig:
         default_factory=list, help="rows of which the loss is taken every training.eval_steps"
     )
     eval_rows: int = option(64, help="rows of eval_data")
+    probes: dict[str, ProbeConfig] = option(
+        default_factory=dict, help="name -> what is probed every so many steps"
+    )
+    context_parallel: int = option(1, help="processes that share a row, each with a slice of it")
     device: Device = option("auto", help="auto: an accelerator where there is one, else the CPU")
     muon: MuonConfig | None = option(None, help="true, or options: Muon for matrices")
+    decay_embeddings: bool = option(False, help="weight decay on embeddings (OLMo 2 has none)")
+    decay_norms: bool = option(False, help="weight decay on the weights of norms")
+    decay_gates: bool = option(False, help="weight decay on gates, decays and what is like them")
     training: dict[str, Any] = field(
         default_factory=dict, metadata={"help": "any key of transformers.TrainingArguments"}
     )
@@ -67,6 +90,8 @@ class TrainConfig:
         values = dataclasses.asdict(self)
         for key in ("data", "eval_data"):
             values[key] = [_source_as_dict(source) for source in getattr(self, key)]
+        for name, probe in self.probes.items():
+            values["probes"][name] |= _source_as_dict(probe.source)
         return values
 
 
@@ -100,6 +125,8 @@ def parse_config(values: Mapping[str, Any], title: str = "the config") -> TrainC
     for key in ("data", "eval_data"):
         if key in values:
             values[key] = _parse_sources(values[key], key, mistakes)
+    if isinstance(values.get("probes"), dict):
+        values["probes"] = _parse_probes(values["probes"], mistakes)
     values["muon"] = _parse_muon(values.get("muon"), mistakes)
     if isinstance(values.get("training", {}), dict):
         values["training"] = _parse_training(values.get("training", {}), mistakes)
@@ -118,6 +145,36 @@ def _parse_sources(values: Any, key: str, mistakes: list[str]) -> list[Any]:
     parsed = [parse_source(v, path, mistakes) for v, path in zip(entries, paths, strict=True)]
     # one with a mistake, which is on the list by now, should not be complained of twice
     return [SourceConfig("stdlib") if source is None else source for source in parsed]
+
+
+def _parse_probes(values: dict[str, Any], mistakes: list[str]) -> dict[str, ProbeConfig]:
+    own = {f.name for f in dataclasses.fields(ProbeConfig)} - {"source"}
+    parsed = {}
+    for name, given in values.items():
+        path = f"probes.{name}"
+        if not isinstance(name, str) or not name.isidentifier() or name == "loss":
+            mistakes.append(f"{path}: a name is a word of letters, digits and _, and not 'loss'")
+        given = {"source": given} if isinstance(given, str) else given
+        if not isinstance(given, Mapping):
+            mistakes.append(f"{path}: expected a source, found {type(given).__name__}")
+            continue
+        source = parse_source({k: v for k, v in given.items() if k not in own}, path, mistakes)
+        numbers = {k: v for k, v in given.items() if k in own}
+        probe = (
+            build(ProbeConfig, {"source": source, **numbers}, path, mistakes) if source else None
+        )
+        if probe is not None:
+            parsed[name] = probe
+            counts = {
+                "every": probe.every,
+                "rows": probe.rows,
+                "depth_buckets": probe.depth_buckets,
+            }
+            counts |= {f"lengths[{i}]": n for i, n in enumerate(probe.lengths or [])}
+            mistakes += [
+                f"{path}.{k}: expected at least 1, found {n}" for k, n in counts.items() if n < 1
+            ]
+    return parsed
 
 
 def _parse_muon(value: Any, mistakes: list[str]) -> MuonConfig | None:
@@ -145,7 +202,7 @@ def _parse_training(values: dict[str, Any], mistakes: list[str]) -> dict[str, An
 def _impossible(values: Mapping[str, Any]) -> list[str]:
     """Values of the right type that cannot be meant."""
     mistakes = []
-    for key in ("sequence_length", "eval_rows"):
+    for key in ("sequence_length", "eval_rows", "context_parallel"):
         value = values.get(key)
         if type_problem(value, int) is None and value < 1:
             mistakes.append(f"{key}: expected at least 1, found {value}")
@@ -166,4 +223,5 @@ def _source_as_dict(source: SourceConfig) -> dict[str, Any]:
         for f in dataclasses.fields(SourceConfig)
         if getattr(source, f.name) != getattr(defaults, f.name)
     }
-    return {"source": source.source, **values, **values.pop("options", {})}
+    options = values.pop("options", {})
+    return {"source": source.source, **values, **options}

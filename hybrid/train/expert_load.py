@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -61,8 +62,13 @@ class ExpertLoad(TrainerCallback):
         idle = torch.cat([x == 0 for x in self.loads.values()]).float().mean().item()
         return {"expert_imbalance": worst - 1, "expert_idle_share": idle}
 
-    def write(self, args: TrainingArguments, state: TrainerState) -> None:
-        """One line of `expert_load.jsonl`, tokens of each expert by router, and start anew."""
+    def write(
+        self, args: TrainingArguments, state: TrainerState, writers: Iterable[Any] = ()
+    ) -> None:
+        """One line of `expert_load.jsonl`, tokens of each expert by router, and start anew.
+
+        `writers`, of TensorBoard, get a histogram of each router over the numbers of its experts.
+        """
         loads, self.loads = self.loads, {}
         if not loads or not state.is_world_process_zero:
             return
@@ -71,3 +77,22 @@ class ExpertLoad(TrainerCallback):
         counts = {name: [int(n) for n in load.tolist()] for name, load in loads.items()}
         with (folder / FILE).open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": state.global_step, "load": counts}) + "\n")
+        for writer in writers:
+            for name, load in counts.items():
+                _add_histogram(writer, f"expert_load/{name}", load, state.global_step)
+
+
+def _add_histogram(writer: Any, tag: str, load: list[int], step: int) -> None:
+    """Expert i as a bar from i to i + 1; the sums are those of experts' numbers, one per token."""
+    tokens = list(enumerate(load))
+    writer.add_histogram_raw(
+        tag,
+        min=0,
+        max=len(load),
+        num=sum(load),
+        sum=sum(i * n for i, n in tokens),
+        sum_squares=sum(i * i * n for i, n in tokens),
+        bucket_limits=[i + 1 for i, _ in tokens],
+        bucket_counts=load,
+        global_step=step,
+    )

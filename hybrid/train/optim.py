@@ -1,29 +1,56 @@
-"""Which parameters decay, and Muon beside AdamW as one optimizer.
+"""Which parameters decay, how fast each learns, and Muon beside AdamW as one optimizer.
 
-No weight decay on: anything that is not a matrix (biases, norms, gate and decay vectors),
-embeddings, and parameters that their module names in `no_weight_decay` (a tuple of names, or a
-method that returns one; e.g. the projection of a decay).
+No weight decay on embeddings (OLMo 2, arXiv 2501.00656), on the weights of norms, and on gates: what a
+module names in `no_weight_decay` (a tuple of names, or a method that returns one; e.g. the projection of
+a decay), and all else that is no matrix, biases among it. `Decay` turns it on for each kind.
+
+Under muP (`mup_base_width`, see `hybrid.mup`) matrices that have grown have groups of their own.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any, TypedDict
 
 import torch
 from torch import nn
 
+from hybrid.mup import growths
 
-def decaying(model: nn.Module) -> list[str]:
+
+@dataclass(frozen=True)
+class Decay:
+    """Weight decay on what has none by default."""
+
+    embeddings: bool = False
+    norms: bool = False
+    gates: bool = False
+
+
+def decaying(model: nn.Module, decay: Decay = Decay()) -> list[str]:
     """Names of the parameters that weight decay applies to."""
+    wanted = {"embedding": decay.embeddings, "norm": decay.norms, "gate": decay.gates}
     exempt: set[int] = set()
     for module in model.modules():
         names = _declared(module)
         for name, parameter in module.named_parameters(recurse=False):
-            if parameter.ndim < 2 or isinstance(module, nn.Embedding) or name in names:
+            kind = _kind(module, name, parameter, names)
+            if not wanted.get(kind, kind == "matrix"):
                 # By identity: a tied output head is the embedding.
                 exempt.add(id(parameter))
     return [name for name, parameter in model.named_parameters() if id(parameter) not in exempt]
+
+
+def _kind(module: nn.Module, name: str, parameter: nn.Parameter, gates: set[str]) -> str:
+    """`embedding`, `norm`, `bias`, `gate` or `matrix`."""
+    if isinstance(module, nn.Embedding):
+        return "embedding"
+    if type(module).__name__.endswith("Norm"):
+        return "norm"
+    if name == "bias" or name.endswith("_bias"):
+        return "bias"
+    return "gate" if parameter.ndim < 2 or name in gates else "matrix"
 
 
 def _declared(module: Any) -> set[str]:
@@ -39,26 +66,41 @@ def matrices(model: nn.Module) -> list[str]:
     return [n for n in decaying(model) if by_name[n].ndim == 2 and id(by_name[n]) not in head_ids]
 
 
-class Group(TypedDict):
-    """A parameter group as torch's optimizers take it."""
+class Group(TypedDict, total=False):
+    """A parameter group as torch's optimizers take it; `lr` where it is not that of the others."""
 
     params: list[nn.Parameter]
     weight_decay: float
+    lr: float
 
 
-def groups(model: nn.Module, names: Iterable[str], weight_decay: float) -> list[Group]:
-    """The trainable parameters of these names in at most two groups: with decay, and without."""
-    chosen, decay = set(names), set(decaying(model))
-    sides: tuple[list[nn.Parameter], list[nn.Parameter]] = ([], [])
+def groups(
+    model: nn.Module,
+    names: Iterable[str],
+    weight_decay: float,
+    *,
+    decay: Decay = Decay(),
+    learning_rate: float | None = None,
+) -> list[Group]:
+    """The trainable parameters of these names in groups: with decay, and without.
+
+    Given a learning rate, matrices that muP has scaled are in groups with a rate of their own, one for
+    each growth: the rate divided by it, and the decay times it, so that their product stays.
+    """
+    chosen, decays = set(names), set(decaying(model, decay))
+    grown = {} if learning_rate is None else growths(model)
+    sides: dict[tuple[bool, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and name in chosen:
-            sides[name not in decay].append(parameter)
-    rates = (weight_decay, 0.0)
-    return [
-        {"params": side, "weight_decay": rate}
-        for side, rate in zip(sides, rates, strict=True)
-        if side
-    ]
+            factor = grown[name].rate_factor if name in grown else 1.0
+            sides.setdefault((name not in decays, factor), []).append(parameter)
+    found = []
+    for (exempt, factor), side in sorted(sides.items(), key=lambda item: item[0]):
+        group = Group(params=side, weight_decay=0.0 if exempt else weight_decay / factor)
+        if learning_rate is not None and factor != 1:
+            group["lr"] = learning_rate * factor
+        found.append(group)
+    return found
 
 
 class Several(torch.optim.Optimizer):

@@ -14,6 +14,7 @@ class Progress(TrainerCallback):
 
     def __init__(self) -> None:
         self.bar: Any = None
+        self.shown: dict[str, str] = {}
 
     def on_train_begin(
         self,
@@ -50,13 +51,18 @@ class Progress(TrainerCallback):
         """Show what was logged."""
         if self.bar is None or not logs:
             return
-        shown = {k: logs[k] for k in ("loss", "eval_loss") if k in logs}
-        if shown:
-            rate = logs.get("tokens_per_second")
-            tail = {} if rate is None else {"tokens/s": f"{rate:,.0f}"}
-            if "mfu" in logs:
-                tail["MFU"] = f"{logs['mfu']:.1%}"
-            self.bar.set_postfix({k: f"{v:.4f}" for k, v in shown.items()} | tail)
+        shown = {k: f"{v:.4f}" for k, v in logs.items() if k in ("loss", "eval_loss")}
+        shown |= {
+            k.removeprefix("eval_"): f"{v:.3f}"
+            for k, v in logs.items()
+            if k.startswith("eval_") and k.endswith("_accuracy")
+        }
+        if "tokens_per_second" in logs:
+            shown["tokens/s"] = f"{logs['tokens_per_second']:,.0f}"
+        if "mfu" in logs:
+            shown["MFU"] = f"{logs['mfu']:.1%}"
+        self.shown |= shown
+        self.bar.set_postfix(self.shown)
 
     def on_train_end(
         self,

@@ -6,6 +6,8 @@ import dataclasses
 import json
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +21,8 @@ from hybrid.train import build
 from hybrid.train.checkpoints import newest_whole, refuse_other_run
 from hybrid.train.config import TrainConfig
 from hybrid.train.model import load_model, model_config
+from hybrid.train.optim import Decay
+from hybrid.train.slicing import check_slices, sliced, spread
 from hybrid.train.throughput import training_flops_per_token
 from hybrid.train.trainer import HybridTrainer
 
@@ -26,6 +30,7 @@ if TYPE_CHECKING:
     from transformers import TrainingArguments
 
 RESULT = "train_result.json"
+DIVERGED = "diverged.json"  # why a run ended without a result
 
 
 @dataclass(frozen=True)
@@ -37,6 +42,7 @@ class RunResult:
         steps: optimizer steps of the whole run.
         losses: (step, mean training loss since the last entry) over the whole run, in nats a token.
         eval_losses: (step, loss on eval_data), in nats a token.
+        probes: name -> (step, accuracy over all its labels).
         seconds: wall time of this process's training.
         tokens: tokens of this process's steps, all processes together.
         tokens_per_second: tokens / seconds.
@@ -50,6 +56,7 @@ class RunResult:
     steps: int
     losses: list[tuple[int, float]]
     eval_losses: list[tuple[int, float]]
+    probes: dict[str, list[tuple[int, float]]]
     seconds: float
     tokens: int
     tokens_per_second: float
@@ -66,12 +73,14 @@ def run(config: TrainConfig) -> RunResult:
         ConfigError: the configuration cannot be run here, or the output folder holds checkpoints of
             another run (before anything is computed).
         CheckpointError: a checkpoint could not be written; earlier ones are kept.
+        FloatingPointError: the loss is not finite; `diverged.json` in the output folder says so, too.
     """
     trainer = prepare_run(config)
     args = trainer.args
     checkpoint = _find_checkpoint(args, trainer.run)
     started = time.perf_counter()
-    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    with _divergence_on_disk(args):
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     seconds = time.perf_counter() - started
     plugin = trainer.accelerator.state.fsdp_plugin if trainer.is_fsdp_enabled else None
     if plugin is not None:
@@ -97,7 +106,10 @@ def prepare_run(config: TrainConfig) -> HybridTrainer:
     made = model_config(config, tokenizer)
     data_seed = args.seed if args.data_seed is None else args.data_seed
     opened = build.open_sources(config.data, "data", config, tokenizer, made.vocab_size, data_seed)
-    rows_per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    parts = config.context_parallel
+    check_slices(config, args, made)
+    groups = args.world_size // parts
+    rows_per_step = args.train_batch_size * args.gradient_accumulation_steps * groups
     args.max_steps = build.total_steps(args, opened, rows_per_step)
     rows = build.mixture(opened, config.data, args.max_steps * rows_per_step, data_seed)
     held = None
@@ -106,22 +118,26 @@ def prepare_run(config: TrainConfig) -> HybridTrainer:
             config.eval_data, "eval_data", config, tokenizer, made.vocab_size, data_seed + 1
         )
         held = build.mixture(apart, config.eval_data, config.eval_rows, data_seed)
+    probes = build.open_probes(config, tokenizer, made, data_seed)
     set_seed(args.seed)
     resolved = config.as_dict()
     trainer = HybridTrainer(
         tokens_per_step=rows_per_step * config.sequence_length,
         flops_per_token=training_flops_per_token(made, config.sequence_length),
         muon=config.muon,
+        decay=Decay(config.decay_embeddings, config.decay_norms, config.decay_gates),
         resolved=resolved,
         run=_identity(resolved, args.seed, data_seed, rows_per_step),
+        probes=probes,
         model=load_model(config, made),
         args=args,
-        train_dataset=rows,
-        eval_dataset=held,
+        train_dataset=sliced(rows, parts, args.train_batch_size),
+        eval_dataset=sliced(held, parts, args.eval_batch_size),
         data_collator=RowCollator(),
         processing_class=tokenizer,
     )
     build.check_engine(trainer.accelerator)
+    spread(trainer.model, parts)
     return trainer
 
 
@@ -152,6 +168,21 @@ def _find_checkpoint(args: TrainingArguments, identity: dict[str, Any]) -> Path 
     return found[0]
 
 
+@contextmanager
+def _divergence_on_disk(args: TrainingArguments) -> Iterator[None]:
+    """For whoever started this process, or comes later."""
+    path = Path(str(args.output_dir)) / DIVERGED
+    if args.should_save:
+        path.unlink(missing_ok=True)
+    try:
+        yield
+    except FloatingPointError as error:
+        if args.should_save:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps({"reason": str(error)}), encoding="utf-8")
+        raise
+
+
 def _result(trainer: HybridTrainer, seconds: float, resumed_from: int) -> RunResult:
     steps = trainer.state.global_step
     tokens = (steps - resumed_from) * trainer.tokens_per_step
@@ -161,6 +192,10 @@ def _result(trainer: HybridTrainer, seconds: float, resumed_from: int) -> RunRes
         steps=steps,
         losses=_curve(trainer.state.log_history, "loss"),
         eval_losses=_curve(trainer.state.log_history, "eval_loss"),
+        probes={
+            probe.name: _curve(trainer.state.log_history, f"eval_{probe.name}_accuracy")
+            for probe in trainer.probes
+        },
         seconds=seconds,
         tokens=tokens,
         tokens_per_second=tokens / seconds,

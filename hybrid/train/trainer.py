@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,12 @@ from transformers import Trainer
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import rotate_checkpoints
 
+from hybrid.mup import growths
 from hybrid.train.checkpoints import CheckpointError, write_manifest
 from hybrid.train.config import MuonConfig
 from hybrid.train.expert_load import ExpertLoad
-from hybrid.train.optim import Several, decaying, groups, matrices
+from hybrid.train.optim import Decay, Several, decaying, groups, matrices
+from hybrid.train.probes import Probe, Probes
 from hybrid.train.progress import LossWatch, Progress
 from hybrid.train.throughput import peak_flops
 
@@ -34,8 +37,10 @@ class HybridTrainer(Trainer):
         tokens_per_step: tokens that one optimizer step sees, all processes together.
         flops_per_token: forward and backward, for `mfu`; None where it is not known.
         muon: options of Muon, or None for the optimizer that `args.optim` names.
+        decay: what has weight decay beside matrices.
         resolved: the configuration, saved beside every checkpoint.
         run: what the manifest of a checkpoint records of the run.
+        probes: asked while the run trains.
         kwargs: of `Trainer`.
     """
 
@@ -45,8 +50,10 @@ class HybridTrainer(Trainer):
         tokens_per_step: int,
         flops_per_token: float | None,
         muon: MuonConfig | None,
+        decay: Decay = Decay(),  # noqa: B008 (it is frozen)
         resolved: Mapping[str, Any],
         run: Mapping[str, Any],
+        probes: Sequence[Probe] = (),
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -54,13 +61,16 @@ class HybridTrainer(Trainer):
         self.flops_per_token = flops_per_token
         self.peak_flops = peak_flops(self.args)
         self.muon = muon
+        self.decay = decay
         self.resolved = dict(resolved)
         self.run = dict(run)
+        self.probes = list(probes)
         self._clock: tuple[float, int] | None = None
         for callback in (ProgressCallback, PrinterCallback):
             self.remove_callback(callback)
         self.expert_load = ExpertLoad()
         self.add_callback(self.expert_load)
+        self.add_callback(Probes(self, self.probes))
         # The watch first: the bar shows what is logged.
         self.add_callback(LossWatch())
         self.add_callback(Progress())
@@ -72,14 +82,21 @@ class HybridTrainer(Trainer):
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """See `hybrid.train.optim`."""
-        return decaying(model)
+        return decaying(model, self.decay)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Muon for matrices where the config asks for it, `Trainer`'s choice for all else."""
-        if self.muon is None or self.optimizer is not None:
-            return super().create_optimizer(model)
         whole: Any = self.model if model is None else model
+        if self.optimizer is not None or (self.muon is None and not growths(whole)):
+            return super().create_optimizer(model)
         args, rest = self.args, self.get_optimizer_cls_and_kwargs(self.args, whole)
+        options = {"decay": self.decay, "learning_rate": args.learning_rate}
+        if self.muon is None:
+            names = [n for n, _ in whole.named_parameters()]
+            self.optimizer = rest[0](
+                [dict(g) for g in groups(whole, names, args.weight_decay, **options)], **rest[1]
+            )
+            return self.optimizer
         orthogonal = matrices(whole)
         others = {n for n, _ in whole.named_parameters()} - set(orthogonal)
         rate = self.muon.learning_rate
@@ -91,7 +108,9 @@ class HybridTrainer(Trainer):
             ns_steps=self.muon.ns_steps,
             adjust_lr_fn=self.muon.adjust_lr_fn,
         )
-        adam = rest[0]([dict(g) for g in groups(whole, others, args.weight_decay)], **rest[1])
+        adam = rest[0](
+            [dict(g) for g in groups(whole, others, args.weight_decay, **options)], **rest[1]
+        )
         self.optimizer = Several([inner, adam])
         return self.optimizer
 
@@ -107,6 +126,14 @@ class HybridTrainer(Trainer):
             self._clock = time.perf_counter(), self.state.global_step
         return super().training_step(*args, **kwargs)
 
+    @contextmanager
+    def clock_stopped(self) -> Iterator[None]:
+        """What happens here is not time that training takes."""
+        clock, before = self._clock, time.perf_counter()
+        yield
+        if clock is not None:
+            self._clock = clock[0] + time.perf_counter() - before, clock[1]
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds `tokens_per_second` and `mfu` since the last log, without saving and evaluating.
 
@@ -120,7 +147,9 @@ class HybridTrainer(Trainer):
                 logs["mfu"] = used
         if "loss" in logs:
             logs.update(self.expert_load.summary())
-            self.expert_load.write(self.args, self.state)
+            callbacks = self.callback_handler.callbacks
+            boards = [c.tb_writer for c in callbacks if getattr(c, "tb_writer", None) is not None]
+            self.expert_load.write(self.args, self.state, boards)
         super().log(logs, start_time)
         self._clock = None
 

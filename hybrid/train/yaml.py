@@ -76,7 +76,7 @@ def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> dict[st
             mistakes.append(f"{text!r}: expected key=value, e.g. training.max_steps=10")
             continue
         try:
-            _set(values, path, parse(value, path))
+            set_key(values, path, parse(value, path))
         except LookupError as error:
             mistakes.append(f"{path}: {error.args[0]}")
     if mistakes:
@@ -84,7 +84,12 @@ def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> dict[st
     return values
 
 
-def _set(values: Any, path: str, value: Any) -> None:
+def set_key(values: Any, path: str, value: Any) -> None:
+    """Set `a.b[0].c` in nested mappings and lists, in place; mappings on the way are made.
+
+    Raises:
+        LookupError: the path leads nowhere; its argument says why.
+    """
     steps = [s for s in re.split(r"[.\[\]]", path) if s]
     holder = values
     for depth, step in enumerate(steps):

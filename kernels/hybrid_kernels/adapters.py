@@ -3,54 +3,72 @@
 =================  ============================  =================================================
 backend            covers                        limits
 =================  ============================  =================================================
-``fla``            every form but the decay      K and V as its kernels allow; gates must be finite;
-                   over values                   a bonus needs the decay over keys
+``fla``            every form but the decay      gates must be finite; a bonus needs the decay
+                   over values                   over keys; the delta rule without decay takes no
+                                                 float32
 ``mamba_ssm``      ``selective_scan``            no initial state, no packed documents; the final
                                                  state carries no gradient
-``causal_conv1d``  ``causal_conv1d``             W from 2 to 4, no packed documents
+``causal_conv1d``  ``causal_conv1d``             W from 2 to 4, D a multiple of 8, no packed
+                                                 documents
 =================  ============================  =================================================
 
-They need a GPU and were written against the signatures and docstrings of flash-linear-attention
-0.6, mamba-ssm 2.2 and causal-conv1d 1.5. None of them has been run from here: their kernels do not
-run on a CPU, so neither these adapters nor those kernels are covered by our tests.
+They need a GPU, and have not been run on one. What the tests do without: the kernels of
+flash-linear-attention 0.6 are run in triton's interpreter, forward and backward, and held against
+the reference. mamba-ssm 2.2 and causal-conv1d 1.5 do not install without CUDA: doubles with their
+signatures, checks of dtypes and layouts included, stand in for them.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 from torch import Tensor
 
 CONV_WIDTHS = (2, 3, 4)
+CONV_CHANNELS = 8
+# Of each op, an input of shape (B, T, ...).
+SEQUENCE = {"linear_attention": "q", "selective_scan": "u", "causal_conv1d": "x"}
 
 
 def unsupported(op: str, **arguments: Any) -> str | None:
     """Return why these inputs cannot be taken, or None."""
     if any(isinstance(x, Tensor) and x.dtype == torch.float64 for x in arguments.values()):
         return "it does not compute in float64"
+    if arguments[SEQUENCE[op]].shape[1] == 0:
+        return "it does not take an empty sequence"
     if op == "linear_attention":
         return _unsupported_by_fla(**arguments)
     if arguments.get("cu_seqlens") is not None:
         return "it does not take packed documents (cu_seqlens)"
     if op == "selective_scan" and arguments.get("initial_state") is not None:
         return "it does not take an initial state"
-    if op == "causal_conv1d" and arguments["weight"].shape[1] not in CONV_WIDTHS:
-        return f"its filters are 2 to 4 wide, got {arguments['weight'].shape[1]}"
+    if op == "causal_conv1d":
+        channels, width = arguments["weight"].shape
+        if width not in CONV_WIDTHS:
+            return f"its filters are 2 to 4 wide, got {width}"
+        if channels % CONV_CHANNELS:
+            return f"its channels are a multiple of {CONV_CHANNELS}, got {channels}"
     return None
 
 
 def _unsupported_by_fla(
     *,
     q: Tensor,
+    k: Tensor,
+    v: Tensor,
     log_decay: Tensor | None,
     value_log_decay: Tensor | None,
+    beta: Tensor | None,
     bonus: Tensor | None,
     chunk_size: int | None,
     **_: Any,
 ) -> str | None:
-    if q.shape[1] == 0:
-        return "it does not take an empty sequence"
+    if not q.dtype == k.dtype == v.dtype:
+        return f"it takes q, k and v of one dtype, got {q.dtype}, {k.dtype} and {v.dtype}"
+    if beta is not None and log_decay is None and q.dtype == torch.float32:
+        return "its delta rule without decay does not take float32"
     if value_log_decay is not None:
         return "it has no kernel for a decay over values (value_log_decay)"
     if bonus is not None and (log_decay is None or log_decay.dim() != 4):
@@ -82,9 +100,9 @@ def linear_attention(
         log_decay = log_decay.expand(*q.shape[:3])
     options: dict[str, Any] = {
         "scale": scale,
-        "initial_state": initial_state,
+        "initial_state": None if initial_state is None else initial_state.float(),
         "output_final_state": True,
-        "cu_seqlens": None if cu_seqlens is None else cu_seqlens.long(),
+        "cu_seqlens": None if cu_seqlens is None else cu_seqlens.to(q.device, torch.int64),
     }
     if bonus is not None:
         from fla.ops.rwkv6 import chunk_rwkv6  # pyright: ignore[reportMissingImports]
@@ -141,11 +159,13 @@ def selective_scan(
         selective_scan_fn,
     )
 
-    rows = (x.transpose(1, 2).contiguous() for x in (u, delta))
-    columns = (x.transpose(1, 2).contiguous() for x in (B, C))
+    # Sequences of one dtype there, time innermost; parameters in float32.
+    dtype = functools.reduce(torch.promote_types, (x.dtype for x in (u, delta, B, C)))
+    u_, delta_, B_, C_ = (x.to(dtype).transpose(1, 2).contiguous() for x in (u, delta, B, C))
     skip = None if D is None else D.float()
-    y, state = selective_scan_fn(*rows, A.float(), *columns, skip, return_last_state=True)
-    return y.transpose(1, 2), state
+    y, state = selective_scan_fn(u_, delta_, A.float(), B_, C_, skip, return_last_state=True)
+    # It would pass no gradient on; better none at all than a wrong one.
+    return y.transpose(1, 2).to(u.dtype), state.detach()
 
 
 def causal_conv1d(
@@ -161,17 +181,16 @@ def causal_conv1d(
     from causal_conv1d import causal_conv1d_fn  # pyright: ignore[reportMissingImports]
 
     history = weight.shape[1] - 1
-    if initial_state is None:
-        past = x.new_zeros(x.shape[0], x.shape[2], history)
-    else:
-        past = initial_state.to(x.dtype)
-    # Both must be channel-last in memory there.
+    past = x.new_zeros(x.shape[0], history, x.shape[2])
+    if initial_state is not None:
+        past = initial_state.to(x.dtype).transpose(1, 2).contiguous()
+    # Channels are innermost in memory there, last but one in shape.
     y = causal_conv1d_fn(
         x.contiguous().transpose(1, 2),
-        weight.to(x.dtype),
-        None if bias is None else bias.to(x.dtype),
-        initial_states=past.transpose(1, 2).contiguous().transpose(1, 2),
+        weight,
+        None if bias is None else bias.to(weight.dtype),
+        initial_states=None if initial_state is None else past.transpose(1, 2),
         activation=activation,
     )
-    inputs = torch.cat([past, x.transpose(1, 2)], dim=2)
-    return y.transpose(1, 2), inputs[..., inputs.shape[2] - history :]
+    inputs = torch.cat([past, x], dim=1)
+    return y.transpose(1, 2), inputs[:, inputs.shape[1] - history :].transpose(1, 2)

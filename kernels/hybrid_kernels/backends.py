@@ -60,7 +60,7 @@ BACKENDS: tuple[Backend, ...] = (
     Backend(
         "triton",
         "hybrid_kernels.triton",
-        (LINEAR_ATTENTION, CAUSAL_CONV1D),
+        OPS,
         requires=("triton",),
         pip="pip install triton",
         gpu_only=True,
@@ -136,7 +136,7 @@ def checked(
     if torch.compiler.is_compiling():
         check(**inputs)
         return choose(op, name, inputs)
-    form = (op, name, *[_form(x) for x in inputs.values()])
+    form = _form(op, name, inputs)
     run = _KNOWN.get(form)
     if run is None:
         check(**inputs)
@@ -147,13 +147,17 @@ def checked(
     return run
 
 
-def _form(x: Any) -> Any:
+def _form(op: str, name: str | None, inputs: dict[str, Any]) -> tuple:
     """Return what a check may depend on; a number, a string or None stands for itself."""
-    if x is None:
-        return None
-    if isinstance(x, torch.Tensor):
-        return x.shape, x.dtype, x.device
-    return x if isinstance(x, (int, float, str)) else type(x)
+    form: list = [op, name]
+    for x in inputs.values():
+        if x is None:
+            form.append(None)
+        elif isinstance(x, torch.Tensor):
+            form += x.shape, x.dtype, x.device
+        else:
+            form.append(x if isinstance(x, (int, float, str)) else type(x))
+    return tuple(form)
 
 
 def choose(op: str, name: str | None, arguments: dict[str, Any]) -> Callable:

@@ -1,12 +1,16 @@
 """Time the CPU backend against the PyTorch code that transformers falls back to without a GPU.
 
-    python -m hybrid_kernels.bench                    # T = 1024 and 4096, every op
-    python -m hybrid_kernels.bench --ops ssd kda --lengths 16384 --json out.json
+    python -m hybrid_kernels.bench                    # T = 1024, 4096, 16384, every op and step
+    python -m hybrid_kernels.bench --ops ssd kda --lengths 4096 --json out.json
 
 Both sides run in one process on one thread, in turns, and process CPU time is what counts; medians
 are printed. Peak memory is the growth of the resident set over one call. The share of the GEMM peak
 sets the products that our algorithm needs (not those it saves) against a 1024 x 1024 product in the
-same run. Each pair is first checked to compute the same thing.
+same run. Each pair is first checked to compute the same thing. Beside each figure that has a target
+stands the target, met or missed.
+
+How time grows with T is measured of our side alone, the heap handed back to the system before each
+call: otherwise the C library recycles a short call's results and maps a long one's afresh.
 
 Legend: B = 1 batch, T time, H = 4 heads, K = V = 64 dims, D channels.
 """
@@ -15,63 +19,64 @@ from __future__ import annotations
 
 import argparse
 import ctypes
-import json
 import platform
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from hybrid_kernels import rivals
+from hybrid_kernels import bench_report, rival_steps, rivals
+from hybrid_kernels.bench_report import Growth, Result
 
 AGREEMENT = 1e-3
+# How many seconds of CPU a call of the other side may take before it is timed once only.
+SLOW_CALL = 5.0
+GROWTH_LENGTHS = (4096, 16384)
 
-
-@dataclass
-class Result:
-    """Figures of one op at one length; seconds of CPU, bytes, and shares of the GEMM peak."""
-
-    op: str
-    length: int
-    direction: str
-    ours: float
-    theirs: float
-    ratio: float
-    our_memory: int
-    their_memory: int
-    gemm_share: float | None
+PAIRS = {**rivals.PAIRS, **rival_steps.STEPS}
 
 
 def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--ops", nargs="+", choices=list(rivals.PAIRS), default=list(rivals.PAIRS))
-    parser.add_argument("--lengths", nargs="+", type=int, default=[1024, 4096])
+    parser.add_argument("--ops", nargs="+", choices=list(PAIRS), default=list(PAIRS))
+    parser.add_argument("--lengths", nargs="+", type=int, default=[1024, 4096, 16384])
     parser.add_argument("--repeats", type=int, default=5, help="timed calls of each side")
     parser.add_argument("--forward-only", action="store_true")
+    parser.add_argument(
+        "--patience",
+        type=float,
+        default=60.0,
+        help="leave the other side out where a call would take more than so many seconds, "
+        "judged by a shorter length and quadratic growth",
+    )
     parser.add_argument("--json", type=Path, help="write the figures there too")
+    parser.add_argument("--markdown", type=Path, help="write the table there too")
     options = parser.parse_args()
     torch.set_num_threads(1)
     peak = gemm_peak()
-    header = versions() | {"gemm_gflops": round(peak / 1e9, 1)}
-    print("  ".join(f"{name} {value}" for name, value in header.items()))
-    print(
-        f"{'op':<12}{'T':>7} {'direction':<17}{'ours ms':>9}{'theirs ms':>11}{'ratio':>8}"
-        f"{'ours MiB':>10}{'theirs MiB':>12}{'of GEMM peak':>14}"
-    )
-    results = []
+    run = versions() | {"gemm_gflops": f"{peak / 1e9:.0f}"}
+    print("  ".join(f"{name} {value}" for name, value in run.items()))
+    print(bench_report.heading())
+    results: list[Result] = []
+    growth: list[Growth] = []
     for op in options.ops:
-        for length in options.lengths:
-            for result in measure(op, length, options.repeats, options.forward_only, peak):
-                results.append(result)
-                show(result)
+        for result in measure_op(op, options, peak):
+            results.append(result)
+            print(bench_report.row(result), flush=True)
+    for op in options.ops:
+        if set(GROWTH_LENGTHS) <= set(options.lengths) and PAIRS[op].backward:
+            for found in measure_growth(op, options.forward_only, options.repeats):
+                growth.append(found)
+                print(bench_report.growth_row(found), flush=True)
+    print(bench_report.verdict(results, growth))
     if options.json:
-        found = {"run": header, "results": [asdict(r) for r in results]}
-        options.json.write_text(json.dumps(found, indent=2) + "\n")
+        bench_report.write_json(options.json, run, results, growth)
+    if options.markdown:
+        bench_report.write_markdown(options.markdown, run, results, growth)
 
 
 def versions() -> dict[str, str]:
@@ -81,41 +86,101 @@ def versions() -> dict[str, str]:
     return {
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "cpu": platform.processor() or platform.machine(),
+        "python": platform.python_version(),
+        "cpu": _cpu_name(),
         "capability": torch.backends.cpu.get_cpu_capability(),
     }
 
 
-def show(r: Result) -> None:
-    """Print one line of the table."""
-    share = "-" if r.gemm_share is None else f"{r.gemm_share:.0%}"
-    print(
-        f"{r.op:<12}{r.length:>7} {r.direction:<17}{r.ours * 1e3:>9.2f}{r.theirs * 1e3:>11.2f}"
-        f"{r.ratio:>7.1f}x{r.our_memory / 2**20:>10.1f}{r.their_memory / 2**20:>12.1f}{share:>14}",
-        flush=True,
-    )
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())
 
 
-def measure(op: str, length: int, repeats: int, forward_only: bool, peak: float) -> list[Result]:
-    """Time one op at one length, forward and then forward and backward."""
-    pair = rivals.PAIRS[op]
-    torch.manual_seed(0)
-    inputs = pair.inputs(length)
+def measure_op(op: str, options: argparse.Namespace, peak: float) -> list[Result]:
+    """Time one op at every length; a step has no length."""
+    results: list[Result] = []
+    for length in sorted(options.lengths) if PAIRS[op].backward else [1]:
+        expected = {
+            r.direction: r.theirs * (length / r.length) ** 2
+            for r in results
+            if r.theirs is not None
+        }
+        left_out = [name for name, seconds in expected.items() if seconds > options.patience]
+        left_out += [r.direction for r in results if r.theirs is None]
+        results += measure(op, length, options.repeats, options.forward_only, peak, left_out)
+    return results
+
+
+def measure(
+    op: str, length: int, repeats: int, forward_only: bool, peak: float, left_out: list[str]
+) -> list[Result]:
+    """Time one op at one length, forward and then forward and backward.
+
+    Args:
+        op: a key of ``PAIRS``.
+        length: T.
+        repeats: timed calls of each side.
+        forward_only: leave the backward pass out.
+        peak: of matrix products, in FLOP/s.
+        left_out: the directions in which the other side is not run.
+    """
+    pair, inputs = PAIRS[op], _inputs(op, length)
     with torch.no_grad():
-        found, expected = pair.ours(**inputs), pair.theirs(**inputs)
-    error = float((found - expected).norm() / expected.norm())
-    assert error <= AGREEMENT, f"{op}: the two sides differ by {error:g}"
-    gradient = torch.randn(expected.shape)
-    names = ["forward"] if forward_only or not pair.backward else ["forward", "forward+backward"]
+        found = pair.ours(**inputs)
+        if "forward" not in left_out:
+            expected = pair.theirs(**inputs)
+            error = float((found - expected).norm() / expected.norm())
+            assert error <= AGREEMENT, f"{op}: the two sides differ by {error:g}"
+    gradient = torch.randn(found.shape)
     results = []
-    for name in names:
-        calls = [_call(f, inputs, gradient, name) for f in (pair.ours, pair.theirs)]
-        ours, theirs = interleaved(calls, repeats if name == "forward" else max(1, repeats // 2))
+    for name in _directions(op, forward_only):
+        sides = [pair.ours] if name in left_out else [pair.ours, pair.theirs]
+        calls = [_call(f, inputs, gradient, name) for f in sides]
+        seconds = interleaved(calls, repeats if name == "forward" else max(1, repeats // 2))
         memory = [peak_memory(call) for call in calls]
         flops = pair.flops(length) * (1 if name == "forward" else pair.backward_flops)
-        share = flops / ours / peak if flops else None
-        results.append(Result(op, length, name, ours, theirs, theirs / ours, *memory, share))
+        share = flops / seconds[0] / peak if flops else None
+        both = len(calls) == 2
+        results.append(
+            Result(
+                op,
+                length,
+                name,
+                seconds[0],
+                seconds[1] if both else None,
+                memory[0],
+                memory[1] if both else None,
+                share,
+            )
+        )
     return results
+
+
+def measure_growth(op: str, forward_only: bool, repeats: int) -> list[Growth]:
+    """Time our side at two lengths, in turns, each call starting from a trimmed heap."""
+    found = []
+    for name in _directions(op, forward_only):
+        calls = []
+        for length in GROWTH_LENGTHS:
+            inputs = _inputs(op, length)
+            with torch.no_grad():
+                gradient = torch.randn(PAIRS[op].ours(**inputs).shape)
+            calls.append(_call(PAIRS[op].ours, inputs, gradient, name))
+        short, long = interleaved(calls, repeats, trimmed=True)
+        found.append(Growth(op, name, *GROWTH_LENGTHS, short, long))
+    return found
+
+
+def _directions(op: str, forward_only: bool) -> list[str]:
+    return ["forward"] if forward_only or not PAIRS[op].backward else list(bench_report.DIRECTIONS)
+
+
+def _inputs(op: str, length: int) -> dict[str, Tensor]:
+    torch.manual_seed(0)
+    return PAIRS[op].inputs(length)
 
 
 def _call(
@@ -139,21 +204,32 @@ def _call(
     return both
 
 
-def interleaved(calls: list[Callable[[], object]], repeats: int) -> tuple[float, float]:
-    """Return the median CPU seconds of two calls made in turns, after one unmeasured round."""
-    times: list[list[float]] = [[], []]
+def interleaved(
+    calls: list[Callable[[], object]], repeats: int, trimmed: bool = False
+) -> list[float]:
+    """Return the median CPU seconds of calls made in turns, after one round that does not count.
+
+    Args:
+        calls: what to time.
+        repeats: rounds that count; one where a call of the first round was slow.
+        trimmed: hand free memory back to the system before every call.
+    """
+    times: list[list[float]] = [[] for _ in calls]
     for turn in range(repeats + 1):
+        if turn > 1 and max(found[0] for found in times) > SLOW_CALL:
+            break
         for call, found in zip(calls, times, strict=True):
             # A call of a few microseconds is below the clock's step: repeat it.
             count, spent = 0, 0.0
             while spent < 0.01:
+                if trimmed:
+                    _trim()
                 start = time.process_time()
                 call()
                 spent += time.process_time() - start
                 count += 1
-            if turn:
-                found.append(spent / count)
-    return statistics.median(times[0]), statistics.median(times[1])
+            found.append(spent / count)
+    return [statistics.median(found[1:]) for found in times]
 
 
 def peak_memory(call: Callable[[], object]) -> int:
@@ -161,11 +237,17 @@ def peak_memory(call: Callable[[], object]) -> int:
     status = Path("/proc/self/status")
     if not status.exists():
         return 0
-    ctypes.CDLL(None).malloc_trim(0)
+    _trim()
     Path("/proc/self/clear_refs").write_text("5")
     before = _resident(status, "VmRSS")
     call()
     return max(0, _resident(status, "VmHWM") - before)
+
+
+def _trim() -> None:
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "malloc_trim"):
+        libc.malloc_trim(0)
 
 
 def _resident(status: Path, field: str) -> int:

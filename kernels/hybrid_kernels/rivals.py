@@ -1,5 +1,7 @@
 """What ``bench.py`` compares: for each op, our call and the fallback in transformers.
 
+One decoded token is in ``rival_steps.py``.
+
 Functions of transformers are imported when they are called: the package itself does not need it.
 They are unwrapped, since where an optional kernel package is installed transformers puts its
 function in the place of the fallback, GPU or not.
@@ -24,7 +26,7 @@ H, K, V, D, N = 4, 64, 64, 256, 16
 CONV_CHANNELS = 768
 
 # Inputs whose gradient neither side gives.
-CONSTANTS = ("log_slopes", "state")
+CONSTANTS = ("log_slopes",)
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,10 @@ def _delta_flops(length: int) -> float:
     return 2.0 * length * H * (pairs + inverse + chunk * (K + V) + chunk * V + 3 * K * V)
 
 
-def _rows(length: int, decay: tuple[int, ...] | None = None, delta: bool = False):
+def rows(
+    length: int, decay: tuple[int, ...] | None = None, delta: bool = False
+) -> dict[str, Tensor]:
+    """Draw q, k and v, with beta for the delta rule, with mild log decays of a shape per token."""
     found = {name: torch.randn(1, length, H, K) for name in ("q", "k", "v")}
     if delta:
         found["k"] = F.normalize(found["k"], dim=-1)
@@ -72,7 +77,8 @@ def _rows(length: int, decay: tuple[int, ...] | None = None, delta: bool = False
 # Mamba-2, one group of B and C for all heads, the step sizes and A of its initialisation.
 
 
-def _ssd_inputs(length: int) -> dict[str, Tensor]:
+def ssd_inputs(length: int) -> dict[str, Tensor]:
+    """Draw the arguments of Mamba-2's scan."""
     return {
         "x": torch.randn(1, length, H, V),
         "dt": torch.empty(1, length, H).uniform_(1e-3, 0.1),
@@ -123,7 +129,8 @@ class _Half(torch.nn.Module):
 
 
 @lru_cache
-def _lightning_layer() -> torch.nn.Module:
+def lightning_layer() -> torch.nn.Module:
+    """Return MiniMax's layer, reduced to its recurrence times a half."""
     from transformers.models.minimax.configuration_minimax import MiniMaxConfig
     from transformers.models.minimax.modeling_minimax import MiniMaxLightningAttention
 
@@ -142,17 +149,17 @@ def _lightning_layer() -> torch.nn.Module:
 
 
 def _lightning_inputs(length: int) -> dict[str, Tensor]:
-    slopes = -_lightning_layer().get_buffer("slope_rate").flatten().float()
+    slopes = -lightning_layer().get_buffer("slope_rate").flatten().float()
     return {"qkv": torch.randn(1, length, H * 3 * K), "log_slopes": slopes}
 
 
 def _lightning_ours(qkv: Tensor, log_slopes: Tensor) -> Tensor:
-    q, k, v = qkv.unflatten(2, (H, 3 * K)).split(K, dim=3)
+    q, k, v = qkv.view(1, -1, H, 3 * K).split(K, dim=3)
     return linear_attention(q, k, v, log_decay=log_slopes, scale=0.5)[0].flatten(2)
 
 
 def _lightning_theirs(qkv: Tensor, log_slopes: Tensor) -> Tensor:
-    return _lightning_layer()(qkv, None, None)[0]
+    return lightning_layer()(qkv, None, None)[0]
 
 
 # GLA: the plain exact form, every exponent a difference within a chunk of 16.
@@ -182,7 +189,8 @@ def _gla_theirs(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor) -> Tensor:
 # Mamba-1.
 
 
-def _scan_inputs(length: int) -> dict[str, Tensor]:
+def scan_inputs(length: int) -> dict[str, Tensor]:
+    """Draw the arguments of ``selective_scan``."""
     return {
         "u": torch.randn(1, length, D),
         "delta": torch.empty(1, length, D).uniform_(1e-3, 0.1),
@@ -225,83 +233,14 @@ def _conv_theirs(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return inspect.unwrap(causal_conv1d_fn)(x.mT, weight, bias, activation="silu").mT
 
 
-# Decode steps: T is ignored, one token with a state.
-
-
-def _step_inputs(**options) -> Callable[[int], dict[str, Tensor]]:
-    def inputs(length: int) -> dict[str, Tensor]:
-        return {**_rows(1, **options), "state": torch.randn(1, H, K, V)}
-
-    return inputs
-
-
-def _step_ours(
-    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_decay: Tensor, state: Tensor
-) -> Tensor:
-    return linear_attention(
-        q, k, v, beta=beta, log_decay=log_decay, initial_state=state, output_final_state=True
-    )[0]
-
-
-def _gated_delta_step(
-    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_decay: Tensor, state: Tensor
-) -> Tensor:
-    from transformers.models.qwen3_next.modeling_qwen3_next import (
-        torch_recurrent_gated_delta_rule,
-    )
-
-    return inspect.unwrap(torch_recurrent_gated_delta_rule)(q, k, v, log_decay, beta, state, True)[
-        0
-    ]
-
-
-def _kda_step(
-    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_decay: Tensor, state: Tensor
-) -> Tensor:
-    from transformers.models.kimi_linear.modeling_kimi_linear import (
-        recurrent_kimi_delta_attention,
-    )
-
-    return inspect.unwrap(recurrent_kimi_delta_attention)(q, k, v, log_decay, beta, state, True)[0]
-
-
-def _ssd_step_inputs(length: int) -> dict[str, Tensor]:
-    return {**_ssd_inputs(1), "state": torch.zeros(1, H, K, V)}
-
-
-def _ssd_step_ours(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor) -> Tensor:
-    return linear_attention(
-        C, B, x * dt[..., None], log_decay=dt * A, scale=1.0, initial_state=state
-    )[0]
-
-
-def _ssd_step_theirs(
-    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor
-) -> Tensor:
-    from transformers.models.mamba2.modeling_mamba2 import mamba2_selective_state_update
-
-    # It updates its state in place; starting from zeros, the first call is the one compared.
-    state = state.zero_()
-    wide = A[:, None, None].expand(H, V, K)
-    found = inspect.unwrap(mamba2_selective_state_update)(
-        state.mT, x[:, 0], dt[:, 0, :, None].expand(1, H, V), wide, B[:, 0], C[:, 0]
-    )
-    return found[:, None]
-
-
 PAIRS: dict[str, Pair] = {
-    "ssd": Pair(_ssd_inputs, _ssd_ours, _ssd_theirs, _additive_flops, 3.5),
+    "ssd": Pair(ssd_inputs, _ssd_ours, _ssd_theirs, _additive_flops, 3.5),
     "gated_delta": Pair(
-        lambda t: _rows(t, (H,), True), _delta_ours, _gated_delta_theirs, _delta_flops, 3.5
+        lambda t: rows(t, (H,), True), _delta_ours, _gated_delta_theirs, _delta_flops, 3.5
     ),
     "lightning": Pair(_lightning_inputs, _lightning_ours, _lightning_theirs, _additive_flops, 3.5),
-    "kda": Pair(lambda t: _rows(t, (H, K), True), _delta_ours, _kda_theirs, _delta_flops, 3.5),
-    "gla": Pair(lambda t: _rows(t, (H, K)), _gla_ours, _gla_theirs, _additive_flops, 3.5),
-    "mamba1": Pair(_scan_inputs, _scan_ours, _scan_theirs),
+    "kda": Pair(lambda t: rows(t, (H, K), True), _delta_ours, _kda_theirs, _delta_flops, 3.5),
+    "gla": Pair(lambda t: rows(t, (H, K)), _gla_ours, _gla_theirs, _additive_flops, 3.5),
+    "mamba1": Pair(scan_inputs, _scan_ours, _scan_theirs),
     "conv1d": Pair(_conv_inputs, _conv_ours, _conv_theirs),
-    "step_gated_delta": Pair(
-        _step_inputs(decay=(H,), delta=True), _step_ours, _gated_delta_step, backward=False
-    ),
-    "step_kda": Pair(_step_inputs(decay=(H, K), delta=True), _step_ours, _kda_step, backward=False),
-    "step_ssd": Pair(_ssd_step_inputs, _ssd_step_ours, _ssd_step_theirs, backward=False),
 }

@@ -167,6 +167,56 @@ def sample(
     return found
 
 
+# Sizes of A for ``sample_scan``, with step sizes up to 1; all but the first are there to hurt.
+RATES = {"mild": 0.2, "strong": 20.0, "closed": 1e4, "open": 0.0}
+
+
+def sample_scan(
+    *,
+    batch: int = 2,
+    time: int = 70,
+    channels: int = 6,
+    size: int = 3,
+    rate: str = "mild",
+    lengths: Sequence[int] | None = None,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+) -> dict[str, Tensor]:
+    """Draw the keyword arguments of ``selective_scan``.
+
+    Args:
+        batch: B, unless ``lengths`` is given.
+        time: T, unless ``lengths`` is given.
+        channels: D.
+        size: N.
+        rate: a key of ``RATES``.
+        lengths: of packed documents.
+        dtype: what sequences are rounded to; A, D and the state stay float32 at least.
+        seed: of the draw.
+
+    Returns:
+        Tensors by argument name, D and ``initial_state`` always, ``cu_seqlens`` with ``lengths``.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    rows, found = batch, {}
+    if lengths is not None:
+        batch, time, rows = 1, sum(lengths), len(lengths)
+        found["cu_seqlens"] = torch.tensor([0, *lengths]).cumsum(0)
+    found["u"] = normal(batch, time, channels).to(dtype)
+    wide = torch.promote_types(dtype, torch.float32)
+    found["delta"] = torch.rand(batch, time, channels, generator=generator).to(dtype)
+    found["A"] = -RATES[rate] * torch.rand(channels, size, generator=generator).to(wide)
+    found["B"] = normal(batch, time, size).to(dtype)
+    found["C"] = normal(batch, time, size).to(dtype)
+    found["D"] = normal(channels).to(wide)
+    found["initial_state"] = normal(rows, channels, size).to(wide)
+    return found
+
+
 def evaluate(
     op: Callable[..., tuple[Tensor, Tensor | None]],
     inputs: dict[str, Tensor],

@@ -2,6 +2,7 @@
 
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -83,3 +84,29 @@ def lm_checkpoint(tmp_path, tiny_llama):
     tiny_llama.save_pretrained(folder)
     PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=letters[0]).save_pretrained(folder)
     return str(folder)
+
+
+@pytest.fixture
+def train():
+    """Train a model on the first rows of a source; stops early where there is nothing to learn."""
+
+    def run(model, source, *, steps, batch, rate, **options):
+        optimizer = torch.optim.AdamW(model.parameters(), lr=rate, **options)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, steps, pct_start=0.1)
+        for step in range(steps):
+            rows = [source[step * batch + i] for i in range(batch)]
+            ids, labels = (
+                torch.as_tensor(np.stack([row[key] for row in rows]))
+                for key in ("input_ids", "labels")
+            )
+            loss = model(ids, labels=labels).loss
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            if loss.item() < 1e-3:
+                break
+        return model
+
+    return run

@@ -104,12 +104,31 @@ def test_results_hold_what_the_footer_needs(tiny_llama):
         (["{tmp}/tiny", "--set", "mqar.pair=3"], "no option 'pair'; did you mean 'pairs'?"),
         (["{tmp}/tiny", "--set", "pairs"], "TASK.OPTION=VALUE"),
         (["a={tmp}/tiny", "a={tmp}/tiny", "--tasks", "cost"], "two models are called 'a'"),
+        (["{tmp}/tiny", "--set", "mqar.pairs=many"], "mqar.pairs must be a whole number"),
+        (["{tmp}/tiny", "--set", "mqar.n=1.5"], "mqar.n must be a whole number, got 1.5"),
+        (["{tmp}/tiny", "--set", "mqar.pairs=[1"], "--set mqar.pairs=[1: the value is not YAML"),
+        (["{tmp}/tiny", "--dtype", "float31"], "no dtype 'float31'; did you mean 'float32'?"),
+        (["{tmp}/tiny", "--device", "tpu"], "no device 'tpu'; write cpu, cuda"),
+        (
+            ["{tmp}/tiny", "--tasks", "cost", "--include-path", "{tmp}/gone"],
+            "gone: no such folder of lm-eval YAML files",
+        ),
+        (
+            ["{tmp}/tiny", "--tasks", "mmlu_cloze", "--tokenizer", "bytes", "--mmlu-dir", "{tmp}"],
+            "no .jsonl, .parquet or .csv file",
+        ),
     ],
 )
 def test_mistakes_are_named(checkpoint, tmp_path, capsys, arguments, words):
     status = main([a.format(tmp=tmp_path) for a in arguments] + ["--out", str(tmp_path / "o")])
     assert status == 2
     assert words in capsys.readouterr().err
+
+
+def test_results_do_not_go_to_a_file(checkpoint, capsys):
+    file = checkpoint / "config.json"
+    assert main([str(checkpoint), "--tasks", "cost", "--out", str(file)]) == 2
+    assert "config.json is a file" in capsys.readouterr().err
 
 
 def test_a_model_type_that_nobody_registered_is_named(checkpoint):

@@ -8,12 +8,13 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import PreTrainedTokenizerFast
 
 from hybrid_eval.corpus import Corpus, Document, stdlib_documents
+from hybrid_eval.text.counter import Counter
 from hybrid_eval.text.evaluate import evaluate_text, forced_row
-from hybrid_eval.text.fill import fill
-from hybrid_eval.text.material import uuid4
-from hybrid_eval.text.sample import prompt_ids, string_match
+from hybrid_eval.text.fill import alike, fill
+from hybrid_eval.text.material import uuids
+from hybrid_eval.text.sample import string_match
 from hybrid_eval.text.tasks import GRIDS, NAMES, RULER, Material, maker, samples
-from hybrid_eval.tokens import ByteEncoder
+from hybrid_eval.tokens import ByteEncoder, prompt_ids
 
 LONG = tuple(f"long_{name}" for name in RULER)
 
@@ -38,15 +39,9 @@ def tokenizer():
 
 
 def one(name, tokenizer, length=4096, index=0, seed=0, **options):
-    return maker(name, Material(), _counter(tokenizer))(
+    return maker(name, Material(), Counter(tokenizer))(
         length=length, index=index, seed=seed, **options
     )
-
-
-def _counter(tokenizer):
-    from hybrid_eval.text.sample import Counter
-
-    return Counter(tokenizer)
 
 
 def solve(prompt):
@@ -95,6 +90,23 @@ def test_a_solver_that_reads_the_prompt_is_right_and_an_echo_is_not(name, tokeni
             assert string_match(made.outputs, answer, made.match) == 1.0
             first = re.split(r"(?<=[.?!:])\s", made.prompt)[0]
             assert string_match(made.outputs, first, made.match) == 0.0
+
+
+def test_rulers_own_words_are_used_where_they_are_installed(tokenizer):
+    pytest.importorskip("wonderwords", reason="the extra eval is not installed")
+    essays = Corpus((Document("d", "It was a dull day. Nothing happened. " * 300),), "essays")
+    for name in (name for name in RULER if not name.startswith("qa")):
+        (made,) = samples(
+            f"ruler_{name}",
+            tokenizer=tokenizer,
+            lengths=[3000],
+            n=1,
+            material=Material(essays=essays),
+        )
+        assert made.task == f"ruler_{name}"
+        assert string_match(made.outputs, ", ".join(solve(made.prompt)), made.match) == 1.0
+        if name == "cwe":
+            assert made.haystack == "wonderwords"
 
 
 @pytest.mark.parametrize("name", [*GRIDS, *LONG])
@@ -202,14 +214,12 @@ def test_what_is_too_short_is_refused_and_nothing_hangs(name, tokenizer):
 def test_fill_counts_on_the_prompt_itself():
     # estimates that are wrong in both directions
     for factor in (0.3, 1, 3):
-        found = fill(
-            lambda u: 7 + 5 * u, [max(1, int(5 * factor))] * 500, 1000, minimum=0, what="x"
-        )
+        found = fill(lambda u: 7 + 5 * u, alike(int(5 * factor), 500), 1000, minimum=0, what="x")
         assert found.tokens == 7 + 5 * found.units
         assert 0 <= 1000 - found.tokens < (5 if factor <= 1 else 15)
         assert 1000 - found.tokens < found.next_tokens
     with pytest.raises(ValueError, match="x: the shortest prompt takes 107 tokens, only 100"):
-        fill(lambda u: 107 + u, [1] * 10, 100, minimum=0, what="x")
+        fill(lambda u: 107 + u, alike(1, 10), 100, minimum=0, what="x")
 
 
 def test_an_answer_is_matched_as_ruler_matches():
@@ -222,7 +232,7 @@ def test_uuids_are_version_four():
     rng = np.random.default_rng(0)
     for _ in range(20):
         assert re.fullmatch(
-            r"[\da-f]{8}-[\da-f]{4}-4[\da-f]{3}-[89ab][\da-f]{3}-[\da-f]{12}", uuid4(rng)
+            r"[\da-f]{8}-[\da-f]{4}-4[\da-f]{3}-[89ab][\da-f]{3}-[\da-f]{12}", uuids(rng, 1)[0]
         )
 
 
@@ -240,7 +250,7 @@ def test_nothing_is_called_ruler_without_rulers_material(tokenizer, tmp_path):
         'does Ann live?", "is_impossible": false, "answers": [{"text": "Rome"}, {"text": "in '
         'Rome"}]}]}, {"context": "Bob lives in Oslo.", "qas": []}]}]}'
     )
-    made = maker("ruler_qa_1", Material(squad=str(squad)), _counter(tokenizer))(
+    made = maker("ruler_qa_1", Material(squad=str(squad)), Counter(tokenizer))(
         length=1024, index=0, seed=0
     )
     assert made.outputs == ("Rome", "in Rome")
@@ -311,7 +321,7 @@ def test_units_measured_around_the_end_save_counts_of_the_whole():
             counted.append(units)
             return 50 + int(sizes[:units].sum())
 
-        average = [int(sizes[:8].mean())] * 200
+        average = alike(int(sizes[:8].mean()), 200)
         found = fill(
             count, average, 2000, minimum=1, what="x", measure=lambda i, s=sizes: int(s[i])
         )

@@ -18,8 +18,30 @@ def mixer_cases():
     ]
 
 
+BLOCK = {"lora_rank": 3, "concat_embeddings": True, "depth_projection": True, "output": "next"}
+
+# Settings around a mixer under which all that holds for the mixer alone must hold as well.
+AROUND = {
+    "canon": ("softmax_attention", {"num_heads": 2}, {"canon": "ABCD"}),
+    "canon-linear": ("mamba2", {"num_heads": 4, "head_dim": 8, "state_size": 6, "conv_size": None},
+                     {"canon": "ABCD", "canon_width": 3}),
+    "canon-window": ("sliding_window_attention", {"num_heads": 2, "window": 5}, {"canon": "AC"}),
+    "shared": ("softmax_attention", {"num_heads": 2},
+               {"layout": "QLQL", "canon": {"L": "", "default": "ACD"}, "shared": {"Q": BLOCK}}),
+}  # fmt: skip
+
+
+def stack_cases():
+    """Every sample of every mixer by itself, and some with settings around them."""
+    alone = [pytest.param(*case.values, {}, id=case.id) for case in mixer_cases()]
+    return alone + [pytest.param(*case, id=name) for name, case in AROUND.items()]
+
+
 def pytest_generate_tests(metafunc):
-    if {"mixer_name", "mixer_options"} <= set(metafunc.fixturenames):
+    names = set(metafunc.fixturenames)
+    if "around" in names:
+        metafunc.parametrize(("mixer_name", "mixer_options", "around"), stack_cases())
+    elif {"mixer_name", "mixer_options"} <= names:
         metafunc.parametrize(("mixer_name", "mixer_options"), mixer_cases())
 
 
@@ -37,13 +59,30 @@ def build():
 
 
 @pytest.fixture
-def stack(build, mixer_name, mixer_options):
+def stack(build, awake, mixer_name, mixer_options, around):
     """Two layers of one mixer, Q, with small feed-forwards, in float64."""
-    return build(
-        layout="QQ",
-        mixers={"Q": {"type": mixer_name, **mixer_options}},
-        feed_forwards={"-": {"intermediate_size": 24}},
-    )
+    config = {
+        "layout": "QQ",
+        "mixers": {"Q": {"type": mixer_name, **mixer_options}, "L": {"num_heads": 2}},
+        "feed_forwards": {"-": {"intermediate_size": 24}},
+    }
+    return awake(build(**{**config, **around}))
+
+
+@pytest.fixture
+def awake():
+    """Put the adapters of a model, which start as nothing, to work."""
+
+    def wake(model):
+        generator = torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if name.endswith("lora_b.weight"):
+                    noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+                    parameter.copy_(0.3 * noise)
+        return model
+
+    return wake
 
 
 @pytest.fixture

@@ -3,9 +3,12 @@
 import copy
 import json
 import pickle
+import re
+from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from transformers import AutoConfig, DynamicCache, GenerationConfig, StaticCache
 
 import hybrid
@@ -344,3 +347,13 @@ def test_a_users_mixer_is_found_by_name_in_a_config():
         assert config.layer_types == ["hybrid_sliding"]
     finally:
         del mixers._by_name["test_config_mixer"]
+
+
+def test_examples_of_the_page_on_stacks_are_configs():
+    page = (Path(__file__).parents[2] / "docs" / "stack.md").read_text(encoding="utf-8")
+    blocks = [yaml.safe_load(text) for text in re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)]
+    assert len(blocks) == 3
+    for block in blocks:
+        values = {"layout": "LS", "hidden_size": 2560, **block}
+        values["layout"] += " M"  # the page stops short of the layer that Z feeds
+        HybridConfig(**values)

@@ -16,8 +16,13 @@ MIXERS = {
     "N": {"num_heads": 2},
     "C": {"type": "lightning_attention", "num_heads": 2, "conv_size": 3},
     "D": {"type": "softmax_attention", "num_heads": 2, "conv_size": 4},
-}
-LAYOUTS = ["SS", "LL", "LLLS", "NS", "[LS]2", "C-D-", "[CS]", "[CD]L"]
+    "B": {"num_heads": 2, "chunk_size": 4},
+    "V": {"num_heads": 2, "block_size": 2, "block_stride": 1, "select_size": 2, "window": 3,
+          "num_selected": 2, "num_local": 1},
+    "Q": {"type": "softmax_attention", "num_heads": 2, "dual_chunk_size": 4, "temperature": 0.5,
+          "temperature_length": 3},
+}  # fmt: skip
+LAYOUTS = ["SS", "LL", "LLLS", "NS", "[LS]2", "C-D-", "[CS]", "[CD]L", "BVQ"]
 NEW = 12
 
 

@@ -9,6 +9,7 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, DynamicCache
 
 import hybrid
+from hybrid.canon import Canon
 from hybrid.mixers.base import Mixer
 
 CLOSE = {"rtol": 1e-8, "atol": 1e-9}
@@ -30,7 +31,8 @@ def continued(model, pieces, **kwargs):
 
 def test_gradcheck(stack):
     mixer = stack.model.layers[0].mixer
-    x = torch.randn(1, 5, stack.config.hidden_size, dtype=torch.float64, requires_grad=True)
+    width = stack.config.input_size("Q")
+    x = torch.randn(1, 5, width, dtype=torch.float64, requires_grad=True)
     positions = {s: r(x, torch.arange(5)[None]) for s, r in stack.model.rotary.items()}
     mask = torch.ones(5, 5, dtype=torch.bool).tril()[None, None]
     direction = torch.randn(5, stack.config.hidden_size, dtype=torch.float64)
@@ -236,4 +238,5 @@ def test_cost_is_what_the_cache_holds(stack, ids):
             tensors += states.values()
         found += sum(t.numel() for t in tensors if t is not None)
     declared = sum(m.cache_elements_per_token() * time + sum(m.state_elements()) for m in mixers)
+    declared += sum(m.state_elements() for m in stack.modules() if isinstance(m, Canon))
     assert found == declared

@@ -367,7 +367,18 @@ def rg_lru(w, x):
     "sliding_window_attention", window=4, num_heads=4, num_kv_heads=2, head_dim=6, qk_norm="head"
 )
 def sliding_window_attention(w, x, qk_norm=None):
-    """Keys t - 3 to t, q and k turned by their absolute positions, pairs (j, j + 3)."""
+    """Keys t - 3 to t."""
+    return local_attention(w, x, lambda t: max(0, t - 3), qk_norm)
+
+
+@recurrence("chunked_attention", chunk_size=4, num_heads=4, num_kv_heads=2, head_dim=6)
+def chunked_attention(w, x):
+    """Keys from the last multiple of 4 to t."""
+    return local_attention(w, x, lambda t: 4 * (t // 4))
+
+
+def local_attention(w, x, first, qk_norm=None):
+    """Keys first(t) to t, q and k turned by their absolute positions, pairs (j, j + 3)."""
     H, G, K = 4, 2, 6
     theta = 10000.0 ** (-torch.arange(0, K, 2, dtype=x.dtype) / K)
 
@@ -381,7 +392,7 @@ def sliding_window_attention(w, x, qk_norm=None):
         for h in range(H):
             g = h // (H // G)
             q = turned(heads(w("q_proj", u), H)[h], t, "q_norm")
-            reach = range(max(0, t - 3), t + 1)
+            reach = range(first(t), t + 1)
             keys = [turned(heads(w("k_proj", x[s]), G)[g], s, "k_norm") for s in reach]
             e = torch.stack([torch.exp((q * k.conj()).real.sum() / math.sqrt(K)) for k in keys])
             values = torch.stack([heads(w("v_proj", x[s]), G)[g] for s in reach])
@@ -448,7 +459,8 @@ def test_equals_its_published_recurrence(case):
         expected = torch.stack(function(Weights(mixer), row, **taken))
         # fixed decays and rotary angles are float32 buffers, whatever the model's dtype
         fixed = name in (
-            "lightning_attention", "retention", "gated_retention", "sliding_window_attention"
+            "lightning_attention", "retention", "gated_retention", "sliding_window_attention",
+            "chunked_attention",
         )  # fmt: skip
         tolerance = {"rtol": 1e-5, "atol": 1e-6} if fixed else {"rtol": 1e-9, "atol": 1e-10}
         torch.testing.assert_close(y, expected, **tolerance)

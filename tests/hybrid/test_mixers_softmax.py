@@ -102,6 +102,20 @@ def test_equals_its_definition(case, implementation):
     torch.testing.assert_close(found, attended(mixer, x, logit, **extra), **tolerance)
 
 
+@pytest.mark.parametrize("name", ["sliding_window_attention", "chunked_attention"])
+@pytest.mark.parametrize("case", CASES)
+def test_a_window_or_chunk_of_the_whole_text_equals_the_same_definition(case, name):
+    options, definition = CASES[case]
+    size = {"window": TIME} if name == "sliding_window_attention" else {"chunk_size": TIME}
+    mixer = build(type=name, **size, **options)
+    x = torch.randn(TIME, D, dtype=torch.float64)
+    logit, extra = definition(mixer)
+    with torch.no_grad():
+        found = mixer(x[None])[0][0]
+    expected = attended(mixer, x, logit, **extra)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-10)
+
+
 def qkv(batch=2, time=11):
     generator = torch.Generator().manual_seed(0)
     return [torch.randn(batch, n, time, 8, generator=generator) for n in (H, KV, KV)]

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModel, AutoModelForCausalLM
 
 import hybrid
@@ -148,7 +149,7 @@ def test_parallel_mixers_are_combined(build, ids, combine):
     model = build(layout="[LC]", ffn="", parallel_combine=combine, **SMALL)
     layer = model.model.layers[0]
     x = model.model.embed_tokens(ids(2, 7))
-    h = layer.mixer_residual.enter(x)
+    h, _ = layer.mixer_residual.enter(x)
     total = sum(branch(h)[0] for branch in layer.mixer.branches)
     expected = x + (total / 2 if combine == "mean" else total)
     assert_close(model.model(ids(2, 7)).last_hidden_state, model.model.norm(expected))
@@ -239,7 +240,7 @@ def test_tuples_and_input_embeddings(model, ids):
 def test_loss_is_the_mean_over_predicted_tokens(model, ids):
     x, labels = ids(2, 7), ids(2, 7, seed=1)
     labels[0, 3:] = -100
-    flat = logits(model, x)[:, :-1].flatten(0, 1).float()  # transformers' losses are in float32
+    flat = logits(model, x)[:, :-1].flatten(0, 1)
     expected = nn.functional.cross_entropy(flat, labels[:, 1:].flatten(), ignore_index=-100)
     assert_close(model(x, labels=labels).loss, expected)
 
@@ -412,3 +413,33 @@ def test_what_only_experts_have_is_claimed_for_experts_only(build, ffn, experts)
     model = build(layout="LS", ffn=ffn, mixers=MIXERS, feed_forwards=feed_forwards)
     assert model._can_set_experts_implementation() == experts
     assert model._keep_in_fp32_modules_strict == ({"score_correction_bias"} if experts else set())
+
+
+# Padding.
+
+
+class Waits(TorchDispatchMode):
+    """Counts how often a value is read from the device."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_padded_prefill_asks_the_mask_once(build, ids):
+    model = build(layout="LL", **SMALL)
+    x, mask = ids(2, 9), torch.ones(2, 9, dtype=torch.long)
+    mask[0, :3] = 0
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    counts = []
+    for given in (mask, None):
+        call = {"attention_mask": given, "position_ids": positions if given is not None else None}
+        with torch.no_grad(), Waits() as waits:
+            model.model._segments(*call.values(), None, 2, 9)
+        counts.append(waits.count)
+    assert counts == [1, 0]
+    with torch.no_grad():
+        found = model(x, attention_mask=mask, position_ids=positions).logits[0, 3:]
+        assert_close(found, model(x[:1, 3:]).logits[0])

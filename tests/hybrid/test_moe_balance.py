@@ -8,10 +8,12 @@ import sys
 import pytest
 import torch
 from torch.testing import assert_close
+from transformers import TrainerState, TrainingArguments
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from hybrid.ffn import balance
 from hybrid.train import parse_config, run
+from hybrid.train.expert_load import ExpertLoad
 from hybrid.train.runner import prepare_run
 
 EXPERTS = {"num_experts": 6, "top_k": 2, "intermediate_size": 16}
@@ -357,3 +359,29 @@ def test_two_processes_have_the_loss_and_gradients_of_the_union_of_their_batches
         assert torch.equal(bias, router.score_correction_bias)
     # And local statistics do not: what the test above would not notice if it could not fail.
     assert (both["local"]["loss"] - loss).abs() > 1e-3
+
+
+def test_histograms_for_tensorboard(tmp_path):
+    """A bar for each expert, of as many tokens as it got."""
+    drawn = []
+
+    class Writer:
+        def add_histogram_raw(self, tag, **values):
+            drawn.append((tag, values))
+
+    load = ExpertLoad()
+    load.loads = {"layers.1.ffn.router": torch.tensor([3.0, 0.0, 5.0])}
+    args = TrainingArguments(output_dir=str(tmp_path), report_to="none")
+    load.write(args, TrainerState(global_step=7), [Writer()])
+    ((tag, values),) = drawn
+    assert tag == "expert_load/layers.1.ffn.router"
+    assert values["bucket_limits"] == [1, 2, 3]
+    assert values["bucket_counts"] == [3, 0, 5]
+    numbers = [0] * 3 + [2] * 5
+    assert (values["num"], values["sum"], values["sum_squares"]) == (
+        len(numbers),
+        sum(numbers),
+        sum(n * n for n in numbers),
+    )
+    assert values["global_step"] == 7
+    assert not load.loads

@@ -44,6 +44,19 @@ def test_counted_parameters_are_the_models(build, layout):
     assert plan(model.config).parameters == model.num_parameters()
 
 
+@pytest.mark.parametrize("combine", ["sum", "concat", "learned", "learned_scalar"])
+def test_what_joins_mixers_side_by_side_is_counted(build, combine):
+    """A projection from 2 D to D, a norm of D or a number for each of two branches."""
+    summed, joined = (build(layout="[LS]2", parallel_combine=c) for c in ("sum", combine))
+    d = summed.config.hidden_size
+    parameters = {"sum": 0, "concat": 2 * d * d, "learned": 2 * d, "learned_scalar": 2}[combine]
+    costs = [plan(model.config) for model in (summed, joined)]
+    assert costs[1].parameters == joined.num_parameters()
+    assert costs[1].parameters - costs[0].parameters == 2 * parameters
+    flops = 2 * 2 * parameters if combine == "concat" else 0
+    assert costs[1].flops_per_token - costs[0].flops_per_token == flops
+
+
 def test_matmul_flops_against_torchs_counter(build, ids):
     """Projections and logits; the attention of torch's counter is the whole square."""
     model = build(layout="S2", dtype=torch.float32)

@@ -38,6 +38,10 @@ def init(self, *args, fsdp_plugin=None, **kwargs):
         self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, plugin
 
 AcceleratorState.__init__ = init
+if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+    import deepspeed
+    # a C++ extension that would be compiled for minutes; without it, gloo carries the messages
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 from hybrid.train.__main__ import main
 
 for arguments, environment in json.load(open(sys.argv[1])):
@@ -93,7 +97,7 @@ def train(tmp_path):
     return here
 
 
-def by_two(tmp_path, *runs):
+def by_two(tmp_path, *runs, engine="ddp_cpu"):
     """Run configs (with additions to the environment) in two processes, one after the other."""
     jobs = []
     for number, (values, environment) in enumerate(runs):
@@ -105,7 +109,8 @@ def by_two(tmp_path, *runs):
     ended = subprocess.run(
         [
             *(sys.executable, "-m", "accelerate.commands.launch"),
-            *("--config_file", str(CONFIGS / "ddp_cpu.yaml")),
+            *("--config_file", str(CONFIGS / f"{engine}.yaml")),
+            *("--num_processes", "2", "--mixed_precision", "no", "--main_process_port", "0"),
             *(str(tmp_path / "driver.py"), str(tmp_path / "jobs.json")),
         ],
         capture_output=True,
@@ -122,6 +127,15 @@ def losses_in(folder):
     ]
 
 
+def text_probe(tmp_path):
+    """Five rows for two processes; asked after four steps and after eight."""
+    return {"probes": {"text": {"source": str(tmp_path / "texts.jsonl"), "rows": 5, "every": 4}}}
+
+
+def probed_in(folder):
+    return json.loads((folder / "train_result.json").read_text())["probes"]["text"]
+
+
 def assert_same_curve(found, expected, rtol=1e-5):
     assert [step for step, _ in found] == [step for step, _ in expected]
     torch.testing.assert_close(
@@ -134,31 +148,37 @@ def assert_same_curve(found, expected, rtol=1e-5):
 
 @pytest.mark.slow
 def test_two_processes_are_one_and_continue_each_other(train, tmp_path):
-    whole = train("whole")
-    train("by_one", training={"max_steps": 4})
+    probes = text_probe(tmp_path)
+    whole = train("whole", **probes)
+    train("by_one", **probes, training={"max_steps": 4})
     by_two(
         tmp_path,
-        (train.values("by_two", 2, training={"max_steps": 4}), {}),
-        (train.values("by_one", 2), {}),
+        (train.values("by_two", 2, **probes, training={"max_steps": 4}), {}),
+        (train.values("by_one", 2, **probes), {}),
     )
     assert_same_curve(losses_in(tmp_path / "by_two"), whole[:4])
     assert_same_curve(losses_in(tmp_path / "by_one"), whole)
-    assert_same_curve(train("by_two"), whole)
+    probed = probed_in(tmp_path / "whole")
+    assert [step for step, _ in probed] == [4, 8]
+    assert probed[1][1] > 0
+    assert probed_in(tmp_path / "by_one") == probed
+    assert_same_curve(train("by_two", **probes), whole)
 
 
 @pytest.mark.slow
 def test_fsdp2_trains_saves_and_continues_as_one_process_does(train, tmp_path):
     """Full state dicts with AdamW; sharded ones with Muon, whose iterations run in bfloat16."""
-    adamw, muon = train("adamw"), train("muon", muon=True)
+    probes = text_probe(tmp_path)
+    adamw, muon = train("adamw", **probes), train("muon", muon=True, **probes)
     full = {**FSDP2, "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT"}
     sharded = {**FSDP2, "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT"}
-    half = {"training": {"max_steps": 4}}
+    half = {"training": {"max_steps": 4}, **probes}
     by_two(
         tmp_path,
         (train.values("full", 2, **half), full),
-        (train.values("full", 2), full),
+        (train.values("full", 2, **probes), full),
         (train.values("sharded", 2, muon=True, **half), sharded),
-        (train.values("sharded", 2, muon=True), sharded),
+        (train.values("sharded", 2, muon=True, **probes), sharded),
     )
     assert_same_curve(losses_in(tmp_path / "full"), adamw)
     assert_same_curve(losses_in(tmp_path / "sharded"), muon, rtol=1e-3)
@@ -168,6 +188,68 @@ def test_fsdp2_trains_saves_and_continues_as_one_process_does(train, tmp_path):
         two = AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict()
         for key, value in one.items():
             torch.testing.assert_close(two[key], value, rtol=0, atol=2e-3)
+        ours, theirs = (dict(probed_in(tmp_path / folder)) for folder in (name, alone))
+        assert ours.keys() == theirs.keys() == {4, 8}
+        # five rows of 48 tokens: one token more or less, where two logits are nearly equal
+        assert ours == pytest.approx(theirs, abs=1.5 / 200)
+
+
+@pytest.mark.slow
+def test_two_processes_share_rows_and_train_as_one_does(train, tmp_path):
+    model = {"layout": "LSMW", "hidden_size": 32, "mixers": {"M": {"head_dim": 16}}}
+    held = {"eval_data": str(tmp_path / "texts.jsonl"), "eval_rows": 16}
+    more = {"model": model, **held, "training": {"eval_steps": 4, "per_device_eval_batch_size": 8}}
+    whole = train("whole", **more)
+    shared = {**more, "context_parallel": 2}
+    by_two(
+        tmp_path,
+        (train.values("shared", 4, **shared), {}),
+        (
+            train.values("sharded", 4, **shared),
+            {**FSDP2, "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT"},
+        ),
+    )
+    for out in ("shared", "sharded"):
+        assert_same_curve(losses_in(tmp_path / out), whole)
+        results = [
+            json.loads((tmp_path / o / "train_result.json").read_text()) for o in ("whole", out)
+        ]
+        one, two = (result["eval_losses"] for result in results)
+        assert_same_curve(two, one)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({}, "2 does not divide the number of processes, 1"),
+        ({"context_parallel": 0}, "context_parallel: expected at least 1, found 0"),
+    ],
+)
+def test_rows_that_cannot_be_shared_are_refused(train, change, said):
+    with pytest.raises(ConfigError, match=said):
+        train("refused", **{"context_parallel": 2, **change})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [2, 3])
+def test_deepspeed_trains_saves_and_continues_as_one_process_does(train, tmp_path, stage):
+    pytest.importorskip("deepspeed")
+    # ZeRO-3 draws the weights of a new model in another order, so both start from the same ones
+    train("start", training={"max_steps": 1})
+    model = {"path": str(tmp_path / "start")}
+    one = train("one", model=model)
+    by_two(
+        tmp_path,
+        (train.values("two", 2, model=model, training={"max_steps": 4}), {}),
+        (train.values("two", 2, model=model), {}),
+        engine=f"deepspeed_zero{stage}",
+    )
+    assert_same_curve(losses_in(tmp_path / "two"), one)
+    assert (tmp_path / "two" / "checkpoint-8" / "global_step8").is_dir()
+    expected = AutoModelForCausalLM.from_pretrained(tmp_path / "one").state_dict()
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "two").state_dict()
+    for key, value in expected.items():
+        torch.testing.assert_close(found[key], value, rtol=0, atol=1e-5)
 
 
 def test_sharding_on_the_cpu_is_refused_where_accelerate_would_ignore_it(train, monkeypatch):

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from hybrid.train import parse_config
-from hybrid.train.optim import Several, decaying, groups, matrices
+from hybrid.train.optim import Decay, Several, decaying, groups, matrices
 from hybrid.train.runner import prepare_run
 
 
@@ -42,6 +42,59 @@ def test_what_decays_and_what_muon_takes(as_method):
     model.head.weight = nn.Parameter(torch.zeros(8, 4))
     assert "head.weight" in decaying(model)
     assert "head.weight" not in matrices(model)
+
+
+@pytest.mark.parametrize(
+    ("decay", "more"),
+    [
+        (Decay(embeddings=True), {"embed.weight"}),
+        (Decay(norms=True), {"norm.weight", "norm.bias"}),
+        (Decay(gates=True), {"mixer.decay"}),
+        (Decay(True, True, True), {"embed.weight", "norm.weight", "norm.bias", "mixer.decay"}),
+    ],
+)
+def test_decay_is_turned_on_for_each_kind_alone(decay, more):
+    model = Small()
+    assert set(decaying(model, decay)) - set(decaying(model)) == more
+
+
+def test_decay_by_the_keys_of_a_run(tmp_path):
+    """Biases, of which a softmax mixer with `bias` has some, never decay."""
+
+    def decays(**keys):
+        model = {"layout": "GS", "hidden_size": 32, "mixers": {"S": {"bias": True}}}
+        values = {"model": model, "training": {"weight_decay": 0.1}, **keys}
+        trainer = prepare_run(config(tmp_path, **values))
+        names = {id(p): n for n, p in trainer.model.named_parameters()}
+        groups = trainer.create_optimizer().param_groups
+        assert {g["weight_decay"] for g in groups} == {0.0, 0.1}
+        return {names[id(p)] for g in groups if g["weight_decay"] for p in g["params"]}
+
+    base = decays()
+    assert not any("embed" in n or "norm" in n or "bias" in n for n in base)
+    assert decays(decay_embeddings=True) - base == {"model.embed_tokens.weight"}
+    norms = decays(decay_norms=True) - base
+    assert norms
+    assert all("norm" in n for n in norms)
+    everything = decays(decay_embeddings=True, decay_norms=True, decay_gates=True)
+    assert not any(n.endswith("bias") for n in everything)
+    assert norms < everything
+
+
+@pytest.mark.parametrize("muon", [None, True])
+def test_a_run_under_mup_has_its_rates(tmp_path, muon):
+    model = {"layout": "S", "ffn": "E", "hidden_size": 64, "mup_base_width": 32}
+    training = {"learning_rate": 1e-3, "weight_decay": 0.1}
+    values = {} if muon is None else {"muon": muon}
+    trainer = prepare_run(config(tmp_path, model=model, training=training, **values))
+    optimizer = trainer.create_optimizer()
+    names = {id(p): n for n, p in trainer.model.named_parameters()}
+    rates = {names[id(p)]: g["lr"] for g in optimizer.param_groups for p in g["params"]}
+    assert rates.keys() == dict(trainer.model.named_parameters()).keys()
+    assert rates["model.embed_tokens.weight"] == 1e-3
+    assert rates["model.layers.0.ffn.experts.gate_up_proj"] == 5e-4
+    # an orthogonal step has the same size at every width
+    assert rates["model.layers.0.mixer.q_proj.weight"] == (5e-4 if muon is None else 1e-3)
 
 
 def test_groups_hold_every_trainable_parameter_once():

@@ -274,3 +274,14 @@ def test_compiles_without_a_graph_break(name, packed):
     compiled = torch.compile(linear_attention, fullgraph=True, backend="aot_eager")
     eager = evaluate(linear_attention, inputs, backend="torch")
     assert_agrees(evaluate(compiled, inputs, backend="torch"), eager, 0.0)
+
+
+@backends
+def test_decays_of_keys_and_values_that_overflow_only_together(backend):
+    """Both at -1.7 per token: exp(54) each over 32 tokens, and their product beyond float32."""
+    form = next(form for form in FORMS if form.value_decay)
+    inputs = sample(form, batch=1, time=100)
+    for name in ("log_decay", "value_log_decay"):
+        inputs[name] = torch.full_like(inputs[name], -1.7)
+    expected = evaluate(linear_attention, inputs, backend="reference")
+    assert_agrees(evaluate(linear_attention, inputs, backend=backend), expected, 1e-5)

@@ -6,35 +6,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hybrid_kernels import selective_scan
-from hybrid_kernels.testing import SCAN_BACKENDS, TOLERANCE, assert_agrees, evaluate, relative_rms
+from hybrid_kernels.testing import (
+    RATES,
+    SCAN_BACKENDS,
+    TOLERANCE,
+    assert_agrees,
+    evaluate,
+    relative_rms,
+    sample_scan,
+)
 
 PAIRS = [(name, dtype) for name, dtypes in SCAN_BACKENDS.items() for dtype in dtypes]
 backends = pytest.mark.parametrize("backend", SCAN_BACKENDS)
-# Sizes of A, with step sizes up to 1.
-RATES = {"mild": 0.2, "strong": 20.0, "closed": 1e4, "open": 0.0}
-
-
-def scan_inputs(
-    batch=2, time=70, channels=6, size=3, rate="mild", lengths=None, dtype=torch.float32, seed=0
-):
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(*shape):
-        return torch.randn(shape, generator=generator)
-
-    rows, found = batch, {}
-    if lengths is not None:
-        batch, time, rows = 1, sum(lengths), len(lengths)
-        found["cu_seqlens"] = torch.tensor([0, *lengths]).cumsum(0)
-    found["u"] = normal(batch, time, channels).to(dtype)
-    wide = torch.promote_types(dtype, torch.float32)
-    found["delta"] = torch.rand(batch, time, channels, generator=generator).to(dtype)
-    found["A"] = -RATES[rate] * torch.rand(channels, size, generator=generator).to(wide)
-    found["B"] = normal(batch, time, size).to(dtype)
-    found["C"] = normal(batch, time, size).to(dtype)
-    found["D"] = normal(channels).to(wide)
-    found["initial_state"] = normal(rows, channels, size).to(wide)
-    return found
 
 
 def cut(inputs, start, stop):
@@ -42,7 +25,7 @@ def cut(inputs, start, stop):
 
 
 def compare(backend, dtype, **sizes):
-    inputs = scan_inputs(dtype=dtype, **sizes)
+    inputs = sample_scan(dtype=dtype, **sizes)
     expected = evaluate(selective_scan, inputs, dtype=torch.float64, backend="reference")
     found = evaluate(selective_scan, inputs, backend=backend)
     assert_agrees(found, expected, TOLERANCE[dtype])
@@ -78,7 +61,7 @@ def test_many_segments(backend, lengths):
 
 
 def test_gradcheck():
-    inputs = {name: x.double() for name, x in scan_inputs(batch=1, time=20, channels=2).items()}
+    inputs = {name: x.double() for name, x in sample_scan(batch=1, time=20, channels=2).items()}
     leaves = [x.requires_grad_() for x in inputs.values()]
 
     def op(*values):
@@ -91,7 +74,7 @@ def test_gradcheck():
 @backends
 @pytest.mark.parametrize("rate", ["mild", "closed"])
 def test_no_future(backend, rate):
-    inputs, other = scan_inputs(rate=rate), scan_inputs(rate=rate, seed=1)
+    inputs, other = sample_scan(rate=rate), sample_scan(rate=rate, seed=1)
     before = selective_scan(**inputs, backend=backend)[0]
     leaves = {name: x.requires_grad_() for name, x in inputs.items()}
     output = selective_scan(**leaves, backend=backend)[0]
@@ -108,7 +91,7 @@ def test_no_future(backend, rate):
 
 @backends
 def test_any_split_is_one_pass(backend):
-    inputs = scan_inputs(time=70)
+    inputs = sample_scan(time=70)
     whole, whole_state = selective_scan(**inputs, output_final_state=True, backend=backend)
     state, parts, start = inputs["initial_state"], [], 0
     with torch.no_grad():
@@ -124,7 +107,7 @@ def test_any_split_is_one_pass(backend):
 @backends
 def test_packed_documents_are_each_alone(backend):
     lengths, start = [0, 40, 1, 30], 0
-    inputs = scan_inputs(lengths=lengths)
+    inputs = sample_scan(lengths=lengths)
     packed, states = selective_scan(**inputs, output_final_state=True, backend=backend)
     for row, length in enumerate(lengths):
         alone = cut(inputs, start, start + length)
@@ -137,7 +120,7 @@ def test_packed_documents_are_each_alone(backend):
 
 
 def test_compiles_without_a_graph_break():
-    inputs = scan_inputs(lengths=[30, 10])
+    inputs = sample_scan(lengths=[30, 10])
     compiled = torch.compile(selective_scan, fullgraph=True, backend="aot_eager")
     eager = evaluate(selective_scan, inputs, backend="torch")
     assert_agrees(evaluate(compiled, inputs, backend="torch"), eager, 0.0)

@@ -15,8 +15,9 @@ from ..hub import load_hub
 from ..scoring import Progress
 from ..seeding import generator
 from ..tokens import Encoder
+from .counter import Counter
 from .evaluate import Mode, measure
-from .sample import Counter, TextSample
+from .sample import TextSample
 
 COMPLETIONS = {
     "fda": "hazyresearch/based-fda",
@@ -62,7 +63,8 @@ def completions(
     order: Sequence[int] = range(len(records))
     if n is not None:
         order = generator(task, "documents", seed).permutation(len(records))[:n].tolist()
-    counter = Counter(tokenizer)
+    # documents have nothing in common
+    counter = Counter(tokenizer, by_pieces=False)
     return [_sample(task, index, records[index], source, counter) for index in order]
 
 

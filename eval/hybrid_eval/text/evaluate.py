@@ -8,8 +8,8 @@ import torch
 
 from ..scoring import IGNORE, Progress, check_length, device_of, evaluating, score
 from ..stats import above_chance, mean_and_error, wilson
-from ..tokens import Encoder
-from .sample import TextSample, prompt_ids, string_match
+from ..tokens import Encoder, prompt_ids
+from .sample import TextSample, string_match
 from .tasks import DEPTHS, Material, cells, samples
 
 Mode = Literal["forced", "generate"]

@@ -1,7 +1,7 @@
 """Fill a prompt with as many units of filler as fit, counting real tokens."""
 
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -12,6 +12,17 @@ class Filled(NamedTuple):
     units: int
     tokens: int
     next_tokens: int
+
+
+def cumulate(unit_tokens: Iterable[int]) -> list[int]:
+    """Return the tokens of the first 0, 1, 2 ... units; no unit is free."""
+    return [0, *accumulate(max(1, tokens) for tokens in unit_tokens)]
+
+
+def alike(unit_tokens: int, most: int) -> range:
+    """Return what :func:`cumulate` does for ``most`` units of as many tokens each."""
+    step = max(1, unit_tokens)
+    return range(0, step * most + 1, step)
 
 
 def _guess(prefix: Sequence[int], units: int, room: int) -> int:
@@ -32,7 +43,7 @@ def _walk(measure: Callable[[int], int], units: int, room: int, most: int) -> in
 
 def fill(
     count: Callable[[int], int],
-    unit_tokens: Sequence[int],
+    prefix: Sequence[int],
     budget: int,
     *,
     minimum: int,
@@ -41,22 +52,22 @@ def fill(
 ) -> Filled:
     """Find the largest number of units whose prompt takes at most ``budget`` tokens.
 
-    Tokens of units nearly add up, so the estimate from ``unit_tokens`` is right or almost right
-    and a sample costs one or two tokenisations of a full prompt, not a search.
+    Tokens of units nearly add up, so the estimate from ``prefix`` is right or almost right and a
+    sample costs one or two counts of a full prompt, not a search.
 
     Args:
         count: tokens of the prompt with that many units, counted on the prompt itself.
-        unit_tokens: estimated tokens of each unit, in the order in which they are added.
+        prefix: estimated tokens of the first 0, 1, 2 ... units, rising by one at least; the last
+            is that of all there are.
         budget: tokens that the prompt may take.
         minimum: units without which the sample makes no sense.
         what: name for the error.
         measure: tokens of one unit, counted on the unit; asked for the few units around the end
-            where ``unit_tokens`` is but an average.
+            where ``prefix`` comes from an average.
 
     Raises:
         ValueError: not even ``minimum`` units fit.
     """
-    prefix = [0, *accumulate(max(1, tokens) for tokens in unit_tokens)]
     most = len(prefix) - 1
     fits: Filled | None = None
     too_many = most + 1

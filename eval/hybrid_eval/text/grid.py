@@ -2,12 +2,11 @@
 
 from collections.abc import Callable
 
-import numpy as np
-
 from ..seeding import generator
-from .fill import fill
-from .material import Filler, Words, distinct, number
-from .sample import Counter, TextSample
+from .counter import Counter
+from .fill import alike, cumulate, fill
+from .material import Filler, Words, distinct, numbers
+from .sample import TextSample
 
 _ROOM = 16
 
@@ -38,7 +37,7 @@ def niah_grid(
     if not 0 <= depth <= 1:
         raise ValueError(f"depth must lie in [0, 1], got {depth}")
     rng = generator("niah_grid", seed, length, depth, index)
-    key, value = words.key(rng), number(rng)
+    (key,), (value,) = words.keys(rng, 1), numbers(rng, 1)
     needle = f"The special magic number for {key} is: {value}."
     hay = _haystack_words(filler, int(rng.integers(len(filler.words))), length)
     head = (
@@ -56,7 +55,7 @@ def niah_grid(
 
     filled = fill(
         lambda units: counter.text(f"{build(units)[0]} {prefix}"),
-        [counter.piece(f" {word}") for word in hay],
+        cumulate(counter.words(hay)),
         length - _ROOM,
         minimum=0,
         what=f"niah_grid at length {length}",
@@ -105,12 +104,10 @@ def kv_recall(
     rng = generator("kv_recall", seed, length, depth, index)
     most = length // 6 + 2 if pairs is None else pairs
 
-    def name(rng: np.random.Generator) -> str:
-        first, last = words.key(rng).split("-", 1)
-        return f"{first.capitalize()} {last.capitalize()}"
-
-    names = distinct(rng, name, most)
-    entries = [f"{who}: {number(rng)}" for who in names]
+    names = distinct(rng, words.names, most)
+    phones = numbers(rng, most)
+    entries = [f"{who}: {phone}" for who, phone in zip(names, phones, strict=True)]
+    few = entries[:8]
     head = "Here is a phone book. Make sure to memorize it.\n"
 
     def build(units: int) -> tuple[str, str, int]:
@@ -125,10 +122,11 @@ def kv_recall(
 
     filled = fill(
         tokens,
-        [counter.piece("\n" + entry) for entry in entries],
+        alike(counter.count("\n" + "\n".join(few)) // len(few), most),
         length - _ROOM,
         minimum=1 if pairs is None else pairs,
         what=f"kv_recall at length {length}",
+        measure=lambda i: counter.count("\n" + entries[i]),
     )
     prompt, prefix, target = build(filled.units)
     place = len(head) + sum(len(entry) + 1 for entry in entries[:target])

@@ -2,9 +2,10 @@
 
 import re
 import string
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from uuid import UUID
 
 import numpy as np
 
@@ -13,6 +14,9 @@ from ..hub import load_hub
 
 # filler of RULER's "repeat" haystack and of its variable tracking
 NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
+
+# Draws so many things: all at once, which costs a tenth of drawing them one by one
+Draw = Callable[[np.random.Generator, int], list[str]]
 
 
 @dataclass(frozen=True)
@@ -33,43 +37,48 @@ class Words:
     source: str
     official: bool
 
-    def key(self, rng: np.random.Generator) -> str:
-        """Draw a key of two words."""
-        return f"{_pick(rng, self.first)}-{_pick(rng, self.second)}"
+    def keys(self, rng: np.random.Generator, count: int) -> list[str]:
+        """Draw keys of two words."""
+        sizes = np.tile([len(self.first), len(self.second)], count)
+        drawn = iter(rng.integers(sizes).tolist())
+        return [f"{self.first[i]}-{self.second[j]}" for i, j in zip(drawn, drawn, strict=True)]
+
+    def names(self, rng: np.random.Generator, count: int) -> list[str]:
+        """Draw names of two words, with capitals."""
+        pairs = (key.split("-", 1) for key in self.keys(rng, count))
+        return [f"{first.capitalize()} {last.capitalize()}" for first, last in pairs]
 
 
-def _pick(rng: np.random.Generator, items):
-    return items[int(rng.integers(len(items)))]
-
-
-def distinct(rng: np.random.Generator, draw, count: int, taken=()) -> list[str]:
+def distinct(
+    rng: np.random.Generator, draw: Draw, count: int, taken: Iterable[str] = ()
+) -> list[str]:
     """Draw ``count`` different things that are not in ``taken``."""
     seen, found = set(taken), []
     while len(found) < count:
-        thing = draw(rng)
-        if thing not in seen:
-            seen.add(thing)
-            found.append(thing)
+        for thing in draw(rng, count - len(found)):
+            if thing not in seen:
+                seen.add(thing)
+                found.append(thing)
     return found
 
 
-def number(rng: np.random.Generator, digits: int = 7) -> str:
-    """Draw a number of that many digits."""
-    return str(int(rng.integers(10 ** (digits - 1), 10**digits)))
+def numbers(rng: np.random.Generator, count: int, digits: int = 7) -> list[str]:
+    """Draw numbers of that many digits."""
+    return list(map(str, rng.integers(10 ** (digits - 1), 10**digits, count).tolist()))
 
 
-def uuid4(rng: np.random.Generator) -> str:
-    """Draw a version 4 UUID."""
-    value = int.from_bytes(rng.bytes(16), "big")
-    value = value & ~(0xF << 76) | 4 << 76
-    value = value & ~(0x3 << 62) | 2 << 62
-    text = f"{value:032x}"
-    return "-".join((text[:8], text[8:12], text[12:16], text[16:20], text[20:]))
+def uuids(rng: np.random.Generator, count: int) -> list[str]:
+    """Draw version 4 UUIDs."""
+    drawn = rng.bytes(16 * count)
+    return [str(UUID(bytes=drawn[16 * i : 16 * i + 16], version=4)) for i in range(count)]
 
 
-def letters(rng: np.random.Generator, length: int, alphabet: str = string.ascii_uppercase) -> str:
-    """Draw a string of letters."""
-    return "".join(alphabet[i] for i in rng.integers(0, len(alphabet), length))
+def letters(
+    rng: np.random.Generator, count: int, length: int, alphabet: str = string.ascii_uppercase
+) -> list[str]:
+    """Draw strings of letters."""
+    drawn = rng.integers(0, len(alphabet), (count, length)).tolist()
+    return ["".join(alphabet[i] for i in row) for row in drawn]
 
 
 @lru_cache(maxsize=1)

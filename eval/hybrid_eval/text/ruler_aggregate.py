@@ -2,14 +2,16 @@
 
 import math
 import string
+from functools import partial
 from itertools import pairwise
 
 import numpy as np
 
 from ..seeding import generator
-from .fill import fill
+from .counter import Counter
+from .fill import alike, cumulate, fill
 from .material import NOISE, Filler, Words, distinct, letters
-from .sample import Counter, TextSample
+from .sample import TextSample
 
 _VT_ROOM, _CWE_ROOM, _FWE_ROOM = 30, 120, 50
 _HOPS = 4
@@ -43,7 +45,7 @@ _FWE_PREFIX = (
 
 def _chain(rng: np.random.Generator, length: int, taken=()) -> tuple[list[str], list[str], str]:
     """Return the names of a chain, its assignments, and its value."""
-    names = distinct(rng, lambda r: letters(r, length), _HOPS + 1, taken)
+    names = distinct(rng, partial(letters, length=length), _HOPS + 1, taken)
     value = str(int(rng.integers(10000, 99999)))
     lines = [f"VAR {names[0]} = {value}"]
     lines += [f"VAR {b} = VAR {a} " for a, b in pairwise(names)]
@@ -93,7 +95,7 @@ def vt(
 
     filled = fill(
         lambda noises: counter.text(f"{build(noises)} {prefix}"),
-        [counter.piece(f" {NOISE}\n")] * (length // 8 + 1),
+        alike(counter.piece(f" {NOISE}\n"), length // 8 + 1),
         length - _VT_ROOM,
         minimum=0,
         what=f"vt at length {length}",
@@ -146,21 +148,22 @@ def cwe(
     common = chosen[:10]
     # each occurrence has a place of its own, so a longer list shuffles like a shorter one
     ranks = rng.random((len(chosen), max(often, rarely)))
+    times = np.full((len(chosen), 1), rarely)
+    times[:10] = often
+    used = np.arange(ranks.shape[1]) < times
+    which = np.nonzero(used)[0][np.argsort(ranks[used])]
 
     def build(rare: int) -> str:
-        used = [(ranks[i, k], word) for i, word in enumerate(common) for k in range(often)]
-        for i, word in enumerate(chosen[10 : 10 + rare], 10):
-            used += [(ranks[i, k], word) for k in range(rarely)]
-        return example + _CWE_PROMPT.format(context=_numbered([word for _, word in sorted(used)]))
+        listed = [chosen[i] for i in which[which < 10 + rare].tolist()]
+        return example + _CWE_PROMPT.format(context=_numbered(listed))
 
     # a numbered word is its number, a dot and its pieces
-    unit_tokens = [
-        rarely * (counter.piece(f" {word}") + counter.piece(f" {20 * i + 100}."))
-        for i, word in enumerate(chosen[10:])
-    ]
+    ordinals = counter.words([f"{20 * i + 100}." for i in range(len(chosen) - 10)])
+    rest = zip(counter.words(chosen[10:]), ordinals, strict=True)
+    unit_tokens = (rarely * (word + ordinal) for word, ordinal in rest)
     filled = fill(
         lambda rare: counter.text(f"{build(rare)} {_CWE_PREFIX}"),
-        unit_tokens,
+        cumulate(unit_tokens),
         length - _CWE_ROOM,
         minimum=1,
         what=f"cwe at length {length}",
@@ -194,7 +197,7 @@ def fwe(
     """
     rng = generator("fwe", seed, length, index)
     size = max(length // 50, 6)
-    vocabulary = distinct(rng, lambda r: letters(r, 6, string.ascii_lowercase), size)
+    vocabulary = distinct(rng, partial(letters, length=6, alphabet=string.ascii_lowercase), size)
     vocabulary[0] = "..."
     share = np.arange(1, size + 1, dtype=np.float64) ** -2.0 / (math.pi**2 / 6)
     most = 2 * length
@@ -206,20 +209,20 @@ def fwe(
     def counts(total: int) -> list[int]:
         return [int(total * s) for s in share]
 
-    def build(total: int) -> str:
-        used = [
-            (ranks[i][k], word)
-            for i, (word, n) in enumerate(zip(vocabulary, counts(total), strict=True))
-            for k in range(n)
-        ]
-        return _FWE_PROMPT.format(context=" ".join(word for _, word in sorted(used)))
+    order = np.argsort(np.concatenate(ranks))
+    which = np.repeat(np.arange(size), [len(own) for own in ranks])[order]
+    times = np.concatenate([np.arange(len(own)) for own in ranks])[order]
 
-    per_word = sum(s * counter.piece(f" {word}") for s, word in zip(share, vocabulary, strict=True))
+    def build(total: int) -> str:
+        used = which[times < np.asarray(counts(total))[which]].tolist()
+        return _FWE_PROMPT.format(context=" ".join([vocabulary[i] for i in used]))
+
+    per_word = float(share @ counter.words(vocabulary))
     # fractions add up over many words: whole tokens dealt out evenly
-    ends = np.floor(per_word * np.arange(most + 1)).astype(int)
+    ends = np.floor(max(per_word, 1.0) * np.arange(most + 1)).astype(int)
     filled = fill(
         lambda total: counter.text(f"{build(total)} {_FWE_PREFIX}"),
-        np.diff(ends).tolist(),
+        ends.tolist(),
         length - _FWE_ROOM,
         minimum=1,
         what=f"fwe at length {length}",

@@ -9,12 +9,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-import numpy as np
-
 from ..seeding import generator
-from .fill import fill
-from .material import NOISE, Filler, Words, distinct, number, uuid4
-from .sample import Counter, TextSample
+from .counter import Counter
+from .fill import alike, fill
+from .material import NOISE, Filler, Words, distinct, numbers, uuids
+from .sample import TextSample
 
 _ROOM = 128
 _NEEDLE = "One of the special magic {kind} for {key} is: {value}."
@@ -122,12 +121,8 @@ def ruler_niah(
     kind = NIAH[name]
     rng = generator(name, seed, length, index)
 
-    def draw_key(rng: np.random.Generator) -> str:
-        return uuid4(rng) if kind.key == "uuids" else words.key(rng)
-
-    def draw_value(rng: np.random.Generator) -> str:
-        return uuid4(rng) if kind.value == "uuids" else number(rng)
-
+    draw_key = uuids if kind.key == "uuids" else words.keys
+    draw_value = uuids if kind.value == "uuids" else numbers
     keys = distinct(rng, draw_key, kind.keys)
     values = distinct(rng, draw_value, kind.keys * kind.values)
     table = {key: values[i * kind.values : (i + 1) * kind.values] for i, key in enumerate(keys)}
@@ -154,18 +149,22 @@ def ruler_niah(
     most = length if kind.haystack == "essay" else length // 8 + len(needles) + 1
     if kind.haystack == "essay":
         filler = filler.repeated(most)
-        unit_tokens = counter.words(filler.words, most)
+        prefix_tokens = counter.prefix(filler.words, most)
     elif kind.haystack == "repeat":
         lines = [NOISE] * most
-        unit_tokens = [counter.piece("\n" + NOISE)] * most
+        prefix_tokens = alike(counter.piece("\n" + NOISE), most)
     else:
         # a line is about as long as any other: a few are counted for all
         shortest = counter.piece("\n" + needles[0])
         most = length // max(shortest - 4, 1) + len(needles) + 1
         others = distinct(rng, draw_key, most, taken=keys)
-        lines = [_NEEDLE.format(kind=kind.value, key=key, value=draw_value(rng)) for key in others]
-        sample = lines[:8]
-        unit_tokens = [sum(counter.piece("\n" + line) for line in sample) // len(sample)] * most
+        lines = [
+            _NEEDLE.format(kind=kind.value, key=key, value=value)
+            for key, value in zip(others, draw_value(rng, most), strict=True)
+        ]
+        few = lines[:8]
+        average = counter.count("\n" + "\n".join(few)) // len(few)
+        prefix_tokens = alike(average, most)
 
     def build(units: int) -> str:
         if kind.haystack == "essay":
@@ -174,7 +173,7 @@ def ruler_niah(
 
     filled = fill(
         lambda units: counter.text(f"{build(units)} {prefix}"),
-        unit_tokens,
+        prefix_tokens,
         length - _ROOM,
         minimum=len(needles),
         what=f"{name} at length {length}",

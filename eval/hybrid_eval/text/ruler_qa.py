@@ -10,12 +10,11 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-import numpy as np
-
 from ..seeding import generator
-from .fill import fill
+from .counter import Counter
+from .fill import cumulate, fill
 from .material import Filler, Words, distinct, python_words
-from .sample import Counter, TextSample
+from .sample import TextSample
 
 _ROOM = 32
 _INSTRUCTION = (
@@ -47,7 +46,10 @@ def _read_json(path: str | Path):
     path = Path(path).expanduser()
     if not path.is_file():
         raise ValueError(f"{path}: no such file of questions")
-    return json.loads(path.read_text(encoding="utf-8"))
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: not JSON ({error})") from error
 
 
 @lru_cache(maxsize=2)
@@ -92,10 +94,6 @@ def read_hotpot(path: str) -> Library:
     return Library(tuple(documents), tuple(questions), f"HotpotQA ({Path(path).name})", True)
 
 
-def _title(word: str) -> str:
-    return word.capitalize()
-
-
 @lru_cache(maxsize=2)
 def generated_library(hops: int) -> Library:
     """Return generated documents about places and people that do not exist.
@@ -110,11 +108,8 @@ def generated_library(hops: int) -> Library:
         raise ValueError(f"hops must be 1 or 2, got {hops}")
     words, rng, count = python_words(), generator("generated_library", hops), 600
 
-    def name(rng: np.random.Generator) -> str:
-        return " ".join(_title(part) for part in words.key(rng).split("-", 1))
-
-    people, towns = distinct(rng, name, count), distinct(rng, name, count)
-    rivers = distinct(rng, name, count, taken=towns)
+    people, towns = distinct(rng, words.names, count), distinct(rng, words.names, count)
+    rivers = distinct(rng, words.names, count, taken=towns)
     trades = ("baker", "weaver", "miller", "printer", "mason", "tailor", "glazier", "cooper")
     documents, questions = [], []
     for i in range(count):
@@ -177,7 +172,7 @@ def qa(
 
     filled = fill(
         lambda units: counter.text(f"{build(units)[0]} Answer:"),
-        [counter.piece(f"\n\nDocument 10:\n{library.documents[i]}") for i in others],
+        cumulate(counter.piece(f"\n\nDocument 10:\n{library.documents[i]}") for i in others),
         length - _ROOM,
         minimum=0,
         what=f"{name} at length {length}",

@@ -1,10 +1,8 @@
-"""One sample of a task in words, and the tokens it takes."""
+"""One sample of a task in words, and how its answer is scored."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
-
-from ..tokens import Encoder
 
 Match = Literal["all", "any"]
 
@@ -63,70 +61,6 @@ class TextSample:
     def as_dict(self) -> dict[str, Any]:
         """Return the sample as a flat record, as a data set row."""
         return asdict(self) | {"outputs": list(self.outputs)}
-
-
-def ends_with_special(tokenizer: Encoder, ids: Sequence[int]) -> bool:
-    """Whether the tokenizer closed the text with a token after which nothing would follow."""
-    end = getattr(tokenizer, "eos_token_id", None)
-    return end is not None and len(ids) > 1 and ids[-1] == end
-
-
-def prompt_ids(tokenizer: Encoder, text: str) -> list[int]:
-    """Return ids with the special tokens that the tokenizer puts in front, none behind."""
-    ids = list(tokenizer(text, verbose=False)["input_ids"])
-    return ids[:-1] if ends_with_special(tokenizer, ids) else ids
-
-
-class Counter:
-    """Counts tokens, and remembers the counts of short pieces and the last few prompts."""
-
-    def __init__(self, tokenizer: Encoder):
-        self.tokenizer = tokenizer
-        self._pieces: dict[str, int] = {}
-        self._recent: dict[str, Any] = {}
-        self._words: dict[int, tuple[Sequence[str], list[int]]] = {}
-
-    def _encode(self, text: str) -> Any:
-        if text not in self._recent:
-            if len(self._recent) >= 4:
-                self._recent.pop(next(iter(self._recent)))
-            self._recent[text] = self.tokenizer(
-                text, verbose=False, return_attention_mask=False, return_token_type_ids=False
-            )
-        return self._recent[text]
-
-    def text(self, text: str) -> int:
-        """Tokens of a whole prompt, without a special token at its end."""
-        ids = self._encode(text)["input_ids"]
-        return len(ids) - ends_with_special(self.tokenizer, ids)
-
-    def piece(self, piece: str) -> int:
-        """Tokens that a piece takes inside a text; remembered."""
-        if piece not in self._pieces:
-            self._pieces[piece] = self.count(piece)
-        return self._pieces[piece]
-
-    def count(self, piece: str) -> int:
-        """Tokens that a piece takes inside a text, for a piece that will not be asked again."""
-        return len(self.tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"])
-
-    def words(self, words: Sequence[str], most: int) -> list[int]:
-        """Tokens that each of the first ``most`` words takes inside a text.
-
-        Remembered for this very sequence, which is kept so that its id stays its own.
-        """
-        _, counts = self._words.setdefault(id(words), (words, []))
-        counts += [self.piece(f" {word}") for word in words[len(counts) : most]]
-        return counts[:most]
-
-    def positions(self, text: str, places: Sequence[int]) -> tuple[int, ...]:
-        """Index of the token in which each character lies; ``text`` as it was counted last."""
-        if getattr(self.tokenizer, "is_fast", False):
-            encoded = self._encode(text)
-            found = [encoded.char_to_token(place) for place in places]
-            if all(token is not None for token in found):
-                return tuple(found)
-        return tuple(self.text(text[:place]) for place in places)
 
 
 def string_match(sample_outputs: Sequence[str], answer: str, match: Match) -> float:

@@ -12,12 +12,13 @@ from typing import Any
 
 from ..corpus import Corpus
 from ..errors import nearest
+from .counter import Counter
 from .grid import kv_recall, niah_grid
 from .material import Filler, Words, essays, filler_from, python_filler, python_words, wonder_words
 from .ruler_aggregate import cwe, fwe, vt
 from .ruler_niah import NIAH, ruler_niah
 from .ruler_qa import Library, generated_library, qa, read_hotpot, read_squad
-from .sample import Counter, TextSample
+from .sample import TextSample
 
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 RULER = (*NIAH, "vt", "cwe", "fwe", "qa_1", "qa_2")
@@ -138,9 +139,15 @@ def samples(
     Raises:
         ValueError: an unknown task, missing material, or a length that is too short.
     """
-    make = maker(name, material or Material(), Counter(tokenizer))
-    return [
-        make(index=index, seed=seed, **cell, **options)
-        for cell in cells(name, lengths, depths)
-        for index in range(n)
-    ]
+
+    def made(counter: Counter) -> list[TextSample]:
+        make = maker(name, material or Material(), counter)
+        return [
+            make(index=index, seed=seed, **cell, **options)
+            for cell in cells(name, lengths, depths)
+            for index in range(n)
+        ]
+
+    counter = Counter(tokenizer)
+    found = made(counter)
+    return made(Counter(tokenizer, by_pieces=False)) if counter.disagreed else found

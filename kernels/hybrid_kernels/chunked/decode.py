@@ -34,48 +34,58 @@ def linear_attention_step(
     scale: float,
     state: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Compute ``linear_attention`` for one token; ``state`` is left as it is."""
+    """Compute ``linear_attention`` for one token; ``state`` is left as it is.
+
+    Beside the new state and the output, only factors of a row are allocated: exp of the decay, and
+    what of the inputs has to be cast or repeated.
+    """
     dtype = state_dtype(q, k, v)
     heads = max(q.shape[2], k.shape[2], v.shape[2])
-    query, key, value = (_row(x, heads, dtype) for x in (q, k, v))
+    query, key, value = _row(q, heads, dtype), _row(k, heads, dtype), _row(v, heads, dtype)
     if state is None:
         state = key.new_zeros(q.shape[0], heads, q.shape[3], v.shape[3])
-    elif state.dtype != dtype:
-        state = state.to(dtype)
-    after = _decayed(state, log_decay, value_log_decay).view(-1, *state.shape[2:])
+    state = _cast(state, dtype)
+    final_state = _decayed(state, log_decay, value_log_decay)
+    after = final_state.view(-1, q.shape[3], v.shape[3])
     if beta is not None:
         value = torch.baddbmm(value, key, after, alpha=-1)
-        value *= beta.reshape(-1, 1, 1)
+        torch.mul(value, beta.reshape(-1, 1, 1), out=value)
     after.baddbmm_(key.mT, value)
-    read = after if bonus is None else state.reshape(after.shape)
-    # With beta = 0 the first argument only lends its shape.
-    o = torch.baddbmm(value, query, read, beta=0, alpha=scale)
+    if beta is not None:
+        # The row that was written has served: the output goes there.
+        o = value.baddbmm_(query, after, beta=0, alpha=scale)
+    else:
+        # With beta = 0 the first argument only lends its shape.
+        read = after if bonus is None else state.reshape(after.shape)
+        o = torch.baddbmm(value, query, read, beta=0, alpha=scale)
     if bonus is not None:
         own = (query * key).view(-1, heads, key.shape[2]).mul(bonus).sum(-1)
         o.addcmul_(own.view(-1, 1, 1), value, value=scale)
-    o = o.view(v.shape[0], 1, heads, v.shape[3])
-    return o if o.dtype == v.dtype else o.to(v.dtype), after.view(state.shape)
+    o = o.view(-1, 1, heads, v.shape[3])
+    return _cast(o, v.dtype), final_state
 
 
 def _row(x: Tensor, heads: int, dtype: torch.dtype) -> Tensor:
     """Bring (B, 1, heads of x, D) to (B H, 1, D)."""
-    if x.dtype != dtype:
-        x = x.to(dtype)
-    if x.shape[2] != heads:
-        x = x.repeat_interleave(heads // x.shape[2], dim=2)
-    return x.reshape(-1, 1, x.shape[3])
+    batch, _, own, size = x.shape
+    if own != heads:
+        x = x.reshape(batch, own, 1, size).expand(-1, -1, heads // own, -1)
+    return _cast(x, dtype).reshape(-1, 1, size)
 
 
 def _decayed(state: Tensor, log_decay: Tensor | None, value_log_decay: Tensor | None) -> Tensor:
-    """Return a new, decayed state."""
+    """Return a new, decayed state, contiguous."""
     heads, after = state.shape[1], None
+    if not state.is_contiguous():
+        state = state.contiguous()
     if log_decay is not None:
         keys = log_decay.shape[3] if log_decay.dim() == 4 else 1
-        after = state * log_decay.to(state.dtype).exp().reshape(-1, heads, keys, 1)
+        factor = _cast(log_decay, state.dtype).exp()
+        after = torch.mul(state, factor.reshape(-1, heads, keys, 1))
     if value_log_decay is not None:
         factor = value_log_decay[:, 0].to(state.dtype).exp()[:, :, None]
         after = state * factor if after is None else after.mul_(factor)
-    return state.clone(memory_format=torch.contiguous_format) if after is None else after
+    return state.clone() if after is None else after
 
 
 def selective_scan_step(
@@ -89,17 +99,23 @@ def selective_scan_step(
 ) -> tuple[Tensor, Tensor]:
     """Compute ``selective_scan`` for one token; ``state`` is left as it is."""
     dtype = state_dtype(u, delta, A, B, C)
-    x, step, keys, queries = (t[:, 0].to(dtype) for t in (u, delta, B, C))
-    after = torch.mul(step[..., None], A.to(dtype)).exp_()
+    x, step, A, keys, queries = (_cast(t, dtype) for t in (u, delta, A, B, C))
+    # (B, 1, D) turned is (B, D, 1), and (B, 1, N) is what a row of the state is multiplied by.
+    after = torch.mul(step.mT, A).exp_()
     if state is None:
         after.zero_()
     else:
         after.mul_(state)
-    after.addcmul_((step * x)[..., None], keys[:, None])
-    y = torch.matmul(after, queries[..., None])[..., 0]
+    after.addcmul_((step * x).mT, keys)
+    y = torch.bmm(queries, after.mT)
     if D is not None:
-        y = torch.addcmul(y, x, D.to(dtype))
-    return y[:, None].to(u.dtype), after
+        y.addcmul_(x, _cast(D, dtype))
+    return _cast(y, u.dtype), after
+
+
+def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return ``x`` in a dtype; asking first is cheaper than a conversion that does nothing."""
+    return x if x.dtype == dtype else x.to(dtype)
 
 
 def causal_conv1d_step(

@@ -37,6 +37,12 @@ def triangle(size: int, diagonal: int, dtype: torch.dtype, device: torch.device)
     return torch.ones(size, size, dtype=dtype, device=device).tril(diagonal)
 
 
+@lru_cache(maxsize=64)
+def triangles(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return the triangle with its diagonal above that without, (2 size, size)."""
+    return torch.cat([triangle(size, d, dtype, device) for d in (0, -1)])
+
+
 def running_sum(g: Tensor, diagonal: int = 0) -> Tensor:
     """Sum rows up to and including each (diagonal 0) or before each (-1); as a product, for speed.
 
@@ -44,12 +50,19 @@ def running_sum(g: Tensor, diagonal: int = 0) -> Tensor:
         g: (..., C, K), finite.
         diagonal: 0 or -1.
     """
-    return torch.matmul(triangle(g.shape[-2], diagonal, g.dtype, g.device), g)
+    return _left_product(triangle(g.shape[-2], diagonal, g.dtype, g.device), g)
 
 
 def remaining_sum(g: Tensor, diagonal: int = 0) -> Tensor:
     """Sum rows from each on (diagonal 0) or after each (-1)."""
-    return torch.matmul(triangle(g.shape[-2], diagonal, g.dtype, g.device).mT, g)
+    return _left_product(triangle(g.shape[-2], diagonal, g.dtype, g.device).mT, g)
+
+
+def _left_product(x: Tensor, g: Tensor) -> Tensor:
+    """Return x g; single columns as the rows of one large product instead of many tiny ones."""
+    if g.shape[-1] == 1:
+        return torch.matmul(g.squeeze(-1), x.mT).unsqueeze(-1)
+    return torch.matmul(x, g)
 
 
 class Gate:
@@ -59,27 +72,38 @@ class Gate:
         g: (b, C, D) log decays in the computing dtype.
         exact: which of the two ways.
         exclusive: rows read the state before their own decay (the read with a bonus).
+        scale: of ``output``.
 
     Attributes:
         read: (b, C, D) factor of rows that read.
+        output: ``read`` times ``scale``.
         write: (b, C, D) factor of rows that write.
         total: (b, D) decay of the state over the chunk.
     """
 
-    def __init__(self, g: Tensor, exact: bool, exclusive: bool):
-        self.exact, self.exclusive = exact, exclusive
+    def __init__(self, g: Tensor, exact: bool, exclusive: bool, scale: float = 1.0):
+        self.exact, self.exclusive, self.g = exact, exclusive, g
         if exact:
             self.g = g.clamp(min=CLOSED[g.dtype])
             self.read = running_sum(self.g, -1 if exclusive else 0).exp_()
             self.write = remaining_sum(self.g, -1).exp_()
             self.total = self.g.sum(1).exp_()
-            return
-        up = running_sum(g).exp_()
-        self.write = up.reciprocal()
-        self.total = up[:, -1]
-        self.read = up
-        if exclusive:
-            self.read = torch.cat([torch.ones_like(up[:, :1]), up[:, :-1]], dim=1)
+        else:
+            up = running_sum(g).exp_()
+            self.write = up.reciprocal()
+            self.total = up[:, -1]
+            self.read = up
+            if exclusive:
+                self.read = torch.cat([torch.ones_like(up[:, :1]), up[:, :-1]], dim=1)
+        self.output = self.read if scale == 1.0 else self.read * scale
+
+    def part(self, rows: slice) -> Gate:
+        """Return the gate of some of the chunks, views."""
+        part = Gate.__new__(Gate)
+        part.exact, part.exclusive, part.g = self.exact, self.exclusive, self.g[rows]
+        part.read, part.output = self.read[rows], self.output[rows]
+        part.write, part.total = self.write[rows], self.total[rows]
+        return part
 
     def backward(self, read: Tensor, write: Tensor, total: Tensor) -> Tensor:
         """Return the gradient of g from each factor times its own gradient, (b, C, D) or (b, D)."""

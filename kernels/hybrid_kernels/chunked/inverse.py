@@ -11,8 +11,9 @@ from torch import Tensor
 
 
 def unit_lower_inverse(strict: Tensor) -> Tensor:
-    """Return (I + L)^-1 for the strictly lower part L of (b, C, C) ``strict``."""
+    """Return (I - L)^-1 for the strictly lower part L of (b, C, C) ``strict``."""
     identity = torch.eye(strict.shape[-1], dtype=strict.dtype, device=strict.device)
+    # From the right: row-major memory as it lies, where the left would be copied to columns.
     return torch.linalg.solve_triangular(
-        strict, identity.expand_as(strict), upper=False, unitriangular=True
+        strict.neg(), identity.expand_as(strict), upper=False, left=False, unitriangular=True
     )

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hybrid_kernels.chunked.memory import Scratch
+
 
 @dataclass(frozen=True)
 class Segment:
@@ -38,6 +40,19 @@ class Segment:
     def width(self) -> int:
         """Number of sequences that run at the segment's first step."""
         return self.widths[0]
+
+    def states(
+        self, scratch: Scratch, name: str, heads: int, shape: tuple[int, ...]
+    ) -> tuple[Tensor, Tensor]:
+        """Return memory for the states before and after each step, (R*G, *shape) each.
+
+        While no sequence ends, the states after a step are those before the next: the two overlap.
+        """
+        rows, first, last = (n * heads for n in (self.offsets[-1], self.width, self.widths[-1]))
+        if first != last:
+            return scratch.take(name, rows, *shape), scratch.take(f"{name} after", rows, *shape)
+        states = scratch.take(name, rows + last, *shape)
+        return states[:rows], states[first:]
 
 
 class Layout:
@@ -177,7 +192,7 @@ def load(
         if factor is None:
             return x.to(dtype).reshape(shape)
         out = torch.empty(shape, dtype=dtype, device=x.device)
-    target = out.unflatten(0, x.shape[:3])
+    target = _by_chunk(out, x)
     if factor is None:
         target.copy_(x)
     else:
@@ -188,61 +203,67 @@ def load(
 def store(chunks: Tensor, x: Tensor, factor: Tensor | None = None) -> None:
     """Scatter (R*G, C, ...), times ``factor``, into chunks of G heads."""
     target = chunks.transpose(2, 3)
-    x = x.unflatten(0, target.shape[:3])
+    x = _by_chunk(x, target)
     if factor is None:
         target.copy_(x)
     else:
         torch.mul(x, _by_chunk(factor, target), out=target)
 
 
-def _by_chunk(factor: Tensor, chunks: Tensor) -> Tensor:
-    return factor if factor.dim() == 1 else factor.unflatten(0, chunks.shape[:3])
+def _by_chunk(x: Tensor, chunks: Tensor) -> Tensor:
+    """View (R*G, ...) as (leading, sequences, G, ...), as ``chunks`` is; leave a single number."""
+    return x if x.dim() == 1 else x.view(*chunks.shape[:3], *x.shape[1:])
 
 
-def split(x: Tensor, segment: Segment, heads: int) -> tuple[Tensor, ...]:
-    """Cut (R*G, ...) into the steps of a segment."""
-    return x.split([width * heads for width in segment.widths])
-
-
-def walk(pieces: tuple[Tensor, ...], state: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
+def walk(
+    starts: tuple[Tensor, ...], ends: tuple[Tensor, ...], state: Tensor
+) -> Iterator[tuple[int, Tensor, Tensor]]:
     """Walk states forward through the steps of a segment.
 
     Args:
-        pieces: memory for the states before each step; the first is filled in.
+        starts, ends: memory from ``Segment.states`` for the states before and after each step; the
+            first of the former is filled in.
         state: of all sequences; filled in for those that end in the segment or outlast it.
 
     Yields:
         the index of a step, the states before it, and where to put those after it.
     """
-    for i, start in enumerate(pieces):
-        width = start.shape[0]
-        running = pieces[i + 1].shape[0] if i + 1 < len(pieces) else 0
-        if running == width:
-            yield i, start, pieces[i + 1]
-        elif running == 0:
-            yield i, start, state[:width]
-        else:
-            end = torch.empty_like(start)
+    starts[0].copy_(state[: len(starts[0])])
+    if len(starts[0]) == len(ends[-1]):
+        yield from zip(range(len(starts)), starts, ends, strict=True)
+    else:
+        for i, (start, end) in enumerate(zip(starts, ends, strict=True)):
             yield i, start, end
-            pieces[i + 1].copy_(end[:running])
-            state[running:width] = end[running:]
+            running = len(starts[i + 1]) if i + 1 < len(starts) else 0
+            state[running : len(end)] = end[running:]
+            if running:
+                starts[i + 1].copy_(end[:running])
+    state[: len(ends[-1])] = ends[-1]
 
 
-def walk_back(pieces: tuple[Tensor, ...], dstate: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
+def walk_back(
+    befores: tuple[Tensor, ...], afters: tuple[Tensor, ...], dstate: Tensor
+) -> Iterator[tuple[int, Tensor, Tensor]]:
     """Walk the gradient of states backward through the steps of a segment.
 
     Args:
-        pieces: memory for the gradients of the states after each step.
+        befores, afters: memory from ``Segment.states`` for the gradients of the states before and
+            after each step; the last of the latter is filled in.
         dstate: gradient of every sequence's state after the segment, or after its end if that
             comes first; becomes the gradient before the segment.
 
     Yields:
         the index of a step, the gradients after it, and where to put those before it.
     """
-    pieces[-1].copy_(dstate[: pieces[-1].shape[0]])
-    for i in reversed(range(1, len(pieces))):
-        running, width = pieces[i].shape[0], pieces[i - 1].shape[0]
-        yield i, pieces[i], pieces[i - 1][:running]
-        if running < width:
-            pieces[i - 1][running:] = dstate[running:width]
-    yield 0, pieces[0], dstate[: pieces[0].shape[0]]
+    afters[-1].copy_(dstate[: len(afters[-1])])
+    steps = reversed(range(len(befores)))
+    if len(befores[0]) == len(afters[-1]):
+        yield from zip(steps, reversed(afters), reversed(befores), strict=True)
+    else:
+        for i in steps:
+            yield i, afters[i], befores[i]
+            if i:
+                running = len(befores[i])
+                afters[i - 1][:running] = befores[i]
+                afters[i - 1][running:] = dstate[running : len(afters[i - 1])]
+    dstate[: len(befores[0])] = befores[0]

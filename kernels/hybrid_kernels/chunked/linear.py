@@ -238,7 +238,7 @@ def _choose(
 ) -> tuple[Layout, bool]:
     """Halve the chunk until rescaling is safe; if it never is, take the exact way."""
     first = layout = layout_of(chunk)
-    while not all(_bounded(layout.chunks(g), longest) for g in decays):
+    while decays and not _bounded([layout.chunks(g) for g in decays], longest):
         if chunk <= SMALLEST_CHUNK:
             return first, True
         chunk //= 2
@@ -246,12 +246,18 @@ def _choose(
     return layout, False
 
 
-def _bounded(chunks: Tensor, longest: int) -> bool:
-    """Whether every chunk's total log decay stays above the limits; NaN counts as not."""
-    if chunks.numel() == 0:
+def _bounded(decays: list[Tensor], longest: int) -> bool:
+    """Whether every chunk's total log decay stays above the limits; NaN counts as not.
+
+    Of keys and values together: what is written has been divided by both.
+    """
+    if decays[0].numel() == 0:
         return True
-    limit = max(RESCALE_LIMIT, RESCALE_LIMIT_PER_TOKEN * min(chunks.shape[2], longest))
-    return bool(chunks.sum(2, dtype=torch.float32).amin() >= limit)
+    limit = max(RESCALE_LIMIT, RESCALE_LIMIT_PER_TOKEN * min(decays[0].shape[2], longest))
+    # Where a decay is fixed per head (and expanded), one chunk is like the other.
+    decays = [g[:1] if g.stride(0) == 0 else g for g in decays]
+    lowest = torch.stack([g.sum(2, dtype=torch.float32).amin() for g in decays])
+    return bool(lowest.sum() >= limit)
 
 
 def _span(sequences: int, heads: int, chunk_size: int) -> int:

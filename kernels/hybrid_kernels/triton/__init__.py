@@ -9,6 +9,10 @@ does not need is not compiled)::
       scalar per token                outputs.py outputs_forward      outputs.py values_backward
                                                                       keys.py    keys_backward
     additive, decay over keys         + pairs.py pairs                as above
+    additive, decay over values       states.py  states_forward       states.py  states_backward
+      or over both (DFW)              outputs.py outputs_forward      pairs.py   pairs
+                                      (+ pairs.py pairs)              keys.py    keys_backward, for
+                                                                        keys and again for values
     delta rule, any of these decays   + pairs.py pairs                + delta.py
                                       + delta.py inverse, new_values      new_values_backward
     read with a bonus (RWKV-6)        the additive form with q shifted by one token (linear.py)
@@ -16,9 +20,8 @@ does not need is not compiled)::
 
     causal_conv1d                     convolution.py convolution      ... convolution (BACKWARD),
                                                                           convolution_inputs
+    selective_scan                    scan.py    scan_forward         scan.py    scan_backward
 
-No kernel yet for a decay over values (``unsupported`` says so) nor for selective_scan (the table in
-``backends.py`` does not list it).
 ``linear.py`` has the order of the kernels, ``problem.py`` each launch, ``launch.py`` the block
 sizes, ``blocks.py`` what all kernels share. Nothing here imports triton until an op runs.
 
@@ -49,13 +52,18 @@ def causal_conv1d(*args: Any, **kwargs: Any):
     return run(*args, **kwargs)
 
 
+def selective_scan(*args: Any, **kwargs: Any):
+    """Compute ``hybrid_kernels.selective_scan``."""
+    from hybrid_kernels.triton.scan import selective_scan as run
+
+    return run(*args, **kwargs)
+
+
 def unsupported(op: str, **arguments: Any) -> str | None:
     """Return why these inputs cannot be taken, or None."""
     if any(isinstance(x, torch.Tensor) and x.dtype == torch.float64 for x in arguments.values()):
         return "it computes in float32, not in float64"
     if op == "linear_attention":
-        if arguments.get("value_log_decay") is not None:
-            return "it has no kernel for a decay over values (value_log_decay)"
         chunk = arguments.get("chunk_size")
         if chunk is not None and chunk > MAX_CHUNK:
             return f"its chunk_size is at most {MAX_CHUNK}, got {chunk}"

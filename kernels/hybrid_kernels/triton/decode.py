@@ -22,6 +22,7 @@ def decode_kernel(
     p_k,
     p_v,
     p_g,
+    p_value_g,
     p_beta,
     p_bonus,
     p_initial,
@@ -39,6 +40,7 @@ def decode_kernel(
     BV: tl.constexpr,
     SCALAR: tl.constexpr,
     VECTOR: tl.constexpr,
+    VALUE: tl.constexpr,
     DELTA: tl.constexpr,
     BONUS: tl.constexpr,
     INITIAL: tl.constexpr,
@@ -63,6 +65,8 @@ def decode_kernel(
         b_state *= tl.exp(tl.load(p_g + i_b * g_stride + i_h).to(tl.float32))
     if VECTOR:
         b_state *= tl.exp(load_vector(p_g, i_row, K, 0, BK))[:, None]
+    if VALUE:
+        b_state *= tl.exp(load_vector(p_value_g, i_row, V, v0, BV))[None, :]
     if DELTA:
         b_v -= tl.sum(b_k[:, None] * b_state, axis=0)
         b_v *= tl.load(p_beta + i_row).to(tl.float32)
@@ -83,6 +87,7 @@ def step(
     k: Tensor,
     v: Tensor,
     log_decay: Tensor | None,
+    value_log_decay: Tensor | None,
     beta: Tensor | None,
     bonus: Tensor | None,
     initial_state: Tensor | None,
@@ -95,14 +100,14 @@ def step(
     final = q.new_empty(shape, dtype=torch.float32)
     found = config("decode", q.device, tl.float32)
     values = block(v.shape[3], found.values)
-    optional = (log_decay, beta, bonus, initial_state)
-    g, beta_, bonus_, initial = (q if x is None else x.contiguous() for x in optional)
+    optional = (log_decay, value_log_decay, beta, bonus, initial_state)
+    filled = [q if x is None else x.contiguous() for x in optional]
     dims = 0 if log_decay is None else log_decay.dim()
     launch(
         decode_kernel,
         (shape[0] * heads, triton.cdiv(v.shape[3], values)),
         found,
-        *(q.contiguous(), k.contiguous(), v.contiguous(), g, beta_, bonus_, initial, o, final),
+        *(q.contiguous(), k.contiguous(), v.contiguous(), *filled, o, final),
         *(scale, 0 if dims == 1 else heads, heads, q.shape[2], k.shape[2], v.shape[2]),
         K=q.shape[3],
         V=v.shape[3],
@@ -110,6 +115,7 @@ def step(
         BV=values,
         SCALAR=dims in (1, 3),
         VECTOR=dims == 4,
+        VALUE=value_log_decay is not None,
         DELTA=beta is not None,
         BONUS=bonus is not None,
         INITIAL=initial_state is not None,
@@ -123,7 +129,7 @@ decode = torch.library.custom_op(
 
 
 @decode.register_fake
-def _(q, k, v, log_decay, beta, bonus, initial_state, scale):
+def _(q, k, v, *rest):
     heads = max(q.shape[2], k.shape[2], v.shape[2])
     final = q.new_empty(q.shape[0], heads, q.shape[3], v.shape[3], dtype=torch.float32)
     return v.new_empty(q.shape[0], 1, heads, v.shape[3]), final

@@ -18,6 +18,7 @@ from hybrid_kernels.triton.blocks import (
     load_column,
     load_rows,
     load_tile,
+    load_vector,
     locate,
     lower,
     product,
@@ -72,6 +73,7 @@ def keys_backward_kernel(
     p_dx,
     p_dpairs,
     p_dstrict,
+    p_total,
     p_dq,
     p_dk,
     p_dg,
@@ -96,6 +98,8 @@ def keys_backward_kernel(
     SCALAR: tl.constexpr,
     VECTOR: tl.constexpr,
     DELTA: tl.constexpr,
+    TOTAL: tl.constexpr,
+    TURNED: tl.constexpr,
     PACKED: tl.constexpr,
     DOT: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -104,7 +108,12 @@ def keys_backward_kernel(
 
     Grid (R * H, blocks of K). dg is (rows, H, K) with VECTOR; with SCALAR it is, as dbeta is,
     (blocks of K, rows, H), to be summed. dpairs and dstrict come from ``pairs_backward_kernel``.
-    With DELTA, v is u.
+    With DELTA, v is u. With a decay over values, v is v * write and do is do * read, dpairs are
+    decayed too, and TOTAL says that total (R, H, V) holds that decay for whole chunks.
+
+    The loss treats (q, k, g) and (do, v, value_g) alike, so that this kernel also gives dv and the
+    gradient of value_g when they change places: K is V then, and TURNED says that states are not
+    turned with them.
     """
     i_chunk = tl.program_id(0) // H
     i_h = tl.program_id(0) % H
@@ -122,10 +131,16 @@ def keys_backward_kernel(
     for v0 in range(0, V, BV):
         b_do = load_rows(p_do, row, rows, i_h, H, V, v0, C, BV)
         b_v = load_rows(p_v, row, rows, i_h // (H // HV), HV, V, v0, C, BV)
-        b_state = load_tile(p_states, i_pair, K, V, k0, v0, BK, BV)
-        b_dstate = load_tile(p_dstates, i_pair, K, V, k0, v0, BK, BV)
+        if TURNED:
+            b_state = tl.trans(load_tile(p_states, i_pair, V, K, v0, k0, BV, BK))
+            b_dstate = tl.trans(load_tile(p_dstates, i_pair, V, K, v0, k0, BV, BK))
+        else:
+            b_state = load_tile(p_states, i_pair, K, V, k0, v0, BK, BV)
+            b_dstate = load_tile(p_dstates, i_pair, K, V, k0, v0, BK, BV)
         b_dq += product(b_do, tl.trans(b_state), DOT, PRECISION)
         b_dk += product(b_v, tl.trans(b_dstate), DOT, PRECISION)
+        if TOTAL:
+            b_state *= load_vector(p_total, i_pair, V, v0, BV)[None, :]
         b_dtotal += tl.sum(b_state * b_dstate, axis=1)
         if DELTA:
             b_dx = load_rows(p_dx, row, rows, i_h, H, V, v0, C, BV)

@@ -46,16 +46,20 @@ class Config:
 
 
 # Kernel -> configuration with 16-bit operands, and with float32 ones. A name may be led by the form
-# that needs smaller blocks: "delta_vector_", "delta_" or "vector_", the first that is there counts.
+# that needs smaller blocks: "delta_", "value_" or "vector_", the first that is there counts.
 _CUDA: dict[str, tuple[Config, Config]] = {
     "states_forward": (Config(64, 64, 4, 2), Config(32, 32, 4, 1)),
     "states_backward": (Config(64, 64, 4, 2), Config(32, 32, 4, 1)),
     "delta_states_forward": (Config(256, 16, 4, 2), Config(256, 16, 8, 1)),
     "delta_states_backward": (Config(256, 16, 8, 1), Config(256, 16, 8, 1)),
+    "value_states_forward": (Config(64, 32, 4, 2), Config(32, 32, 4, 1)),
+    "value_states_backward": (Config(64, 32, 4, 2), Config(32, 32, 4, 1)),
     "outputs_forward": (Config(64, 64, 4, 2), Config(32, 32, 4, 1)),
+    "value_outputs_forward": (Config(64, 32, 4, 2), Config(32, 32, 4, 1)),
     "values_backward": (Config(64, 64, 4, 2), Config(32, 32, 4, 1)),
     "keys_backward": (Config(32, 32, 4, 1), Config(32, 32, 4, 1)),
     "delta_keys_backward": (Config(16, 32, 4, 1), Config(16, 32, 4, 1)),
+    "value_keys_backward": (Config(16, 32, 4, 1), Config(16, 32, 4, 1)),
     "pairs": (Config(32, 32, 8, 1), Config(32, 32, 4, 1)),
     "pairs_backward": (Config(64, 64, 4, 2), Config(32, 32, 4, 1)),
     "inverse": (Config(64, 64, 4, 1), Config(64, 64, 4, 1)),
@@ -63,8 +67,14 @@ _CUDA: dict[str, tuple[Config, Config]] = {
     "new_values_backward": (Config(64, 64, 4, 2), Config(32, 32, 4, 1)),
     "decode": (Config(256, 16, 4, 1), Config(256, 16, 4, 1)),
     "convolution": (Config(64, 16, 4, 1), Config(64, 16, 4, 1)),
+    "scan_forward": (Config(16, 16, 4, 1), Config(16, 16, 4, 1)),
+    "scan_backward": (Config(16, 16, 8, 1), Config(16, 16, 8, 1)),
 }
-_INTERPRETER = dict.fromkeys(_CUDA, (Config(32, 32), Config(32, 32)))
+# There a scan costs by the element, all else by the call.
+_INTERPRETER = {
+    **dict.fromkeys(_CUDA, (Config(32, 32), Config(32, 32))),
+    **dict.fromkeys(("scan_forward", "scan_backward"), (Config(4, 8), Config(4, 8))),
+}
 _TABLE: dict[str, dict[str, tuple[Config, Config]]] = {
     "sm_80": {**_CUDA, "inverse": (Config(64, 64, 8, 1), Config(64, 64, 4, 1))},
     "sm_90": _CUDA,
@@ -117,16 +127,14 @@ def config(
     kernel: str,
     device: torch.device,
     dot: tl.dtype,
-    *,
-    delta: bool = False,
-    vector: bool = False,
+    forms: dict[str, bool] | None = None,
 ) -> Config:
     """Return the shipped configuration of a kernel, or what ``override`` put in its place."""
     if kernel in _overrides:
         return _overrides[kernel]
     table = _TABLE[device_class(device)]
-    forms = ["delta_vector_"] * (delta and vector) + ["delta_"] * delta + ["vector_"] * vector
-    name = next((form + kernel for form in forms if form + kernel in table), kernel)
+    led = [f"{form}_{kernel}" for form, present in (forms or {}).items() if present]
+    name = next((name for name in led if name in table), kernel)
     return table[name][0 if dot == tl.bfloat16 else 1]
 
 

@@ -44,6 +44,15 @@ class Chunks:
         return self.offsets, self.first, self.owner
 
 
+def counts(x: Tensor, cu_seqlens: Tensor | None, size: int) -> tuple[int, int]:
+    """Return how many sequences (B, T, ...) holds, and a bound on their chunks, met if plain."""
+    batch, time = x.shape[:2]
+    if cu_seqlens is None:
+        return batch, batch * -(-time // size)
+    documents = cu_seqlens.shape[0] - 1
+    return documents, time // size + documents
+
+
 def chunks(x: Tensor, cu_seqlens: Tensor | None, size: int) -> Chunks:
     """Cut (B, T, ...) into chunks of ``size`` rows, none of which crosses a document boundary.
 
@@ -51,16 +60,15 @@ def chunks(x: Tensor, cu_seqlens: Tensor | None, size: int) -> Chunks:
         ValueError: ``cu_seqlens`` lie on the CPU and are not offsets that rise from 0 to T. On a
             GPU the same is checked by an assertion on the device, which does not wait.
     """
-    batch, time = x.shape[:2]
+    time = x.shape[1]
     per_row = -(-time // size)
+    documents, count = counts(x, cu_seqlens, size)
     if cu_seqlens is None:
-        return Chunks(batch, batch * per_row, time, per_row, x, x, x, packed=False)
+        return Chunks(documents, count, time, per_row, x, x, x, packed=False)
     _check(cu_seqlens, time)
     offsets = cu_seqlens.to(device=x.device, dtype=torch.int64)
-    documents = offsets.shape[0] - 1
     first = torch.zeros_like(offsets)
     torch.cumsum((offsets.diff() + size - 1) // size, dim=0, out=first[1:])
-    count = time // size + documents
     index = torch.arange(count, device=x.device)
     owner = torch.searchsorted(first[1:], index, right=True).clamp_(max=documents - 1)
     return Chunks(documents, count, time, per_row, offsets, first, owner, packed=True)

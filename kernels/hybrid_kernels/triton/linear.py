@@ -12,7 +12,10 @@ from torch import Tensor
 from hybrid_kernels.triton import problem as run
 from hybrid_kernels.triton.decode import decode
 from hybrid_kernels.triton.launch import default_chunk, operands
-from hybrid_kernels.triton.problem import make_problem
+from hybrid_kernels.triton.layout import counts
+from hybrid_kernels.triton.problem import Across, Inputs, Problem, Rows, make_problem
+
+Gradients = dict[str, Tensor | None]
 
 
 def linear_attention(
@@ -30,27 +33,30 @@ def linear_attention(
     chunk_size: int | None,
 ) -> tuple[Tensor, Tensor]:
     """Compute ``hybrid_kernels.linear_attention``; ``unsupported`` says for which inputs."""
-    assert value_log_decay is None
     if initial_state is not None:
         initial_state = initial_state.float()
-    inputs = (q, k, v, log_decay, beta, bonus, initial_state)
-    learning = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
+    tensors = (q, k, v, log_decay, value_log_decay, beta, bonus, initial_state)
+    learning = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
     if q.shape[1] == 1 and cu_seqlens is None and not learning:
-        return decode(q, k, v, log_decay, beta, bonus, initial_state, scale)
+        return decode(*tensors, scale)
     dot, _ = operands(q.device, q, k, v)
     chunk = chunk_size or default_chunk(dot, beta is not None, q.shape[3])
     heads = max(q.shape[2], k.shape[2], v.shape[2])
     if log_decay is not None and log_decay.dim() == 1:
         log_decay = log_decay.expand(*q.shape[:2], heads)
+    if value_log_decay is not None and log_decay is not None and log_decay.dim() == 3:
+        # One number for the whole state is also one for each of its columns.
+        value_log_decay = value_log_decay.float() + log_decay.float()[..., None]
+        log_decay = None
+    decays = (log_decay, value_log_decay)
     if bonus is None:
-        o, final, _ = _forward(q, k, v, log_decay, beta, initial_state, cu_seqlens, scale, chunk)
-        return o, final
+        return _forward(q, k, v, *decays, beta, initial_state, cu_seqlens, scale, chunk)[:2]
     if initial_state is None:
         rows = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
         shape = (rows, heads, q.shape[3], v.shape[3])
         initial_state = torch.zeros(shape, dtype=torch.float32, device=q.device)
     later = torch.cat([q[:, 1:], torch.zeros_like(q[:, :1])], dim=1)
-    o, final, _ = _forward(later, k, v, log_decay, beta, initial_state, cu_seqlens, scale, chunk)
+    o, final, _ = _forward(later, k, v, *decays, beta, initial_state, cu_seqlens, scale, chunk)
     return _exclusive(o, q, k, v, bonus, scale, initial_state, cu_seqlens), final
 
 
@@ -87,90 +93,85 @@ def _exclusive(
     return (before + own * v).to(o.dtype)
 
 
-def forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor | None,
-    beta: Tensor | None,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    scale: float,
-    chunk: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the output, the final states, and the inverse of the delta rule (or nothing)."""
-    p = make_problem(q, k, v, log_decay, beta, cu_seqlens, scale, chunk)
-    if initial_state is not None:
-        initial_state = initial_state.contiguous()
+def forward(*arguments) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the output, the final states, and the inverse of the delta rule (or nothing).
+
+    Args:
+        arguments: the fields of ``Inputs``.
+    """
+    p = make_problem(Inputs(*arguments))
     rows = run.make_rows(p, strict=p.delta)
     if not p.delta:
-        states, final = run.states_forward(p, rows, initial_state, p.q, p.q)
+        states, final = run.states_forward(p, rows, p.q, p.q)
         return run.outputs_forward(p, rows, p.v, states), final, p.empty(0, dtype=torch.float32)
     inverse = run.invert(p, rows)
     w, u = run.new_values(p, inverse)
-    states, final = run.states_forward(p, rows, initial_state, w, u)
+    states, final = run.states_forward(p, rows, w, u)
     return run.outputs_forward(p, rows, u, states), final, inverse
 
 
-_forward = torch.library.custom_op(
-    "hybrid_kernels::triton_linear_attention", forward, mutates_args=()
-)
+def backward(*arguments) -> list[Tensor]:
+    """Return the gradients of the tensors that are not None, in order.
 
-
-@_forward.register_fake
-def _(q, k, v, log_decay, beta, initial_state, cu_seqlens, scale, chunk):
-    batch, time = q.shape[:2]
-    heads = max(q.shape[2], k.shape[2], v.shape[2])
-    sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    count = batch * -(-time // chunk) if cu_seqlens is None else time // chunk + sequences
-    o = v.new_empty(batch, time, heads, v.shape[3])
-    final = q.new_empty(sequences, heads, q.shape[3], v.shape[3], dtype=torch.float32)
-    square = (count * heads, chunk, chunk) if beta is not None else (0,)
-    return o, final, q.new_empty(square, dtype=torch.float32)
-
-
-def backward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor | None,
-    beta: Tensor | None,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    scale: float,
-    chunk: int,
-    inverse: Tensor,
-    do: Tensor,
-    dfinal: Tensor,
-) -> list[Tensor]:
-    """Return the gradients of the tensors that are not None, in order."""
-    p = make_problem(q, k, v, log_decay, beta, cu_seqlens, scale, chunk)
-    if initial_state is not None:
-        initial_state = initial_state.contiguous()
-    do, dfinal = do.contiguous(), dfinal.contiguous()
+    Args:
+        arguments: the fields of ``Inputs``, the inverse, the gradients of output and final states.
+    """
+    *given, inverse, do, dfinal = arguments
+    inputs = Inputs(*given)
+    p = make_problem(inputs)
     rows = run.make_rows(p, strict=False)
+    do, dfinal = do.contiguous(), dfinal.contiguous()
     if p.delta:
-        w, u = run.new_values(p, inverse)
-        states, _ = run.states_forward(p, rows, initial_state, w, u)
-        du = torch.empty_like(u)
-        run.values_backward(p, rows, do, du, None)
-        dstates, dinitial = run.states_backward(p, rows, w, do, du, dfinal)
-        dx, dv, dbeta = run.new_values_backward(p, inverse, du)
-        dq, dk, dg, rest = run.keys_backward(p, u, states, dstates, do, dx)
-        dbeta += rest
+        grads = _delta_backward(p, rows, inverse, do, dfinal)
+    elif p.value:
+        grads = _value_backward(p, rows, do, dfinal)
     else:
-        states, _ = run.states_forward(p, rows, initial_state, p.q, p.q)
-        dstates, dinitial = run.states_backward(p, rows, p.q, do, p.q, dfinal)
-        dv, dbeta = p.like(p.v), None
-        run.values_backward(p, rows, do, dv, dstates)
-        dq, dk, dg, _ = run.keys_backward(p, p.v, states, dstates, do, p.q)
-    grads = [(q, dq), (k, dk), (v, dv), (log_decay, dg), (beta, dbeta), (initial_state, dinitial)]
-    return [_like(x, grad) for x, grad in grads if x is not None]
+        grads = _additive_backward(p, rows, do, dfinal)
+    return [_like(x, grads[name]) for name, x in inputs.differentiable()]
 
 
-_backward = torch.library.custom_op(
-    "hybrid_kernels::triton_linear_attention_backward", backward, mutates_args=()
-)
+def _additive_backward(p: Problem, rows: Rows, do: Tensor, dfinal: Tensor) -> Gradients:
+    states, _ = run.states_forward(p, rows, p.q, p.q)
+    dstates, dinitial = run.states_backward(p, rows, p.q, do, p.q, dfinal)
+    dv = p.like(p.v)
+    run.values_backward(p, rows, do, dv, dstates)
+    across = Across(p.v, do, *run.pairs_backward(p, p.v, do, p.q))
+    dq, dk, dg, _ = run.keys_backward(p, states, dstates, across)
+    return {"q": dq, "k": dk, "v": dv, "log_decay": dg, "initial_state": dinitial}
+
+
+def _value_backward(p: Problem, rows: Rows, do: Tensor, dfinal: Tensor) -> Gradients:
+    """With a decay over values the second half is the first with keys and values in turned roles."""
+    states, _ = run.states_forward(p, rows, p.q, p.q)
+    dstates, dinitial = run.states_backward(p, rows, p.q, do, p.q, dfinal)
+    turned = run.turned(p, do)
+    columns = run.make_rows(turned, strict=False)
+    across = Across(columns.k, columns.q, columns.pairs * p.scale, total=columns.total)
+    dq, dk, dg, _ = run.keys_backward(p, states, dstates, across)
+    if p.vector:
+        across = Across(rows.k, rows.q, rows.pairs * p.scale, total=rows.total, turned=True)
+    else:
+        q = p.q.repeat_interleave(p.heads // p.q.shape[2], dim=2)
+        pairs, _ = run.pairs_backward(turned, p.k, q, q)
+        across = Across(p.k, q, pairs, turned=True)
+    _, dv, dvalue_g, _ = run.keys_backward(turned, states, dstates, across)
+    grads = {"q": dq, "k": dk, "v": dv, "log_decay": dg, "value_log_decay": dvalue_g}
+    return {**grads, "initial_state": dinitial}
+
+
+def _delta_backward(
+    p: Problem, rows: Rows, inverse: Tensor, do: Tensor, dfinal: Tensor
+) -> Gradients:
+    w, u = run.new_values(p, inverse)
+    states, _ = run.states_forward(p, rows, w, u)
+    du = torch.empty_like(u)
+    run.values_backward(p, rows, do, du, None)
+    dstates, dinitial = run.states_backward(p, rows, w, do, du, dfinal)
+    dx, dv, dbeta = run.new_values_backward(p, inverse, du)
+    across = Across(u, do, *run.pairs_backward(p, u, do, dx), dx)
+    dq, dk, dg, rest = run.keys_backward(p, states, dstates, across)
+    grads = {"q": dq, "k": dk, "v": dv, "log_decay": dg, "beta": dbeta + rest}
+    return {**grads, "initial_state": dinitial}
 
 
 def _like(x: Tensor, grad: Tensor | None) -> Tensor:
@@ -181,10 +182,39 @@ def _like(x: Tensor, grad: Tensor | None) -> Tensor:
     return grad.to(x.dtype)
 
 
+_SCHEMA = (
+    "Tensor q, Tensor k, Tensor v, Tensor? log_decay, Tensor? value_log_decay, Tensor? beta, "
+    "Tensor? initial_state, Tensor? cu_seqlens, float scale, SymInt chunk"
+)
+_forward = torch.library.custom_op(
+    "hybrid_kernels::triton_linear_attention",
+    forward,
+    mutates_args=(),
+    schema=f"({_SCHEMA}) -> (Tensor, Tensor, Tensor)",
+)
+_backward = torch.library.custom_op(
+    "hybrid_kernels::triton_linear_attention_backward",
+    backward,
+    mutates_args=(),
+    schema=f"({_SCHEMA}, Tensor inverse, Tensor do, Tensor dfinal) -> Tensor[]",
+)
+
+
+@_forward.register_fake
+def _(*arguments):
+    q, k, v, *_ = inputs = Inputs(*arguments)
+    heads = max(q.shape[2], k.shape[2], v.shape[2])
+    sequences, count = counts(q, inputs.cu_seqlens, inputs.chunk)
+    o = v.new_empty(*q.shape[:2], heads, v.shape[3])
+    final = q.new_empty(sequences, heads, q.shape[3], v.shape[3], dtype=torch.float32)
+    square = (0,) if inputs.beta is None else (count * heads, inputs.chunk, inputs.chunk)
+    return o, final, q.new_empty(square, dtype=torch.float32)
+
+
 @_backward.register_fake
-def _(q, k, v, log_decay, beta, initial_state, cu_seqlens, scale, chunk, inverse, do, dfinal):
-    inputs = (q, k, v, log_decay, beta, initial_state)
-    return [x.new_empty(x.shape) for x in inputs if x is not None]
+def _(*arguments):
+    *given, _, _, _ = arguments
+    return [x.new_empty(x.shape) for _, x in Inputs(*given).differentiable()]
 
 
 def _setup_context(ctx, inputs, output):

@@ -17,6 +17,9 @@ from hybrid_kernels.triton.blocks import (
     scalar_factors,
     scalar_pairs,
     store_rows,
+    straddle,
+    vector_factors,
+    widen,
 )
 
 
@@ -26,6 +29,7 @@ def outputs_forward_kernel(
     p_k,
     p_v,
     p_g,
+    p_value_g,
     p_pairs,
     p_states,
     p_o,
@@ -42,10 +46,12 @@ def outputs_forward_kernel(
     K: tl.constexpr,
     V: tl.constexpr,
     C: tl.constexpr,
+    LEVELS: tl.constexpr,
     BK: tl.constexpr,
     BV: tl.constexpr,
     SCALAR: tl.constexpr,
     VECTOR: tl.constexpr,
+    VALUE: tl.constexpr,
     PACKED: tl.constexpr,
     DOT: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -53,7 +59,8 @@ def outputs_forward_kernel(
     """o = scale * ((q * read) S + pairs v), pairs_ij = q_i^T k_j decayed, i >= j.
 
     Grid (R * H, blocks of V). With VECTOR, q * read and pairs (R * H, C, C) come from
-    ``pairs_kernel``.
+    ``pairs_kernel``. With VALUE, each column of a pair has a decay of its own, and so pairs meet v
+    level by level, as rows meet rows in ``pairs.py``.
     """
     i_chunk = tl.program_id(0) // H
     i_h = tl.program_id(0) % H
@@ -80,7 +87,21 @@ def outputs_forward_kernel(
     else:
         b_pairs = tl.where(lower(C), b_pairs, 0.0)
     b_v = load_rows(p_v, row, rows, i_h // (H // HV), HV, V, v0, C, BV)
-    b_o = (b_o + product(b_pairs, b_v, DOT, PRECISION)) * scale
+    if VALUE:
+        b_g, b_read, _, _ = vector_factors(p_value_g, row, rows, i_h, H, V, v0, C, BV)
+        m_diagonal = tl.arange(0, C)[:, None] == tl.arange(0, C)[None, :]
+        b_same = tl.sum(tl.where(m_diagonal, b_pairs, 0.0), axis=1)
+        b_o = b_o * b_read + b_same[:, None] * b_v
+        b_low = tl.exp(b_g)
+        b_all = b_low
+        b_up = tl.full((C, BV), 1.0, dtype=tl.float32)
+        for level in range(0, LEVELS):
+            b_across = tl.where(straddle(1 << level, C), b_pairs, 0.0)
+            b_o += product(b_across, b_v * b_up, DOT, PRECISION) * b_low
+            b_low, b_up, b_all = widen(b_low, b_up, b_all, 1 << level, C, BV)
+    else:
+        b_o += product(b_pairs, b_v, DOT, PRECISION)
+    b_o *= scale
     store_rows(p_o, b_o, row, rows, i_h, H, V, v0, C, BV)
 
 

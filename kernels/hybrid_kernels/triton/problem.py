@@ -6,6 +6,7 @@ Legend: B batch, T time, H heads, K key dim, V value dim, C chunk, R chunks in a
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 import triton
@@ -25,15 +26,41 @@ from hybrid_kernels.triton.pairs import pairs_backward_kernel, pairs_kernel
 from hybrid_kernels.triton.states import states_backward_kernel, states_forward_kernel
 
 
-@dataclass
-class Problem:
-    """The inputs of one call, contiguous, with a decay that is None, (B, T, H) or (B, T, H, K)."""
+class Inputs(NamedTuple):
+    """What both custom ops take, in this order; the names are those of ``linear_attention``.
+
+    A decay over keys is None, (B, T, H) or (B, T, H, K); (B, T, H) does not go with one over
+    values.
+    """
 
     q: Tensor
     k: Tensor
     v: Tensor
     log_decay: Tensor | None
+    value_log_decay: Tensor | None
     beta: Tensor | None
+    initial_state: Tensor | None
+    cu_seqlens: Tensor | None
+    scale: float
+    chunk: int
+
+    def differentiable(self) -> list[tuple[str, Tensor]]:
+        """Return the names and values of the tensors that have a gradient, in order."""
+        found = self._asdict().items()
+        return [(n, x) for n, x in found if isinstance(x, Tensor) and x.is_floating_point()]
+
+
+@dataclass
+class Problem:
+    """One call with contiguous inputs, and what follows from their form."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    log_decay: Tensor | None
+    value_log_decay: Tensor | None
+    beta: Tensor | None
+    initial_state: Tensor | None
     scale: float
     chunk: int
     chunks: Chunks
@@ -44,14 +71,16 @@ class Problem:
         self.delta = self.beta is not None
         self.vector = self.log_decay is not None and self.log_decay.dim() == 4
         self.scalar = self.log_decay is not None and not self.vector
-        self.g = self.q if self.log_decay is None else self.log_decay
+        self.value = self.value_log_decay is not None
+        self.g = _or(self.log_decay, self.q)
+        self.value_g = _or(self.value_log_decay, self.q)
         self.device = self.q.device
         self.dot, self.precision = shipped.operands(self.device, self.q, self.k, self.v)
         # What is kept between kernels has the precision that the next product uses anyway.
         self.kept = torch.bfloat16 if str(self.dot) == "bf16" else torch.float32
         self.counts = (self.chunks.time, self.chunks.per_row, self.heads)
         self.decays = {"SCALAR": self.scalar, "VECTOR": self.vector}
-        self.forms = {**self.decays, "DELTA": self.delta}
+        self.forms = {**self.decays, "VALUE": self.value, "DELTA": self.delta}
         self.common = {
             "C": self.chunk,
             "PACKED": self.chunks.packed,
@@ -75,7 +104,8 @@ class Problem:
 
     def sizes(self, kernel: str) -> tuple[Config, dict[str, int]]:
         """Return the configuration of a kernel and its blocks of K and V."""
-        found = shipped.config(kernel, self.device, self.dot, delta=self.delta, vector=self.vector)
+        forms = {"delta": self.delta, "value": self.value, "vector": self.vector}
+        found = shipped.config(kernel, self.device, self.dot, forms)
         keys, values = block(self.key_dim, found.keys), block(self.value_dim, found.values)
         sizes = {"K": self.key_dim, "V": self.value_dim, "BK": keys, "BV": values}
         return found, sizes
@@ -85,21 +115,20 @@ class Problem:
         return self.chunks.count * self.heads
 
 
-def make_problem(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor | None,
-    beta: Tensor | None,
-    cu_seqlens: Tensor | None,
-    scale: float,
-    chunk: int,
-) -> Problem:
+def make_problem(inputs: Inputs) -> Problem:
     """Bring the inputs of a call into the form in which kernels take them."""
-    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-    log_decay = None if log_decay is None else log_decay.contiguous()
-    beta = None if beta is None else beta.contiguous()
-    return Problem(q, k, v, log_decay, beta, scale, chunk, chunks(q, cu_seqlens, chunk))
+    q, k, v, *optional, cu_seqlens, scale, chunk = inputs
+    g, value_g, beta, initial = (None if x is None else x.contiguous() for x in optional)
+    q, k, v, cut = q.contiguous(), k.contiguous(), v.contiguous(), chunks(q, cu_seqlens, chunk)
+    return Problem(q, k, v, g, value_g, beta, initial, scale, chunk, cut)
+
+
+def turned(p: Problem, do: Tensor) -> Problem:
+    """Return the problem with (do, v, decay over values) in the place of (q, k, decay over keys).
+
+    The loss, a sum over pairs of rows of q_i k_j do_i v_j and both decays, treats them alike.
+    """
+    return replace(p, q=do, k=p.v, v=p.k, log_decay=p.value_log_decay, value_log_decay=p.log_decay)
 
 
 @dataclass(frozen=True)
@@ -139,7 +168,7 @@ def make_rows(p: Problem, strict: bool) -> Rows:
         pairs_kernel,
         (p.per_chunk(),),
         config,
-        *(p.q, p.k, p.g, p.q if p.beta is None else p.beta, rows.pairs, rows.strict),
+        *(p.q, p.k, p.g, _or(p.beta, p.q), rows.pairs, rows.strict),
         *(rows.q, rows.k, rows.total),
         *p.chunks.tables,
         *p.counts,
@@ -198,9 +227,7 @@ def _state_sizes(p: Problem, direction: str) -> tuple[Config, dict[str, int], tu
     return config, sizes, (p.chunks.sequences * p.heads, *tiles)
 
 
-def states_forward(
-    p: Problem, rows: Rows, initial: Tensor | None, w: Tensor, u: Tensor
-) -> tuple[Tensor, Tensor]:
+def states_forward(p: Problem, rows: Rows, w: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
     """Return the states before each chunk (R, H, K, V) and the final ones; turns U into u."""
     states = p.empty(p.chunks.count, p.heads, p.key_dim, p.value_dim)
     shape = (p.chunks.sequences, p.heads, p.key_dim, p.value_dim)
@@ -210,11 +237,12 @@ def states_forward(
         states_forward_kernel,
         grid,
         config,
-        *(rows.k, p.v, rows.total, w, u, p.q if initial is None else initial, states, final),
+        *(rows.k, p.v, rows.total, p.value_g, w, u),
+        *(_or(p.initial_state, p.q), states, final),
         *p.chunks.tables[:2],
         *p.counts,
         *(rows.k.shape[2], p.v.shape[2]),
-        INITIAL=initial is not None,
+        INITIAL=p.initial_state is not None,
         **sizes,
         **p.forms,
         **p.common,
@@ -233,7 +261,7 @@ def states_backward(
         states_backward_kernel,
         grid,
         config,
-        *(rows.q, rows.k, rows.total, w, do, du, dfinal, dstates, dinitial),
+        *(rows.q, rows.k, rows.total, p.value_g, w, do, du, dfinal, dstates, dinitial),
         *p.chunks.tables[:2],
         p.scale,
         *p.counts,
@@ -253,11 +281,13 @@ def outputs_forward(p: Problem, rows: Rows, v: Tensor, states: Tensor) -> Tensor
         outputs_forward_kernel,
         (p.per_chunk(), triton.cdiv(p.value_dim, sizes["BV"])),
         config,
-        *(rows.q, rows.k, v, p.g, rows.pairs, states, o),
+        *(rows.q, rows.k, v, p.g, p.value_g, rows.pairs, states, o),
         *p.chunks.tables,
         p.scale,
         *p.counts,
         *(rows.q.shape[2], rows.k.shape[2], v.shape[2]),
+        LEVELS=p.levels,
+        VALUE=p.value,
         **sizes,
         **p.decays,
         **p.common,
@@ -328,14 +358,40 @@ def pairs_backward(p: Problem, v: Tensor, do: Tensor, dx: Tensor) -> tuple[Tenso
     return dpairs, dstrict
 
 
+def _or(x: Tensor | None, dummy: Tensor) -> Tensor:
+    """Return a tensor that a kernel takes but in this form does not touch."""
+    return dummy if x is None else x
+
+
+@dataclass(frozen=True)
+class Across:
+    """What ``keys_backward`` needs of the values' side.
+
+    Attributes:
+        v, do: (B, T, heads, V) and (B, T, H, V), with a decay over values decayed to and from the
+            chunk's ends; for the delta rule v is u.
+        dpairs: gradient of each pair of rows (R * H, C, C).
+        dstrict, dx: for the delta rule, the like of dpairs and do for its second read.
+        total: decay over values of whole chunks (R, H, V), or None.
+        turned: whether keys and values have changed places, all but the states.
+    """
+
+    v: Tensor
+    do: Tensor
+    dpairs: Tensor
+    dstrict: Tensor | None = None
+    dx: Tensor | None = None
+    total: Tensor | None = None
+    turned: bool = False
+
+
 def keys_backward(
-    p: Problem, v: Tensor, states: Tensor, dstates: Tensor, do: Tensor, dx: Tensor
+    p: Problem, states: Tensor, dstates: Tensor, across: Across
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Return dq, dk (B, T, H, K), dg in the shape of the decay, and the rest of dbeta."""
     config, sizes = p.sizes("keys_backward")
     blocks = triton.cdiv(p.key_dim, sizes["BK"])
     tokens = (*p.q.shape[:2], p.heads)
-    dpairs, dstrict = pairs_backward(p, v, do, dx)
     dq, dk, dg, dbeta = p.like(p.q), p.like(p.k), None, None
     if p.vector:
         dg = p.empty(*tokens, p.key_dim, dtype=torch.float32)
@@ -347,16 +403,20 @@ def keys_backward(
         keys_backward_kernel,
         (p.per_chunk(), blocks),
         config,
-        *(p.q, p.k, v, p.g, p.q if p.beta is None else p.beta, states, dstates, do, dx),
-        *(dpairs, dstrict, dq, dk, dq if dg is None else dg, dq if dbeta is None else dbeta),
+        *(p.q, p.k, across.v, p.g, _or(p.beta, p.q), states, dstates),
+        *(across.do, _or(across.dx, p.q), across.dpairs, _or(across.dstrict, p.q)),
+        *(_or(across.total, p.q), dq, dk, _or(dg, dq), _or(dbeta, dq)),
         *p.chunks.tables,
         p.scale,
         *p.counts,
-        *(p.q.shape[2], p.k.shape[2], v.shape[2]),
+        *(p.q.shape[2], p.k.shape[2], across.v.shape[2]),
         p.q.shape[0] * p.q.shape[1],
         LEVELS=p.levels,
+        DELTA=p.delta,
+        TOTAL=across.total is not None,
+        TURNED=across.turned,
         **sizes,
-        **p.forms,
+        **p.decays,
         **p.common,
     )
     dg = dg.sum(0) if dg is not None and p.scalar else dg

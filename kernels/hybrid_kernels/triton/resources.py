@@ -26,7 +26,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
-from hybrid_kernels.triton import convolution, decode, launch, linear
+from hybrid_kernels.triton import convolution, decode, launch, linear, scan
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -39,6 +39,7 @@ SHARED_LIMIT = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gf
 # 24 of 255 registers: what keys_backward reaches for the delta rule (80 with triton 3.6, 56 with
 # 3.9). More means that a block is too large or an array went to the stack.
 SPILL_BOUND = 96
+QUICK = ("scalar additive", "outer additive", "vector delta")
 _TYPES = {
     torch.bfloat16: "*bf16",
     torch.float16: "*fp16",
@@ -83,12 +84,16 @@ class Usage:
 def linear_calls(
     form: str, key_dim: int, value_dim: int, dtype: torch.dtype
 ) -> dict[str, Callable[[], object]]:
-    """Return calls that launch all kernels of a form such as "scalar delta", to be recorded."""
+    """Return calls that launch all kernels of a form such as "scalar delta", to be recorded.
+
+    The decay is "scalar", "vector" (over keys), "value" (over values) or "outer" (over both).
+    """
     batch, time, heads = 1, 128, 2
     tokens = (batch, time, heads)
     decay, rule = form.split()
-    shapes = {"none": None, "scalar": tokens, "vector": (*tokens, key_dim)}
-    g = None if shapes[decay] is None else torch.zeros(shapes[decay])
+    shapes = {"scalar": tokens, "vector": (*tokens, key_dim), "outer": (*tokens, key_dim)}
+    g = torch.zeros(shapes[decay]) if decay in shapes else None
+    value_g = torch.zeros(*tokens, value_dim) if decay in ("value", "outer") else None
     beta = torch.zeros(tokens) if rule == "delta" else None
     q, k = (torch.zeros(*tokens, key_dim, dtype=dtype) for _ in range(2))
     v = torch.zeros(*tokens, value_dim, dtype=dtype)
@@ -96,8 +101,8 @@ def linear_calls(
     dot = tl.bfloat16 if dtype == torch.bfloat16 else tl.float32
     chunk = launch.default_chunk(dot, rule == "delta", key_dim)
     inverse = torch.zeros(batch * time // chunk * heads, chunk, chunk)
-    inputs = (q, k, v, g, beta, state, None, 1.0, chunk)
-    one = [None if x is None else x[:, :1].contiguous() for x in (q, k, v, g, beta)]
+    inputs = (q, k, v, g, value_g, beta, state, None, 1.0, chunk)
+    one = [None if x is None else x[:, :1].contiguous() for x in inputs[:6]]
     return {
         "forward": lambda: linear.forward(*inputs),
         "backward": lambda: linear.backward(*inputs, inverse, v, state),
@@ -113,6 +118,24 @@ def convolution_calls(channels: int, width: int) -> dict[str, Callable[[], objec
     return {
         "forward": lambda: convolution.forward(*inputs),
         "backward": lambda: convolution.backward(*inputs, x),
+    }
+
+
+def scan_calls(channels: int, states: int) -> dict[str, Callable[[], object]]:
+    """Return calls that launch the kernels of ``selective_scan`` in bfloat16, to be recorded."""
+
+    def bf16(*shape: int) -> Tensor:
+        return torch.zeros(1, 128, *shape, dtype=torch.bfloat16)
+
+    u, delta, b, c = bf16(channels), bf16(channels), bf16(states), bf16(states)
+    a, state = torch.zeros(channels, states), torch.zeros(1, channels, states)
+    inputs = (u, delta, a, b, c, torch.zeros(channels), state, None)
+    kept = torch.zeros(128, channels, states)
+    one = [x[:, :1] if x.dim() == 3 and x.shape[1] == 128 else x for x in inputs[:-1]]
+    return {
+        "forward": lambda: scan.forward(*inputs, True),
+        "backward": lambda: scan.backward(*inputs, kept, u, state),
+        "decode": lambda: scan.forward(*one, None, False),
     }
 
 
@@ -205,21 +228,21 @@ def survey(calls: Iterable[tuple[str, Callable[[], object]]], target: str) -> li
 def default_calls(quick: bool) -> list[tuple[str, Callable[[], object]]]:
     """Return the calls whose kernels the table shows: every form at the sizes models use.
 
-    ``quick`` leaves the two forms in which every kernel occurs, with its most demanding decay.
+    ``quick`` leaves the three forms in which every kernel occurs with each kind of decay.
     """
     bf16, fp32 = torch.bfloat16, torch.float32
     sizes = [
         ("scalar additive", 128, 128, bf16),
         ("vector additive", 128, 128, bf16),
+        ("value additive", 128, 128, bf16),
+        ("outer additive", 128, 128, bf16),
         ("scalar delta", 128, 128, bf16),
         ("vector delta", 128, 128, bf16),
         ("vector delta", 256, 256, bf16),
         ("vector delta", 64, 64, fp32),
     ]
     if quick:
-        sizes = [
-            size for size in sizes if size[:2] in (("scalar additive", 128), ("vector delta", 128))
-        ]
+        sizes = [size for size in sizes if size[0] in QUICK and size[1] == 128]
     calls = []
     for form, key_dim, value_dim, dtype in sizes:
         name = f"{form} {key_dim} {str(dtype).removeprefix('torch.')}"
@@ -227,6 +250,8 @@ def default_calls(quick: bool) -> list[tuple[str, Callable[[], object]]]:
             calls.append((f"{name} {part}", call))
     for part, call in convolution_calls(768, 4).items():
         calls.append((f"conv1d 768 x 4 bfloat16 {part}", call))
+    for part, call in scan_calls(4096, 16).items():
+        calls.append((f"selective_scan 4096 x 16 bfloat16 {part}", call))
     return calls
 
 
@@ -256,7 +281,7 @@ def main() -> int:
     """Print the table of each target; return 1 if a bound is broken."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--target", nargs="+", choices=TARGETS, default=list(TARGETS))
-    parser.add_argument("--quick", action="store_true", help="two forms instead of all")
+    parser.add_argument("--quick", action="store_true", help="three forms instead of all")
     options = parser.parse_args()
     broken = []
     for target in options.target:

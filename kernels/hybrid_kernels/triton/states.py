@@ -21,6 +21,7 @@ from hybrid_kernels.triton.blocks import (
     sequence,
     store_rows,
     store_tile,
+    vector_factors,
 )
 
 
@@ -29,6 +30,7 @@ def states_forward_kernel(
     p_k,
     p_v,
     p_g,
+    p_value_g,
     p_w,
     p_u,
     p_initial,
@@ -48,6 +50,7 @@ def states_forward_kernel(
     BV: tl.constexpr,
     SCALAR: tl.constexpr,
     VECTOR: tl.constexpr,
+    VALUE: tl.constexpr,
     DELTA: tl.constexpr,
     INITIAL: tl.constexpr,
     PACKED: tl.constexpr,
@@ -58,7 +61,8 @@ def states_forward_kernel(
 
     Grid (N * H, blocks of V, blocks of K); DELTA needs all of K in one block.
     Reads k (rows, HK, K), v (rows, HV, V) or w, u (rows, H, K or V); writes states (R, H, K, V).
-    With VECTOR, k is k * write already, and g the decay of whole chunks (R, H, K).
+    With VECTOR, k is k * write already, and g the decay of whole chunks (R, H, K). With VALUE,
+    value_g (rows, H, V) decays columns: v as k is, S by its own total.
     """
     i_n = tl.program_id(0) // H
     i_h = tl.program_id(0) % H
@@ -87,6 +91,10 @@ def states_forward_kernel(
             b_state *= total
         if VECTOR:
             b_state *= load_vector(p_g, (chunk + i) * H + i_h, K, k0, BK)[:, None]
+        if VALUE:
+            _, _, b_up, b_total = vector_factors(p_value_g, row, rows, i_h, H, V, v0, C, BV)
+            b_v *= b_up
+            b_state *= b_total[None, :]
         b_state += product(tl.trans(b_k), b_v, DOT, PRECISION)
     store_tile(p_final, b_state, i_state, K, V, k0, v0, BK, BV)
 
@@ -96,6 +104,7 @@ def states_backward_kernel(
     p_q,
     p_k,
     p_g,
+    p_value_g,
     p_w,
     p_do,
     p_du,
@@ -117,6 +126,7 @@ def states_backward_kernel(
     BV: tl.constexpr,
     SCALAR: tl.constexpr,
     VECTOR: tl.constexpr,
+    VALUE: tl.constexpr,
     DELTA: tl.constexpr,
     PACKED: tl.constexpr,
     DOT: tl.constexpr,
@@ -153,6 +163,10 @@ def states_backward_kernel(
                 b_k *= b_write[:, None]
         if VECTOR:
             b_carried *= load_vector(p_g, (chunk + i) * H + i_h, K, k0, BK)[:, None]
+        if VALUE:
+            _, b_low, _, b_total = vector_factors(p_value_g, row, rows, i_h, H, V, v0, C, BV)
+            b_do *= b_low
+            b_carried *= b_total[None, :]
         if DELTA:
             b_du = load_rows(p_du, row, rows, i_h, H, V, v0, C, BV)
             b_du += product(b_k, b_dstate, DOT, PRECISION)

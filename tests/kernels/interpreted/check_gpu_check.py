@@ -1,35 +1,153 @@
 """The script for a day with a GPU, as far as it can be run without one."""
 
+import importlib
+import json
+import pkgutil
+
 import pytest
 import torch
 
-from hybrid_kernels import gpu_check
-from hybrid_kernels.testing import FORMS
+import hybrid_kernels.triton
+from hybrid_kernels import gpu_bench, gpu_check, linear_attention
+from hybrid_kernels.testing import FORMS, sample
+from hybrid_kernels.triton import launch
+
+CPU = torch.device("cpu")
+DELTA = next(form for form in FORMS if form.name == "delta_scalar")
 
 
-def test_correctness_finds_agreement():
-    form = next(form for form in FORMS if form.name == "delta_scalar")
-    cpu = torch.device("cpu")
-    row = gpu_check._agreement(form, torch.float32, "mild", [5, 0, 9], cpu, 14, 8)
+def test_agreement_is_found():
+    inputs = sample(DELTA, lengths=[5, 0, 9], key_dim=8)
+    row = gpu_check.agreement(linear_attention, inputs, 1e-5)
     assert not row["wrong"]
     assert row["same_bits_twice"]
     assert row["causal"]
-    assert gpu_check._line(row).startswith("ok")
+    where = {"form": "delta_scalar", "dtype": "float32", "gates": "mild", "packed": True}
+    assert gpu_check._line({**where, **row}).startswith("ok  delta_scalar float32 mild packed")
+    wrong = {**row, "wrong": {"output": 1.0}}
+    assert gpu_check._line({**where, **wrong}).startswith("BAD")
 
 
-def test_correctness_finds_disagreement(monkeypatch):
-    form = next(form for form in FORMS if form.name == "additive")
-    monkeypatch.setitem(gpu_check.TOLERANCE, torch.float32, 0.0)
-    row = gpu_check._agreement(form, torch.float32, "mild", None, torch.device("cpu"), 9, 4)
-    assert row["wrong"]
-    assert gpu_check._line(row).startswith("BAD")
+def test_disagreement_is_found():
+    """A backend that looks ahead, and adds noise."""
+
+    def op(*, backend, **inputs):
+        o, state = linear_attention(**inputs, backend="reference")
+        if backend == "triton":
+            o = o + inputs["v"].flip(1) + 1e-3 * torch.randn(o.shape)
+        return o, state
+
+    row = gpu_check.agreement(op, sample(DELTA, batch=1, time=6), 1e-5)
+    assert "output" in row["wrong"]
+    assert "final_state" not in row["wrong"]
+    assert not row["same_bits_twice"]
+    assert not row["causal"]
 
 
-@pytest.mark.parametrize("name", gpu_check.BENCHED)
-def test_what_is_timed_runs(name):
-    form = next(form for form in FORMS if form.name == name)
-    (inputs, *_) = gpu_check.draw(form, (1, 5, 1, 8), torch.device("cpu"))
-    gpu_check.forward_of(inputs, "triton")()
-    grads = gpu_check.training_of(inputs, "triton")()
-    assert all(g.isfinite().all() for g in grads)
-    assert gpu_check.traffic(inputs) > 4 * inputs["v"].numel() * 2
+def dry(tmp_path, what, *forms):
+    status = gpu_check.main([what, "--form", *forms, "--dry-run", "--out", str(tmp_path)])
+    return status, json.loads((tmp_path / f"{what}.json").read_text())
+
+
+def test_correctness_dry(tmp_path, capsys):
+    status, found = dry(tmp_path, "correctness", "additive", "selective_scan")
+    assert status == 0
+    assert [row["form"] for row in found["rows"]] == ["additive"] * 3 + ["selective_scan"] * 3
+    assert capsys.readouterr().out.count("ok ") == 6
+    assert "dry run" in found["environment"]["device"]
+
+
+def test_correctness_fails_if_something_is_wrong(tmp_path, monkeypatch):
+    rows = [{"wrong": {}, "causal": True}, {"wrong": {"output": 1.0}, "causal": True}]
+    monkeypatch.setattr(gpu_check, "correctness", lambda *_: rows)
+    assert dry(tmp_path, "correctness", "additive")[0] == 1
+    rows[1]["wrong"] = {}
+    assert dry(tmp_path, "correctness", "additive")[0] == 0
+    rows[0]["causal"] = False
+    assert dry(tmp_path, "correctness", "additive")[0] == 1
+
+
+@pytest.mark.parametrize("name", gpu_bench.BENCHED)
+def test_bench_dry(tmp_path, name):
+    _, found = dry(tmp_path, "bench", name)
+    reached, *rows = found["rows"]
+    assert set(reached) == {"copy_gb_per_s", "product_tflop_per_s"}
+    labels = [(row["backend"], row["pass"]) for row in rows]
+    both = ("triton", "reference")
+    # One size with all passes, then a decode step.
+    assert labels == [(who, p) for p in (*gpu_bench.PASSES, "forward") for who in both]
+    assert all(row["ms"] > 0 for row in rows)
+
+
+@pytest.mark.parametrize("name", gpu_bench.BENCHED)
+def test_contestants_compute_the_same(name):
+    subject = gpu_bench.SUBJECTS[name]
+    torch.manual_seed(0)
+    inputs = subject.draw((1, 5, 2, 8), CPU)
+    wide = {key: x.float() for key, x in inputs.items()}
+    ours, theirs = (subject.contestants[who].run(**wide) for who in ("triton", "reference"))
+    assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_goals_stand_beside_the_figures():
+    for subject, label, size in gpu_bench.GOALS:
+        assert subject in gpu_bench.BENCHED
+        assert label in gpu_bench.PASSES
+        assert size in (gpu_bench.SIZES[0], gpu_bench.DECODE)
+    row = {"subject": "x", "size": (1, 2, 3, 4), "pass": "forward", "backend": "triton"}
+    goal = {"goal_ms": 0.4, "floor_ms": 0.125}
+    assert gpu_bench.line({**row, **goal, "ms": 0.3}).endswith("goal 0.4 (floor 0.125): met")
+    assert gpu_bench.line({**row, **goal, "ms": 0.5}).endswith("MISSED")
+    assert gpu_bench.line({**row, "goal_ms": None, "ms": 0.5}).endswith("0.500 ms")
+
+
+def test_traffic_counts_a_state_both_ways():
+    inputs = gpu_bench.SUBJECTS["delta_scalar"].draw((2, 1, 3, 8), CPU)
+    vectors, numbers, states = 4 * 2 * 3 * 8 * 2, 2 * 3 * (4 + 2), 2 * 2 * 3 * 8 * 8 * 4
+    assert gpu_bench.traffic(inputs, inputs["v"]) == vectors + numbers + states
+
+
+def test_tune_dry(tmp_path, capsys):
+    _, found = dry(tmp_path, "tune", "selective_scan")
+    assert [row["kernel"] for row in found["rows"]] == ["scan_backward", "scan_forward"]
+    assert all(row["best_ms"] > 0 for row in found["rows"])
+    assert '"scan_backward": Config(keys=8' in capsys.readouterr().out
+
+
+def all_kernels():
+    """Return the names of all kernels of the package."""
+    found = set()
+    for module in pkgutil.iter_modules(hybrid_kernels.triton.__path__, "hybrid_kernels.triton."):
+        names = vars(importlib.import_module(module.name))
+        found |= {name for name in names if name.endswith("_kernel")}
+    return found
+
+
+def test_the_sanitizer_sees_every_kernel():
+    launched = set()
+    with launch.record("interpreter", lambda kernel, *_: launched.add(kernel.__name__)):
+        gpu_check.launch_each(CPU)
+    assert launched == all_kernels()
+
+
+def test_sanitize_dry(capsys):
+    assert gpu_check.main(["sanitize", "--dry-run"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[2] for line in lines] == list(gpu_check.SANITIZERS)
+    assert all(line.endswith("-m hybrid_kernels.gpu_check once") for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["bench", "--out", "x"], "no GPU here"),
+        (["bench", "--dry-run"], "needs --out"),
+        (["bench", "--dry-run", "--out", "x", "--form", "bonus"], "unknown form 'bonus'"),
+        (["correctness", "--dry-run", "--out", "x", "--form", "ssd"], "correctness knows additive"),
+    ],
+)
+def test_what_cannot_be_run_is_refused(arguments, words, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit):
+        gpu_check.main(arguments)
+    assert words in capsys.readouterr().err

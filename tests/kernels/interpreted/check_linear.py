@@ -14,9 +14,8 @@ from hybrid_kernels.testing import (
     sample,
 )
 
-TAKEN = [form for form in FORMS if not form.value_decay]
-GROUPED = [form for form in TAKEN if len(set(form.heads)) > 1]
-PLAIN = [form for form in TAKEN if form not in GROUPED]
+GROUPED = [form for form in FORMS if len(set(form.heads)) > 1]
+PLAIN = [form for form in FORMS if form not in GROUPED]
 SMALL = {"batch": 1, "time": 20, "key_dim": 20, "value_dim": 18, "chunk_size": 16}
 named = {form.name: form for form in FORMS}
 
@@ -30,37 +29,37 @@ def test_agrees(form):
     compare(form, "triton", torch.float32, **SMALL)
 
 
-@pytest.mark.parametrize("form", TAKEN, ids=by_name)
+@pytest.mark.parametrize("form", FORMS, ids=by_name)
 def test_agrees_with_hard_gates_and_packed_documents(form):
     compare(form, "triton", torch.float32, **SMALL, gates="closed", lengths=[6, 0, 1, 19])
 
 
 def test_agrees_over_several_blocks():
     small = {**SMALL, "time": 39, "key_dim": 36, "value_dim": 33}
-    for name in ("additive_scalar", "additive_vector", "delta_vector"):
+    for name in ("additive_scalar", "additive_outer", "delta_vector"):
         compare(named[name], "triton", torch.float32, **small)
 
 
 @pytest.mark.parametrize("gates", ["closing", "alternating", "huge"])
-@pytest.mark.parametrize("name", ["additive_scalar", "additive_vector", "delta_vector"])
+@pytest.mark.parametrize("name", ["additive_scalar", "additive_outer", "delta_vector"])
 def test_agrees_under_gates_that_hurt(name, gates):
     small = {**SMALL, "key_dim": 6, "value_dim": 5}
     compare(named[name], "triton", torch.float32, **small, gates=gates)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", ["additive_scalar", "delta_vector"])
+@pytest.mark.parametrize("name", ["additive_scalar", "additive_outer", "delta_vector"])
 def test_agrees_in_half_precision(name, dtype):
     compare(named[name], "triton", dtype, **{**SMALL, "time": 20, "batch": 2})
 
 
 @pytest.mark.parametrize("time", [0, 1, 16])
-@pytest.mark.parametrize("name", ["additive", "bonus_vector", "delta_scalar"])
+@pytest.mark.parametrize("name", ["additive_value", "bonus_vector", "delta_scalar"])
 def test_short_sequences(name, time):
     compare(named[name], "triton", torch.float32, **{**SMALL, "time": time})
 
 
-@pytest.mark.parametrize("form", [f for f in TAKEN if f not in GROUPED[1:]], ids=by_name)
+@pytest.mark.parametrize("form", [f for f in FORMS if f not in GROUPED[1:]], ids=by_name)
 def test_decode_step(form):
     inputs = sample(form, time=1, key_dim=20, value_dim=18)
     with torch.no_grad():
@@ -84,11 +83,11 @@ def test_inverse_survives_near_equal_keys():
     assert_agrees(found, expected, 1e-4)
 
 
-@pytest.mark.parametrize("name", ["additive_vector", "delta_scalar"])
+@pytest.mark.parametrize("name", ["additive_outer", "delta_scalar"])
 def test_the_future_is_not_seen(name):
     inputs = sample(named[name], batch=1, time=37, gates="strong")
     changed = {key: x.clone() for key, x in inputs.items()}
-    for key in ("q", "k", "v", "log_decay", "beta"):
+    for key in ("q", "k", "v", "log_decay", "value_log_decay", "beta"):
         if key in changed:
             changed[key][:, 21:] *= 0.5
     run = {"backend": "triton", "chunk_size": 16}
@@ -96,7 +95,9 @@ def test_the_future_is_not_seen(name):
     o, _ = linear_attention(**leaves, **run)
     with torch.no_grad():
         assert torch.equal(linear_attention(**changed, **run)[0][:, :21], o[:, :21])
-    for x in torch.autograd.grad(o[:, :21].sum(), [leaves["k"], leaves["v"], leaves["log_decay"]]):
+    names = ("k", "v", "log_decay", "value_log_decay")
+    earlier = [leaves[name] for name in names if name in leaves]
+    for x in torch.autograd.grad(o[:, :21].sum(), earlier):
         assert (x[:, 21:] == 0).all()
         assert x[:, :21].any()
 
@@ -142,7 +143,6 @@ def test_compiled_without_a_graph_break():
     ("change", "words"),
     [
         ({"chunk_size": 128}, "chunk_size is at most 64, got 128"),
-        ({"value_log_decay": torch.zeros(2, 70, 2, 5)}, "value_log_decay"),
         ({"q": torch.zeros(2, 70, 2, 8, dtype=torch.float64)}, "float64"),
     ],
 )

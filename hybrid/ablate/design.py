@@ -1,0 +1,164 @@
+"""From an ablation to its variants: which changes are on, at which width, at which cost."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from hybrid.ablate.config import ALL_BUT, Ablation, flat, train_config, with_overrides
+from hybrid.ablate.matching import Cost, cost_of, solve
+from hybrid.options import ConfigError
+from hybrid.train.config import TrainConfig
+
+Kind = Literal["alone", "leave-one-out"]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One configuration that every seed trains.
+
+    Attributes:
+        name: `baseline`, a change's name, `all`, or `all-but-NAME`.
+        changes: those that are on.
+        config: what is trained; seed and folder are set for each run.
+        width: the value that `match` solved for; None without one.
+        cost: None for a model that is not of this package.
+        difference: of the matched cost to the baseline's, as a share; without a match, of the
+            parameters.
+    """
+
+    name: str
+    changes: tuple[str, ...]
+    config: TrainConfig
+    width: int | None
+    cost: Cost | None
+    difference: float | None
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """Two variants that differ in one change: `changed` has it, `unchanged` has not."""
+
+    change: str
+    kind: Kind
+    changed: str
+    unchanged: str
+
+
+@dataclass(frozen=True)
+class Design:
+    """Every variant, and which of them answer for which change."""
+
+    ablation: Ablation
+    variants: list[Variant]
+    contrasts: list[Contrast]
+
+    @property
+    def out(self) -> Path:
+        """The folder of the runs and the report."""
+        return Path(self.ablation.out)
+
+    def runs(self) -> Iterator[tuple[Variant, int, Path]]:
+        """Variant, seed and folder of each run; seed by seed, so that early results have pairs."""
+        for seed in self.ablation.seeds:
+            for variant in self.variants:
+                yield variant, seed, self.out / variant.name / f"seed-{seed}"
+
+
+def plan_runs(ablation: Ablation) -> Design:
+    """Lay an ablation out; nothing is trained, models are made on the meta device only.
+
+    Raises:
+        ConfigError: changes that cannot be on together, or a cost that cannot be matched.
+    """
+    mistakes = _conflicts(ablation)
+    if mistakes:
+        raise ConfigError(mistakes, f"ablation {ablation.name!r}")
+    sets, contrasts = _layout(ablation)
+    variants: list[Variant] = []
+    for name, changes in sets.items():
+        base = variants[0] if variants else None
+        try:
+            variants.append(_variant(ablation, name, changes, base))
+        except ConfigError as error:
+            mistakes += [f"{name}: {line}" for line in error.mistakes]
+        except ValueError as error:
+            mistakes.append(f"{name}: {error}")
+        if not variants:
+            break  # nothing to compare with
+    if mistakes:
+        raise ConfigError(mistakes, f"ablation {ablation.name!r}")
+    return Design(ablation, variants, contrasts)
+
+
+def _layout(ablation: Ablation) -> tuple[dict[str, tuple[str, ...]], list[Contrast]]:
+    """Name -> changes of every variant, each set of changes once, and the contrasts."""
+    every = tuple(ablation.changes)
+    sets: dict[str, tuple[str, ...]] = {"baseline": ()}
+    sets |= {name: (name,) for name in every}
+    contrasts = [Contrast(name, "alone", name, "baseline") for name in every]
+    if not ablation.leave_one_out or len(every) < 2:
+        return sets, contrasts
+    sets["all"] = every
+    for name in every:
+        rest = tuple(other for other in every if other != name)
+        # of two changes, all but one is the other alone
+        same = next((n for n, changes in sets.items() if changes == rest), None)
+        if same is None:
+            same = ALL_BUT + name
+            sets[same] = rest
+        contrasts.append(Contrast(name, "leave-one-out", "all", same))
+    return sets, contrasts
+
+
+def _conflicts(ablation: Ablation) -> list[str]:
+    """Changes that set one key differently, where they are to be on together."""
+    if not ablation.leave_one_out:
+        return []
+    lines = []
+    given = [(name, flat(change)) for name, change in ablation.changes.items()]
+    for number, (name, keys) in enumerate(given):
+        for other, theirs in given[:number]:
+            for key, value in keys.items():
+                for their_key, their_value in theirs.items():
+                    if _clash(key, value, their_key, their_value):
+                        lines.append(
+                            f"changes.{other} and changes.{name} both set {min(key, their_key)}, so"
+                            " they cannot be on together; set leave_one_out: false to compare each"
+                            " with the baseline only"
+                        )
+    return lines
+
+
+def _clash(key: str, value: Any, other: str, other_value: Any) -> bool:
+    if key == other:
+        return value != other_value
+    return key.startswith(other + ".") or other.startswith(key + ".")
+
+
+def _variant(
+    ablation: Ablation, name: str, changes: tuple[str, ...], base: Variant | None
+) -> Variant:
+    mistakes: list[str] = []
+    values = ablation.baseline
+    for change in changes:
+        values = with_overrides(values, ablation.changes[change], change, mistakes)
+    config = train_config(values, "together", mistakes)
+    if config is None or mistakes:
+        raise ConfigError(mistakes, name)
+    width = difference = None
+    if ablation.match is not None and base is not None:
+        assert base.cost is not None
+        on = ablation.match.cost
+        target = base.cost.parameters if on == "parameters" else base.cost.flops_per_token
+        model, width, difference = solve(config, ablation.match, float(target))
+        config = dataclasses.replace(config, model=model)
+    cost = cost_of(config, ablation.context)
+    if cost is None and ablation.match is not None:
+        raise ValueError("match: only the models of this package can be matched")
+    if difference is None and cost is not None:
+        difference = cost.parameters / base.cost.parameters - 1 if base and base.cost else 0.0
+    return Variant(name, changes, config, width, cost, difference)

@@ -1,0 +1,151 @@
+"""Equal cost: the width at which a variant costs what the baseline costs."""
+
+from __future__ import annotations
+
+import bisect
+import copy
+import dataclasses
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache, lru_cache
+from typing import TYPE_CHECKING, Any
+
+from hybrid.ablate.config import Match, present_at
+from hybrid.config import HybridConfig
+from hybrid.options import ConfigError
+from hybrid.plan import plan
+from hybrid.tokenizer import load_tokenizer
+from hybrid.train import yaml
+from hybrid.train.config import TrainConfig
+from hybrid.train.model import model_config
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+WIDEST = 1 << 20  # no width is looked for beyond this
+GAP = 64  # so many widths in a row may be refused (by heads that do not divide them)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a variant costs.
+
+    Attributes:
+        parameters: all of them, tied ones once.
+        flops_per_token: forward and backward, at the training length.
+        cache_bytes: of one sequence at the ablation's context, keys in bfloat16.
+    """
+
+    parameters: int
+    flops_per_token: float
+    cache_bytes: int
+
+
+def cost_of(config: TrainConfig, context: int) -> Cost | None:
+    """The cost of a training configuration's model; None for a model that is not ours.
+
+    Raises:
+        ConfigError: the model and its tokenizer or its rows do not fit.
+    """
+    made = model_config(config, _tokenizer(config.tokenizer))
+    if not isinstance(made, HybridConfig):
+        return None
+    cost = plan(made, config.sequence_length)
+    cache = cost.kv_bytes_per_token * context + cost.state_bytes
+    return Cost(cost.parameters, cost.training_flops_per_token, cache)
+
+
+@lru_cache(maxsize=8)
+def _tokenizer(name: str) -> PreTrainedTokenizerBase:
+    return load_tokenizer(name)
+
+
+def solve(config: TrainConfig, match: Match, target: float) -> tuple[dict[str, Any], int, float]:
+    """The width whose cost is nearest to `target`.
+
+    Args:
+        config: a variant, at whatever width.
+        match: what to match, and by which key.
+        target: the baseline's parameters, or FLOPs.
+
+    Returns:
+        The model's keys with that width, the width, and the difference that remains as a share.
+
+    Raises:
+        ValueError: no width is accepted, the width changes nothing, or too much remains.
+    """
+    refusals: list[str] = []
+
+    @cache
+    def cost(width: int) -> float | None:
+        try:
+            return _measure(dataclasses.replace(config, model=_set(config, match, width)), match)
+        except ConfigError as error:
+            refusals.append(error.mistakes[0])
+            return None
+
+    own = _present(config, match)
+    widths = nearest(cost, target, match.step, own)
+    if not widths:
+        why = f" ({refusals[-1]})" if refusals else ""
+        raise ValueError(f"match.width: no {match.width} is accepted here{why}")
+    if cost(2 * widths[0]) == cost(widths[0]):
+        raise ValueError(
+            f"match.width: nothing to match: {match.width} changes no {match.cost} here"
+        )
+    # the variant's own width first: what costs the same need not change
+    mine = [] if own is None or cost(own) is None else [own]
+    width = min([*mine, *widths], key=lambda w: abs((cost(w) or math.inf) - target))
+    left = (cost(width) or math.inf) / target - 1
+    if abs(left) > match.within:
+        raise ValueError(
+            f"the nearest {match.width}, {width}, leaves {left:+.1%} of {match.cost}, more than"
+            f" match.within {match.within:.1%}; lower match.step {match.step}, choose another"
+            " match.width, or raise match.within"
+        )
+    return _set(config, match, width), width, left
+
+
+def nearest(
+    cost: Callable[[int], float | None], target: float, step: int, start: int | None
+) -> list[int]:
+    """The accepted multiples of `step` on both sides of where a growing cost passes `target`."""
+
+    def accepted(count: int) -> int | None:
+        near = range(count, count + GAP)
+        return next((n for n in near if cost(n * step) is not None), None)
+
+    def reached(count: int) -> float:
+        found = accepted(count)
+        return math.inf if found is None else cost(found * step) or 0.0
+
+    top = max(1, (start or 8 * step) // step)
+    while reached(top) < target and top * step < WIDEST:
+        top *= 2
+    place = 1 + bisect.bisect_left(range(1, top + 1), target, key=reached)
+    above = accepted(place)
+    below = next((n for n in range(place - 1, 0, -1) if cost(n * step) is not None), None)
+    return [n * step for n in (below, above) if n is not None]
+
+
+def _measure(config: TrainConfig, match: Match) -> float:
+    found = cost_of(config, 1)
+    if found is None:
+        raise ConfigError(["only the models of this package can be matched"])
+    return float(found.parameters if match.cost == "parameters" else found.flops_per_token)
+
+
+def _set(config: TrainConfig, match: Match, width: int) -> dict[str, Any]:
+    """The model's keys with the width that is solved for."""
+    values = {"model": copy.deepcopy(config.model)}
+    yaml.set_key(values, match.width, width)
+    return values["model"]
+
+
+def _present(config: TrainConfig, match: Match) -> int | None:
+    """The width that a configuration names itself, if it does."""
+    found = present_at({"model": config.model}, match.width)
+    if found is None and match.width == "model.hidden_size":
+        return HybridConfig.hidden_size
+    return found if isinstance(found, int) else None

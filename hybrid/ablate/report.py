@@ -1,0 +1,257 @@
+"""What the runs of an ablation say: means, intervals, and which changes are established."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from hybrid.ablate.config import TRAINING_METRICS, Evaluator
+from hybrid.ablate.design import Design, Variant
+from hybrid.ablate.runs import Measured
+from hybrid.ablate.statistics import estimate, holm, p_value
+from hybrid.plan import human_bytes
+
+Record = dict[str, Any]
+
+
+def summarise(
+    design: Design, measured: Sequence[Measured], evaluator: Evaluator | None = None
+) -> Record:
+    """Everything the report holds, as plain values; no number is NaN, absent ones are None.
+
+    A change is established on a metric if the interval of its difference, paired by seed, excludes 0
+    and its p, corrected by Holm over the changes of the ablation (for each metric and each kind of
+    comparison), is below 1 - confidence. It is noise otherwise: not told from chance by these seeds.
+    """
+    ablation = design.ablation
+    directions = {
+        m: "lower"
+        if m in TRAINING_METRICS or evaluator is None or not evaluator.higher_is_better(m)
+        else "higher"
+        for m in ablation.metrics
+    }
+    report = {
+        "name": ablation.name,
+        "seeds": list(ablation.seeds),
+        "confidence": ablation.confidence,
+        "context": ablation.context,
+        "sequence_length": design.variants[0].config.sequence_length,
+        "match": None if ablation.match is None else dataclasses.asdict(ablation.match),
+        "evaluate": ablation.evaluate,
+        "metrics": directions,
+        "versions": _versions(),
+        "variants": [_variant(v, measured, ablation) for v in design.variants],
+        "effects": _effects(design, measured, directions),
+    }
+    return plain(report)
+
+
+def _variant(variant: Variant, measured: Sequence[Measured], ablation: Any) -> Record:
+    runs = [run for run in measured if run.variant == variant.name]
+    ended = [run for run in runs if run.diverged is None]
+    metrics = {}
+    for name in ablation.metrics:
+        values = {str(run.seed): run.metrics[name] for run in ended}
+        found = estimate(list(values.values()), ablation.confidence)
+        metrics[name] = {**found._asdict(), "values": values}
+    return {
+        "name": variant.name,
+        "changes": list(variant.changes),
+        "layout": variant.config.model.get("layout"),
+        "width": variant.width,
+        "difference": variant.difference,
+        "cost": None if variant.cost is None else dataclasses.asdict(variant.cost),
+        "tokens_per_second": estimate([r.tokens_per_second for r in ended], 0.95).mean,
+        "seconds": estimate([r.seconds for r in ended], 0.95).mean,
+        "diverged": {str(run.seed): run.diverged for run in runs if run.diverged is not None},
+        "metrics": metrics,
+    }
+
+
+def _effects(
+    design: Design, measured: Sequence[Measured], directions: dict[str, str]
+) -> list[Record]:
+    found = {(run.variant, run.seed): run for run in measured if run.diverged is None}
+    effects = []
+    for metric, better in directions.items():
+        for kind in dict.fromkeys(c.kind for c in design.contrasts):
+            family = []
+            for contrast in (c for c in design.contrasts if c.kind == kind):
+                pairs = {
+                    str(seed): found[contrast.changed, seed].metrics[metric]
+                    - found[contrast.unchanged, seed].metrics[metric]
+                    for seed in design.ablation.seeds
+                    if {(contrast.changed, seed), (contrast.unchanged, seed)} <= found.keys()
+                }
+                differences = list(pairs.values())
+                ends = estimate(differences, design.ablation.confidence)
+                shown = {**dataclasses.asdict(contrast), "metric": metric, **ends._asdict()}
+                family.append({**shown, "p": p_value(differences), "pairs": pairs})
+            corrected = holm([effect["p"] for effect in family])
+            for effect, p in zip(family, corrected, strict=True):
+                level = 1 - design.ablation.confidence
+                effects.append(
+                    {
+                        **effect,
+                        "p_holm": p,
+                        "verdict": verdict({**effect, "p_holm": p}, better, level),
+                    }
+                )
+    return effects
+
+
+def verdict(effect: Record, better: str, level: float) -> str:
+    """`better` or `worse` where the change is established, else `noise` or why there is none."""
+    if effect["n"] < 2:
+        return "no pair of seeds" if effect["n"] == 0 else "one pair of seeds: no interval"
+    if effect["low"] <= 0 <= effect["high"] or not effect["p_holm"] < level:
+        return "noise"
+    return "better" if (effect["mean"] < 0) == (better == "lower") else "worse"
+
+
+def plain(value: Any) -> Any:
+    """What JSON can hold: None for a number that is not finite."""
+    if isinstance(value, dict):
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _versions() -> dict[str, str]:
+    names = ("hybrid-language-models", "torch", "transformers")
+    return {name: metadata.version(name) for name in names}
+
+
+# The report in words
+
+
+def columns(report: Record) -> list[tuple[str, str, Callable[[Record], str]]]:
+    """Heading, note and cell of each column of the table of variants."""
+    match = report["match"]
+    share = "parameters" if match is None else match["cost"]
+    found: list[tuple[str, str, Callable[[Record], str]]] = [("variant", "", lambda r: r["name"])]
+    if match is not None:
+        found.append((match["width"], "solved for", lambda r: _or_dash(r["width"], "{:,}")))
+    found += [
+        (f"{share} against the baseline", "", lambda r: _or_dash(r["difference"], "{:+.2%}")),
+        ("parameters", "", _cost("parameters", "{:,}".format)),
+        ("training FLOPs a token", "", _cost("flops_per_token", "{:.4g}".format)),
+        (f"cache at {report['context']:,}", "a sequence", _cost("cache_bytes", human_bytes)),
+        ("tokens/s", "mean", lambda r: _or_dash(r["tokens_per_second"], "{:,.0f}")),
+        ("seconds", "of one run", lambda r: _or_dash(r["seconds"], "{:,.1f}")),
+    ]
+    note = f"{report['confidence']:.0%} interval over seeds"
+    for metric in report["metrics"]:
+        found.append((metric, note, lambda r, m=metric: interval(r["metrics"][m])))
+    return found
+
+
+def interval(found: Record, sign: str = "") -> str:
+    """`mean [low, high]`, or what there is of it."""
+    if found["mean"] is None:
+        return "diverged"
+    number = f"{{:{sign}.4g}}"
+    mean = number.format(found["mean"])
+    if found["low"] is None:
+        return f"{mean} (one seed)"
+    return f"{mean} [{number.format(found['low'])}, {number.format(found['high'])}]"
+
+
+def effect_rows(report: Record) -> list[list[str]]:
+    """Change, comparison, metric, difference, p, corrected p and verdict of each effect."""
+    rows = []
+    for e in report["effects"]:
+        compared = f"{e['changed']} - {e['unchanged']}"
+        said = e["verdict"]
+        established = e["verdict"] in ("better", "worse")
+        said = f"established: {e['verdict']}" if established else e["verdict"]
+        shown = [interval(e, "+"), _p(e["p"]), _p(e["p_holm"]), said]
+        rows.append([e["change"], compared, e["metric"], *shown])
+    return rows
+
+
+EFFECT_HEADINGS = ("change", "compared", "metric", "difference", "p", "p (Holm)", "verdict")
+
+
+def notes(report: Record) -> list[str]:
+    """How to read the figures."""
+    seeds, confidence = report["seeds"], report["confidence"]
+    lines = [
+        f"Seeds: {', '.join(map(str, seeds))}. Intervals: Student's t, {confidence:.0%}, over seeds."
+        " Differences are paired by seed: one seed, the same data order.",
+        f"Established: the interval of the difference excludes 0 and p, corrected by Holm over the"
+        f" changes (within each metric and kind of comparison, not over metrics), is below"
+        f" {1 - confidence:.2g}. Noise: these seeds do not tell the change from chance, which does not"
+        " show that it does nothing.",
+        "A change alone is compared with the baseline; leave-one-out compares all changes together"
+        " with all but that one.",
+    ]
+    if report["match"] is None:
+        lines.append("Nothing was matched: the variants cost what they cost.")
+    else:
+        m = report["match"]
+        lines.append(
+            f"Matched on {m['cost']} by {m['width']} in steps of {m['step']}; at most"
+            f" {m['within']:.1%} may remain."
+        )
+    lines += [
+        f"Metric {m}: {better} is better."
+        + (" The mean of the last tenth of the training log." if m == "loss" else "")
+        for m, better in report["metrics"].items()
+    ]
+    for variant in report["variants"]:
+        for seed, reason in variant["diverged"].items():
+            lines.append(f"{variant['name']}, seed {seed}, diverged: {reason}")
+    versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
+    return [*lines, f"Versions: {versions}."]
+
+
+def markdown(report: Record) -> str:
+    """The report as text."""
+    heads = columns(report)
+    table = [[cell(v) for _, _, cell in heads] for v in report["variants"]]
+    titles = [f"{head} ({note})" if note else head for head, note, _ in heads]
+    parts = [f"# Ablation: {report['name']}", _table(titles, table), "## What each change does"]
+    parts += [_table(EFFECT_HEADINGS, effect_rows(report)), "## How to read this"]
+    parts.append("\n".join(f"- {line}" for line in notes(report)))
+    return "\n\n".join(parts) + "\n"
+
+
+def write_report(report: Record, folder: str | Path) -> Path:
+    """Write report.md, report.json and effects.png; returns the path of report.md."""
+    from hybrid.ablate.picture import forest
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "report.json").write_text(
+        json.dumps(report, indent=1, allow_nan=False) + "\n", "utf-8"
+    )
+    (folder / "effects.png").write_bytes(forest(report))
+    text = markdown(report) + "\n![Effects with their intervals](effects.png)\n"
+    (folder / "report.md").write_text(text, "utf-8")
+    return folder / "report.md"
+
+
+def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [headings, ["---"] * len(headings), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _cost(key: str, words: Callable[[Any], str]) -> Callable[[Record], str]:
+    return lambda record: "-" if record["cost"] is None else words(record["cost"][key])
+
+
+def _or_dash(value: float | None, form: str) -> str:
+    return "-" if value is None else form.format(value)
+
+
+def _p(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.3f}" if value >= 0.001 else "< 0.001"

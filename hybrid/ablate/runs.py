@@ -1,0 +1,225 @@
+"""The runs of an ablation: each in a folder of its own, each resumable, none done twice.
+
+OUT/VARIANT/seed-S/config.yaml         what is trained: `python -m hybrid.train` takes it, too
+OUT/VARIANT/seed-S/train_result.json   written by the trainer, so the training is finished
+OUT/VARIANT/seed-S/diverged.json       or its loss was no number
+OUT/VARIANT/seed-S/metrics.json        what was measured
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from hybrid.ablate.config import TRAINING_METRICS, Ablation, Evaluator
+from hybrid.ablate.design import Design, Variant
+from hybrid.options import ConfigError
+from hybrid.quickstart import training_command
+from hybrid.train.config import parse_config
+from hybrid.train.runner import DIVERGED, RESULT, run
+
+CONFIG, METRICS = "config.yaml", "metrics.json"
+LAST = 0.1  # share of the log that the final loss is a mean of
+
+# Trains by a config file, as `python -m hybrid.train` does.
+Launcher = Callable[[Path], None]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One run and what came of it.
+
+    Attributes:
+        variant, seed, folder: which.
+        metrics: name -> value; empty where the run diverged.
+        tokens_per_second: of the training.
+        seconds: that the whole training takes at that speed.
+        diverged: why there is nothing to measure; None for a run that ended well.
+    """
+
+    variant: str
+    seed: int
+    folder: str
+    metrics: dict[str, float]
+    tokens_per_second: float
+    seconds: float
+    diverged: str | None = None
+
+
+def train_here(path: Path) -> None:
+    """Train in this process."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # those of file writing; training has its own
+    run(parse_config(yaml.safe_load(path.read_text(encoding="utf-8")), str(path)))
+
+
+def train_by(engine: str) -> Launcher:
+    """Training by `accelerate launch --config_file ENGINE`."""
+
+    def launch(path: Path) -> None:
+        status = subprocess.call(training_command(path, engine=["--config_file", engine]))
+        if status and not (path.parent / DIVERGED).is_file():
+            raise ValueError(f"training by {path} failed with status {status}; see above")
+
+    return launch
+
+
+def run_design(
+    design: Design,
+    evaluator: Evaluator | None = None,
+    launch: Launcher = train_here,
+    report: Callable[[str], None] = lambda line: print(line, file=sys.stderr),
+) -> list[Measured]:
+    """Train and measure every run that is not finished; the same call again continues.
+
+    Args:
+        design: what to run.
+        evaluator: for metrics beside those of training.
+        launch: trains by a config file, into the folder where that lies.
+        report: told of each run, a line.
+
+    Raises:
+        ConfigError: a folder holds a run of another configuration.
+    """
+    refuse_other_runs(design)
+    measured = []
+    runs = list(design.runs())
+    for number, (variant, seed, folder) in enumerate(runs, 1):
+        name = f"[{number}/{len(runs)}] {variant.name} seed {seed}"
+        report(f"{name}: {state(folder)}")
+        _train(run_values(variant, seed, folder), folder, launch)
+        found = _measure(design.ablation, variant, seed, folder, evaluator)
+        report(f"{name}: {_words(found)}")
+        measured.append(found)
+    return measured
+
+
+def state(folder: Path) -> str:
+    """Where a run stands: done, to be continued, or new."""
+    if (folder / RESULT).is_file() or (folder / DIVERGED).is_file():
+        return "trained already"
+    return "continuing" if any(folder.glob("checkpoint-*")) else "training"
+
+
+def run_values(variant: Variant, seed: int, folder: Path) -> dict[str, Any]:
+    """The training configuration of one run, as plain values."""
+    own = {"seed": seed, "output_dir": str(folder)}
+    config = dataclasses.replace(variant.config, training={**variant.config.training, **own})
+    return config.as_dict()
+
+
+def refuse_other_runs(design: Design) -> None:
+    """Compare what lies in the folders with what is planned.
+
+    Raises:
+        ConfigError: they differ; one line for each run and key.
+    """
+    lines = []
+    for variant, seed, folder in design.runs():
+        path = folder / CONFIG
+        if not path.is_file():
+            continue
+        before = _leaves(yaml.safe_load(path.read_text(encoding="utf-8")))
+        planned = _leaves(run_values(variant, seed, folder))
+        for key in sorted({*before, *planned} - {"training.output_dir"}):
+            if before.get(key) != planned.get(key):
+                lines.append(f"{folder}: {key} was {before.get(key)!r}, is {planned.get(key)!r}")
+    if lines:
+        raise ConfigError(
+            lines,
+            f"{design.out} holds runs of another ablation (choose another `out`, or remove those"
+            " folders); it",
+        )
+
+
+def _leaves(values: Any, path: str = "") -> dict[str, Any]:
+    """Path -> value of nested mappings and lists."""
+    if isinstance(values, Mapping):
+        items = [(f"{path}.{k}" if path else str(k), v) for k, v in values.items()]
+    elif isinstance(values, list):
+        items = [(f"{path}[{i}]", v) for i, v in enumerate(values)]
+    else:
+        return {path: values}
+    return {k: v for inner, value in items for k, v in _leaves(value, inner).items()}
+
+
+def _train(values: dict[str, Any], folder: Path, launch: Launcher) -> None:
+    """Train where neither a result nor a divergence is on disk."""
+    if (folder / RESULT).is_file() or (folder / DIVERGED).is_file():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    _write(folder / CONFIG, yaml.safe_dump(values, sort_keys=False))
+    with contextlib.suppress(FloatingPointError):  # of which the trainer has left a file
+        launch(folder / CONFIG)
+
+
+def _measure(
+    ablation: Ablation, variant: Variant, seed: int, folder: Path, evaluator: Evaluator | None
+) -> Measured:
+    if (folder / DIVERGED).is_file():
+        reason = json.loads((folder / DIVERGED).read_text(encoding="utf-8"))["reason"]
+        return Measured(variant.name, seed, str(folder), {}, math.nan, math.nan, reason)
+    result = json.loads((folder / RESULT).read_text(encoding="utf-8"))
+    metrics = {"loss": _tail(result["losses"])}
+    if result["eval_losses"]:
+        metrics["eval_loss"] = result["eval_losses"][-1][1]
+    others = [m for m in ablation.metrics if m not in TRAINING_METRICS]
+    if others and evaluator is not None:
+        metrics |= _evaluated(ablation, folder, others, evaluator)
+    _write(folder / METRICS, json.dumps({"evaluate": ablation.evaluate, "metrics": metrics}))
+    speed = result["tokens_per_second"]
+    # a resumed run timed its last part only
+    whole = result["steps"] * result["tokens"] / max(1, result["steps"] - result["resumed_from"])
+    return Measured(
+        variant.name,
+        seed,
+        str(folder),
+        {name: metrics[name] for name in ablation.metrics},
+        speed,
+        whole / speed if speed else math.nan,
+    )
+
+
+def _evaluated(
+    ablation: Ablation, folder: Path, names: list[str], evaluator: Evaluator
+) -> dict[str, float]:
+    """The evaluator's metrics; those that were measured before with the same options are kept."""
+    kept: dict[str, float] = {}
+    path = folder / METRICS
+    if path.is_file():
+        before = json.loads(path.read_text(encoding="utf-8"))
+        if before["evaluate"] == json.loads(json.dumps(ablation.evaluate)):
+            kept = {name: before["metrics"][name] for name in names if name in before["metrics"]}
+    absent = [name for name in names if name not in kept]
+    return kept | (evaluator(folder, absent, ablation.evaluate) if absent else {})
+
+
+def _tail(losses: list[tuple[int, float]]) -> float:
+    """Mean of the last tenth of the logged losses, at least one of them."""
+    last = [loss for _, loss in losses[-max(1, round(LAST * len(losses))) :]]
+    return math.fsum(last) / len(last)
+
+
+def _words(found: Measured) -> str:
+    if found.diverged is not None:
+        return f"diverged: {found.diverged}"
+    return ", ".join(f"{name} {value:.4g}" for name, value in found.metrics.items())
+
+
+def _write(path: Path, text: str) -> None:
+    """Whole or not at all: a run that is cut off leaves no half file."""
+    part = path.with_suffix(".part")
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, path)

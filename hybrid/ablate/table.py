@@ -1,0 +1,82 @@
+"""An ablation in the terminal: what will run, and what came out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from hybrid.ablate.design import Design, Variant
+from hybrid.ablate.report import EFFECT_HEADINGS, columns, effect_rows
+from hybrid.ablate.runs import state
+from hybrid.plan import human_bytes
+
+
+def print_design(design: Design, console: Console) -> None:
+    """Every variant: its changes, the width that was solved for, its cost, and how far it is."""
+    ablation = design.ablation
+    match = ablation.match
+    runs = len(design.variants) * len(ablation.seeds)
+    table = Table(title=f"{ablation.name}: {runs} runs", box=SIMPLE_HEAD)
+    width = [] if match is None else ["width"]
+    table.add_column("variant", no_wrap=True)
+    for heading in (*width, "difference", "parameters", "FLOPs", "cache", "seeds"):
+        table.add_column(heading, justify="right")
+    for variant in design.variants:
+        solved = [] if match is None else ["-" if variant.width is None else f"{variant.width:,}"]
+        table.add_row(variant.name, *solved, *_cost(variant), _progress(design, variant))
+    console.print(table)
+    if match is not None:
+        console.print(f"width: {match.width}", highlight=False, soft_wrap=True)
+    on = (
+        "parameters, not matched"
+        if match is None
+        else f"{match.cost}, matched within {match.within:.1%}"
+    )
+    console.print(
+        f"difference: of {on}; FLOPs: of a training token; cache: of one sequence of"
+        f" {ablation.context:,} tokens; runs go to {design.out}",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def _cost(variant: Variant) -> list[str]:
+    if variant.cost is None or variant.difference is None:
+        return ["-"] * 4
+    cost = variant.cost
+    sizes = [_short(cost.parameters), _short(cost.flops_per_token), human_bytes(cost.cache_bytes)]
+    return [f"{variant.difference:+.2%}", *sizes]
+
+
+def _short(number: float) -> str:
+    """69812345 -> '69.81M'; the report has every digit."""
+    for unit in ("", "k", "M", "G"):
+        if number < 1000:
+            return f"{number:.4g}{unit}"
+        number /= 1000
+    return f"{number:.4g}T"
+
+
+def _progress(design: Design, variant: Variant) -> str:
+    folders = [folder for other, _, folder in design.runs() if other is variant]
+    done = sum(state(folder) == "trained already" for folder in folders)
+    return f"{len(folders)}, {done} done" if done else str(len(folders))
+
+
+def print_report(report: dict[str, Any], console: Console) -> None:
+    """The two tables of the report: what was measured, and what each change does."""
+    heads = columns(report)
+    names = [variant["name"] for variant in report["variants"]]
+    table = Table("", *names, title=report["name"])  # one column a variant, as `hybrid eval` prints
+    for head, _, cell in heads[1:]:
+        table.add_row(head, *(cell(variant) for variant in report["variants"]))
+    console.print(table)
+    effects = Table(title="what each change does", box=SIMPLE_HEAD)
+    for heading in EFFECT_HEADINGS[1:]:  # what is compared names the change
+        effects.add_column(heading, no_wrap=heading == "verdict")
+    for row in effect_rows(report):
+        effects.add_row(*row[1:])
+    console.print(effects)

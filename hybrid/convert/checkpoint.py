@@ -1,0 +1,276 @@
+"""Checkpoint folders: safetensors read and written tensor by tensor, never a whole file in memory."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+DEFAULT_SHARD_SIZE = "5GB"
+
+# What belongs to a model beside its config and weights, and is copied as it stands.
+COMPANIONS = (
+    "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model",
+    "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt",
+    "chat_template.jinja", "chat_template.json",
+)  # fmt: skip
+
+# safetensors' names of the dtypes that a checkpoint may hold
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "I64": torch.int64,
+    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+
+
+class Spec(NamedTuple):
+    """What a file says of a tensor before it is read."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensor in a file."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+class Checkpoint:
+    """The tensors of a folder: `specs` from the headers at once, each tensor when it is asked for.
+
+    Raises:
+        ValueError: no safetensors in the folder, an index that names files or tensors which are not
+            there, or a file that is damaged; each is named.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._stack = ExitStack()
+        self._files: dict[str, Any] = {}
+        try:
+            for path in self._paths():
+                self._open(path)
+        except BaseException:
+            self._stack.close()
+            raise
+        self.specs: Mapping[str, Spec] = {
+            name: _spec(file, name, folder) for name, file in self._files.items()
+        }
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._stack.close()
+
+    def read(self, name: str) -> torch.Tensor:
+        """One tensor, in the dtype of the file."""
+        return self._files[name].get_tensor(name)
+
+    def _paths(self) -> list[Path]:
+        index = self.folder / INDEX
+        if index.is_file():
+            return self._indexed(index)
+        single = self.folder / SINGLE
+        if single.is_file():
+            return [single]
+        others = sorted(path.name for path in self.folder.iterdir())
+        pickled = [name for name in others if name.endswith((".bin", ".pt", ".pth"))]
+        found = f"found {some(pickled)}, and pickled weights are never loaded" if pickled else (
+            f"found {some(others)}" if others else "the folder is empty"
+        )  # fmt: skip
+        raise ValueError(f"{self.folder}: no {SINGLE} and no {INDEX}; {found}")
+
+    def _indexed(self, index: Path) -> list[Path]:
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise ValueError(f"{index}: expected an object 'weight_map' of tensor names to files")
+        shards = sorted(set(weight_map.values()))
+        missing = [name for name in shards if not (self.folder / name).is_file()]
+        if missing:
+            raise ValueError(
+                f"{self.folder}: {len(missing)} of the {len(shards)} files in {INDEX} are missing:"
+                f" {some(missing)}"
+            )
+        self._wanted = weight_map
+        return [self.folder / name for name in shards]
+
+    def _open(self, path: Path) -> None:
+        try:
+            file: Any = self._stack.enter_context(safe_open(str(path), framework="pt"))
+        except SafetensorError as error:
+            raise ValueError(f"{path}: no safetensors file, or a damaged one: {error}") from error
+        held = set(file.keys())
+        promised = {
+            name for name, shard in getattr(self, "_wanted", {}).items() if shard == path.name
+        }
+        if promised - held:
+            raise ValueError(
+                f"{path}: {INDEX} promises {some(sorted(promised - held))}, and the file has not"
+            )
+        self._files |= dict.fromkeys(held, file)
+
+
+def _spec(file: Any, name: str, folder: Path) -> Spec:
+    part = file.get_slice(name)
+    kind = part.get_dtype()
+    if kind not in DTYPES:
+        raise ValueError(
+            f"{folder}: {name} is of the type {kind}, which is not read; known: {', '.join(DTYPES)}"
+        )
+    return Spec(tuple(part.get_shape()), DTYPES[kind])
+
+
+@contextmanager
+def new_folder(out: str | Path) -> Iterator[Path]:
+    """A folder beside `out` to write into, which takes its name when all went well, else vanishes.
+
+    Raises:
+        ValueError: `out` exists and is not an empty folder.
+    """
+    out = Path(out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out}: exists already; name a folder that does not, or an empty one")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    made = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    try:
+        yield made
+        made.chmod(0o755)
+        if out.exists():
+            out.rmdir()
+        made.rename(out)
+    finally:
+        if made.exists():
+            shutil.rmtree(made)
+
+
+def write_weights(
+    folder: Path,
+    specs: Mapping[str, Spec],
+    tensors: Callable[[], Iterator[tuple[str, torch.Tensor]]],
+    max_shard_size: str | int = DEFAULT_SHARD_SIZE,
+) -> None:
+    """Write tensors into safetensors files, each to its place as it comes.
+
+    Args:
+        folder: where to.
+        specs: every tensor that will come, in the order of the files.
+        tensors: yields (name, tensor) in any order.
+        max_shard_size: bytes of one file, such as `5GB`; a larger tensor has a file of its own.
+    """
+    shards = _shards(specs, parse_size(max_shard_size))
+    places: dict[str, tuple[Path, int]] = {}
+    weight_map: dict[str, str] = {}
+    for i, names in enumerate(shards, start=1):
+        file = SINGLE if len(shards) == 1 else f"model-{i:05d}-of-{len(shards):05d}.safetensors"
+        offsets = _write_header(folder / file, {name: specs[name] for name in names})
+        places |= {name: (folder / file, offset) for name, offset in offsets.items()}
+        weight_map |= dict.fromkeys(names, file)
+    left = set(specs)
+    for name, tensor in tensors():
+        spec = Spec(tuple(tensor.shape), tensor.dtype)
+        assert spec == specs[name], f"{name}: {spec} came, {specs[name]} was announced"
+        path, offset = places[name]
+        with path.open("r+b") as file:
+            file.seek(offset)
+            file.write(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
+        left.remove(name)
+    assert not left, f"announced and never written: {some(sorted(left))}"
+    if len(shards) > 1:
+        total = sum(spec.nbytes for spec in specs.values())
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        write_json(folder / INDEX, index)
+
+
+def _shards(specs: Mapping[str, Spec], limit: int) -> list[list[str]]:
+    shards: list[list[str]] = [[]]
+    room = limit
+    for name, spec in specs.items():
+        if shards[-1] and spec.nbytes > room:
+            shards.append([])
+            room = limit
+        shards[-1].append(name)
+        room -= spec.nbytes
+    return shards
+
+
+def _write_header(path: Path, specs: Mapping[str, Spec]) -> dict[str, int]:
+    """Write the header of a safetensors file, its data as a hole; the offset of each tensor."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, (shape, dtype) in specs.items():
+        start, end = end, end + Spec(shape, dtype).nbytes
+        header[name] = {"dtype": NAMES[dtype], "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the format asks for data aligned to 8 bytes
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)
+    return {name: 8 + len(text) + header[name]["data_offsets"][0] for name in specs}
+
+
+def parse_size(size: str | int) -> int:
+    """`5GB` -> 5_000_000_000, decimal units as transformers has them.
+
+    Raises:
+        ValueError: no size, or none above 0.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?B?)", str(size).strip().upper())
+    if not match or match[2] not in UNITS or int(float(match[1]) * UNITS[match[2]]) < 1:
+        raise ValueError(f"max_shard_size: expected bytes or a size such as 5GB, found {size!r}")
+    return int(float(match[1]) * UNITS[match[2]])
+
+
+def copy_companions(source: Path, out: Path) -> None:
+    """Copy the tokenizer and the generation config, where there are any."""
+    for name in COMPANIONS:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, out / name)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object. Raises ValueError naming the file that is none."""
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file")
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"), object_hook=_special_float)
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: no JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: expected a JSON object, found {type(found).__name__}")
+    return found
+
+
+def _special_float(found: dict[str, Any]) -> Any:
+    """transformers writes an infinity as {"__float__": "Infinity"}, for JSON has none."""
+    return float(found["__float__"]) if set(found) == {"__float__"} else found
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """A JSON object, indented, keys in order."""
+    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def some(names: list[str], most: int = 3) -> str:
+    """The first few of a list, and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more

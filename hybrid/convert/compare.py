@@ -1,0 +1,146 @@
+"""What a family could not say: a model, and what came of it when it was written and read back."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from hybrid.config import HybridConfig
+from hybrid.convert.family import Family
+from hybrid.convert.stack import Block, Part, blocks
+from hybrid.model import HybridForCausalLM
+
+# Keys of ours that a converted model need not share: they matter to training, or to nothing but words.
+TOP_UNCOMPARED = {
+    "layout", "num_hidden_layers", "ffn", "mixers", "feed_forwards", "init", "initializer_range",
+    "use_cache", "max_position_embeddings", "pad_token_id", "bos_token_id", "eos_token_id",
+    "z_loss", "loss_backend", "mtp_layout", "mtp_loss_weight", "canon_width",
+    "norm_position", "residuals", "canon", "shared",  # compared layer by layer
+}  # fmt: skip
+UNCOMPARED = {
+    "dropout", "dt_min", "dt_max", "dt_floor", "a_range", "expand", "bias_update_rate",
+    "balance_loss", "balance_statistics", "sequence_balance_loss", "router_z_loss",
+}  # fmt: skip
+# Options that say nothing unless another one does: (option, of what, its neutral value).
+MOOT = (
+    ("group_score", "num_groups", 1),
+    ("top_k_groups", "num_groups", 1),
+    ("shared_intermediate_size", "num_shared_experts", 0),
+    ("qk_norm_type", "qk_norm", None),
+    ("temperature_length", "temperature", None),
+    ("temperature_offset", "temperature", None),
+    ("dual_chunk_window", "dual_chunk_size", None),
+)
+
+
+def differences(family: Family, model: HybridForCausalLM, again: HybridForCausalLM) -> list[str]:
+    """One line for each option, with the layers it is about, and what the family can say instead.
+
+    Args:
+        family: as which it was written.
+        model: ours.
+        again: what was read back.
+    """
+    stack, other = blocks(model, family.literal), blocks(again, family.literal)
+    lines = []
+    uncompared = set(TOP_UNCOMPARED)
+    if not any(len(block.mixers) > 1 for block in stack):
+        uncompared.add("parallel_combine")
+    for name in inspect.get_annotations(HybridConfig):
+        ours, theirs = getattr(model.config, name), getattr(again.config, name)
+        if name not in uncompared and ours != theirs:
+            lines.append(f"{name}: {ours!r} here, {family.name} can only say {theirs!r}")
+    if len(stack) != len(other):
+        lines.append(f"{len(stack)} layers here, {family.name} can only have {len(other)}")
+    layers: dict[str, list[int]] = {}
+    for ours, theirs in zip(stack, other, strict=False):
+        for layer, line in _in_block(family, ours, theirs):
+            layers.setdefault(line, []).append(layer)
+    return lines + [line.replace(LAYERS, _ranges(found)) for line, found in layers.items()]
+
+
+LAYERS = "{layers}"
+
+
+def _in_block(family: Family, ours: Block, theirs: Block) -> Iterator[tuple[int, str]]:
+    """(layer, line) of one block; `{layers}` stands where all layers that share the line will."""
+    count = max(len(ours.mixers), len(theirs.mixers))
+    pad: tuple[Part | None, ...] = (None,) * count
+    pairs = zip((*ours.mixers, *pad)[:count], (*theirs.mixers, *pad)[:count], strict=True)
+    for part, other in pairs:
+        for line in _in_part(family, "mixers", part, other):
+            yield ours.mixer_layer, line
+    for line in _in_part(family, "feed_forwards", ours.ffn, theirs.ffn):
+        yield ours.ffn_layer, line
+
+
+def _in_part(family: Family, field: str, part: Part | None, other: Part | None) -> Iterator[str]:
+    if part is None and other is None:
+        return
+    if part is None or other is None or part.name != other.name:
+        here = (
+            f"{part.letter} ({part.name})" if part else f"no {field.rstrip('s').replace('_', '-')}"
+        )
+        there = other.name if other else "nothing"
+        yield f"{LAYERS}: {here} here, {family.name} can only have {there}"
+        return
+    name = f"{field}.{part.letter}"
+    mine, yours = comparable(part), comparable(other)
+    known = mine.keys() & yours.keys()  # what is moot on one side follows from another difference
+    ours = {f"{name}.{key}": mine[key] for key in known} | part.around
+    theirs = {f"{name}.{key}": yours[key] for key in known} | respelt(other, part.letter)
+    for path in sorted(ours.keys() | theirs.keys()):
+        value, said = ours.get(path), theirs.get(path)
+        if value != said:
+            yield f"{path}: {value!r} here ({LAYERS}), {family.name} can only say {said!r}"
+
+
+def _ranges(layers: list[int]) -> str:
+    """[0, 1, 2, 5] -> 'layers 0-2, 5'."""
+    runs: list[list[int]] = []
+    for layer in layers:
+        if runs and layer == runs[-1][-1] + 1:
+            runs[-1].append(layer)
+        else:
+            runs.append([layer])
+    text = ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
+    return f"layer{'s' if len(layers) > 1 else ''} {text}"
+
+
+def respelt(part: Part, letter: str) -> dict[str, Any]:
+    """What stands around a part, under another letter."""
+    return {
+        ".".join([setting, letter, *rest]): value
+        for path, value in part.around.items()
+        for setting, _, *rest in [path.split(".")]
+    }
+
+
+def comparable(part: Part) -> dict[str, Any]:
+    """The options of a part as far as they touch what it computes, one spelling for each meaning."""
+    options = dict(vars(part.options))
+    if hasattr(part.options, "has_correction_bias"):
+        options["score_correction_bias"] = part.options.has_correction_bias
+    if hasattr(part.options, "scaling"):
+        options["scale"] = part.options.scaling
+    for name, governs, neutral in MOOT:
+        if options.get(governs) == neutral:
+            options.pop(name, None)
+    if options.get("scale", 0) is None and options.get("head_dim"):
+        options["scale"] = options["head_dim"] ** -0.5
+    if options.get("rope_parameters") is not None:
+        options["rope_parameters"] = _plain_rope(options["rope_parameters"])
+    return {
+        name: list(value) if isinstance(value, tuple) else value
+        for name, value in options.items()
+        if name not in UNCOMPARED
+    }
+
+
+def _plain_rope(rope: Mapping[str, Any]) -> dict[str, Any]:
+    plain = {"rope_type": rope.get("type", "default"), "rope_theta": 10000.0, **rope}
+    plain.pop("type", None)
+    if plain.get("partial_rotary_factor") == 1.0:
+        del plain["partial_rotary_factor"]
+    return plain

@@ -1,0 +1,191 @@
+"""Configs through a family's map: theirs to ours, ours to theirs, and what stands in the way."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from hybrid.config import HybridConfig
+from hybrid.convert.compare import differences, respelt
+from hybrid.convert.family import Family, Inexpressible, NotExpressible
+from hybrid.convert.stack import Block, Part, blocks, layout_of, on_meta
+from hybrid.layout import DEFAULT
+from hybrid.model import HybridForCausalLM
+from hybrid.registry import mixers
+
+# Settings that may differ by letter: `norm_position.S`, `residuals.-.output_multiplier`.
+AROUND = ("norm_position", "residuals", "canon", "shared")
+# Keys of theirs that no family has to mention.
+BOOKKEEPING = {
+    "use_cache", "transformers_version", "architectures", "dtype", "torch_dtype",
+    *PreTrainedConfig().to_dict(),
+}  # fmt: skip
+
+
+def to_ours(family: Family, theirs: Any) -> HybridConfig:
+    """Their config -> ours.
+
+    Raises:
+        NotExpressible: one line for each option of theirs that cannot be expressed here.
+    """
+    flat: dict[str, Any] = {}
+    mistakes: list[str] = []
+    for rule in family.config:
+        try:
+            flat |= rule.read(theirs)
+        except Inexpressible as error:
+            mistakes.append(str(error))
+    stacks: list[Sequence[str]] = []
+    for rule in (family.mixers, family.ffn):
+        try:
+            stacks.append(rule.read(theirs))
+        except Inexpressible as error:
+            mistakes.append(str(error))
+    mistakes += _unread(family, theirs)
+    if mistakes:
+        raise NotExpressible(f"this {family.name} cannot be expressed here", mistakes)
+    arguments: dict[str, Any] = {path: value for path, value in flat.items() if "." not in path}
+    used = {letter for letters in stacks[0] for letter in letters}
+    symbols = {*stacks[1]} - {""}
+    arguments["mixers"] = {letter: _bound(family, flat, letter) for letter in sorted(used)}
+    arguments["feed_forwards"] = {
+        symbol: _options(flat, f"feed_forwards.{symbol}.") for symbol in sorted(symbols)
+    }
+    arguments |= _by_symbol(flat, used | symbols | {DEFAULT})
+    return HybridConfig(**arguments, **layout_of(*stacks))  # pyright: ignore[reportArgumentType]
+
+
+def _by_symbol(flat: Mapping[str, Any], symbols: set[str]) -> dict[str, Any]:
+    """The settings around the mixers that rules gave for single letters."""
+    settings: dict[str, Any] = {}
+    for path, value in flat.items():
+        setting, _, rest = path.partition(".")
+        symbol, _, option = rest.partition(".")
+        if setting not in AROUND or symbol not in symbols:
+            continue
+        values = settings.setdefault(setting, {})
+        if option:
+            values.setdefault(symbol, {})[option] = value
+        else:
+            values[symbol] = value
+    return settings
+
+
+def _bound(family: Family, flat: Mapping[str, Any], letter: str) -> dict[str, Any]:
+    name = family.letters[letter]
+    kind = {} if mixers.symbols().get(letter) == name else {"type": name}
+    return kind | _options(flat, f"mixers.{letter}.")
+
+
+def _options(flat: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    return {path[len(prefix) :]: v for path, v in flat.items() if path.startswith(prefix)}
+
+
+def unmapped_keys(family: Family, theirs: Any) -> list[str]:
+    """Options of their config class that no rule of the family reads, ignores or pins."""
+    if not dataclasses.is_dataclass(theirs):
+        return []
+    names = {f.name for f in dataclasses.fields(theirs)}
+    return sorted(names - family.read_keys - BOOKKEEPING)
+
+
+def _unread(family: Family, theirs: Any) -> list[str]:
+    """Options that were changed from their default, and that the map knows nothing of."""
+    lines = []
+    names = unmapped_keys(family, theirs)
+    usual = family.their_config({}) if names else None
+    for name in names:
+        value = getattr(theirs, name)
+        if value != getattr(usual, name):
+            lines.append(f"{name}: {value!r} is unknown to the map of {family.name!r}")
+    return lines
+
+
+def to_theirs(
+    family: Family, model: HybridForCausalLM
+) -> tuple[PreTrainedConfig, HybridForCausalLM]:
+    """Our config -> theirs, and ours again in the family's own letters (on the meta device).
+
+    Args:
+        family: whose.
+        model: ours; only its config and its modules' options are looked at.
+
+    Raises:
+        NotExpressible: one line for each layer and each option that the family has no place for.
+    """
+    stack = blocks(model, family.literal)
+    letters, mistakes = _letters(family, stack)
+    if mistakes:
+        raise NotExpressible(f"this model cannot be written as {family.name}", mistakes)
+    values: dict[str, Any] = {"num_hidden_layers": len(stack)}
+    flat = _flatten(model.config, stack, letters)
+    sources: list[tuple[Any, Any]] = [(rule, flat) for rule in family.config]
+    symbols = [block.ffn.letter if block.ffn else "" for block in stack]
+    both = [word + symbol for word, symbol in zip(letters, symbols, strict=True)]
+    sources += [(family.mixers, both if family.literal else letters), (family.ffn, symbols)]
+    for rule, source in sources:
+        try:
+            values |= rule.write(source)
+        except Inexpressible as error:
+            mistakes.append(str(error))
+    if not mistakes:
+        theirs, again, mistakes = _read_back(family, values)
+    if not mistakes:
+        mistakes = differences(family, model, again)
+    if mistakes:
+        raise NotExpressible(f"this model cannot be written as {family.name}", mistakes)
+    return theirs, again
+
+
+def _letters(family: Family, stack: Sequence[Block]) -> tuple[list[str], list[str]]:
+    """The family's letters for each block, and what has none."""
+    letters, mistakes = [], []
+    for i, block in enumerate(stack):
+        word = ""
+        for part in block.mixers:
+            try:
+                word += family.letter(part.name, part.options)
+            except Inexpressible as error:
+                mistakes.append(f"layer {block.mixer_layer} ({part.letter}): {error}")
+        letters.append(word)
+        regrouped = block.mixer_layer != i or (block.ffn and block.ffn_layer != i)
+        if regrouped and any(getattr(p.options, "depth_scaled_decay", False) for p in block.mixers):
+            mistakes.append(
+                f"layer {block.mixer_layer}: its decays depend on its index, which would become {i};"
+                " write the layout with a feed-forward inside each layer, or set depth_scaled_decay"
+            )
+    return letters, mistakes
+
+
+def _flatten(
+    config: HybridConfig, stack: Sequence[Block], letters: Sequence[str]
+) -> dict[str, Any]:
+    """Our config as paths and values, in the family's letters; the first layer of a letter speaks."""
+    flat = {name: getattr(config, name) for name in inspect.get_annotations(HybridConfig)}
+    named: list[tuple[str, str, Part]] = []
+    for block, word in zip(stack, letters, strict=True):
+        named += [("mixers", letter, part) for letter, part in zip(word, block.mixers, strict=True)]
+        named += [("feed_forwards", block.ffn.letter, block.ffn)] if block.ffn else []
+    for field, letter, part in named:
+        options = {f"{field}.{letter}.{name}": value for name, value in vars(part.options).items()}
+        for path, value in (options | respelt(part, letter)).items():
+            flat.setdefault(path, value)
+    return flat
+
+
+def _read_back(
+    family: Family, values: Mapping[str, Any]
+) -> tuple[PreTrainedConfig, HybridForCausalLM, list[str]]:
+    """Their config from what was written, and ours from theirs."""
+    nothing: Any = None
+    try:
+        theirs = family.their_config(values)
+        return theirs, on_meta(to_ours(family, theirs)), []
+    except NotExpressible as error:
+        return nothing, nothing, error.obstacles
+    except ValueError as error:
+        return nothing, nothing, [" ".join(str(error).split())]

@@ -1,0 +1,118 @@
+"""Gemma 3: five sliding layers to one full, norms on both sides, a rotary base for each kind."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hybrid.convert.families.common import (
+    ATTENTION_WEIGHTS,
+    DENSE_WEIGHTS,
+    GATED,
+    LAYER,
+    QK_NORMS,
+    SIZES,
+    attention,
+    attention_bias,
+    ends,
+)
+from hybrid.convert.family import (
+    Family,
+    Flat,
+    Inexpressible,
+    always,
+    both,
+    by_type,
+    everywhere,
+    key,
+    must,
+    register_family,
+)
+from hybrid.convert.weights import renames
+
+TYPES = {"full_attention": "S", "sliding_attention": "W"}
+
+
+def _read_rope(config: Any) -> Flat:
+    return {
+        f"mixers.{letter}.rope_parameters": dict(config.rope_parameters[kind])
+        for kind, letter in TYPES.items()
+    }
+
+
+def _write_rope(flat: Flat) -> Flat:
+    paths = {kind: f"mixers.{letter}.rope_parameters" for kind, letter in TYPES.items()}
+    missing = [path for path in paths.values() if flat.get(path, {}) is None]
+    if missing:
+        raise Inexpressible(f"{missing[0]}: None here, gemma3_text has positions in every layer")
+    return {"rope_parameters": {kind: dict(flat[p]) for kind, p in paths.items() if p in flat}}
+
+
+def _read_scale(config: Any) -> Flat:
+    return dict.fromkeys(("mixers.S.scale", "mixers.W.scale"), config.query_pre_attn_scalar**-0.5)
+
+
+def _write_scale(flat: Flat) -> Flat:
+    for letter in "SW":
+        if f"mixers.{letter}.scale" in flat:
+            scale, dim = flat[f"mixers.{letter}.scale"], flat[f"mixers.{letter}.head_dim"]
+            return {"query_pre_attn_scalar": dim if scale is None else round(scale**-2)}
+    return {}
+
+
+GEMMA3 = register_family(
+    Family(
+        name="gemma3_text",
+        architecture="Gemma3ForCausalLM",
+        letters={"W": "sliding_window_attention", "S": "softmax_attention"},
+        config=(
+            *SIZES,
+            key("rms_norm_eps", "norm_eps"),
+            always(norm="zero_centered_rmsnorm", norm_position="sandwich"),
+            always(embedding_multiplier="sqrt_hidden_size"),
+            *(found for found in attention("SW") if found.keys != ("rope_parameters",)),
+            both("rope_parameters", read=_read_rope, write=_write_rope),
+            attention_bias("SW"),
+            always(
+                **{f"mixers__{s}__qk_norm": "head" for s in "SW"},
+                **{f"mixers__{s}__qk_norm_type": "zero_centered_rmsnorm" for s in "SW"},
+            ),
+            both("query_pre_attn_scalar", read=_read_scale, write=_write_scale),
+            key("sliding_window", "mixers.W.window"),
+            key("intermediate_size", "feed_forwards.-.intermediate_size"),
+            key("hidden_activation", "feed_forwards.-.activation", values=GATED),
+            key("final_logit_softcapping", "logit_softcap"),
+            # their class keeps it and does not use it
+            must("attn_logit_softcapping", None),
+            must("use_bidirectional_attention", False, None),
+        ),
+        mixers=by_type(full_attention="S", sliding_attention="W"),
+        ffn=everywhere("-"),
+        weights=(
+            *ends(),
+            *renames(
+                LAYER,
+                LAYER,
+                {
+                    "input_layernorm": "mixer_residual.norm_in",
+                    "post_attention_layernorm": "mixer_residual.norm_out",
+                    "pre_feedforward_layernorm": "ffn_residual.norm_in",
+                    "post_feedforward_layernorm": "ffn_residual.norm_out",
+                },
+            ),
+            *ATTENTION_WEIGHTS,
+            *QK_NORMS,
+            *DENSE_WEIGHTS,
+        ),
+        # the sizes from 4B on hold images too
+        wrapped_in=("gemma3",),
+        spellings=(
+            ("language_model.model.", "model."),
+            ("model.language_model.", "model."),
+            ("language_model.lm_head.", "lm_head."),
+        ),
+        unread_weights=(
+            *("vision_tower.*", "multi_modal_projector.*"),
+            *("model.vision_tower.*", "model.multi_modal_projector.*"),
+        ),
+    )
+)

@@ -1,0 +1,110 @@
+"""MiniMax-01: lightning attention with a softmax layer in eight, experts, a residual from the norm."""
+
+from typing import Any
+
+import torch
+
+from hybrid.convert.families.common import (
+    ATTENTION_WEIGHTS,
+    FFN,
+    LAYER,
+    MIXER,
+    PRE_NORMS,
+    SIZES,
+    attention,
+    ends,
+    experts,
+)
+from hybrid.convert.family import (
+    Family,
+    always,
+    by_type,
+    everywhere,
+    ignored,
+    key,
+    must,
+    register_family,
+)
+from hybrid.convert.weights import Split, constant, renames, rule
+
+THEIRS = f"{LAYER}self_attn."
+BLOCK = 256
+
+
+def _slopes(options: Any, layer: int, layers: int) -> torch.Tensor:
+    """Their decay of each head, (H, 1, 1); as lightning attention has it here."""
+    base = 1 / (2 ** (8 / options.num_heads))
+    depth = 1 - layer / (layers - 1 + 1e-5) + 1e-5
+    return (base ** (torch.arange(options.num_heads) + 1) * depth)[:, None, None]
+
+
+def _query_decay(options: Any, layer: int, layers: int) -> torch.Tensor:
+    steps = torch.arange(BLOCK) + 1
+    return torch.exp(-_slopes(options, layer, layers) * steps[:, None])
+
+
+def _key_decay(options: Any, layer: int, layers: int) -> torch.Tensor:
+    steps = torch.arange(BLOCK) + 1
+    return torch.exp(-_slopes(options, layer, layers) * (BLOCK - steps[:, None]))
+
+
+def _diagonal_decay(options: Any, layer: int, layers: int) -> torch.Tensor:
+    steps = torch.arange(BLOCK) + 1
+    apart = (steps[:, None] - steps[None, :])[None, None]
+    decay = _slopes(options, layer, layers) * apart
+    return torch.exp(torch.where(decay >= 0, -decay, float("-inf")))
+
+
+MINIMAX = register_family(
+    Family(
+        name="minimax",
+        architecture="MiniMaxForCausalLM",
+        letters={"L": "lightning_attention", "S": "softmax_attention"},
+        config=(
+            *SIZES,
+            key("rms_norm_eps", "norm_eps"),
+            always(norm_position="normed"),
+            *attention(),
+            key("num_attention_heads", "mixers.S.num_heads", "mixers.L.num_heads"),
+            key("head_dim", "mixers.S.head_dim", "mixers.L.head_dim", "mixers.L.value_head_dim"),
+            always(mixers__L__output_norm_eps=1e-6),
+            must("hidden_act", "silu"),
+            must("sliding_window", None),
+            *(
+                key(f"{theirs}_{factor}_factor", *[f"residuals.{s}.{option}" for s in symbols])
+                for theirs, symbols in (("full_attn", "S"), ("linear_attn", "L"), ("mlp", "E"))
+                for factor, option in (("alpha", "skip_multiplier"), ("beta", "output_multiplier"))
+            ),
+            key("num_local_experts", "feed_forwards.E.num_experts"),
+            key("num_experts_per_tok", "feed_forwards.E.top_k"),
+            key("intermediate_size", "feed_forwards.E.intermediate_size"),
+            must("block_size", BLOCK),
+            ignored("output_router_logits", "router_aux_loss_coef", "router_jitter_noise"),
+        ),
+        mixers=by_type(linear_attention="L", full_attention="S"),
+        ffn=everywhere("E"),
+        weights=(
+            *ends(),
+            *PRE_NORMS,
+            *ATTENTION_WEIGHTS,
+            rule(
+                f"{THEIRS}qkv_proj.weight",
+                [f"{MIXER}{name}_proj.weight" for name in "qkv"],
+                Split(groups=lambda options: options.num_heads),
+                mixer="L",
+            ),
+            *renames(
+                THEIRS,
+                MIXER,
+                {"norm": "norm.norm", "out_proj": "o_proj", "output_gate": "gate_proj"},
+                mixer="L",
+            ),
+            constant(f"{THEIRS}slope_rate", _slopes, mixer="L"),
+            constant(f"{THEIRS}query_decay", _query_decay, mixer="L"),
+            constant(f"{THEIRS}key_decay", _key_decay, mixer="L"),
+            constant(f"{THEIRS}diagonal_decay", _diagonal_decay, mixer="L"),
+            rule(f"{LAYER}block_sparse_moe.gate.weight", f"{FFN}router.weight", ffn="E"),
+            *experts(f"{LAYER}block_sparse_moe.experts.", ("w1", "w3", "w2")),
+        ),
+    )
+)

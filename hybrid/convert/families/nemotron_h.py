@@ -1,0 +1,173 @@
+"""Nemotron-H, Nemotron Nano 2, Nemotron 3: a mixer or a feed-forward in each layer, no positions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from hybrid.convert.families.common import (
+    FFN,
+    MIXER,
+    PLAIN,
+    SIZES,
+    mamba2_options,
+    mamba2_weights,
+)
+from hybrid.convert.family import (
+    Family,
+    Flat,
+    Inexpressible,
+    LayerRule,
+    always,
+    both,
+    ignored,
+    key,
+    must,
+    register_family,
+)
+from hybrid.convert.weights import Stack, renames, rule
+
+THEIRS = "backbone.layers.{i}."
+BLOCK = f"{THEIRS}mixer."
+OURS = "model.layers.{i}."
+TYPES = {"linear_attention": "M", "full_attention": "S", "mlp": "-", "moe": "E"}
+INF = float("inf")
+
+
+def _layers(only: str) -> Any:
+    def read(config: Any) -> Sequence[str]:
+        symbols = [TYPES[kind] for kind in config.layers_block_type]
+        return [symbol if symbol in only else "" for symbol in symbols]
+
+    return read
+
+
+def _write_layers(layers: Sequence[str]) -> Flat:
+    kinds = {symbol: kind for kind, symbol in TYPES.items()}
+    return {"layers_block_type": [kinds[symbol] for symbol in layers]}
+
+
+# from `time_step_min` on, time steps are clamped, and not by `time_step_limit`
+def clamp_options(minimum: str = "time_step_min") -> tuple:
+    """Time steps that are clamped from below by what others only initialise them with."""
+
+    def read(config: Any) -> Flat:
+        low = getattr(config, minimum)
+        return {
+            "mixers.M.dt_limit": [float(low), INF] if low else None,
+            **({"mixers.M.dt_min": low} if low else {}),
+        }
+
+    def write(flat: Flat) -> Flat:
+        limit = flat.get("mixers.M.dt_limit")
+        return {minimum: limit[0] if limit else 0.0}
+
+    return (
+        both(minimum, read=read, write=write),
+        key("time_step_max", "mixers.M.dt_max"),
+        key("time_step_floor", "mixers.M.dt_floor"),
+    )
+
+
+def _read_bias(config: Any) -> Flat:
+    if config.mlp_bias and "moe" in config.layers_block_type:
+        raise Inexpressible("mlp_bias: True cannot be expressed here with experts; it would be False")
+    return {"feed_forwards.-.bias": config.mlp_bias}
+
+
+NEMOTRON_H = register_family(
+    Family(
+        name="nemotron_h",
+        architecture="NemotronHForCausalLM",
+        letters={"M": "mamba2", "S": "softmax_attention"},
+        config=(
+            *SIZES,
+            key("layer_norm_epsilon", "norm_eps"),
+            key("num_attention_heads", "mixers.S.num_heads"),
+            key("num_key_value_heads", "mixers.S.num_kv_heads"),
+            key("head_dim", "mixers.S.head_dim"),
+            key("attention_dropout", "mixers.S.dropout"),
+            must("attention_bias", False),
+            must("sliding_window", None),
+            always(mixers__S__rope_parameters=None),
+            *(
+                found
+                for found in mamba2_options(
+                    "mamba_num_heads", "mamba_head_dim", "ssm_state_size", "n_groups",
+                    "conv_kernel", "use_conv_bias", "use_bias", "expand",
+                )
+                if found.keys not in (("time_step_limit",), ("expand",))
+            ),
+            *clamp_options(),
+            must("mamba_hidden_act", "silu"),
+            key("intermediate_size", "feed_forwards.-.intermediate_size"),
+            both(
+                "mlp_bias",
+                read=_read_bias,
+                write=lambda flat: {"mlp_bias": flat.get("feed_forwards.-.bias", False)},
+            ),
+            key(
+                *("mlp_hidden_act", "feed_forwards.-.activation", "feed_forwards.E.activation"),
+                values=PLAIN,
+            ),
+            key("n_routed_experts", "feed_forwards.E.num_experts"),
+            key("num_experts_per_tok", "feed_forwards.E.top_k"),
+            key("moe_intermediate_size", "feed_forwards.E.intermediate_size"),
+            # one, whose width is that of all
+            always(feed_forwards__E__num_shared_experts=1),
+            key("moe_shared_expert_intermediate_size", "feed_forwards.E.shared_intermediate_size"),
+            key("moe_latent_size", "feed_forwards.E.latent_size"),
+            key("routed_scaling_factor", "feed_forwards.E.scaling_factor"),
+            key("norm_topk_prob", "feed_forwards.E.normalize_weights"),
+            key("n_group", "feed_forwards.E.num_groups"),
+            key("topk_group", "feed_forwards.E.top_k_groups"),
+            always(
+                feed_forwards__E__score_function="sigmoid",
+                feed_forwards__E__score_correction_bias=True,
+            ),
+            ignored(
+                "time_step_limit", "expand", "mamba_proj_bias", "n_shared_experts", "chunk_size",
+                "hidden_dropout", "mamba_ssm_cache_dtype", "moe_shared_expert_overlap",
+                "mtp_layers_block_type", "num_logits_to_keep", "num_nextn_predict_layers",
+                "output_router_logits", "rescale_prenorm_residual", "residual_in_fp32",
+                "use_mamba_kernels",
+            ),
+        ),
+        mixers=LayerRule(("layers_block_type",), _layers("MS"), _write_layers),
+        ffn=LayerRule((), _layers("-E"), lambda layers: {}),
+        literal=True,
+        weights=(
+            rule("backbone.embeddings.weight", "model.embed_tokens.weight"),
+            rule("backbone.norm_f.weight", "model.norm.weight"),
+            rule("lm_head.weight"),
+            *renames(THEIRS, OURS, {"norm": "mixer_residual.norm_in"}, mixer="MS"),
+            *renames(THEIRS, OURS, {"norm": "ffn_residual.norm_in"}, ffn="-E"),
+            *mamba2_weights(BLOCK),
+            *renames(BLOCK, MIXER, ["q_proj", "k_proj", "v_proj", "o_proj"], mixer="S"),
+            *renames(BLOCK, FFN, ["up_proj", "down_proj"], ffn="-"),
+            rule(f"{BLOCK}gate.weight", f"{FFN}router.weight", ffn="E"),
+            rule(
+                f"{BLOCK}gate.e_score_correction_bias",
+                f"{FFN}router.score_correction_bias",
+                ffn="E",
+            ),
+            *(
+                rule(
+                    f"{BLOCK}experts.{{e}}.{name}.weight", f"{FFN}experts.{name}", Stack(), ffn="E"
+                )
+                for name in ("up_proj", "down_proj")
+            ),
+            *renames(
+                f"{BLOCK}shared_experts.", f"{FFN}shared_experts.", ["up_proj", "down_proj"],
+                ffn="E",
+            ),
+            *renames(
+                BLOCK, FFN, {"fc1_latent_proj": "latent_in", "fc2_latent_proj": "latent_out"},
+                ffn="E",
+            ),
+        ),
+        spellings=(("model.", "backbone."),),
+        unread_weights=("mtp.*",),
+        notes="Time steps are clamped from below by time_step_min, as in transformers' class.",
+    )
+)  # fmt: skip

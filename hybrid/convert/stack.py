@@ -1,0 +1,115 @@
+"""A model of ours as a family sees it: blocks of mixers and a feed-forward, with their options."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from hybrid.config import HybridConfig
+from hybrid.layout import Layer, parse_ffn
+from hybrid.layout.shortest import shortest
+from hybrid.layout.types import Layout
+from hybrid.model import HybridForCausalLM
+
+
+class Part(NamedTuple):
+    """One mixer or feed-forward.
+
+    Attributes:
+        name: as it is registered.
+        options: its completed options.
+        letter: of the layout.
+        around: what stands around its branch, as paths (see `hybrid.around`).
+    """
+
+    name: str
+    options: Any
+    letter: str
+    around: dict[str, Any]
+
+
+class Block(NamedTuple):
+    """One layer of a family: mixers, a feed-forward or both, and the layers of ours they are in."""
+
+    mixers: tuple[Part, ...]
+    ffn: Part | None
+    mixer_layer: int
+    ffn_layer: int
+
+
+def on_meta(config: HybridConfig) -> HybridForCausalLM:
+    """The model of a config, without memory for its weights."""
+    with torch.device("meta"):
+        return HybridForCausalLM(config)
+
+
+def blocks(model: HybridForCausalLM, literal: bool = False) -> list[Block]:
+    """The stack of a model; a feed-forward joins the mixer before it, unless the family is literal."""
+    found: list[Block] = []
+    config = model.config
+    for i, (layer, module) in enumerate(zip(config.layers, model.model.layers, strict=True)):
+        mixers = tuple(_mixers(config, layer, module))
+        if mixers:
+            found.append(Block(mixers, None, i, i))
+        if layer.ffn:
+            around = _around(config, layer, layer.ffn, *layer.mixers)
+            ffn = Part(type(module.ffn).name, module.ffn.options, layer.ffn, around)
+            if not literal and found and found[-1].ffn is None and found[-1].mixers:
+                found[-1] = found[-1]._replace(ffn=ffn, ffn_layer=i)
+            else:
+                found.append(Block((), ffn, i, i))
+    return found
+
+
+def _around(config: HybridConfig, layer: Layer, symbol: str, *rest: str) -> dict[str, Any]:
+    """Norms, multipliers, canon layers and sharing of one branch, by the paths of a config."""
+    residual = config.residual_at(symbol, *rest)
+    shared = config.shared_at(*layer.mixers)
+    return {
+        f"norm_position.{symbol}": config.norm_position_at(symbol, *rest),
+        f"canon.{symbol}": config.canon_of(layer),
+        **{f"residuals.{symbol}.{name}": value for name, value in vars(residual).items()},
+        **({f"shared.{symbol}.{n}": v for n, v in vars(shared).items()} if shared else {}),
+    }
+
+
+def _mixers(config: HybridConfig, layer: Layer, module: Any) -> Iterator[Part]:
+    branches = module.mixer.branches if len(layer.mixers) > 1 else [module.mixer]
+    for letter, mixer in zip(layer.mixers, branches, strict=False):
+        options = mixer.options
+        if getattr(options, "nope_every", None) is not None:
+            # by then it is known which layers go without
+            positions = {} if mixer.has_positions else {"rope_parameters": None, "alibi": False}
+            options = dataclasses.replace(options, nope_every=None, **positions)
+        yield Part(type(mixer).name, options, letter, _around(config, layer, letter))
+
+
+def layout_of(mixers: Sequence[str], ffns: Sequence[str]) -> dict[str, str]:
+    """The shortest `layout` and `ffn` for the letters of each layer, "" for nothing there."""
+    if all(mixers) and (all(ffns) or not any(ffns)):
+        layers = tuple(Layer(tuple(letters)) for letters in mixers)
+        return {"layout": str(Layout(layers)), "ffn": _pattern(ffns)}
+    single = [
+        layer
+        for letters, ffn in zip(mixers, ffns, strict=True)
+        for layer in (
+            *([Layer(tuple(letters))] if letters else ()),
+            *([Layer((), ffn)] if ffn else ()),
+        )
+    ]
+    return {"layout": str(Layout(tuple(single))), "ffn": "-"}
+
+
+def _pattern(ffns: Sequence[str]) -> str:
+    """The shortest pattern that, laid cyclically, gives these feed-forwards; "" for none."""
+    if not any(ffns):
+        return ""
+    period = next(
+        p for p in range(1, len(ffns) + 1) if all(f == ffns[i % p] for i, f in enumerate(ffns))
+    )
+    text = shortest(tuple(ffns[:period]))
+    assert parse_ffn(text) == tuple(ffns[:period])
+    return text

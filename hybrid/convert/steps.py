@@ -1,0 +1,268 @@
+"""A weight map laid over a model: which tensors of theirs make which of ours, one step at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import NamedTuple, Protocol
+
+import torch
+
+from hybrid.convert.checkpoint import Spec, some
+from hybrid.convert.family import Family
+from hybrid.convert.stack import Block, blocks
+from hybrid.convert.weights import Fuse, Operation, Place, Rule, Tensors
+from hybrid.model import HybridForCausalLM
+
+
+class Source(Protocol):
+    """Tensors to be had by name: a checkpoint folder, or a state dict."""
+
+    @property
+    def specs(self) -> Mapping[str, Spec]:
+        """Shape and dtype of every tensor."""
+        ...
+
+    def read(self, name: str) -> torch.Tensor:
+        """One tensor."""
+        ...
+
+
+class Held:
+    """A state dict as a `Source`."""
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        self.tensors = tensors
+        self.specs: Mapping[str, Spec] = {
+            name: Spec(tuple(t.shape), t.dtype) for name, t in tensors.items()
+        }
+
+    def read(self, name: str) -> torch.Tensor:
+        """One tensor, with memory of its own."""
+        return self.tensors[name].detach().cpu().clone()
+
+
+class Respelt:
+    """A source under other names: prefixes or parts of names, each with what stands for it here."""
+
+    def __init__(self, source: Source, spellings: Sequence[tuple[str, str]]) -> None:
+        self.source = source
+        self.names: dict[str, str] = {}
+        for name in source.specs:
+            here = name
+            for found, wanted in spellings:
+                here = here.replace(found, wanted)
+            self.names[here] = name
+        self.specs: Mapping[str, Spec] = {n: source.specs[old] for n, old in self.names.items()}
+
+    def read(self, name: str) -> torch.Tensor:
+        """One tensor."""
+        return self.source.read(self.names[name])
+
+
+class Step(NamedTuple):
+    """Some tensors of theirs, those of ours that hold the same, and the way between."""
+
+    theirs: tuple[str, ...]
+    ours: tuple[str, ...]
+    operations: tuple[Operation, ...]
+    place: Place
+    constant: torch.Tensor | None = None
+
+    def read(self, tensors: Tensors) -> Tensors:
+        """Theirs -> ours."""
+        for operation in self.operations:
+            tensors = operation.read(tensors, self.place)
+        return tensors
+
+    def write(self, tensors: Tensors) -> Tensors:
+        """Ours -> theirs."""
+        if self.constant is not None:
+            return [self.constant]
+        for operation in reversed(self.operations):
+            tensors = operation.write(tensors, self.place)
+        return tensors
+
+    def their_shapes(self) -> list[tuple[int, ...]]:
+        """The shapes that theirs must have, by way of ours."""
+        ours = [torch.empty(shape, device="meta") for shape in self.place.shapes]
+        return [tuple(tensor.shape) for tensor in self.write(ours)]
+
+    def misfit(self, found: Sequence[tuple[int, ...]]) -> str | None:
+        """What is wrong with the shapes that a checkpoint has for theirs; None if they fit."""
+        wanted = self.their_shapes()
+        loose = [o for o in self.operations if isinstance(o, Fuse) and o.loose]
+        if loose and _whole(found, loose[0].dim) == _whole(wanted, loose[0].dim):
+            return None
+        pairs = zip(self.theirs, wanted, found, strict=True)
+        wrong = [f"{n}: expected the shape {w}, found {f}" for n, w, f in pairs if w != f]
+        return wrong[0] if wrong else None
+
+
+def _whole(shapes: Sequence[tuple[int, ...]], dim: int) -> tuple[int, ...]:
+    """The shape of tensors put together along a dim."""
+    return (*shapes[0][:dim], sum(shape[dim] for shape in shapes), *shapes[0][dim + 1 :])
+
+
+def steps(
+    family: Family, model: HybridForCausalLM, spelt: HybridForCausalLM | None = None
+) -> list[Step]:
+    """The family's weight map for one model of ours.
+
+    Args:
+        family: whose map.
+        model: ours, on any device.
+        spelt: the same stack in the family's own letters, where `model` has others.
+
+    Raises:
+        ValueError: a weight of ours that the map makes from nothing; it is named.
+    """
+    stack = blocks(model, family.literal)
+    named = stack if spelt is None else blocks(spelt, family.literal)
+    letters = ["".join(part.letter for part in block.mixers) for block in named]
+    tied = model.all_tied_weights_keys
+    shapes = {n: tuple(t.shape) for n, t in model.state_dict().items() if n not in tied}
+    made = []
+    for rule in family.weights:
+        places: Sequence[Block | None] = stack if rule.per_layer else [None]
+        for i, block in enumerate(places):
+            step = _step(rule, i, block, letters, shapes)
+            if step is not None:
+                made.append(step)
+    covered = [name for step in made for name in step.ours]
+    assert len(covered) == len(set(covered)), f"two rules of {family.name} make the same weight"
+    left = sorted(set(shapes) - set(covered))
+    if left:
+        raise ValueError(f"the map of {family.name!r} has no place for our {some(left)}")
+    return made
+
+
+def _step(
+    rule: Rule,
+    i: int,
+    block: Block | None,
+    letters: Sequence[str],
+    shapes: Mapping[str, tuple[int, ...]],
+) -> Step | None:
+    options = None
+    if rule.mixer:
+        assert block is not None
+        found = [
+            p for letter, p in zip(letters[i], block.mixers, strict=True) if letter in rule.mixer
+        ]
+        if not found:
+            return None
+        options = found[0].options
+    if rule.ffn:
+        assert block is not None
+        if block.ffn is None or block.ffn.letter not in rule.ffn:
+            return None
+        options = block.ffn.options
+    if rule.when is not None and not rule.when(options):
+        return None
+    ours = tuple(_index(name, block) for name in rule.our_names)
+    if any(name not in shapes for name in ours):
+        return None
+    theirs = tuple(name.replace("{i}", str(i)) for name in rule.their_names)
+    if any("{e}" in name for name in theirs):
+        experts = range(options.num_experts)
+        theirs = tuple(name.replace("{e}", str(e)) for name in theirs for e in experts)
+    place = Place(options, tuple(shapes[name] for name in ours))
+    made = None if rule.constant is None else rule.constant(options, i, len(letters))
+    return Step(theirs, ours, rule.operations, place, made)
+
+
+def _index(ours: str, block: Block | None) -> str:
+    """Our name with the index of our layer, which may differ from theirs."""
+    if block is None:
+        return ours
+    in_ffn = "{i}.ffn" in ours
+    return ours.replace("{i}", str(block.ffn_layer if in_ffn else block.mixer_layer))
+
+
+def check_theirs(family: Family, planned: Sequence[Step], source: Source, tied: bool) -> list[str]:
+    """Compare what a checkpoint holds with what is wanted; nothing has been read by then.
+
+    Returns:
+        Names of tensors that nobody reads, neither their class nor ours.
+
+    Raises:
+        ValueError: tensors that are missing, left over, or of another shape.
+    """
+    wanted = {name for step in planned for name in step.theirs if step.constant is None}
+    missing = sorted(wanted - source.specs.keys())
+    if missing:
+        raise ValueError(f"the checkpoint has no {some(missing)}")
+    for step in planned:
+        found = [source.specs[name].shape for name in step.theirs if step.constant is None]
+        if found and (misfit := step.misfit(found)):
+            raise ValueError(misfit)
+    constants = {name for step in planned for name in step.theirs} - wanted
+    extra = source.specs.keys() - wanted - constants
+    patterns = [*family.unread_weights, "*.rotary_emb.inv_freq"]
+    patterns += ["lm_head.weight"] if tied else []
+    unread = [n for n in sorted(extra) if any(fnmatchcase(n, pattern) for pattern in patterns)]
+    left = sorted(extra - set(unread))
+    if left:
+        raise ValueError(
+            f"the map of {family.name!r} has no place for {some(left)}; the checkpoint may be of a"
+            " variant of that family"
+        )
+    return unread
+
+
+def our_specs(
+    planned: Sequence[Step], source: Source, dtype: torch.dtype | None
+) -> dict[str, Spec]:
+    """Shapes and dtypes of ours; `dtype` for all that are floating, or None to keep theirs."""
+    return {
+        name: Spec(shape, _cast(_dtype_of(step.theirs, source), dtype))
+        for step in planned
+        for name, shape in zip(step.ours, step.place.shapes, strict=True)
+    }
+
+
+def their_specs(planned: Sequence[Step], source: Source) -> dict[str, Spec]:
+    """Shapes and dtypes of theirs, from ours in `source`."""
+    specs: dict[str, Spec] = {}
+    for step in planned:
+        dtype = _dtype_of(step.ours, source) if step.constant is None else step.constant.dtype
+        shapes = step.their_shapes()
+        specs |= {name: Spec(s, dtype) for name, s in zip(step.theirs, shapes, strict=True)}
+    return specs
+
+
+def _dtype_of(names: Sequence[str], source: Source) -> torch.dtype:
+    """The dtype of tensors that become one, or come from one."""
+    kinds = {source.specs[name].dtype for name in names}
+    if len(kinds) > 1:
+        listed = " and ".join(sorted(str(kind).removeprefix("torch.") for kind in kinds))
+        raise ValueError(
+            f"{some(list(names))}: belong together and are of different types, {listed}"
+        )
+    return kinds.pop()
+
+
+def _cast(found: torch.dtype, wanted: torch.dtype | None) -> torch.dtype:
+    return wanted if wanted is not None and found.is_floating_point else found
+
+
+def read_steps(
+    planned: Sequence[Step], source: Source, dtype: torch.dtype | None = None
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Our tensors, step by step."""
+    for step in planned:
+        if step.constant is not None:
+            continue
+        for name, tensor in zip(step.ours, step.read(_all(step.theirs, source)), strict=True):
+            yield name, tensor.contiguous().to(_cast(tensor.dtype, dtype))
+
+
+def write_steps(planned: Sequence[Step], source: Source) -> Iterator[tuple[str, torch.Tensor]]:
+    """Their tensors, step by step."""
+    for step in planned:
+        yield from zip(step.theirs, step.write(_all(step.ours, source)), strict=True)
+
+
+def _all(names: Sequence[str], source: Source) -> Tensors:
+    return [source.read(name) for name in names]

@@ -1,0 +1,42 @@
+"""Rows cut into slices, one for each process of a context-parallel group."""
+
+from __future__ import annotations
+
+import numpy as np
+from torch.utils.data import Dataset
+
+from hybrid.data.mixture import Mixture
+from hybrid.data.packing import IGNORE, Row
+
+
+class SlicedRows(Dataset):
+    """The slices of a mixture's rows, in the order in which accelerate deals batches to processes.
+
+    It gives batch number n to process n modulo their number. So the `parts` batches that follow each
+    other here hold the same `batch` rows, the first of them the first slices.
+
+    Args:
+        rows: whole rows of T tokens.
+        parts: slices of a row, P; divides T.
+        batch: rows of one process's batch, B; divides the number of rows.
+    """
+
+    def __init__(self, rows: Mixture, parts: int, batch: int) -> None:
+        assert len(rows) % batch == 0
+        self.rows, self.parts, self.batch = rows, parts, batch
+
+    def __len__(self) -> int:
+        return len(self.rows) * self.parts
+
+    def __getitem__(self, index: int) -> Row:
+        """`input_ids`, `labels`, `position_ids` and `shift_labels`, (T / P,) each.
+
+        `shift_labels` are the labels of the next token, which may be in the next slice.
+        """
+        number, place = divmod(index, self.batch)
+        group, part = divmod(number, self.parts)
+        row = self.rows[group * self.batch + place]
+        ahead = np.append(row["labels"][1:], IGNORE).astype(row["labels"].dtype)
+        size = len(row["labels"]) // self.parts
+        cut = slice(part * size, (part + 1) * size)
+        return {key: values[cut] for key, values in {**row, "shift_labels": ahead}.items()}

@@ -1,0 +1,187 @@
+"""Query heads and grouped key heads: the options, projections and output that softmax mixers share.
+
+Shapes: B batch, T time, H query heads, H_kv key heads, K head dim, D model dim.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Literal, TypeVar
+
+import torch
+from torch import nn
+from transformers import initialization as init
+
+from hybrid.mixers.attention import alibi_slopes
+from hybrid.mixers.base import Mixer, MixerOptions, head_problems, residual_projection
+from hybrid.mixers.parts import positive
+from hybrid.norms import NormName, build_norm
+from hybrid.rotary import rope_problems
+
+if TYPE_CHECKING:
+    from hybrid.config import HybridConfig
+
+Options = TypeVar("Options", bound="HeadSizeOptions")
+
+
+@dataclass(frozen=True)
+class HeadSizeOptions(MixerOptions):
+    """Options of every softmax mixer with grouped heads.
+
+    Attributes:
+        num_heads: query heads H; default D / 64, at least 1.
+        num_kv_heads: key and value heads; default H (MHA); 1 is MQA; must divide H.
+        head_dim: K; default D / H.
+        rope_parameters: transformers' own rope dictionary (`rope_type`, `rope_theta`,
+            `partial_rotary_factor`, and what the type needs); null for no positions (NoPE).
+        scale: of the logits; default K ** -0.5.
+    """
+
+    num_heads: int | None = None
+    num_kv_heads: int | None = None
+    head_dim: int | None = None
+    rope_parameters: dict | None = field(
+        default_factory=lambda: {"rope_type": "default", "rope_theta": 10000.0}
+    )
+    scale: float | None = None
+
+    def complete(self: Options, hidden_size: int) -> Options:
+        """Fill in heads and dims."""
+        heads = self.num_heads
+        if heads is None:
+            heads = max(1, hidden_size // (self.head_dim or 64))
+        return replace(
+            self,
+            num_heads=heads,
+            num_kv_heads=heads if self.num_kv_heads is None else self.num_kv_heads,
+            head_dim=hidden_size // max(1, heads) if self.head_dim is None else self.head_dim,
+        )
+
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """H, H_kv, K of completed options."""
+        assert self.num_heads is not None
+        assert self.num_kv_heads is not None
+        assert self.head_dim is not None
+        return self.num_heads, self.num_kv_heads, self.head_dim
+
+    @property
+    def scaling(self) -> float:
+        """Of the logits, of completed options."""
+        return self.sizes[2] ** -0.5 if self.scale is None else self.scale
+
+    def problems(self, config: HybridConfig) -> list[str]:
+        """Sizes that do not fit together."""
+        heads, kv_heads, head_dim = self.complete(config.hidden_size).sizes
+        lines = head_problems(
+            config.hidden_size,
+            heads,
+            head_dim=self.head_dim,
+            num_kv_heads=self.num_kv_heads,
+        )
+        if self.head_dim is None and self.num_kv_heads is not None and not lines:
+            lines = head_problems(config.hidden_size, heads)
+        if not lines and heads % kv_heads:
+            lines.append(f"num_kv_heads: {kv_heads} does not divide num_heads {heads}")
+        if self.rope_parameters is not None:
+            rope = rope_problems(self.rope_parameters, max(2, head_dim), config)
+            # with heads that do not fit, what it says of their size would be a second complaint
+            lines += [line for line in rope if not lines or line.startswith("rope_parameters.")]
+        return lines + positive(scale=self.scale)
+
+
+@dataclass(frozen=True)
+class GroupedHeadOptions(HeadSizeOptions):
+    """Those of `HeadSizeOptions`, and:
+
+    Attributes:
+        qk_norm: a norm of q and k: `head` (over K, one weight for all heads, Qwen3), `layer` (over all
+            heads together, OLMo 2), or null.
+        qk_norm_type: which norm: `rmsnorm`, `zero_centered_rmsnorm` (Gemma 3, Qwen3-Next),
+            `weightless_rmsnorm` (Llama 4), `layernorm`.
+        bias: biases on q, k, v.
+        output_bias: bias on the output projection.
+        dropout: probability, on the attention weights in training.
+        output_gate: multiply the output by sigmoid(x W_g), per channel (arXiv 2505.06708; Qwen3-Next).
+        sinks: a learned logit per head that takes part in the softmax and adds nothing (GPT-OSS), so
+            that a head may attend to nothing.
+        soft_cap: logits z become c tanh(z / c) (Gemma 2, arXiv 2408.00118); null for no cap.
+        alibi: add -m_h (t - s) to the logits (arXiv 2108.12409); wants rope_parameters null.
+    """
+
+    qk_norm: Literal["head", "layer"] | None = None
+    qk_norm_type: NormName = "rmsnorm"
+    bias: bool = False
+    output_bias: bool = False
+    dropout: float = 0.0
+    output_gate: bool = False
+    sinks: bool = False
+    soft_cap: float | None = None
+    alibi: bool = False
+
+    def problems(self, config: HybridConfig) -> list[str]:
+        """Sizes that do not fit together, and options that do not."""
+        lines = super().problems(config)
+        if not 0.0 <= self.dropout < 1.0:
+            lines.append(f"dropout: must be in [0, 1), found {self.dropout}")
+        lines += positive(soft_cap=self.soft_cap)
+        if self.alibi and self.rope_parameters is not None:
+            lines.append("alibi: takes the place of rotary positions; set rope_parameters to null")
+        if self.alibi and (self.sinks or self.soft_cap is not None):
+            lines.append("alibi: does not go with sinks or soft_cap")
+        return lines
+
+
+class GroupedHeads(Mixer):
+    """H query heads of dim K, in groups that share one of H_kv key heads (arXiv 2305.13245)."""
+
+    def build(self, options: GroupedHeadOptions) -> None:
+        """Create the projections, norms, gate, sinks and slopes that the options ask for."""
+        d_model = self.config.hidden_size
+        self.num_heads, self.num_kv_heads, self.head_dim = options.sizes
+        self.num_key_value_groups = self.num_heads // self.num_kv_heads
+        self.scaling = options.scaling
+        inner, inner_kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        self.q_proj = nn.Linear(d_model, inner, bias=options.bias)
+        self.k_proj = nn.Linear(d_model, inner_kv, bias=options.bias)
+        self.v_proj = nn.Linear(d_model, inner_kv, bias=options.bias)
+        self.o_proj = residual_projection(inner, d_model, bias=options.output_bias)
+        self.gate_proj = (
+            nn.Linear(d_model, inner, bias=options.bias) if options.output_gate else None
+        )
+        self.sinks = nn.Parameter(torch.empty(self.num_heads)) if options.sinks else None
+        self.slopes = nn.Buffer(self._slopes(), persistent=False) if options.alibi else None
+        self.q_norm = self.k_norm = None
+        if options.qk_norm:
+            sizes = (self.head_dim,) * 2 if options.qk_norm == "head" else (inner, inner_kv)
+            kind, eps = options.qk_norm_type, self.config.norm_eps
+            self.q_norm, self.k_norm = (build_norm(kind, size, eps) for size in sizes)
+
+    def _slopes(self) -> torch.Tensor:
+        return torch.tensor(alibi_slopes(self.num_heads))
+
+    def init_parameters(self, std: float) -> None:
+        """Sinks normal; slopes are a function of the config."""
+        if self.sinks is not None:
+            init.normal_(self.sinks, mean=0.0, std=std)
+        if self.slopes is not None:
+            init.copy_(self.slopes, self._slopes())
+
+    def split_heads(self, y: torch.Tensor, norm: nn.Module | None = None) -> torch.Tensor:
+        """(B, T, H * K) -> (B, H, T, K), normalised per layer or per head."""
+        if norm is not None and self.options.qk_norm == "layer":
+            y = norm(y)
+        y = y.unflatten(-1, (-1, self.head_dim))
+        if norm is not None and self.options.qk_norm == "head":
+            y = norm(y)
+        return y.transpose(1, 2)
+
+    def output(self, o: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """o (B, T, H * K), gated by x (B, T, D) where there is a gate -> (B, T, D)."""
+        if self.gate_proj is not None:
+            o = o * torch.sigmoid(self.gate_proj(x))
+        return self.o_proj(o)
+
+    def logits_flops(self, keys: float) -> float:
+        """FLOPs of a token's logits with so many keys, and of the weighted sum of their values."""
+        return 2.0 * 2.0 * self.num_heads * self.head_dim * keys

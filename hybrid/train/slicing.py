@@ -1,0 +1,84 @@
+"""Rows spread over several processes: what it takes of a run (see `hybrid.context_parallel`)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, TypeVar
+
+import torch.distributed as dist
+
+from hybrid.config import HybridConfig
+from hybrid.context_parallel import ContextGroup
+from hybrid.data.mixture import Mixture
+from hybrid.data.slices import SlicedRows
+from hybrid.model import HybridModel
+from hybrid.options import ConfigError
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedConfig, TrainingArguments
+
+    from hybrid.train.config import TrainConfig
+
+# Attention that takes a mask of its own for documents that begin on other processes.
+MASKED = ("sdpa", "eager", "flex_attention")
+
+M = TypeVar("M", bound="Mixture | None")
+
+
+def check_slices(config: TrainConfig, args: TrainingArguments, made: PreTrainedConfig) -> None:
+    """Refuse what cannot be spread over `context_parallel` processes.
+
+    Raises:
+        ConfigError: with one line for each reason.
+    """
+    parts, mistakes = config.context_parallel, []
+    if parts == 1:
+        return
+    if args.world_size % parts:
+        mistakes.append(
+            f"context_parallel: {parts} does not divide the number of processes, {args.world_size}"
+        )
+        raise ConfigError(mistakes)
+    if config.sequence_length % parts:
+        mistakes.append(
+            f"context_parallel: {parts} does not divide sequence_length, {config.sequence_length}"
+        )
+    if not isinstance(made, HybridConfig):
+        mistakes.append(f"context_parallel: {made.model_type!r} is not a model of this package")
+    elif made.num_mtp_layers:
+        mistakes.append("context_parallel: multi-token prediction looks past the end of a slice")
+    if config.packing == "none":
+        mistakes.append("context_parallel: wants packed rows; set packing: true")
+    implementation = getattr(made, "_attn_implementation", None) or "sdpa"
+    if implementation not in MASKED:
+        mistakes.append(
+            f"context_parallel: attn_implementation {implementation!r} cannot mask documents across"
+            f" processes; use one of {', '.join(MASKED)}"
+        )
+    rows = args.eval_batch_size * args.world_size // parts
+    if config.eval_data and config.eval_rows % rows:
+        mistakes.append(
+            f"eval_rows: {config.eval_rows} is no multiple of the {rows} rows that the processes"
+            " take at once"
+        )
+    if config.probes:
+        mistakes.append("probes: not with context_parallel; measure the checkpoints instead")
+    if mistakes:
+        raise ConfigError(mistakes)
+
+
+def sliced(rows: M, parts: int, batch: int) -> M | SlicedRows:
+    """Rows as the processes of a group take them; as they are for groups of one."""
+    return rows if rows is None or parts == 1 else SlicedRows(rows, parts, batch)
+
+
+def spread(model: nn.Module, parts: int) -> None:
+    """Let every `parts` processes that follow each other share their rows."""
+    if parts == 1:
+        return
+    ranks = range(dist.get_world_size())
+    groups = [list(ranks[i : i + parts]) for i in range(0, len(ranks), parts)]
+    own, _ = dist.new_subgroups_by_enumeration(groups)
+    for module in model.modules():
+        if isinstance(module, HybridModel):
+            module.context_group = ContextGroup(own)

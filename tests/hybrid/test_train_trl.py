@@ -1,0 +1,77 @@
+"""Supervised fine-tuning of a hybrid with TRL's own trainer."""
+
+import pytest
+import torch
+from datasets import Dataset
+
+from hybrid.tokenizer import byte_tokenizer
+
+trl = pytest.importorskip("trl")
+peft = pytest.importorskip("peft")
+
+# TRL 1.16 and PEFT 0.21 ask transformers 5.23 by names that are about to go
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.gradient_checkpointing. is deprecated:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"),
+]
+
+
+@pytest.fixture
+def fine_tune(build, tmp_path):
+    """Two steps of TRL on questions and answers; returns the trainer and the untouched weights."""
+
+    def run(peft_config=None, **options):
+        pairs = [
+            {"prompt": f"{i} plus {i} is ", "completion": f"{i + i}." * (1 + i % 3)}
+            for i in range(16)
+        ]
+        model = build(layout="LSD", vocab_size=259, dtype=torch.float32)
+        before = {name: value.clone() for name, value in model.state_dict().items()}
+        arguments = trl.SFTConfig(
+            output_dir=str(tmp_path / "run"),
+            max_steps=2,
+            per_device_train_batch_size=4,
+            learning_rate=1e-2,
+            logging_steps=1,
+            max_length=32,
+            report_to="none",
+            use_cpu=True,
+            bf16=False,
+            dataloader_pin_memory=False,
+            save_strategy="no",
+            disable_tqdm=True,
+            **options,
+        )
+        trainer = trl.SFTTrainer(
+            model=model,
+            args=arguments,
+            train_dataset=Dataset.from_list(pairs),
+            processing_class=byte_tokenizer(),
+            peft_config=peft_config,
+        )
+        trainer.train()
+        return trainer, before
+
+    return run
+
+
+def test_every_weight_of_a_hybrid_is_tuned_on_completions_alone(fine_tune):
+    trainer, before = fine_tune()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert len(losses) == 2
+    assert losses[1] < losses[0]
+    unmoved = [n for n, v in trainer.model.state_dict().items() if torch.equal(v, before[n])]
+    assert unmoved == []
+
+
+def test_lora_adapters_are_trained_saved_and_reloaded(fine_tune, build, tmp_path):
+    config = peft.LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
+    trainer, before = fine_tune(config)
+    trainer.save_model(str(tmp_path / "adapter"))
+    ids = torch.arange(20)[None]
+    expected = trainer.model.eval()(ids).logits
+    fresh = build(layout="LSD", vocab_size=259, dtype=torch.float32)
+    assert all(torch.equal(value, before[name]) for name, value in fresh.state_dict().items())
+    assert not torch.allclose(fresh(ids).logits, expected)
+    reloaded = peft.PeftModel.from_pretrained(fresh, tmp_path / "adapter").eval()
+    torch.testing.assert_close(reloaded(ids).logits, expected, rtol=0, atol=0)

@@ -1,0 +1,126 @@
+"""The adapter for flash-linear-attention, on that package's own kernels in triton's interpreter.
+
+Two things of its kernels the interpreter cannot do: an autotuner asks the device, and a loop index
+is a Python number there, which has no ``.to``. Both are mended here, for these tests only.
+"""
+
+import builtins
+import inspect
+import sys
+import warnings
+
+import pytest
+import torch
+from triton.runtime.autotuner import Autotuner
+
+from hybrid_kernels import adapters, linear_attention
+from hybrid_kernels.testing import FORMS, TOLERANCE, assert_agrees, evaluate, sample
+
+with warnings.catch_warnings():
+    # It says that it finds no GPU.
+    warnings.simplefilter("ignore")
+    import fla.ops.delta_rule
+    import fla.ops.gated_delta_rule
+    import fla.ops.gla
+    import fla.ops.kda
+    import fla.ops.rwkv6
+    import fla.ops.simple_gla
+
+NAMED = {form.name: form for form in FORMS}
+OPTIONAL = ("log_decay", "value_log_decay", "beta", "bonus", "initial_state", "cu_seqlens")
+SMALL = {"batch": 1, "time": 20, "key_dim": 16, "value_dim": 16}
+
+
+class Index(int):
+    """A loop index that lets itself be cast."""
+
+    def to(self, dtype):
+        """Return it as it is: the interpreter counts in Python numbers."""
+        return self
+
+
+def counted(*bounds):
+    """Stand in for ``range`` over numbers of the interpreter."""
+    numbers = (x.handle.data.item() if hasattr(x, "handle") else x for x in bounds)
+    return (Index(i) for i in builtins.range(*numbers))
+
+
+def run_first(self, *args, **kwargs):
+    """Run an autotuned kernel with the first of its configurations."""
+    return self.fn.run(*args, **kwargs, **self.configs[0].all_kwargs())
+
+
+@pytest.fixture(autouse=True)
+def interpretable(monkeypatch):
+    monkeypatch.setattr(Autotuner, "run", run_first)
+    for name, module in list(sys.modules.items()):
+        if name.startswith("fla.ops") and module is not None:
+            monkeypatch.setattr(module, "range", counted, raising=False)
+
+
+def adapted(output_final_state=True, **inputs):
+    """Call the adapter as ``linear_attention`` would."""
+    arguments = {**dict.fromkeys((*OPTIONAL, "chunk_size")), **inputs}
+    assert adapters.unsupported("linear_attention", **arguments) is None
+    return adapters.linear_attention(**arguments, scale=0.3)
+
+
+def compare(form, dtype, **sizes):
+    inputs = sample(form, dtype=dtype, **{**SMALL, **sizes})
+    run = {"backend": "reference", "scale": 0.3}
+    expected = evaluate(linear_attention, inputs, dtype=torch.float64, **run)
+    assert_agrees(evaluate(adapted, inputs), expected, TOLERANCE[dtype])
+
+
+def taken(dtype):
+    """Return the forms that the adapter takes in a dtype."""
+    found = []
+    for form in FORMS:
+        arguments = {**dict.fromkeys((*OPTIONAL, "chunk_size")), **sample(form, dtype=dtype)}
+        if adapters.unsupported("linear_attention", **arguments) is None:
+            found.append(form)
+    return found
+
+
+@pytest.mark.parametrize("form", taken(torch.float32), ids=lambda form: form.name)
+def test_agrees(form):
+    compare(form, torch.float32)
+
+
+@pytest.mark.parametrize("name", ["additive_scalar", "bonus_vector", "delta_scalar"])
+def test_agrees_on_packed_documents(name):
+    compare(NAMED[name], torch.float32, lengths=[5, 1, 14])
+
+
+def test_agrees_in_half_precision():
+    compare(NAMED["delta"], torch.float16)
+
+
+def test_nearly_all_forms_are_taken():
+    left_out = {form.name for form in FORMS} - {form.name for form in taken(torch.float16)}
+    assert left_out == {
+        "additive_outer",
+        "additive_value",
+        "additive_scalar_value",
+        "bonus",
+        "bonus_scalar",
+    }
+
+
+@pytest.mark.parametrize(
+    ("function", "names"),
+    [
+        (fla.ops.simple_gla.chunk_simple_gla, "q k v g"),
+        (fla.ops.gla.chunk_gla, "q k v g"),
+        (fla.ops.rwkv6.chunk_rwkv6, "r k v w u"),
+        (fla.ops.delta_rule.chunk_delta_rule, "q k v beta"),
+        (fla.ops.gated_delta_rule.chunk_gated_delta_rule, "q k v g beta"),
+        (fla.ops.kda.chunk_kda, "q k v g beta"),
+    ],
+    ids=lambda x: getattr(x, "__name__", ""),
+)
+def test_their_arguments_stand_where_the_adapter_puts_them(function, names):
+    """A new version may move one: positions are checked here, keywords by Python."""
+    found = list(inspect.signature(inspect.unwrap(function)).parameters)
+    assert found[: len(names.split())] == names.split()
+    assert {"scale", "initial_state", "output_final_state", "cu_seqlens"} <= set(found)
