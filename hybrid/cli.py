@@ -1,4 +1,4 @@
-"""The command line: `hybrid quickstart | train | eval | plan | layout | mixers`.
+"""The command line: `hybrid quickstart | train | data | ablate | eval | import | export | plan | ...`.
 
 The only module that knows all three packages; each command imports what it needs when it runs.
 """
@@ -92,6 +92,7 @@ def _parser() -> argparse.ArgumentParser:
     reading.add_argument("source", metavar="PATH", help="a folder of safetensors, or a hub name")
     reading.add_argument("out", metavar="OUT", help="folder to write; must be new or empty")
     reading.add_argument("--dtype", help="of the weights, e.g. bfloat16; default: as they are")
+    reading.add_argument("--layout", help="another one, e.g. SSSL: new mixers start from the old")
     reading.add_argument("--max-shard-size", default="5GB", help="of one file, e.g. 500MB")
 
     writing = command("export", _export, "write a model as a published architecture's checkpoint")
@@ -99,6 +100,10 @@ def _parser() -> argparse.ArgumentParser:
     writing.add_argument("out", metavar="OUT", help="folder to write; must be new or empty")
     writing.add_argument("--as", dest="family", help="e.g. qwen3_next; default: the one that fits")
     writing.add_argument("--max-shard-size", default="5GB", help="of one file, e.g. 500MB")
+
+    student = command("distill", _distill, "teach a model with another layout what the original does")
+    student.add_argument("config", help="e.g. configs/distill/smollm2.yaml")
+    student.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. layout=SSSL")
 
     stack = command("layout", _layout, "print a layout as a table")
     stack.add_argument("layout", help='e.g. "LLLS", "(L7S)10", "[MS]4", "M-M-M*-"')
@@ -208,7 +213,7 @@ class _Tasks:
         import hybrid  # noqa: F401  (registers the model with transformers)
         from hybrid_eval import Settings, evaluate
 
-        settings = {
+        settings: dict[str, Any] = {
             key: tuple(value) if isinstance(value, list) else value
             for key, value in options.items()
             if key != "options"
@@ -306,6 +311,7 @@ def _import(arguments: argparse.Namespace) -> int:
         arguments.source,
         arguments.out,
         dtype=arguments.dtype,
+        layout=arguments.layout,
         max_shard_size=arguments.max_shard_size,
     )
     print(f"{arguments.out}: layout {config.layout}, ffn {config.ffn or 'none'}")
@@ -318,6 +324,23 @@ def _export(arguments: argparse.Namespace) -> int:
     size = arguments.max_shard_size
     family = export(arguments.source, arguments.out, arguments.family, max_shard_size=size)
     print(f"{arguments.out}: {family}")
+    return 0
+
+
+def _distill(arguments: argparse.Namespace) -> int:
+    from transformers.utils import logging
+
+    from hybrid.distill import distill, load_config
+    from hybrid.train.checkpoints import CheckpointError
+
+    logging.disable_progress_bar()  # one bar is ours, those of file writing tear it apart
+    try:
+        report = distill(load_config(arguments.config, arguments.overrides))
+    except (CheckpointError, FloatingPointError) as error:
+        raise ValueError(str(error)) from error
+    folder = Path(report["model"]).parent
+    print((folder / "report.md").read_text(encoding="utf-8"))
+    print(f"student: {report['model']}, report: {folder / 'report.md'}")
     return 0
 
 

@@ -45,6 +45,7 @@ class HybridConfig(PreTrainedConfig):
         embedding_multiplier: of the embeddings of ids (Granite, Falcon-H1); `sqrt_hidden_size`:
             sqrt(D), rounded to the precision of the weights (Gemma, arXiv 2403.08295). Embeddings
             that are given as such are taken as they are.
+        embedding_norm: a norm, of the kind `norm`, on what enters the stack (RWKV).
         logits_multiplier: of the logits (Falcon-H1's `lm_head_multiplier`, Granite's 1 /
             `logits_scaling`).
         init: `fixed`: std `initializer_range` everywhere. `depth_scaled`: as GPT-2, projections into
@@ -96,6 +97,7 @@ class HybridConfig(PreTrainedConfig):
     norm_position: NormPosition | dict[str, NormPosition] = "pre"
     residuals: dict[str, dict] | None = None
     embedding_multiplier: float | Literal["sqrt_hidden_size"] = 1.0
+    embedding_norm: bool = False
     logits_multiplier: float = 1.0
     init: Literal["fixed", "depth_scaled", "xavier", "deepnorm"] = "depth_scaled"
     initializer_range: float = 0.02

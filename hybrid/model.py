@@ -43,6 +43,9 @@ class HybridModel(HybridPreTrainedModel):
     def __init__(self, config: HybridConfig, embed: bool = True) -> None:
         super().__init__(config)
         self.embed_tokens: Any = build_embedding(config) if embed else None
+        self.embed_norm: nn.Module | None = None
+        if config.embedding_norm and embed:
+            self.embed_norm = build_norm(config.norm, config.hidden_size, config.norm_eps)
         self.layers = nn.ModuleList(
             [HybridLayer(config, layer, i) for i, layer in enumerate(config.layers)]
         )
@@ -99,6 +102,8 @@ class HybridModel(HybridPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         x: torch.Tensor = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if self.embed_norm is not None:
+            x = self.embed_norm(x)
         batch, time = x.shape[:2]
         given_cache = past_key_values
         if use_cache and past_key_values is None:

@@ -19,7 +19,7 @@ from hybrid.ffn.moe import Experts, MixtureOfExperts
 from hybrid.ffn.router import BiasedRouter, Router
 from hybrid.layer import HybridLayer, ParallelMixers
 from hybrid.mixers import Mixer, ShortConvolution
-from hybrid.mixers.softmax_attention import SoftmaxAttention
+from hybrid.mixers.attention import FullAttention
 from hybrid.norms import ZeroCenteredRMSNorm
 
 
@@ -52,7 +52,7 @@ class HybridPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _can_record_outputs = {
         "hidden_states": HybridLayer,
-        "attentions": OutputRecorder(SoftmaxAttention, index=1),
+        "attentions": OutputRecorder(FullAttention, index=1),
         "router_logits": OutputRecorder(Router, index=0),
         "router_indices": OutputRecorder(Router, index=2),
     }

@@ -95,7 +95,13 @@ def projections(part: nn.Module | None) -> list[str]:
 def tied_weights(config: HybridConfig, layers: nn.ModuleList) -> dict[str, str]:
     """Parameter -> the one it is tied to, by name, for the stack `layers`."""
     tied = {}
+    first: dict[tuple[str, torch.Size], str] = {}
     for i, layer in enumerate(layers):
+        for name, shape in _stack_wide(layer):
+            path = f"layers.{i}.{name}"
+            source = first.setdefault((name.rpartition(".")[2], shape), path)
+            if source != path:
+                tied[path] = source
         source = config.shared_source(i)
         for name in _names(layer, own=True):
             head, _, last = name.removesuffix(".lora_a.weight").rpartition(".")
@@ -107,6 +113,15 @@ def tied_weights(config: HybridConfig, layers: nn.ModuleList) -> dict[str, str]:
             for name in _names(layer, own=False):
                 tied[f"layers.{i}.{name}"] = f"layers.{source}.{name}"
     return tied
+
+
+def _stack_wide(layer: nn.Module) -> Iterator[tuple[str, torch.Size]]:
+    """Parameters of a layer's mixers that all layers of the stack share, and their shapes."""
+    for prefix, module in layer.named_modules():
+        for name in getattr(module, "shared_by_stack", ()):
+            parameter = getattr(module, name)
+            if parameter is not None:
+                yield f"{prefix}.{name}", parameter.shape
 
 
 def _names(layer: nn.Module, own: bool) -> Iterator[str]:

@@ -87,9 +87,12 @@ def _options(flat: Mapping[str, Any], prefix: str) -> dict[str, Any]:
 
 def unmapped_keys(family: Family, theirs: Any) -> list[str]:
     """Options of their config class that no rule of the family reads, ignores or pins."""
-    if not dataclasses.is_dataclass(theirs):
+    if family.defaults:  # there is no class: whatever the file holds
+        names = {name for name in vars(theirs) if not name.startswith("_")}
+    elif dataclasses.is_dataclass(theirs):
+        names = {f.name for f in dataclasses.fields(theirs)}
+    else:
         return []
-    names = {f.name for f in dataclasses.fields(theirs)}
     return sorted(names - family.read_keys - BOOKKEEPING)
 
 
@@ -100,7 +103,7 @@ def _unread(family: Family, theirs: Any) -> list[str]:
     usual = family.their_config({}) if names else None
     for name in names:
         value = getattr(theirs, name)
-        if value != getattr(usual, name):
+        if value != getattr(usual, name, None):
             lines.append(f"{name}: {value!r} is unknown to the map of {family.name!r}")
     return lines
 
@@ -164,8 +167,12 @@ def _letters(family: Family, stack: Sequence[Block]) -> tuple[list[str], list[st
 def _flatten(
     config: HybridConfig, stack: Sequence[Block], letters: Sequence[str]
 ) -> dict[str, Any]:
-    """Our config as paths and values, in the family's letters; the first layer of a letter speaks."""
+    """Our config as paths and values, in the family's letters; the first layer of a letter speaks.
+
+    `letters` is a path too: those of each layer, for keys that say both where a mixer is and how.
+    """
     flat = {name: getattr(config, name) for name in inspect.get_annotations(HybridConfig)}
+    flat["letters"] = list(letters)
     named: list[tuple[str, str, Part]] = []
     for block, word in zip(stack, letters, strict=True):
         named += [("mixers", letter, part) for letter, part in zip(word, block.mixers, strict=True)]

@@ -15,7 +15,6 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from rich.console import Console
 from rich.progress import Progress
-from torch import nn
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
@@ -35,7 +34,8 @@ from hybrid.convert.checkpoint import (
 )
 from hybrid.convert.configs import to_ours, to_theirs
 from hybrid.convert.family import FAMILIES, Family, NotExpressible, get_family
-from hybrid.convert.stack import on_meta
+from hybrid.convert.relayout import Relayout
+from hybrid.convert.stack import fill, on_meta
 from hybrid.convert.steps import (
     Held,
     Respelt,
@@ -60,9 +60,11 @@ def from_published(
     *,
     dtype: torch.dtype | str | None = None,
     gguf_file: str | None = None,
+    layout: str | None = None,
+    mixers: Mapping[str, Mapping[str, Any]] | None = None,
     **hub_options: Any,
 ) -> HybridForCausalLM:
-    """Read a published model into a hybrid of the equal layout.
+    """Read a published model into a hybrid, of the equal layout or of another.
 
     Args:
         source: a folder with `config.json` and safetensors, the hub name of one, or a model of
@@ -70,6 +72,10 @@ def from_published(
         dtype: of the floating weights, such as `torch.bfloat16` or its name; None keeps each
             tensor's own.
         gguf_file: a GGUF file of the folder, which transformers reads.
+        layout: another layout, such as `SSSL`, which cycles over the depth: layers that it leaves keep
+            their weights, new ones inherit from the softmax layers that they replace (see
+            `hybrid.convert.relayout`).
+        mixers: with `layout`: letter -> options of its mixer, over those that it inherits.
         hub_options: for the hub's `snapshot_download`, such as `revision` or `token`.
 
     Raises:
@@ -81,7 +87,11 @@ def from_published(
     with _opened(source, hub_options) as (family, theirs, weights, folder):
         model = on_meta(to_ours(family, theirs))
         planned = _planned_import(family, model, weights)
-        _fill(model, _tracked("reading", planned, read_steps(planned, weights, _dtype(dtype))))
+        tensors = _tracked("reading", planned, read_steps(planned, weights, _dtype(dtype)))
+        if layout is not None:
+            plan = Relayout(model, layout, mixers)
+            model, tensors = plan.model, plan.tensors(tensors)
+        fill(model, tensors)
     model.config.dtype = model.dtype
     model.generation_config = _generation_config(source, folder, model.config)
     return model.eval()
@@ -92,6 +102,8 @@ def import_published(
     out: str | Path,
     *,
     dtype: torch.dtype | str | None = None,
+    layout: str | None = None,
+    mixers: Mapping[str, Mapping[str, Any]] | None = None,
     max_shard_size: str | int = DEFAULT_SHARD_SIZE,
     **hub_options: Any,
 ) -> HybridConfig:
@@ -100,7 +112,7 @@ def import_published(
     Args:
         source: a folder, or a hub name.
         out: the new folder; it must not exist, or be empty. It appears when all went well.
-        dtype, hub_options: as of `from_published`.
+        dtype, layout, mixers, hub_options: as of `from_published`.
         max_shard_size: bytes of one file, such as `5GB`.
 
     Returns:
@@ -117,13 +129,17 @@ def import_published(
         planned = _planned_import(family, model, weights)
         cast = _dtype(dtype)
         specs = our_specs(planned, weights, cast)
-        write_weights(
-            made,
-            specs,
-            lambda: _tracked("importing", planned, read_steps(planned, weights, cast)),
-            max_shard_size,
-        )
-        config = model.config
+
+        def tensors() -> Named:
+            return _tracked("importing", planned, read_steps(planned, weights, cast))
+
+        if layout is None:
+            config = model.config
+            write_weights(made, specs, tensors, max_shard_size)
+        else:
+            plan = Relayout(model, layout, mixers)
+            config, specs = plan.config, plan.specs(specs)
+            write_weights(made, specs, lambda: plan.tensors(tensors()), max_shard_size)
         config.dtype, config.architectures = _main_dtype(specs), [HybridForCausalLM.__name__]
         config.save_pretrained(made)
         if folder is not None:
@@ -277,29 +293,6 @@ def _ours(
     model = on_meta(HybridConfig.from_dict(config))
     with Checkpoint(folder) as weights:
         yield model, weights, folder
-
-
-def _fill(model: HybridForCausalLM, tensors: Named) -> None:
-    """Put weights into a model on the meta device, and compute what is a function of the config."""
-    for name, tensor in tensors:
-        owner, leaf = name.rpartition(".")[::2]
-        module = model.get_submodule(owner)
-        if leaf in module._parameters:
-            tensor = nn.Parameter(tensor, requires_grad=tensor.is_floating_point())
-            module._parameters[leaf] = tensor
-        else:
-            module._buffers[leaf] = tensor
-        tensor._is_hf_initialized = True  # type: ignore[attr-defined]
-    model.tie_weights()
-    for module in model.modules():
-        for name, buffer in module._buffers.items():
-            if buffer is not None and buffer.is_meta:
-                module._buffers[name] = torch.empty_like(buffer, device="cpu")
-        model._init_weights(module)  # leaves alone what is marked as initialised
-    for tensor in (*model.parameters(), *model.buffers()):
-        assert not tensor.is_meta
-        if hasattr(tensor, "_is_hf_initialized"):
-            del tensor._is_hf_initialized
 
 
 def _generation_config(

@@ -126,7 +126,11 @@ def ignored(*keys: str) -> ConfigRule:
 
 
 def rope(
-    *letters: str, key: str = "rope_parameters", partial: bool = False, drop: Sequence[str] = ()
+    *letters: str,
+    key: str = "rope_parameters",
+    partial: bool = False,
+    drop: Sequence[str] = (),
+    nope: bool = False,
 ) -> ConfigRule:
     """Their rope dictionary, the same as ours, for some of the family's softmax letters.
 
@@ -135,18 +139,22 @@ def rope(
         key: theirs.
         partial: whether their class heeds `partial_rotary_factor`; many have it and do not.
         drop: other entries that do not touch what the model computes.
+        nope: whether their class goes without positions where there is no base (OLMo Hybrid).
     """
     paths = [f"mixers.{letter}.rope_parameters" for letter in letters]
     left_out = {*drop} if partial else {*drop, "partial_rotary_factor"}
 
     def read(config: Any) -> Flat:
         given = getattr(config, key) or {}
+        if nope and given.get("rope_theta") is None:
+            return dict.fromkeys(paths)
         found = {k: v for k, v in given.items() if v is not None and k not in left_out}
         return {path: dict(found) for path in paths}
 
     def write(flat: Flat) -> Flat:
         used = [flat[path] for path in paths if flat.get(path) is not None]
-        return {key: dict(used[0])} if used else {}
+        none = {key: {"rope_type": "default", "rope_theta": None}} if nope else {}
+        return {key: dict(used[0])} if used else none
 
     return ConfigRule((key,), read, write)
 
@@ -203,6 +211,9 @@ class Family:
         wrapped_in: model types that hold this one as their `text_config` (images are left out).
         literal: each of their layers is a mixer or a feed-forward, never both (Nemotron-H); then
             `mixers` writes both kinds, for one list of theirs holds them.
+        joins_next: letters of layers of ours that are one with the next layer in theirs (Zamba2's
+            shared block and the Mamba-2 that it feeds). In names of tensors `{depth}` is the number
+            of such a layer among them, and `{block}` their index of the one whose weights it has.
         defaults: their config's defaults, for a family that transformers has no config class for.
         notes: what is worth knowing.
     """
@@ -219,6 +230,7 @@ class Family:
     spellings: tuple[tuple[str, str], ...] = ()
     wrapped_in: tuple[str, ...] = ()
     literal: bool = False
+    joins_next: str = ""
     defaults: Mapping[str, Any] = field(default_factory=dict)
     notes: str = ""
 

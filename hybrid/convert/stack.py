@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 
 from hybrid.config import HybridConfig
 from hybrid.layout import Layer, parse_ffn
@@ -46,6 +47,29 @@ def on_meta(config: HybridConfig) -> HybridForCausalLM:
         return HybridForCausalLM(config)
 
 
+def fill(model: HybridForCausalLM, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+    """Put weights into a model on the meta device, and compute what is a function of the config."""
+    for name, tensor in tensors:
+        owner, leaf = name.rpartition(".")[::2]
+        module = model.get_submodule(owner)
+        if leaf in module._parameters:
+            tensor = nn.Parameter(tensor, requires_grad=tensor.is_floating_point())
+            module._parameters[leaf] = tensor
+        else:
+            module._buffers[leaf] = tensor
+        tensor._is_hf_initialized = True  # type: ignore[attr-defined]
+    model.tie_weights()
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None and buffer.is_meta:
+                module._buffers[name] = torch.empty_like(buffer, device="cpu")
+        model._init_weights(module)  # leaves alone what is marked as initialised
+    for tensor in (*model.parameters(), *model.buffers()):
+        assert not tensor.is_meta
+        if hasattr(tensor, "_is_hf_initialized"):
+            del tensor._is_hf_initialized
+
+
 def blocks(model: HybridForCausalLM, literal: bool = False) -> list[Block]:
     """The stack of a model; a feed-forward joins the mixer before it, unless the family is literal."""
     found: list[Block] = []
@@ -72,8 +96,13 @@ def _around(config: HybridConfig, layer: Layer, symbol: str, *rest: str) -> dict
         f"norm_position.{symbol}": config.norm_position_at(symbol, *rest),
         f"canon.{symbol}": config.canon_of(layer),
         **{f"residuals.{symbol}.{name}": value for name, value in vars(residual).items()},
-        **({f"shared.{symbol}.{n}": v for n, v in vars(shared).items()} if shared else {}),
+        **({f"shared.{symbol}.{n}": _plain(v) for n, v in vars(shared).items()} if shared else {}),
     }
+
+
+def _plain(value: Any) -> Any:
+    """Names without their order."""
+    return sorted(value) if isinstance(value, list | tuple) else value
 
 
 def _mixers(config: HybridConfig, layer: Layer, module: Any) -> Iterator[Part]:
@@ -87,11 +116,14 @@ def _mixers(config: HybridConfig, layer: Layer, module: Any) -> Iterator[Part]:
         yield Part(type(mixer).name, options, letter, _around(config, layer, letter))
 
 
-def layout_of(mixers: Sequence[str], ffns: Sequence[str]) -> dict[str, str]:
+def layout_of(mixers: Sequence[str], ffns: Sequence[str]) -> dict[str, Any]:
     """The shortest `layout` and `ffn` for the letters of each layer, "" for nothing there."""
-    if all(mixers) and (all(ffns) or not any(ffns)):
+    pairs = set(zip(mixers, ffns, strict=True))
+    by_letter = all(len(letters) == 1 for letters in mixers) and len(pairs) == len(set(mixers))
+    if all(mixers) and (all(ffns) or not any(ffns) or by_letter):
         layers = tuple(Layer(tuple(letters)) for letters in mixers)
-        return {"layout": str(Layout(layers)), "ffn": _pattern(ffns)}
+        ffn: Any = _pattern(ffns) if all(ffns) or not any(ffns) else dict(sorted(pairs))
+        return {"layout": str(Layout(layers)), "ffn": ffn}
     single = [
         layer
         for letters, ffn in zip(mixers, ffns, strict=True)
@@ -107,9 +139,15 @@ def _pattern(ffns: Sequence[str]) -> str:
     """The shortest pattern that, laid cyclically, gives these feed-forwards; "" for none."""
     if not any(ffns):
         return ""
-    period = next(
-        p for p in range(1, len(ffns) + 1) if all(f == ffns[i % p] for i, f in enumerate(ffns))
-    )
-    text = shortest(tuple(ffns[:period]))
-    assert parse_ffn(text) == tuple(ffns[:period])
+    first = repeated(ffns)
+    text = shortest(tuple(first))
+    assert parse_ffn(text) == tuple(first)
     return text
+
+
+def repeated(symbols: Sequence[str]) -> Sequence[str]:
+    """The shortest beginning that, laid cyclically, gives them all."""
+    periods = range(1, len(symbols) + 1)
+    return next(
+        symbols[:n] for n in periods if all(s == symbols[i % n] for i, s in enumerate(symbols))
+    )

@@ -122,11 +122,11 @@ def steps(
     letters = ["".join(part.letter for part in block.mixers) for block in named]
     tied = model.all_tied_weights_keys
     shapes = {n: tuple(t.shape) for n, t in model.state_dict().items() if n not in tied}
+    sites = _sites(family, model, stack, letters)
     made = []
     for rule in family.weights:
-        places: Sequence[Block | None] = stack if rule.per_layer else [None]
-        for i, block in enumerate(places):
-            step = _step(rule, i, block, letters, shapes)
+        for site in sites if rule.per_layer else [OUTSIDE]:
+            step = _step(rule, site, shapes)
             if step is not None:
                 made.append(step)
     covered = [name for step in made for name in step.ours]
@@ -137,18 +137,66 @@ def steps(
     return made
 
 
-def _step(
-    rule: Rule,
-    i: int,
-    block: Block | None,
-    letters: Sequence[str],
-    shapes: Mapping[str, tuple[int, ...]],
-) -> Step | None:
-    options = None
+class Site(NamedTuple):
+    """One layer of ours, or none, and where it is in theirs.
+
+    Attributes:
+        block: the layer.
+        letters: its mixers', of the family.
+        layers: how many there are in theirs.
+        i: the index of theirs.
+        depth, block_i: of layers that share weights, see `Family.joins_next`.
+        joined: whether it is one with the layer before.
+    """
+
+    block: Block | None
+    letters: str = ""
+    layers: int = 0
+    i: int = 0
+    depth: int = 0
+    block_i: int = 0
+    joined: bool = False
+
+    def spell(self, name: str) -> str:
+        """A name of theirs with its numbers."""
+        for mark, number in (("i", self.i), ("depth", self.depth), ("block", self.block_i)):
+            name = name.replace(f"{{{mark}}}", str(number))
+        return name
+
+
+OUTSIDE = Site(None)
+
+
+def _sites(
+    family: Family, model: HybridForCausalLM, stack: Sequence[Block], letters: Sequence[str]
+) -> list[Site]:
+    """Where each layer of ours is in theirs."""
+    joins = [bool(word) and word in family.joins_next for word in letters]
+    index = [i - sum(joins[:i]) for i in range(len(stack))]
+    number = {block.mixer_layer: i for block, i in zip(stack, index, strict=True) if block.mixers}
+    source = [model.config.shared_source(b.mixer_layer) if b.mixers else 0 for b in stack]
+    return [
+        Site(
+            block,
+            letters[i],
+            layers=len(stack) - sum(joins),
+            i=index[i],
+            depth=sum(joins[:i]),
+            block_i=number.get(source[i], 0),
+            joined=i > 0 and joins[i - 1],
+        )
+        for i, block in enumerate(stack)
+    ]
+
+
+def _step(rule: Rule, site: Site, shapes: Mapping[str, tuple[int, ...]]) -> Step | None:
+    block, options = site.block, None
+    if rule.joined is not None and rule.joined != site.joined:
+        return None
     if rule.mixer:
         assert block is not None
         found = [
-            p for letter, p in zip(letters[i], block.mixers, strict=True) if letter in rule.mixer
+            p for letter, p in zip(site.letters, block.mixers, strict=True) if letter in rule.mixer
         ]
         if not found:
             return None
@@ -163,12 +211,12 @@ def _step(
     ours = tuple(_index(name, block) for name in rule.our_names)
     if any(name not in shapes for name in ours):
         return None
-    theirs = tuple(name.replace("{i}", str(i)) for name in rule.their_names)
+    theirs = tuple(site.spell(name) for name in rule.their_names)
     if any("{e}" in name for name in theirs):
         experts = range(options.num_experts)
         theirs = tuple(name.replace("{e}", str(e)) for name in theirs for e in experts)
     place = Place(options, tuple(shapes[name] for name in ours))
-    made = None if rule.constant is None else rule.constant(options, i, len(letters))
+    made = None if rule.constant is None else rule.constant(options, site.i, site.layers)
     return Step(theirs, ours, rule.operations, place, made)
 
 

@@ -294,6 +294,8 @@ class Rule:
         constant: (options, layer, layers) -> their tensor, which follows from the config: it is
             written, and not read.
         when: only where the options of that mixer or feed-forward are such.
+        joined: only in layers that stand in one of theirs with the layer before (True), or that do
+            not (False); None for both. See `Family.joins_next`.
 
     A rule takes part where our model has the tensors it makes: one for a bias needs no condition.
     """
@@ -305,6 +307,7 @@ class Rule:
     ffn: str = ""
     constant: Constant | None = None
     when: Callable[[Any], bool] | None = None
+    joined: bool | None = None
 
     @property
     def their_names(self) -> tuple[str, ...]:

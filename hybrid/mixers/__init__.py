@@ -21,6 +21,7 @@ from hybrid.mixers import (
     retention,
     rg_lru,
     rwkv6,
+    rwkv_channel_mix,
     sliding_window_attention,
     softmax_attention,
 )
@@ -52,6 +53,7 @@ __all__ = [
     "retention",
     "rg_lru",
     "rwkv6",
+    "rwkv_channel_mix",
     "sliding_window_attention",
     "softmax_attention",
 ]

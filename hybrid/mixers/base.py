@@ -54,6 +54,8 @@ class Mixer(nn.Module, ABC):
         paper: where it comes from.
         formula: one line, in the notation S_t = G_t * S_{t-1} + v_t k_t^T.
         used_by: published models that have it.
+        shared_by_stack: names of parameters that are one for all layers of the mixer in a stack.
+        continues_packed: whether it can go on from a cache with several documents in a row.
     """
 
     name: ClassVar[str]
@@ -63,6 +65,8 @@ class Mixer(nn.Module, ABC):
     paper: ClassVar[str] = ""
     formula: ClassVar[str] = ""
     used_by: ClassVar[str] = ""
+    shared_by_stack: ClassVar[tuple[str, ...]] = ()
+    continues_packed: ClassVar[bool] = True
 
     def __init__(self, options: Any, config: HybridConfig, layer_idx: int) -> None:
         super().__init__()
@@ -288,21 +292,28 @@ class LinearMixer(StateMixer):
     ) -> torch.Tensor:
         """The op, continuing from and writing to the cache slot where there is one: o (B, T, H, V).
 
-        `carry` maps the final state (N, H, K, V) to what is stored.
+        Values too wide for the op are cut into parts, each with a state of its own: the columns of a
+        state do not meet. `carry` maps the final state (N, H, K, V) to what is stored.
         """
+        parts = value_parts(v.shape[-1])
+        before = None if cache is None else cache.recurrent_state()
+        if parts > 1:
+            v, gates = _split_values(v, gates, parts)
+            before = None if before is None else _split_state(before, parts)
         o, state = linear_attention(
             q,
             k,
             v,
             **gates,
             scale=self.scale,
-            initial_state=None if cache is None else cache.recurrent_state(),
+            initial_state=before,
             cu_seqlens=cu_seqlens,
             output_final_state=cache is not None,
         )
         if cache is not None and state is not None:
+            state = state if parts == 1 else _join_state(state, parts)
             cache.set_recurrent_state(state if carry is None else carry(state))
-        return o
+        return o if parts == 1 else o.unflatten(2, (-1, parts)).flatten(-2)
 
     def project(
         self, x: torch.Tensor, cu_seqlens: torch.Tensor | None, cache: LayerCache | None
@@ -340,6 +351,39 @@ class LinearMixer(StateMixer):
         """One K x V state per head, and W - 1 inputs of the convolution."""
         conv = self.conv.state_elements() if self.conv is not None else 0
         return self.num_heads * self.key_dim * self.value_dim, conv
+
+
+MAX_HEAD_DIM = 256
+
+
+def value_parts(value_dim: int) -> int:
+    """Parts that values are cut into, so that each is at most what the op takes."""
+    return -(-value_dim // MAX_HEAD_DIM)
+
+
+def _split_values(
+    v: torch.Tensor, gates: dict[str, Any], parts: int
+) -> tuple[torch.Tensor, dict[str, Any]]:
+    """v (B, T, H, V) -> (B, T, H * parts, V / parts), and each head's gates for all of its parts."""
+    heads_dim = {"log_decay": 2, "beta": 2, "bonus": 0}
+    split = dict(gates)
+    for name, dim in heads_dim.items():
+        gate = gates.get(name)
+        if gate is not None:
+            split[name] = gate.repeat_interleave(parts, dim=0 if gate.ndim == 1 else dim)
+    if gates.get("value_log_decay") is not None:
+        split["value_log_decay"] = gates["value_log_decay"].unflatten(-1, (parts, -1)).flatten(2, 3)
+    return v.unflatten(-1, (parts, -1)).flatten(2, 3), split
+
+
+def _split_state(state: torch.Tensor, parts: int) -> torch.Tensor:
+    """(N, H, K, V) -> (N, H * parts, K, V / parts)."""
+    return state.unflatten(-1, (parts, -1)).transpose(2, 3).flatten(1, 2)
+
+
+def _join_state(state: torch.Tensor, parts: int) -> torch.Tensor:
+    """The inverse of `_split_state`."""
+    return state.unflatten(1, (-1, parts)).transpose(2, 3).flatten(-2)
 
 
 class OutputNorm(nn.Module):

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from hybrid.mixers.base import LinearMixer
+from hybrid.mixers.base import FEATURE_MAPS, LinearMixer
 from hybrid.mixers.parts import GatedRMSNorm, HeadOptions, low_rank, positive, wide
 from hybrid.registry import register_mixer
 
@@ -27,19 +27,30 @@ class GatedLinearAttentionOptions(HeadOptions):
         value_head_dim: value dim V; default 2 K, or D / H.
         gate_rank: rank of the map from x to the decay.
         tau: temperature: the decay is sigmoid(.)^(1 / tau), closer to 1 the larger it is.
+        min_log_decay: what the log of the decay is clamped to from below; null for no bound.
         conv_size: width of a short convolution on q, k, v; null for none, as in the paper.
+        feature_map: of q and k, `identity`, `silu` or `relu`.
+        output_gate: gate the normalised output.
+        gate_bias: a bias on the output gate, which published checkpoints go without.
     """
 
     gate_rank: int = 16
     tau: float = 16.0
+    min_log_decay: float | None = None
     conv_size: int | None = None
+    feature_map: Literal["identity", "silu", "relu"] = "identity"
+    output_gate: bool = True
+    gate_bias: bool = True
 
     width = 256
     key_share = 0.5
 
     def problems(self, config: HybridConfig) -> list[str]:
         """Sizes that do not fit together."""
-        return super().problems(config) + positive(gate_rank=self.gate_rank, tau=self.tau)
+        lines = super().problems(config) + positive(gate_rank=self.gate_rank, tau=self.tau)
+        if self.min_log_decay is not None and self.min_log_decay >= 0:
+            lines.append(f"min_log_decay: must be below 0, found {self.min_log_decay}")
+        return lines
 
 
 @register_mixer("gated_linear_attention", symbol="G")
@@ -64,22 +75,39 @@ class GatedLinearAttention(LinearMixer):
         self.decay_proj = low_rank(
             config.hidden_size, options.gate_rank, heads * key_dim, bias=True
         )
-        self.gate_proj = nn.Linear(config.hidden_size, heads * value_dim)
+        self.gate_proj = None
+        if options.output_gate:
+            self.gate_proj = nn.Linear(
+                config.hidden_size, heads * value_dim, bias=options.gate_bias
+            )
         self.norm = GatedRMSNorm(value_dim, config.norm_eps)
 
     @classmethod
     def samples(cls) -> list[dict[str, Any]]:
-        """As the paper has it; a convolution and another temperature."""
+        """As the paper has it; a convolution and another temperature; bounded, features, no gate."""
         return [
             {"num_heads": 2, "gate_rank": 4},
             {"num_heads": 3, "head_dim": 5, "value_head_dim": 7, "conv_size": 4, "tau": 2.0},
-        ]
+            {"num_heads": 2, "gate_rank": 4, "min_log_decay": -0.1, "feature_map": "silu",
+             "output_gate": False},
+            {"num_heads": 1, "head_dim": 4, "value_head_dim": 258, "gate_bias": False},
+        ]  # fmt: skip
+
+    def features(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The feature map of q and k."""
+        feature_map = FEATURE_MAPS[self.options.feature_map]
+        return feature_map(q), feature_map(k), v
 
     def gates(self, x: torch.Tensor) -> dict[str, Any]:
         """log alpha (B, T, H, K)."""
         f = wide(self.decay_proj(x)).unflatten(-1, (self.num_heads, -1))
-        return {"log_decay": F.logsigmoid(f) / self.options.tau}
+        log_decay = F.logsigmoid(f) / self.options.tau
+        if self.options.min_log_decay is not None:
+            log_decay = log_decay.clamp(min=self.options.min_log_decay)
+        return {"log_decay": log_decay}
 
     def read(self, o: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """RMSNorm(o) * silu(x W_r + b_r)."""
-        return self.norm(o, self.gate_proj(x))
+        return self.norm(o, None if self.gate_proj is None else self.gate_proj(x))

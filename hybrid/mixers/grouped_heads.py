@@ -99,6 +99,7 @@ class GroupedHeadOptions(HeadSizeOptions):
             heads together, OLMo 2), or null.
         qk_norm_type: which norm: `rmsnorm`, `zero_centered_rmsnorm` (Gemma 3, Qwen3-Next),
             `weightless_rmsnorm` (Llama 4), `layernorm`.
+        qk_norm_eps: epsilon of that norm; default the model's `norm_eps`.
         bias: biases on q, k, v.
         output_bias: bias on the output projection.
         dropout: probability, on the attention weights in training.
@@ -111,6 +112,7 @@ class GroupedHeadOptions(HeadSizeOptions):
 
     qk_norm: Literal["head", "layer"] | None = None
     qk_norm_type: NormName = "rmsnorm"
+    qk_norm_eps: float | None = None
     bias: bool = False
     output_bias: bool = False
     dropout: float = 0.0
@@ -124,7 +126,7 @@ class GroupedHeadOptions(HeadSizeOptions):
         lines = super().problems(config)
         if not 0.0 <= self.dropout < 1.0:
             lines.append(f"dropout: must be in [0, 1), found {self.dropout}")
-        lines += positive(soft_cap=self.soft_cap)
+        lines += positive(soft_cap=self.soft_cap, qk_norm_eps=self.qk_norm_eps)
         if self.alibi and self.rope_parameters is not None:
             lines.append("alibi: takes the place of rotary positions; set rope_parameters to null")
         if self.alibi and (self.sinks or self.soft_cap is not None):
@@ -154,7 +156,8 @@ class GroupedHeads(Mixer):
         self.q_norm = self.k_norm = None
         if options.qk_norm:
             sizes = (self.head_dim,) * 2 if options.qk_norm == "head" else (inner, inner_kv)
-            kind, eps = options.qk_norm_type, self.config.norm_eps
+            kind = options.qk_norm_type
+            eps = self.config.norm_eps if options.qk_norm_eps is None else options.qk_norm_eps
             self.q_norm, self.k_norm = (build_norm(kind, size, eps) for size in sizes)
 
     def _slopes(self) -> torch.Tensor:

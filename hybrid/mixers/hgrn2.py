@@ -13,7 +13,7 @@ from transformers import initialization as init
 
 from hybrid.cache import LayerCache
 from hybrid.mixers.base import LinearMixer, OutputNorm
-from hybrid.mixers.parts import HeadOptions, wide
+from hybrid.mixers.parts import HeadOptions, positive, wide
 from hybrid.registry import register_mixer
 
 if TYPE_CHECKING:
@@ -29,14 +29,27 @@ class HGRN2Options(HeadOptions):
         head_dim: key dim K, by how much the state is expanded; default V, or D / H.
         value_head_dim: value dim V; default K.
         conv_size: width of a short convolution on q, k, v; null for none, as in the paper.
+        scale: of q^T S, before the norm.
+        output_norm_eps: epsilon of that norm; default the model's `norm_eps`.
         lower_bound: keep the forget gate above a learned gamma per key channel, which starts at l / n
             in layer l (from 0) of n, so that upper layers remember longer; else gamma is 0.
+        bounds_over_depth: take them from one matrix B for the whole stack, a row for each layer with a
+            mixer: gamma_l is the sum of rows 1 to l of softmax(B) over depth, 0 in the first layer.
     """
 
     conv_size: int | None = None
+    scale: float = 1.0
+    output_norm_eps: float | None = None
     lower_bound: bool = True
+    bounds_over_depth: bool = False
 
     width = 128
+
+    def problems(self, config: HybridConfig) -> list[str]:
+        """Sizes that do not fit together."""
+        return super().problems(config) + positive(
+            scale=self.scale, output_norm_eps=self.output_norm_eps
+        )
 
 
 @register_mixer("hgrn2", symbol="H")
@@ -44,8 +57,9 @@ class HGRN2(LinearMixer):
     """S_t = diag(f_t) S_{t-1} + (1 - f_t) v_t^T, f_t = gamma + (1 - gamma) sigmoid(x W_f).
 
     q = silu(x W_q), k = 1 - f, v = x W_v; output RMSNorm(q_t^T S_t) over all heads (arXiv 2404.07904,
-    section 3). The paper computes the gammas of all layers as one cumulative softmax over depth; here
-    each layer owns its gamma = sigmoid(b), which starts where theirs starts.
+    section 3). The paper computes the gammas of all layers as one cumulative softmax over depth
+    (`bounds_over_depth`); by default each layer owns its gamma = sigmoid(b), which starts where theirs
+    starts.
     """
 
     Options = HGRN2Options
@@ -58,20 +72,28 @@ class HGRN2(LinearMixer):
         heads, key_dim, value_dim = options.sizes
         # k_proj gives the logits of the forget gate, from which the key follows
         self.build(heads, key_dim, value_dim, options.conv_size)
-        self.lower_bound_logit = None
-        if options.lower_bound:
+        self.lower_bound_logit = self.lower_bounds = None
+        if options.lower_bound and options.bounds_over_depth:
+            mixing = [i for i, layer in enumerate(config.layers) if layer.mixers]
+            self.depth = mixing.index(layer_idx)
+            self.lower_bounds = nn.Parameter(torch.empty(len(mixing), heads * key_dim))
+        elif options.lower_bound:
             self.lower_bound_logit = nn.Parameter(torch.empty(heads, key_dim))
-        self.norm = OutputNorm("layer", heads, value_dim, config.norm_eps)
+        self.scale = options.scale
+        eps = config.norm_eps if options.output_norm_eps is None else options.output_norm_eps
+        self.norm = OutputNorm("layer", heads, value_dim, eps)
 
-    no_weight_decay = ("lower_bound_logit",)
+    no_weight_decay = ("lower_bound_logit", "lower_bounds")
+    shared_by_stack = ("lower_bounds",)
 
     @classmethod
     def samples(cls) -> list[dict[str, Any]]:
-        """As the paper has it; unequal dims, a convolution, no bound."""
+        """A bound per layer, and over depth; unequal dims, a convolution, no bound."""
         return [
             {"num_heads": 2},
+            {"num_heads": 2, "bounds_over_depth": True},
             {"num_heads": 3, "head_dim": 5, "value_head_dim": 7, "conv_size": 4,
-             "lower_bound": False},
+             "lower_bound": False, "scale": 0.5, "output_norm_eps": 1e-3},
         ]  # fmt: skip
 
     def init_parameters(self, std: float) -> None:
@@ -79,6 +101,8 @@ class HGRN2(LinearMixer):
         if self.lower_bound_logit is not None:
             gamma = max(0.01, self.layer_idx / (self.config.num_hidden_layers or 1))
             init.constant_(self.lower_bound_logit, math.log(gamma / (1 - gamma)))
+        if self.lower_bounds is not None:
+            init.zeros_(self.lower_bounds)
 
     def mix(
         self, x: torch.Tensor, cu_seqlens: torch.Tensor | None, cache: LayerCache | None
@@ -88,9 +112,22 @@ class HGRN2(LinearMixer):
         # log f and 1 - f, each from logsigmoids, for neither 1 - sigmoid nor log(sum) keeps its digits
         f = wide(f)
         log_f, k = F.logsigmoid(f), torch.sigmoid(-f)
-        if self.lower_bound_logit is not None:
-            b = wide(self.lower_bound_logit)
-            log_f = torch.logaddexp(F.logsigmoid(b), F.logsigmoid(-b) + log_f)
-            k = torch.sigmoid(-b) * k
+        bound = self._log_bound()
+        if bound is not None:
+            log_gamma, log_rest = bound
+            log_f = torch.logaddexp(log_gamma, log_rest + log_f)
+            k = log_rest.exp() * k
         o = self.recur(F.silu(q), k.to(v.dtype), v, cu_seqlens, cache, log_decay=log_f)
         return self.o_proj(self.norm(o))
+
+    def _log_bound(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """log gamma and log(1 - gamma), both (H, K); None where gamma is 0."""
+        if self.lower_bound_logit is not None:
+            b = wide(self.lower_bound_logit)
+            return F.logsigmoid(b), F.logsigmoid(-b)
+        if self.lower_bounds is None or self.depth == 0:
+            return None
+        share = wide(self.lower_bounds).log_softmax(0).unflatten(-1, (self.num_heads, -1))
+        below, above = share[1 : self.depth + 1], share[self.depth + 1 :]
+        rest = torch.cat([share[:1], above])
+        return below.logsumexp(0), rest.logsumexp(0)

@@ -33,11 +33,13 @@ class KimiDeltaAttentionOptions(DeltaRuleOptions):
             lower_bound (Ling 3.0).
         lower_bound: of the log decay per token, for `bounded`; below 0.
         gate_rank: rank of the maps x -> f and x -> output gate; default V; 0 for full matrices.
+        gate_bias: a bias on the output gate.
     """
 
     decay_gate: Literal["softplus", "bounded"] = "softplus"
     lower_bound: float = -5.0
     gate_rank: int | None = None
+    gate_bias: bool = False
 
     def complete(self, hidden_size: int) -> KimiDeltaAttentionOptions:
         """Fill in heads, dims and the rank."""
@@ -83,17 +85,19 @@ class KimiDeltaAttention(DeltaRuleMixer):
 
     def build_gate(self) -> nn.Module:
         """The output gate, D -> H * V."""
-        return self._map(self.num_heads * self.value_dim)
+        return self._map(self.num_heads * self.value_dim, self.options.gate_bias)
 
-    def _map(self, d_out: int) -> nn.Module:
+    def _map(self, d_out: int, bias: bool = False) -> nn.Module:
         d_model, rank = self.config.hidden_size, self.options.gate_rank
-        return low_rank(d_model, rank, d_out) if rank else nn.Linear(d_model, d_out, bias=False)
+        return (
+            low_rank(d_model, rank, d_out, bias) if rank else nn.Linear(d_model, d_out, bias=bias)
+        )
 
     @classmethod
     def samples(cls) -> list[dict[str, Any]]:
         """As Kimi Linear, unequal dims; the bounded gate, full matrices, grouped heads."""
         return [
-            {"num_heads": 2, "head_dim": 6, "value_head_dim": 8},
+            {"num_heads": 2, "head_dim": 6, "value_head_dim": 8, "gate_bias": True},
             {"num_heads": 4, "num_key_heads": 2, "decay_gate": "bounded", "gate_rank": 0,
              "negative_eigenvalues": True, "conv_size": None},
         ]  # fmt: skip

@@ -15,7 +15,7 @@ from transformers import initialization as init
 
 from hybrid.cache import LayerCache
 from hybrid.mixers.base import LinearMixer
-from hybrid.mixers.parts import GroupedLayerNorm, HeadOptions, positive, too_wide, wide
+from hybrid.mixers.parts import GroupedLayerNorm, HeadOptions, positive, value_parts, wide
 from hybrid.registry import register_mixer
 from hybrid_kernels import linear_attention
 
@@ -35,21 +35,23 @@ class MLSTMOptions(HeadOptions):
             is needed (arXiv 2503.14376).
         gate_soft_cap: gate logits z become c tanh(z / c); null for no cap.
         conv_size: width of a short convolution on q, k, v; null for none, as xLSTM 7B.
+        normalizer_eps: added to what the exponential gate's output is divided by, after all has been
+            divided by exp(m_t) (1e-6 in xLSTM 7B).
     """
 
     input_gate: Literal["exp", "sigmoid"] = "exp"
     gate_soft_cap: float | None = 15.0
     conv_size: int | None = None
+    normalizer_eps: float = 0.0
 
     width = 128
     key_share = 0.5
 
     def problems(self, config: HybridConfig) -> list[str]:
-        """Sizes that do not fit together; the normaliser is one value more."""
+        """Sizes that do not fit together, and numbers that cannot be."""
         lines = super().problems(config) + positive(gate_soft_cap=self.gate_soft_cap)
-        done = self.complete(config.hidden_size)
-        if not lines and done.value_head_dim and self.input_gate == "exp":
-            lines += too_wide(**{"value_head_dim, plus one": done.value_head_dim + 1})
+        if self.normalizer_eps < 0:
+            lines.append(f"normalizer_eps: must not be below 0, found {self.normalizer_eps}")
         return lines
 
 
@@ -80,14 +82,18 @@ class MLSTM(LinearMixer):
         self.forget_gate_proj = nn.Linear(config.hidden_size, heads)
         self.gate_proj = nn.Linear(config.hidden_size, heads * value_dim, bias=False)
         self.norm = GroupedLayerNorm(heads, heads * value_dim, config.norm_eps)
+        # V + 1 columns of a state are cut into parts that the op takes
+        self.parts = value_parts(value_dim + 1)
+        self.columns = -(-(value_dim + 1) // self.parts)
 
     @classmethod
     def samples(cls) -> list[dict[str, Any]]:
-        """As xLSTM 7B; the sigmoid gate, unequal dims, a convolution, no cap."""
+        """As xLSTM 7B; the sigmoid gate, unequal dims, a convolution, no cap; wide values."""
         return [
             {"num_heads": 2},
             {"num_heads": 3, "head_dim": 5, "value_head_dim": 7, "input_gate": "sigmoid",
              "conv_size": 4, "gate_soft_cap": None},
+            {"num_heads": 1, "head_dim": 3, "value_head_dim": 258, "normalizer_eps": 1e-3},
         ]  # fmt: skip
 
     def init_parameters(self, std: float) -> None:
@@ -129,33 +135,38 @@ class MLSTM(LinearMixer):
         stored = None if cache is None else cache.recurrent_state()
         state, start = None, None
         if stored is not None:
-            state, start = stored[..., :-1], stored[..., 0, -1]
+            state, start = stored[..., :-1], stored[:, :: self.parts, 0, -1]
         m, m_before, m_last = stabiliser(log_f.detach(), log_i.detach(), start, cu_seqlens)
         k = (k * (log_i - m).exp().unsqueeze(-1)).to(k.dtype)
         # at most 0 but for rounding, which is taken off without closing the way of the gradient
         log_decay = log_f + (m_before - m)
+        log_decay = log_decay - log_decay.detach().clamp(min=0)
+        columns = F.pad(v, (0, 1), value=1.0)
+        columns = F.pad(columns, (0, self.parts * self.columns - columns.shape[-1]))
         o, state = linear_attention(
             q,
             k,
-            F.pad(v, (0, 1), value=1.0),
-            log_decay=log_decay - log_decay.detach().clamp(min=0),
+            columns.unflatten(-1, (self.parts, -1)).flatten(2, 3),
+            log_decay=log_decay.repeat_interleave(self.parts, dim=2),
             scale=self.scale,
             initial_state=state,
             cu_seqlens=cu_seqlens,
             output_final_state=cache is not None,
         )
         if cache is not None and state is not None:
+            m_last = m_last.repeat_interleave(self.parts, dim=1)
             column = m_last[..., None, None].expand(*state.shape[:-1], 1)
             cache.set_recurrent_state(torch.cat([state, column.to(state.dtype)], dim=-1))
-        h, n = wide(o).split([self.value_dim, 1], dim=-1)
+        o = wide(o).unflatten(2, (-1, self.parts)).flatten(3)
+        h, n = o[..., : self.value_dim], o[..., self.value_dim : self.value_dim + 1]
         floor = (-m).exp().clamp(min=torch.finfo(m.dtype).tiny).unsqueeze(-1)
-        return (h / torch.maximum(n.abs(), floor)).to(v.dtype)
+        return (h / (torch.maximum(n.abs(), floor) + self.options.normalizer_eps)).to(v.dtype)
 
     def state_elements(self) -> tuple[int, int]:
         """K x V per head; with the exponential gate, K more for the normaliser, K for the stabiliser."""
         state, conv = super().state_elements()
         if self.options.input_gate == "exp":
-            state += 2 * self.num_heads * self.key_dim
+            state = self.num_heads * self.key_dim * self.parts * (self.columns + 1)
         return state, conv
 
 

@@ -15,7 +15,7 @@ from torch import nn
 from hybrid.cache import LayerCache
 from hybrid.mixers.attention import FullAttention
 from hybrid.mixers.base import MixerOptions, residual_projection
-from hybrid.mixers.parts import positive
+from hybrid.mixers.parts import positive, wide
 from hybrid.norms import build_norm
 from hybrid.registry import register_mixer
 from hybrid.rotary import apply_rotary, rope_problems, yarn_mscale
@@ -43,6 +43,8 @@ class MultiHeadLatentAttentionOptions(MixerOptions):
         dropout: probability, on the attention weights in training.
         latent_norm_eps: of the norms of both latents; default the model's `norm_eps`. Published models
             have 1e-6 here whatever theirs is.
+        output_gate: multiply a head's output by sigmoid(w x), one number per head (Ling 3.0; per
+            channel in arXiv 2505.06708).
     """
 
     num_heads: int | None = None
@@ -57,6 +59,7 @@ class MultiHeadLatentAttentionOptions(MixerOptions):
     scale: float | None = None
     dropout: float = 0.0
     latent_norm_eps: float | None = None
+    output_gate: bool = False
 
     def complete(self, hidden_size: int) -> MultiHeadLatentAttentionOptions:
         """Fill in heads and the latent's dim."""
@@ -98,7 +101,7 @@ class MultiHeadLatentAttention(FullAttention):
     Options = MultiHeadLatentAttentionOptions
     paper = "arXiv 2405.04434"
     formula = "o_t = sum_s softmax_s(scale q_t . k_s) v_s, k_s and v_s linear in a latent c_s"
-    used_by = "DeepSeek-V2, V3, Kimi K2, Kimi Linear"
+    used_by = "DeepSeek-V2, V3, Kimi K2, Kimi Linear, Ling 3.0"
 
     def __init__(
         self, options: MultiHeadLatentAttentionOptions, config: HybridConfig, layer_idx: int
@@ -127,15 +130,17 @@ class MultiHeadLatentAttention(FullAttention):
         self.kv_proj = nn.Linear(
             self.latent_dim, heads * (self.head_dim + self.value_dim), bias=False
         )
+        self.gate_proj = nn.Linear(d_model, heads, bias=False) if options.output_gate else None
         self.o_proj = residual_projection(heads * self.value_dim, d_model)
 
     @classmethod
     def samples(cls) -> list[dict[str, Any]]:
-        """As DeepSeek-V2; as Kimi Linear, without positions."""
+        """As DeepSeek-V2; as Kimi Linear, without positions; as Ling 3.0, with a gate."""
         small = {"num_heads": 2, "latent_dim": 12, "head_dim": 6, "rope_dim": 4}
         return [
             {**small, "value_head_dim": 5, "query_latent_dim": 10},
             {**small, "value_head_dim": 8, "rope_parameters": None, "scale": 0.5},
+            {**small, "value_head_dim": 7, "output_gate": True},
         ]
 
     @classmethod
@@ -167,6 +172,8 @@ class MultiHeadLatentAttention(FullAttention):
             latent, place = cache.update_kv(latent, place)
         attend = self._absorbed if x.shape[1] == 1 else self._expanded
         o, weights = attend(q, q_place, latent, place, attention_mask, kwargs)
+        if self.gate_proj is not None:
+            o = o * torch.sigmoid(wide(self.gate_proj(x))).to(o.dtype).unsqueeze(-1)
         return self.o_proj(o.flatten(2)), weights
 
     def _expanded(

@@ -114,6 +114,7 @@ class NativeSparseAttention(Mixer):
     paper = "arXiv 2502.11089"
     formula = "o_t = sum_b g_b softmax(q_t K_b^T) V_b, b of compressed, selected and last tokens"
     used_by = "DeepSeek's NSA 27B"
+    continues_packed = False
 
     def __init__(
         self, options: NativeSparseAttentionOptions, config: HybridConfig, layer_idx: int

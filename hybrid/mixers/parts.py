@@ -14,9 +14,17 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import initialization as init
 
-from hybrid.mixers.base import MixerOptions, conv_problems, head_problems
+from hybrid.mixers.base import (
+    MAX_HEAD_DIM,
+    MixerOptions,
+    conv_problems,
+    head_problems,
+    value_parts,
+)
+from hybrid_kernels import causal_conv1d
 
 if TYPE_CHECKING:
+    from hybrid.cache import LayerCache
     from hybrid.config import HybridConfig
 
 
@@ -82,11 +90,9 @@ class HeadOptions(MixerOptions):
             value_head_dim=self.value_head_dim,
         )
         if not lines:
-            lines += too_wide(head_dim=done.head_dim, value_head_dim=done.value_head_dim)
+            lines += too_wide(head_dim=done.head_dim)
+            lines += _uneven(done.value_head_dim)
         return lines + conv_problems(getattr(self, "conv_size", None))
-
-
-MAX_HEAD_DIM = 256
 
 
 def too_wide(**dims: int | None) -> list[str]:
@@ -125,6 +131,26 @@ def divides(name: str, part: int, whole_name: str, whole: int) -> list[str]:
 def low_rank(d_in: int, rank: int, d_out: int, bias: bool = False) -> nn.Sequential:
     """x W_1 W_2 (+ b), W_1 (D_in, rank), W_2 (rank, D_out)."""
     return nn.Sequential(nn.Linear(d_in, rank, bias=False), nn.Linear(rank, d_out, bias=bias))
+
+
+def token_before(
+    x: torch.Tensor, cu_seqlens: torch.Tensor | None, cache: LayerCache | None
+) -> torch.Tensor:
+    """x_{t-1} of x (B, T, D), zeros at the start of a document: a convolution with the taps 1, 0.
+
+    The last token is kept in the cache's convolution slot.
+    """
+    taps = torch.tensor([[1.0, 0.0]], dtype=x.dtype, device=x.device).expand(x.shape[-1], 2)
+    before, last = causal_conv1d(
+        x,
+        taps.contiguous(),
+        initial_state=None if cache is None else cache.conv_state(),
+        cu_seqlens=cu_seqlens,
+        output_final_state=cache is not None,
+    )
+    if cache is not None and last is not None:
+        cache.set_conv_state(last)
+    return before
 
 
 def l2_normalize(x: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
@@ -175,6 +201,18 @@ class _GroupedNorm(nn.Module):
         """(..., channels) -> (..., channels)."""
         y = self.normalize(x.unflatten(-1, (self.groups, -1))).flatten(-2) * self.weight
         return y if self.bias is None else y + self.bias
+
+
+def _uneven(value_dim: int | None) -> list[str]:
+    """A line for values that are wider than the op takes, and cannot be cut into equal parts."""
+    parts = value_parts(value_dim or 1)
+    if value_dim is None or value_dim % parts == 0:
+        return []
+    return [
+        f"value_head_dim: above {MAX_HEAD_DIM} it must divide into {parts} equal parts,"
+        f" found {value_dim}; the nearest that do are {value_dim - value_dim % parts} and"
+        f" {value_dim - value_dim % parts + parts}"
+    ]
 
 
 class GroupedRMSNorm(_GroupedNorm):

@@ -14,6 +14,7 @@ from hybrid.cache import LayerCache
 from hybrid.mixers.base import LinearMixer
 from hybrid.mixers.parts import HeadOptions, positive
 from hybrid.mixers.rotation import rotate, rotate_state, running_angle
+from hybrid.norms import build_norm
 from hybrid.precision import Float32Buffers
 from hybrid.registry import register_mixer
 
@@ -30,10 +31,12 @@ class RetentionOptions(HeadOptions):
         head_dim: key dim K, even where there are positions; default V / 2, or D / H.
         value_head_dim: value dim V; default 2 K, or 2 D / H.
         rope_theta: base of the rotary positions; null for none.
+        output_norm_weight: a weight on the norm of the output, one for all heads.
         conv_size: width of a short convolution on q, k, v; null for none, as in the paper.
     """
 
     rope_theta: float | None = 10000.0
+    output_norm_weight: bool = False
     conv_size: int | None = None
 
     width = 128
@@ -63,6 +66,8 @@ class RotatedLinearMixer(Float32Buffers, LinearMixer):
         self.scale = key_dim**-0.5
         self.build(heads, key_dim, value_dim, options.conv_size, conv_activation="silu")
         self.gate_proj = nn.Linear(config.hidden_size, heads * value_dim, bias=False)
+        kind = "rmsnorm" if options.output_norm_weight else "weightless_rmsnorm"
+        self.norm = build_norm(kind, value_dim, config.norm_eps)
         self.theta = nn.Buffer(self._theta(), persistent=False)
 
     def _theta(self) -> torch.Tensor:
@@ -102,9 +107,8 @@ class RotatedLinearMixer(Float32Buffers, LinearMixer):
         )
 
     def read(self, o: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """RMSNorm(o) per head, without weights, times silu(x W_g)."""
-        y = F.rms_norm(o, o.shape[-1:], eps=self.config.norm_eps).flatten(-2)
-        return y * F.silu(self.gate_proj(x))
+        """RMSNorm(o) per head times silu(x W_g)."""
+        return self.norm(o).flatten(-2) * F.silu(self.gate_proj(x))
 
 
 @register_mixer("retention", symbol="T")
@@ -145,6 +149,7 @@ class Retention(RotatedLinearMixer):
                 "value_head_dim": 7,
                 "rope_theta": None,
                 "conv_size": 3,
+                "output_norm_weight": True,
             },
         ]
 

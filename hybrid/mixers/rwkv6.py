@@ -12,9 +12,15 @@ from transformers import initialization as init
 
 from hybrid.cache import LayerCache
 from hybrid.mixers.base import LinearMixer
-from hybrid.mixers.parts import GroupedLayerNorm, HeadOptions, low_rank, positive, wide
+from hybrid.mixers.parts import (
+    GroupedLayerNorm,
+    HeadOptions,
+    low_rank,
+    positive,
+    token_before,
+    wide,
+)
 from hybrid.registry import register_mixer
-from hybrid_kernels import causal_conv1d
 
 if TYPE_CHECKING:
     from hybrid.config import HybridConfig
@@ -125,28 +131,11 @@ class RWKV6(LinearMixer):
         self, x: torch.Tensor, cu_seqlens: torch.Tensor | None, cache: LayerCache | None
     ) -> tuple[torch.Tensor, ...]:
         """The five interpolations of x (B, T, D) and the token before."""
-        step = self._token_before(x, cu_seqlens, cache) - x
+        step = token_before(x, cu_seqlens, cache) - x
         z = torch.tanh(self.shift_down(x + step * self.shift_base))
         z = z.unflatten(-1, (MIXED, -1))
         moved = torch.einsum("btcr,crd->cbtd", z, self.shift_up) + self.shift[:, None, None]
         return tuple(x + step * m for m in moved)
-
-    @staticmethod
-    def _token_before(
-        x: torch.Tensor, cu_seqlens: torch.Tensor | None, cache: LayerCache | None
-    ) -> torch.Tensor:
-        """x_{t-1}, zeros at the start of a document: a convolution with the taps 1, 0."""
-        taps = torch.tensor([[1.0, 0.0]], dtype=x.dtype, device=x.device).expand(x.shape[-1], 2)
-        before, last = causal_conv1d(
-            x,
-            taps.contiguous(),
-            initial_state=None if cache is None else cache.conv_state(),
-            cu_seqlens=cu_seqlens,
-            output_final_state=cache is not None,
-        )
-        if cache is not None and last is not None:
-            cache.set_conv_state(last)
-        return before
 
     def mixing_flops(self, context: int) -> float:
         """The recurrence, and the data-dependent part of the shift."""

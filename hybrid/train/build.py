@@ -47,7 +47,8 @@ def training_arguments(config: TrainConfig) -> TrainingArguments:
         args = TrainingArguments(**_renamed(values))
     except (ValueError, ImportError) as error:
         raise ConfigError([f"training: {error}"]) from error
-    check_trackers(args.report_to)
+    trackers: Any = args.report_to  # a list by now
+    check_trackers(trackers)
     return args
 
 

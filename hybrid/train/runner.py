@@ -6,7 +6,7 @@ import dataclasses
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,8 +66,14 @@ class RunResult:
     resumed_from: int
 
 
-def run(config: TrainConfig) -> RunResult:
+def run(
+    config: TrainConfig, trainer_class: Callable[..., HybridTrainer] = HybridTrainer
+) -> RunResult:
     """Train; the same call again continues from the newest whole checkpoint in the output folder.
+
+    Args:
+        config: of the run.
+        trainer_class: another trainer, or what makes one, for another objective on the same data.
 
     Raises:
         ConfigError: the configuration cannot be run here, or the output folder holds checkpoints of
@@ -75,7 +81,7 @@ def run(config: TrainConfig) -> RunResult:
         CheckpointError: a checkpoint could not be written; earlier ones are kept.
         FloatingPointError: the loss is not finite; `diverged.json` in the output folder says so, too.
     """
-    trainer = prepare_run(config)
+    trainer = prepare_run(config, trainer_class)
     args = trainer.args
     checkpoint = _find_checkpoint(args, trainer.run)
     started = time.perf_counter()
@@ -95,7 +101,9 @@ def run(config: TrainConfig) -> RunResult:
     return result
 
 
-def prepare_run(config: TrainConfig) -> HybridTrainer:
+def prepare_run(
+    config: TrainConfig, trainer_class: Callable[..., HybridTrainer] = HybridTrainer
+) -> HybridTrainer:
     """Everything that comes before the first step.
 
     Raises:
@@ -121,7 +129,7 @@ def prepare_run(config: TrainConfig) -> HybridTrainer:
     probes = build.open_probes(config, tokenizer, made, data_seed)
     set_seed(args.seed)
     resolved = config.as_dict()
-    trainer = HybridTrainer(
+    trainer = trainer_class(
         tokens_per_step=rows_per_step * config.sequence_length,
         flops_per_token=training_flops_per_token(made, config.sequence_length),
         muon=config.muon,

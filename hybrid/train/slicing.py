@@ -45,8 +45,8 @@ def check_slices(config: TrainConfig, args: TrainingArguments, made: PreTrainedC
         )
     if not isinstance(made, HybridConfig):
         mistakes.append(f"context_parallel: {made.model_type!r} is not a model of this package")
-    elif made.num_mtp_layers:
-        mistakes.append("context_parallel: multi-token prediction looks past the end of a slice")
+    else:
+        mistakes += _unable(made)
     if config.packing == "none":
         mistakes.append("context_parallel: wants packed rows; set packing: true")
     implementation = getattr(made, "_attn_implementation", None) or "sdpa"
@@ -67,18 +67,34 @@ def check_slices(config: TrainConfig, args: TrainingArguments, made: PreTrainedC
         raise ConfigError(mistakes)
 
 
+def _unable(made: HybridConfig) -> list[str]:
+    lines = []
+    if made.num_mtp_layers:
+        lines.append("context_parallel: multi-token prediction looks past the end of a slice")
+    symbols = {symbol for layer in made.layers for symbol in layer.mixers}
+    for symbol in sorted(symbols):
+        cls, _ = made.mixer(symbol)
+        if not cls.continues_packed:
+            lines.append(
+                f"context_parallel: {cls.name} ({symbol}) cannot continue packed documents"
+            )
+    return lines
+
+
 def sliced(rows: M, parts: int, batch: int) -> M | SlicedRows:
     """Rows as the processes of a group take them; as they are for groups of one."""
     return rows if rows is None or parts == 1 else SlicedRows(rows, parts, batch)
 
 
-def spread(model: nn.Module, parts: int) -> None:
+def spread(model: nn.Module | None, parts: int) -> None:
     """Let every `parts` processes that follow each other share their rows."""
     if parts == 1:
         return
+    assert model is not None
     ranks = range(dist.get_world_size())
     groups = [list(ranks[i : i + parts]) for i in range(0, len(ranks), parts)]
     own, _ = dist.new_subgroups_by_enumeration(groups)
+    assert isinstance(own, dist.ProcessGroup)
     for module in model.modules():
         if isinstance(module, HybridModel):
             module.context_group = ContextGroup(own)

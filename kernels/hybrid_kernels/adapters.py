@@ -21,6 +21,7 @@ signatures, checks of dtypes and layouts included, stand in for them.
 from __future__ import annotations
 
 import functools
+import importlib
 from typing import Any
 
 import torch
@@ -92,7 +93,10 @@ def linear_attention(
     cu_seqlens: Tensor | None,
     chunk_size: int | None,
 ) -> tuple[Tensor, Tensor]:
-    """Compute ``hybrid_kernels.linear_attention`` with flash-linear-attention's chunk kernels."""
+    """Compute ``hybrid_kernels.linear_attention`` with flash-linear-attention's kernels.
+
+    Chunked ones, or, for one token without gradients, those that its models decode with.
+    """
     heads = max(q.shape[2], k.shape[2], v.shape[2])
     q, k, v = (x.repeat_interleave(heads // x.shape[2], dim=2) for x in (q, k, v))
     if log_decay is not None and log_decay.dim() == 1:
@@ -104,43 +108,32 @@ def linear_attention(
         "output_final_state": True,
         "cu_seqlens": None if cu_seqlens is None else cu_seqlens.to(q.device, torch.int64),
     }
-    if bonus is not None:
-        from fla.ops.rwkv6 import chunk_rwkv6  # pyright: ignore[reportMissingImports]
-
-        return chunk_rwkv6(q, k, v, log_decay, bonus, **options)
-    return _additive_or_delta(q, k, v, log_decay, beta, options)
-
-
-def _additive_or_delta(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor | None,
-    beta: Tensor | None,
-    options: dict[str, Any],
-) -> tuple[Tensor, Tensor]:
-    vector = log_decay is not None and log_decay.dim() == 4
-    if beta is None:
-        if vector:
-            from fla.ops.gla import chunk_gla  # pyright: ignore[reportMissingImports]
-
-            return chunk_gla(q, k, v, log_decay, **options)
-        from fla.ops.simple_gla import chunk_simple_gla  # pyright: ignore[reportMissingImports]
-
-        return chunk_simple_gla(q, k, v, log_decay, **options)
-    if log_decay is None:
-        from fla.ops.delta_rule import chunk_delta_rule  # pyright: ignore[reportMissingImports]
-
-        return chunk_delta_rule(q, k, v, beta, **options)
-    if vector:
-        from fla.ops.kda import chunk_kda  # pyright: ignore[reportMissingImports]
-
-        return chunk_kda(q, k, v, log_decay, beta, **options)
-    from fla.ops.gated_delta_rule import (  # pyright: ignore[reportMissingImports]
-        chunk_gated_delta_rule,
+    name, gates = _their_form(log_decay, beta, bonus)
+    learning = torch.is_grad_enabled() and any(
+        x is not None and x.requires_grad for x in (q, k, v, initial_state, *gates.values())
     )
+    one = q.shape[1] == 1 and cu_seqlens is None and not learning
+    if one and name == "gla":
+        gates = {"gk": log_decay}
+    run = getattr(
+        importlib.import_module(f"fla.ops.{name}"),
+        f"fused_recurrent_{name}" if one else f"chunk_{name}",
+    )
+    return run(q, k, v, **gates, **options)
 
-    return chunk_gated_delta_rule(q, k, v, log_decay, beta, **options)
+
+def _their_form(
+    log_decay: Tensor | None, beta: Tensor | None, bonus: Tensor | None
+) -> tuple[str, dict[str, Tensor | None]]:
+    """Return fla's name for a form, and its names for what comes with q, k and v."""
+    vector = log_decay is not None and log_decay.dim() == 4
+    if bonus is not None:
+        return "rwkv6", {"w": log_decay, "u": bonus}
+    if beta is None:
+        return "gla" if vector else "simple_gla", {"g": log_decay}
+    if log_decay is None:
+        return "delta_rule", {"beta": beta}
+    return "kda" if vector else "gated_delta_rule", {"g": log_decay, "beta": beta}
 
 
 def selective_scan(

@@ -67,7 +67,7 @@ BACKENDS: tuple[Backend, ...] = (
     ),
     Backend("torch", "hybrid_kernels.chunked", OPS),
     Backend("reference", "hybrid_kernels.reference", OPS, automatic=False),
-    # Never chosen on their own: they take fewer inputs, and cannot be tested here.
+    # Never chosen on their own: they take fewer inputs, and are not tested on a GPU here.
     Backend("fla", _ADAPTERS, (LINEAR_ATTENTION,), ("fla",), _FLA, True, False),
     Backend("mamba_ssm", _ADAPTERS, (SELECTIVE_SCAN,), ("mamba_ssm",), _MAMBA, True, False),
     Backend("causal_conv1d", _ADAPTERS, (CAUSAL_CONV1D,), ("causal_conv1d",), _CONV, True, False),

@@ -211,13 +211,13 @@ def interleaved(
 
     Args:
         calls: what to time.
-        repeats: rounds that count; one where a call of the first round was slow.
+        repeats: rounds that count; where a call of the first round is slow, that one only.
         trimmed: hand free memory back to the system before every call.
     """
     times: list[list[float]] = [[] for _ in calls]
     for turn in range(repeats + 1):
-        if turn > 1 and max(found[0] for found in times) > SLOW_CALL:
-            break
+        if turn == 1 and max(found[0] for found in times) > SLOW_CALL:
+            return [found[0] for found in times]
         for call, found in zip(calls, times, strict=True):
             # A call of a few microseconds is below the clock's step: repeat it.
             count, spent = 0, 0.0

@@ -68,8 +68,6 @@ dist.barrier()
 os._exit(0)
 """
 
-UNPACKED = {"native_sparse_attention"}
-
 
 def by_slices(tmp_path, cases):
     """(name, error of the logits, error of the gradients) of each case, from both processes."""
@@ -103,7 +101,7 @@ def test_every_mixer_continues_what_the_process_before_has_seen(tmp_path):
                 "mixers": {"Q": {"type": name, **options}},
                 "feed_forwards": {"-": {"intermediate_size": 24}},
             },
-            "packs": name not in UNPACKED,
+            "packs": mixers.get(name).continues_packed,
         }
         for name in mixers.names()
         for number, options in enumerate(mixers.get(name).samples())

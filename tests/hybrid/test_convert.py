@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from typing import Any
 
 import pytest
 import torch
@@ -72,7 +73,7 @@ def test_reorder_names_their_blocks():
     assert read[0].tolist() == [20, 21, 22, 0, 10, 11]
 
 
-SIZES = {
+SIZES: Any = {
     "vocab_size": 61, "hidden_size": 24, "intermediate_size": 28, "num_hidden_layers": 3,
     "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 10, "bos_token_id": 1,
     "eos_token_id": 2,
@@ -402,7 +403,7 @@ def test_without_a_name_families_that_fit_are_named(tmp_path):
 
 def test_without_a_name_and_a_family(tmp_path):
     with pytest.raises(ValueError, match="this model fits no published architecture") as caught:
-        export(build("SR", mixers={"R": {"type": "retention"}}), tmp_path / "out")
+        export(build("SFS"), tmp_path / "out")
     assert len(caught.value.obstacles) == 3
 
 
@@ -497,3 +498,10 @@ def test_command_line_errors_are_one_line(theirs, tmp_path, capsys):
     assert "did you mean 'llama'" in capsys.readouterr().err
     assert main(["export", ours, str(tmp_path / "out"), "--as", "llama"]) == 2
     assert "mixers.S.qk_norm: 'head' here (layers 0-2)" in capsys.readouterr().err
+
+
+def test_another_layout_on_the_command_line(theirs, tmp_path, capsys):
+    assert main(["import", str(theirs), str(tmp_path / "ours"), "--layout", "SLS"]) == 0
+    assert "layout SLS" in capsys.readouterr().out
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
+    assert loaded.config.layout == "SLS"

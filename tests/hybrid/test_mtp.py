@@ -211,7 +211,7 @@ def generate(model, prompt, **kwargs):
 
 
 @pytest.mark.parametrize(("layout", "modules"), [("LLLS", 1), ("DDDS", 2), ("DD", 1), ("L-S-", 3)])
-def test_speculation_changes_no_token(make, ids, layout, modules, record_property):
+def test_speculation_changes_no_token(make, ids, layout, modules):
     """On a text it has learnt, where drafts are taken, and on strange ones, where hardly any is."""
     period = ids(1, 7)
     model = train(make(layout, modules, initializer_range=0.1), period.repeat(1, 4))
@@ -220,7 +220,7 @@ def test_speculation_changes_no_token(make, ids, layout, modules, record_propert
         expected = generate(model, prompt)
         assert torch.equal(generate(model, prompt, use_mtp=True), expected)
         accepted, drafted = accepted + model.mtp.accepted, drafted + model.mtp.drafted
-    record_property("acceptance rate", accepted / drafted)
+    print(f"{accepted} of {drafted} drafts accepted")  # a figure to read, with -s
     assert 0 < accepted < drafted
 
 

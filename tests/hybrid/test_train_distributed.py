@@ -161,7 +161,8 @@ def test_two_processes_are_one_and_continue_each_other(train, tmp_path):
     probed = probed_in(tmp_path / "whole")
     assert [step for step, _ in probed] == [4, 8]
     assert probed[1][1] > 0
-    assert probed_in(tmp_path / "by_one") == probed
+    # of five rows of 48 tokens, one token more or less, where two logits are nearly equal
+    assert dict(probed_in(tmp_path / "by_one")) == pytest.approx(dict(probed), abs=1.5 / 200)
     assert_same_curve(train("by_two", **probes), whole)
 
 
@@ -190,7 +191,6 @@ def test_fsdp2_trains_saves_and_continues_as_one_process_does(train, tmp_path):
             torch.testing.assert_close(two[key], value, rtol=0, atol=2e-3)
         ours, theirs = (dict(probed_in(tmp_path / folder)) for folder in (name, alone))
         assert ours.keys() == theirs.keys() == {4, 8}
-        # five rows of 48 tokens: one token more or less, where two logits are nearly equal
         assert ours == pytest.approx(theirs, abs=1.5 / 200)
 
 

@@ -56,14 +56,18 @@ def ends(norm: str = "norm") -> tuple[Rule, ...]:
 
 
 def attention(
-    letters: str = "S", head_dim: bool = True, partial: bool = False, drop: Sequence[str] = ()
+    letters: str = "S",
+    head_dim: bool = True,
+    partial: bool = False,
+    drop: Sequence[str] = (),
+    nope: bool = False,
 ) -> tuple[ConfigRule, ...]:
     """Heads, positions and dropout of softmax attention, the same for several letters.
 
     Args:
         letters: the family's softmax letters.
         head_dim: whether their class heeds it, or always takes hidden_size / heads.
-        partial, drop: as of `rope`.
+        partial, drop, nope: as of `rope`.
     """
 
     def paths(option: str) -> list[str]:
@@ -73,9 +77,25 @@ def attention(
         key("num_attention_heads", *paths("num_heads")),
         key("num_key_value_heads", *paths("num_kv_heads")),
         *([key("head_dim", *paths("head_dim"))] if head_dim else []),
-        rope(*letters, partial=partial, drop=drop),
+        rope(*letters, partial=partial, drop=drop, nope=nope),
         key("attention_dropout", *paths("dropout")),
     )
+
+
+def rope_by_type(**letters: str) -> ConfigRule:
+    """A rope dictionary for each type of layer: `rope_by_type(full_attention="S")`."""
+    paths = {kind: f"mixers.{letter}.rope_parameters" for kind, letter in letters.items()}
+
+    def read(config: Any) -> Flat:
+        return {path: dict(config.rope_parameters[kind]) for kind, path in paths.items()}
+
+    def write(flat: Flat) -> Flat:
+        for path in paths.values():
+            if path in flat and flat[path] is None:
+                raise Inexpressible(f"{path}: None here, where theirs has positions in every layer")
+        return {"rope_parameters": {kind: dict(flat[p]) for kind, p in paths.items() if p in flat}}
+
+    return both("rope_parameters", read=read, write=write)
 
 
 def attention_bias(letters: str = "S", output: bool = True) -> ConfigRule:
@@ -164,8 +184,23 @@ def mamba2_options(
     expand: str,
 ) -> tuple[ConfigRule, ...]:  # fmt: skip
     """Mamba-2's sizes under the names that a family has for them, for the letter M."""
+    return (
+        key(heads, "mixers.M.num_heads"),
+        key(head_dim, "mixers.M.head_dim"),
+        key(state, "mixers.M.state_size"),
+        key(groups, "mixers.M.num_groups"),
+        key(conv, "mixers.M.conv_size"),
+        key(conv_bias, "mixers.M.conv_bias"),
+        key(bias, "mixers.M.bias"),
+        mamba2_expand(expand),
+        both("time_step_limit", read=_read_limit, write=_write_limit),
+    )
 
-    def write_expand(flat: Flat) -> Flat:
+
+def mamba2_expand(expand: str, read: Callable[[Any], Flat] = lambda config: {}) -> ConfigRule:
+    """The inner width over D, which follows from the heads."""
+
+    def write(flat: Flat) -> Flat:
         if "mixers.M.num_heads" not in flat:
             return {}
         inner = flat["mixers.M.num_heads"] * flat["mixers.M.head_dim"]
@@ -176,16 +211,30 @@ def mamba2_options(
             )
         return {expand: inner // flat["hidden_size"]}
 
+    return both(expand, read=read, write=write)
+
+
+# a time step so small that it writes nothing; not 0, for their classes take its logarithm
+NO_CLAMP = 1e-20
+
+
+def mamba2_clamp() -> tuple[ConfigRule, ...]:
+    """Time steps clamped from below by `time_step_min`, which others only initialise them with."""
+
+    def read(config: Any) -> Flat:
+        low = config.time_step_min
+        if low <= NO_CLAMP:
+            return {"mixers.M.dt_limit": None}
+        return {"mixers.M.dt_limit": [float(low), float("inf")], "mixers.M.dt_min": low}
+
+    def write(flat: Flat) -> Flat:
+        limit = flat.get("mixers.M.dt_limit")
+        return {"time_step_min": max(limit[0], NO_CLAMP) if limit else NO_CLAMP}
+
     return (
-        key(heads, "mixers.M.num_heads"),
-        key(head_dim, "mixers.M.head_dim"),
-        key(state, "mixers.M.state_size"),
-        key(groups, "mixers.M.num_groups"),
-        key(conv, "mixers.M.conv_size"),
-        key(conv_bias, "mixers.M.conv_bias"),
-        key(bias, "mixers.M.bias"),
-        both(expand, read=lambda config: {}, write=write_expand),
-        both("time_step_limit", read=_read_limit, write=_write_limit),
+        both("time_step_min", read=read, write=write),
+        key("time_step_max", "mixers.M.dt_max"),
+        key("time_step_floor", "mixers.M.dt_floor"),
     )
 
 

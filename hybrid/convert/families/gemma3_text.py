@@ -14,11 +14,11 @@ from hybrid.convert.families.common import (
     attention,
     attention_bias,
     ends,
+    rope_by_type,
 )
 from hybrid.convert.family import (
     Family,
     Flat,
-    Inexpressible,
     always,
     both,
     by_type,
@@ -30,21 +30,6 @@ from hybrid.convert.family import (
 from hybrid.convert.weights import renames
 
 TYPES = {"full_attention": "S", "sliding_attention": "W"}
-
-
-def _read_rope(config: Any) -> Flat:
-    return {
-        f"mixers.{letter}.rope_parameters": dict(config.rope_parameters[kind])
-        for kind, letter in TYPES.items()
-    }
-
-
-def _write_rope(flat: Flat) -> Flat:
-    paths = {kind: f"mixers.{letter}.rope_parameters" for kind, letter in TYPES.items()}
-    missing = [path for path in paths.values() if flat.get(path, {}) is None]
-    if missing:
-        raise Inexpressible(f"{missing[0]}: None here, gemma3_text has positions in every layer")
-    return {"rope_parameters": {kind: dict(flat[p]) for kind, p in paths.items() if p in flat}}
 
 
 def _read_scale(config: Any) -> Flat:
@@ -70,7 +55,7 @@ GEMMA3 = register_family(
             always(norm="zero_centered_rmsnorm", norm_position="sandwich"),
             always(embedding_multiplier="sqrt_hidden_size"),
             *(found for found in attention("SW") if found.keys != ("rope_parameters",)),
-            both("rope_parameters", read=_read_rope, write=_write_rope),
+            rope_by_type(**TYPES),
             attention_bias("SW"),
             always(
                 **{f"mixers__{s}__qk_norm": "head" for s in "SW"},
@@ -85,7 +70,7 @@ GEMMA3 = register_family(
             must("attn_logit_softcapping", None),
             must("use_bidirectional_attention", False, None),
         ),
-        mixers=by_type(full_attention="S", sliding_attention="W"),
+        mixers=by_type(**TYPES),
         ffn=everywhere("-"),
         weights=(
             *ends(),

@@ -27,7 +27,9 @@ from hybrid.convert.family import (
     must,
     register_family,
 )
-from hybrid.convert.weights import Split, rule
+from hybrid.convert.weights import Rule, Split, rule
+
+MOE = f"{LAYER}block_sparse_moe."
 
 
 def _read_positions(config: Any) -> Flat:
@@ -55,6 +57,15 @@ def _read_ffn(config: Any) -> Sequence[str]:
 
 def _write_ffn(layers: Sequence[str]) -> Flat:
     return {} if "E" in layers else {"num_local_experts": 0}
+
+
+def _gated(symbol: str, ours: str) -> tuple[Rule, ...]:
+    """Their dense feed-forward, which is also the shared expert."""
+    gate_up = [f"{ours}gate_proj.weight", f"{ours}up_proj.weight"]
+    return (
+        rule(f"{LAYER}shared_mlp.input_linear.weight", gate_up, Split(), ffn=symbol),
+        rule(f"{LAYER}shared_mlp.output_linear.weight", f"{ours}down_proj.weight", ffn=symbol),
+    )
 
 
 GRANITE = register_family(
@@ -106,26 +117,11 @@ GRANITE = register_family(
             *PRE_NORMS,
             *ATTENTION_WEIGHTS,
             *mamba2_weights(f"{LAYER}mamba."),
-            *(
-                rule(theirs, ours, *operations, ffn=symbol)
-                for symbol, below in (("-", FFN), ("E", f"{FFN}shared_experts."))
-                for theirs, ours, operations in (
-                    (
-                        f"{LAYER}shared_mlp.input_linear.weight",
-                        [f"{below}gate_proj.weight", f"{below}up_proj.weight"],
-                        [Split()],
-                    ),
-                    (f"{LAYER}shared_mlp.output_linear.weight", f"{below}down_proj.weight", []),
-                )
-            ),
-            *(
-                rule(f"{LAYER}block_sparse_moe.{theirs}.weight", f"{FFN}{ours}", ffn="E")
-                for theirs, ours in (
-                    ("router.layer", "router.weight"),
-                    ("input_linear", "experts.gate_up_proj"),
-                    ("output_linear", "experts.down_proj"),
-                )
-            ),
+            *_gated("-", FFN),
+            *_gated("E", f"{FFN}shared_experts."),
+            rule(f"{MOE}router.layer.weight", f"{FFN}router.weight", ffn="E"),
+            rule(f"{MOE}input_linear.weight", f"{FFN}experts.gate_up_proj", ffn="E"),
+            rule(f"{MOE}output_linear.weight", f"{FFN}experts.down_proj", ffn="E"),
         ),
     )
 )  # fmt: skip

@@ -10,6 +10,7 @@ from hybrid.convert.families.common import (
     MIXER,
     PLAIN,
     SIZES,
+    mamba2_clamp,
     mamba2_options,
     mamba2_weights,
 )
@@ -31,7 +32,6 @@ THEIRS = "backbone.layers.{i}."
 BLOCK = f"{THEIRS}mixer."
 OURS = "model.layers.{i}."
 TYPES = {"linear_attention": "M", "full_attention": "S", "mlp": "-", "moe": "E"}
-INF = float("inf")
 
 
 def _layers(only: str) -> Any:
@@ -47,31 +47,11 @@ def _write_layers(layers: Sequence[str]) -> Flat:
     return {"layers_block_type": [kinds[symbol] for symbol in layers]}
 
 
-# from `time_step_min` on, time steps are clamped, and not by `time_step_limit`
-def clamp_options(minimum: str = "time_step_min") -> tuple:
-    """Time steps that are clamped from below by what others only initialise them with."""
-
-    def read(config: Any) -> Flat:
-        low = getattr(config, minimum)
-        return {
-            "mixers.M.dt_limit": [float(low), INF] if low else None,
-            **({"mixers.M.dt_min": low} if low else {}),
-        }
-
-    def write(flat: Flat) -> Flat:
-        limit = flat.get("mixers.M.dt_limit")
-        return {minimum: limit[0] if limit else 0.0}
-
-    return (
-        both(minimum, read=read, write=write),
-        key("time_step_max", "mixers.M.dt_max"),
-        key("time_step_floor", "mixers.M.dt_floor"),
-    )
-
-
 def _read_bias(config: Any) -> Flat:
     if config.mlp_bias and "moe" in config.layers_block_type:
-        raise Inexpressible("mlp_bias: True cannot be expressed here with experts; it would be False")
+        raise Inexpressible(
+            "mlp_bias: True cannot be expressed here with experts; it would be False"
+        )
     return {"feed_forwards.-.bias": config.mlp_bias}
 
 
@@ -98,7 +78,7 @@ NEMOTRON_H = register_family(
                 )
                 if found.keys not in (("time_step_limit",), ("expand",))
             ),
-            *clamp_options(),
+            *mamba2_clamp(),
             must("mamba_hidden_act", "silu"),
             key("intermediate_size", "feed_forwards.-.intermediate_size"),
             both(

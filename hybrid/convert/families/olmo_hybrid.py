@@ -16,9 +16,7 @@ from hybrid.convert.families.common import (
 )
 from hybrid.convert.family import (
     Family,
-    Flat,
     always,
-    both,
     by_type,
     everywhere,
     ignored,
@@ -36,22 +34,6 @@ def _channels(options: Any) -> list[int]:
     return [keys, keys, options.num_heads * options.value_head_dim]
 
 
-def _read_rope(config: Any) -> Flat:
-    rope = config.rope_parameters
-    has = rope is not None and rope.get("rope_theta") is not None
-    return {
-        "mixers.S.rope_parameters": {k: rope[k] for k in rope if k != "partial_rotary_factor"}
-        if has
-        else None
-    }
-
-
-def _write_rope(flat: Flat) -> Flat:
-    # without a base their class leaves positions out
-    rope = flat.get("mixers.S.rope_parameters") or {"rope_type": "default", "rope_theta": None}
-    return {"rope_parameters": dict(rope)}
-
-
 OLMO_HYBRID = register_family(
     Family(
         name="olmo_hybrid",
@@ -61,8 +43,7 @@ OLMO_HYBRID = register_family(
             *SIZES,
             key("rms_norm_eps", "norm_eps"),
             always(norm_position__D="pre", norm_position__S="reordered"),
-            *(found for found in attention() if found.keys != ("rope_parameters",)),
-            both("rope_parameters", read=_read_rope, write=_write_rope),
+            *attention(nope=True),
             attention_bias(),
             always(mixers__S__qk_norm="layer"),
             *DELTA_NET,
@@ -70,10 +51,8 @@ OLMO_HYBRID = register_family(
             always(mixers__D__output_norm_eps=1e-5),
             key("intermediate_size", "feed_forwards.-.intermediate_size"),
             must("hidden_act", "silu"),
-            ignored(
-                *("linear_a_log_min", "linear_a_log_max", "linear_dt_min", "linear_dt_max"),
-                "linear_dt_init_floor",
-            ),
+            *(ignored(f"linear_a_log_{end}", f"linear_dt_{end}") for end in ("min", "max")),
+            ignored("linear_dt_init_floor"),
         ),
         mixers=by_type(linear_attention="D", full_attention="S"),
         ffn=everywhere("-"),
@@ -107,8 +86,7 @@ OLMO_HYBRID = register_family(
                 Squeeze(1),
                 mixer="D",
             ),
-            rule(f"{THEIRS}A_log", f"{MIXER}A_log", mixer="D"),
-            rule(f"{THEIRS}dt_bias", f"{MIXER}dt_bias", mixer="D"),
+            *(rule(THEIRS + name, MIXER + name, mixer="D") for name in ("A_log", "dt_bias")),
             *renames(
                 THEIRS,
                 MIXER,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from hybrid.convert.family import (
     register_family,
     rope,
 )
+from hybrid.convert.stack import repeated
 from hybrid.convert.weights import Squeeze, renames, rule
 
 THEIRS = f"{LAYER}temporal_block."
@@ -33,15 +35,21 @@ def _read_layers(config: Any) -> Sequence[str]:
 
 def _write_layers(layers: Sequence[str]) -> Flat:
     kinds = {letter: kind for kind, letter in TYPES.items()}
-    period = next(
-        n for n in range(1, len(layers) + 1) if all(s == layers[i % n] for i, s in enumerate(layers))
-    )
-    return {"block_types": [kinds[letter] for letter in layers[:period]]}
+    return {"block_types": [kinds[letter] for letter in repeated(layers)]}
 
 
 def _read_embedding(config: Any) -> Flat:
     """sqrt(D) in bfloat16, whatever the precision of the weights."""
     return {"embedding_multiplier": torch.tensor(config.hidden_size**0.5).bfloat16().item()}
+
+
+POSITIONS = rope("W", partial=True)
+
+
+def _write_positions(flat: Flat) -> Flat:
+    """With a share of 1 spelt out, for they take one half where there is none."""
+    written = POSITIONS.write(flat)
+    return {name: {"partial_rotary_factor": 1.0, **found} for name, found in written.items()}
 
 
 def _write_width(flat: Flat) -> Flat:
@@ -70,7 +78,7 @@ RECURRENT_GEMMA = register_family(
             key("attention_bias", "mixers.W.bias"),
             always(mixers__W__output_bias=True),
             key("attention_window_size", "mixers.W.window"),
-            rope("W", partial=True),
+            replace(POSITIONS, write=_write_positions),
             key("lru_width", "mixers.U.width"),
             key("conv1d_width", "mixers.U.conv_size"),
             both(

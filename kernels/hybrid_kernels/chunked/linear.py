@@ -193,7 +193,7 @@ def _problem(
     layout, exact = _choose(
         [g for g in (log_decay, value_log_decay) if g is not None],
         lambda size: Layout(
-            batch, time, size, lambda n: _span(n, heads, chunk_size), lengths, q.device
+            batch, time, size, lambda n: _span(n, q, k, v, beta, chunk_size), lengths, q.device
         ),
         chunk_size or _default_chunk(beta is not None, max(q.shape[3], v.shape[3]), longest),
         longest,
@@ -260,8 +260,14 @@ def _bounded(decays: list[Tensor], longest: int) -> bool:
     return bool(lowest.sum() >= limit)
 
 
-def _span(sequences: int, heads: int, chunk_size: int) -> int:
+def _span(
+    sequences: int, q: Tensor, k: Tensor, v: Tensor, beta: Tensor | None, chunk_size: int
+) -> int:
     """Return how many tokens of each sequence a segment holds; known before the chunk size is."""
+    heads = max(q.shape[2], k.shape[2], v.shape[2])
+    if beta is None:
+        # Half of the matrices are of queries and keys, which heads may share.
+        heads = (heads + max(q.shape[2], k.shape[2])) // 2
     unit = max(64, chunk_size)
     return unit * max(1, SEGMENT_ROWS // (sequences * heads * unit))
 
@@ -283,7 +289,7 @@ def _(
     state = (heads, q.shape[3], v.shape[3])
     if cu_seqlens is None:
         rows = batch
-        count = batch * -(-time // _span(batch, heads, chunk_size))
+        count = batch * -(-time // _span(batch, q, k, v, beta, chunk_size))
     else:
         rows = cu_seqlens.shape[0] - 1
         count = torch.library.get_ctx().new_dynamic_size()

@@ -301,7 +301,8 @@ class Run:
         """Return what the chunk's own writes give, for exact value decays before scaling."""
         queries = self.pairs[:, : self.p.layout.chunk]
         if not self.exact_values:
-            out = self.scratch.take("output", *self.written.shape)
+            # The writing rows have served; their memory is warm.
+            out = self.scratch.take("write", *self.written.shape)
             return torch.bmm(queries, self.written, out=out)
         assert self.value_gate is not None
         raw = self.raw_values()

@@ -14,6 +14,8 @@ a block in registers, ``p_`` a pointer, ``m_`` a mask.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -223,21 +225,28 @@ def scan_backward_kernel(
         store_rows(p_dskip, b_dskip[None, :], i_state, 1, 0, 1, D, d0, 1, BD)
 
 
-def selective_scan(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    *,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """Compute ``hybrid_kernels.selective_scan``."""
-    inputs = (u, delta, A, B, C, D, initial_state)
-    learning = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
-    y, final, _ = _forward(*inputs, cu_seqlens, learning)
+class Inputs(NamedTuple):
+    """What both custom ops take, in this order; the names are those of ``selective_scan``."""
+
+    u: Tensor
+    delta: Tensor
+    A: Tensor
+    B: Tensor
+    C: Tensor
+    D: Tensor | None
+    initial_state: Tensor | None
+    cu_seqlens: Tensor | None
+
+    def differentiable(self) -> list[Tensor]:
+        """Return the tensors that have a gradient, in order."""
+        return [x for x in self[:-1] if x is not None]
+
+
+def selective_scan(**arguments: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Compute ``hybrid_kernels.selective_scan`` from all of its keyword arguments."""
+    inputs = Inputs(**arguments)  # pyright: ignore[reportArgumentType]
+    learning = torch.is_grad_enabled() and any(x.requires_grad for x in inputs.differentiable())
+    y, final, _ = _forward(*inputs, learning)
     return y, final
 
 
@@ -249,15 +258,15 @@ def chunk_rows(u: Tensor) -> int:
 class Scan:
     """What both passes share: contiguous inputs, block sizes, chunks, the grid."""
 
-    def __init__(self, kernel: str, tensors: list[Tensor], cu_seqlens: Tensor | None):
-        self.inputs = [x.contiguous() for x in tensors]
+    def __init__(self, kernel: str, inputs: Inputs):
+        self.inputs = [x.contiguous() for x in inputs[:5]]
         u, _, a, _, _ = self.inputs
         self.u, self.a = u, a
         self.config = found = config(kernel, u.device, tl.float32)
         channels = min(found.keys, triton.next_power_of_2(max(1, u.shape[2])))
         states = min(STATES, triton.next_power_of_2(a.shape[1]))
         self.chunk = chunk_rows(u)
-        self.chunks = chunks(u, cu_seqlens, self.chunk)
+        self.chunks = chunks(u, inputs.cu_seqlens, self.chunk)
         self.blocks_d = triton.cdiv(u.shape[2], channels)
         self.blocks_n = triton.cdiv(a.shape[1], states)
         self.grid = (self.chunks.sequences, self.blocks_d, self.blocks_n)
@@ -284,19 +293,16 @@ def total(parts: Tensor, x: Tensor) -> Tensor:
     return parts[0] if parts.shape[0] == 1 else parts.sum(0).to(x.dtype)
 
 
-def forward(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    keep: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return y, the final states and, with ``keep``, the states before each chunk (or none)."""
-    scan = Scan("scan_forward", [u, delta, A, B, C], cu_seqlens)
+def forward(*arguments) -> tuple[Tensor, Tensor, Tensor]:
+    """Return y, the final states and, if so told, the states before each chunk (or none).
+
+    Args:
+        arguments: the fields of ``Inputs``, and whether to keep states.
+    """
+    *given, keep = arguments
+    inputs = Inputs(*given)
+    u, D, initial_state = inputs.u, inputs.D, inputs.initial_state
+    scan = Scan("scan_forward", inputs)
     y = scan.parts(scan.u, scan.blocks_n)
     states = scan.states(scan.chunks.count if keep else 0)
     final = scan.states(scan.chunks.sequences)
@@ -316,21 +322,16 @@ def forward(
     return total(y, u), final, states
 
 
-def backward(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    states: Tensor,
-    dy: Tensor,
-    dfinal: Tensor,
-) -> list[Tensor]:
-    """Return the gradients of the tensors that are not None, in order."""
-    scan = Scan("scan_backward", [u, delta, A, B, C], cu_seqlens)
+def backward(*arguments) -> list[Tensor]:
+    """Return the gradients of the tensors that are not None, in order.
+
+    Args:
+        arguments: the fields of ``Inputs``, the states kept, the gradients of y and final states.
+    """
+    *given, states, dy, dfinal = arguments
+    inputs = Inputs(*given)
+    u, delta, A, B, C, D, initial_state, _ = inputs
+    scan = Scan("scan_backward", inputs)
     du, ddelta = (scan.parts(x, scan.blocks_n) for x in scan.inputs[:2])
     db, dc = (scan.parts(x, scan.blocks_d) for x in scan.inputs[3:])
     da, dinitial = (scan.states(scan.chunks.sequences) for _ in range(2))
@@ -354,25 +355,38 @@ def backward(
     return grads
 
 
+_SCHEMA = (
+    "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? initial_state, "
+    "Tensor? cu_seqlens"
+)
 _forward = torch.library.custom_op(
-    "hybrid_kernels::triton_selective_scan", forward, mutates_args=()
+    "hybrid_kernels::triton_selective_scan",
+    forward,
+    mutates_args=(),
+    schema=f"({_SCHEMA}, bool keep) -> (Tensor, Tensor, Tensor)",
 )
 _backward = torch.library.custom_op(
-    "hybrid_kernels::triton_selective_scan_backward", backward, mutates_args=()
+    "hybrid_kernels::triton_selective_scan_backward",
+    backward,
+    mutates_args=(),
+    schema=f"({_SCHEMA}, Tensor states, Tensor dy, Tensor dfinal) -> Tensor[]",
 )
 
 
 @_forward.register_fake
-def _(u, delta, A, B, C, D, initial_state, cu_seqlens, keep):
-    sequences, count = counts(u, cu_seqlens, chunk_rows(u))
+def _(*arguments):
+    *given, keep = arguments
+    u, _, A, *_ = inputs = Inputs(*given)
+    sequences, count = counts(u, inputs.cu_seqlens, chunk_rows(u))
     kept = count if keep else 0
     final, states = (u.new_empty(n, *A.shape, dtype=torch.float32) for n in (sequences, kept))
     return torch.empty_like(u, memory_format=torch.contiguous_format), final, states
 
 
 @_backward.register_fake
-def _(u, delta, A, B, C, D, initial_state, *rest):
-    return [x.new_empty(x.shape) for x in (u, delta, A, B, C, D, initial_state) if x is not None]
+def _(*arguments):
+    *given, _, _, _ = arguments
+    return [x.new_empty(x.shape) for x in Inputs(*given).differentiable()]
 
 
 def _setup_context(ctx, inputs, output):

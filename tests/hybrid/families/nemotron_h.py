@@ -15,7 +15,7 @@ CASES = {
     "biases": {**SIZES, "hybrid_override_pattern": "M*-", "use_bias": True, "mlp_bias": True,
                "use_conv_bias": False, "tie_word_embeddings": False, "conv_kernel": 3},
     "nemotron_3": {**SIZES, **EXPERTS, "hybrid_override_pattern": "MEM*E"},
-    "latent": {**SIZES, **EXPERTS, "hybrid_override_pattern": "E*MME", "moe_latent_size": 10,
+    "latent": {**SIZES, **EXPERTS, "hybrid_override_pattern": "E*MME", "moe_latent_size": 16,
                "n_group": 3, "topk_group": 2, "norm_topk_prob": False},
 }  # fmt: skip
 RESPELT = {

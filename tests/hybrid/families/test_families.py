@@ -237,13 +237,13 @@ def test_export_gives_every_tensor_back_and_their_class_loads_it(name, case, pub
 @each_case
 def test_same_greedy_tokens(name, case, published):
     found = published(name, case)
-    settings = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    settings = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
     # theirs without a cache, for with one some are wrong: Mamba-2's decode step knows no time_step_limit
     prompt = found.ids[:, :9]
     mask = torch.ones_like(prompt)
     expected = found.theirs.generate(prompt, attention_mask=mask, use_cache=False, **settings)
     assert torch.equal(found.ours.generate(prompt, attention_mask=mask, **settings), expected)
-    assert expected.shape == (len(LENGTHS), 17)
+    assert expected.shape == (len(LENGTHS), 15)
 
 
 @each_case

@@ -5,7 +5,7 @@ is a Python number there, which has no ``.to``. Both are mended here, for these 
 """
 
 import builtins
-import inspect
+import importlib
 import sys
 import warnings
 
@@ -14,17 +14,13 @@ import torch
 from triton.runtime.autotuner import Autotuner
 
 from hybrid_kernels import adapters, linear_attention
-from hybrid_kernels.testing import FORMS, TOLERANCE, assert_agrees, evaluate, sample
+from hybrid_kernels.testing import FORMS, TOLERANCE, assert_agrees, evaluate, relative_rms, sample
 
 with warnings.catch_warnings():
     # It says that it finds no GPU.
     warnings.simplefilter("ignore")
-    import fla.ops.delta_rule
-    import fla.ops.gated_delta_rule
-    import fla.ops.gla
-    import fla.ops.kda
-    import fla.ops.rwkv6
-    import fla.ops.simple_gla
+    for name in ("delta_rule", "gated_delta_rule", "gla", "kda", "rwkv6", "simple_gla"):
+        importlib.import_module(f"fla.ops.{name}")
 
 NAMED = {form.name: form for form in FORMS}
 OPTIONAL = ("log_decay", "value_log_decay", "beta", "bonus", "initial_state", "cu_seqlens")
@@ -107,20 +103,13 @@ def test_nearly_all_forms_are_taken():
     }
 
 
-@pytest.mark.parametrize(
-    ("function", "names"),
-    [
-        (fla.ops.simple_gla.chunk_simple_gla, "q k v g"),
-        (fla.ops.gla.chunk_gla, "q k v g"),
-        (fla.ops.rwkv6.chunk_rwkv6, "r k v w u"),
-        (fla.ops.delta_rule.chunk_delta_rule, "q k v beta"),
-        (fla.ops.gated_delta_rule.chunk_gated_delta_rule, "q k v g beta"),
-        (fla.ops.kda.chunk_kda, "q k v g beta"),
-    ],
-    ids=lambda x: getattr(x, "__name__", ""),
-)
-def test_their_arguments_stand_where_the_adapter_puts_them(function, names):
-    """A new version may move one: positions are checked here, keywords by Python."""
-    found = list(inspect.signature(inspect.unwrap(function)).parameters)
-    assert found[: len(names.split())] == names.split()
-    assert {"scale", "initial_state", "output_final_state", "cu_seqlens"} <= set(found)
+@pytest.mark.parametrize("form", taken(torch.float16), ids=lambda form: form.name)
+def test_decode_step(form):
+    inputs = sample(form, dtype=torch.float16, **{**SMALL, "time": 1})
+    with torch.no_grad():
+        found = adapted(**inputs)
+        wide = {name: x.double() for name, x in inputs.items()}
+        run = {"backend": "reference", "scale": 0.3, "output_final_state": True}
+        expected = linear_attention(**wide, **run)
+    for x, y in zip(found, expected, strict=True):
+        assert relative_rms(x, y) <= TOLERANCE[torch.float16]

@@ -1,0 +1,146 @@
+"""Ling 3.0: the delta rule with a bounded decay, gated latent attention, experts in groups."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from hybrid.convert.families.common import (
+    DENSE_WEIGHTS,
+    FFN,
+    LAYER,
+    MIXER,
+    PRE_NORMS,
+    SIZES,
+    experts,
+)
+from hybrid.convert.families.deepseek_v3 import GROUPED_EXPERTS, LATENT, latent_weights
+from hybrid.convert.family import (
+    Family,
+    Flat,
+    LayerRule,
+    always,
+    both,
+    by_type,
+    ignored,
+    key,
+    must,
+    register_family,
+    rope,
+)
+from hybrid.convert.weights import Fuse, Rule, Squeeze, renames, rule
+
+THEIRS = f"{LAYER}attention."
+MIXERS = by_type(linear_attention="K", full_attention="A")
+FEED_FORWARDS = by_type("mlp_layer_types", dense="-", sparse="E")
+
+
+def _write_mixers(layers: Sequence[str]) -> Flat:
+    """The list, and the period that other software reads."""
+    period = next((i + 1 for i, letter in enumerate(layers) if letter == "A"), len(layers) + 1)
+    return {**MIXERS.write(layers), "layer_group_size": period}
+
+
+def _write_ffn(layers: Sequence[str]) -> Flat:
+    dense = next((i for i, symbol in enumerate(layers) if symbol == "E"), len(layers))
+    return {**FEED_FORWARDS.write(layers), "first_k_dense_replace": dense}
+
+
+def _read_gate(config: Any) -> Flat:
+    kind = "bounded" if config.kda_safe_gate else "softplus"
+    return {"mixers.K.decay_gate": kind, "mixers.K.lower_bound": config.kda_lower_bound}
+
+
+def _write_gate(flat: Flat) -> Flat:
+    if "mixers.K.decay_gate" not in flat:
+        return {}
+    return {
+        "kda_safe_gate": flat["mixers.K.decay_gate"] == "bounded",
+        "kda_lower_bound": flat["mixers.K.lower_bound"],
+    }
+
+
+def _read_head_dim(config: Any) -> Flat:
+    paths = "mixers.K.head_dim", "mixers.K.value_head_dim"
+    return dict.fromkeys(paths, config.linear_head_dim)
+
+
+def _write_head_dim(flat: Flat) -> Flat:
+    """They take it from `head_dim` and then write something else there."""
+    dim = flat.get("mixers.K.head_dim")
+    return {} if dim is None else {"head_dim": dim, "linear_head_dim": dim}
+
+
+def _latent(found: Rule) -> Rule:
+    """A rule of DeepSeek's by the names of Ling's files."""
+    (name,) = found.their_names
+    name = name.replace(".self_attn.", ".attention.").replace(".o_proj.", ".dense.")
+    return replace(found, theirs=name)
+
+
+BAILING_HYBRID = register_family(
+    Family(
+        name="bailing_hybrid",
+        architecture="BailingHybridForCausalLM",
+        letters={"K": "kimi_delta_attention", "A": "multi_head_latent_attention"},
+        config=(
+            *(found for found in SIZES if found.keys != ("tie_word_embeddings",)),
+            must("tie_word_embeddings", False),  # their class does not tie
+            always(tie_word_embeddings=False),
+            key("rms_norm_eps", "norm_eps"),
+            *(f for f in LATENT if f.keys[:1] not in (("q_lora_rank",), ("head_dim",))),
+            key("num_attention_heads", "mixers.A.num_heads", "mixers.K.num_heads"),
+            rope("A"),
+            always(mixers__A__output_gate=True, mixers__K__gate_rank=0),
+            both("head_dim", read=_read_head_dim, write=_write_head_dim),
+            key("short_conv_kernel_size", "mixers.K.conv_size"),
+            both("kda_safe_gate", "kda_lower_bound", read=_read_gate, write=_write_gate),
+            must("hidden_act", "silu"),
+            *(found for found in GROUPED_EXPERTS if found.keys != ("hidden_act",)),
+            key("num_local_experts", "feed_forwards.E.num_experts"),
+            ignored("num_mtp_layers", "mtp_loss_scaling_factor", "rope_theta"),
+        ),
+        mixers=replace(MIXERS, keys=("layer_types", "layer_group_size"), write=_write_mixers),
+        ffn=LayerRule(
+            ("mlp_layer_types", "first_k_dense_replace"), FEED_FORWARDS.read, _write_ffn
+        ),
+        weights=(
+            rule("model.word_embeddings.weight", "model.embed_tokens.weight"),
+            *renames("model.", "model.", ["norm"]),
+            rule("lm_head.weight"),
+            *PRE_NORMS,
+            *map(_latent, latent_weights(rotated=True)),
+            rule(f"{THEIRS}g_proj.weight", f"{MIXER}gate_proj.weight", mixer="AK"),
+            *renames(
+                THEIRS,
+                MIXER,
+                {
+                    "q_proj": "q_proj", "k_proj": "k_proj", "v_proj": "v_proj", "dense": "o_proj",
+                    "b_proj": "beta_proj", "f_proj": "decay_proj", "o_norm": "norm",
+                },
+                mixer="K",
+            ),
+            rule(
+                [f"{THEIRS}{name}_conv1d.weight" for name in "qkv"],
+                f"{MIXER}conv.weight",
+                Squeeze(1),
+                Fuse(parts=3),
+                mixer="K",
+            ),
+            *(rule(f"{THEIRS}{n}", f"{MIXER}{n}", mixer="K") for n in ("A_log", "dt_bias")),
+            *DENSE_WEIGHTS,
+            rule(f"{LAYER}mlp.gate.weight", f"{FFN}router.weight", ffn="E"),
+            rule(f"{LAYER}mlp.gate.expert_bias", f"{FFN}router.score_correction_bias", ffn="E"),
+            *experts(f"{LAYER}mlp.experts."),
+            *renames(
+                f"{LAYER}mlp.shared_experts.",
+                f"{FFN}shared_experts.",
+                ["gate_proj", "up_proj", "down_proj"],
+                ffn="E",
+            ),
+        ),
+        # multi-token prediction of the published size
+        unread_weights=("model.layers.42.*",),
+    )
+)  # fmt: skip

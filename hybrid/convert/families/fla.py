@@ -1,0 +1,303 @@
+"""What flash-linear-attention's own families share.
+
+Their stacks are all one: RMSNorm, a mixer, RMSNorm, a gated feed-forward; `attn` names layers that
+have softmax attention instead. Formats and formulas are those of version 0.6.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from hybrid.convert.families.common import FFN, LAYER, MIXER, SIZES, simplest
+from hybrid.convert.family import (
+    ConfigRule,
+    Flat,
+    Inexpressible,
+    LayerRule,
+    always,
+    both,
+    ignored,
+    key,
+    must,
+)
+from hybrid.convert.weights import Fuse, Rule, Squeeze, renames, rule
+
+THEIRS = f"{LAYER}attn."
+SOFTMAX = {"S": "softmax_attention", "W": "sliding_window_attention"}
+
+# what every config class of theirs has, by its usual default
+DEFAULTS: dict[str, Any] = {
+    "hidden_size": 2048, "num_hidden_layers": 24, "vocab_size": 32000, "attn": None,
+    "hidden_ratio": 4, "intermediate_size": None, "hidden_act": "swish", "norm_eps": 1e-6,
+    "max_position_embeddings": 2048, "initializer_range": 0.02, "tie_word_embeddings": False,
+    "pad_token_id": None, "bos_token_id": 1, "eos_token_id": 2, "fuse_norm": True,
+    "fuse_swiglu": True, "fuse_cross_entropy": True, "fuse_linear_cross_entropy": False,
+    "use_l2warp": False, "use_cache": True, "attnres_block_size": None, "attn_mode": "chunk",
+}  # fmt: skip
+RECURRENT_DEFAULTS: dict[str, Any] = {"use_short_conv": True, "conv_size": 4}
+
+# kernels and losses; and what older files hold, which the classes do not read
+UNREAD = ignored(
+    "attn_mode", "fuse_norm", "fuse_swiglu", "fuse_cross_entropy", "fuse_linear_cross_entropy",
+    "use_l2warp", "share_conv_kernel", "rms_norm_eps",
+)  # fmt: skip
+
+
+def width(path: str, ratio: float, share: float, multiple: int) -> ConfigRule:
+    """`intermediate_size`, or else `hidden_ratio` times D times a share, rounded up to a multiple."""
+
+    def read(config: Any) -> Flat:
+        size = config.intermediate_size
+        if size is None:
+            asked = ratio if config.hidden_ratio is None else config.hidden_ratio
+            size = multiple * -(-int(config.hidden_size * asked * share) // multiple)
+        return {path: size}
+
+    def write(flat: Flat) -> Flat:
+        return {"intermediate_size": flat[path]} if path in flat else {}
+
+    return both("intermediate_size", "hidden_ratio", read=read, write=write)
+
+
+FEED_FORWARD: tuple[ConfigRule, ...] = (
+    width("feed_forwards.-.intermediate_size", 4, 2 / 3, 256),
+    must("hidden_act", "swish"),
+    always(**{"feed_forwards__-__activation": "swiglu"}),
+)
+STACK: tuple[ConfigRule, ...] = (
+    *SIZES,
+    key("norm_eps"),
+    *FEED_FORWARD,
+    must("attnres_block_size", None),
+    UNREAD,
+)
+
+
+def _specs(config: Any) -> list[dict[str, Any]]:
+    """What `attn` asks for, one entry for each kind of softmax attention."""
+    given = config.attn
+    return [] if given is None else [given] if isinstance(given, dict) else list(given)
+
+
+def _kind(spec: dict[str, Any]) -> str:
+    return "S" if spec.get("window_size") is None else "W"
+
+
+def softmax_options(letter: str, spec: dict[str, Any]) -> dict[str, Any]:
+    """Our paths for the words that they have for a softmax layer."""
+    theta = spec.get("rope_theta", 10000.0)
+    found = {
+        "num_heads": spec["num_heads"],
+        "num_kv_heads": spec.get("num_kv_heads"),
+        "bias": spec.get("qkv_bias", False),
+        "rope_parameters": {"rope_type": "default", "rope_theta": theta},
+    }
+    found |= {"window": spec["window_size"]} if letter == "W" else {}
+    return {f"mixers.{letter}.{name}": value for name, value in found.items()}
+
+
+def softmax_spec(letter: str, flat: Flat) -> dict[str, Any]:
+    """The inverse of `softmax_options`."""
+    rope = flat[f"mixers.{letter}.rope_parameters"]
+    if rope is None or rope.get("rope_type", "default") != "default":
+        raise Inexpressible(
+            f"mixers.{letter}.rope_parameters: {rope!r}, but rotary ones are always"
+        )
+    return {
+        "num_heads": flat[f"mixers.{letter}.num_heads"],
+        "num_kv_heads": flat[f"mixers.{letter}.num_kv_heads"],
+        "qkv_bias": flat[f"mixers.{letter}.bias"],
+        "window_size": flat.get(f"mixers.{letter}.window") if letter == "W" else None,
+        "rope_theta": rope.get("rope_theta", 10000.0),
+    }
+
+
+def _read_attn(config: Any) -> Flat:
+    flat: dict[str, Any] = {}
+    for spec in _specs(config):
+        found = softmax_options(_kind(spec), spec)
+        if any(flat.get(path, value) != value for path, value in found.items()):
+            raise Inexpressible(
+                "attn: two kinds of softmax attention that differ in more than a window"
+            )
+        flat |= found
+    return flat
+
+
+def _write_attn(flat: Flat) -> Flat:
+    layers = [letter for letter in flat["letters"] if letter != "c"]
+    specs = [
+        {"layers": [i for i, found in enumerate(layers) if found == letter]}
+        | softmax_spec(letter, flat)
+        for letter in SOFTMAX
+        if letter in layers
+    ]
+    return {"attn": None if not specs else specs[0] if len(specs) == 1 else specs}
+
+
+ATTN: ConfigRule = both("attn", read=_read_attn, write=_write_attn)
+
+
+def mixed(letter: str) -> LayerRule:
+    """The family's own mixer in every layer that `attn` does not name."""
+
+    def read(config: Any) -> Sequence[str]:
+        layers = [letter] * config.num_hidden_layers
+        for spec in _specs(config):
+            for i in spec["layers"]:
+                layers[i] = _kind(spec)
+        return layers
+
+    return LayerRule(("attn",), read, lambda layers: {})
+
+
+def expansion(letter: str, heads: str = "num_heads") -> tuple[ConfigRule, ...]:
+    """Heads, and K and V as shares of D: `expand_k` and `expand_v`."""
+
+    def read(config: Any) -> Flat:
+        return {
+            f"mixers.{letter}.{ours}": round(config.hidden_size * share) // getattr(config, heads)
+            for ours, share in (("head_dim", config.expand_k), ("value_head_dim", config.expand_v))
+        }
+
+    def write(flat: Flat) -> Flat:
+        if f"mixers.{letter}.num_heads" not in flat:
+            return {}
+        count, hidden = flat[f"mixers.{letter}.num_heads"], flat["hidden_size"]
+        return {
+            theirs: _share(count * flat[f"mixers.{letter}.{ours}"], hidden)
+            for theirs, ours in (("expand_k", "head_dim"), ("expand_v", "value_head_dim"))
+        }
+
+    return (
+        key(heads, f"mixers.{letter}.num_heads"),
+        both("expand_k", "expand_v", read=read, write=write),
+    )
+
+
+def _share(part: int, whole: int) -> float:
+    return simplest(part / whole, part, lambda share: whole * share)
+
+
+def grouped_expansion(letter: str) -> tuple[ConfigRule, ...]:
+    """Heads of q and k, perhaps fewer than those of v, and V as a multiple of K."""
+    path = f"mixers.{letter}."
+
+    def read(config: Any) -> Flat:
+        values = config.num_heads if config.num_v_heads is None else config.num_v_heads
+        return {
+            f"{path}num_heads": values,
+            f"{path}num_key_heads": config.num_heads,
+            f"{path}head_dim": config.head_dim,
+            f"{path}value_head_dim": int(config.head_dim * config.expand_v),
+        }
+
+    def write(flat: Flat) -> Flat:
+        if f"{path}num_heads" not in flat:
+            return {}
+        return {
+            "num_heads": flat[f"{path}num_key_heads"],
+            "num_v_heads": flat[f"{path}num_heads"],
+            "head_dim": flat[f"{path}head_dim"],
+            "expand_v": _share(flat[f"{path}value_head_dim"], flat[f"{path}head_dim"]),
+        }
+
+    return (both("num_heads", "num_v_heads", "head_dim", "expand_v", read=read, write=write),)
+
+
+def ungrouped() -> ConfigRule:
+    """`num_kv_heads`: as many as there are heads."""
+
+    def read(config: Any) -> Flat:
+        if config.num_kv_heads not in (None, config.num_heads):
+            raise Inexpressible(
+                f"num_kv_heads: {config.num_kv_heads} of {config.num_heads} cannot be expressed"
+                " here: several queries to one state"
+            )
+        return {}
+
+    return both("num_kv_heads", read=read, write=lambda flat: {"num_kv_heads": None})
+
+
+def short_conv(letter: str) -> ConfigRule:
+    """`use_short_conv` and `conv_size`."""
+    path = f"mixers.{letter}.conv_size"
+
+    def write(flat: Flat) -> Flat:
+        if path not in flat:
+            return {}
+        size = {} if flat[path] is None else {"conv_size": flat[path]}
+        return {"use_short_conv": flat[path] is not None, **size}
+
+    return both(
+        "use_short_conv",
+        "conv_size",
+        read=lambda config: {path: config.conv_size if config.use_short_conv else None},
+        write=write,
+    )
+
+
+def named_norm(letter: str) -> ConfigRule:
+    """`fuse_norm` where the name of a weight depends on it."""
+
+    def read(config: Any) -> Flat:
+        if not config.fuse_norm and config.use_output_gate:
+            raise Inexpressible(
+                "fuse_norm: False gives attn.g_norm another name; it is the same as True with the"
+                " tensors renamed to attn.g_norm_swish_gate"
+            )
+        return {f"mixers.{letter}.output_gate": config.use_output_gate}
+
+    return both("fuse_norm", read=read, write=lambda flat: {"fuse_norm": True})
+
+
+def _sizes(options: Any) -> list[int]:
+    """Channels of q, k and v."""
+    heads, key_dim, value_dim = options.sizes
+    inner_key = (getattr(options, "num_key_heads", None) or heads) * key_dim
+    return [inner_key, inner_key, heads * value_dim]
+
+
+def ends() -> tuple[Rule, ...]:
+    """Embeddings, the last norm and the head."""
+    return (
+        rule("model.embeddings.weight", "model.embed_tokens.weight"),
+        *renames("model.", "model.", ["norm"]),
+        rule("lm_head.weight"),
+    )
+
+
+SOFTMAX_WEIGHTS: tuple[Rule, ...] = renames(
+    THEIRS, MIXER, ["q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm"], mixer="SW"
+)
+STACK_WEIGHTS: tuple[Rule, ...] = (
+    *ends(),
+    *renames(LAYER, LAYER, {"attn_norm": "mixer_residual.norm_in"}),
+    *renames(LAYER, LAYER, {"mlp_norm": "ffn_residual.norm_in"}),
+    *SOFTMAX_WEIGHTS,
+    *renames(f"{LAYER}mlp.", FFN, ["gate_proj", "up_proj", "down_proj"], ffn="-"),
+)
+
+
+def mixer_weights(
+    letter: str, names: dict[str, str], qkv: Sequence[str] = "qkv"
+) -> tuple[Rule, ...]:
+    """What nearly all of their mixers have.
+
+    Args:
+        letter: of the mixer.
+        names: its other matrices and norms, theirs -> ours, beside q, k, v and o.
+        qkv: their names of the three.
+    """
+    inputs = {f"{theirs}_proj": f"{ours}_proj" for theirs, ours in zip(qkv, "qkv", strict=True)}
+    return (
+        *renames(THEIRS, MIXER, {**inputs, "o_proj": "o_proj", **names}, mixer=letter),
+        rule(
+            [f"{THEIRS}{name}_conv1d.weight" for name in qkv],
+            f"{MIXER}conv.weight",
+            Squeeze(1),
+            Fuse(sizes=_sizes),
+            mixer=letter,
+        ),
+    )

@@ -1,0 +1,82 @@
+"""flash-linear-attention's HGRN-2 (arXiv 2404.07904): layout H."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hybrid.convert.families.common import MIXER
+from hybrid.convert.families.fla import (
+    ATTN,
+    DEFAULTS,
+    RECURRENT_DEFAULTS,
+    SOFTMAX,
+    STACK,
+    STACK_WEIGHTS,
+    mixed,
+    mixer_weights,
+    short_conv,
+)
+from hybrid.convert.family import Family, Flat, both, everywhere, must, register_family
+from hybrid.convert.weights import rule
+
+OUTPUT_NORM_EPS = 1e-5  # whatever norm_eps says
+
+
+def _read_heads(config: Any) -> Flat:
+    width, heads = config.expand_ratio, config.num_heads
+    if width is None:
+        width = config.hidden_size // heads
+    else:
+        heads = max(1, config.hidden_size // width)
+    return {
+        "mixers.H.num_heads": heads,
+        "mixers.H.head_dim": width,
+        "mixers.H.value_head_dim": config.hidden_size // heads,
+        "mixers.H.scale": width**-0.5,
+        "mixers.H.output_norm_eps": (
+            None if config.norm_eps == OUTPUT_NORM_EPS else OUTPUT_NORM_EPS
+        ),
+    }
+
+
+def _write_heads(flat: Flat) -> Flat:
+    if "mixers.H.num_heads" not in flat:
+        return {}
+    return {"num_heads": flat["mixers.H.num_heads"], "expand_ratio": flat["mixers.H.head_dim"]}
+
+
+def _read_bound(config: Any) -> Flat:
+    bound = config.use_lower_bound
+    return {"mixers.H.lower_bound": bound, "mixers.H.bounds_over_depth": bound}
+
+
+HGRN2 = register_family(
+    Family(
+        name="hgrn2",
+        architecture="HGRN2ForCausalLM",
+        letters={"H": "hgrn2", **SOFTMAX},
+        config=(
+            *STACK,
+            ATTN,
+            both("num_heads", "expand_ratio", read=_read_heads, write=_write_heads),
+            short_conv("H"),
+            both(
+                "use_lower_bound",
+                read=_read_bound,
+                write=lambda flat: {"use_lower_bound": flat.get("mixers.H.lower_bound", False)},
+            ),
+            must("elementwise_affine", True),
+        ),
+        mixers=mixed("H"),
+        ffn=everywhere("-"),
+        weights=(
+            *STACK_WEIGHTS,
+            *mixer_weights("H", {"g_norm": "norm.norm"}, qkv="qfi"),
+            rule("model.lower_bounds", f"{MIXER}lower_bounds", mixer="H"),
+        ),
+        defaults={
+            **DEFAULTS, **RECURRENT_DEFAULTS, "use_short_conv": False, "num_heads": None,
+            "expand_ratio": 128, "use_lower_bound": True, "elementwise_affine": True,
+        },
+    )
+)  # fmt: skip

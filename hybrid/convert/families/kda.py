@@ -1,0 +1,85 @@
+"""flash-linear-attention's Kimi Delta Attention (arXiv 2510.26692): layout K."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hybrid.convert.families.common import MIXER
+from hybrid.convert.families.fla import (
+    ATTN,
+    DEFAULTS,
+    RECURRENT_DEFAULTS,
+    SOFTMAX,
+    STACK,
+    STACK_WEIGHTS,
+    THEIRS,
+    grouped_expansion,
+    mixed,
+    mixer_weights,
+    short_conv,
+)
+from hybrid.convert.family import (
+    Family,
+    Flat,
+    Inexpressible,
+    always,
+    both,
+    everywhere,
+    key,
+    register_family,
+)
+from hybrid.convert.weights import rule
+
+SAFE = -5.0  # what their chunked kernel takes as the lowest bound of its quick path
+
+
+def _read_gate(config: Any) -> Flat:
+    if config.lower_bound is None:
+        if config.safe_gate:
+            raise Inexpressible("safe_gate: True without lower_bound, which their kernel refuses")
+        return {"mixers.K.decay_gate": "softplus"}
+    return {"mixers.K.decay_gate": "bounded", "mixers.K.lower_bound": config.lower_bound}
+
+
+def _write_gate(flat: Flat) -> Flat:
+    if flat.get("mixers.K.decay_gate") != "bounded":
+        return {"safe_gate": False, "lower_bound": None}
+    bound = flat["mixers.K.lower_bound"]
+    return {"safe_gate": bound >= SAFE, "lower_bound": bound}
+
+
+KDA = register_family(
+    Family(
+        name="kda",
+        architecture="KDAForCausalLM",
+        letters={"K": "kimi_delta_attention", **SOFTMAX},
+        config=(
+            *STACK,
+            ATTN,
+            *grouped_expansion("K"),
+            short_conv("K"),
+            key("allow_neg_eigval", "mixers.K.negative_eigenvalues"),
+            both("safe_gate", "lower_bound", read=_read_gate, write=_write_gate),
+            always(mixers__K__gate_bias=True),
+        ),
+        mixers=mixed("K"),
+        ffn=everywhere("-"),
+        weights=(
+            *STACK_WEIGHTS,
+            *mixer_weights(
+                "K",
+                {
+                    "b_proj": "beta_proj", "o_norm": "norm", "f_proj.0": "decay_proj.0",
+                    "f_proj.1": "decay_proj.1", "g_proj.0": "gate_proj.0", "g_proj.1": "gate_proj.1",
+                },
+            ),
+            rule(f"{THEIRS}A_log", f"{MIXER}A_log", mixer="K"),
+            rule(f"{THEIRS}dt_bias", f"{MIXER}dt_bias", mixer="K"),
+        ),
+        defaults={
+            **{k: v for k, v in DEFAULTS.items() if k != "fuse_linear_cross_entropy"},
+            **RECURRENT_DEFAULTS, "num_heads": 16, "num_v_heads": None, "head_dim": 128,
+            "expand_v": 1.0, "allow_neg_eigval": False, "safe_gate": False, "lower_bound": None,
+        },
+    )
+)  # fmt: skip

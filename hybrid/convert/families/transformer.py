@@ -1,0 +1,70 @@
+"""flash-linear-attention's softmax baseline: layout S, or W where it has a window."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hybrid.convert.families.fla import (
+    DEFAULTS,
+    SOFTMAX,
+    STACK,
+    STACK_WEIGHTS,
+    softmax_options,
+    softmax_spec,
+)
+from hybrid.convert.family import (
+    Family,
+    Flat,
+    LayerRule,
+    both,
+    everywhere,
+    ignored,
+    register_family,
+)
+
+KEYS = ("num_heads", "num_kv_heads", "qkv_bias", "window_size", "rope_theta")
+QK_NORM_EPS = 1e-5  # whatever norm_eps says
+
+
+def _letter(config: Any) -> str:
+    return "S" if config.window_size is None else "W"
+
+
+def _read(config: Any) -> Flat:
+    letter = _letter(config)
+    eps = None if config.norm_eps == QK_NORM_EPS else QK_NORM_EPS
+    norm = {"qk_norm": "head", "qk_norm_eps": eps} if config.qk_norm else {"qk_norm": None}
+    return softmax_options(letter, {name: getattr(config, name) for name in KEYS}) | {
+        f"mixers.{letter}.{name}": value for name, value in norm.items()
+    }
+
+
+def _write(flat: Flat) -> Flat:
+    letter = flat["letters"][0]
+    return softmax_spec(letter, flat) | {"qk_norm": flat[f"mixers.{letter}.qk_norm"] is not None}
+
+
+TRANSFORMER = register_family(
+    Family(
+        name="transformer",
+        architecture="TransformerForCausalLM",
+        letters=SOFTMAX,
+        config=(
+            *STACK,
+            both(*KEYS, "qk_norm", read=_read, write=_write),
+            ignored("elementwise_affine"),  # their class has it and does not use it
+        ),
+        mixers=LayerRule(
+            ("window_size",),
+            lambda config: [_letter(config)] * config.num_hidden_layers,
+            lambda layers: {},
+        ),
+        ffn=everywhere("-"),
+        weights=STACK_WEIGHTS,
+        defaults={
+            **{k: v for k, v in DEFAULTS.items() if k not in ("attn", "attn_mode")},
+            "num_heads": 32, "num_kv_heads": None, "qkv_bias": False, "qk_norm": False,
+            "window_size": None, "rope_theta": 10000.0, "elementwise_affine": True,
+        },
+    )
+)  # fmt: skip

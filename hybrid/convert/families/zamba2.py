@@ -1,0 +1,187 @@
+"""Zamba2: Mamba-2, and a few shared softmax blocks that read the embeddings again and feed it.
+
+Their layer of both is two of ours, Z and M.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from hybrid.convert.families.common import (
+    FFN,
+    GATED,
+    LAYER,
+    MIXER,
+    SIZES,
+    ends,
+    mamba2_clamp,
+    mamba2_expand,
+    mamba2_options,
+    mamba2_weights,
+)
+from hybrid.convert.family import (
+    Family,
+    Flat,
+    Inexpressible,
+    LayerRule,
+    always,
+    both,
+    ignored,
+    key,
+    must,
+    register_family,
+)
+from hybrid.convert.weights import Rule, Split, renames, rule
+
+SHARED = f"{LAYER}shared_transformer."
+ADAPTERS = "model.layers.{block}.shared_transformer."
+FFN_TARGETS, SOFTMAX_TARGETS = ["gate_proj", "up_proj"], ["q_proj", "k_proj", "v_proj"]
+
+
+def _read_layers(config: Any) -> Sequence[str]:
+    return list("".join({"hybrid": "ZM"}.get(kind, "M") for kind in config.layers_block_type))
+
+
+def _write_layers(layers: Sequence[str]) -> Flat:
+    text = "".join(layers)
+    if "ZZ" in text or text.endswith("Z"):
+        raise Inexpressible("zamba2 has a Mamba-2 layer behind each shared block")
+    kinds = ["hybrid" if c == "Z" else "linear_attention" for c in text.replace("ZM", "Z")]
+    return {"layers_block_type": kinds, "num_hidden_layers": len(kinds)}
+
+
+def _read_positions(config: Any) -> Flat:
+    rope = dict(config.rope_parameters) if config.use_mem_rope else None
+    return {"mixers.Z.rope_parameters": rope}
+
+
+def _write_positions(flat: Flat) -> Flat:
+    rope = flat.get("mixers.Z.rope_parameters")
+    return (
+        {"use_mem_rope": False} if rope is None else {"use_mem_rope": True, "rope_parameters": rope}
+    )
+
+
+def _read_targets(config: Any) -> Flat:
+    more = SOFTMAX_TARGETS if config.use_shared_attention_adapter else []
+    return {"shared.Z.lora_targets": [*FFN_TARGETS, *more]}
+
+
+def _write_targets(flat: Flat) -> Flat:
+    targets = flat.get("shared.Z.lora_targets", ())
+    return {"use_shared_attention_adapter": any(name in targets for name in SOFTMAX_TARGETS)}
+
+
+def _mamba(theirs: str, joined: bool) -> tuple[Rule, ...]:
+    """A Mamba-2 layer below a prefix: one by itself, or one behind a shared block."""
+    rules = (
+        *renames(theirs, LAYER, {"input_layernorm": "mixer_residual.norm_in"}, mixer="M"),
+        *mamba2_weights(f"{theirs}mamba."),
+    )
+    return tuple(replace(found, joined=joined) for found in rules)
+
+
+ZAMBA2 = register_family(
+    Family(
+        name="zamba2",
+        architecture="Zamba2ForCausalLM",
+        letters={"M": "mamba2", "Z": "softmax_attention"},
+        config=(
+            *(found for found in SIZES if found.keys != ("tie_word_embeddings",)),
+            # without, their class shares no blocks either
+            must("tie_word_embeddings", True),
+            always(tie_word_embeddings=True),
+            # the norm within Mamba-2 has this one whatever the config says
+            must("rms_norm_eps", 1e-5),
+            always(norm_eps=1e-5),
+            key("num_attention_heads", "mixers.Z.num_heads"),
+            key("num_key_value_heads", "mixers.Z.num_kv_heads"),
+            key("attention_dropout", "mixers.Z.dropout"),
+            both(
+                read=lambda config: {"mixers.Z.scale": (config.attention_head_dim / 2) ** -0.5},
+                write=lambda flat: {},
+            ),
+            both("use_mem_rope", "rope_parameters", read=_read_positions, write=_write_positions),
+            *(
+                found
+                for found in mamba2_options(
+                    "n_mamba_heads", "mamba_headdim", "mamba_d_state", "mamba_ngroups",
+                    "mamba_d_conv", "use_conv_bias", "add_bias_linear", "mamba_expand",
+                )
+                if found.keys[0] not in (
+                    "mamba_headdim", "use_conv_bias", "add_bias_linear", "mamba_expand",
+                    "time_step_limit",
+                )
+            ),
+            mamba2_expand(
+                "mamba_expand", read=lambda config: {"mixers.M.head_dim": config.mamba_headdim}
+            ),
+            *mamba2_clamp(),
+            key("add_bias_linear", "mixers.M.bias", "feed_forwards.-.bias"),
+            key("intermediate_size", "feed_forwards.-.intermediate_size"),
+            key("hidden_act", "feed_forwards.-.activation", values=GATED),
+            key("num_mem_blocks", "shared.Z.blocks"),
+            key("adapter_rank", "shared.Z.lora_rank"),
+            both("use_shared_attention_adapter", read=_read_targets, write=_write_targets),
+            always(
+                residuals__Z__skip_multiplier=0.0,
+                shared__Z__concat_embeddings=True,
+                shared__Z__depth_projection=True,
+                shared__Z__output="next",
+            ),
+            ignored("use_conv_bias", "use_long_context", "chunk_size", "num_logits_to_keep",
+                    "use_mamba_kernels", "use_mem_eff_path"),
+        ),
+        mixers=LayerRule(("layers_block_type",), _read_layers, _write_layers),
+        ffn=LayerRule(
+            (),
+            lambda config: ["-" if letter == "Z" else "" for letter in _read_layers(config)],
+            lambda layers: {},
+        ),
+        joins_next="Z",
+        weights=(
+            *ends("final_layernorm"),
+            *_mamba(LAYER, joined=False),
+            *_mamba(f"{LAYER}mamba_decoder.", joined=True),
+            *renames(LAYER, LAYER, {"linear": "depth_projection"}, mixer="Z"),
+            *renames(SHARED, LAYER, {"input_layernorm": "mixer_residual.norm_in"}, mixer="Z"),
+            *renames(SHARED, LAYER, {"pre_ff_layernorm": "ffn_residual.norm_in"}, mixer="Z"),
+            *renames(
+                f"{SHARED}self_attn.", MIXER, ["q_proj", "k_proj", "v_proj", "o_proj"], mixer="Z"
+            ),
+            *(
+                rule(
+                    f"{ADAPTERS}self_attn.linear_{name}_adapter_list.{{depth}}.{number}.weight",
+                    f"{MIXER}{name}_proj.lora_{part}.weight",
+                    mixer="Z",
+                )
+                for name in "qkv"
+                for number, part in enumerate("ab")
+            ),
+            *(
+                rule(
+                    f"{SHARED}feed_forward.gate_up_proj.{kind}",
+                    [f"{FFN}{name}.{kind}" for name in FFN_TARGETS],
+                    Split(),
+                    ffn="-",
+                )
+                for kind in ("weight", "bias")
+            ),
+            *renames(f"{SHARED}feed_forward.", FFN, ["down_proj"], ffn="-"),
+            rule(
+                f"{ADAPTERS}feed_forward.gate_up_proj_adapter_list.{{depth}}.0.weight",
+                f"{FFN}gate_proj.lora_a.weight",
+                ffn="-",
+            ),
+            rule(
+                f"{ADAPTERS}feed_forward.gate_up_proj_adapter_list.{{depth}}.1.weight",
+                [f"{FFN}{name}.lora_b.weight" for name in FFN_TARGETS],
+                Split(),
+                ffn="-",
+            ),
+        ),
+        notes="Time steps are clamped from below by time_step_min, as in transformers' class.",
+    )
+)  # fmt: skip

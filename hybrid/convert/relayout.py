@@ -1,0 +1,314 @@
+"""Another layout for a model that stands: layers that stay keep their weights, new ones inherit.
+
+Shapes: D model dim, H query heads, H_kv key heads, K head dim.
+
+A new mixer starts from the softmax attention that it replaces, as in MambaInLlama (arXiv 2408.15237,
+section 3.1) and LoLCATs (arXiv 2410.10254): queries become what reads the state, keys and values what
+is written to it, and the output projection stays. `INHERIT` (`hybrid.convert.inherit`) says for each
+mixer which options it gets and where its gates start. Feed-forwards, norms and embeddings are the same
+tensors, bit for bit.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+
+from hybrid.config import HybridConfig
+from hybrid.convert.checkpoint import Spec, some
+from hybrid.convert.inherit import INHERIT, NEUTRAL, PROJECTIONS, Inherit
+from hybrid.convert.stack import fill, layout_of, on_meta
+from hybrid.convert.steps import Held
+from hybrid.layout import Layer, check_bound, parse, resolve
+from hybrid.mixers.base import Mixer
+from hybrid.mixers.grouped_heads import GroupedHeads
+from hybrid.model import HybridForCausalLM
+from hybrid.options import did_you_mean
+from hybrid.registry import mixers as registered
+
+logger = logging.getLogger(__name__)
+
+Named = Iterator[tuple[str, torch.Tensor]]
+Options = Mapping[str, Mapping[str, Any]]
+
+SETTINGS = ("norm_position", "residuals", "canon")
+"""Settings that a config may hold by letter; a new letter has those of the one it replaces."""
+
+
+def relayout(
+    model: HybridForCausalLM, layout: str, mixers: Options | None = None
+) -> HybridForCausalLM:
+    """A new model with another layout and the weights of `model`; see `Relayout`.
+
+    Nothing is shared with the model given.
+    """
+    plan = Relayout(model, layout, mixers)
+    held = Held(model.state_dict())
+    tied = set(model.all_tied_weights_keys)
+    fill(plan.model, plan.tensors((n, held.read(n)) for n in held.specs if n not in tied))
+    plan.model.config.dtype = model.dtype
+    plan.model.generation_config = copy.deepcopy(model.generation_config)
+    return plan.model.eval()
+
+
+class Relayout:
+    """A model's tensors under another layout.
+
+    Args:
+        model: the model as it stands; only its config and the names and shapes of its tensors are
+            looked at, so that it may be on the meta device.
+        layout: cycles over the depth. A letter that the model has at the same place keeps its layer.
+        mixers: letter -> options of its mixer over those that it inherits, as in a config.
+
+    Attributes:
+        model: the new model on the meta device.
+        replaced: the layers with new mixers.
+
+    Raises:
+        LayoutError: the layout does not fill the depth, or has a letter that means nothing.
+        ValueError: a layer that cannot be replaced, or a mixer that cannot inherit; all are listed.
+    """
+
+    def __init__(
+        self, model: HybridForCausalLM, layout: str, mixers: Options | None = None
+    ) -> None:
+        old, given = model.config, mixers or {}
+        layers = _laid_out(old, layout, given)
+        pairs = enumerate(zip(layers, old.layers, strict=True))
+        self.replaced = tuple(i for i, (new, was) in pairs if new != was)
+        _refuse_kept(old, layers, given)
+        self._rules = _rules(old, layers, self.replaced, given)
+        self.config = _new_config(old, layers, self.replaced, self._rules, given)
+        self.model = on_meta(self.config)
+        self._old: dict[int, Any] = {i: model.model.layers[i].mixer for i in self.replaced}
+        self._check(model)
+        self._report()
+
+    def specs(self, old: Mapping[str, Spec]) -> dict[str, Spec]:
+        """What the tensors will be, from what the model's own are."""
+        kept = {name: spec for name, spec in old.items() if self._place(name) is None}
+        for i in self.replaced:
+            dtype = old[f"model.layers.{i}.mixer.q_proj.weight"].dtype
+            for name, tensor in self._new(i).state_dict().items():
+                kept[f"model.layers.{i}.mixer.{name}"] = Spec(tuple(tensor.shape), dtype)
+        return kept
+
+    def tensors(self, named: Named) -> Named:
+        """The new model's tensors from the old one's, in one pass; those of a layer are held at most.
+
+        (Of several layers, where the tensors come in another order.)
+        """
+        wanted = {i: set(self._old[i].state_dict()) for i in self.replaced}
+        held: dict[int, dict[str, torch.Tensor]] = {i: {} for i in self.replaced}
+        for name, tensor in named:
+            place = self._place(name)
+            if place is None:
+                yield name, tensor
+                continue
+            layer, leaf = place
+            held[layer][leaf] = tensor
+            if held[layer].keys() == wanted[layer]:
+                yield from self._layer(layer, held.pop(layer))
+        assert not held, f"layers without all their tensors: {sorted(held)}"
+
+    def _place(self, name: str) -> tuple[int, str] | None:
+        """(layer, name in its mixer) of a tensor that a replaced mixer has; None for all others."""
+        parts = name.split(".", 4)
+        if parts[:2] != ["model", "layers"] or parts[3] != "mixer":
+            return None
+        layer = int(parts[2])
+        return (layer, parts[4]) if layer in self._old else None
+
+    def _letter(self, layer: int) -> str:
+        return self.config.layers[layer].mixers[0]
+
+    def _new(self, layer: int) -> Any:
+        """The new mixer of a layer, on the meta device."""
+        return self.model.model.layers[layer].mixer
+
+    def _layer(self, layer: int, held: Mapping[str, torch.Tensor]) -> Named:
+        rule = self._rules[self._letter(layer)]
+        state = self._fresh(layer).state_dict()
+        for name in state:
+            if name.split(".")[0] in rule.carried and name in held:
+                state[name] = _carried(name, held, self._old[layer], state[name].shape, rule)
+        dtype = held["q_proj.weight"].dtype
+        for name, tensor in state.items():
+            yield f"model.layers.{layer}.mixer.{name}", tensor.to(dtype).contiguous()
+
+    def _fresh(self, layer: int) -> Mixer:
+        """A new mixer on the CPU with its gates where they start; the same in every process."""
+        cls, options = self.config.mixer(self._letter(layer))
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(layer)
+            made = cls(options, self.config, layer)
+            made.apply(self.model._init_weights)
+        self._rules[self._letter(layer)].open(made)
+        return made
+
+    def _check(self, model: HybridForCausalLM) -> None:
+        """Refuse options under which a tensor that is to be carried over does not fit."""
+        lines = {}
+        for i in self.replaced:
+            old, new, letter = self._old[i], self._new(i), self._letter(i)
+            heads, _, head_dim = old.options.sizes
+            for name in PROJECTIONS:
+                was, now = getattr(old, name).weight.shape, getattr(new, name).weight.shape
+                fits = (heads * head_dim, was[0]) if name in ("k_proj", "v_proj") else (was[0],)
+                if now[0] not in fits or now[1] != was[1]:
+                    lines[letter, name] = (
+                        f"mixers.{letter}: {name} would be {tuple(now)}, and that of layer {i} is"
+                        f" {tuple(was)}, {heads} heads of {head_dim}: leave the sizes out"
+                    )
+        _raise_all(lines.values())
+        names = [{n for n in m.state_dict() if self._place(n) is None} for m in (model, self.model)]
+        odd = sorted(names[0] ^ names[1])
+        _raise_all([f"the new layout would add or take away {some(odd)}"] if odd else [])
+
+    def _report(self) -> None:
+        """Warn of what the softmax layers did and the new ones cannot."""
+        lost: dict[str, set[str]] = {}
+        for i in self.replaced:
+            rule, options = self._rules[self._letter(i)], self._old[i].options
+            lost.setdefault(self._letter(i), set()).update(
+                name
+                for name, neutral in NEUTRAL.items()
+                if name not in rule.keeps and getattr(options, name, neutral) != neutral
+            )
+        for letter, names in lost.items():
+            if names:
+                name, words = self.config.mixer(letter)[0].name, ", ".join(sorted(names))
+                logger.warning(
+                    "%s (%s) goes without what the layers it replaces had: %s", letter, name, words
+                )
+
+
+def _raise_all(lines: Any) -> None:
+    """Raise one ValueError for all lines, if there are any."""
+    lines = list(lines)
+    if len(lines) == 1:
+        raise ValueError(lines[0])
+    if lines:
+        raise ValueError("\n  ".join(["the layout cannot be changed:", *lines]))
+
+
+def _laid_out(old: HybridConfig, layout: str, given: Options) -> tuple[Layer, ...]:
+    """The new stack; every layer has what the old one has there, but for its mixer."""
+    parsed = parse(layout)
+    check_bound(parsed, [*registered.symbols(), *(old.mixers or {}), *given])
+    layers = resolve(parsed, "-" if parsed.names_ffn else "", old.num_hidden_layers)
+    if not parsed.names_ffn:
+        pairs = zip(layers, old.layers, strict=True)
+        layers = tuple(Layer(new.mixers, was.ffn) if was.mixers else new for new, was in pairs)
+    unused = sorted(set(given) - set(parsed.symbols()))
+    _raise_all([f"mixers.{s}: the layout {layout!r} has no {s}" for s in unused])
+    lines: dict[tuple[Layer, Layer], str] = {}
+    for i, (new, was) in enumerate(zip(layers, old.layers, strict=True)):
+        if new.ffn != was.ffn or (new != was and (len(new.mixers), len(was.mixers)) != (1, 1)):
+            text = (
+                f"layer {i} is {was} and would become {new}: one mixer can be replaced by one other"
+            )
+            lines.setdefault((was, new), text)
+    _raise_all(lines.values())
+    return layers
+
+
+def _refuse_kept(old: HybridConfig, layers: tuple[Layer, ...], given: Options) -> None:
+    """Options for letters that keep their layers, and options that would change what those do."""
+    lines = []
+    kept = {
+        s for new, was in zip(layers, old.layers, strict=True) if new == was for s in new.mixers
+    }
+    for letter in sorted(kept):
+        if letter in given:
+            lines.append(f"mixers.{letter}: its layers stay as they are; take another letter")
+        if getattr(old.mixer(letter)[1], "nope_every", None) is not None:
+            lines.append(
+                f"mixers.{letter}.nope_every: counts the softmax layers, which become fewer; bind a"
+                " letter of its own to the layers without positions first"
+            )
+    _raise_all(lines)
+
+
+def _rules(
+    old: HybridConfig, layers: tuple[Layer, ...], replaced: tuple[int, ...], given: Options
+) -> dict[str, Inherit]:
+    """The rule of each new letter, where the layers that it replaces are attention."""
+    lines: dict[str, str] = {}
+    rules: dict[str, Inherit] = {}
+    for i in replaced:
+        was, letter = old.layers[i].mixers[0], layers[i].mixers[0]
+        cls, name = old.mixer(was)[0], _mixer_name(old, letter, given)
+        shared = old.shared_at(was) is not None
+        if shared or not issubclass(cls, GroupedHeads):
+            why = "shares its weights" if shared else "has no queries, keys and values to hand on"
+            text = f"layer {i} ({was}, {cls.name}) {why}; layers that can be replaced are those of"
+            lines.setdefault(was, f"{text} softmax_attention and sliding_window_attention")
+        if name in INHERIT:
+            rules[letter] = INHERIT[name]
+        elif name in registered.names():
+            text = f"layer {i} ({letter}, {name}) cannot inherit from softmax attention; those that"
+            lines.setdefault(letter, f"{text} can: {', '.join(sorted(INHERIT))}")
+        else:
+            near = did_you_mean(name, registered.names())
+            lines.setdefault(letter, f"mixers.{letter}.type: no mixer {name!r}, {near}")
+    _raise_all(lines.values())
+    return rules
+
+
+def _mixer_name(old: HybridConfig, letter: str, given: Options) -> str:
+    """The mixer that a letter stands for: by the options given, the model's own, the registry's."""
+    bound = given.get(letter) or (old.mixers or {}).get(letter, {})
+    return str(bound.get("type", registered.symbols().get(letter, letter)))
+
+
+def _new_config(
+    old: HybridConfig,
+    layers: tuple[Layer, ...],
+    replaced: tuple[int, ...],
+    rules: Mapping[str, Inherit],
+    given: Options,
+) -> HybridConfig:
+    values = old.to_dict()
+    bound = {s: dict(options) for s, options in (old.mixers or {}).items()}
+    for i in reversed(replaced):  # the first layer of a letter has the last word
+        was, letter = old.layers[i].mixers[0], layers[i].mixers[0]
+        own = dict(given.get(letter) or (old.mixers or {}).get(letter, {}))
+        bound[letter] = {**rules[letter].options(old.mixer(was)[1]), **own}
+        for setting in SETTINGS:
+            by_letter = values.get(setting)
+            if isinstance(by_letter, dict) and was in by_letter:
+                values[setting] = {letter: by_letter[was], **by_letter}
+    if old.num_mtp_layers and old.mtp_layout is None:
+        values["mtp_layout"] = old.layers[-1].mixers[0]
+    used = {s for layer in layers for s in layer.mixers} | set(values.get("mtp_layout") or "")
+    values["mixers"] = {s: options for s, options in bound.items() if s in used}
+    letters, ffns = [layer.mixers for layer in layers], [layer.ffn or "" for layer in layers]
+    return HybridConfig.from_dict(values | layout_of(["".join(word) for word in letters], ffns))
+
+
+def _carried(
+    name: str, held: Mapping[str, torch.Tensor], old: Any, wanted: torch.Size, rule: Inherit
+) -> torch.Tensor:
+    """One tensor of the old mixer in the shape that the new one wants."""
+    tensor = held[name]
+    heads, kv_heads, head_dim = old.options.sizes
+    if name[:6] in ("q_proj", "k_proj") and "qk_norm" not in rule.keeps:
+        tensor = _folded(tensor, held.get(f"{name[0]}_norm.weight"), old.options.qk_norm_type)
+    if tensor.shape == wanted:
+        return tensor
+    per_head = tensor.unflatten(0, (kv_heads, head_dim))
+    return per_head.repeat_interleave(heads // kv_heads, dim=0).flatten(0, 1)
+
+
+def _folded(tensor: torch.Tensor, weight: torch.Tensor | None, kind: str) -> torch.Tensor:
+    """The weight of a norm of q or k put into the projection; the division is what is dropped."""
+    if weight is None:
+        return tensor
+    factor = weight.float() + (1.0 if kind == "zero_centered_rmsnorm" else 0.0)
+    factor = factor.repeat(tensor.shape[0] // factor.shape[0])
+    return (tensor.float() * factor.view(-1, *[1] * (tensor.ndim - 1))).to(tensor.dtype)

@@ -1,0 +1,151 @@
+"""What a distillation is judged by: held-out loss, the error of each new mixer, and knock-outs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+
+from hybrid.data.collate import RowCollator
+from hybrid.data.packing import Row
+from hybrid.distill.parts import mix_as_seen, relative_error, silenced, watch
+from hybrid.losses import next_tokens
+from hybrid.model import HybridForCausalLM
+
+IDLE = 1e-3
+"""Nats a token: a branch whose knock-out costs less does nothing that is worth having."""
+
+
+@dataclass(frozen=True)
+class RowLosses:
+    """Loss of each row, summed over its tokens, and how many tokens those are."""
+
+    sums: torch.Tensor
+    counts: torch.Tensor
+
+    @property
+    def mean(self) -> float:
+        """Nats a token."""
+        return (self.sums.sum() / self.counts.sum()).item()
+
+    def head(self, rows: int) -> RowLosses:
+        """The first rows."""
+        return RowLosses(self.sums[:rows], self.counts[:rows])
+
+    def above(self, other: RowLosses) -> tuple[float, float]:
+        """How much larger the mean is than another's on the same rows, and its standard error."""
+        difference = self.sums - other.sums
+        mean = difference.sum() / self.counts.sum()
+        if len(difference) < 2:
+            return mean.item(), math.nan
+        rest = difference - mean * self.counts
+        error = rest.square().sum() * len(rest) / (len(rest) - 1)
+        return mean.item(), (error.sqrt() / self.counts.sum()).item()
+
+
+@dataclass(frozen=True)
+class Branch:
+    """A mixer (or several) whose output was put to zero.
+
+    Attributes:
+        name: `layer 3`, or which layers.
+        mixer: letter and name, as `D gated_delta_net`.
+        replaced: whether it is new in the student.
+        loss: without it, in nats a token.
+        increase: of the loss.
+        standard_error: of the increase, over rows; NaN for a single row.
+    """
+
+    name: str
+    mixer: str
+    replaced: bool
+    loss: float
+    increase: float
+    standard_error: float
+
+    @property
+    def idle(self) -> bool:
+        """Whether no increase to speak of was seen: below `IDLE`, or within two standard errors."""
+        noise = 0.0 if math.isnan(self.standard_error) else 2 * self.standard_error
+        return self.increase < max(IDLE, noise)
+
+
+@torch.no_grad()
+def row_losses(model: HybridForCausalLM, rows: Sequence[Row], show: bool = False) -> RowLosses:
+    """The language-modelling loss of each row."""
+    device = model.device
+    sums, counts = [], []
+    for row in tqdm(rows, desc="evaluate", disable=not show, leave=False):
+        inputs = {key: value.to(device) for key, value in RowCollator()([row]).items()}
+        predicted = int((next_tokens(inputs["labels"]) >= 0).sum())
+        loss = model(**inputs, use_cache=False, skip_logits=True).loss
+        sums.append(loss.double().cpu() * predicted)
+        counts.append(predicted)
+    return RowLosses(torch.stack(sums), torch.tensor(counts, dtype=torch.float64))
+
+
+@torch.no_grad()
+def output_errors(
+    teacher: HybridForCausalLM,
+    student: HybridForCausalLM,
+    layers: Sequence[int],
+    rows: Sequence[Row],
+) -> dict[int, float]:
+    """Relative squared error of each new mixer for the teacher's inputs, a mean over rows."""
+    errors: dict[int, list[torch.Tensor]] = {i: [] for i in layers}
+    for row in rows:
+        inputs = {k: v.to(teacher.device) for k, v in RowCollator()([row]).items() if k != "labels"}
+        for i, seen in watch(teacher, layers, inputs).items():
+            errors[i].append(relative_error(mix_as_seen(student, i, seen), seen.y))
+    return {i: torch.stack(found).mean().item() for i, found in errors.items()}
+
+
+def knock_outs(
+    model: HybridForCausalLM,
+    replaced: Sequence[int],
+    rows: Sequence[Row],
+    whole: RowLosses,
+    show: bool = False,
+) -> list[Branch]:
+    """The loss without each mixer, without all new ones, and without all others.
+
+    Args:
+        model: the student.
+        replaced: its layers with new mixers.
+        rows: what to take the loss on.
+        whole: the losses of these rows with all mixers.
+        show: a progress bar.
+    """
+    mixing = [i for i, layer in enumerate(model.config.layers) if layer.mixers]
+    kept = [i for i in mixing if i not in replaced]
+    groups: list[tuple[str, list[int]]] = [(f"layer {i}", [i]) for i in mixing]
+    groups += [
+        (f"all {len(g)} {n}", g) for n, g in (("replaced", list(replaced)), ("kept", kept)) if g
+    ]
+    found = []
+    for name, layers in tqdm(groups, desc="knock out", disable=not show, leave=False):
+        with silenced(model, layers):
+            losses = row_losses(model, rows)
+        increase, error = losses.above(whole)
+        found.append(
+            Branch(
+                name,
+                _mixers(model, layers),
+                set(layers) <= set(replaced),
+                losses.mean,
+                increase,
+                error,
+            )
+        )
+    return found
+
+
+def _mixers(model: Any, layers: Sequence[int]) -> str:
+    letters = dict.fromkeys("".join(model.config.layers[i].mixers) for i in layers)
+    return ", ".join(
+        f"{word} {' + '.join(model.config.mixer(s)[0].name for s in word)}" for word in letters
+    )

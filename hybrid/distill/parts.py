@@ -1,0 +1,118 @@
+"""A student beside its teacher: which mixers are new, what they are given, what a stage holds still.
+
+Shapes: B batch, T time, D model dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from hybrid.model import HybridForCausalLM
+
+
+class Seen(NamedTuple):
+    """What a mixer of the teacher was given and what it gave.
+
+    Attributes:
+        x: its input, after the norm (B, T, D).
+        y: its output (B, T, D).
+        keywords: what else it was called with.
+    """
+
+    x: torch.Tensor
+    y: torch.Tensor
+    keywords: Mapping[str, Any]
+
+
+def replaced_layers(teacher: HybridForCausalLM, student: HybridForCausalLM) -> tuple[int, ...]:
+    """Layers whose mixer is another letter in the student."""
+    pairs = zip(teacher.config.layers, student.config.layers, strict=True)
+    return tuple(i for i, (was, now) in enumerate(pairs) if was != now)
+
+
+@torch.no_grad()
+def watch(
+    teacher: HybridForCausalLM, layers: Sequence[int], inputs: Mapping[str, torch.Tensor]
+) -> dict[int, Seen]:
+    """Run the teacher's stack, up to the last of the layers, and note what their mixers see."""
+    seen: dict[int, Seen] = {}
+
+    def note(i: int) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...], keywords: Any, output: Any) -> None:
+            seen[i] = Seen(args[0], output[0], keywords)
+            if i == layers[-1]:
+                raise _Enough
+
+        return hook
+
+    hooks = [
+        teacher.model.layers[i].mixer.register_forward_hook(note(i), with_kwargs=True)
+        for i in layers
+    ]
+    try:
+        teacher.model(**inputs, use_cache=False)
+    except _Enough:
+        pass
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return seen
+
+
+class _Enough(Exception):
+    """The last mixer of interest has run."""
+
+
+def mix_as_seen(student: HybridForCausalLM, layer: int, seen: Seen) -> torch.Tensor:
+    """The output (B, T, D) of a student's mixer for what the teacher's was given."""
+    mixer: Any = student.model.layers[layer].mixer
+    letter = student.config.layers[layer].mixers[0]
+    keywords = dict(seen.keywords)
+    positions = keywords.get("position_ids")
+    rotary: Any = dict(student.model.rotary.items()).get(letter)
+    keywords["position_embeddings"] = None if rotary is None else rotary(seen.x, positions)
+    if mixer.layer_type == "linear_attention":
+        keywords["attention_mask"] = None
+    return mixer(seen.x, **keywords)[0]
+
+
+def relative_error(found: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    """|found - wanted|^2 / |wanted|^2 over all elements, in float32: 0 for equal, 1 for all zeros."""
+    difference = (found - wanted).float().square().sum()
+    return difference / wanted.float().square().sum()
+
+
+def hold_still(student: HybridForCausalLM, replaced: Sequence[int], parts: Sequence[str]) -> None:
+    """Take the gradients off the parameters of these parts; see `PARTS`."""
+    for name, parameter in student.named_parameters():
+        parameter.requires_grad_(part_of(name, replaced) not in parts)
+
+
+def part_of(name: str, replaced: Sequence[int]) -> str:
+    """The part that a parameter of a hybrid belongs to."""
+    words = name.split(".")
+    if words[:2] == ["model", "layers"]:
+        if words[3] == "mixer":
+            return "replaced" if int(words[2]) in replaced else "kept"
+        return "ffn" if words[3] == "ffn" else "norms"
+    return "norms" if words[:2] == ["model", "norm"] else "embeddings"
+
+
+@contextmanager
+def silenced(model: HybridForCausalLM, layers: Sequence[int]) -> Iterator[None]:
+    """The mixers of these layers give zeros."""
+
+    def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        return (torch.zeros_like(output[0]), *output[1:])
+
+    hooks = [model.model.layers[i].mixer.register_forward_hook(hook) for i in layers]
+    try:
+        yield
+    finally:
+        for handle in hooks:
+            handle.remove()

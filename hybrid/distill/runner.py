@@ -1,0 +1,242 @@
+"""One distillation from a configuration to a student and a report."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from hybrid.convert import from_published
+from hybrid.convert.checkpoint import new_folder, read_json, write_json
+from hybrid.convert.relayout import relayout
+from hybrid.data.documents import INDEX
+from hybrid.data.packing import Row
+from hybrid.data.preparation import prepare
+from hybrid.data.sources import SourceConfig, plugins
+from hybrid.distill import report as words
+from hybrid.distill.config import DistillConfig, LogitsStage, OutputsStage, TeacherConfig
+from hybrid.distill.measure import knock_outs, output_errors, row_losses
+from hybrid.distill.parts import replaced_layers
+from hybrid.distill.stages import LanguageModelling, MatchLogits, MatchOutputs
+from hybrid.model import HybridForCausalLM
+from hybrid.options import ConfigError
+from hybrid.tokenizer import load_tokenizer
+from hybrid.train import TrainConfig, build, run
+from hybrid.train.runner import RESULT
+
+START = "student"  # the student before the first stage
+DATA = "data"  # its tokenised training data
+CONFIG = "distill_config.json"
+ERROR_ROWS = 4  # rows that the error of each new mixer is taken on
+
+
+def distill(config: DistillConfig) -> dict[str, Any]:
+    """Distil; the same call again goes on where the last one ended.
+
+    In `output_dir` come to be: `student`, not distilled; a folder for each stage, each a whole model
+    with its tokenizer; `report.json` and `report.md`.
+
+    Returns:
+        The report, as `report.json` holds it.
+
+    Raises:
+        ConfigError: the configuration cannot be run here, or the folder holds another run; before
+            anything is computed.
+        ValueError: the teacher cannot be read, or its layers cannot be replaced; likewise.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError(["a distillation runs in one process; start it without a launcher"])
+    out = Path(config.output_dir)
+    _refuse_other_run(out, config)
+    with torch.random.fork_rng():
+        teacher = load_teacher(config.teacher)
+        start = _start(config, teacher, out)
+        write_json(out / CONFIG, config.as_dict())
+        return _Distillation(config, teacher, start).go()
+
+
+def load_teacher(where: TeacherConfig) -> HybridForCausalLM:
+    """The teacher, without gradients: a published model, or one of ours.
+
+    Raises:
+        ValueError: there is none, or it cannot be read.
+    """
+    path = Path(where.folder)
+    ours = path.is_dir() and where.gguf_file is None and (path / "config.json").is_file()
+    if ours and read_json(path / "config.json").get("model_type") == "hybrid":
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=where.dtype)
+    else:
+        model = from_published(where.folder, dtype=where.dtype, gguf_file=where.gguf_file)
+    return model.requires_grad_(False).eval()
+
+
+def _start(config: DistillConfig, teacher: HybridForCausalLM, out: Path) -> Path:
+    """The folder of the student before the first stage, with the teacher's tokenizer."""
+    start = out / START
+    if start.is_dir():
+        return start
+    student = relayout(teacher, config.layout, config.mixers)
+    if not replaced_layers(teacher, student):
+        raise ConfigError([f"layout: {config.layout!r} leaves every layer of the teacher as it is"])
+    extra = {} if config.teacher.gguf_file is None else {"gguf_file": config.teacher.gguf_file}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(config.teacher.folder, **extra)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().split("\n", 1)[0]
+        raise ConfigError([f"teacher: its tokenizer cannot be loaded ({reason})"]) from error
+    with new_folder(start) as made:
+        student.save_pretrained(made)
+        tokenizer.save_pretrained(made)
+    return start
+
+
+def _refuse_other_run(out: Path, config: DistillConfig) -> None:
+    path = out / CONFIG
+    if not path.is_file():
+        return
+    before, present = read_json(path), json.loads(json.dumps(config.as_dict()))
+    changed = [key for key in sorted(present) if before.get(key) != present[key]]
+    if changed:
+        title = (
+            f"{out} belongs to a different run, and this one cannot continue it (put the keys back,"
+            " remove the folder, or set another output_dir); it"
+        )
+        raise ConfigError([f"{key}: was another" for key in changed], title)
+
+
+class _Distillation:
+    """What the stages have in common."""
+
+    def __init__(self, config: DistillConfig, teacher: HybridForCausalLM, start: Path) -> None:
+        self.config, self.start, self.out = config, start, Path(config.output_dir)
+        self.tokenizer = load_tokenizer(str(start))
+        first = next(iter(config.stages.values()))
+        self.args = build.training_arguments(first)
+        self.show = not self.args.disable_tqdm
+        self.teacher = teacher.to(self.args.device)
+        self.replaced = replaced_layers(teacher, self._load(start))
+        self.rows = self._held_out(first)
+        path = self.out / words.JSON
+        self.report = read_json(path) if path.is_file() else self._empty()
+
+    def go(self) -> dict[str, Any]:
+        """Measure, train, measure."""
+        if "teacher" not in self.report["losses"]:
+            self._say("measuring the teacher")
+            self.report["losses"]["teacher"] = row_losses(self.teacher, self.rows, self.show).mean
+        self._measure("student", self.start)
+        folder = self.start
+        for name in self.config.stages:
+            folder = self._stage(name, folder)
+            self._measure(name, folder)
+        if self.config.knockout_rows and "knock_outs" not in self.report:
+            self._knock_out(folder)
+        self.report["model"] = str(folder)
+        words.write(self.report, self.out)
+        return self.report
+
+    def _stage(self, name: str, before: Path) -> Path:
+        """Train, or go on, or find it done; the folder of the student after it."""
+        folder = self.out / name
+        if not (folder / RESULT).is_file():
+            settings = self.config.stages[name]
+            training = dataclasses.replace(
+                settings,
+                model={"path": str(before), "dtype": self.config.teacher.dtype},
+                tokenizer=str(self.start),
+                data=self._tokenised(settings),
+                eval_data=[],
+            )
+            self._say(f"stage {name}: from {before} to {folder}")
+            run(training, self._trainer(name))
+        self.report["seconds"][name] = read_json(folder / RESULT)["seconds"]
+        return folder
+
+    def _trainer(self, name: str) -> Callable[..., LanguageModelling]:
+        stage = self.config.stage(name)
+        common: dict[str, Any] = {"replaced": self.replaced, "freeze": stage.freeze}
+        if isinstance(stage, OutputsStage):
+            own = {"teacher": self.teacher, "solve_rows": stage.solve_rows}
+            return partial(MatchOutputs, **common, **own)
+        if isinstance(stage, LogitsStage):
+            own = {"teacher": self.teacher, "temperature": stage.temperature}
+            return partial(MatchLogits, **common, **own)
+        return partial(LanguageModelling, **common)
+
+    def _tokenised(self, settings: TrainConfig) -> list[SourceConfig]:
+        """The sources with finite texts tokenised once for all stages."""
+        found = []
+        for number, source in enumerate(settings.data):
+            prepared = (Path(source.source) / INDEX).is_file() or source.source in plugins()
+            if prepared or source.streaming:
+                found.append(source)
+                continue
+            folder = self.out / DATA / str(number)
+            if not (folder / INDEX).is_file():
+                self._say(f"tokenising {source.source}")
+                options = {key: getattr(source, key) for key in ("text_key", "split", "name")}
+                prepare(source.source, folder, tokenizer=str(self.start), **options)
+            found.append(SourceConfig(str(folder), weight=source.weight))
+        return found
+
+    def _held_out(self, settings: TrainConfig) -> list[Row]:
+        vocabulary = self.teacher.config.vocab_size
+        seed = self.args.seed
+        opened = build.open_sources(
+            settings.eval_data, "eval_data", settings, self.tokenizer, vocabulary, seed
+        )
+        rows: Any = build.mixture(opened, settings.eval_data, self.config.eval_rows, seed)
+        return [rows[i] for i in range(self.config.eval_rows)]
+
+    def _measure(self, name: str, folder: Path) -> None:
+        """Take the loss of a student and the errors of its new mixers, if that is not done."""
+        if name in self.report["losses"]:
+            return
+        student = self._load(folder)
+        self._say(f"measuring {folder}")
+        self.report["losses"][name] = row_losses(student, self.rows, self.show).mean
+        if name in ("student", "outputs"):
+            errors = output_errors(self.teacher, student, self.replaced, self.rows[:ERROR_ROWS])
+            self.report["output_errors"][name] = {str(i): e for i, e in errors.items()}
+        words.write(self.report, self.out)
+
+    def _knock_out(self, folder: Path) -> None:
+        student, rows = self._load(folder), self.rows[: self.config.knockout_rows]
+        self._say("knocking out one branch after the other")
+        whole = row_losses(student, rows, self.show)
+        branches = knock_outs(student, self.replaced, rows, whole, self.show)
+        self.report["knock_outs"] = [
+            {**dataclasses.asdict(branch), "idle": branch.idle} for branch in branches
+        ]
+
+    def _load(self, folder: Path) -> HybridForCausalLM:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=self.config.teacher.dtype)
+        return model.to(self.args.device).eval()
+
+    def _empty(self) -> dict[str, Any]:
+        where = self.config.teacher
+        return {
+            "teacher": where.gguf_file or where.path or where.package,
+            "teacher_layout": self.teacher.config.layout,
+            "layout": self.config.layout,
+            "eval_rows": len(self.rows),
+            "knockout_rows": self.config.knockout_rows,
+            "sequence_length": len(self.rows[0]["input_ids"]),
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+            "losses": {},
+            "output_errors": {},
+            "seconds": {},
+        }
+
+    def _say(self, text: str) -> None:
+        if self.show:
+            print(text, file=sys.stderr)

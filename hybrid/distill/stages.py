@@ -1,0 +1,181 @@
+"""The trainers of the stages: `HybridTrainer` with another objective, and parts held still.
+
+Shapes: B batch, T time, D model dim, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+from tqdm.auto import tqdm
+
+from hybrid.data.collate import RowCollator
+from hybrid.distill.parts import hold_still, mix_as_seen, relative_error, watch
+from hybrid.distill.solve import Equations
+from hybrid.losses import next_tokens
+from hybrid.model import HybridForCausalLM
+from hybrid.train.trainer import HybridTrainer
+
+Batch = dict[str, torch.Tensor]
+CHUNK = 256
+"""Tokens whose logits are in memory at once."""
+
+
+class LanguageModelling(HybridTrainer):
+    """Plain training (stage 3), with parts of the student held still.
+
+    Args:
+        replaced: layers with new mixers.
+        freeze: parts that get no gradient.
+        kwargs: of `HybridTrainer`.
+    """
+
+    def __init__(self, *, replaced: Sequence[int], freeze: Sequence[str], **kwargs: Any) -> None:
+        hold_still(kwargs["model"], replaced, freeze)
+        super().__init__(**kwargs)
+        self.replaced = tuple(replaced)
+
+    @property
+    def student(self) -> HybridForCausalLM:
+        """The model without what accelerate wraps around it."""
+        return self.accelerator.unwrap_model(self.model)
+
+
+class MatchOutputs(LanguageModelling):
+    """Stage 1: the mean over layers of the relative squared error of each new mixer's output.
+
+    All mixers read what the teacher's read, so they train side by side in one pass of the teacher
+    (MOHAWK, arXiv 2408.10189, stage 1 and 2; LoLCATs, arXiv 2410.10254, eq. 4). The error of a layer is
+    taken relative to the size of the output, so that no layer outweighs the others.
+
+    Args:
+        teacher: on any device.
+        solve_rows: rows on which the output projections are solved for before the first step.
+        kwargs: of `LanguageModelling`.
+    """
+
+    def __init__(self, *, teacher: HybridForCausalLM, solve_rows: int, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.teacher = teacher.to(self.args.device)
+        self.solve_rows = solve_rows
+
+    def train(self, resume_from_checkpoint: Any = None, **kwargs: Any) -> Any:
+        """As `Trainer`; a new run solves first."""
+        if resume_from_checkpoint is None and self.solve_rows:
+            self.solve()
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    @torch.no_grad()
+    def solve(self) -> None:
+        """Output projections by least squares, on the last rows of the training data."""
+        student = self.student.to(self.args.device)
+        equations = {i: Equations() for i in self.replaced}
+        for inputs in self._solve_batches():
+            for i, seen in watch(self.teacher, self.replaced, inputs).items():
+                with equations[i].reading(student.model.layers[i].mixer):
+                    mix_as_seen(student, i, seen)
+                equations[i].add(seen.y)
+        for i in self.replaced:
+            equations[i].solve(student.model.layers[i].mixer)
+
+    def _solve_batches(self) -> Iterator[Batch]:
+        rows, size = self.train_dataset, self.args.train_batch_size
+        chosen = range(min(self.solve_rows, len(rows)))  # pyright: ignore[reportArgumentType]
+        starts = range(0, len(chosen), size)
+        for start in tqdm(starts, desc="solve", disable=self.args.disable_tqdm):
+            batch = RowCollator()([rows[i] for i in chosen[start : start + size]])  # pyright: ignore
+            inputs: Any = self._prepare_inputs(batch)
+            yield {key: value for key, value in inputs.items() if key != "labels"}
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: Batch,
+        return_outputs: bool = False,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """The mean relative error; there are no outputs to return."""
+        inputs = {key: value for key, value in inputs.items() if key != "labels"}
+        errors = [
+            relative_error(mix_as_seen(self.student, i, seen), seen.y)
+            for i, seen in watch(self.teacher, self.replaced, inputs).items()
+        ]
+        loss = torch.stack(errors).mean() / self.current_gradient_accumulation_steps
+        return (loss, {}) if return_outputs else loss
+
+
+class MatchLogits(LanguageModelling):
+    """Stage 2: the KL divergence of the student from the teacher, per predicted token.
+
+    tau^2 * KL(softmax(z_teacher / tau) || softmax(z_student / tau)), z the logits, tau the temperature
+    (Hinton et al., arXiv 1503.02531, section 2).
+
+    Args:
+        teacher: on any device.
+        temperature: see above.
+        kwargs: of `LanguageModelling`.
+    """
+
+    def __init__(self, *, teacher: HybridForCausalLM, temperature: float, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.teacher = teacher.to(self.args.device)
+        self.temperature = temperature
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: Batch,
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        """KL over the positions that have a next token."""
+        inputs = dict(inputs)
+        predicted = next_tokens(inputs.pop("labels")).flatten() >= 0
+        keywords = {"use_cache": False, "skip_logits": True, "output_last_hidden_state": True}
+        with torch.no_grad():
+            wanted = self.teacher(**inputs, **keywords).last_hidden_state
+        found = model(**inputs, **keywords).last_hidden_state
+        loss = divergence(
+            self.student,
+            self.teacher,
+            found.flatten(0, 1)[predicted],
+            wanted.flatten(0, 1)[predicted],
+            self.temperature,
+        )
+        count = predicted.sum() if num_items_in_batch is None else num_items_in_batch
+        loss = loss / count
+        return (loss, {}) if return_outputs else loss
+
+
+def divergence(
+    student: HybridForCausalLM,
+    teacher: HybridForCausalLM,
+    found: torch.Tensor,
+    wanted: torch.Tensor,
+    temperature: float = 1.0,
+) -> torch.Tensor:
+    """KL(teacher || student) times temperature^2, summed over tokens, in nats.
+
+    The logits of `CHUNK` tokens are in memory at once; backward computes the student's again.
+
+    Args:
+        student, teacher: whose heads are used.
+        found, wanted: the student's and the teacher's hidden states before the head, (N, D).
+        temperature: that both logits are divided by.
+    """
+
+    def piece(h: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
+        ours = F.log_softmax(student.compute_logits(h).float() / temperature, dim=-1)
+        with torch.no_grad():
+            theirs = F.log_softmax(teacher.compute_logits(g).float() / temperature, dim=-1)
+        return F.kl_div(ours, theirs, reduction="sum", log_target=True)
+
+    pieces = zip(found.split(CHUNK), wanted.split(CHUNK), strict=True)
+    total = [checkpoint(piece, h, g, use_reentrant=False) for h, g in pieces]
+    return torch.stack(total).sum() * temperature**2

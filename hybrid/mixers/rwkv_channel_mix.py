@@ -1,0 +1,101 @@
+"""RWKV's channel mixing: a feed-forward that sees the token before (arXiv 2404.05892)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import initialization as init
+
+from hybrid.cache import LayerCache
+from hybrid.mixers.base import MixerOptions, StateMixer, residual_projection
+from hybrid.mixers.parts import positive, token_before
+from hybrid.registry import register_mixer
+
+if TYPE_CHECKING:
+    from hybrid.config import HybridConfig
+
+
+@dataclass(frozen=True)
+class RWKVChannelMixOptions(MixerOptions):
+    """Options of `rwkv_channel_mix`.
+
+    Attributes:
+        intermediate_size: inner width; default 3.5 D, rounded up to a multiple of 32.
+    """
+
+    intermediate_size: int | None = None
+
+    def complete(self, hidden_size: int) -> RWKVChannelMixOptions:
+        """Fill in the inner width."""
+        if self.intermediate_size is not None:
+            return self
+        return replace(self, intermediate_size=32 * -(-int(hidden_size * 3.5) // 32))
+
+    @property
+    def width(self) -> int:
+        """The inner width of completed options."""
+        assert self.intermediate_size is not None
+        return self.intermediate_size
+
+    def problems(self, config: HybridConfig) -> list[str]:
+        """A width below 1."""
+        return positive(intermediate_size=self.intermediate_size)
+
+
+@register_mixer("rwkv_channel_mix")
+class RWKVChannelMix(StateMixer):
+    """y = sigmoid(r) * (relu(k)^2 W_v), r and k from a token and the one before (arXiv 2404.05892, 3.2).
+
+    k = (x_t + (x_{t-1} - x_t) * mu_k) W_k, and r likewise. It stands after each `rwkv6` in a layer of
+    its own, where other stacks have a feed-forward; it is a mixer, for it has a state. No letter of
+    its own: bind one in the config, `{"c": {"type": "rwkv_channel_mix"}}` with the layout `Rc`.
+    """
+
+    Options = RWKVChannelMixOptions
+    paper = "arXiv 2404.05892"
+    formula = "no decay: y_t = sigmoid(r_t) * W_v relu(k_t)^2, r_t and k_t from x_t and x_{t-1}"
+    used_by = "RWKV-6 (Finch)"
+    no_weight_decay = ("key_shift", "gate_shift")
+
+    def __init__(
+        self, options: RWKVChannelMixOptions, config: HybridConfig, layer_idx: int
+    ) -> None:
+        super().__init__(options, config, layer_idx)
+        d_model = config.hidden_size
+        self.key_shift = nn.Parameter(torch.empty(d_model))
+        self.gate_shift = nn.Parameter(torch.empty(d_model))
+        self.k_proj = nn.Linear(d_model, options.width, bias=False)
+        self.v_proj = residual_projection(options.width, d_model)
+        self.gate_proj = nn.Linear(d_model, d_model, bias=False)
+
+    @classmethod
+    def samples(cls) -> list[dict[str, Any]]:
+        """The default width; another."""
+        return [{}, {"intermediate_size": 20}]
+
+    def init_parameters(self, std: float) -> None:
+        """The published schedule over depth and channels, the same for both."""
+        rest = 1 - self.layer_idx / (self.config.num_hidden_layers or 1)  # 1 to almost 0
+        channel = torch.arange(self.config.hidden_size) / self.config.hidden_size
+        for shift in (self.key_shift, self.gate_shift):
+            init.copy_(shift, 1 - channel**rest)
+
+    def mix(
+        self, x: torch.Tensor, cu_seqlens: torch.Tensor | None, cache: LayerCache | None
+    ) -> torch.Tensor:
+        """See the class."""
+        step = token_before(x, cu_seqlens, cache) - x
+        value = self.v_proj(F.relu(self.k_proj(x + step * self.key_shift)).square())
+        return torch.sigmoid(self.gate_proj(x + step * self.gate_shift)) * value
+
+    def mixing_flops(self, context: int) -> float:
+        """The two interpolations and the gate."""
+        return 5.0 * self.config.hidden_size
+
+    def state_elements(self) -> tuple[int, int]:
+        """The token before."""
+        return 0, self.config.hidden_size
