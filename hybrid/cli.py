@@ -11,13 +11,22 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from hybrid.imports import add_option, import_user_code
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status (2 for what the user can mend)."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    own = argparse.ArgumentParser(prog="hybrid", add_help=False, allow_abbrev=False)
+    add_option(own)  # of every command
+    given, arguments = own.parse_known_args(argv)
+    try:
+        import_user_code(given.imports)
+    except ValueError as error:
+        print(f"hybrid: {error}", file=sys.stderr)
+        return 2
     if arguments[:1] == ["eval"]:  # its options are those of `python -m hybrid_eval`
         return _eval(arguments[1:])
-    parser = _parser()
+    parser = _parser(own)
     parsed, rest = parser.parse_known_args(arguments)
     # argparse takes no positional arguments after an option; overrides may stand anywhere
     if any(word.startswith("-") or "=" not in word for word in rest) or (
@@ -33,9 +42,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(every: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """All commands; the options of `every` are taken out before, and are here for `--help`."""
     parser = argparse.ArgumentParser(
-        prog="hybrid", description="Hybrid language models from one layout string."
+        prog="hybrid", description="Hybrid language models from one layout string.", parents=[every]
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
@@ -101,7 +111,9 @@ def _parser() -> argparse.ArgumentParser:
     writing.add_argument("--as", dest="family", help="e.g. qwen3_next; default: the one that fits")
     writing.add_argument("--max-shard-size", default="5GB", help="of one file, e.g. 500MB")
 
-    student = command("distill", _distill, "teach a model with another layout what the original does")
+    student = command(
+        "distill", _distill, "teach a model with another layout what the original does"
+    )
     student.add_argument("config", help="e.g. configs/distill/smollm2.yaml")
     student.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. layout=SSSL")
 
@@ -369,6 +381,7 @@ def _mixers(arguments: argparse.Namespace) -> int:
     import inspect
 
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     from hybrid.registry import mixers
@@ -377,12 +390,13 @@ def _mixers(arguments: argparse.Namespace) -> int:
     if arguments.name is None:
         table = Table("symbol", "mixer", "gate", "paper")
         for cls in mixers.classes():
-            table.add_row(cls.symbol or "", cls.name, cls.formula, cls.paper)
+            table.add_row(cls.symbol or "", cls.name, escape(cls.formula), escape(cls.paper))
         console.print(table)
         return 0
     name: str = arguments.name
     cls = mixers.get(mixers.symbols().get(name, name))
-    console.print(f"{cls.name} ({cls.symbol})\n", inspect.getdoc(cls), "\n", highlight=False)
+    heading = f"{cls.name} ({cls.symbol})" if cls.symbol else cls.name
+    console.print(f"{heading}\n", inspect.getdoc(cls), "\n", highlight=False, markup=False)
     for options in cls.Options.__mro__:  # those that mixers share explain themselves
         if dataclasses.is_dataclass(options) and dataclasses.fields(options):
             console.print(inspect.getdoc(options), "\n", highlight=False, markup=False)
@@ -390,7 +404,7 @@ def _mixers(arguments: argparse.Namespace) -> int:
     for field in dataclasses.fields(cls.Options):
         made = field.default_factory
         default = field.default if made is dataclasses.MISSING else made()
-        table.add_row(field.name, str(default))
+        table.add_row(field.name, escape(str(default)))
     console.print(table)
     return 0
 

@@ -183,6 +183,8 @@ def _mixers(stack: nn.Module) -> list[Mixer]:
 def load_model_config(path: str, overrides: Sequence[str] = ()) -> HybridConfig:
     """The model of a training YAML, of a YAML with the model's own keys, or of a checkpoint.
 
+    A checkpoint may be ours or of a published family.
+
     Args:
         path: a YAML file, a folder with a config.json, or a config.json.
         overrides: `key=value`, for YAML files.
@@ -197,10 +199,13 @@ def load_model_config(path: str, overrides: Sequence[str] = ()) -> HybridConfig:
         if not file.is_file():
             raise ConfigError([f"no such file: {file}"], path)
         values = json.loads(file.read_text(encoding="utf-8"))
-        if values.get("model_type") != HybridConfig.model_type:
-            found = values.get("model_type")
-            raise ConfigError([f"model_type: expected 'hybrid', found {found!r}"], str(file))
-        return HybridConfig(**values)
+        if values.get("model_type") == HybridConfig.model_type:
+            return HybridConfig(**values)
+        from hybrid.convert.configs import to_ours
+        from hybrid.convert.family import get_family
+
+        family = get_family(str(values.get("model_type")))
+        return to_ours(family, family.their_config(values))
     values = yaml.apply_overrides(yaml.read(path), overrides)
     if not isinstance(values.get("model"), dict):
         return HybridConfig(**values)

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from hybrid.imports import import_arguments
 from hybrid.options import ConfigError
 
 # What the evaluation measures, beside recall at the size that was trained.
@@ -85,7 +86,8 @@ def training_command(
 ) -> list[str]:
     """`accelerate launch -m hybrid.train CONFIG [key=value ...]` with this Python."""
     launch = [sys.executable, "-m", "accelerate.commands.launch"]
-    return [*launch, *engine, "-m", "hybrid.train", str(config), *overrides]
+    words = [str(config), *overrides, *import_arguments()]
+    return [*launch, *engine, "-m", "hybrid.train", *words]
 
 
 def evaluation_command(runs: Sequence[Run], out: str | Path, recall: Sequence[str]) -> list[str]:
@@ -93,7 +95,7 @@ def evaluation_command(runs: Sequence[Run], out: str | Path, recall: Sequence[st
     models = [f"{run.name}={run.folder}" for run in runs]
     title = f"Quickstart: {', '.join(dict.fromkeys(run.layout for run in runs))}"
     command = [sys.executable, "-m", "hybrid.cli", "eval", *models, "--out", str(out)]
-    return [*command, *EVALUATION, *recall, "--title", title]
+    return [*command, *EVALUATION, *recall, "--title", title, *import_arguments()]
 
 
 def find_config(name: str) -> Path:

@@ -2,8 +2,8 @@
 
 A mixer (or a feed-forward) is one class in one file, registered by a decorator with its symbol. The
 rest of the package asks the registry and holds no list of its own, so a user's mixer in a user's file
-is on the same footing as ours: import the file (or name it in the entry-point group `hybrid.mixers`)
-and its name works in every layout.
+is on the same footing as ours: import the file (in commands `--import FILE`, see `hybrid.imports`; or name
+it in the entry-point group `hybrid.mixers`) and its name works in every layout.
 """
 
 from __future__ import annotations
@@ -62,9 +62,11 @@ class Registry(Generic[C]):
         """The class called `name`. Raises ValueError with the nearest right name."""
         self._load_plugins()
         if name not in self._by_name:
+            near = did_you_mean(name, self._by_name)
+            stop = "" if near.endswith("?") else "."
             raise ValueError(
-                f"unknown {self.kind} {name!r}, {did_you_mean(name, self._by_name)} A {self.kind} of"
-                f" your own registers when its file is imported: import it first, or list it under"
+                f"unknown {self.kind} {name!r}, {near}{stop} A {self.kind} of your own registers when"
+                f" its file is imported: import it first (commands: `--import FILE`), or list it under"
                 f" the entry-point group {self.entry_point_group!r}."
             )
         return self._by_name[name]

@@ -95,11 +95,11 @@ def projections(part: nn.Module | None) -> list[str]:
 def tied_weights(config: HybridConfig, layers: nn.ModuleList) -> dict[str, str]:
     """Parameter -> the one it is tied to, by name, for the stack `layers`."""
     tied = {}
-    first: dict[tuple[str, torch.Size], str] = {}
+    owners: dict[tuple[str, torch.Size], str] = {}
     for i, layer in enumerate(layers):
         for name, shape in _stack_wide(layer):
             path = f"layers.{i}.{name}"
-            source = first.setdefault((name.rpartition(".")[2], shape), path)
+            source = owners.setdefault((name.rpartition(".")[2], shape), path)
             if source != path:
                 tied[path] = source
         source = config.shared_source(i)

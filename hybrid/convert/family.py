@@ -248,12 +248,19 @@ class Family:
         """A config of theirs from its keys, with their own defaults and their own checks.
 
         Raises:
-            ValueError: a value that their class refuses.
+            ValueError: a value that their class refuses; or a transformers without that class.
         """
         known = {**self.defaults, **values}
         known.pop("model_type", None)
         name = CONFIG_MAPPING_NAMES.get(self.name)
+        if name is None and not self.defaults:
+            raise ValueError(
+                f"transformers {transformers.__version__} does not have {self.name} yet; install a"
+                " later one"
+            )
         if name is None:
+            if known.get("rope_scaling", 0) is None:  # a deprecated word, here for nothing
+                del known["rope_scaling"]
             kind = type("PublishedConfig", (PreTrainedConfig,), {"model_type": self.name})
             return kind(**known)
         # by its own module, for other packages may put a class of theirs behind the model type

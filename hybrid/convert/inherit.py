@@ -47,6 +47,14 @@ class Inherit:
     carried: tuple[str, ...] = PROJECTIONS
     keeps: tuple[str, ...] = ()
 
+    def lost(self, softmax: GroupedHeadOptions, new: Any) -> set[str]:
+        """Options of the softmax that are set and mean nothing with those of the new mixer."""
+        kept = set(self.keeps)
+        if getattr(new, "rope_theta", softmax) is None:
+            kept.discard("rope_parameters")
+        values = {name: getattr(softmax, name, neutral) for name, neutral in NEUTRAL.items()}
+        return {name for name, value in values.items() if value != NEUTRAL[name]} - kept
+
     @torch.no_grad()
     def open(self, mixer: nn.Module) -> None:
         """Put the gates and convolutions of a new mixer where they start."""
@@ -105,12 +113,21 @@ def _mamba2(softmax: GroupedHeadOptions) -> dict[str, Any]:
     return {**sizes, "bias": True}  # for the bias of the gate
 
 
+def _lightning(softmax: GroupedHeadOptions) -> dict[str, Any]:
+    theta, share = _plain_rope(softmax)
+    return {**_plain(softmax), "rope_theta": theta, "rotary_share": share}
+
+
 def _retention(softmax: GroupedHeadOptions) -> dict[str, Any]:
-    """Its rotation is that of RoPE over whole heads; it has no other."""
+    theta, share = _plain_rope(softmax)
+    return {**_heads(softmax), "rope_theta": theta if share == 1.0 else None}
+
+
+def _plain_rope(softmax: GroupedHeadOptions) -> tuple[float | None, float]:
+    """Base and rotated share of RoPE; no base where there is none, or one of stretched frequencies."""
     rope = softmax.rope_parameters or {}
     plain = rope.get("rope_type", "default") == "default"
-    whole = rope.get("partial_rotary_factor", 1.0) == 1.0
-    return {**_heads(softmax), "rope_theta": rope.get("rope_theta") if plain and whole else None}
+    return rope.get("rope_theta") if plain else None, rope.get("partial_rotary_factor", 1.0)
 
 
 def _attention(name: str) -> Inherit:
@@ -135,7 +152,10 @@ INHERIT: dict[str, Inherit] = {
     "chunked_attention": _attention("chunked_attention"),
     # fixed decays; a sigmoid gate that starts at 1/2 everywhere
     "lightning_attention": Inherit(
-        _plain, _HALF_GATE, (*PROJECTIONS, "gate_proj"), keeps=("bias", "output_gate")
+        _lightning,
+        _HALF_GATE,
+        (*PROJECTIONS, "gate_proj"),
+        keeps=("bias", "output_gate", "rope_parameters"),
     ),
     "norm_attention": Inherit(
         _plain, _HALF_GATE, (*PROJECTIONS, "gate_proj"), keeps=("bias", "output_gate")

@@ -20,7 +20,7 @@ import torch
 
 from hybrid.config import HybridConfig
 from hybrid.convert.checkpoint import Spec, some
-from hybrid.convert.inherit import INHERIT, NEUTRAL, PROJECTIONS, Inherit
+from hybrid.convert.inherit import INHERIT, PROJECTIONS, Inherit
 from hybrid.convert.stack import fill, layout_of, on_meta
 from hybrid.convert.steps import Held
 from hybrid.layout import Layer, check_bound, parse, resolve
@@ -173,12 +173,8 @@ class Relayout:
         """Warn of what the softmax layers did and the new ones cannot."""
         lost: dict[str, set[str]] = {}
         for i in self.replaced:
-            rule, options = self._rules[self._letter(i)], self._old[i].options
-            lost.setdefault(self._letter(i), set()).update(
-                name
-                for name, neutral in NEUTRAL.items()
-                if name not in rule.keeps and getattr(options, name, neutral) != neutral
-            )
+            found = self._rules[self._letter(i)].lost(self._old[i].options, self._new(i).options)
+            lost.setdefault(self._letter(i), set()).update(found)
         for letter, names in lost.items():
             if names:
                 name, words = self.config.mixer(letter)[0].name, ", ".join(sorted(names))

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from hybrid.config import HybridConfig
 from hybrid.convert import from_published
 from hybrid.convert.checkpoint import new_folder, read_json, write_json
 from hybrid.convert.relayout import relayout
@@ -71,7 +72,8 @@ def load_teacher(where: TeacherConfig) -> HybridForCausalLM:
     """
     path = Path(where.folder)
     ours = path.is_dir() and where.gguf_file is None and (path / "config.json").is_file()
-    if ours and read_json(path / "config.json").get("model_type") == "hybrid":
+    model: Any
+    if ours and read_json(path / "config.json").get("model_type") == HybridConfig.model_type:
         model = AutoModelForCausalLM.from_pretrained(path, dtype=where.dtype)
     else:
         model = from_published(where.folder, dtype=where.dtype, gguf_file=where.gguf_file)
@@ -115,13 +117,13 @@ def _refuse_other_run(out: Path, config: DistillConfig) -> None:
 class _Distillation:
     """What the stages have in common."""
 
-    def __init__(self, config: DistillConfig, teacher: HybridForCausalLM, start: Path) -> None:
+    def __init__(self, config: DistillConfig, teacher: Any, start: Path) -> None:
         self.config, self.start, self.out = config, start, Path(config.output_dir)
         self.tokenizer = load_tokenizer(str(start))
         first = next(iter(config.stages.values()))
         self.args = build.training_arguments(first)
         self.show = not self.args.disable_tqdm
-        self.teacher = teacher.to(self.args.device)
+        self.teacher: HybridForCausalLM = teacher.to(self.args.device)
         self.replaced = replaced_layers(teacher, self._load(start))
         self.rows = self._held_out(first)
         path = self.out / words.JSON
@@ -218,7 +220,8 @@ class _Distillation:
         ]
 
     def _load(self, folder: Path) -> HybridForCausalLM:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=self.config.teacher.dtype)
+        dtype = self.config.teacher.dtype
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
         return model.to(self.args.device).eval()
 
     def _empty(self) -> dict[str, Any]:

@@ -6,7 +6,7 @@ Shapes: B batch, T time, D model dim, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -43,7 +43,8 @@ class LanguageModelling(HybridTrainer):
     @property
     def student(self) -> HybridForCausalLM:
         """The model without what accelerate wraps around it."""
-        return self.accelerator.unwrap_model(self.model)
+        student: Any = self.accelerator.unwrap_model(self.model)
+        return student
 
 
 class MatchOutputs(LanguageModelling):
@@ -59,9 +60,9 @@ class MatchOutputs(LanguageModelling):
         kwargs: of `LanguageModelling`.
     """
 
-    def __init__(self, *, teacher: HybridForCausalLM, solve_rows: int, **kwargs: Any) -> None:
+    def __init__(self, *, teacher: Any, solve_rows: int, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.teacher = teacher.to(self.args.device)
+        self.teacher: HybridForCausalLM = teacher.to(self.args.device)
         self.solve_rows = solve_rows
 
     def train(self, resume_from_checkpoint: Any = None, **kwargs: Any) -> Any:
@@ -73,7 +74,8 @@ class MatchOutputs(LanguageModelling):
     @torch.no_grad()
     def solve(self) -> None:
         """Output projections by least squares, on the last rows of the training data."""
-        student = self.student.to(self.args.device)
+        student = self.student
+        cast(nn.Module, student).to(self.args.device)
         equations = {i: Equations() for i in self.replaced}
         for inputs in self._solve_batches():
             for i, seen in watch(self.teacher, self.replaced, inputs).items():
@@ -85,7 +87,8 @@ class MatchOutputs(LanguageModelling):
 
     def _solve_batches(self) -> Iterator[Batch]:
         rows, size = self.train_dataset, self.args.train_batch_size
-        chosen = range(min(self.solve_rows, len(rows)))  # pyright: ignore[reportArgumentType]
+        total: int = len(rows)  # pyright: ignore[reportArgumentType]
+        chosen = range(max(0, total - self.solve_rows), total)
         starts = range(0, len(chosen), size)
         for start in tqdm(starts, desc="solve", disable=self.args.disable_tqdm):
             batch = RowCollator()([rows[i] for i in chosen[start : start + size]])  # pyright: ignore
@@ -122,9 +125,9 @@ class MatchLogits(LanguageModelling):
         kwargs: of `LanguageModelling`.
     """
 
-    def __init__(self, *, teacher: HybridForCausalLM, temperature: float, **kwargs: Any) -> None:
+    def __init__(self, *, teacher: Any, temperature: float, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.teacher = teacher.to(self.args.device)
+        self.teacher: HybridForCausalLM = teacher.to(self.args.device)
         self.temperature = temperature
 
     def compute_loss(

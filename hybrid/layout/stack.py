@@ -100,11 +100,14 @@ def _fill(layout: Layout, depth: int | None) -> tuple[Layer, ...]:
             f"num_hidden_layers={depth!r}", f"an integer from 1 to {MAX_DEPTH:,}, or None", text
         )
     if depth % length:
-        below = max(depth // length, 1) * length
+        cycles, rest = divmod(depth, length)
+        below = max(cycles, 1) * length
+        parts = (layout.layers * cycles, layout.layers[:rest])
+        written = " ".join(str(Layout(part)) for part in parts if part)
         raise LayoutError(
             f"{length} layers do not fill num_hidden_layers={depth} evenly",
-            f"num_hidden_layers={below} or {below + length}; or write all {depth} layers in the "
-            "layout, ending in the tail that is meant: (LLLS)6 LL",
+            f"num_hidden_layers={below} or {below + length}; or all {depth} layers written out, with"
+            f" the tail that is meant, e.g. {written}",
             text,
         )
     return layout.layers * (depth // length)

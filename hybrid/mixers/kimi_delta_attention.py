@@ -97,9 +97,9 @@ class KimiDeltaAttention(DeltaRuleMixer):
     def samples(cls) -> list[dict[str, Any]]:
         """As Kimi Linear, unequal dims; the bounded gate, full matrices, grouped heads."""
         return [
-            {"num_heads": 2, "head_dim": 6, "value_head_dim": 8, "gate_bias": True},
+            {"num_heads": 2, "head_dim": 6, "value_head_dim": 8},
             {"num_heads": 4, "num_key_heads": 2, "decay_gate": "bounded", "gate_rank": 0,
-             "negative_eigenvalues": True, "conv_size": None},
+             "gate_bias": True, "negative_eigenvalues": True, "conv_size": None},
         ]  # fmt: skip
 
     def init_parameters(self, std: float) -> None:

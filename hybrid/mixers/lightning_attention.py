@@ -9,8 +9,11 @@ import torch
 from torch import nn
 from transformers import initialization as init
 
+from hybrid.cache import LayerCache
 from hybrid.mixers.base import FEATURE_MAPS, LinearMixer, OutputNorm
-from hybrid.mixers.parts import HeadOptions, positive
+from hybrid.mixers.parts import GroupedRMSNorm, HeadOptions, divides, positive
+from hybrid.mixers.rotation import positioned
+from hybrid.norms import build_norm
 from hybrid.precision import Float32Buffers
 from hybrid.registry import register_mixer
 
@@ -92,9 +95,50 @@ class LightningAttentionOptions(LinearAttentionOptions):
     Attributes:
         depth_scaled_decay: scale the decays from 1 at the first layer to 0 at the last, as MiniMax-01
             does; else every layer has the same.
+        depth_offset: number of the first layer in that scaling: 0, or -1 as Ring-linear has it, whose
+            decays end a layer later.
+        qk_norm: RMSNorm of q and k over each head, after the feature map (Ring-linear).
+        rope_theta: base of rotary positions on q and k; null for none.
+        rotary_share: share of K that is rotated.
+        scaled: multiply the output by K ** -0.5.
+        output_norm_groups: equal groups of channels that `output_norm: layer` is over, each on its own
+            (Ring-linear, 4).
     """
 
     depth_scaled_decay: bool = True
+    depth_offset: Literal[0, -1] = 0
+    qk_norm: bool = False
+    rope_theta: float | None = None
+    rotary_share: float = 1.0
+    scaled: bool = False
+    output_norm_groups: int = 1
+
+    @property
+    def rotated(self) -> int:
+        """Channels of K that are rotated, of completed options."""
+        return 0 if self.rope_theta is None else int(self.sizes[1] * self.rotary_share)
+
+    def problems(self, config: HybridConfig) -> list[str]:
+        """Sizes that do not fit together."""
+        lines = super().problems(config) + positive(rope_theta=self.rope_theta)
+        if not 0 < self.rotary_share <= 1:
+            lines.append(f"rotary_share: must be in (0, 1], found {self.rotary_share}")
+        if lines:
+            return lines
+        done = self.complete(config.hidden_size)
+        assert isinstance(done, LightningAttentionOptions)
+        if done.rotated % 2:
+            lines.append(
+                f"rotary_share: {done.rotated} of head_dim {done.sizes[1]} would be rotated, and it has"
+                " to be an even number"
+            )
+        inner = done.sizes[0] * done.sizes[2]
+        lines += divides(
+            "output_norm_groups", self.output_norm_groups, "num_heads * value_head_dim", inner
+        )
+        if self.output_norm_groups > 1 and self.output_norm == "head":
+            lines.append("output_norm_groups: has no meaning with output_norm 'head'")
+        return lines
 
 
 @register_mixer("lightning_attention", symbol="L")
@@ -102,38 +146,90 @@ class LightningAttention(Float32Buffers, PlainLinearAttention):
     """S_t = exp(-s_h) S_{t-1} + k_t v_t^T, o_t = q_t^T S_t, with SiLU on q, k and v.
 
     The slope of head h (from 1) of H in layer l of n is s_h = 2^(-8 h / H) (1 - l / (n - 1) + 1e-5),
-    ALiBi's slopes scaled by depth (arXiv 2501.08313, section 2.2; arXiv 2401.04658, eq. 8).
+    ALiBi's slopes scaled by depth (arXiv 2501.08313, section 2.2; arXiv 2401.04658, eq. 8). With
+    positions q and k are rotated, without counting: see `hybrid.mixers.rotation`.
     """
 
     Options = LightningAttentionOptions
     paper = "arXiv 2401.04658; MiniMax-01 arXiv 2501.08313"
     formula = "G_t = exp(-s_h) 1^T 1, s_h fixed per head"
     used_by = "MiniMax-01, Ring-linear, HypeNet"
-    float32_buffers = ("log_decay",)
+    float32_buffers = ("log_decay", "theta")
 
     def __init__(
         self, options: LightningAttentionOptions, config: HybridConfig, layer_idx: int
     ) -> None:
         super().__init__(options, config, layer_idx)
+        heads, key_dim, value_dim = options.sizes
         self.log_decay = nn.Buffer(self._log_decay(), persistent=False)
+        self.theta = nn.Buffer(self._theta(), persistent=False)
+        self.scale = key_dim**-0.5 if options.scaled else 1.0
+        self.q_norm = self.k_norm = None
+        if options.qk_norm:
+            self.q_norm, self.k_norm = (
+                build_norm("rmsnorm", key_dim, config.norm_eps) for _ in range(2)
+            )
+        if options.output_norm_groups > 1:
+            eps = config.norm_eps if options.output_norm_eps is None else options.output_norm_eps
+            norm = GroupedRMSNorm(options.output_norm_groups, heads * value_dim, eps)
+            self.norm = nn.Sequential(nn.Flatten(-2), norm)
+
+    @classmethod
+    def samples(cls) -> list[dict[str, Any]]:
+        """Those of all, and as Ring-linear has it."""
+        return [
+            *super().samples(),
+            {"num_heads": 2, "head_dim": 8, "feature_map": "identity", "depth_offset": -1,
+             "qk_norm": True, "rope_theta": 100.0, "rotary_share": 0.5, "scaled": True,
+             "output_norm_groups": 4},
+        ]  # fmt: skip
+
+    def _theta(self) -> torch.Tensor:
+        """Angle per step of each pair, (J,); none of them where there are no positions."""
+        rotated = self.options.rotated
+        if not rotated:
+            return torch.empty(0)
+        pairs = torch.arange(0, rotated, 2, dtype=torch.float32) / rotated
+        return self.options.rope_theta**-pairs
 
     def _log_decay(self) -> torch.Tensor:
         heads = torch.arange(1, self.num_heads + 1, dtype=torch.float32)
         depth = 1.0
         if self.options.depth_scaled_decay:
-            depth = 1.0 - self.layer_idx / (self.config.num_hidden_layers - 1 + 1e-5) + 1e-5
+            place = self.layer_idx + self.options.depth_offset
+            last = max(1, self.config.num_hidden_layers - 1)
+            depth = 1.0 - place / (last + 1e-5) + 1e-5
         return -depth * torch.exp2(-8.0 * heads / self.num_heads)
 
     def init_parameters(self, std: float) -> None:
-        """The decays are a function of the config, not a weight."""
+        """Decays and angles are functions of the config, not weights."""
         init.copy_(self.log_decay, self._log_decay())
+        init.copy_(self.theta, self._theta())
 
     def features(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The feature map on q, k and v."""
         phi = FEATURE_MAPS[self.options.feature_map]
-        return phi(q), phi(k), phi(v)
+        q, k, v = phi(q), phi(k), phi(v)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        return q, k, v
+
+    def recur(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        cu_seqlens: torch.Tensor | None,
+        cache: LayerCache | None,
+        carry: Any = None,
+        **gates: Any,
+    ) -> torch.Tensor:
+        """The recurrence, of rotated q and k where there are positions."""
+        if self.theta.numel():
+            q, k, carry = positioned(q, k, self.theta, cu_seqlens)
+        return super().recur(q, k, v, cu_seqlens, cache, carry=carry, **gates)
 
     def gates(self, x: torch.Tensor) -> dict[str, Any]:
         """The fixed log decay, (H,)."""

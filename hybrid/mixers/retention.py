@@ -13,7 +13,7 @@ from transformers import initialization as init
 from hybrid.cache import LayerCache
 from hybrid.mixers.base import LinearMixer
 from hybrid.mixers.parts import HeadOptions, positive
-from hybrid.mixers.rotation import rotate, rotate_state, running_angle
+from hybrid.mixers.rotation import positioned
 from hybrid.norms import build_norm
 from hybrid.precision import Float32Buffers
 from hybrid.registry import register_mixer
@@ -94,17 +94,8 @@ class RotatedLinearMixer(Float32Buffers, LinearMixer):
         """The recurrence with q and k rotated, the state turned back to the last token's frame."""
         if not self.theta.numel():
             return super().recur(q, k, v, cu_seqlens, cache, carry, **gates)
-        steps = self.theta.to(torch.float64 if q.dtype == torch.float64 else torch.float32)
-        angle, last = running_angle(steps.expand(*q.shape[:2], 1, -1), cu_seqlens)
-        return super().recur(
-            rotate(q, angle),
-            rotate(k, angle),
-            v,
-            cu_seqlens,
-            cache,
-            carry=lambda state: rotate_state(state, -last),
-            **gates,
-        )
+        q, k, carry = positioned(q, k, self.theta, cu_seqlens)
+        return super().recur(q, k, v, cu_seqlens, cache, carry=carry, **gates)
 
     def read(self, o: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """RMSNorm(o) per head times silu(x W_g)."""

@@ -11,19 +11,34 @@ Shapes: B batch, T time, N documents, H heads, K channels, J = K / 2 pairs.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 
 def rotate(x: torch.Tensor, angle: torch.Tensor) -> torch.Tensor:
-    """Rotate the pairs (x_j, x_{j+J}) of x (..., 2J) by angle (..., J)."""
+    """Rotate the pairs (x_j, x_{j+J}) of x (..., K) by angle (..., J); channels from 2J on stay."""
     cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
+    pairs = cos.shape[-1]
+    a, b, rest = x.split([pairs, pairs, x.shape[-1] - 2 * pairs], dim=-1)
+    return torch.cat([a * cos - b * sin, a * sin + b * cos, rest], dim=-1)
 
 
 def rotate_state(state: torch.Tensor, angle: torch.Tensor) -> torch.Tensor:
-    """Rotate the rows of states (N, H, 2J, V) by angle (N, H, J)."""
+    """Rotate the rows of states (N, H, K, V) by angle (N, H, J), likewise."""
     return rotate(state.transpose(-1, -2), angle.unsqueeze(-2)).transpose(-1, -2)
+
+
+def positioned(
+    q: torch.Tensor, k: torch.Tensor, theta: torch.Tensor, cu_seqlens: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, Callable[[torch.Tensor], torch.Tensor]]:
+    """q and k (B, T, H, K) rotated by theta (J,) per step, and what turns a final state back.
+
+    That is to the frame of the last token: no position has to be carried along.
+    """
+    steps = theta.to(torch.float64 if q.dtype == torch.float64 else torch.float32)
+    angle, last = running_angle(steps.expand(*q.shape[:2], 1, -1), cu_seqlens)
+    return rotate(q, angle), rotate(k, angle), lambda state: rotate_state(state, -last)
 
 
 def running_angle(

@@ -7,6 +7,8 @@ import os
 import sys
 from collections.abc import Sequence
 
+from hybrid.imports import add_option, import_user_code
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Train by a YAML file; returns the exit status."""
@@ -17,7 +19,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="e.g. training.max_steps=10"
     )
-    parsed = parser.parse_args(arguments)
+    add_option(parser)
+    parsed = parser.parse_intermixed_args(arguments)
     # After the arguments: `--help` should not wait for transformers.
     from transformers.utils import logging
 
@@ -29,6 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.disable_progress_bar()  # one bar is ours, those of file writing tear it apart
     first = int(os.environ.get("RANK", "0")) == 0
     try:
+        import_user_code(parsed.imports)
         result = run(load_config(parsed.config, parsed.overrides))
     except (ConfigError, CheckpointError, FloatingPointError) as error:
         if first:

@@ -25,7 +25,9 @@ from hybrid_kernels.rivals import (
     N,
     Pair,
     V,
+    lightning_inputs,
     lightning_layer,
+    lightning_ours,
     rows,
     scan_inputs,
     ssd_inputs,
@@ -115,16 +117,7 @@ class _OneState:
 
 
 def _lightning_inputs(length: int) -> dict[str, Tensor]:
-    slopes = -lightning_layer().get_buffer("slope_rate").flatten().float()
-    qkv, state = torch.randn(1, 1, H * 3 * K), torch.randn(1, H, K, V)
-    return {"qkv": qkv, "log_slopes": slopes, "state": state}
-
-
-def _lightning_ours(qkv: Tensor, log_slopes: Tensor, state: Tensor) -> Tensor:
-    q, k, v = qkv.view(1, -1, H, 3 * K).split(K, dim=3)
-    return linear_attention(
-        q, k, v, log_decay=log_slopes, scale=0.5, initial_state=state, output_final_state=True
-    )[0].flatten(2)
+    return {**lightning_inputs(1), "state": torch.randn(1, H, K, V)}
 
 
 def _lightning_theirs(qkv: Tensor, log_slopes: Tensor, state: Tensor) -> Tensor:
@@ -171,7 +164,7 @@ def _conv_theirs(x: Tensor, weight: Tensor, bias: Tensor, state: Tensor) -> Tens
 
 STEPS: dict[str, Pair] = {
     "step_additive": _plain(),
-    "step_lightning": Pair(_lightning_inputs, _lightning_ours, _lightning_theirs, backward=False),
+    "step_lightning": Pair(_lightning_inputs, lightning_ours, _lightning_theirs, backward=False),
     "step_ssd": Pair(_ssd_inputs, _ssd_ours, _ssd_theirs, backward=False),
     "step_gla": _plain((H, K)),
     "step_outer": _plain((H, K), value_log_decay=(1, 1, H, V)),

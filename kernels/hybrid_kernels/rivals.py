@@ -148,14 +148,24 @@ def lightning_layer() -> torch.nn.Module:
     return layer
 
 
-def _lightning_inputs(length: int) -> dict[str, Tensor]:
+def lightning_inputs(length: int) -> dict[str, Tensor]:
+    """Draw MiniMax's joint queries, keys and values, and its decays."""
     slopes = -lightning_layer().get_buffer("slope_rate").flatten().float()
     return {"qkv": torch.randn(1, length, H * 3 * K), "log_slopes": slopes}
 
 
-def _lightning_ours(qkv: Tensor, log_slopes: Tensor) -> Tensor:
+def lightning_ours(qkv: Tensor, log_slopes: Tensor, state: Tensor | None = None) -> Tensor:
+    """Compute what ``lightning_layer`` does, after a state if there is one."""
     q, k, v = qkv.view(1, -1, H, 3 * K).split(K, dim=3)
-    return linear_attention(q, k, v, log_decay=log_slopes, scale=0.5)[0].flatten(2)
+    return linear_attention(
+        q,
+        k,
+        v,
+        log_decay=log_slopes,
+        scale=0.5,
+        initial_state=state,
+        output_final_state=state is not None,
+    )[0].flatten(2)
 
 
 def _lightning_theirs(qkv: Tensor, log_slopes: Tensor) -> Tensor:
@@ -238,7 +248,7 @@ PAIRS: dict[str, Pair] = {
     "gated_delta": Pair(
         lambda t: rows(t, (H,), True), _delta_ours, _gated_delta_theirs, _delta_flops, 3.5
     ),
-    "lightning": Pair(_lightning_inputs, _lightning_ours, _lightning_theirs, _additive_flops, 3.5),
+    "lightning": Pair(lightning_inputs, lightning_ours, _lightning_theirs, _additive_flops, 3.5),
     "kda": Pair(lambda t: rows(t, (H, K), True), _delta_ours, _kda_theirs, _delta_flops, 3.5),
     "gla": Pair(lambda t: rows(t, (H, K)), _gla_ours, _gla_theirs, _additive_flops, 3.5),
     "mamba1": Pair(scan_inputs, _scan_ours, _scan_theirs),

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import transformers
 
 from hybrid.cli import main
 from hybrid.quickstart import find_config
@@ -32,10 +33,13 @@ def test_plan_reads_configs_and_checkpoints(capsys, build, tmp_path):
     assert "cache at 32,768 tokens" in capsys.readouterr().out
     build(layout="LS").save_pretrained(tmp_path)
     assert main(["plan", str(tmp_path)]) == 0
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    transformers.LlamaConfig(num_hidden_layers=3).save_pretrained(tmp_path)
     capsys.readouterr()
+    assert main(["plan", str(tmp_path), "--context", "2k"]) == 0
+    assert "S3: 3 layers" in capsys.readouterr().out
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "lama"}))
     assert main(["plan", str(tmp_path)]) == 2
-    assert "model_type: expected 'hybrid', found 'llama'" in capsys.readouterr().err
+    assert "no map for the family 'lama', did you mean 'llama'?" in capsys.readouterr().err
 
 
 def test_mixers_prints_every_letter_and_each_ones_options(capsys):

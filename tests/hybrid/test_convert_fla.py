@@ -309,6 +309,19 @@ def test_logits_are_those_of_their_formulas(name, case, published):
 
 
 @each_case
+@torch.no_grad()
+def test_prefill_and_decode_are_one_pass(name, case, published):
+    ours = hybrid.HybridForCausalLM.from_published(published(name, case).folder)
+    ids = torch.randint(3, 61, (2, TIME), generator=torch.Generator().manual_seed(0))
+    whole = ours(ids).logits
+    first = ours(ids[:, :9], use_cache=True)
+    second = ours(ids[:, 9:12], past_key_values=first.past_key_values)
+    third = ours(ids[:, 12:], past_key_values=second.past_key_values)
+    parts = torch.cat([first.logits, second.logits, third.logits], dim=1)
+    torch.testing.assert_close(parts, whole, rtol=0, atol=1e-6)
+
+
+@each_case
 def test_every_tensor_goes_in_and_comes_back(name, case, published, tmp_path):
     found = published(name, case)
     hybrid.convert.import_published(found.folder, tmp_path / "ours")

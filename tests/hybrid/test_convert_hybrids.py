@@ -6,9 +6,13 @@ import re
 import pytest
 import torch
 import transformers
+from transformers.models.auto.configuration_auto import (
+    CONFIG_MAPPING_NAMES,  # pyright: ignore[reportPrivateImportUsage]
+)
 
 import hybrid
 from hybrid.convert import export, get_family
+from hybrid.convert.checkpoint import Checkpoint
 from hybrid.convert.configs import to_ours
 
 ROPE = {"rope_type": "default", "rope_theta": 500.0}
@@ -135,6 +139,12 @@ def test_what_cannot_be_read_is_named(family, values, message):
         to_ours(found, found.their_config(values))
 
 
+def test_a_family_that_this_transformers_does_not_have(monkeypatch):
+    monkeypatch.delitem(CONFIG_MAPPING_NAMES, "bailing_hybrid")
+    with pytest.raises(ValueError, match="does not have bailing_hybrid yet; install a later one"):
+        get_family("bailing_hybrid").their_config({})
+
+
 def test_a_shared_block_feeds_a_mamba_layer(tmp_path):
     """Which all of Zamba2's do."""
     _, options = OWN["zamba2"]
@@ -162,3 +172,115 @@ def test_gemma_3_inside_a_model_for_images(tmp_path, given):
     ids = torch.randint(3, 50, (2, 9))
     expected = theirs(input_ids=ids).logits
     assert ((ours(ids).logits - expected).abs().max() / expected.std()) < 1e-5
+
+
+# Ring-linear: no class of transformers, so the published formulas, one token after another
+
+
+def rms(x, weight):
+    return torch.nn.functional.rms_norm(x, weight.shape, weight, 1e-6)
+
+
+def rotated_half(x, theta):
+    """Positions on the first half of the channels of x (T, H, K), pairs (j, j + K / 4)."""
+    size = x.shape[-1] // 2
+    angle = torch.arange(x.shape[0]).double()[:, None] * theta ** -(
+        torch.arange(0, size, 2).double() / size
+    )
+    cos, sin = angle.cos()[:, None], angle.sin()[:, None]
+    a, b, rest = x.split([size // 2, size // 2, size], dim=-1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], dim=-1)
+
+
+def ring_linear(config, weights, ids):
+    """Logits (T, V) of ids (T,) in float64."""
+    w = {name: tensor.double() for name, tensor in weights.items()}
+    heads, dim, layers = (
+        config["num_attention_heads"],
+        config["head_dim"],
+        config["num_hidden_layers"],
+    )
+    kv_heads, theta = config["num_key_value_heads"], config["rope_theta"]
+    x = w["model.word_embeddings.weight"][ids]
+    time = len(ids)
+    for i in range(layers):
+        at = f"model.layers.{i}."
+        h = rms(x, w[f"{at}input_layernorm.weight"])
+        softmax = (i + 1) % config["layer_group_size"] == 0
+        shared = kv_heads if softmax else heads
+        qkv = h @ w[f"{at}attention.query_key_value.weight"].T
+        q, k, v = qkv.unflatten(-1, (-1, dim)).split([heads, shared, shared], dim=1)
+        q = rotated_half(rms(q, w[f"{at}attention.query_layernorm.weight"]), theta) * dim**-0.5
+        k = rotated_half(rms(k, w[f"{at}attention.key_layernorm.weight"]), theta)
+        k, v = (y.repeat_interleave(heads // shared, dim=1) for y in (k, v))
+        if softmax:
+            seen = torch.ones(time, time).tril().bool()
+            logits = torch.einsum("thk,shk->hts", q, k).masked_fill(~seen, float("-inf"))
+            o = torch.einsum("hts,shv->thv", logits.softmax(-1), v).flatten(1)
+        else:
+            slope = 2.0 ** (-8 * (torch.arange(heads).double() + 1) / heads)
+            decay = torch.exp(-slope * (1 - (i - 1) / (layers - 1) + 1e-5))[:, None, None]
+            state, outputs = 0, []
+            for t in range(time):
+                state = decay * state + k[t][:, :, None] * v[t][:, None, :]
+                outputs.append(torch.einsum("hk,hkv->hv", q[t], state).flatten())
+            o = torch.stack(outputs).unflatten(-1, (config["group_norm_size"], -1))
+            o = torch.nn.functional.rms_norm(o, o.shape[-1:], eps=1e-6).flatten(1)
+            gate = torch.sigmoid(h @ w[f"{at}attention.g_proj.weight"].T)
+            o = o * w[f"{at}attention.g_norm.weight"] * gate
+        x = x + o @ w[f"{at}attention.dense.weight"].T
+        h = rms(x, w[f"{at}post_attention_layernorm.weight"])
+        x = x + ring_feed_forward(config, w, f"{at}mlp.", h)
+    return rms(x, w["model.norm.weight"]) @ w["lm_head.weight"].T
+
+
+def ring_feed_forward(config, w, at, h):
+    def swiglu(prefix, x):
+        gate = torch.nn.functional.silu(x @ w[f"{prefix}gate_proj.weight"].T)
+        return (gate * (x @ w[f"{prefix}up_proj.weight"].T)) @ w[f"{prefix}down_proj.weight"].T
+
+    if f"{at}gate.weight" not in w:
+        return swiglu(at, h)
+    outputs = []
+    for x in h:
+        scores = torch.sigmoid(w[f"{at}gate.weight"] @ x)
+        choice = (scores + w[f"{at}gate.expert_bias"]).unflatten(0, (config["n_group"], -1))
+        best = choice.topk(2).values.sum(-1).topk(config["topk_group"]).indices
+        kept = torch.full_like(choice, float("-inf"))
+        kept[best] = choice[best]
+        chosen = kept.flatten().topk(config["num_experts_per_tok"]).indices
+        share = scores[chosen] / scores[chosen].sum() * config["routed_scaling_factor"]
+        routed = [
+            s * swiglu(f"{at}experts.{e}.", x) for s, e in zip(share, chosen.tolist(), strict=True)
+        ]
+        outputs.append(sum(routed) + swiglu(f"{at}shared_experts.", x))
+    return torch.stack(outputs)
+
+
+@torch.no_grad()
+def test_ring_linear_by_the_published_formulas(tmp_path):
+    config = {
+        "model_type": "bailing_moe_linear", "hidden_size": 24, "intermediate_size": 28,
+        "num_hidden_layers": 6, "layer_group_size": 3, "vocab_size": 61, "head_dim": 8,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "group_norm_size": 2, "n_group": 3,
+        "topk_group": 2, "num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 12,
+        "first_k_dense_replace": 1, "rope_theta": 100.0, "pad_token_id": 0, "eos_token_id": 2,
+    }  # fmt: skip
+    family = get_family("bailing_moe_linear")
+    torch.manual_seed(0)
+    theirs = family.their_config({**config, "rope_scaling": None})
+    ours = hybrid.HybridForCausalLM(to_ours(family, theirs)).eval()
+    for tensor in ours.state_dict().values():
+        tensor.copy_(tensor + 0.3 * torch.randn_like(tensor))
+    assert export(ours, tmp_path / "out", "bailing_moe_linear") == "bailing_moe_linear"
+    with Checkpoint(tmp_path / "out") as published:
+        weights = {name: published.read(name) for name in published.specs}
+    ids = torch.randint(3, 61, (11,))
+    expected = ring_linear(config, weights, ids)
+    found = hybrid.HybridForCausalLM.from_published(tmp_path / "out", dtype=torch.float64)
+    assert ((found(ids[None]).logits[0] - expected).abs().max() / expected.std()) < 1e-6
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert {key: written[key] for key in config} == config
+    assert found.config.layout == "(LLS)2"
+    for name, tensor in ours.state_dict().items():
+        assert torch.equal(found.state_dict()[name].to(tensor.dtype), tensor), name

@@ -35,7 +35,7 @@ def teacher_folder(tmp_path_factory):
     torch.manual_seed(0)
     sizes = {"hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 4}
     heads = {"num_attention_heads": 6, "num_key_value_heads": 2}
-    config = LlamaConfig(vocab_size=259, **sizes, **heads, tie_word_embeddings=True)
+    config = LlamaConfig(vocab_size=259, **sizes, **heads, initializer_range=0.1)
     model = LlamaForCausalLM(config).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
     data = torch.tensor(list(_text().encode()))
@@ -87,7 +87,7 @@ def values(teacher_folder, text_file, tmp_path):
             "save_steps": 4,
             "disable_tqdm": True,
         },
-        "outputs": {},
+        "outputs": {"solve_rows": 8},
         "logits": {"freeze": ["ffn", "embeddings"]},
     }
 
@@ -123,8 +123,8 @@ def finished(teacher_folder, text_file, tmp_path_factory):
             "device": "cpu",
             "training": {**training, "logging_steps": 1, "disable_tqdm": True,
                          "save_strategy": "no"},
-            "outputs": {"solve_rows": 8},
-            "logits": {"freeze": ["ffn", "embeddings"]},
+            "outputs": {"training": {"max_steps": 6}},
+            "logits": {"freeze": ["ffn", "embeddings"], "training": {"learning_rate": 2e-3}},
             "language": {"freeze": ["embeddings"]},
         }
     )  # fmt: skip
@@ -182,7 +182,7 @@ def test_the_report_has_every_stage_and_every_branch(finished):
     assert "| layer 1 | D gated_delta_net | new |" in text
     for name in ("student", *config.stages):
         model = hybrid.HybridForCausalLM.from_pretrained(out / name)
-        assert model.config.layout == "(SD)2"
+        assert model.config.layout == "SDSD"
 
 
 def test_a_finished_distillation_is_not_done_again(finished, monkeypatch):
@@ -259,6 +259,17 @@ def test_equations_find_the_projection_that_made_the_outputs(pair):
         equations.solve(mixer)
     assert (mixer.o_proj.weight - wanted).abs().max() < 0.1
     assert 0 < RIDGE < 1e-2
+
+
+def test_solving_alone_lowers_the_error_of_each_layer(values, pair, rows):
+    training = {**values["training"], "max_steps": 1, "learning_rate": 0.0}
+    report = distill(
+        parse_config({**values, "logits": None, "knockout_rows": 0, "training": training})
+    )
+    before, after = report["output_errors"]["student"], report["output_errors"]["outputs"]
+    assert all(after[layer] < 0.8 * before[layer] for layer in before)
+    assert list(report["losses"]) == ["teacher", "student", "outputs"]
+    assert "knock_outs" not in report
 
 
 def test_what_the_teacher_sees_is_what_its_layers_are_given(pair, rows):

@@ -334,6 +334,17 @@ def mlstm(w, x, input_gate="exp", gate_soft_cap=15.0):
     return out
 
 
+@recurrence("rwkv_channel_mix", intermediate_size=10)
+def rwkv_channel_mix(w, x):
+    out, before = [], torch.zeros_like(x[0])
+    for u in x:
+        key = w("k_proj", u + (before - u) * w["key_shift"])
+        gate = w("gate_proj", u + (before - u) * w["gate_shift"])
+        out.append(sigmoid(gate) * w("v_proj", key.clamp(min=0) ** 2))
+        before = u
+    return out
+
+
 @recurrence("gated_short_convolution")
 def gated_short_convolution(w, x):
     parts = [w("in_proj", u).split(D) for u in x]

@@ -37,7 +37,8 @@ def losses(model, steps):
         yield loss.item()
 
 
-@pytest.mark.parametrize("name", mixers.names())
+# channel mixing sees one token back, and is no memory
+@pytest.mark.parametrize("name", [n for n in mixers.names() if n != "rwkv_channel_mix"])
 def test_learns_to_copy_the_first_token(build, name):
     model = build(
         dtype=torch.float32,

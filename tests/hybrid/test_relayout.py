@@ -126,16 +126,23 @@ def test_a_window_that_holds_all_tokens_is_the_teacher(llama, from_llama, token_
         assert (narrow(token_ids).logits - expected).abs().max() > 1e-2 * expected.std()
 
 
-def test_retention_keeps_the_rotary_positions_and_others_say_that_they_lose_them(
-    from_llama, caplog
-):
+@pytest.mark.parametrize("letter", "TL")
+def test_rotary_positions_are_kept_where_a_mixer_has_them(from_llama, caplog, letter):
     with caplog.at_level(logging.WARNING):
-        student = from_llama("ST", mixers={"T": {}})
-        assert not caplog.records
-        from_llama("SD")
-    assert student.config.mixer("T")[1].rope_theta == 10000.0
-    assert "D (gated_delta_net) goes without" in caplog.text
-    assert "rope_parameters" in caplog.text
+        student = from_llama(f"S{letter}")
+    assert not caplog.records
+    assert student.config.mixer(letter)[1].rope_theta == 10000.0
+
+
+def test_rotary_positions_that_are_lost_are_named(from_llama, build, caplog):
+    stretched = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}
+    model = build(torch.float32, layout="SS", mixers={"S": {"num_heads": 2,
+                  "rope_parameters": stretched}})  # fmt: skip
+    for make in (lambda: from_llama("SD"), lambda: relayout(model, "ST")):
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            make()
+        assert "goes without what the layers it replaces had: rope_parameters" in caplog.text
 
 
 def test_weights_of_query_and_key_norms_go_into_the_projections(qwen, caplog):

@@ -132,6 +132,8 @@ def _write_dense(layers: Sequence[str]) -> Flat:
     return {"first_k_dense_replace": first}
 
 
+DENSE_FIRST = LayerRule(("first_k_dense_replace",), _read_dense, _write_dense)
+
 DEEPSEEK_V3 = register_family(
     Family(
         name="deepseek_v3",
@@ -148,7 +150,7 @@ DEEPSEEK_V3 = register_family(
             ignored("num_mtp_layers"),
         ),
         mixers=everywhere("A"),
-        ffn=LayerRule(("first_k_dense_replace",), _read_dense, _write_dense),
+        ffn=DENSE_FIRST,
         weights=(
             *ends(),
             *PRE_NORMS,

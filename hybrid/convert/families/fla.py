@@ -146,6 +146,8 @@ def mixed(letter: str) -> LayerRule:
         layers = [letter] * config.num_hidden_layers
         for spec in _specs(config):
             for i in spec["layers"]:
+                if not 0 <= i < len(layers):
+                    raise Inexpressible(f"attn: layer {i} of {len(layers)}")
                 layers[i] = _kind(spec)
         return layers
 

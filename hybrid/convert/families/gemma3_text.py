@@ -17,6 +17,7 @@ from hybrid.convert.families.common import (
     rope_by_type,
 )
 from hybrid.convert.family import (
+    ConfigRule,
     Family,
     Flat,
     always,
@@ -27,9 +28,10 @@ from hybrid.convert.family import (
     must,
     register_family,
 )
-from hybrid.convert.weights import renames
+from hybrid.convert.weights import Rule, renames
 
 TYPES = {"full_attention": "S", "sliding_attention": "W"}
+LETTERS = {"W": "sliding_window_attention", "S": "softmax_attention"}
 
 
 def _read_scale(config: Any) -> Flat:
@@ -44,50 +46,55 @@ def _write_scale(flat: Flat) -> Flat:
     return {}
 
 
+# what Gemma 2 and 3 share
+GEMMA: tuple[ConfigRule, ...] = (
+    *SIZES,
+    key("rms_norm_eps", "norm_eps"),
+    always(norm="zero_centered_rmsnorm", norm_position="sandwich"),
+    always(embedding_multiplier="sqrt_hidden_size"),
+    *(found for found in attention("SW") if found.keys != ("rope_parameters",)),
+    attention_bias("SW"),
+    both("query_pre_attn_scalar", read=_read_scale, write=_write_scale),
+    key("sliding_window", "mixers.W.window"),
+    key("intermediate_size", "feed_forwards.-.intermediate_size"),
+    key("hidden_activation", "feed_forwards.-.activation", values=GATED),
+    key("final_logit_softcapping", "logit_softcap"),
+    must("use_bidirectional_attention", False, None),
+)
+GEMMA_WEIGHTS: tuple[Rule, ...] = (
+    *ends(),
+    *renames(
+        LAYER,
+        LAYER,
+        {
+            "input_layernorm": "mixer_residual.norm_in",
+            "post_attention_layernorm": "mixer_residual.norm_out",
+            "pre_feedforward_layernorm": "ffn_residual.norm_in",
+            "post_feedforward_layernorm": "ffn_residual.norm_out",
+        },
+    ),
+    *ATTENTION_WEIGHTS,
+    *DENSE_WEIGHTS,
+)
+
 GEMMA3 = register_family(
     Family(
         name="gemma3_text",
         architecture="Gemma3ForCausalLM",
-        letters={"W": "sliding_window_attention", "S": "softmax_attention"},
+        letters=LETTERS,
         config=(
-            *SIZES,
-            key("rms_norm_eps", "norm_eps"),
-            always(norm="zero_centered_rmsnorm", norm_position="sandwich"),
-            always(embedding_multiplier="sqrt_hidden_size"),
-            *(found for found in attention("SW") if found.keys != ("rope_parameters",)),
+            *GEMMA,
             rope_by_type(**TYPES),
-            attention_bias("SW"),
             always(
                 **{f"mixers__{s}__qk_norm": "head" for s in "SW"},
                 **{f"mixers__{s}__qk_norm_type": "zero_centered_rmsnorm" for s in "SW"},
             ),
-            both("query_pre_attn_scalar", read=_read_scale, write=_write_scale),
-            key("sliding_window", "mixers.W.window"),
-            key("intermediate_size", "feed_forwards.-.intermediate_size"),
-            key("hidden_activation", "feed_forwards.-.activation", values=GATED),
-            key("final_logit_softcapping", "logit_softcap"),
             # their class keeps it and does not use it
             must("attn_logit_softcapping", None),
-            must("use_bidirectional_attention", False, None),
         ),
         mixers=by_type(**TYPES),
         ffn=everywhere("-"),
-        weights=(
-            *ends(),
-            *renames(
-                LAYER,
-                LAYER,
-                {
-                    "input_layernorm": "mixer_residual.norm_in",
-                    "post_attention_layernorm": "mixer_residual.norm_out",
-                    "pre_feedforward_layernorm": "ffn_residual.norm_in",
-                    "post_feedforward_layernorm": "ffn_residual.norm_out",
-                },
-            ),
-            *ATTENTION_WEIGHTS,
-            *QK_NORMS,
-            *DENSE_WEIGHTS,
-        ),
+        weights=(*GEMMA_WEIGHTS, *QK_NORMS),
         # the sizes from 4B on hold images too
         wrapped_in=("gemma3",),
         spellings=(

@@ -1,0 +1,3 @@
+"""Ring-linear: transformers has no class for it, `test_convert_hybrids.py` has the formulas."""
+
+CASES = {}

@@ -1,0 +1,101 @@
+"""A mixer of CONTRIBUTING.md, in a file of a user's, in the commands of this package."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM
+
+from hybrid import imports
+from hybrid.cli import main
+from hybrid.quickstart import training_command
+from hybrid.registry import mixers
+
+PAGE = Path(__file__).parents[2] / "CONTRIBUTING.md"
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """The working directory, with the mixer's file; what is registered and imported is undone."""
+    page = PAGE.read_text(encoding="utf-8")
+    (text,) = re.findall(r"```python\n(# my_mixer\.py.*?)```", page, re.DOTALL)
+    (tmp_path / "my_mixer.py").write_text(text)
+    for name in ("_by_name", "_by_symbol"):
+        monkeypatch.setattr(mixers, name, dict(getattr(mixers, name)))
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(imports, "_imported", [])
+    monkeypatch.chdir(tmp_path)
+    yield tmp_path
+    sys.modules.pop("my_mixer", None)
+
+
+@pytest.mark.parametrize("name", ["my_mixer.py", "my_mixer"])
+def test_a_file_and_a_module(folder, name, capsys):
+    assert main(["mixers", "my_mixer", "--import", name]) == 0
+    assert "head_dim" in capsys.readouterr().out
+    words = training_command("run.yaml", ["a=1"])
+    known = str(folder / name) if name.endswith(".py") else name
+    assert words[-4:] == ["run.yaml", "a=1", "--import", known]
+
+
+def test_without_it_the_error_says_so(folder, capsys):
+    assert main(["mixers", "my_mixer"]) == 2
+    assert "`--import FILE`" in capsys.readouterr().err
+
+
+MISTAKES = {
+    "no file": ("their_mixer.py", r"no such file: .*their_mixer\.py"),
+    "no module": ("their_mixer", r"no module 'their_mixer', installed or in "),
+    "no submodule": ("my_mixer.deeper", r"no module 'my_mixer\.deeper'"),
+    "taken": ("yaml.py", r"the module 'yaml' is another, .*; rename the file"),
+}
+
+
+@pytest.mark.parametrize("case", MISTAKES)
+def test_mistakes(folder, case, capsys):
+    name, message = MISTAKES[case]
+    (folder / "yaml.py").write_text("")
+    assert main(["mixers", "--import", name]) == 2
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_a_module_that_theirs_needs_is_no_mistake_of_the_option(folder):
+    (folder / "needy.py").write_text("import a_module_that_is_not_there")
+    with pytest.raises(ModuleNotFoundError, match="a_module_that_is_not_there"):
+        main(["mixers", "--import", "needy.py"])
+
+
+@pytest.mark.slow
+def test_training_and_what_comes_out(folder):
+    """The command of the page: launched, and its checkpoint generates."""
+    values = {
+        "model": {
+            "layout": "QS",
+            "hidden_size": 16,
+            "mixers": {"Q": {"type": "my_mixer", "num_heads": 2}, "S": {"num_heads": 2}},
+        },
+        "data": "text.txt",
+        "sequence_length": 32,
+        "training": {"max_steps": 2, "per_device_train_batch_size": 2, "output_dir": "out"},
+    }
+    (folder / "run.yaml").write_text(yaml.safe_dump(values))
+    (folder / "text.txt").write_text("a text of some length\n" * 40)
+    imports.import_user_code(["my_mixer.py"])
+    command = training_command("run.yaml", ["training.disable_tqdm=true"])
+    env = {**os.environ, "HF_DATASETS_CACHE": str(folder / "cache")}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "out: 2 steps" in done.stdout
+    model = AutoModelForCausalLM.from_pretrained("out")
+    assert type(model.model.layers[0].mixer).__name__ == "MyMixer"
+    ids = torch.arange(6)[None]
+    tokens = [
+        model.generate(ids, max_new_tokens=3, do_sample=False, pad_token_id=0, use_cache=cached)
+        for cached in (True, False)
+    ]
+    assert torch.equal(*tokens)
