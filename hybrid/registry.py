@@ -2,7 +2,7 @@
 
 A mixer (or a feed-forward) is one class in one file, registered by a decorator with its symbol. The
 rest of the package asks the registry and holds no list of its own, so a user's mixer in a user's file
-is on the same footing as ours: import the file (in commands `--import FILE`, see `hybrid.imports`; or name
+is on the same footing as ours: import the file (in commands `--import FILE`, `hybrid.imports`; or name
 it in the entry-point group `hybrid.mixers`) and its name works in every layout.
 """
 

@@ -21,7 +21,7 @@ from hybrid.registry import mixers
 AROUND = ("norm_position", "residuals", "canon", "shared")
 # Keys of theirs that no family has to mention.
 BOOKKEEPING = {
-    "use_cache", "transformers_version", "architectures", "dtype", "torch_dtype",
+    "use_cache", "transformers_version", "architectures", "dtype", "torch_dtype", "auto_map",
     *PreTrainedConfig().to_dict(),
 }  # fmt: skip
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -32,16 +31,15 @@ class RowLosses:
         """Nats a token."""
         return (self.sums.sum() / self.counts.sum()).item()
 
-    def head(self, rows: int) -> RowLosses:
-        """The first rows."""
-        return RowLosses(self.sums[:rows], self.counts[:rows])
+    def above(self, other: RowLosses) -> tuple[float, float | None]:
+        """How much larger the mean is than another's on the same rows, and its standard error.
 
-    def above(self, other: RowLosses) -> tuple[float, float]:
-        """How much larger the mean is than another's on the same rows, and its standard error."""
+        There is no error of a single row.
+        """
         difference = self.sums - other.sums
         mean = difference.sum() / self.counts.sum()
         if len(difference) < 2:
-            return mean.item(), math.nan
+            return mean.item(), None
         rest = difference - mean * self.counts
         error = rest.square().sum() * len(rest) / (len(rest) - 1)
         return mean.item(), (error.sqrt() / self.counts.sum()).item()
@@ -57,7 +55,7 @@ class Branch:
         replaced: whether it is new in the student.
         loss: without it, in nats a token.
         increase: of the loss.
-        standard_error: of the increase, over rows; NaN for a single row.
+        standard_error: of the increase, over rows; None for a single row.
     """
 
     name: str
@@ -65,13 +63,12 @@ class Branch:
     replaced: bool
     loss: float
     increase: float
-    standard_error: float
+    standard_error: float | None
 
     @property
     def idle(self) -> bool:
         """Whether no increase to speak of was seen: below `IDLE`, or within two standard errors."""
-        noise = 0.0 if math.isnan(self.standard_error) else 2 * self.standard_error
-        return self.increase < max(IDLE, noise)
+        return self.increase < max(IDLE, 2 * (self.standard_error or 0.0))
 
 
 @torch.no_grad()

@@ -91,12 +91,16 @@ def _knock_outs(branches: list[dict[str, Any]]) -> str:
             b["mixer"],
             "new" if b["replaced"] else "kept",
             f"{b['loss']:.3f}",
-            f"{b['increase']:+.4f} +- {b['standard_error']:.4f}",
+            _with_error(b["increase"], b["standard_error"]),
             "does nothing" if b["idle"] else "",
         ]
         for b in branches
     ]
     return _table(["branch", "mixer", "", "loss without", "increase", ""], rows)
+
+
+def _with_error(value: float, error: float | None) -> str:
+    return f"{value:+.4f}" if error is None else f"{value:+.4f} +- {error:.4f}"
 
 
 def _table(heads: list[str], rows: list[list[str]]) -> str:

@@ -196,9 +196,11 @@ class LightningAttention(Float32Buffers, PlainLinearAttention):
         heads = torch.arange(1, self.num_heads + 1, dtype=torch.float32)
         depth = 1.0
         if self.options.depth_scaled_decay:
-            place = self.layer_idx + self.options.depth_offset
             last = max(1, self.config.num_hidden_layers - 1)
-            depth = 1.0 - place / (last + 1e-5) + 1e-5
+            if self.options.depth_offset:
+                depth = 1.0 - (self.layer_idx + self.options.depth_offset) / last + 1e-5
+            else:
+                depth = 1.0 - self.layer_idx / (last + 1e-5) + 1e-5
         return -depth * torch.exp2(-8.0 * heads / self.num_heads)
 
     def init_parameters(self, std: float) -> None:

@@ -6,6 +6,7 @@ import dataclasses
 import math
 import os
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,6 +21,7 @@ from hybrid.data.sources import RowFormat, SourceConfig, open_source
 from hybrid.options import ConfigError, did_you_mean
 from hybrid.train.config import TrainConfig
 from hybrid.train.probes import Probe, draw
+from hybrid.train.schedule import check_schedule
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
@@ -49,7 +51,20 @@ def training_arguments(config: TrainConfig) -> TrainingArguments:
         raise ConfigError([f"training: {error}"]) from error
     trackers: Any = args.report_to  # a list by now
     check_trackers(trackers)
+    check_schedule(args)
     return args
+
+
+def make_folder(args: TrainingArguments) -> None:
+    """The folder of the run.
+
+    Raises:
+        ConfigError: it cannot be made.
+    """
+    try:
+        Path(str(args.output_dir)).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError([f"training.output_dir: {error}"]) from error
 
 
 def _renamed(values: dict[str, Any]) -> dict[str, Any]:

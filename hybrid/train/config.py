@@ -9,14 +9,16 @@ import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from hybrid.data.packing import LongDocuments, Packing
 from hybrid.data.sources import SourceConfig, parse_source
 from hybrid.options import ConfigError, build, did_you_mean, option, type_problem
 from hybrid.train import yaml
 from hybrid.train.model import model_mistakes
+from hybrid.train.schedule import MultiStepConfig
 
+T = TypeVar("T")
 Device = Literal["auto", "cpu", "cuda", "xpu", "mps", "npu"]
 
 # Where we differ from the defaults of transformers.TrainingArguments, and why.
@@ -78,6 +80,9 @@ class TrainConfig:
     context_parallel: int = option(1, help="processes that share a row, each with a slice of it")
     device: Device = option("auto", help="auto: an accelerator where there is one, else the CPU")
     muon: MuonConfig | None = option(None, help="true, or options: Muon for matrices")
+    multi_step: MultiStepConfig | None = option(
+        None, help="true, or options: a rate that falls in steps, for training.lr_scheduler_type"
+    )
     decay_embeddings: bool = option(False, help="weight decay on embeddings (OLMo 2 has none)")
     decay_norms: bool = option(False, help="weight decay on the weights of norms")
     decay_gates: bool = option(False, help="weight decay on gates, decays and what is like them")
@@ -127,7 +132,8 @@ def parse_config(values: Mapping[str, Any], title: str = "the config") -> TrainC
             values[key] = _parse_sources(values[key], key, mistakes)
     if isinstance(values.get("probes"), dict):
         values["probes"] = _parse_probes(values["probes"], mistakes)
-    values["muon"] = _parse_muon(values.get("muon"), mistakes)
+    values["muon"] = _switched(MuonConfig, values.get("muon"), "muon", mistakes)
+    values["multi_step"] = _parse_multi_step(values, mistakes)
     if isinstance(values.get("training", {}), dict):
         values["training"] = _parse_training(values.get("training", {}), mistakes)
     if isinstance(values.get("model"), dict):
@@ -177,10 +183,22 @@ def _parse_probes(values: dict[str, Any], mistakes: list[str]) -> dict[str, Prob
     return parsed
 
 
-def _parse_muon(value: Any, mistakes: list[str]) -> MuonConfig | None:
+def _switched(cls: type[T], value: Any, path: str, mistakes: list[str]) -> T | None:
+    """Options that `true` turns on as they are."""
     if value is None or value is False:
         return None
-    return build(MuonConfig, {} if value is True else value, "muon", mistakes)
+    return build(cls, {} if value is True else value, path, mistakes)
+
+
+def _parse_multi_step(values: Mapping[str, Any], mistakes: list[str]) -> MultiStepConfig | None:
+    given, training = values.get("multi_step"), values.get("training")
+    found = _switched(MultiStepConfig, given, "multi_step", mistakes)
+    if found is None:
+        return None
+    mistakes += found.mistakes("multi_step")
+    if isinstance(training, Mapping) and "lr_scheduler_type" in training:
+        mistakes.append("multi_step: takes the place of training.lr_scheduler_type; leave one out")
+    return found
 
 
 def _parse_training(values: dict[str, Any], mistakes: list[str]) -> dict[str, Any]:

@@ -127,12 +127,14 @@ def prepare_run(
         )
         held = build.mixture(apart, config.eval_data, config.eval_rows, data_seed)
     probes = build.open_probes(config, tokenizer, made, data_seed)
+    build.make_folder(args)
     set_seed(args.seed)
     resolved = config.as_dict()
     trainer = trainer_class(
         tokens_per_step=rows_per_step * config.sequence_length,
         flops_per_token=training_flops_per_token(made, config.sequence_length),
         muon=config.muon,
+        multi_step=config.multi_step,
         decay=Decay(config.decay_embeddings, config.decay_norms, config.decay_gates),
         resolved=resolved,
         run=_identity(resolved, args.seed, data_seed, rows_per_step),

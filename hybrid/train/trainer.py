@@ -25,6 +25,7 @@ from hybrid.train.expert_load import ExpertLoad
 from hybrid.train.optim import Decay, Several, decaying, groups, matrices
 from hybrid.train.probes import Probe, Probes
 from hybrid.train.progress import LossWatch, Progress
+from hybrid.train.schedule import MultiStepConfig
 from hybrid.train.throughput import peak_flops
 
 CONFIG_NAME = "train_config.yaml"
@@ -38,6 +39,7 @@ class HybridTrainer(Trainer):
         flops_per_token: forward and backward, for `mfu`; None where it is not known.
         muon: options of Muon, or None for the optimizer that `args.optim` names.
         decay: what has weight decay beside matrices.
+        multi_step: that schedule, or None for the one that `args.lr_scheduler_type` names.
         resolved: the configuration, saved beside every checkpoint.
         run: what the manifest of a checkpoint records of the run.
         probes: asked while the run trains.
@@ -51,6 +53,7 @@ class HybridTrainer(Trainer):
         flops_per_token: float | None,
         muon: MuonConfig | None,
         decay: Decay = Decay(),  # noqa: B008 (it is frozen)
+        multi_step: MultiStepConfig | None = None,
         resolved: Mapping[str, Any],
         run: Mapping[str, Any],
         probes: Sequence[Probe] = (),
@@ -62,6 +65,7 @@ class HybridTrainer(Trainer):
         self.peak_flops = peak_flops(self.args)
         self.muon = muon
         self.decay = decay
+        self.multi_step = multi_step
         self.resolved = dict(resolved)
         self.run = dict(run)
         self.probes = list(probes)
@@ -113,6 +117,19 @@ class HybridTrainer(Trainer):
         )
         self.optimizer = Several([inner, adam])
         return self.optimizer
+
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> torch.optim.lr_scheduler.LRScheduler:
+        """The multi-step schedule where the config asks for it, else `Trainer`'s by name."""
+        if self.multi_step is not None and self.lr_scheduler is None:
+            self.lr_scheduler = self.multi_step.schedule(
+                self.optimizer if optimizer is None else optimizer,
+                self.args.get_warmup_steps(num_training_steps),
+                num_training_steps,
+            )
+            self._created_lr_scheduler = True
+        return super().create_scheduler(num_training_steps, optimizer)
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any

@@ -23,6 +23,7 @@ from hybrid.convert import FAMILIES
 from hybrid.convert.configs import BOOKKEEPING, to_ours
 from hybrid.convert.family import NotExpressible
 from hybrid.convert.stack import on_meta
+from hybrid.convert.steps import Held, read_steps, steps
 
 HERE = Path(__file__).parent / "fla_formats"
 RECORDED = {path.stem: json.loads(path.read_text()) for path in sorted(HERE.glob("*.json"))}
@@ -293,19 +294,29 @@ def published(tmp_path_factory):
 
 
 @each_case
-@torch.no_grad()
-def test_logits_are_those_of_their_formulas(name, case, published):
+def test_logits_and_gradients_are_those_of_their_formulas(name, case, published):
     found = published(name, case)
     ours = hybrid.HybridForCausalLM.from_published(found.folder)
     ids = torch.randint(3, 61, (2, TIME), generator=torch.Generator().manual_seed(0))
-    theirs = Stack(name, found.config, found.tensors)
+    weights = {key: tensor.clone().requires_grad_() for key, tensor in found.tensors.items()}
+    theirs = Stack(name, found.config, weights)
     expected = torch.stack([theirs(row) for row in ids])
     logits = ours(ids).logits
     assert logits.dtype == torch.float64
     # positions and the decays of RetNet are float32 on both sides, and rounded each in its own way
     exact = name not in ("retnet", "transformer") and not found.config.get("attn")
+    tolerance = 1e-9 if exact else 1e-5
     error = (logits - expected).abs().max() / expected.std()
-    assert error < (1e-9 if exact else 1e-5), f"{error:.1e}"
+    assert error < tolerance, f"{error:.1e}"
+
+    direction = torch.randn(logits.shape, dtype=torch.float64)
+    (logits * direction).sum().backward()
+    (expected * direction).sum().backward()
+    wanted = Held({key: tensor.grad for key, tensor in weights.items()})
+    parameters = dict(ours.named_parameters())
+    for key, gradient in read_steps(steps(FAMILIES[name], ours), wanted):
+        got = parameters[key].grad
+        assert (got - gradient).norm() <= tolerance * gradient.norm(), key
 
 
 @each_case
@@ -374,6 +385,53 @@ def test_what_cannot_be_expressed_is_named(name, given, line):
     family = FAMILIES[name]
     with pytest.raises(NotExpressible, match=line):
         to_ours(family, family.their_config(given))
+
+
+def own(layout="XXQ", X=None, Q=None, **config):
+    """A stack of ours under letters of its own."""
+    mixers = {
+        "X": {"type": "gated_linear_attention", "num_heads": 2, "gate_bias": False, **(X or {})},
+        "Q": {"type": "softmax_attention", "num_heads": 4, "num_kv_heads": 2, **(Q or {})},
+    }
+    torch.manual_seed(0)
+    return hybrid.HybridForCausalLM(
+        hybrid.HybridConfig(
+            vocab_size=61, hidden_size=24, layout=layout, mixers=mixers,
+            feed_forwards={"-": {"intermediate_size": 20}}, **config,
+        )
+    ).eval()  # fmt: skip
+
+
+@torch.no_grad()
+def test_a_stack_of_our_own_goes_out(tmp_path):
+    model = own()
+    hybrid.convert.export(model, tmp_path / "out", "gla")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["attn"]["layers"] == [2]
+    assert (config["attn"]["num_heads"], config["attn"]["num_kv_heads"]) == (4, 2)
+    ids = torch.randint(3, 61, (2, TIME))
+    again = hybrid.HybridForCausalLM.from_published(tmp_path / "out")
+    assert torch.equal(again(ids).logits, model(ids).logits)
+
+
+@pytest.mark.parametrize(
+    ("given", "line"),
+    [
+        ({"X": {"gate_bias": True}}, r"mixers.X.gate_bias: True here \(layers 0-1\)"),
+        ({"X": {"gate_rank": 4}}, "mixers.X.gate_rank: 4 here .*, gla can only say 16"),
+        (
+            {"Q": {"rope_parameters": None}},
+            "rope_parameters: None, but there are always rotary ones",
+        ),
+        ({"Q": {"qk_norm": "head"}}, r"mixers.Q.qk_norm: 'head' here \(layer 2\)"),
+        ({"embedding_norm": True}, "embedding_norm: True here, gla can only say False"),
+        ({"layout": "QQ"}, "attn: every layer here has softmax attention"),
+        ({"layout": "LX"}, r"layer 0 \(L\): lightning_attention has no place in gla"),
+    ],
+)
+def test_what_cannot_go_out_is_named(given, line, tmp_path):
+    with pytest.raises(NotExpressible, match=line):
+        hybrid.convert.export(own(**given), tmp_path / "out", "gla")
 
 
 @pytest.mark.skipif(importlib.util.find_spec("fla") is None, reason="needs flash-linear-attention")

@@ -264,7 +264,8 @@ def test_ring_linear_by_the_published_formulas(tmp_path):
         "num_hidden_layers": 6, "layer_group_size": 3, "vocab_size": 61, "head_dim": 8,
         "num_attention_heads": 4, "num_key_value_heads": 2, "group_norm_size": 2, "n_group": 3,
         "topk_group": 2, "num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 12,
-        "first_k_dense_replace": 1, "rope_theta": 100.0, "pad_token_id": 0, "eos_token_id": 2,
+        "first_k_dense_replace": 1, "routed_scaling_factor": 2.5, "rope_theta": 100.0,
+        "pad_token_id": 0, "eos_token_id": 2,
     }  # fmt: skip
     family = get_family("bailing_moe_linear")
     torch.manual_seed(0)
@@ -281,6 +282,6 @@ def test_ring_linear_by_the_published_formulas(tmp_path):
     assert ((found(ids[None]).logits[0] - expected).abs().max() / expected.std()) < 1e-6
     written = json.loads((tmp_path / "out" / "config.json").read_text())
     assert {key: written[key] for key in config} == config
-    assert found.config.layout == "(LLS)2"
+    assert found.config.layout == "LLSLLS"
     for name, tensor in ours.state_dict().items():
         assert torch.equal(found.state_dict()[name].to(tensor.dtype), tensor), name

@@ -40,6 +40,16 @@ MISTAKES = [
     ("hgrn2", {"scale": 0.0}, "scale: must be greater than 0, found 0.0"),
     ("retention", {"head_dim": 5}, "head_dim: must be even to be rotated, found 5"),
     ("gateloop", {"head_dim": 200}, "head_dim, twice: must be at most 256, found 400"),
+    (
+        "lightning_attention",
+        {"head_dim": 6, "rope_theta": 10.0, "rotary_share": 0.5},
+        "rotary_share: 3 of head_dim 6 would be rotated, and it has to be an even number",
+    ),
+    (
+        "lightning_attention",
+        {"num_heads": 2, "head_dim": 8, "output_norm_groups": 3},
+        "output_norm_groups: must be at least 1 and divide num_heads \\* value_head_dim 16, found 3",
+    ),
     ("mlstm", {"normalizer_eps": -1.0}, "normalizer_eps: must not be below 0, found -1.0"),
     ("rwkv6", {"shift_rank": 0}, "shift_rank: must be greater than 0, found 0"),
     ("rg_lru", {"num_heads": 5}, "num_heads: must be at least 1 and divide width 64, found 5"),

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from hybrid.options import ConfigError
 from hybrid.train import parse_config
 from hybrid.train.optim import Decay, Several, decaying, groups, matrices
 from hybrid.train.runner import prepare_run
@@ -206,10 +207,57 @@ def test_schedules_of_transformers_by_name(tmp_path, schedule, options, expected
         "lr_scheduler_kwargs": options,
     }
     trainer = prepare_run(config(tmp_path, training=training, muon=True))
-    trainer.create_optimizer_and_scheduler(20)
-    rates = []
-    for _ in range(20):
+    found = rates(trainer)
+    assert [found[i - 1] for i in (2, 4, 12, 20)] == [{e} for e in expected]
+
+
+def rates(trainer, steps=20):
+    """The rates of all groups after each of `steps` steps."""
+    trainer.create_optimizer_and_scheduler(steps)
+    found = []
+    for _ in range(steps):
         trainer.optimizer.step()
         trainer.lr_scheduler.step()
-        rates.append({round(g["lr"], 9) for g in trainer.optimizer.param_groups})
-    assert [rates[i - 1] for i in (2, 4, 12, 20)] == [{e} for e in expected]
+        found.append({round(g["lr"], 9) for g in trainer.optimizer.param_groups})
+    return found
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (True, [0.5, 1.0, 1.0, 0.316, 0.316, 0.1, 0.1]),
+        ({"at": [0.5], "factors": [0.25]}, [0.5, 1.0, 0.25, 0.25, 0.25, 0.25, 0.25]),
+    ],
+)
+def test_the_multi_step_schedule(tmp_path, options, expected):
+    """Rates after 2, 4, 15, 16, 17, 18 and 20 of 20 steps with 4 of warm-up."""
+    training = {"learning_rate": 1.0, "warmup_steps": 4}
+    trainer = prepare_run(config(tmp_path, training=training, multi_step=options))
+    found = rates(trainer)
+    assert [found[i - 1] for i in (2, 4, 15, 16, 17, 18, 20)] == [{e} for e in expected]
+
+
+MULTI_STEP = {
+    "lengths": ({"at": [0.5]}, "multi_step: 1 places in at, 2 factors"),
+    "order": ({"at": [0.9, 0.8]}, r"multi_step.at: expected rising shares between 0 and 1"),
+    "sign": ({"factors": [0.5, -0.1]}, "multi_step.factors: must not be below 0"),
+    "key": ({"factor": [0.5, 0.1]}, "multi_step.factor: unknown key, did you mean 'factors'"),
+}
+
+
+@pytest.mark.parametrize("case", MULTI_STEP)
+def test_mistakes_in_the_multi_step_schedule(tmp_path, case):
+    options, message = MULTI_STEP[case]
+    with pytest.raises(ConfigError, match=message):
+        config(tmp_path, multi_step=options)
+
+
+def test_two_schedules_are_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"takes the place of training\.lr_scheduler_type"):
+        config(tmp_path, training={"lr_scheduler_type": "cosine"}, multi_step=True)
+
+
+def test_what_a_schedule_lacks_is_said_before_the_run(tmp_path):
+    training = {"lr_scheduler_type": "warmup_stable_decay"}
+    with pytest.raises(ConfigError, match=r"lr_scheduler_kwargs: .*num_decay_steps"):
+        prepare_run(config(tmp_path, training=training))

@@ -102,7 +102,7 @@ def softmax_spec(letter: str, flat: Flat) -> dict[str, Any]:
     rope = flat[f"mixers.{letter}.rope_parameters"]
     if rope is None or rope.get("rope_type", "default") != "default":
         raise Inexpressible(
-            f"mixers.{letter}.rope_parameters: {rope!r}, but rotary ones are always"
+            f"mixers.{letter}.rope_parameters: {rope!r}, but there are always rotary ones"
         )
     return {
         "num_heads": flat[f"mixers.{letter}.num_heads"],
@@ -127,6 +127,10 @@ def _read_attn(config: Any) -> Flat:
 
 def _write_attn(flat: Flat) -> Flat:
     layers = [letter for letter in flat["letters"] if letter != "c"]
+    if all(letter in SOFTMAX for letter in layers):
+        raise Inexpressible(
+            "attn: every layer here has softmax attention; see transformer or llama"
+        )
     specs = [
         {"layers": [i for i, found in enumerate(layers) if found == letter]}
         | softmax_spec(letter, flat)

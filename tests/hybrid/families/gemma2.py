@@ -7,7 +7,8 @@ SIZES = {
 
 CASES = {
     "published": {**SIZES, "num_hidden_layers": 4, "query_pre_attn_scalar": 6,
-                  "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0},
+                  "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0,
+                  "attn_implementation": "eager"},  # older ones take one that leaves the cap out
     "switches": {**SIZES, "num_hidden_layers": 2, "query_pre_attn_scalar": 10,
                  "layer_types": ["full_attention", "sliding_attention"], "attention_bias": True,
                  "tie_word_embeddings": False, "final_logit_softcapping": None,

@@ -11,3 +11,4 @@ CASES = {
                  "tie_word_embeddings": True,
                  "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
 }  # fmt: skip
+NEEDS = {"switches": "gpt_oss.configuration_gpt_oss.GptOssConfig.swiglu_limit"}

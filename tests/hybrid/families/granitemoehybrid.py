@@ -9,10 +9,13 @@ SIZES = {
 }  # fmt: skip
 
 CASES = {
-    "experts": {**SIZES, "num_local_experts": 5, "num_experts_per_tok": 2, "intermediate_size": 12,
-                "tie_word_embeddings": True},
+    "experts": {**SIZES, "mamba_n_groups": 1, "num_local_experts": 5, "num_experts_per_tok": 2,
+                "intermediate_size": 12, "tie_word_embeddings": True},
     "dense": {**SIZES, "num_local_experts": 0, "position_embedding_type": "rope",
               "attention_bias": True, "mamba_proj_bias": True, "mamba_conv_bias": False,
               "time_step_limit": (0.05, 0.9)},
 }  # fmt: skip
+NEEDS = {
+    "dense": "granitemoehybrid.modeling_granitemoehybrid.GraniteMoeHybridRMSNormGated.group_size"
+}
 RESPELT = {"num_experts_per_tok", "intermediate_size"}

@@ -244,7 +244,11 @@ def test_export_gives_every_tensor_back_and_their_class_loads_it(name, case, pub
     with Checkpoint(tmp_path / "out") as written, Checkpoint(found.folder) as read:
         assert written.specs == read.specs
         assert all(torch.equal(written.read(key), read.read(key)) for key in read.specs)
-    again, info = type(found.theirs).from_pretrained(tmp_path / "out", output_loading_info=True)
+    again, info = type(found.theirs).from_pretrained(
+        tmp_path / "out",
+        output_loading_info=True,
+        attn_implementation=found.theirs.config._attn_implementation,
+    )
     assert not any(info.values()), info
     assert again.config.architectures == [found.family.architecture]
     with torch.no_grad():
