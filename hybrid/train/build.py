@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator, DistributedType
+from accelerate.utils import patch_environment
 from transformers import TrainingArguments
 from transformers.integrations import integration_utils
 
@@ -33,7 +34,7 @@ def training_arguments(config: TrainConfig) -> TrainingArguments:
     Raises:
         ConfigError: the device is absent, or transformers refuses a value.
     """
-    values = dict(config.training)
+    values, environment = dict(config.training), {}
     check_device(config.device)
     if config.device == "cpu" or not torch.accelerator.is_available():
         # Said outright, else several processes on CPUs would not find each other.
@@ -41,12 +42,15 @@ def training_arguments(config: TrainConfig) -> TrainingArguments:
     if values.get("use_cpu"):
         # Pinned memory is for copies to an accelerator; torch warns where there is none.
         values.setdefault("dataloader_pin_memory", False)
+        # accelerate would number the CPUs of several processes; torch loads no checkpoint onto "cpu:0".
+        environment["ACCELERATE_TORCH_DEVICE"] = "cpu"
     values["remove_unused_columns"] = False
     values.setdefault("prediction_loss_only", True)
     if config.eval_data and "eval_strategy" not in values:
         values["eval_strategy"] = "steps"
     try:
-        args = TrainingArguments(**_renamed(values))
+        with patch_environment(**environment):
+            args = TrainingArguments(**_renamed(values))
     except (ValueError, ImportError) as error:
         raise ConfigError([f"training: {error}"]) from error
     trackers: Any = args.report_to  # a list by now

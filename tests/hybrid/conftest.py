@@ -94,3 +94,21 @@ def ids():
         return torch.randint(0, VOCAB, (rows, time), generator=generator)
 
     return make
+
+
+@pytest.fixture
+def layer():
+    """Build a mixture of experts by its options, as a layer by itself."""
+
+    def build_layer(options, implementation="grouped_mm"):
+        config = hybrid.HybridConfig(
+            layout="S",
+            ffn="E",
+            hidden_size=D,
+            feed_forwards={"E": options},
+            experts_implementation=implementation,
+        )
+        cls, completed = config.feed_forward("E")
+        return cls(completed, config, 0)
+
+    return build_layer

@@ -51,6 +51,8 @@ def test_mixers_prints_every_letter_and_each_ones_options(capsys):
     assert "num_kv_heads" in out
     for cls in mixers.classes():
         assert main(["mixers", cls.name]) == 0
+        printed = "".join(capsys.readouterr().out.split())
+        assert "".join(cls.__doc__.split()) in printed  # brackets, too, which rich takes for markup
     assert main(["mixers", "softmax_atention"]) == 2
     assert "did you mean 'softmax_attention'" in capsys.readouterr().err
 

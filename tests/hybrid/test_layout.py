@@ -323,8 +323,10 @@ def test_cycling_fills_the_depth():
     ("depth", "nearest"), [(13, "12 or 16"), (15, "12 or 16"), (2, "4 or 8"), (5, "4 or 8")]
 )
 def test_a_depth_that_does_not_divide_names_the_two_nearest(depth, nearest):
-    with pytest.raises(LayoutError, match=f"num_hidden_layers={nearest}(?s:.*)tail"):
+    with pytest.raises(LayoutError, match=f"num_hidden_layers={nearest}(?s:.*)tail") as caught:
         resolve("LLLS", num_hidden_layers=depth)
+    written = str(caught.value).rpartition("e.g. ")[2]
+    assert resolve(written) == (resolve("LLLS") * depth)[:depth]
 
 
 @pytest.mark.parametrize("depth", [0, -4, True, 4.0, "4", MAX_DEPTH * 4])

@@ -24,20 +24,8 @@ OPTIONS = {
 }
 
 
-def layer(options, implementation="grouped_mm"):
-    config = HybridConfig(
-        layout="S",
-        ffn="E",
-        hidden_size=D,
-        feed_forwards={"E": options},
-        experts_implementation=implementation,
-    )
-    cls, completed = config.feed_forward("E")
-    return cls(completed, config, 0)
-
-
 @pytest.mark.parametrize("implementation", BACKENDS[1:])
-def test_the_backend_of_that_name_runs(monkeypatch, implementation):
+def test_the_backend_of_that_name_runs(layer, monkeypatch, implementation):
     calls = []
     original = ALL_EXPERTS_FUNCTIONS[implementation]
 
@@ -58,7 +46,7 @@ def test_the_backend_of_that_name_runs(monkeypatch, implementation):
         {"activation": "clamped_swiglu", "bias": True, "router_bias": True},
     ],
 )
-def test_backends_agree_for_other_options(more):
+def test_backends_agree_for_other_options(layer, more):
     options = {"num_experts": E, "intermediate_size": WIDTH, **more}
     x = torch.randn(2, 9, D)
     outputs = []
@@ -72,7 +60,7 @@ def test_backends_agree_for_other_options(more):
         assert_close(found, outputs[0], **CLOSE)
 
 
-def test_group_score_of_deepseek_v2_is_the_best_of_a_group():
+def test_group_score_of_deepseek_v2_is_the_best_of_a_group(layer):
     options = {"num_experts": 4, "top_k": 1, "num_groups": 2, "top_k_groups": 1}
     scores = torch.tensor([[0.6, 0.0, 0.5, 0.4]])
     for group_score, expert in (("max", 0), ("top2", 2)):
@@ -80,7 +68,7 @@ def test_group_score_of_deepseek_v2_is_the_best_of_a_group():
         assert router.choose(scores).tolist() == [[expert]]
 
 
-def test_the_bias_chooses_and_does_not_weigh():
+def test_the_bias_chooses_and_does_not_weigh(layer):
     moe = layer({"num_experts": 4, "top_k": 1, "normalize_weights": False, **sigmoid()})
     torch.nn.init.zeros_(moe.router.weight)
     moe.router.score_correction_bias[3] = 1.0
@@ -94,7 +82,7 @@ def sigmoid():
 
 
 @pytest.mark.parametrize("autocast", [False, True])
-def test_the_router_is_computed_in_float32(autocast):
+def test_the_router_is_computed_in_float32(layer, autocast):
     """In bfloat16 the scores of two experts this near would be equal."""
     moe = layer({"num_experts": 2, "top_k": 1}).to(torch.float32 if autocast else torch.bfloat16)
     torch.nn.init.ones_(moe.router.weight)
@@ -244,7 +232,7 @@ def test_router_logits_on_request(stack, ids):
     assert stack(ids(2, 5)).router_logits is None
 
 
-def test_defaults_fill_in_the_widths():
+def test_defaults_fill_in_the_widths(layer):
     done = MoEOptions(num_shared_experts=1).complete(768)
     assert done.intermediate_size == done.shared_intermediate_size == 672  # 8 * 768 / 3 / 3, by 32
     assert isinstance(layer({}), MixtureOfExperts)

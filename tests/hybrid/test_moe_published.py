@@ -7,8 +7,6 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from hybrid import HybridConfig
-
 D, WIDTH, E, K = 32, 24, 8, 3
 BACKENDS = ("eager", "batched_mm", "grouped_mm")
 DEEPSEEK = {"score_function": "sigmoid", "score_correction_bias": True}
@@ -232,21 +230,9 @@ def gpt_oss_layout(name, tensor):
     return tensor if name.endswith("_bias") else tensor.transpose(1, 2).contiguous()
 
 
-def layer(options, implementation):
-    config = HybridConfig(
-        layout="S",
-        ffn="E",
-        hidden_size=D,
-        feed_forwards={"E": options},
-        experts_implementation=implementation,
-    )
-    cls, completed = config.feed_forward("E")
-    return cls(completed, config, 0)
-
-
 @pytest.mark.parametrize("implementation", BACKENDS)
 @pytest.mark.parametrize("family", BLOCKS)
-def test_outputs_and_gradients_of_transformers_blocks(family, implementation):
+def test_outputs_and_gradients_of_transformers_blocks(layer, family, implementation):
     torch.manual_seed(0)
     block, options = BLOCKS[family]()
     if block is None:

@@ -6,7 +6,7 @@ import yaml
 from hybrid.options import ConfigError
 from hybrid.tokenizer import byte_tokenizer
 from hybrid.train import load_config, parse_config
-from hybrid.train.build import training_arguments
+from hybrid.train.build import make_folder, training_arguments
 from hybrid.train.model import model_config
 from hybrid.train.yaml import apply_overrides, parse
 
@@ -200,6 +200,13 @@ def test_a_device_that_is_absent(tmp_path):
         ConfigError, match=f"device: there is no '{absent}' here; this machine has:"
     ):
         training_arguments(config)
+
+
+def test_a_folder_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").write_text("")
+    training = {"output_dir": str(tmp_path / "file" / "run"), "max_steps": 1}
+    with pytest.raises(ConfigError, match=r"training\.output_dir: .*file"):
+        make_folder(training_arguments(config_of(training=training)))
 
 
 def test_what_transformers_refuses_is_said_where_it_stands(tmp_path):
