@@ -72,9 +72,16 @@ def build(layout, **options):
     return hybrid.HybridForCausalLM(config).eval()
 
 
+def skip_if_missing(family):
+    """Skip, where the family is newer than the installed transformers."""
+    if family not in CONFIG_MAPPING_NAMES:
+        pytest.skip(f"transformers {transformers.__version__} has no {family}")
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("family", list(OWN))
 def test_a_hybrid_of_ours_becomes_a_published_one(family, tmp_path):
+    skip_if_missing(family)
     layout, options = OWN[family]
     ours = build(layout, **options)
     assert export(ours, tmp_path / "out", family) == family
@@ -115,6 +122,7 @@ def test_a_hybrid_of_ours_becomes_a_published_one(family, tmp_path):
     ],
 )  # fmt: skip
 def test_what_stands_in_the_way_is_named(family, change, message, tmp_path):
+    skip_if_missing(family)
     layout, options = OWN[family]
     changed = {**options, **change}
     model = build(changed.pop("layout", layout), **changed)
@@ -140,7 +148,7 @@ def test_what_cannot_be_read_is_named(family, values, message):
 
 
 def test_a_family_that_this_transformers_does_not_have(monkeypatch):
-    monkeypatch.delitem(CONFIG_MAPPING_NAMES, "bailing_hybrid")
+    monkeypatch.delitem(CONFIG_MAPPING_NAMES, "bailing_hybrid", raising=False)
     with pytest.raises(ValueError, match="does not have bailing_hybrid yet; install a later one"):
         get_family("bailing_hybrid").their_config({})
 
