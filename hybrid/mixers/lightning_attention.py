@@ -188,7 +188,7 @@ class LightningAttention(Float32Buffers, PlainLinearAttention):
         """Angle per step of each pair, (J,); none of them where there are no positions."""
         rotated = self.options.rotated
         if not rotated:
-            return torch.empty(0)
+            return torch.empty(0, dtype=torch.float32)
         pairs = torch.arange(0, rotated, 2, dtype=torch.float32) / rotated
         return self.options.rope_theta**-pairs
 

@@ -73,7 +73,7 @@ class RotatedLinearMixer(Float32Buffers, LinearMixer):
     def _theta(self) -> torch.Tensor:
         """Angle per step of each pair, (J,); none of them where there are no positions."""
         if self.options.rope_theta is None:
-            return torch.empty(0)
+            return torch.empty(0, dtype=torch.float32)
         pairs = torch.arange(0, self.key_dim, 2, dtype=torch.float32) / self.key_dim
         return self.options.rope_theta**-pairs
 
