@@ -12,7 +12,7 @@ from transformers import initialization as init
 from hybrid.cache import LayerCache
 from hybrid.mixers.base import FEATURE_MAPS, LinearMixer, OutputNorm
 from hybrid.mixers.parts import GroupedRMSNorm, HeadOptions, divides, positive
-from hybrid.mixers.rotation import positioned
+from hybrid.mixers.rotation import positioned, rope_angles
 from hybrid.norms import build_norm
 from hybrid.precision import Float32Buffers
 from hybrid.registry import register_mixer
@@ -185,12 +185,7 @@ class LightningAttention(Float32Buffers, PlainLinearAttention):
         ]  # fmt: skip
 
     def _theta(self) -> torch.Tensor:
-        """Angle per step of each pair, (J,); none of them where there are no positions."""
-        rotated = self.options.rotated
-        if not rotated:
-            return torch.empty(0, dtype=torch.float32)
-        pairs = torch.arange(0, rotated, 2, dtype=torch.float32) / rotated
-        return self.options.rope_theta**-pairs
+        return rope_angles(self.options.rope_theta, self.options.rotated)
 
     def _log_decay(self) -> torch.Tensor:
         heads = torch.arange(1, self.num_heads + 1, dtype=torch.float32)

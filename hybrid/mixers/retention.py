@@ -13,7 +13,7 @@ from transformers import initialization as init
 from hybrid.cache import LayerCache
 from hybrid.mixers.base import LinearMixer
 from hybrid.mixers.parts import HeadOptions, positive
-from hybrid.mixers.rotation import positioned
+from hybrid.mixers.rotation import positioned, rope_angles
 from hybrid.norms import build_norm
 from hybrid.precision import Float32Buffers
 from hybrid.registry import register_mixer
@@ -71,11 +71,7 @@ class RotatedLinearMixer(Float32Buffers, LinearMixer):
         self.theta = nn.Buffer(self._theta(), persistent=False)
 
     def _theta(self) -> torch.Tensor:
-        """Angle per step of each pair, (J,); none of them where there are no positions."""
-        if self.options.rope_theta is None:
-            return torch.empty(0, dtype=torch.float32)
-        pairs = torch.arange(0, self.key_dim, 2, dtype=torch.float32) / self.key_dim
-        return self.options.rope_theta**-pairs
+        return rope_angles(self.options.rope_theta, self.key_dim)
 
     def init_parameters(self, std: float) -> None:
         """The angles are a function of the config, not a weight."""

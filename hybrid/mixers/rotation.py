@@ -16,6 +16,16 @@ from collections.abc import Callable
 import torch
 
 
+def rope_angles(rope_theta: float | None, rotated: int) -> torch.Tensor:
+    """Angles per step of the pairs of `rotated` channels, (J,) float32; none without a `rope_theta`.
+
+    As rotary embeddings have them (arXiv 2104.09864, eq. 15): rope_theta^(-2 j / rotated).
+    """
+    if rope_theta is None or not rotated:
+        return torch.empty(0, dtype=torch.float32)
+    return rope_theta ** -(torch.arange(0, rotated, 2, dtype=torch.float32) / rotated)
+
+
 def rotate(x: torch.Tensor, angle: torch.Tensor) -> torch.Tensor:
     """Rotate the pairs (x_j, x_{j+J}) of x (..., K) by angle (..., J); channels from 2J on stay."""
     cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)

@@ -14,6 +14,7 @@ from hybrid.convert.families.common import (
     PRE_NORMS,
     SIZES,
     experts,
+    three_convolutions,
 )
 from hybrid.convert.families.deepseek_v3 import GROUPED_EXPERTS, LATENT, latent_weights
 from hybrid.convert.family import (
@@ -29,7 +30,7 @@ from hybrid.convert.family import (
     register_family,
     rope,
 )
-from hybrid.convert.weights import Fuse, Rule, Squeeze, renames, rule
+from hybrid.convert.weights import Rule, renames, rule
 
 THEIRS = f"{LAYER}attention."
 MIXERS = by_type(linear_attention="K", full_attention="A")
@@ -121,13 +122,7 @@ BAILING_HYBRID = register_family(
                 },
                 mixer="K",
             ),
-            rule(
-                [f"{THEIRS}{name}_conv1d.weight" for name in "qkv"],
-                f"{MIXER}conv.weight",
-                Squeeze(1),
-                Fuse(parts=3),
-                mixer="K",
-            ),
+            three_convolutions(THEIRS, "K"),
             *(rule(f"{THEIRS}{n}", f"{MIXER}{n}", mixer="K") for n in ("A_log", "dt_bias")),
             *DENSE_WEIGHTS,
             rule(f"{LAYER}mlp.gate.weight", f"{FFN}router.weight", ffn="E"),

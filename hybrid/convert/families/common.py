@@ -17,7 +17,7 @@ from hybrid.convert.family import (
     key,
     rope,
 )
-from hybrid.convert.weights import Reorder, Rule, Split, Squeeze, Stack, renames, rule
+from hybrid.convert.weights import Fuse, Reorder, Rule, Split, Squeeze, Stack, renames, rule
 
 # their activation -> ours
 GATED = {"silu": "swiglu", "gelu": "geglu", "gelu_pytorch_tanh": "geglu_tanh", "relu": "reglu"}
@@ -318,4 +318,15 @@ def output_gate_weights(letter: str = "S") -> tuple[Rule, ...]:
             for kind in ("weight", "bias")
         ),
         *renames(theirs, MIXER, ["k_proj", "v_proj", "o_proj"], mixer=letter),
+    )
+
+
+def three_convolutions(theirs: str, letter: str) -> Rule:
+    """Convolutions of q, k and v, one tensor each, as the one that is run here."""
+    return rule(
+        [f"{theirs}{name}_conv1d.weight" for name in "qkv"],
+        f"{MIXER}conv.weight",
+        Squeeze(1),
+        Fuse(parts=3),
+        mixer=letter,
     )

@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
-from hybrid.convert.families.common import FFN, LAYER, MIXER, PRE_NORMS, SIZES, ends
+from hybrid.convert.families.common import (
+    FFN,
+    LAYER,
+    MIXER,
+    PRE_NORMS,
+    SIZES,
+    ends,
+    three_convolutions,
+)
 from hybrid.convert.families.deepseek_v3 import (
     GROUPED_EXPERTS,
     LATENT,
@@ -10,7 +18,7 @@ from hybrid.convert.families.deepseek_v3 import (
     latent_weights,
 )
 from hybrid.convert.family import Family, always, by_type, key, must, register_family
-from hybrid.convert.weights import Fuse, Reshape, Squeeze, renames, rule
+from hybrid.convert.weights import Reshape, renames, rule
 
 THEIRS, EXPERTS = f"{LAYER}self_attn.", f"{LAYER}block_sparse_moe."
 
@@ -50,13 +58,7 @@ KIMI_LINEAR = register_family(
                 },
                 mixer="K",
             ),
-            rule(
-                [f"{THEIRS}{name}_conv1d.weight" for name in "qkv"],
-                f"{MIXER}conv.weight",
-                Squeeze(1),
-                Fuse(parts=3),
-                mixer="K",
-            ),
+            three_convolutions(THEIRS, "K"),
             rule(f"{THEIRS}A_log", f"{MIXER}A_log", Reshape(lambda o: (1, 1, -1, 1)), mixer="K"),
             rule(f"{THEIRS}dt_bias", f"{MIXER}dt_bias", mixer="K"),
             *renames(EXPERTS, FFN, ["gate_proj", "up_proj", "down_proj"], ffn="-"),
