@@ -330,3 +330,16 @@ def three_convolutions(theirs: str, letter: str) -> Rule:
         Fuse(parts=3),
         mixer=letter,
     )
+
+
+def dense_first(key: str) -> LayerRule:
+    """Dense feed-forwards in the first layers, experts after them; `key` says how many layers."""
+
+    def read(config: Any) -> Sequence[str]:
+        first = getattr(config, key)
+        return ["-" if i < first else "E" for i in range(config.num_hidden_layers)]
+
+    def write(layers: Sequence[str]) -> Flat:
+        return {key: next((i for i, symbol in enumerate(layers) if symbol == "E"), len(layers))}
+
+    return LayerRule((key,), read, write)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from hybrid.convert.families.common import (
     DENSE_WEIGHTS,
@@ -13,14 +12,13 @@ from hybrid.convert.families.common import (
     MIXER,
     PRE_NORMS,
     SIZES,
+    dense_first,
     ends,
     experts,
 )
 from hybrid.convert.family import (
     ConfigRule,
     Family,
-    Flat,
-    LayerRule,
     always,
     both,
     everywhere,
@@ -122,17 +120,7 @@ def grouped_expert_weights(
     )
 
 
-def _read_dense(config: Any) -> Sequence[str]:
-    first = config.first_k_dense_replace
-    return ["-" if i < first else "E" for i in range(config.num_hidden_layers)]
-
-
-def _write_dense(layers: Sequence[str]) -> Flat:
-    first = next((i for i, symbol in enumerate(layers) if symbol == "E"), len(layers))
-    return {"first_k_dense_replace": first}
-
-
-DENSE_FIRST = LayerRule(("first_k_dense_replace",), _read_dense, _write_dense)
+DENSE_FIRST = dense_first("first_k_dense_replace")
 
 DEEPSEEK_V3 = register_family(
     Family(

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
-from hybrid.convert.families.common import FFN, LAYER, MIXER, SIZES, attention, ends, experts
+from hybrid.convert.families.common import (
+    FFN,
+    LAYER,
+    MIXER,
+    SIZES,
+    attention,
+    dense_first,
+    ends,
+    experts,
+)
 from hybrid.convert.family import (
     ConfigRule,
     Family,
     Flat,
-    LayerRule,
     always,
     both,
     by_type,
@@ -38,14 +45,6 @@ def _read_width(config: Any) -> Flat:
 def _write_width(flat: Flat) -> Flat:
     width = flat.get("feed_forwards.-.intermediate_size")
     return {} if width is None else {"intermediate_size": width, "block_auto_adjust_ff_dim": False}
-
-
-def _read_dense(config: Any) -> Sequence[str]:
-    return ["-" if i < config.num_dense_layers else "E" for i in range(config.num_hidden_layers)]
-
-
-def _write_dense(layers: Sequence[str]) -> Flat:
-    return {"num_dense_layers": next((i for i, s in enumerate(layers) if s == "E"), len(layers))}
 
 
 SHARED: tuple[ConfigRule, ...] = (
@@ -112,7 +111,7 @@ LFM2_MOE = register_family(
             ignored("output_router_logits"),
         ),
         mixers=LAYERS,
-        ffn=LayerRule(("num_dense_layers",), _read_dense, _write_dense),
+        ffn=dense_first("num_dense_layers"),
         weights=(
             *WEIGHTS,
             rule(f"{FEED}gate.weight", f"{FFN}router.weight", ffn="E"),
