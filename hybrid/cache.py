@@ -63,7 +63,11 @@ class LayerCache:
         return self.cache.update(k, v, self.layer_idx)
 
     def recurrent_state(self) -> torch.Tensor | None:
-        """The recurrent state (B, H, K, V) after the last token seen, or None at the start."""
+        """The recurrent state (B, H, K, V) after the last token seen, or None at the start.
+
+        Without gradients this is the slot's own memory, and the op that takes it may write the next
+        state there; what is kept to roll back to is a copy.
+        """
         layer = self._checked_layer()
         if not layer.has_previous_state[self.state_idx]:
             return None

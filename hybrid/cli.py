@@ -101,8 +101,11 @@ def _parser(every: argparse.ArgumentParser) -> argparse.ArgumentParser:
     reading = command("import", _import, "convert a published checkpoint into a layout")
     reading.add_argument("source", metavar="PATH", help="a folder of safetensors, or a hub name")
     reading.add_argument("out", metavar="OUT", help="folder to write; must be new or empty")
-    reading.add_argument("--dtype", help="of the weights, e.g. bfloat16; default: as they are")
+    reading.add_argument(
+        "--dtype", help="of the weights; default: as they are (quantized: bfloat16)"
+    )
     reading.add_argument("--layout", help="another one, e.g. SSSL: new mixers start from the old")
+    reading.add_argument("--no-mtp", action="store_true", help="leave out its MTP modules")
     reading.add_argument("--max-shard-size", default="5GB", help="of one file, e.g. 500MB")
 
     writing = command("export", _export, "write a model as a published architecture's checkpoint")
@@ -324,6 +327,7 @@ def _import(arguments: argparse.Namespace) -> int:
         arguments.out,
         dtype=arguments.dtype,
         layout=arguments.layout,
+        mtp=not arguments.no_mtp,
         max_shard_size=arguments.max_shard_size,
     )
     print(f"{arguments.out}: layout {config.layout}, ffn {config.ffn or 'none'}")

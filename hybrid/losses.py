@@ -225,13 +225,17 @@ def _loss_and_slope(
     x = softcap(wide(logits), cap)
     real = targets != IGNORED
     index = targets.clamp(min=0).unsqueeze(-1)
-    log_z = x.logsumexp(dim=-1)
-    losses = log_z - x.gather(-1, index).squeeze(-1) + z_loss * log_z.square()
+    log_p = x.log_softmax(dim=-1)
+    losses, factor = -log_p.gather(-1, index).squeeze(-1), real.to(x.dtype)
+    if z_loss:
+        # of the greatest logit: of one far below it, the difference would cancel
+        log_z = x.amax(dim=-1) - log_p.amax(dim=-1)
+        losses = losses + z_loss * log_z.square()
+        factor = factor * (1 + 2 * z_loss * log_z)
     loss = torch.where(real, losses, 0.0).sum()
     if not slope:
         return loss, None
-    factor = torch.where(real, 1 + 2 * z_loss * log_z, 0.0).unsqueeze(-1)
-    gradient = (x - log_z.unsqueeze(-1)).exp_().mul_(factor)
+    gradient = log_p.exp_().mul_(factor.unsqueeze(-1))
     gradient.scatter_add_(-1, index, -real.to(gradient.dtype).unsqueeze(-1))
     if cap is not None:
         gradient.mul_(1 - (x / cap).square_())

@@ -116,7 +116,9 @@ class HybridModel(HybridPreTrainedModel):
                 )
             neighbours = Neighbours(self.context_group, position_ids, x)
             segments, position_ids = neighbours.segments, neighbours.position_ids
-            masks: Masks = {"full_attention": neighbours.mask(self.config, x)}
+            masks: Masks = {}
+            if self.has_keys:
+                masks["full_attention"] = neighbours.mask(self.config, x)
         else:
             segments = self._segments(attention_mask, position_ids, given_cache, batch, time)
             if segments.packed:

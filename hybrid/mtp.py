@@ -9,8 +9,10 @@ h^0 is the output of the main stack. In training the mean of the modules' losses
 At inference they are left out, or draft tokens that the main model then checks all at once:
 `generate(..., use_mtp=True)`, see `hybrid.drafts`.
 
-As in the weights that DeepSeek has published, each module has a final norm of its own, and the
-embedding stands before the hidden state in M_k. Like Qwen3-Next, a module hands on h^k after that norm.
+As in the weights that DeepSeek, Qwen, Ling and Nemotron have published, each module has a final norm of
+its own, the embedding stands before the hidden state in M_k, h^0 is taken behind the main stack's norm,
+and a module hands on h^k behind its own (so do SGLang and Megatron-LM; vLLM hands on DeepSeek's before
+it). `hybrid.convert` reads their modules, and writes them back.
 
 Shapes: B batch, T time, D model dim.
 """

@@ -146,7 +146,10 @@ class Objective:
 def _count(
     targets: torch.Tensor, items: torch.Tensor | int | None, device: torch.device
 ) -> torch.Tensor | int:
-    """What the summed loss is divided by: the targets of the whole step, where it is known."""
+    """What the summed loss is divided by: the targets of the whole step, where it is known.
+
+    At least 1: the loss of a batch without targets is 0, and no NaN that would end a run.
+    """
     if items is None:
-        return (targets != IGNORED).sum().to(device)
-    return items.to(device) if isinstance(items, torch.Tensor) else items
+        items = (targets != IGNORED).sum()
+    return items.to(device).clamp(min=1) if isinstance(items, torch.Tensor) else max(items, 1)

@@ -201,11 +201,9 @@ def load_model_config(path: str, overrides: Sequence[str] = ()) -> HybridConfig:
         values = json.loads(file.read_text(encoding="utf-8"))
         if values.get("model_type") == HybridConfig.model_type:
             return HybridConfig(**values)
-        from hybrid.convert.configs import to_ours
-        from hybrid.convert.family import get_family
+        from hybrid.convert.configs import read_published, to_ours
 
-        family = get_family(str(values.get("model_type")))
-        return to_ours(family, family.their_config(values))
+        return to_ours(*read_published(values, file))
     values = yaml.apply_overrides(yaml.read(path), overrides)
     if not isinstance(values.get("model"), dict):
         return HybridConfig(**values)

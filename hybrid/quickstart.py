@@ -85,7 +85,8 @@ def training_command(
     config: str | Path, overrides: Sequence[str] = (), engine: Sequence[str] = ()
 ) -> list[str]:
     """`accelerate launch -m hybrid.train CONFIG [key=value ...]` with this Python."""
-    launch = [sys.executable, "-m", "accelerate.commands.launch"]
+    # quiet: after an error of ours, its own traceback would say nothing
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--quiet"]
     words = [str(config), *overrides, *import_arguments()]
     return [*launch, *engine, "-m", "hybrid.train", *words]
 

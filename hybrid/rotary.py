@@ -108,12 +108,45 @@ def yarn_mscale(rope_parameters: dict[str, Any] | None) -> float:
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotate the first R dims of x (B, H, T, K) by cos and sin (B, T, R)."""
+    """Rotate the first R dims of x (B, H, T, K) by cos and sin (B, T, R), which are not learnt."""
     cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    if x.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        return _Rotation.apply(x, cos, *sin.chunk(2, dim=-1), 1)
     dim = cos.shape[-1]
     head, tail = x[..., :dim], x[..., dim:]
     head = head * cos + rotate_half(head) * sin
     return torch.cat([head, tail], dim=-1) if tail.shape[-1] else head
+
+
+class _Rotation(torch.autograd.Function):
+    """y = [a cos - b sin, b cos + a sin, tail] of x = [a, b, tail], in three passes over x.
+
+    Each half of the rotated dims has its sin, `lower` and `upper`; the gradient turns the other way
+    (`sign`), with the two changed over, and needs no x.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        x: torch.Tensor, cos: torch.Tensor, lower: torch.Tensor, upper: torch.Tensor, sign: int
+    ) -> torch.Tensor:
+        half = lower.shape[-1]
+        a, b, tail = x.split([half, half, x.shape[-1] - 2 * half], dim=-1)
+        y = x[..., : 2 * half] * cos
+        y[..., :half].addcmul_(b, lower, value=-sign)
+        y[..., half:].addcmul_(a, upper, value=sign)
+        return torch.cat([y, tail], dim=-1) if tail.shape[-1] else y
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+        _, *angles, ctx.sign = inputs
+        ctx.save_for_backward(*angles)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        cos, lower, upper = ctx.saved_tensors
+        return _Rotation.apply(grads[0], cos, upper, lower, -ctx.sign), None, None, None, None
 
 
 def apply_rotary(

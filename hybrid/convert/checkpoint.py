@@ -9,6 +9,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from io import BufferedReader
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -23,14 +24,15 @@ DEFAULT_SHARD_SIZE = "5GB"
 # What belongs to a model beside its config and weights, and is copied as it stands.
 COMPANIONS = (
     "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model",
-    "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt",
-    "chat_template.jinja", "chat_template.json",
+    "tiktoken.model", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt",
+    "merges.txt", "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
 
 # safetensors' names of the dtypes that a checkpoint may hold
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "I64": torch.int64,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu, "I64": torch.int64,
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -52,6 +54,9 @@ class Spec(NamedTuple):
 class Checkpoint:
     """The tensors of a folder: `specs` from the headers at once, each tensor when it is asked for.
 
+    Files are read, not mapped: what has been read and dropped takes no memory, and a tensor that is
+    kept does not change with its file.
+
     Raises:
         ValueError: no safetensors in the folder, an index that names files or tensors which are not
             there, or a file that is damaged; each is named.
@@ -60,16 +65,14 @@ class Checkpoint:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._stack = ExitStack()
-        self._files: dict[str, Any] = {}
+        self._places: dict[str, tuple[BufferedReader, int]] = {}
+        self.specs: dict[str, Spec] = {}
         try:
             for path in self._paths():
                 self._open(path)
         except BaseException:
             self._stack.close()
             raise
-        self.specs: Mapping[str, Spec] = {
-            name: _spec(file, name, folder) for name, file in self._files.items()
-        }
 
     def __enter__(self) -> Checkpoint:
         return self
@@ -84,7 +87,14 @@ class Checkpoint:
 
     def read(self, name: str) -> torch.Tensor:
         """One tensor, in the dtype of the file."""
-        return self._files[name].get_tensor(name)
+        file, start = self._places[name]
+        spec = self.specs[name]
+        made = torch.empty(spec.shape, dtype=spec.dtype)
+        file.seek(start)
+        found = file.readinto(made.view(-1).view(torch.uint8).numpy().data)
+        if found != spec.nbytes:
+            raise ValueError(f"{file.name}: ends within {name}; it was cut while being read")
+        return made
 
     def _paths(self) -> list[Path]:
         index = self.folder / INDEX
@@ -95,14 +105,17 @@ class Checkpoint:
             return [single]
         others = sorted(path.name for path in self.folder.iterdir())
         pickled = [name for name in others if name.endswith((".bin", ".pt", ".pth"))]
-        found = f"found {some(pickled)}, and pickled weights are never loaded" if pickled else (
-            f"found {some(others)}" if others else "the folder is empty"
-        )  # fmt: skip
+        gguf = [name for name in others if name.endswith(".gguf")]
+        found = f"found {some(pickled or gguf or others)}" if others else "the folder is empty"
+        found += ", and pickled weights are never loaded" if pickled else ""
+        found += (
+            ", which from_published reads if given as gguf_file" if gguf and not pickled else ""
+        )
         raise ValueError(f"{self.folder}: no {SINGLE} and no {INDEX}; {found}")
 
     def _indexed(self, index: Path) -> list[Path]:
         weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict):
+        if not isinstance(weight_map, dict) or not all(map(_is_text, weight_map.values())):
             raise ValueError(f"{index}: expected an object 'weight_map' of tensor names to files")
         shards = sorted(set(weight_map.values()))
         missing = [name for name in shards if not (self.folder / name).is_file()]
@@ -116,26 +129,40 @@ class Checkpoint:
 
     def _open(self, path: Path) -> None:
         try:
-            file: Any = self._stack.enter_context(safe_open(str(path), framework="pt"))
+            with safe_open(str(path), framework="pt") as checked:
+                specs = {name: _spec(checked, name, path) for name in checked.keys()}  # noqa: SIM118
         except SafetensorError as error:
+            if path.read_bytes()[:8] == b"version ":
+                raise ValueError(
+                    f"{path}: a pointer of Git LFS in place of the file; fetch it with 'git lfs pull'"
+                ) from error
             raise ValueError(f"{path}: no safetensors file, or a damaged one: {error}") from error
-        held = set(file.keys())
         promised = {
             name for name, shard in getattr(self, "_wanted", {}).items() if shard == path.name
         }
-        if promised - held:
+        if promised - specs.keys():
             raise ValueError(
-                f"{path}: {INDEX} promises {some(sorted(promised - held))}, and the file has not"
+                f"{path}: {INDEX} promises {some(sorted(promised - specs.keys()))}, and the file"
+                " has not"
             )
-        self._files |= dict.fromkeys(held, file)
+        file = self._stack.enter_context(path.open("rb"))
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        for name, spec in specs.items():
+            self._places[name] = (file, 8 + size + header[name]["data_offsets"][0])
+            self.specs[name] = spec
 
 
-def _spec(file: Any, name: str, folder: Path) -> Spec:
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
+
+
+def _spec(file: Any, name: str, path: Path) -> Spec:
     part = file.get_slice(name)
     kind = part.get_dtype()
     if kind not in DTYPES:
         raise ValueError(
-            f"{folder}: {name} is of the type {kind}, which is not read; known: {', '.join(DTYPES)}"
+            f"{path}: {name} is of the type {kind}, which is not read; known: {', '.join(DTYPES)}"
         )
     return Spec(tuple(part.get_shape()), DTYPES[kind])
 
@@ -145,13 +172,16 @@ def new_folder(out: str | Path) -> Iterator[Path]:
     """A folder beside `out` to write into, which takes its name when all went well, else vanishes.
 
     Raises:
-        ValueError: `out` exists and is not an empty folder.
+        ValueError: `out` exists and is not an empty folder, or cannot be made.
     """
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out}: exists already; name a folder that does not, or an empty one")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    made = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        made = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    except OSError as error:
+        raise ValueError(f"{out}: cannot be made: {error.strerror}") from error
     try:
         yield made
         made.chmod(0o755)

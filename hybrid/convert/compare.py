@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from hybrid.config import HybridConfig
 from hybrid.convert.family import Family
-from hybrid.convert.stack import Block, Part, blocks
+from hybrid.convert.stack import Block, Part, blocks, mtp_blocks
 from hybrid.model import HybridForCausalLM
 
 # Keys of ours that a converted model need not share: they matter to training, or to nothing but words.
@@ -46,6 +46,7 @@ def differences(family: Family, model: HybridForCausalLM, again: HybridForCausal
         again: what was read back.
     """
     stack, other = blocks(model, family.literal), blocks(again, family.literal)
+    ahead, their_ahead = (mtp_blocks(each, family.literal) for each in (model, again))
     lines = []
     uncompared = set(TOP_UNCOMPARED)
     if not any(len(block.mixers) > 1 for block in stack):
@@ -56,11 +57,22 @@ def differences(family: Family, model: HybridForCausalLM, again: HybridForCausal
             lines.append(f"{name}: {ours!r} here, {family.name} can only say {theirs!r}")
     if len(stack) != len(other):
         lines.append(f"{len(stack)} layers here, {family.name} can only have {len(other)}")
+    lines += _in_stack(family, stack, other)
+    for module, theirs in zip(ahead[:1], their_ahead, strict=False):  # all are alike
+        if len(module) != len(theirs):
+            have = f"{family.name} can only have {len(theirs)}"
+            lines.append(f"the MTP modules: {len(module)} layers here, {have}")
+        lines += [f"of the MTP modules: {line}" for line in _in_stack(family, module, theirs)]
+    return lines
+
+
+def _in_stack(family: Family, ours: Sequence[Block], theirs: Sequence[Block]) -> list[str]:
+    """One line for each option, with the layers that it is about."""
     layers: dict[str, list[int]] = {}
-    for ours, theirs in zip(stack, other, strict=False):
-        for layer, line in _in_block(family, ours, theirs):
+    for block, other in zip(ours, theirs, strict=False):
+        for layer, line in _in_block(family, block, other):
             layers.setdefault(line, []).append(layer)
-    return lines + [line.replace(LAYERS, _ranges(found)) for line, found in layers.items()]
+    return by_layers(layers)
 
 
 LAYERS = "{layers}"
@@ -97,6 +109,11 @@ def _in_part(family: Family, field: str, part: Part | None, other: Part | None) 
         value, said = ours.get(path), theirs.get(path)
         if value != said:
             yield f"{path}: {value!r} here ({LAYERS}), {family.name} can only say {said!r}"
+
+
+def by_layers(found: Mapping[str, list[int]]) -> list[str]:
+    """Lines with `{layers}` in them, and the layers that share each -> lines that name them."""
+    return [line.replace(LAYERS, _ranges(layers)) for line, layers in found.items()]
 
 
 def _ranges(layers: list[int]) -> str:

@@ -5,20 +5,24 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedConfig
 
 from hybrid.config import HybridConfig
-from hybrid.convert.compare import differences, respelt
-from hybrid.convert.family import Family, Inexpressible, NotExpressible
-from hybrid.convert.stack import Block, Part, blocks, layout_of, on_meta
+from hybrid.convert.compare import LAYERS, by_layers, differences, respelt
+from hybrid.convert.family import Family, Inexpressible, NotExpressible, get_family
+from hybrid.convert.mtp import MTPMap
+from hybrid.convert.stack import Block, Part, blocks, layout_of, mtp_blocks, on_meta
 from hybrid.layout import DEFAULT
 from hybrid.model import HybridForCausalLM
 from hybrid.registry import mixers
 
 # Settings that may differ by letter: `norm_position.S`, `residuals.-.output_multiplier`.
 AROUND = ("norm_position", "residuals", "canon", "shared")
+# Keys of theirs that say how weights are stored, not what is computed with them.
+QUANTIZED = ("quantization_config", "compression_config")
 # Keys of theirs that no family has to mention.
 BOOKKEEPING = {
     "use_cache", "transformers_version", "architectures", "dtype", "torch_dtype", "auto_map",
@@ -26,8 +30,35 @@ BOOKKEEPING = {
 }  # fmt: skip
 
 
-def to_ours(family: Family, theirs: Any) -> HybridConfig:
+def read_published(values: Mapping[str, Any], where: str | Path) -> tuple[Family, Any]:
+    """The family of a config.json, and their config, the inner one where a model of images holds it.
+
+    Args:
+        values: of the file; what it says of quantization is left out (see `quantized`).
+        where: the file, for messages.
+
+    Raises:
+        ValueError: no family, one without a map, or a value that their class refuses.
+    """
+    if "model_type" not in values:
+        raise ValueError(f"{where}: no model_type, so the family is unknown")
+    family = get_family(str(values["model_type"]))
+    if values["model_type"] in family.wrapped_in:
+        # the outer config may hold what the inner one leaves out, such as whether weights are tied
+        outer = {k: values[k] for k in ("tie_word_embeddings",) if k in values}
+        values = outer | values.get("text_config", {})
+    if values.get("model_type") in family.aliases:
+        values = family.aliases[values["model_type"]](values)
+    return family, family.their_config({k: v for k, v in values.items() if k not in QUANTIZED})
+
+
+def to_ours(family: Family, theirs: Any, mtp: bool = False) -> HybridConfig:
     """Their config -> ours.
+
+    Args:
+        family: whose.
+        theirs: their config.
+        mtp: with the modules for multi-token prediction that it speaks of.
 
     Raises:
         NotExpressible: one line for each option of theirs that cannot be expressed here.
@@ -45,18 +76,37 @@ def to_ours(family: Family, theirs: Any) -> HybridConfig:
             stacks.append(rule.read(theirs))
         except Inexpressible as error:
             mistakes.append(str(error))
+    modules: dict[str, Any] = {}
+    if mtp and family.mtp is not None:
+        try:
+            modules = _modules(family.mtp, theirs)
+        except Inexpressible as error:
+            mistakes.append(str(error))
     mistakes += _unread(family, theirs)
     if mistakes:
         raise NotExpressible(f"this {family.name} cannot be expressed here", mistakes)
     arguments: dict[str, Any] = {path: value for path, value in flat.items() if "." not in path}
-    used = {letter for letters in stacks[0] for letter in letters}
-    symbols = {*stacks[1]} - {""}
+    ahead = set(modules.get("mtp_layout", ""))
+    used = {letter for letters in stacks[0] for letter in letters} | (ahead & {*family.letters})
+    symbols = ({*stacks[1]} - {""}) | (ahead - {*family.letters})
     arguments["mixers"] = {letter: _bound(family, flat, letter) for letter in sorted(used)}
     arguments["feed_forwards"] = {
         symbol: _options(flat, f"feed_forwards.{symbol}.") for symbol in sorted(symbols)
     }
     arguments |= _by_symbol(flat, used | symbols | {DEFAULT})
-    return HybridConfig(**arguments, **layout_of(*stacks))  # pyright: ignore[reportArgumentType]
+    arguments |= modules | layout_of(*stacks)
+    return HybridConfig(**arguments)  # pyright: ignore[reportArgumentType]
+
+
+def _modules(mtp: MTPMap, theirs: Any) -> dict[str, Any]:
+    """Our options for the modules that their config speaks of."""
+    count = mtp.count(theirs)
+    if count > 1 and mtp.shared:
+        raise Inexpressible(
+            f"{mtp.key}: {count} modules that share their projection and norms cannot be expressed"
+            " here; leave them out with mtp=False, --no-mtp on the command line"
+        )
+    return {"num_mtp_layers": count, "mtp_layout": mtp.layout(theirs)} if count else {}
 
 
 def _by_symbol(flat: Mapping[str, Any], symbols: set[str]) -> dict[str, Any]:
@@ -122,19 +172,33 @@ def to_theirs(
     """
     stack = blocks(model, family.literal)
     letters, mistakes = _letters(family, stack)
+    ahead = mtp_blocks(model, family.literal) if family.mtp is not None else []
+    module = ahead[0] if ahead else []  # all are alike
+    words, more = _letters(family, module, "of the MTP modules: ")
+    mistakes += more
     if mistakes:
         raise NotExpressible(f"this model cannot be written as {family.name}", mistakes)
     values: dict[str, Any] = {"num_hidden_layers": len(stack)}
-    flat = _flatten(model.config, stack, letters)
+    flat = _flatten(model.config, [*stack, *module], [*letters, *words])
+    # a path too, for keys that say both where a mixer is and how
+    flat["letters"] = letters
     sources: list[tuple[Any, Any]] = [(rule, flat) for rule in family.config]
-    symbols = [block.ffn.letter if block.ffn else "" for block in stack]
-    both = [word + symbol for word, symbol in zip(letters, symbols, strict=True)]
+    symbols, both = _with_ffn(stack, letters)
     sources += [(family.mixers, both if family.literal else letters), (family.ffn, symbols)]
     for rule, source in sources:
         try:
             values |= rule.write(source)
         except Inexpressible as error:
             mistakes.append(str(error))
+    if family.mtp is not None:
+        count = model.config.num_mtp_layers
+        if count > 1 and family.mtp.shared:
+            mistakes.append(
+                f"num_mtp_layers: {count} here, {family.name} can only say 1, for modules of theirs"
+                " share their projection and norms"
+            )
+        values |= {family.mtp.key: count}
+        values |= family.mtp.write("".join(_with_ffn(module, words)[1]))
     if not mistakes:
         theirs, again, mistakes = _read_back(family, values)
     if not mistakes:
@@ -144,16 +208,20 @@ def to_theirs(
     return theirs, again
 
 
-def _letters(family: Family, stack: Sequence[Block]) -> tuple[list[str], list[str]]:
+def _letters(
+    family: Family, stack: Sequence[Block], where: str = ""
+) -> tuple[list[str], list[str]]:
     """The family's letters for each block, and what has none."""
     letters, mistakes = [], []
+    homeless: dict[str, list[int]] = {}
     for i, block in enumerate(stack):
         word = ""
         for part in block.mixers:
             try:
                 word += family.letter(part.name, part.options)
             except Inexpressible as error:
-                mistakes.append(f"layer {block.mixer_layer} ({part.letter}): {error}")
+                line = f"{where}{LAYERS} ({part.letter}): {error}"
+                homeless.setdefault(line, []).append(block.mixer_layer)
         letters.append(word)
         regrouped = block.mixer_layer != i or (block.ffn and block.ffn_layer != i)
         if regrouped and any(getattr(p.options, "depth_scaled_decay", False) for p in block.mixers):
@@ -161,18 +229,20 @@ def _letters(family: Family, stack: Sequence[Block]) -> tuple[list[str], list[st
                 f"layer {block.mixer_layer}: its decays depend on its index, which would become {i};"
                 " write the layout with a feed-forward inside each layer, or set depth_scaled_decay"
             )
-    return letters, mistakes
+    return letters, by_layers(homeless) + mistakes
+
+
+def _with_ffn(stack: Sequence[Block], letters: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The feed-forward of each block, "" for none, and its letters with it."""
+    symbols = [block.ffn.letter if block.ffn else "" for block in stack]
+    return symbols, [word + symbol for word, symbol in zip(letters, symbols, strict=True)]
 
 
 def _flatten(
     config: HybridConfig, stack: Sequence[Block], letters: Sequence[str]
 ) -> dict[str, Any]:
-    """Our config as paths and values, in the family's letters; the first layer of a letter speaks.
-
-    `letters` is a path too: those of each layer, for keys that say both where a mixer is and how.
-    """
+    """Our config as paths and values, in the family's letters; the first layer of a letter speaks."""
     flat = {name: getattr(config, name) for name in inspect.get_annotations(HybridConfig)}
-    flat["letters"] = list(letters)
     named: list[tuple[str, str, Part]] = []
     for block, word in zip(stack, letters, strict=True):
         named += [("mixers", letter, part) for letter, part in zip(word, block.mixers, strict=True)]
@@ -191,7 +261,7 @@ def _read_back(
     nothing: Any = None
     try:
         theirs = family.their_config(values)
-        return theirs, on_meta(to_ours(family, theirs)), []
+        return theirs, on_meta(to_ours(family, theirs, mtp=True)), []
     except NotExpressible as error:
         return nothing, nothing, error.obstacles
     except ValueError as error:

@@ -7,6 +7,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -32,15 +33,20 @@ from hybrid.convert.checkpoint import (
     some,
     write_weights,
 )
-from hybrid.convert.configs import to_ours, to_theirs
+from hybrid.convert.configs import read_published, to_ours, to_theirs
 from hybrid.convert.family import FAMILIES, Family, NotExpressible, get_family
+from hybrid.convert.quantized import plain
 from hybrid.convert.relayout import Relayout
-from hybrid.convert.stack import fill, on_meta
+from hybrid.convert.stack import blocks, fill, on_meta
 from hybrid.convert.steps import (
     Held,
     Respelt,
     Source,
     Step,
+    Without,
+    as_filed,
+    check_copies,
+    check_ours,
     check_theirs,
     our_specs,
     read_steps,
@@ -62,6 +68,7 @@ def from_published(
     gguf_file: str | None = None,
     layout: str | None = None,
     mixers: Mapping[str, Mapping[str, Any]] | None = None,
+    mtp: bool = True,
     **hub_options: Any,
 ) -> HybridForCausalLM:
     """Read a published model into a hybrid, of the equal layout or of another.
@@ -70,12 +77,13 @@ def from_published(
         source: a folder with `config.json` and safetensors, the hub name of one, or a model of
             transformers. The weights are copied: nothing is shared with a model given.
         dtype: of the floating weights, such as `torch.bfloat16` or its name; None keeps each
-            tensor's own.
+            tensor's own. What is quantized (`mxfp4`, or `fp8` in blocks) becomes bfloat16 then.
         gguf_file: a GGUF file of the folder, which transformers reads.
         layout: another layout, such as `SSSL`, which cycles over the depth: layers that it leaves keep
             their weights, new ones inherit from the softmax layers that they replace (see
             `hybrid.convert.relayout`).
         mixers: with `layout`: letter -> options of its mixer, over those that it inherits.
+        mtp: with the modules for multi-token prediction (see `hybrid.mtp`), where there are any.
         hub_options: for the hub's `snapshot_download`, such as `revision` or `token`.
 
     Raises:
@@ -84,10 +92,12 @@ def from_published(
     """
     if gguf_file is not None:
         source = AutoModelForCausalLM.from_pretrained(str(source), gguf_file=gguf_file)
-    with _opened(source, hub_options) as (family, theirs, weights, folder):
-        model = on_meta(to_ours(family, theirs))
+    cast = _dtype(dtype)
+    with _opened(source, hub_options, cast) as (family, theirs, weights, folder):
+        weights, mtp = _modules(family, theirs, weights, mtp)
+        model = on_meta(to_ours(family, theirs, mtp))
         planned = _planned_import(family, model, weights)
-        tensors = _tracked("reading", planned, read_steps(planned, weights, _dtype(dtype)))
+        tensors = _tracked("reading", planned, read_steps(planned, weights, cast))
         if layout is not None:
             plan = Relayout(model, layout, mixers)
             model, tensors = plan.model, plan.tensors(tensors)
@@ -104,6 +114,7 @@ def import_published(
     dtype: torch.dtype | str | None = None,
     layout: str | None = None,
     mixers: Mapping[str, Mapping[str, Any]] | None = None,
+    mtp: bool = True,
     max_shard_size: str | int = DEFAULT_SHARD_SIZE,
     **hub_options: Any,
 ) -> HybridConfig:
@@ -112,7 +123,7 @@ def import_published(
     Args:
         source: a folder, or a hub name.
         out: the new folder; it must not exist, or be empty. It appears when all went well.
-        dtype, layout, mixers, hub_options: as of `from_published`.
+        dtype, layout, mixers, mtp, hub_options: as of `from_published`.
         max_shard_size: bytes of one file, such as `5GB`.
 
     Returns:
@@ -121,13 +132,14 @@ def import_published(
     Raises:
         ValueError: as `from_published`; or `out` exists.
     """
+    cast = _dtype(dtype)
     with (
-        _opened(source, hub_options) as (family, theirs, weights, folder),
+        _opened(source, hub_options, cast) as (family, theirs, weights, folder),
         new_folder(out) as made,
     ):
-        model = on_meta(to_ours(family, theirs))
+        weights, mtp = _modules(family, theirs, weights, mtp)
+        model = on_meta(to_ours(family, theirs, mtp))
         planned = _planned_import(family, model, weights)
-        cast = _dtype(dtype)
         specs = our_specs(planned, weights, cast)
 
         def tensors() -> Named:
@@ -160,7 +172,8 @@ def export(
     Args:
         source: a model, or the folder of one; from a folder the weights stream.
         out: the new folder; it must not exist, or be empty. It appears when all went well.
-        family: the architecture, by its `model_type`; None for the only one that fits.
+        family: the architecture, by its `model_type`; None for the one that fits: of several, the
+            one whose kinds of mixers and feed-forwards the model has all (`llama` for plain softmax).
         max_shard_size: bytes of one file, such as `5GB`.
 
     Returns:
@@ -205,6 +218,8 @@ def fitting(model: HybridForCausalLM) -> tuple[list[str], dict[str, NotExpressib
 
 def _only_fit(model: HybridForCausalLM) -> Family:
     fit, refused = fitting(model)
+    # a hybrid family can say plain softmax, too, but one that has nothing else is meant
+    fit = [name for name in fit if _uses_all_of(FAMILIES[name], model)] or fit
     if len(fit) == 1:
         return FAMILIES[fit[0]]
     if fit:
@@ -212,25 +227,71 @@ def _only_fit(model: HybridForCausalLM) -> Family:
             f"this model fits the published architectures {', '.join(fit)}; choose one of them"
             " (--as on the command line)"
         )
-    nearest = sorted(refused, key=lambda name: len(refused[name].obstacles))[:3]
-    lines = [f"{name}: {refused[name].obstacles[0]}" for name in nearest]
+    present = {part.name for block in blocks(model) for part in block.mixers}
+
+    def distance(name: str) -> tuple[int, int]:
+        return len(present - {*FAMILIES[name].letters.values()}), len(refused[name].obstacles)
+
+    nearest = sorted(refused, key=distance)[:3]
+    lines = [f"{name}: {_first(refused[name].obstacles)}" for name in nearest]
     raise NotExpressible("this model fits no published architecture; the nearest are", lines)
 
 
+def _first(lines: Sequence[str]) -> str:
+    return f"{lines[0]} (and {len(lines) - 1} more)" if len(lines) > 1 else lines[0]
+
+
+def _uses_all_of(family: Family, model: HybridForCausalLM) -> bool:
+    """Whether a model that fits has each kind of mixer and of feed-forward that the family has."""
+    stack = blocks(to_theirs(family, model)[1], family.literal)
+    letters = {part.letter for block in stack for part in block.mixers}
+    symbols = {block.ffn.letter for block in stack if block.ffn is not None}
+    wanted = {symbol for rule in family.weights for symbol in rule.ffn}
+    return letters >= set(family.letters) and symbols >= wanted
+
+
 def _planned_import(family: Family, model: HybridForCausalLM, weights: Source) -> list[Step]:
-    planned = steps(family, model)
+    planned = as_filed(steps(family, model), weights)
     unread = check_theirs(family, planned, weights, model.config.tie_word_embeddings)
+    check_copies(planned, weights)
     if unread:
         logger.warning("left out, for their own class does not read them either: %s", some(unread))
     return planned
 
 
+def _modules(family: Family, theirs: Any, weights: Source, wanted: bool) -> tuple[Source, bool]:
+    """Whether to read modules for multi-token prediction, and the tensors without them if not."""
+    if family.mtp is None:
+        return weights, False
+    depth = theirs.num_hidden_layers
+    found = sorted(name for name in weights.specs if family.mtp.owns(name, depth))
+    spoken_of = family.mtp.count(theirs)
+    if found and wanted and spoken_of:
+        return weights, True
+    if found and wanted:
+        logger.warning("left out, for %s is 0: %s", family.mtp.key, some(found))
+    elif wanted and spoken_of and getattr(theirs, family.mtp.key, None):
+        logger.warning(
+            "%s is %d, and there are no weights of such a module: read without multi-token prediction",
+            family.mtp.key,
+            spoken_of,
+        )
+    return (Without(weights, set(found)) if found else weights), False
+
+
 @contextmanager
 def _opened(
-    source: str | Path | PreTrainedModel, hub_options: Mapping[str, Any]
+    source: str | Path | PreTrainedModel,
+    hub_options: Mapping[str, Any],
+    dtype: torch.dtype | None = None,
 ) -> Iterator[tuple[Family, Any, Source, Path | None]]:
-    """The family, their config, their tensors as on disk, and the folder if there is one."""
+    """The family, their config, their tensors as on disk, and the folder if there is one.
+
+    What is quantized on disk is read as `dtype`, or as bfloat16.
+    """
     if isinstance(source, PreTrainedModel):
+        if any(p.itemsize < 2 for p in source.parameters()):
+            raise ValueError("the model is quantized; give the result of its dequantize()")
         theirs = source.config
         family = get_family(theirs.model_type)
         if theirs.model_type in family.wrapped_in:
@@ -239,32 +300,30 @@ def _opened(
         return
     folder = _folder(source, hub_options)
     config = read_json(folder / "config.json")
-    if "model_type" not in config:
-        raise ValueError(f"{folder / 'config.json'}: no model_type, so the family is unknown")
-    if config["model_type"] == HybridConfig.model_type:
+    if config.get("model_type") == HybridConfig.model_type:
         raise ValueError(f"{folder}: this is a hybrid already; load it with from_pretrained")
-    if config.get("quantization_config") is not None:
-        raise ValueError(f"{folder}: quantized weights are not read; convert the original ones")
-    family = get_family(config["model_type"])
-    if config["model_type"] in family.wrapped_in:
-        # the outer config may hold what the inner one leaves out, such as whether weights are tied
-        inner = config.get("text_config", {})
-        config = {k: config[k] for k in ("tie_word_embeddings",) if k in config} | inner
-    with Checkpoint(folder) as weights:
-        yield family, family.their_config(config), Respelt(weights, family.spellings), folder
+    family, theirs = read_published(config, folder / "config.json")
+    with Checkpoint(folder) as files:
+        weights = plain(files, config, folder, dtype)
+        yield family, theirs, Respelt(weights, family.spellings), folder
 
 
 def on_disk(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     """A model of transformers' tensors by the names and in the shapes that `save_pretrained` writes."""
     held = remove_tied_weights_from_state_dict(model.state_dict(), model)
-    return revert_weight_conversion(model, held)
+    # as its class writes them, not as the file that it came from: that may have been quantized
+    anew = copy(model)
+    anew.__dict__.pop("_weight_conversions", None)
+    return revert_weight_conversion(anew, held)
 
 
 def _folder(source: str | Path, hub_options: Mapping[str, Any]) -> Path:
     path = Path(source)
     if path.is_dir():
         return path
-    if isinstance(source, Path) or path.exists() or str(source).count("/") > 1:
+    if path.is_file():
+        raise ValueError(f"{source}: is a file; give the folder that it is in")
+    if isinstance(source, Path) or str(source).count("/") > 1:
         raise ValueError(f"{source}: no such folder")
     patterns = ["*.safetensors", "*.json", *(name for name in COMPANIONS if "json" not in name)]
     try:
@@ -292,6 +351,7 @@ def _ours(
         raise ValueError(f"{folder}: no hybrid of ours, model_type is {config.get('model_type')!r}")
     model = on_meta(HybridConfig.from_dict(config))
     with Checkpoint(folder) as weights:
+        check_ours(model, weights)
         yield model, weights, folder
 
 

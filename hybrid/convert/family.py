@@ -19,6 +19,7 @@ from transformers.models.auto.configuration_auto import (
     CONFIG_MAPPING_NAMES,  # pyright: ignore[reportPrivateImportUsage]
 )
 
+from hybrid.convert.mtp import MTPMap
 from hybrid.convert.weights import Rule
 from hybrid.options import did_you_mean
 
@@ -209,11 +210,14 @@ class Family:
         spellings: (prefix or part of a name in some checkpoints, what it is here): what else their
             class accepts.
         wrapped_in: model types that hold this one as their `text_config` (images are left out).
+        aliases: model types under which it is published (its own, where older words are in use), and
+            what turns the keys of each into those of their class.
         literal: each of their layers is a mixer or a feed-forward, never both (Nemotron-H); then
             `mixers` writes both kinds, for one list of theirs holds them.
         joins_next: letters of layers of ours that are one with the next layer in theirs (Zamba2's
             shared block and the Mamba-2 that it feeds). In names of tensors `{depth}` is the number
             of such a layer among them, and `{block}` their index of the one whose weights it has.
+        mtp: where its multi-token prediction modules are; None for a family without.
         defaults: their config's defaults, for a family that transformers has no config class for.
         notes: what is worth knowing.
     """
@@ -229,8 +233,10 @@ class Family:
     unread_weights: tuple[str, ...] = ()
     spellings: tuple[tuple[str, str], ...] = ()
     wrapped_in: tuple[str, ...] = ()
+    aliases: Mapping[str, Callable[[Flat], Flat]] = field(default_factory=dict)
     literal: bool = False
     joins_next: str = ""
+    mtp: MTPMap | None = None
     defaults: Mapping[str, Any] = field(default_factory=dict)
     notes: str = ""
 
@@ -252,6 +258,8 @@ class Family:
         """
         known = {**self.defaults, **values}
         known.pop("model_type", None)
+        if known.get("rope_scaling", 0) is None:  # a deprecated word, here for nothing
+            del known["rope_scaling"]
         name = CONFIG_MAPPING_NAMES.get(self.name)
         if name is None and not self.defaults:
             raise ValueError(
@@ -259,8 +267,6 @@ class Family:
                 " later one"
             )
         if name is None:
-            if known.get("rope_scaling", 0) is None:  # a deprecated word, here for nothing
-                del known["rope_scaling"]
             kind = type("PublishedConfig", (PreTrainedConfig,), {"model_type": self.name})
             return kind(**known)
         # by its own module, for other packages may put a class of theirs behind the model type
@@ -273,13 +279,21 @@ class Family:
     def read_keys(self) -> set[str]:
         """Every key of theirs that some rule reads or ignores on purpose."""
         rules = (*self.config, self.mixers, self.ffn)
-        return {name for found in rules for name in found.keys} | {"num_hidden_layers"}
+        return (
+            {name for found in rules for name in found.keys}
+            | {"num_hidden_layers"}
+            | self._mtp_keys
+        )
 
     @property
     def written_keys(self) -> set[str]:
-        """Those that an export carries over."""
+        """Those that an export carries over, whether there are modules for more tokens or not."""
         ignored = {name for found in self.config if found.ignored for name in found.keys}
-        return self.read_keys - ignored
+        return self.read_keys - ignored - self._mtp_keys
+
+    @property
+    def _mtp_keys(self) -> set[str]:
+        return set() if self.mtp is None else {self.mtp.key, *self.mtp.keys}
 
 
 FAMILIES: dict[str, Family] = {}
@@ -295,11 +309,13 @@ def register_family(family: Family) -> Family:
 
 def get_family(name: str) -> Family:
     """The family of a model type. Raises ValueError with the nearest right name."""
-    outer = [family for family in FAMILIES.values() if name in family.wrapped_in]
-    if outer:
-        return outer[0]
+    for family in FAMILIES.values():
+        if name in family.wrapped_in or name in family.aliases:
+            return family
     if name not in FAMILIES:
-        raise ValueError(f"no map for the family {name!r}, {did_you_mean(name, FAMILIES)}")
+        by_class = [family.name for family in FAMILIES.values() if family.architecture == name]
+        hint = did_you_mean(by_class[0] if by_class else name, FAMILIES)
+        raise ValueError(f"no map for the family {name!r}, {hint}")
     return FAMILIES[name]
 
 

@@ -13,7 +13,7 @@ from hybrid.config import HybridConfig
 from hybrid.layout import Layer, parse_ffn
 from hybrid.layout.shortest import shortest
 from hybrid.layout.types import Layout
-from hybrid.model import HybridForCausalLM
+from hybrid.model import HybridForCausalLM, HybridModel
 
 
 class Part(NamedTuple):
@@ -72,9 +72,19 @@ def fill(model: HybridForCausalLM, tensors: Iterable[tuple[str, torch.Tensor]]) 
 
 def blocks(model: HybridForCausalLM, literal: bool = False) -> list[Block]:
     """The stack of a model; a feed-forward joins the mixer before it, unless the family is literal."""
+    return _blocks(model.model, literal)
+
+
+def mtp_blocks(model: HybridForCausalLM, literal: bool = False) -> list[list[Block]]:
+    """Likewise the layers of each of its multi-token prediction modules."""
+    modules: Any = () if model.mtp is None else model.mtp.depths
+    return [_blocks(module.stack, literal) for module in modules]
+
+
+def _blocks(stack: HybridModel, literal: bool) -> list[Block]:
     found: list[Block] = []
-    config = model.config
-    for i, (layer, module) in enumerate(zip(config.layers, model.model.layers, strict=True)):
+    config = stack.config
+    for i, (layer, module) in enumerate(zip(config.layers, stack.layers, strict=True)):
         mixers = tuple(_mixers(config, layer, module))
         if mixers:
             found.append(Block(mixers, None, i, i))

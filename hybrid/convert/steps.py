@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import NamedTuple, Protocol
 
@@ -10,7 +10,7 @@ import torch
 
 from hybrid.convert.checkpoint import Spec, some
 from hybrid.convert.family import Family
-from hybrid.convert.stack import Block, blocks
+from hybrid.convert.stack import Block, blocks, mtp_blocks
 from hybrid.convert.weights import Fuse, Operation, Place, Rule, Tensors
 from hybrid.model import HybridForCausalLM
 
@@ -60,14 +60,50 @@ class Respelt:
         return self.source.read(self.names[name])
 
 
+class Without:
+    """A source less some of its tensors."""
+
+    def __init__(self, source: Source, names: Collection[str]) -> None:
+        self.source = source
+        self.specs: Mapping[str, Spec] = {
+            name: spec for name, spec in source.specs.items() if name not in names
+        }
+
+    def read(self, name: str) -> torch.Tensor:
+        """One tensor."""
+        return self.source.read(name)
+
+
 class Step(NamedTuple):
-    """Some tensors of theirs, those of ours that hold the same, and the way between."""
+    """Some tensors of theirs, those of ours that hold the same, and the way between.
+
+    Attributes:
+        theirs, ours: their names.
+        operations: from theirs to ours.
+        place: where it is.
+        constant: what theirs is, where it follows from the config; it is written and not read.
+        copy_of: the tensor of ours that theirs is a copy of, where another step makes that one; it is
+            written, and read to see that it is.
+        whole: another name of theirs, of one tensor that is ours as it is; files may have either.
+    """
 
     theirs: tuple[str, ...]
     ours: tuple[str, ...]
     operations: tuple[Operation, ...]
     place: Place
     constant: torch.Tensor | None = None
+    copy_of: str | None = None
+    whole: str = ""
+
+    @property
+    def is_read(self) -> bool:
+        """Whether ours are made from theirs."""
+        return self.constant is None and self.copy_of is None
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """The tensors of ours that theirs are made from."""
+        return self.ours if self.copy_of is None else (self.copy_of,)
 
     def read(self, tensors: Tensors) -> Tensors:
         """Theirs -> ours."""
@@ -123,18 +159,27 @@ def steps(
     tied = model.all_tied_weights_keys
     shapes = {n: tuple(t.shape) for n, t in model.state_dict().items() if n not in tied}
     sites = _sites(family, model, stack, letters)
-    made = []
-    for rule in family.weights:
-        for site in sites if rule.per_layer else [OUTSIDE]:
-            step = _step(rule, site, shapes)
-            if step is not None:
-                made.append(step)
+    found = [
+        _step(rule, site, shapes)
+        for rule in family.weights
+        for site in (sites if rule.per_layer else [OUTSIDE])
+    ]
+    found += _module_steps(family, model, spelt or model, sites[0].layers, shapes)
+    made = [step for step in found if step is not None]
     covered = [name for step in made for name in step.ours]
     assert len(covered) == len(set(covered)), f"two rules of {family.name} make the same weight"
     left = sorted(set(shapes) - set(covered))
     if left:
         raise ValueError(f"the map of {family.name!r} has no place for our {some(left)}")
     return made
+
+
+def as_filed(planned: Sequence[Step], source: Source) -> list[Step]:
+    """The steps by the names that a checkpoint has, where it may have one of two."""
+    return [
+        step._replace(theirs=(step.whole,), operations=()) if step.whole in source.specs else step
+        for step in planned
+    ]
 
 
 class Site(NamedTuple):
@@ -189,6 +234,32 @@ def _sites(
     ]
 
 
+def _module_steps(
+    family: Family,
+    model: HybridForCausalLM,
+    spelt: HybridForCausalLM,
+    depth: int,
+    shapes: Mapping[str, tuple[int, ...]],
+) -> Iterator[Step | None]:
+    """The steps of a model's multi-token prediction modules; `depth`: layers of their main stack."""
+    if family.mtp is None:
+        return
+    stacks, named = (mtp_blocks(each, family.literal) for each in (model, spelt))
+    for k, (stack, others) in enumerate(zip(stacks, named, strict=True)):
+        size, first = len(stack), family.mtp.first(k, len(stack), depth)
+        for rule in family.mtp.own_rules(k, first, size):
+            yield _step(rule, OUTSIDE, shapes)
+        for i, (block, other) in enumerate(zip(stack, others, strict=True), start=first):
+            site = Site(block, "".join(part.letter for part in other.mixers), depth, i)
+            for rule in family.weights:
+                if rule.per_layer:
+                    yield _step(family.mtp.layer_rule(rule, k), site, shapes)
+        for theirs, ours in family.mtp.own_copies(first, size).items():
+            # a head that is tied is the embedding
+            source = ours if ours in shapes else model.all_tied_weights_keys[ours]
+            yield Step((theirs,), (), (), Place(None, (shapes[source],)), copy_of=source)
+
+
 def _step(rule: Rule, site: Site, shapes: Mapping[str, tuple[int, ...]]) -> Step | None:
     block, options = site.block, None
     if rule.joined is not None and rule.joined != site.joined:
@@ -217,7 +288,7 @@ def _step(rule: Rule, site: Site, shapes: Mapping[str, tuple[int, ...]]) -> Step
         theirs = tuple(name.replace("{e}", str(e)) for name in theirs for e in experts)
     place = Place(options, tuple(shapes[name] for name in ours))
     made = None if rule.constant is None else rule.constant(options, site.i, site.layers)
-    return Step(theirs, ours, rule.operations, place, made)
+    return Step(theirs, ours, rule.operations, place, made, whole=site.spell(rule.whole))
 
 
 def _index(ours: str, block: Block | None) -> str:
@@ -235,18 +306,22 @@ def check_theirs(family: Family, planned: Sequence[Step], source: Source, tied: 
         Names of tensors that nobody reads, neither their class nor ours.
 
     Raises:
-        ValueError: tensors that are missing, left over, or of another shape.
+        ValueError: tensors that are missing, left over, of another shape or no floating type.
     """
-    wanted = {name for step in planned for name in step.theirs if step.constant is None}
+    wanted = {name for step in planned for name in step.theirs if step.is_read}
     missing = sorted(wanted - source.specs.keys())
     if missing:
         raise ValueError(f"the checkpoint has no {some(missing)}")
     for step in planned:
-        found = [source.specs[name].shape for name in step.theirs if step.constant is None]
+        known = step.constant is None and source.specs.keys() >= set(step.theirs)
+        found = [source.specs[name].shape for name in step.theirs if known]
         if found and (misfit := step.misfit(found)):
             raise ValueError(misfit)
-    constants = {name for step in planned for name in step.theirs} - wanted
-    extra = source.specs.keys() - wanted - constants
+        for name in step.theirs if known else ():
+            if not (dtype := source.specs[name].dtype).is_floating_point:
+                kind = str(dtype).removeprefix("torch.")
+                raise ValueError(f"{name}: expected a floating type, found {kind}")
+    extra = source.specs.keys() - {name for step in planned for name in step.theirs}
     patterns = [*family.unread_weights, "*.rotary_emb.inv_freq"]
     patterns += ["lm_head.weight"] if tied else []
     unread = [n for n in sorted(extra) if any(fnmatchcase(n, pattern) for pattern in patterns)]
@@ -259,6 +334,43 @@ def check_theirs(family: Family, planned: Sequence[Step], source: Source, tied: 
     return unread
 
 
+def check_ours(model: HybridForCausalLM, source: Source) -> None:
+    """Compare what a checkpoint of ours holds with what its config says.
+
+    Raises:
+        ValueError: tensors that are missing, left over, or of another shape.
+    """
+    tied = model.all_tied_weights_keys
+    wanted = {n: tuple(t.shape) for n, t in model.state_dict().items() if n not in tied}
+    missing = sorted(wanted.keys() - source.specs.keys())
+    if missing:
+        raise ValueError(f"the checkpoint has no {some(missing)}")
+    for name, shape in wanted.items():
+        if (found := source.specs[name].shape) != shape:
+            raise ValueError(f"{name}: expected the shape {shape}, found {found}")
+    left = sorted(source.specs.keys() - wanted.keys() - set(tied))
+    if left:
+        raise ValueError(f"the config has no place for {some(left)} of the checkpoint")
+
+
+def check_copies(planned: Sequence[Step], source: Source) -> None:
+    """See that tensors of theirs which have to be copies are; these are read, two at a time.
+
+    Raises:
+        ValueError: one is not; it is named.
+    """
+    theirs = {ours: step.theirs[0] for step in planned if step.is_read for ours in step.ours}
+    for step in planned:
+        if step.copy_of is None or step.theirs[0] not in source.specs:
+            continue
+        copied, name = step.theirs[0], theirs[step.copy_of]
+        if not torch.equal(source.read(copied), source.read(name)):
+            raise ValueError(
+                f"{copied}: not equal to {name}, and modules for multi-token prediction share it"
+                " here; leave them out with mtp=False, --no-mtp on the command line"
+            )
+
+
 def our_specs(
     planned: Sequence[Step], source: Source, dtype: torch.dtype | None
 ) -> dict[str, Spec]:
@@ -266,6 +378,7 @@ def our_specs(
     return {
         name: Spec(shape, _cast(_dtype_of(step.theirs, source), dtype))
         for step in planned
+        if step.is_read
         for name, shape in zip(step.ours, step.place.shapes, strict=True)
     }
 
@@ -274,7 +387,7 @@ def their_specs(planned: Sequence[Step], source: Source) -> dict[str, Spec]:
     """Shapes and dtypes of theirs, from ours in `source`."""
     specs: dict[str, Spec] = {}
     for step in planned:
-        dtype = _dtype_of(step.ours, source) if step.constant is None else step.constant.dtype
+        dtype = _dtype_of(step.sources, source) if step.constant is None else step.constant.dtype
         shapes = step.their_shapes()
         specs |= {name: Spec(s, dtype) for name, s in zip(step.theirs, shapes, strict=True)}
     return specs
@@ -300,7 +413,7 @@ def read_steps(
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Our tensors, step by step."""
     for step in planned:
-        if step.constant is not None:
+        if not step.is_read:
             continue
         for name, tensor in zip(step.ours, step.read(_all(step.theirs, source)), strict=True):
             yield name, tensor.contiguous().to(_cast(tensor.dtype, dtype))
@@ -309,7 +422,7 @@ def read_steps(
 def write_steps(planned: Sequence[Step], source: Source) -> Iterator[tuple[str, torch.Tensor]]:
     """Their tensors, step by step."""
     for step in planned:
-        yield from zip(step.theirs, step.write(_all(step.ours, source)), strict=True)
+        yield from zip(step.theirs, step.write(_all(step.sources, source)), strict=True)
 
 
 def _all(names: Sequence[str], source: Source) -> Tensors:

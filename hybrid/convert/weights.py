@@ -296,6 +296,7 @@ class Rule:
         when: only where the options of that mixer or feed-forward are such.
         joined: only in layers that stand in one of theirs with the layer before (True), or that do
             not (False); None for both. See `Family.joins_next`.
+        whole: their name for the one tensor of ours, where some files hold it as it is here.
 
     A rule takes part where our model has the tensors it makes: one for a bias needs no condition.
     """
@@ -308,6 +309,7 @@ class Rule:
     constant: Constant | None = None
     when: Callable[[Any], bool] | None = None
     joined: bool | None = None
+    whole: str = ""
 
     @property
     def their_names(self) -> tuple[str, ...]:
@@ -335,10 +337,11 @@ def rule(
     mixer: str = "",
     ffn: str = "",
     when: Callable[[Any], bool] | None = None,
+    whole: str = "",
 ) -> Rule:
     """A `Rule`, its operations written one after the other."""
     names = [n if isinstance(n, str) else tuple(n) for n in (theirs, ours)]
-    return Rule(names[0], names[1], operations, mixer, ffn, when=when)
+    return Rule(names[0], names[1], operations, mixer, ffn, when=when, whole=whole)
 
 
 def constant(theirs: str, make: Constant, mixer: str = "", ffn: str = "") -> Rule:

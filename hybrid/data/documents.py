@@ -6,6 +6,7 @@ Legend: N documents, n tokens in all.
 from __future__ import annotations
 
 import json
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -75,6 +76,12 @@ def token_dtype(vocabulary: int) -> type[np.unsignedinteger]:
     return np.uint16 if vocabulary <= 1 << 16 else np.uint32
 
 
+def fingerprint(tokenizer: PreTrainedTokenizerBase) -> int:
+    """CRC-32 of a vocabulary: which token has which id."""
+    words = sorted(tokenizer.get_vocab().items())
+    return zlib.crc32(json.dumps(words).encode("utf-8"))
+
+
 def write_shard(folder: Path, number: int, arrays: Sequence[np.ndarray]) -> dict[str, int | str]:
     """One shard as two .npy files; returns its entry in the index."""
     documents = Documents.from_arrays(arrays)
@@ -97,9 +104,12 @@ def read_index(folder: Path) -> dict:
             " finish"
             " (run `hybrid data prepare` again)"
         )
-    index = json.loads(path.read_text(encoding="utf-8"))
-    if index.get("format") != FORMAT:
-        raise ValueError(f"{path}: format {index.get('format')!r}, this version reads {FORMAT!r}")
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be read ({error}); prepare the data again") from error
+    if not isinstance(index, dict) or index.get("format") != FORMAT:
+        raise ValueError(f"{path} is not of the format {FORMAT!r} that this version reads")
     return index
 
 

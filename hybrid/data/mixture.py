@@ -18,6 +18,10 @@ from hybrid.data.rows import Rows
 BLOCK = 1000
 
 
+class DataError(ValueError):
+    """A source failed to give a row after the run has begun."""
+
+
 class Mixture(Dataset):
     """`length` rows dealt from `sources`.
 
@@ -26,15 +30,22 @@ class Mixture(Dataset):
         weights: shares, one for each source, relative to each other.
         length: rows of the whole run.
         seed: of the order in which sources take turns.
+        vocabulary: ids are below it; None where that is not known.
 
     Raises:
         ValueError: a weight is too small to get one row in `BLOCK`.
     """
 
     def __init__(
-        self, sources: Sequence[Rows], weights: Sequence[float], length: int, seed: int
+        self,
+        sources: Sequence[Rows],
+        weights: Sequence[float],
+        length: int,
+        seed: int,
+        vocabulary: int | None = None,
     ) -> None:
         self.sources, self.length, self.seed = sources, length, seed
+        self.vocabulary = vocabulary
         self.counts = shares(weights)
         self._dealt: tuple[int, np.ndarray, np.ndarray] | None = None
 
@@ -45,7 +56,13 @@ class Mixture(Dataset):
         if not 0 <= index < self.length:
             raise IndexError(f"row {index} of {self.length}")
         source, place = self.locate(index)
-        return self.sources[source].row(place)
+        try:
+            row = self.sources[source].row(place)
+            if self.vocabulary is not None:
+                check_ids(row, self.vocabulary)
+        except (ValueError, OSError) as error:
+            raise DataError(f"row {place} of source {source}: {error}") from error
+        return row
 
     def locate(self, index: int) -> tuple[int, int]:
         """The source that row `index` comes from, and which of that source's rows it is."""
@@ -65,6 +82,17 @@ class Mixture(Dataset):
         for source, count in enumerate(self.counts):
             rank[deck == source] = np.arange(count)
         return deck, rank
+
+
+def check_ids(row: Row, vocabulary: int) -> None:
+    """Refuse ids that no embedding has; an accelerator would only say that an assertion failed.
+
+    Raises:
+        ValueError: naming the largest id.
+    """
+    largest = int(row["input_ids"].max())
+    if largest >= vocabulary:
+        raise ValueError(f"it has the token id {largest}, the model's vocab_size is {vocabulary}")
 
 
 def shares(weights: Sequence[float]) -> np.ndarray:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from hybrid.data.documents import FORMAT, INDEX, encode, write_shard
+from hybrid.data.documents import FORMAT, INDEX, encode, fingerprint, write_shard
 from hybrid.data.sources import open_texts, parse_source, plugins
 from hybrid.options import ConfigError
 from hybrid.tokenizer import load_tokenizer
@@ -42,7 +42,7 @@ def prepare(
         options: `text_key`, `split`, `name`, `streaming`, as in a config's `data:`.
 
     Returns:
-        The index: `format`, `tokenizer`, `vocabulary`, `documents`, `tokens`, `shards`.
+        The index: `format`, `tokenizer`, `vocabulary`, `fingerprint`, `documents`, `tokens`, `shards`.
 
     Raises:
         ValueError: an option is unknown, the source holds no text, or `output` holds prepared data.
@@ -83,6 +83,7 @@ def prepare(
         "format": FORMAT,
         "tokenizer": tokenizer,
         "vocabulary": len(loaded),
+        "fingerprint": fingerprint(loaded),
         "documents": _total(shards, "documents"),
         "tokens": _total(shards, "tokens"),
         "shards": shards,

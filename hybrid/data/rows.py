@@ -9,12 +9,23 @@ from __future__ import annotations
 
 import bisect
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import accumulate
+from itertools import accumulate, islice
 from typing import Any, Protocol
 
 import numpy as np
 
-from hybrid.data.packing import IGNORE, PackedRows, Row, row_from_spans
+from hybrid.data.documents import Documents
+from hybrid.data.packing import (
+    IGNORE,
+    LongDocuments,
+    PackedRows,
+    Packing,
+    Row,
+    pack,
+    row_from_spans,
+)
+
+WINDOW = 1024  # documents of a stream that best-fit packing chooses from
 
 
 class Rows(Protocol):
@@ -126,8 +137,41 @@ def complete(row: Any, length: int, pad_id: int) -> Row:
     return full
 
 
-def packed_stream(documents: Iterable[np.ndarray], length: int, pad_id: int) -> Iterator[Row]:
-    """Rows of concatenated documents, filled exactly, from a stream of token ids."""
+def packed_stream(
+    documents: Iterable[np.ndarray],
+    length: int,
+    pad_id: int,
+    packing: Packing = "concatenate",
+    long_documents: LongDocuments = "split",
+) -> Iterator[Row]:
+    """Rows from a stream of token ids; the arguments are those of `hybrid.data.packing.pack`.
+
+    Concatenated rows are filled exactly. Best-fit packing sees `WINDOW` documents at a time.
+    """
+    documents = _limited(documents, length, long_documents)
+    if packing == "concatenate":
+        yield from _concatenated(documents, length, pad_id)
+        return
+    documents = iter(documents)
+    while window := list(islice(documents, WINDOW)):
+        packed = pack(Documents.from_arrays(window), length, pad_id, packing)
+        yield from (packed[i] for i in range(len(packed)))
+
+
+def _limited(
+    documents: Iterable[np.ndarray], length: int, policy: LongDocuments
+) -> Iterator[np.ndarray]:
+    for number, ids in enumerate(documents):
+        if policy == "refuse" and len(ids) > length:
+            raise ValueError(
+                f"document {number} of the stream has {len(ids)} tokens, sequence_length is"
+                f" {length} and long_documents is 'refuse'; raise sequence_length, or set"
+                " long_documents to 'split' or 'truncate'"
+            )
+        yield ids[:length] if policy == "truncate" else ids
+
+
+def _concatenated(documents: Iterable[np.ndarray], length: int, pad_id: int) -> Iterator[Row]:
     spans: list[np.ndarray] = []
     free = length
     for ids in documents:

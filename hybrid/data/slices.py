@@ -21,7 +21,7 @@ class SlicedRows(Dataset):
         batch: rows of one process's batch, B; divides the number of rows.
     """
 
-    def __init__(self, rows: Mixture, parts: int, batch: int) -> None:
+    def __init__(self, rows: Mixture | FilledRows, parts: int, batch: int) -> None:
         assert len(rows) % batch == 0
         self.rows, self.parts, self.batch = rows, parts, batch
 
@@ -40,3 +40,25 @@ class SlicedRows(Dataset):
         size = len(row["labels"]) // self.parts
         cut = slice(part * size, (part + 1) * size)
         return {key: values[cut] for key, values in {**row, "shift_labels": ahead}.items()}
+
+
+class FilledRows(Dataset):
+    """A mixture's rows, and at their end rows without labels up to a multiple of `multiple`.
+
+    Processes that take turns at batches then all have as many, and no row is seen twice.
+    """
+
+    def __init__(self, rows: Mixture, multiple: int) -> None:
+        self.rows, self.multiple = rows, multiple
+
+    def __len__(self) -> int:
+        return -(-len(self.rows) // self.multiple) * self.multiple
+
+    def __getitem__(self, index: int) -> Row:
+        """See `Mixture`."""
+        return self.rows[index] if index < len(self.rows) else silent(self.rows[0])
+
+
+def silent(row: Row) -> Row:
+    """The row without its labels."""
+    return {**row, "labels": np.full_like(row["labels"], IGNORE)}

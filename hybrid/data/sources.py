@@ -19,12 +19,20 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import EntryPoint, entry_points
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 
-from hybrid.data.documents import INDEX, Documents, encode, open_shards, read_index
+from hybrid.data.documents import (
+    INDEX,
+    Documents,
+    encode,
+    fingerprint,
+    open_shards,
+    read_index,
+)
 from hybrid.data.packing import LongDocuments, Packing, Row, pack
 from hybrid.data.rows import PluginRows, Rows, ShuffledRows, StreamedRows, complete, packed_stream
 from hybrid.data.stdlib import Split, stdlib_texts
@@ -133,10 +141,13 @@ def open_source(
     else:
         start = open_texts(config)
         if config.streaming:
-            return StreamedRows(lambda: _stream(start, tokenizer, rows))
+            return StreamedRows(lambda: _stream(start, tokenizer, rows, config.source))
         parts = [Documents.from_arrays(list(encode(start(0), tokenizer)))]
-    if not sum(len(p.tokens) for p in parts):
-        raise ValueError(f"{config.source!r} is empty: its documents hold no tokens")
+    if not any((p.lengths > 1).any() for p in parts):
+        raise ValueError(
+            f"{config.source!r} is empty: none of its documents has two tokens, the second of which"
+            " could be learnt"
+        )
     packed = [pack(p, rows.length, rows.pad_id, rows.packing, rows.long_documents) for p in parts]
     return ShuffledRows(packed, seed)
 
@@ -164,23 +175,35 @@ def open_texts(config: SourceConfig) -> Callable[[int], Iterator[str]]:
 
 
 def _stream(
-    start: Callable[[int], Iterator[str]], tokenizer: PreTrainedTokenizerBase, rows: RowFormat
+    start: Callable[[int], Iterator[str]],
+    tokenizer: PreTrainedTokenizerBase,
+    rows: RowFormat,
+    source: str,
 ) -> Iterator[Row]:
     def documents() -> Iterator[np.ndarray]:
-        epoch = 0
-        while True:
-            yield from encode(start(epoch), tokenizer)
-            epoch += 1
+        for epoch in count():
+            longest = 0
+            for ids in encode(start(epoch), tokenizer):
+                longest = max(longest, len(ids))
+                yield ids
+            if longest < 2:
+                raise ValueError(f"{source!r} is empty: none of its documents has two tokens")
 
-    return packed_stream(documents(), rows.length, rows.pad_id)
+    return packed_stream(documents(), rows.length, rows.pad_id, rows.packing, rows.long_documents)
 
 
 def _open_prepared(folder: Path, tokenizer: PreTrainedTokenizerBase) -> list[Documents]:
-    made_for = read_index(folder)["vocabulary"]
-    if made_for != len(tokenizer):
+    index = read_index(folder)
+    if index["vocabulary"] != len(tokenizer):
         raise ValueError(
-            f"{folder} was prepared with a tokenizer of {made_for} tokens, this run's has"
+            f"{folder} was prepared with a tokenizer of {index['vocabulary']} tokens, this run's has"
             f" {len(tokenizer)}; prepare it again with this run's tokenizer"
+        )
+    # data prepared before fingerprints were kept has none
+    if index.get("fingerprint", found := fingerprint(tokenizer)) != found:
+        raise ValueError(
+            f"{folder} was prepared with the tokenizer {index['tokenizer']!r}, in which words have"
+            " other ids than in this run's; prepare it again with this run's tokenizer"
         )
     return open_shards(folder)
 

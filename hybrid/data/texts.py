@@ -43,6 +43,9 @@ def find_files(pattern: str) -> list[str]:
         found = [expanded]
     else:
         found = [f for f in glob.glob(expanded, recursive=True) if os.path.isfile(f)]
+    if not found and os.path.isdir(expanded):
+        kinds = ", ".join(sorted(BUILDERS))
+        raise ValueError(f"the folder {pattern!r} holds no file of a kind that is read ({kinds})")
     if not found:
         raise ValueError(f"no file matches {pattern!r}{_nearby(expanded)}")
     suffixes = {_suffix(f) for f in found}
@@ -81,17 +84,20 @@ def load_texts(
             f"{source!r} has no column {text_key!r}; it has {', '.join(map(repr, columns))}"
             " (set text_key)"
         )
-    if not isinstance(first[text_key], str):
-        raise ValueError(
-            f"column {text_key!r} of {source!r} holds {type(first[text_key]).__name__},"
-            " expected text"
-        )
     data = data.select_columns([text_key])
 
     def start(epoch: int) -> Iterator[str]:
         if streaming:
             data.set_epoch(epoch)
-        return (row[text_key] for row in data)
+        return (_text(row[text_key], number) for number, row in enumerate(data))
+
+    def _text(value: Any, number: int) -> str:
+        if not isinstance(value, str):
+            raise ValueError(
+                f"row {number} of {source!r}: column {text_key!r} holds"
+                f" {'null' if value is None else type(value).__name__}, expected text"
+            )
+        return value
 
     return start
 

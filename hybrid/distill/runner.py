@@ -195,8 +195,9 @@ class _Distillation:
         opened = build.open_sources(
             settings.eval_data, "eval_data", settings, self.tokenizer, vocabulary, seed
         )
-        rows: Any = build.mixture(opened, settings.eval_data, self.config.eval_rows, seed)
-        return [rows[i] for i in range(self.config.eval_rows)]
+        count = self.config.eval_rows
+        rows: Any = build.mixture(opened, settings.eval_data, count, seed, vocabulary)
+        return [rows[i] for i in range(count)]
 
     def _measure(self, name: str, folder: Path) -> None:
         """Take the loss of a student and the errors of its new mixers, if that is not done."""

@@ -309,6 +309,7 @@ class LinearMixer(StateMixer):
             initial_state=before,
             cu_seqlens=cu_seqlens,
             output_final_state=cache is not None,
+            overwrite_state=before is not None and not torch.is_grad_enabled(),
         )
         if cache is not None and state is not None:
             state = state if parts == 1 else _join_state(state, parts)

@@ -140,6 +140,7 @@ class Mamba(StateMixer):
         if self.inner_norms is not None:
             parts = [norm(part) for norm, part in zip(self.inner_norms, parts, strict=True)]
         dt, B, C = parts
+        before = None if cache is None else cache.recurrent_state()
         y, state = selective_scan(
             u,
             F.softplus(wide(self.dt_proj(dt))),
@@ -147,9 +148,10 @@ class Mamba(StateMixer):
             B,
             C,
             wide(self.D),
-            initial_state=None if cache is None else cache.recurrent_state(),
+            initial_state=before,
             cu_seqlens=cu_seqlens,
             output_final_state=cache is not None,
+            overwrite_state=before is not None and not torch.is_grad_enabled(),
         )
         if cache is not None and state is not None:
             cache.set_recurrent_state(state)

@@ -21,6 +21,7 @@ from hybrid.mixers.base import (
     head_problems,
     value_parts,
 )
+from hybrid.norms import rms_norm
 from hybrid_kernels import causal_conv1d
 
 if TYPE_CHECKING:
@@ -220,7 +221,7 @@ class GroupedRMSNorm(_GroupedNorm):
 
     def normalize(self, x: torch.Tensor) -> torch.Tensor:
         """Divide by the root mean square."""
-        return F.rms_norm(x, x.shape[-1:], eps=self.eps)
+        return rms_norm(x, None, self.eps)
 
 
 class GroupedLayerNorm(_GroupedNorm):
@@ -241,7 +242,7 @@ class GatedRMSNorm(nn.Module):
 
     def forward(self, o: torch.Tensor, gate: torch.Tensor | None) -> torch.Tensor:
         """o (B, T, H, V), gate (B, T, H * V) or None for no gate -> (B, T, H * V)."""
-        y = F.rms_norm(o, o.shape[-1:], self.weight, self.eps).flatten(-2)
+        y = rms_norm(o, self.weight, self.eps).flatten(-2)
         if gate is None:
             return y
         act = F.silu if self.activation == "silu" else torch.sigmoid

@@ -24,6 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # After the arguments: `--help` should not wait for transformers.
     from transformers.utils import logging
 
+    from hybrid.data.mixture import DataError
     from hybrid.options import ConfigError
     from hybrid.train.checkpoints import CheckpointError
     from hybrid.train.config import load_config
@@ -34,8 +35,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         import_user_code(parsed.imports)
         result = run(load_config(parsed.config, parsed.overrides))
-    except (ConfigError, CheckpointError, FloatingPointError) as error:
-        if first:
+    except (CheckpointError, DataError) as error:
+        # which may be the trouble of one process alone
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except (ConfigError, FloatingPointError) as error:
+        # all processes find the same, and those of another machine may look at other files
+        if int(os.environ.get("LOCAL_RANK", "0")) == 0:
             print(f"error: {error}", file=sys.stderr)
         return 2
     if first:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,9 +15,9 @@ from accelerate import Accelerator, DistributedType
 from accelerate.utils import patch_environment
 from transformers import TrainingArguments
 from transformers.integrations import integration_utils
+from transformers.utils import is_liger_kernel_available
 
-from hybrid.data.mixture import Mixture
-from hybrid.data.packing import Row
+from hybrid.data.mixture import Mixture, check_ids
 from hybrid.data.rows import Rows
 from hybrid.data.sources import RowFormat, SourceConfig, open_source
 from hybrid.options import ConfigError, did_you_mean
@@ -56,7 +57,27 @@ def training_arguments(config: TrainConfig) -> TrainingArguments:
     trackers: Any = args.report_to  # a list by now
     check_trackers(trackers)
     check_schedule(args)
+    mistakes = []
+    if args.fp16 and args.device.type == "cpu":
+        mistakes.append("training.fp16: a CPU does not train in it; set training.bf16: true")
+    if args.eval_strategy != "no" and not config.eval_data:
+        mistakes.append("training.eval_strategy: there is no eval_data to take the loss of")
+    if args.use_liger_kernel and not is_liger_kernel_available():
+        mistakes.append("training.use_liger_kernel: not installed here; pip install liger-kernel")
+    if mistakes:
+        raise ConfigError(mistakes)
     return args
+
+
+@contextmanager
+def refusals(path: str) -> Iterator[None]:
+    """What transformers refuses while it sets a run up, as a mistake in the config."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except (ValueError, ImportError, OSError) as error:
+        raise ConfigError([f"{path}: {error}"]) from error
 
 
 def make_folder(args: TrainingArguments) -> None:
@@ -153,7 +174,7 @@ def open_sources(
         try:
             # Each source draws from a stream of its own.
             opened.append(open_source(source, tokenizer, rows, seed * 1000 + number))
-            _check_ids(opened[-1].row(0), vocabulary)
+            check_ids(opened[-1].row(0), vocabulary)
         except (ValueError, TypeError) as error:
             mistakes.append(f"{key}[{number}] ({source.source}): {error}")
     if mistakes:
@@ -180,7 +201,8 @@ def open_probes(
                     raise ValueError(f"beyond the model's max_position_embeddings {limit}")
                 source = open_source(probe.source, tokenizer, form, seed * 1000 + 500 + number)
                 rows[length] = draw(source, probe.rows)
-                _check_ids(rows[length][0], made.vocab_size)
+                for row in rows[length]:
+                    check_ids(row, made.vocab_size)
             except (ValueError, TypeError) as error:
                 mistakes.append(f"probes.{name} ({probe.source.source}, length {length}): {error}")
         opened.append(Probe(name, probe.every, rows, probe.depth_buckets))
@@ -196,14 +218,6 @@ def row_format(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, length: 
     return RowFormat(length, pad_id, config.packing, config.long_documents)
 
 
-def _check_ids(row: Row, vocabulary: int) -> None:
-    largest = int(row["input_ids"].max())
-    if largest >= vocabulary:
-        raise ValueError(
-            f"its first row has the token id {largest}, the model's vocab_size is {vocabulary}"
-        )
-
-
 def total_steps(args: TrainingArguments, sources: Sequence[Rows], rows_per_step: int) -> int:
     """Optimizer steps of the run: `max_steps`, or what `num_train_epochs` over finite data makes.
 
@@ -212,19 +226,51 @@ def total_steps(args: TrainingArguments, sources: Sequence[Rows], rows_per_step:
     """
     if args.max_steps > 0:
         return args.max_steps
-    sizes = [s.per_epoch for s in sources]
-    if None in sizes:
+    rows = rows_per_epoch(sources)
+    if rows is None:
         raise ConfigError(
             [
                 "training.max_steps: required, since a source of this run has no end (streams"
                 " and plug-ins)"
             ]
         )
-    return math.ceil(sum(s or 0 for s in sizes) * args.num_train_epochs / rows_per_step)
+    return math.ceil(rows * args.num_train_epochs / rows_per_step)
+
+
+def rows_per_epoch(sources: Sequence[Rows]) -> int | None:
+    """Rows after which every source has come to its end once; None if one has none."""
+    sizes = [s.per_epoch for s in sources]
+    return None if None in sizes else sum(s or 0 for s in sizes)
+
+
+def epochs_as_steps(args: TrainingArguments, sources: Sequence[Rows], rows_per_step: int) -> None:
+    """Turn `save_strategy: epoch` and its like into steps: to `Trainer` a run is one epoch.
+
+    Raises:
+        ConfigError: a source has no end.
+    """
+    rows = rows_per_epoch(sources)
+    for what in ("save", "eval", "logging"):
+        if getattr(args, f"{what}_strategy") != "epoch":
+            continue
+        if rows is None:
+            raise ConfigError(
+                [
+                    f"training.{what}_strategy: a source of this run has no end, so there are no"
+                    f" epochs; use steps and training.{what}_steps"
+                ]
+            )
+        strategy = getattr(args, f"{what}_strategy")
+        setattr(args, f"{what}_strategy", type(strategy)("steps"))
+        setattr(args, f"{what}_steps", math.ceil(rows / rows_per_step))
 
 
 def mixture(
-    sources: Sequence[Rows], configs: Sequence[SourceConfig], rows: int, seed: int
+    sources: Sequence[Rows],
+    configs: Sequence[SourceConfig],
+    rows: int,
+    seed: int,
+    vocabulary: int,
 ) -> Mixture:
     """The rows of a run as one data set.
 
@@ -232,6 +278,6 @@ def mixture(
         ConfigError: a weight is too small to count.
     """
     try:
-        return Mixture(sources, [c.weight for c in configs], rows, seed)
+        return Mixture(sources, [c.weight for c in configs], rows, seed, vocabulary)
     except ValueError as error:
         raise ConfigError([str(error)]) from error

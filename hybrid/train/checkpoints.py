@@ -1,8 +1,9 @@
 """Checkpoints that can be trusted: whole or skipped.
 
 A checkpoint is whole when its manifest, which is written last and put in place at once, lists every
-file with the size and the CRC-32 that the file still has. The manifest also names what the run
-was made of, so that a checkpoint is not continued by a run that would mean something else.
+file with the size and the CRC-32 that the file still has, and has a CRC-32 of its own. The manifest
+also names what the run was made of, so that a checkpoint is not continued by a run that would mean
+something else.
 """
 
 from __future__ import annotations
@@ -10,20 +11,63 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
+from torch.distributed.checkpoint.api import CheckpointException
 
 from hybrid.options import ConfigError
 
 MANIFEST = "manifest.json"
-FORMAT = "hybrid-checkpoint-1"
+FORMAT = "hybrid-checkpoint-2"
 BLOCK = 1 << 22  # bytes read at a time
 
 
 class CheckpointError(OSError):
-    """A checkpoint could not be written."""
+    """A checkpoint, or what a run leaves at its end, could not be written."""
+
+
+@contextmanager
+def writing(what: Path) -> Iterator[None]:
+    """Whatever says that a disk is full or gone ends in one error.
+
+    Raises:
+        CheckpointError: `what` could not be written.
+    """
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except (OSError, RuntimeError, SafetensorError, CheckpointException) as error:
+        if isinstance(error, RuntimeError) and not _of_torch_save(error):
+            raise
+        reason = (str(error).strip() or repr(error)).splitlines()[-1]
+        if isinstance(error, RuntimeError):
+            reason = f"the disk is full, or as good as: {reason}"
+        raise CheckpointError(
+            f"cannot write {what} ({reason}); earlier checkpoints are kept: make room and start the"
+            " same command again"
+        ) from error
+
+
+def _of_torch_save(error: RuntimeError) -> bool:
+    """Whether an error comes from torch's zip writer, which a full disk stops with a RuntimeError."""
+    return any(part in str(error) for part in ("PytorchStreamWriter", "inline_container"))
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all, and onto the disk."""
+    unfinished = path.with_name(f"{path.name}.unfinished")
+    with open(unfinished, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(unfinished, path)
 
 
 def write_manifest(folder: Path, run: Mapping[str, Any]) -> None:
@@ -33,13 +77,13 @@ def write_manifest(folder: Path, run: Mapping[str, Any]) -> None:
         for path in sorted(folder.rglob("*"))
         if path.is_file() and path.name != MANIFEST
     }
-    text = json.dumps({"format": FORMAT, "files": files, "run": dict(run)}, indent=1)
-    unfinished = folder / f"{MANIFEST}.unfinished"
-    with open(unfinished, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(unfinished, folder / MANIFEST)
+    content = {"format": FORMAT, "files": files, "run": dict(run)}
+    text = json.dumps({**content, "checksum": _checksum_of(content)}, indent=1)
+    replace_text(folder / MANIFEST, text)
+
+
+def _checksum_of(content: Mapping[str, Any]) -> int:
+    return zlib.crc32(json.dumps(content, sort_keys=True).encode("utf-8"))
 
 
 def checksum(path: Path) -> int:
@@ -61,6 +105,8 @@ def damage(folder: Path) -> str | None:
         return f"its {MANIFEST} cannot be read"
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         return f"its {MANIFEST} is of another format"
+    if manifest.pop("checksum", None) != _checksum_of(manifest):
+        return f"its {MANIFEST} has changed since it was written"
     for name, (size, expected) in manifest["files"].items():
         path = folder / name
         if not path.is_file():
@@ -76,9 +122,28 @@ def numbered(output_dir: Path) -> list[Path]:
     """Checkpoint folders, whole or not, newest first."""
     if not output_dir.is_dir():
         return []
-    steps = {p: re.fullmatch(r"checkpoint-(\d+)", p.name) for p in output_dir.iterdir()}
-    found = [(int(match[1]), path) for path, match in steps.items() if match]
-    return [path for _, path in sorted(found, reverse=True)]
+    found = [p for p in output_dir.iterdir() if re.fullmatch(r"checkpoint-\d+", p.name)]
+    return sorted(found, key=step_of, reverse=True)
+
+
+def step_of(folder: Path) -> int:
+    """The optimizer step after which a checkpoint was written."""
+    return int(folder.name.rpartition("-")[2])
+
+
+def remove_old(newest: Path, limit: int | None, best: str | None) -> None:
+    """Keep `newest`, which is whole, the `limit - 1` before it, and the best; remove older ones.
+
+    What was cut off, or is of a later step than `newest`, is not counted: transformers' own rotation
+    would keep it, and remove whole ones for it.
+    """
+    if limit is None:
+        return
+    older = [p for p in numbered(newest.parent) if step_of(p) < step_of(newest)]
+    kept = [p for p in older if (p / MANIFEST).is_file()][: limit - 1]
+    for folder in older:
+        if folder not in kept and folder.name != Path(best or "").name:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def newest_whole(output_dir: Path, report: Callable[[str], None]) -> Path | None:
@@ -100,6 +165,8 @@ def refuse_other_run(folder: Path, run: Mapping[str, Any]) -> None:
     before = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["run"]
     present = json.loads(json.dumps(dict(run)))
     changed = [k for k in sorted({*before, *present}) if before.get(k) != present.get(k)]
+    # what a source holds (`data[0] ...`) depends on the keys: not said again where those differ
+    changed = [k for k in changed if not k.startswith("data[")] or changed
     if changed:
         lines = [f"{k}: was {before.get(k)!r}, is {present.get(k)!r}" for k in changed]
         title = (

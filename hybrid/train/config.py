@@ -15,6 +15,7 @@ from hybrid.data.packing import LongDocuments, Packing
 from hybrid.data.sources import SourceConfig, parse_source
 from hybrid.options import ConfigError, build, did_you_mean, option, type_problem
 from hybrid.train import yaml
+from hybrid.train.limits import MUON_RULES, RULES, decided, outside
 from hybrid.train.model import model_mistakes
 from hybrid.train.schedule import MultiStepConfig
 
@@ -32,7 +33,10 @@ TRAINING_DEFAULTS: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class MuonConfig:
-    """Muon (Jordan et al. 2024) for the matrices inside layers; AdamW keeps the rest."""
+    """Muon (Jordan et al. 2024) for the matrices inside layers; AdamW keeps the rest.
+
+    The rest: embeddings, the head, norms, gates, depthwise convolutions, experts (stacks of matrices).
+    """
 
     learning_rate: float | None = option(None, help="null: training.learning_rate")
     momentum: float = option(0.95, help="of the momentum that is orthogonalised")
@@ -132,7 +136,7 @@ def parse_config(values: Mapping[str, Any], title: str = "the config") -> TrainC
             values[key] = _parse_sources(values[key], key, mistakes)
     if isinstance(values.get("probes"), dict):
         values["probes"] = _parse_probes(values["probes"], mistakes)
-    values["muon"] = _switched(MuonConfig, values.get("muon"), "muon", mistakes)
+    values["muon"] = _parse_muon(values.get("muon"), mistakes)
     values["multi_step"] = _parse_multi_step(values, mistakes)
     if isinstance(values.get("training", {}), dict):
         values["training"] = _parse_training(values.get("training", {}), mistakes)
@@ -190,6 +194,13 @@ def _switched(cls: type[T], value: Any, path: str, mistakes: list[str]) -> T | N
     return build(cls, {} if value is True else value, path, mistakes)
 
 
+def _parse_muon(value: Any, mistakes: list[str]) -> MuonConfig | None:
+    found = _switched(MuonConfig, value, "muon", mistakes)
+    if found is not None:
+        mistakes += outside(dataclasses.asdict(found), MUON_RULES, "muon")
+    return found
+
+
 def _parse_multi_step(values: Mapping[str, Any], mistakes: list[str]) -> MultiStepConfig | None:
     given, training = values.get("multi_step"), values.get("training")
     found = _switched(MultiStepConfig, given, "multi_step", mistakes)
@@ -205,25 +216,29 @@ def _parse_training(values: dict[str, Any], mistakes: list[str]) -> dict[str, An
     from transformers import TrainingArguments
 
     hints = typing.get_type_hints(TrainingArguments)
-    known = {f.name for f in dataclasses.fields(TrainingArguments) if f.init}
+    known = {f.name: f.default for f in dataclasses.fields(TrainingArguments) if f.init}
     checked = dict(TRAINING_DEFAULTS)
     for key, value in values.items():
+        if value is False and key.endswith("_strategy"):
+            value = "no"  # which YAML reads as false
         if key not in known:
             mistakes.append(f"training.{key}: unknown key, {did_you_mean(str(key), known)}")
         elif problem := type_problem(value, hints[key]):
             mistakes.append(f"training.{key}: {problem}")
         else:
             checked[key] = value
+    mistakes += outside(checked, RULES, "training") + decided(checked, known)
     return checked
 
 
 def _impossible(values: Mapping[str, Any]) -> list[str]:
     """Values of the right type that cannot be meant."""
     mistakes = []
-    for key in ("sequence_length", "eval_rows", "context_parallel"):
+    # a row of one token has nothing to predict
+    for key, least in (("sequence_length", 2), ("eval_rows", 1), ("context_parallel", 1)):
         value = values.get(key)
-        if type_problem(value, int) is None and value < 1:
-            mistakes.append(f"{key}: expected at least 1, found {value}")
+        if type_problem(value, int) is None and value < least:
+            mistakes.append(f"{key}: expected at least {least}, found {value}")
     if values.get("data") == []:
         mistakes.append("data: no source; name at least one, e.g. {source: stdlib}")
     model = values.get("model")

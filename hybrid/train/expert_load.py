@@ -11,6 +11,7 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hybrid.ffn import balance
+from hybrid.train.checkpoints import replace_text, writing
 
 FILE = "expert_load.jsonl"
 
@@ -34,9 +35,12 @@ class ExpertLoad(TrainerCallback):
         """Drop histograms of steps that a resumed run takes again."""
         path = Path(str(args.output_dir)) / FILE
         if state.is_world_process_zero and path.is_file():
-            lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+            # the last line of a run that was killed may be half a line
+            lines = [
+                x for x in path.read_text(encoding="utf-8").splitlines(True) if x.endswith("\n")
+            ]
             kept = [x for x in lines if json.loads(x)["step"] <= state.global_step]
-            path.write_text("".join(kept), encoding="utf-8")
+            replace_text(path, "".join(kept))
 
     def on_step_end(
         self,
@@ -75,7 +79,8 @@ class ExpertLoad(TrainerCallback):
         folder = Path(str(args.output_dir))
         folder.mkdir(parents=True, exist_ok=True)
         counts = {name: [int(n) for n in load.tolist()] for name, load in loads.items()}
-        with (folder / FILE).open("a", encoding="utf-8") as file:
+        path = folder / FILE
+        with writing(path), path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": state.global_step, "load": counts}) + "\n")
         for writer in writers:
             for name, load in counts.items():

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from hybrid.config import HybridConfig
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from hybrid.train.config import TrainConfig
+
+NAMED = 8  # weights that an error names
 
 
 def model_mistakes(model: dict[str, Any]) -> list[str]:
@@ -38,10 +41,14 @@ def model_config(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> Pre
     """
     if "path" in config.model:
         keys = {k: v for k, v in config.model.items() if k != "path"}
-        base = AutoConfig.from_pretrained(config.model["path"])
+        path = config.model["path"]
+        base = _make(lambda: AutoConfig.from_pretrained(path))
         _refuse_unknown(type(base), keys)
-        made = _make(lambda: AutoConfig.from_pretrained(config.model["path"], **keys))
+        made = _make(lambda: AutoConfig.from_pretrained(path, **keys))
     else:
+        # before the ids of a tokenizer that is too large are complained of
+        if lines := _too_small(config.model.get("vocab_size"), config, tokenizer):
+            raise ConfigError(lines)
         made = _new_config(config.model, tokenizer)
     _check_sizes(made, config, tokenizer)
     return made
@@ -70,7 +77,7 @@ def _make(build_config: Callable[[], PreTrainedConfig]) -> PreTrainedConfig:
         return build_config()
     except ConfigError as error:
         raise ConfigError([f"model.{line}" for line in error.mistakes]) from error
-    except (ValueError, TypeError, StrictDataclassError) as error:
+    except (OSError, ValueError, TypeError, StrictDataclassError) as error:
         raise ConfigError([f"model: {error}"]) from error
 
 
@@ -87,16 +94,20 @@ def _refuse_unknown(config_class: type, keys: dict[str, Any]) -> None:
         raise ConfigError([f"model.{k}: unknown key, {did_you_mean(k, known)}" for k in unknown])
 
 
+def _too_small(size: Any, config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """What is wrong with a vocabulary of this size; what is no size is for others to say."""
+    if not isinstance(size, int) or not 0 < size < len(tokenizer):
+        return []
+    return [
+        f"model.vocab_size: {size} is less than the {len(tokenizer)} tokens of tokenizer"
+        f" {config.tokenizer!r}; leave it out or set at least {len(tokenizer)}"
+    ]
+
+
 def _check_sizes(
     made: PreTrainedConfig, config: TrainConfig, tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    mistakes = []
-    if len(tokenizer) > made.vocab_size:
-        mistakes.append(
-            f"model.vocab_size: {made.vocab_size} is less than the {len(tokenizer)} tokens of"
-            " tokenizer"
-            f" {config.tokenizer!r}; leave it out or set at least {len(tokenizer)}"
-        )
+    mistakes = _too_small(made.vocab_size, config, tokenizer)
     limit = getattr(made, "max_position_embeddings", None)
     if limit is not None and config.sequence_length > limit:
         mistakes.append(
@@ -109,8 +120,35 @@ def _check_sizes(
 
 
 def load_model(config: TrainConfig, made: PreTrainedConfig) -> PreTrainedModel:
-    """A new model, or that of `model.path`; float32 unless `model.dtype` says otherwise."""
+    """A new model, or that of `model.path`; float32 unless `model.dtype` says otherwise.
+
+    Raises:
+        ConfigError: the folder of `model.path` has not all weights of the model, or they cannot be
+            read; or transformers refuses to build the model.
+    """
     dtype = config.model.get("dtype", "float32")
-    if "path" in config.model:
-        return AutoModelForCausalLM.from_pretrained(config.model["path"], config=made, dtype=dtype)
-    return AutoModelForCausalLM.from_config(made, dtype=dtype)
+    loaded: Any = None
+    what = "model" if "path" not in config.model else f"model.path: {config.model['path']!r}"
+    try:
+        if "path" not in config.model:
+            return AutoModelForCausalLM.from_config(made, dtype=dtype)
+        loaded = AutoModelForCausalLM.from_pretrained(
+            config.model["path"],
+            config=made,
+            dtype=dtype,
+            ignore_mismatched_sizes=True,  # which are named below
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
+        raise ConfigError([f"{what}: {error}"]) from error
+    model, report = loaded
+    lines = [f"has no {name}" for name in sorted(report["missing_keys"])]
+    lines += [f"has {name} in another shape" for name, *_ in sorted(report["mismatched_keys"])]
+    if lines:
+        raise ConfigError(
+            [f"{what} {line}" for line in lines[:NAMED]]
+            + ([f"model.path: and {len(lines) - NAMED} more"] if len(lines) > NAMED else []),
+            "the model's keys do not fit the weights (`hybrid import --layout` changes layouts); the"
+            " config",
+        )
+    return model

@@ -16,6 +16,7 @@ from typing import Any, TypedDict
 import torch
 from torch import nn
 
+from hybrid.mixers.base import ShortConvolution
 from hybrid.mup import growths
 
 
@@ -59,11 +60,17 @@ def _declared(module: Any) -> set[str]:
 
 
 def matrices(model: nn.Module) -> list[str]:
-    """Names of the parameters that Muon is for: decaying matrices that are not the output head."""
+    """Names of the parameters that Muon is for: decaying matrices that are not the output head.
+
+    Nor those of depthwise convolutions (C, W): each row is a filter of one channel, and maps nothing
+    to the others.
+    """
+    others: list[nn.Module] = [m for m in model.modules() if isinstance(m, ShortConvolution)]
     head = getattr(model, "get_output_embeddings", lambda: None)()
-    head_ids = {id(p) for p in head.parameters()} if head is not None else set()
+    others += [] if head is None else [head]
+    exempt = {id(p) for module in others for p in module.parameters()}
     by_name = dict(model.named_parameters())
-    return [n for n in decaying(model) if by_name[n].ndim == 2 and id(by_name[n]) not in head_ids]
+    return [n for n in decaying(model) if by_name[n].ndim == 2 and id(by_name[n]) not in exempt]
 
 
 class Group(TypedDict, total=False):

@@ -26,6 +26,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from hybrid.data.collate import RowCollator
 from hybrid.data.packing import IGNORE, Row
 from hybrid.data.rows import Rows
+from hybrid.data.slices import silent
 
 if TYPE_CHECKING:
     from hybrid.train.trainer import HybridTrainer
@@ -150,8 +151,7 @@ def _count(trainer: HybridTrainer, rows: Sequence[Row], parts: int) -> torch.Ten
 def _batches(trainer: HybridTrainer, rows: Sequence[Row]) -> Iterator[list[Row]]:
     """This process's rows; every process gets as many batches, as a sharded model wants."""
     size, world = trainer.args.per_device_eval_batch_size, trainer.args.world_size
-    silent = {**rows[0], "labels": np.full_like(rows[0]["labels"], IGNORE)}
-    filled = [*rows, *[silent] * (-len(rows) % world)]
+    filled = [*rows, *[silent(rows[0])] * (-len(rows) % world)]
     mine = filled[trainer.args.process_index :: world]
     for start in range(0, len(mine), size):
         yield mine[start : start + size]

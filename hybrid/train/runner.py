@@ -6,7 +6,8 @@ import dataclasses
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
+import zlib
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,16 +19,20 @@ from transformers import set_seed
 from hybrid.data.collate import RowCollator
 from hybrid.tokenizer import load_tokenizer
 from hybrid.train import build
-from hybrid.train.checkpoints import newest_whole, refuse_other_run
+from hybrid.train.checkpoints import newest_whole, refuse_other_run, replace_text, step_of, writing
 from hybrid.train.config import TrainConfig
+from hybrid.train.engines import refuse_other_engine
 from hybrid.train.model import load_model, model_config
 from hybrid.train.optim import Decay
-from hybrid.train.slicing import check_slices, sliced, spread
+from hybrid.train.slicing import check_slices, held_out, sliced, spread
 from hybrid.train.throughput import training_flops_per_token
 from hybrid.train.trainer import HybridTrainer
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
+
+    from hybrid.data.rows import Rows
+    from hybrid.data.sources import SourceConfig
 
 RESULT = "train_result.json"
 DIVERGED = "diverged.json"  # why a run ended without a result
@@ -45,7 +50,7 @@ class RunResult:
         probes: name -> (step, accuracy over all its labels).
         seconds: wall time of this process's training.
         tokens: tokens of this process's steps, all processes together.
-        tokens_per_second: tokens / seconds.
+        tokens_per_second: while steps were taken; loading, saving and evaluating not counted.
         flops_per_token: forward and backward, by each mixer's own count; None for foreign models.
         mfu: share of the devices' peak, 0..1; None where the peak is not known.
         parameters: of the model.
@@ -83,7 +88,7 @@ def run(
     """
     trainer = prepare_run(config, trainer_class)
     args = trainer.args
-    checkpoint = _find_checkpoint(args, trainer.run)
+    checkpoint = _find_checkpoint(trainer)
     started = time.perf_counter()
     with _divergence_on_disk(args):
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
@@ -92,12 +97,15 @@ def run(
     if plugin is not None:
         # Checkpoints may be sharded; what the run leaves is for anybody to load.
         plugin.set_state_dict_type("FULL_STATE_DICT")
-    trainer.save_model()
-    resumed_from = 0 if checkpoint is None else int(checkpoint.name.rpartition("-")[2])
+    with writing(Path(str(args.output_dir))):
+        trainer.save_model()
+    resumed_from = 0 if checkpoint is None else step_of(checkpoint)
     result = _result(trainer, seconds, resumed_from)
     if args.should_save:
         text = json.dumps(dataclasses.asdict(result), indent=1)
-        (Path(result.output_dir) / RESULT).write_text(text, encoding="utf-8")
+        path = Path(result.output_dir) / RESULT
+        with writing(path):
+            replace_text(path, text)
     return result
 
 
@@ -119,52 +127,75 @@ def prepare_run(
     groups = args.world_size // parts
     rows_per_step = args.train_batch_size * args.gradient_accumulation_steps * groups
     args.max_steps = build.total_steps(args, opened, rows_per_step)
-    rows = build.mixture(opened, config.data, args.max_steps * rows_per_step, data_seed)
+    build.epochs_as_steps(args, opened, rows_per_step)
+    size = made.vocab_size
+    rows = build.mixture(opened, config.data, args.max_steps * rows_per_step, data_seed, size)
     held = None
     if config.eval_data:
         apart = build.open_sources(
             config.eval_data, "eval_data", config, tokenizer, made.vocab_size, data_seed + 1
         )
-        held = build.mixture(apart, config.eval_data, config.eval_rows, data_seed)
+        held = held_out(
+            build.mixture(apart, config.eval_data, config.eval_rows, data_seed, size),
+            parts,
+            args.eval_batch_size,
+            args.world_size,
+        )
     probes = build.open_probes(config, tokenizer, made, data_seed)
     build.make_folder(args)
     set_seed(args.seed)
     resolved = config.as_dict()
-    trainer = trainer_class(
-        tokens_per_step=rows_per_step * config.sequence_length,
-        flops_per_token=training_flops_per_token(made, config.sequence_length),
-        muon=config.muon,
-        multi_step=config.multi_step,
-        decay=Decay(config.decay_embeddings, config.decay_norms, config.decay_gates),
-        resolved=resolved,
-        run=_identity(resolved, args.seed, data_seed, rows_per_step),
-        probes=probes,
-        model=load_model(config, made),
-        args=args,
-        train_dataset=sliced(rows, parts, args.train_batch_size),
-        eval_dataset=sliced(held, parts, args.eval_batch_size),
-        data_collator=RowCollator(),
-        processing_class=tokenizer,
-    )
+    model = load_model(config, made)
+    with build.refusals("training"):
+        trainer = trainer_class(
+            tokens_per_step=rows_per_step * config.sequence_length,
+            flops_per_token=training_flops_per_token(made, config.sequence_length),
+            muon=config.muon,
+            multi_step=config.multi_step,
+            decay=Decay(config.decay_embeddings, config.decay_norms, config.decay_gates),
+            resolved=resolved,
+            run=_identity(resolved, args, data_seed, rows_per_step) | _seen(config.data, opened),
+            probes=probes,
+            model=model,
+            args=args,
+            train_dataset=sliced(rows, parts, args.train_batch_size),
+            eval_dataset=held,
+            data_collator=RowCollator(),
+            processing_class=tokenizer,
+        )
+        trainer.get_optimizer_cls_and_kwargs(args, model)  # refuses one that is not installed
     build.check_engine(trainer.accelerator)
     spread(trainer.model, parts)
     return trainer
 
 
 def _identity(
-    resolved: dict[str, Any], seed: int, data_seed: int, rows_per_step: int
+    resolved: dict[str, Any], args: TrainingArguments, data_seed: int, rows_per_step: int
 ) -> dict[str, Any]:
     """What must stay as it was for a checkpoint to be continued."""
     keys = ("model", "tokenizer", "data", "sequence_length", "packing", "long_documents", "muon")
-    return {key: resolved[key] for key in keys} | {
-        "training.seed": seed,
+    kinds = ("decay_embeddings", "decay_norms", "decay_gates")  # groups of the optimizer
+    return {key: resolved[key] for key in (*keys, *kinds)} | {
+        "training.optim": args.optim,
+        "training.seed": args.seed,
         "training.data_seed": data_seed,
         "rows of a step (per_device_train_batch_size x accumulation x processes)": rows_per_step,
     }
 
 
-def _find_checkpoint(args: TrainingArguments, identity: dict[str, Any]) -> Path | None:
+def _seen(configs: Sequence[SourceConfig], opened: Sequence[Rows]) -> dict[str, Any]:
+    """What shows that a source holds other data than it did, under the same name."""
+    found: dict[str, Any] = {}
+    for number, (config, source) in enumerate(zip(configs, opened, strict=True)):
+        name = f"data[{number}] ({config.source})"
+        found[f"{name}: rows"] = source.per_epoch
+        found[f"{name}: CRC-32 of the first row"] = zlib.crc32(source.row(0)["input_ids"].tobytes())
+    return found
+
+
+def _find_checkpoint(trainer: HybridTrainer) -> Path | None:
     """What to resume from; the first process looks, all go by what it found."""
+    args = trainer.args
     found: list[Any] = [None, None]
     if args.process_index == 0:
         found[0] = newest_whole(
@@ -172,7 +203,8 @@ def _find_checkpoint(args: TrainingArguments, identity: dict[str, Any]) -> Path 
         )
     broadcast_object_list(found)
     if found[0] is not None:
-        refuse_other_run(found[0], identity)
+        refuse_other_run(found[0], trainer.run)
+        refuse_other_engine(found[0], trainer)
         if args.process_index == 0:
             print(f"continuing from {found[0]}", file=sys.stderr)
     return found[0]
@@ -189,13 +221,14 @@ def _divergence_on_disk(args: TrainingArguments) -> Iterator[None]:
     except FloatingPointError as error:
         if args.should_save:
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps({"reason": str(error)}), encoding="utf-8")
+            replace_text(path, json.dumps({"reason": str(error)}))
         raise
 
 
 def _result(trainer: HybridTrainer, seconds: float, resumed_from: int) -> RunResult:
     steps = trainer.state.global_step
     tokens = (steps - resumed_from) * trainer.tokens_per_step
+    speed = tokens / trainer.step_seconds if trainer.step_seconds else 0.0
     unwrapped = trainer.accelerator.unwrap_model(trainer.model)
     return RunResult(
         output_dir=str(trainer.args.output_dir),
@@ -208,9 +241,9 @@ def _result(trainer: HybridTrainer, seconds: float, resumed_from: int) -> RunRes
         },
         seconds=seconds,
         tokens=tokens,
-        tokens_per_second=tokens / seconds,
+        tokens_per_second=speed,
         flops_per_token=trainer.flops_per_token,
-        mfu=trainer.utilisation(tokens / seconds),
+        mfu=trainer.utilisation(speed),
         parameters=sum(p.numel() for p in unwrapped.parameters()),
         resumed_from=resumed_from,
     )

@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, TypeVar
 
 import torch.distributed as dist
+from torch.utils.data import Dataset
 
 from hybrid.config import HybridConfig
 from hybrid.context_parallel import ContextGroup
 from hybrid.data.mixture import Mixture
-from hybrid.data.slices import SlicedRows
+from hybrid.data.slices import FilledRows, SlicedRows
 from hybrid.model import HybridModel
 from hybrid.options import ConfigError
 
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 # Attention that takes a mask of its own for documents that begin on other processes.
 MASKED = ("sdpa", "eager", "flex_attention")
 
-M = TypeVar("M", bound="Mixture | None")
+R = TypeVar("R", bound=Mixture | FilledRows)
 
 
 def check_slices(config: TrainConfig, args: TrainingArguments, made: PreTrainedConfig) -> None:
@@ -55,12 +56,6 @@ def check_slices(config: TrainConfig, args: TrainingArguments, made: PreTrainedC
             f"context_parallel: attn_implementation {implementation!r} cannot mask documents across"
             f" processes; use one of {', '.join(MASKED)}"
         )
-    rows = args.eval_batch_size * args.world_size // parts
-    if config.eval_data and config.eval_rows % rows:
-        mistakes.append(
-            f"eval_rows: {config.eval_rows} is no multiple of the {rows} rows that the processes"
-            " take at once"
-        )
     if config.probes:
         mistakes.append("probes: not with context_parallel; measure the checkpoints instead")
     if mistakes:
@@ -70,7 +65,10 @@ def check_slices(config: TrainConfig, args: TrainingArguments, made: PreTrainedC
 def _unable(made: HybridConfig) -> list[str]:
     lines = []
     if made.num_mtp_layers:
-        lines.append("context_parallel: multi-token prediction looks past the end of a slice")
+        lines.append(
+            "context_parallel: multi-token prediction looks past the end of a slice; set"
+            " num_mtp_layers to 0, or import without it (--no-mtp)"
+        )
     symbols = {symbol for layer in made.layers for symbol in layer.mixers}
     for symbol in sorted(symbols):
         cls, _ = made.mixer(symbol)
@@ -81,9 +79,15 @@ def _unable(made: HybridConfig) -> list[str]:
     return lines
 
 
-def sliced(rows: M, parts: int, batch: int) -> M | SlicedRows:
+def sliced(rows: R, parts: int, batch: int) -> R | SlicedRows:
     """Rows as the processes of a group take them; as they are for groups of one."""
-    return rows if rows is None or parts == 1 else SlicedRows(rows, parts, batch)
+    return rows if parts == 1 else SlicedRows(rows, parts, batch)
+
+
+def held_out(rows: Mixture, parts: int, batch: int, processes: int) -> Dataset:
+    """Rows to evaluate on, filled up so that every process has as many batches."""
+    groups = processes // parts
+    return sliced(rows if processes == 1 else FilledRows(rows, groups * batch), parts, batch)
 
 
 def spread(model: nn.Module | None, parts: int) -> None:

@@ -11,16 +11,19 @@ from typing import Any
 
 import torch
 import yaml
-from safetensors import SafetensorError
+from accelerate.utils import gather_object
 from torch import nn
 from torch.utils.data import SequentialSampler
 from transformers import Trainer
+from transformers.trainer import SCHEDULER_NAME
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
-from transformers.trainer_utils import rotate_checkpoints
+from transformers.trainer_utils import EvalLoopOutput
 
+from hybrid.data.packing import IGNORE
 from hybrid.mup import growths
-from hybrid.train.checkpoints import CheckpointError, write_manifest
+from hybrid.train.checkpoints import remove_old, write_manifest, writing
 from hybrid.train.config import MuonConfig
+from hybrid.train.engines import load_model, load_optimizer, shard_ties_with_the_stack
 from hybrid.train.expert_load import ExpertLoad
 from hybrid.train.optim import Decay, Several, decaying, groups, matrices
 from hybrid.train.probes import Probe, Probes
@@ -60,6 +63,7 @@ class HybridTrainer(Trainer):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
+        shard_ties_with_the_stack(self)
         self.tokens_per_step = tokens_per_step
         self.flops_per_token = flops_per_token
         self.peak_flops = peak_flops(self.args)
@@ -69,7 +73,9 @@ class HybridTrainer(Trainer):
         self.resolved = dict(resolved)
         self.run = dict(run)
         self.probes = list(probes)
+        self.step_seconds = 0.0  # of steps taken, without saving and evaluating
         self._clock: tuple[float, int] | None = None
+        self._held = (0.0, 0)  # summed loss and labels of the evaluation
         for callback in (ProgressCallback, PrinterCallback):
             self.remove_callback(callback)
         self.expert_load = ExpertLoad()
@@ -137,6 +143,11 @@ class HybridTrainer(Trainer):
         """As `Trainer`, without a cache: transformers' models mind document boundaries only then."""
         return super().compute_loss(model, {**inputs, "use_cache": False}, *args, **kwargs)
 
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As `Trainer`; the clock starts with the first step."""
+        self._clock, self.step_seconds = None, 0.0
+        return super().train(*args, **kwargs)
+
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """As `Trainer`; starts the clock."""
         if self._clock is None:
@@ -157,8 +168,10 @@ class HybridTrainer(Trainer):
         And for experts what `ExpertLoad` has of their load.
         """
         if "loss" in logs and self._clock is not None:
-            before, since = self._clock
-            steps, seconds = self.state.global_step - since, time.perf_counter() - before
+            (before, since), now = self._clock, time.perf_counter()
+            steps, seconds = self.state.global_step - since, now - before
+            self._clock = now, self.state.global_step
+            self.step_seconds += seconds
             logs["tokens_per_second"] = steps * self.tokens_per_step / seconds
             if (used := self.utilisation(logs["tokens_per_second"])) is not None:
                 logs["mfu"] = used
@@ -167,8 +180,40 @@ class HybridTrainer(Trainer):
             callbacks = self.callback_handler.callbacks
             boards = [c.tb_writer for c in callbacks if getattr(c, "tb_writer", None) is not None]
             self.expert_load.write(self.args, self.state, boards)
+        # `Trainer` divides these, which it logs at the end, by the steps of the whole run, of which a
+        # resumed process took the last ones only.
+        for key in ("train_loss", "train_samples_per_second", "train_steps_per_second"):
+            logs.pop(key, None)
         super().log(logs, start_time)
-        self._clock = None
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """As `Trainer`, while the clock stands."""
+        with self.clock_stopped():
+            return super().evaluate(*args, **kwargs)
+
+    def evaluation_loop(
+        self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any
+    ) -> EvalLoopOutput:
+        """As `Trainer`; the loss is the mean over all labels, in whatever batches they come."""
+        self._held = (0.0, 0)
+        found = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        loss, labels = (sum(part) for part in zip(*gather_object([self._held]), strict=True))
+        if labels and found.metrics is not None:
+            found.metrics[f"{metric_key_prefix}_loss"] = loss / labels
+        return found
+
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+        """As `Trainer`; adds up the loss of every label."""
+        found = super().prediction_step(model, inputs, *args, **kwargs)
+        count = self._get_num_items_in_batch([inputs], self.args.device)
+        if count is None:  # a model whose loss is the mean of its own batch
+            count = (inputs["labels"][..., 1:] != IGNORE).sum()
+        if found[0] is not None and (labels := int(count)):
+            loss, before = found[0].item() * labels, self._held
+            self._held = before[0] + loss, before[1] + labels
+        return found
 
     def utilisation(self, tokens_per_second: float) -> float | None:
         """Model FLOPs utilisation (MFU), 0..1; None where the device's peak is not known."""
@@ -183,6 +228,18 @@ class HybridTrainer(Trainer):
             text = yaml.safe_dump(self.resolved, sort_keys=False)
             (folder / CONFIG_NAME).write_text(text, encoding="utf-8")
 
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        folder, model = Path(resume_from_checkpoint), self.model if model is None else model
+        if not load_model(self, folder, model):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None or not load_optimizer(self, Path(checkpoint)):
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        state = torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True)
+        self.lr_scheduler.load_state_dict(state)
+
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         """As `Trainer`; a tied weight is not missing, it is stored under its other name."""
         tied = getattr(self.model, "all_tied_weights_keys", None) or {}
@@ -191,37 +248,26 @@ class HybridTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Save, mark as whole, and only then let older checkpoints go."""
-        self._clock = None
         folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
+        with self.clock_stopped(), writing(folder):
+            self._save_whole(folder, model, trial)
+
+    def _save_whole(self, folder: Path, model: nn.Module, trial: Any) -> None:
         if self.args.should_save and folder.exists():
             # What a killed run left half-written must not mix with what we write.
             shutil.rmtree(folder)
         self.accelerator.wait_for_everyone()
         limit, self.args.save_total_limit = self.args.save_total_limit, None
+        whole = False
         try:
             super()._save_checkpoint(model, trial)
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
                 write_manifest(folder, self.run)
-        except (OSError, RuntimeError, SafetensorError) as error:
-            if isinstance(error, RuntimeError) and not _of_torch_save(error):
-                raise
-            if self.args.should_save:
-                shutil.rmtree(folder, ignore_errors=True)
-            raise CheckpointError(
-                f"cannot write {folder} ({error}); earlier checkpoints are kept: make room and"
-                " start the same command again"
-            ) from error
+            whole = True
         finally:
             self.args.save_total_limit = limit
+            if self.args.should_save and not whole:
+                shutil.rmtree(folder, ignore_errors=True)
         if self.args.should_save:
-            rotate_checkpoints(
-                output_dir=str(self.args.output_dir),
-                save_total_limit=limit,
-                best_model_checkpoint=self.state.best_model_checkpoint,
-            )
-
-
-def _of_torch_save(error: RuntimeError) -> bool:
-    """Whether an error comes from torch's zip writer, which a full disk stops with a RuntimeError."""
-    return any(part in str(error) for part in ("PytorchStreamWriter", "inline_container"))
+            remove_old(folder, limit, self.state.best_model_checkpoint)

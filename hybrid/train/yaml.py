@@ -57,7 +57,11 @@ def read(path: str | Path) -> dict[str, Any]:
         near = sorted(p.name for p in path.parent.glob("*.y*ml")) if path.parent.is_dir() else []
         there = f"; {path.parent} holds {', '.join(near)}" if near else ""
         raise ConfigError([f"no such file{there}"], str(path))
-    values = parse(path.read_text(encoding="utf-8"), str(path))
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError([f"cannot be read as text: {error}"], str(path)) from error
+    values = parse(text, str(path))
     if not isinstance(values, dict):
         raise ConfigError([f"expected a mapping, found {type(values).__name__}"], str(path))
     return values

@@ -25,6 +25,7 @@ def linear_attention(
     value_log_decay: Tensor | None = None,
     bonus: Tensor | None = None,
     chunk_size: int | None = None,
+    overwrite_state: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """Run a linear recurrence over a matrix state and read it with queries.
 
@@ -63,14 +64,17 @@ def linear_attention(
         bonus: (H, K), turns on the exclusive read; additive form only.
         chunk_size: tokens per chunk, a power of two from 16; default: chosen. Never changes the
             result beyond rounding.
+        overwrite_state: write the final state into ``initial_state``, which is then what is
+            returned, instead of allocating one at every token of a decode loop. Only without
+            gradients; whoever wants the old state later keeps a copy.
 
     Returns:
         o (B, T, H, V) in v's dtype, and the final state in the form of ``initial_state`` (float32;
         float64 if q, k or v is), or None.
 
     Raises:
-        ValueError: an argument has the wrong shape, dtype or device, or the backend is unknown or
-            cannot take this input.
+        ValueError: an argument has the wrong shape, dtype or device, the backend is unknown or
+            cannot take this input, or ``overwrite_state`` meets no state or a gradient.
         ImportError: the backend asked for needs a package that is not installed.
     """
     inputs = {
@@ -86,9 +90,23 @@ def linear_attention(
         "chunk_size": chunk_size,
     }
     check = validation.check_linear_attention
-    run = backends.checked(backends.LINEAR_ATTENTION, backend, check, inputs)
+    op = backends.LINEAR_ATTENTION
+    run = backends.checked(op, backend, check, inputs, overwrite_state)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    o, final_state = run(scale=scale, **inputs)
+    # Written out: to unpack a dict of so many costs as much as a tensor operation.
+    o, final_state = run(
+        q=q,
+        k=k,
+        v=v,
+        log_decay=log_decay,
+        value_log_decay=value_log_decay,
+        beta=beta,
+        bonus=bonus,
+        scale=scale,
+        initial_state=initial_state,
+        cu_seqlens=cu_seqlens,
+        chunk_size=chunk_size,
+    )
     return o, final_state if output_final_state else None
 
 
@@ -138,7 +156,14 @@ def causal_conv1d(
     }
     check = validation.check_causal_conv1d
     run = backends.checked(backends.CAUSAL_CONV1D, backend, check, inputs)
-    y, final_state = run(**inputs)
+    y, final_state = run(
+        x=x,
+        weight=weight,
+        bias=bias,
+        activation=activation,
+        initial_state=initial_state,
+        cu_seqlens=cu_seqlens,
+    )
     return y, final_state if output_final_state else None
 
 
@@ -154,6 +179,7 @@ def selective_scan(
     cu_seqlens: Tensor | None = None,
     output_final_state: bool = False,
     backend: str | None = None,
+    overwrite_state: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """Run the selective state-space scan of Mamba-1: a full decay matrix per step.
 
@@ -175,13 +201,16 @@ def selective_scan(
             restarts at each. Documents may be empty: their state passes through unchanged.
         output_final_state: return the state after the last token too.
         backend: "reference", "torch", ...; None takes the best one present (logged once).
+        overwrite_state: write the final state into ``initial_state``, which is then what is
+            returned. Only without gradients.
 
     Returns:
         y (B, T, D) in u's dtype, and the final state in the form of ``initial_state`` (float32;
         float64 if an input is), or None.
 
     Raises:
-        ValueError: an argument has the wrong shape, dtype or device, or the backend is unknown.
+        ValueError: an argument has the wrong shape, dtype or device, the backend is unknown, or
+            ``overwrite_state`` meets no state or a gradient.
         ImportError: the backend asked for needs a package that is not installed.
     """
     inputs = {
@@ -195,6 +224,15 @@ def selective_scan(
         "cu_seqlens": cu_seqlens,
     }
     check = validation.check_selective_scan
-    run = backends.checked(backends.SELECTIVE_SCAN, backend, check, inputs)
-    y, final_state = run(**inputs)
+    run = backends.checked(backends.SELECTIVE_SCAN, backend, check, inputs, overwrite_state)
+    y, final_state = run(
+        u=u,
+        delta=delta,
+        A=A,
+        B=B,
+        C=C,
+        D=D,
+        initial_state=initial_state,
+        cu_seqlens=cu_seqlens,
+    )
     return y, final_state if output_final_state else None

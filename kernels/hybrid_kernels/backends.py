@@ -3,7 +3,9 @@
 A backend is a module with one function per op it implements. That function takes the op's own
 keyword arguments, already validated, and returns ``(output, final_state)``. A backend that covers
 only some inputs also has ``unsupported(op, **arguments) -> str | None``: the reason why it cannot
-take these, or None.
+take these, or None. One that has something quicker for some inputs has
+``prepare(op, overwrite_state, **arguments) -> Callable | None``: a function for inputs of just that
+form, which may be kept, or None.
 """
 
 from __future__ import annotations
@@ -99,7 +101,8 @@ def _load(name: str) -> bool:
     """Import a backend that is installed."""
     if not _FUNCTIONS[name]:
         module = importlib.import_module(_BY_NAME[name].module)
-        found = {f: getattr(module, f) for f in (*OPS, "unsupported") if hasattr(module, f)}
+        names = (*OPS, "unsupported", "prepare")
+        found = {f: getattr(module, f) for f in names if hasattr(module, f)}
         _FUNCTIONS[name].update(found)
     return True
 
@@ -113,13 +116,18 @@ def available_backends(op: str) -> list[str]:
 
 
 # What inputs of one form were found to be right, and which function computes them. Both depend on
-# shapes, dtypes and devices only; a decode loop asks the same question at every token.
+# shapes, dtypes, devices and the want of a gradient only; a decode loop asks the same question at
+# every token.
 _KNOWN: dict[tuple, Callable] = {}
 _KNOWN_LIMIT = 4096
 
 
 def checked(
-    op: str, name: str | None, check: Callable[..., None], inputs: dict[str, Any]
+    op: str,
+    name: str | None,
+    check: Callable[..., None],
+    inputs: dict[str, Any],
+    overwrite_state: bool = False,
 ) -> Callable:
     """Check the inputs of ``op`` and return the function that computes it.
 
@@ -128,6 +136,7 @@ def checked(
         name: the backend asked for, or None for the best one present.
         check: raises a ValueError if an input is wrong.
         inputs: keyword arguments of both ``check`` and the function returned.
+        overwrite_state: the function is to write the final state where the initial state is.
 
     Raises:
         ValueError: an input is wrong, or ``choose`` says so.
@@ -135,46 +144,57 @@ def checked(
     """
     if torch.compiler.is_compiling():
         check(**inputs)
-        return choose(op, name, inputs)
-    form = _form(op, name, inputs)
+        return choose(op, name, inputs, overwrite_state)
+    form = _form(op, name, inputs, overwrite_state)
     run = _KNOWN.get(form)
     if run is None:
         check(**inputs)
-        run = choose(op, name, inputs)
+        run = choose(op, name, inputs, overwrite_state)
         if len(_KNOWN) >= _KNOWN_LIMIT:
             _KNOWN.clear()
         _KNOWN[form] = run
     return run
 
 
-def _form(op: str, name: str | None, inputs: dict[str, Any]) -> tuple:
+def _form(op: str, name: str | None, inputs: dict[str, Any], overwrite_state: bool) -> tuple:
     """Return what a check may depend on; a number, a string or None stands for itself."""
-    form: list = [op, name]
+    form: list = [op, name, overwrite_state]
+    add, grad = form.append, torch.is_grad_enabled()
     for x in inputs.values():
         if x is None:
-            form.append(None)
+            add(None)
         elif isinstance(x, torch.Tensor):
-            form += x.shape, x.dtype, x.device
+            add(x.shape)
+            add(x.dtype)
+            add(x.device)
+            if grad:
+                add(x.requires_grad)
         else:
-            form.append(x if isinstance(x, (int, float, str)) else type(x))
+            add(x if isinstance(x, (int, float, str)) else type(x))
     return tuple(form)
 
 
-def choose(op: str, name: str | None, arguments: dict[str, Any]) -> Callable:
+def choose(
+    op: str, name: str | None, arguments: dict[str, Any], overwrite_state: bool = False
+) -> Callable:
     """Return the function that computes ``op``.
 
     Args:
         op: one of ``OPS``.
         name: the backend asked for, or None for the best one present.
         arguments: the op's keyword arguments, the first of them a tensor.
+        overwrite_state: the function is to write the final state where the initial state is.
 
     Raises:
         ValueError: ``name`` is unknown, or that backend cannot take these inputs.
         ImportError: ``name`` needs a package that is not installed.
     """
     device = next(iter(arguments.values())).device
+    if overwrite_state:
+        _check_overwriting(op, arguments)
     if name is not None:
-        return _by_name(op, name, device, arguments)
+        backend = _by_name(op, name, device, arguments)
+        return _function(backend, op, arguments, overwrite_state)
     passed_over: list[str] = []
     for backend in BACKENDS:
         if op not in backend.ops or not backend.automatic:
@@ -182,12 +202,12 @@ def choose(op: str, name: str | None, arguments: dict[str, Any]) -> Callable:
         reason = _why_not(backend, op, device, arguments, automatic=True)
         if reason is None:
             _announce(op, backend.name, device.type, passed_over)
-            return _FUNCTIONS[backend.name][op]
+            return _function(backend, op, arguments, overwrite_state)
         passed_over.append(f"{backend.name}: {reason}")
     raise AssertionError("the torch backend takes every input")
 
 
-def _by_name(op: str, name: str, device: torch.device, arguments: dict[str, Any]) -> Callable:
+def _by_name(op: str, name: str, device: torch.device, arguments: dict[str, Any]) -> Backend:
     candidates = {b.name: b for b in BACKENDS if op in b.ops}
     backend = candidates.get(name)
     if backend is None:
@@ -208,7 +228,41 @@ def _by_name(op: str, name: str, device: torch.device, arguments: dict[str, Any]
             f"{op}: backend {name!r} cannot take this input: {reason}. "
             "Pass backend=None for the best one that can."
         )
-    return _FUNCTIONS[backend.name][op]
+    return backend
+
+
+def _check_overwriting(op: str, arguments: dict[str, Any]) -> None:
+    if arguments["initial_state"] is None:
+        raise ValueError(f"{op}: overwrite_state needs an initial_state to overwrite")
+    tensors = {name: x for name, x in arguments.items() if isinstance(x, torch.Tensor)}
+    wanting = [name for name, x in tensors.items() if x.requires_grad]
+    if torch.is_grad_enabled() and wanting:
+        raise ValueError(
+            f"{op}: overwrite_state cannot go with gradients, which need the initial state as it "
+            f"was, and {wanting[0]} requires one; call it under torch.no_grad()"
+        )
+
+
+def _function(
+    backend: Backend, op: str, arguments: dict[str, Any], overwrite_state: bool
+) -> Callable:
+    """Return what computes an op in a backend that has been loaded, quickest for these inputs."""
+    functions = _FUNCTIONS[backend.name]
+    prepare, run = functions.get("prepare"), functions[op]
+    # A compiler traces the function itself: to it, nothing is gained by keeping another.
+    if prepare is not None and not torch.compiler.is_compiling():
+        prepared = prepare(op, overwrite_state, **arguments)
+        if prepared is not None:
+            return prepared
+    return _overwriting(run) if overwrite_state else run
+
+
+def _overwriting(run: Callable) -> Callable:
+    def overwriting(*, initial_state: torch.Tensor, **others: Any):
+        o, final_state = run(initial_state=initial_state, **others)
+        return o, initial_state.copy_(final_state)
+
+    return overwriting
 
 
 def _why_not(

@@ -11,12 +11,13 @@ from __future__ import annotations
 import importlib.util
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from triton.errors import TritonError
 
 from hybrid_kernels.api import linear_attention, selective_scan
 from hybrid_kernels.testing import FORMS, Form
@@ -38,6 +39,15 @@ MAMBA_STATES = 16
 SSD_CHUNK = 256
 ROTATED_INPUTS = 3
 WARM_UP = 3
+# Cycles that the device waits before it starts on what is timed, about 2 ms: the host has launched
+# all kernels of a call by then, and the time between the events is the device's alone.
+HEAD_START = 4_000_000
+CALLS_IN_A_ROW = 10
+# Rows of a chunk in the count of operations: what the kernels here take.
+CHUNK = 64
+
+# What a kernel that is broken here, or wants more memory than there is, raises.
+FAILURES = (RuntimeError, ValueError, TypeError, AssertionError, TritonError)
 
 PASSES = ("forward", "backward", "forward+backward")
 
@@ -81,7 +91,7 @@ class Subject:
 
     def present(self, dry: bool) -> dict[str, Contestant]:
         """Return those whose package is installed; without a GPU, ours and the reference."""
-        wanted = ("triton", "reference") if dry else ("triton", "fla", "mamba_ssm")
+        wanted = ("triton", "reference") if dry else ("triton", "fla", "mamba_ssm", *WAYS)
         return {
             name: who
             for name, who in self.contestants.items()
@@ -117,6 +127,22 @@ def _attention(backend: str) -> Callable[..., Tensor]:
     return run
 
 
+def _walking(walkers: int) -> Callable[..., Tensor]:
+    """Return our forward pass as one walk from so many sequences and heads on."""
+
+    def run(**inputs: Any) -> Tensor:
+        from hybrid_kernels.triton.launch import walk_from
+
+        with walk_from(walkers):
+            return _attention("triton")(**inputs)
+
+    return run
+
+
+# Both ways of the forward pass (``launch.walks``); the default takes one of them.
+WAYS = {"triton_walk": 0, "triton_steps": 1 << 30}
+
+
 def _of_form(form: Form) -> Subject:
     contestants = {
         "triton": Contestant(_attention("triton")),
@@ -124,6 +150,7 @@ def _of_form(form: Form) -> Subject:
     }
     if not form.value_decay:
         contestants["fla"] = Contestant(_attention("fla"), "fla")
+        contestants |= {name: Contestant(_walking(count)) for name, count in WAYS.items()}
     return Subject(lambda size, device: _draw_form(form, size, device), contestants)
 
 
@@ -256,6 +283,7 @@ def milliseconds(
 
 def _on_gpu(call: Callable[[], object]) -> float:
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda._sleep(HEAD_START)
     start.record()
     call()
     end.record()
@@ -267,6 +295,24 @@ def _on_cpu(call: Callable[[], object]) -> float:
     start = time.perf_counter()
     call()
     return 1e3 * (time.perf_counter() - start)
+
+
+def wall_milliseconds(call: Callable[[], object], device: torch.device) -> float:
+    """Return what a call costs in a row of calls: the host's work where it is more than the device's."""
+    times, calls = [], CALLS_IN_A_ROW if device.type == "cuda" else 1
+    for _ in range(WARM_UP if device.type == "cuda" else 1):
+        _wait(device)
+        start = time.perf_counter()
+        for _ in range(calls):
+            call()
+        _wait(device)
+        times.append(1e3 * (time.perf_counter() - start) / calls)
+    return min(times)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def limits(device: torch.device) -> dict[str, float]:
@@ -292,44 +338,87 @@ def traffic(inputs: Inputs, output: Tensor) -> int:
     return sum(x.numel() * x.element_size() for x in (*inputs.values(), output, state))
 
 
-def bench(names: list[str], device: torch.device, rounds: int) -> list[dict[str, Any]]:
-    """Return what the device reaches, then a row for each subject, size, pass and contestant."""
-    reached = limits(device)
-    print(reached)
-    rows: list[dict[str, Any]] = []
+def forward_flops(name: str, size: Size) -> float | None:
+    """Return the operations of the matrix products of a chunked forward pass, None for a scan.
+
+    Pairs of rows count once, the half above the diagonal included, as the matrix units do them.
+    """
+    batch, steps, heads, dim = size
+    if name == "selective_scan":
+        return None
+    if steps == 1:
+        return 2.0 * batch * heads * 2 * dim * dim
+    products = 2 * CHUNK * dim + 2 * dim * dim
+    if name.startswith("delta"):
+        products += 3 * CHUNK * dim + CHUNK * CHUNK / 3 + dim * dim
+    return 2.0 * batch * steps * heads * products
+
+
+def bench(
+    names: list[str], device: torch.device, rounds: int, reached: dict[str, float]
+) -> Iterator[dict[str, Any]]:
+    """Yield a row for each subject, size, pass and contestant.
+
+    Args:
+        names: keys of ``SUBJECTS``.
+        device: where.
+        rounds: timed runs of each contestant.
+        reached: what ``limits`` found, for the shares.
+    """
     for name in names:
         for size in (*SIZES, DECODE) if device.type == "cuda" else TINY:
             for row in _measure(name, size, device, rounds):
                 if "gb_per_s" in row:
                     row["share_of_copy"] = row["gb_per_s"] / reached["copy_gb_per_s"]
-                rows.append(row)
-                print(line(row), flush=True)
-    return [reached, *rows]
+                if "tflop_per_s" in row:
+                    row["share_of_product"] = row["tflop_per_s"] / reached["product_tflop_per_s"]
+                yield row
 
 
-def _measure(name: str, size: Size, device: torch.device, rounds: int) -> list[dict[str, Any]]:
+# Operations of a pass, in forward passes.
+_PASS_FLOPS = {"forward": 1, "backward": 2, "forward+backward": 3}
+
+
+def _measure(name: str, size: Size, device: torch.device, rounds: int) -> Iterator[dict[str, Any]]:
     subject = SUBJECTS[name]
     present = subject.present(dry=device.type != "cuda")
     sets = [subject.draw(size, device) for _ in range(ROTATED_INPUTS)]
     # The output is as large as the values, or as the first input of Mamba.
     bytes_moved = traffic(sets[0], sets[0].get("v", next(iter(sets[0].values()))))
-    rows = []
+    flops = forward_flops(name, size)
     for label in PASSES[:1] if size[1] == 1 else PASSES:
-        runs = {who: [call_of(c, x, label) for x in sets] for who, c in present.items()}
+        runs: dict[str, list[Callable[[], object]]] = {}
+        for who, contestant in present.items():
+            if who in WAYS and (label != "forward" or size[1] == 1):
+                continue
+            try:
+                calls = [call_of(contestant, x, label) for x in sets]
+                calls[0]()
+            except FAILURES as error:
+                # One that cannot do this size is no reason to leave the others untimed.
+                words = f"{type(error).__name__}: {error}"[:400]
+                yield {"subject": name, "size": size, "pass": label, "backend": who, "error": words}
+            else:
+                runs[who] = calls
         for who, ms in milliseconds(runs, rounds, device).items():
             row = {"subject": name, "size": size, "pass": label, "backend": who, "ms": ms}
+            row["wall_ms"] = wall_milliseconds(runs[who][0], device)
             goal = GOALS.get((name, label, size)) if who == "triton" else None
             row["goal_ms"], row["floor_ms"] = goal or (None, None)
             if label == "forward":
                 row["gb_per_s"] = bytes_moved / ms / 1e6
-            rows.append(row)
-    return rows
+            if flops is not None:
+                row["tflop_per_s"] = _PASS_FLOPS[label] * flops / ms / 1e9
+            yield row
 
 
 def line(row: dict[str, Any]) -> str:
     """Return a row of ``bench`` as text, with the goal beside what was measured."""
     size = "x".join(str(n) for n in row["size"])
-    text = f"{row['subject']:22} {size:16} {row['pass']:17} {row['backend']:10}{row['ms']:9.3f} ms"
+    text = f"{row['subject']:22} {size:16} {row['pass']:17} {row['backend']:10}"
+    if "error" in row:
+        return f"{text} FAILED {row['error']}"
+    text += f"{row['ms']:9.3f} ms"
     if row["goal_ms"] is None:
         return text
     word = "met" if row["ms"] <= row["goal_ms"] else "MISSED"

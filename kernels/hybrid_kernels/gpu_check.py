@@ -1,18 +1,21 @@
-"""What to run when a GPU is at hand, in this order.
+"""What to run when a GPU is at hand, in this order; ``kernels/benchmarks/gpu.sh`` runs all of it.
 
 ``python -m hybrid_kernels.gpu_check sanitize``
     compute-sanitizer over one launch of each kernel: memory, then races
-``python -m hybrid_kernels.gpu_check correctness --out DIR``
+``python -m hybrid_kernels.gpu_check correctness --out DIR --jobs 12``
     every form, forward, all gradients and final state, packed too, against the reference in float64
-``python -m hybrid_kernels.gpu_check bench --out DIR``
+``python -m hybrid_kernels.gpu_check bench --out DIR --jobs 8``
     milliseconds against flash-linear-attention and mamba-ssm, where installed, taking turns in this
     process, with the goals beside them (``gpu_bench.py``)
-``python -m hybrid_kernels.gpu_check tune --out DIR``
+``python -m hybrid_kernels.gpu_check tune --out DIR --jobs 12``
     a bounded search of block sizes, printed in the form in which ``triton/launch.py`` keeps them
 
-All but the first write DIR/<name>.json with the device and the versions. With ``--dry-run`` and
-TRITON_INTERPRET=1 each runs on a CPU at tiny sizes: that shows that it works, nothing else. As of
-now none has been run on a GPU: nothing about the speed of the Triton kernels is known.
+All but the first write DIR/<name>.json, row by row, with the device, the versions, what failed and
+what ``--budget`` seconds left no time for. Compiling takes longer than running, so ``--jobs``
+processes share it: of the correctness runs each takes some forms; before the two that time
+something, they only fill the compiler's cache. With ``--dry-run`` and TRITON_INTERPRET=1 each runs
+on a CPU at tiny sizes: that shows that it works, nothing else. As of now none has been run on a
+GPU: nothing about the speed of the Triton kernels is known.
 
 Legend: B batch, T time, H heads, K key dim, V value dim.
 """
@@ -22,12 +25,17 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import importlib.metadata
+import itertools
 import json
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -52,9 +60,9 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SCAN = "selective_scan"
 NAMED = {form.name: form for form in FORMS}
 CHECKED = (*NAMED, SCAN)
+# More sequences and heads than any call has: its forward pass is not one walk (``launch.walks``).
+NEVER = 1 << 30
 SANITIZERS = ("memcheck", "racecheck")
-# Kernels whose blocks are given by the chunk or the keys.
-UNTUNED = {"inverse"}
 # One name for each set of kernels; between them all kernels of ``linear_attention``.
 ONCE = ("additive_scalar", "additive_outer", "delta_vector")
 
@@ -72,23 +80,96 @@ def environment(device: torch.device) -> dict[str, str]:
     return found
 
 
+@dataclass
+class Ledger:
+    """The rows of a section, on disk as soon as they are there, and what became of the rest.
+
+    Attributes:
+        path: the JSON, or None.
+        device: what it is about.
+        deadline: ``time.monotonic()`` after which nothing new is begun.
+    """
+
+    path: Path | None
+    device: torch.device
+    deadline: float = float("inf")
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    failures: list[str] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
+
+    def attempt(self, label: str, rows: Callable[[], Iterable[dict[str, Any]]]) -> None:
+        """Take the rows of one piece of work; what goes wrong in it is kept in words."""
+        if time.monotonic() > self.deadline:
+            self.left_out.append(label)
+            return
+        try:
+            for row in rows():
+                self.rows.append(row)
+                self.write()
+        except gpu_bench.FAILURES as error:
+            self.failures.append(f"{label}: {type(error).__name__}: {error}"[:1000])
+            print(f"FAILED {self.failures[-1]}", flush=True)
+            traceback.print_exc(limit=-3)
+            self.write()
+
+    def write(self) -> None:
+        """Write all there is."""
+        if self.path is None:
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        found = {"environment": environment(self.device), "rows": self.rows}
+        found |= {"failures": self.failures, "left_out": self.left_out}
+        self.path.write_text(json.dumps(found, indent=1))
+
+    def take(self, path: Path) -> None:
+        """Add what another process wrote; a file that is missing is a failure."""
+        if not path.is_file():
+            self.failures.append(f"{path.parent.name}: wrote nothing, see above")
+            return
+        found = json.loads(path.read_text())
+        self.rows += found["rows"]
+        self.failures += found["failures"]
+        self.left_out += found["left_out"]
+
+    def summary(self) -> int:
+        """Print what is wrong, last, and return the exit status."""
+        bad = [row for row in self.rows if _is_bad(row)]
+        bad_words = [f"BAD {_where(row)}: {row.get('wrong')}" for row in bad]
+        left = [f"no time for {label}" for label in self.left_out]
+        print("\n".join([*bad_words, *(f"FAILED {words}" for words in self.failures), *left]))
+        print(f"{len(self.rows)} rows, {len(bad)} bad, {len(self.failures)} failures", flush=True)
+        return 1 if bad or self.failures else 0
+
+
 # ---------------------------------------------------------------------------------- correctness
 
 
 def correctness(
-    names: list[str], device: torch.device, time: int, dim: int, dtypes: tuple[torch.dtype, ...]
-) -> list[dict[str, Any]]:
-    """Return a row for each form, dtype and kind of gates, with the errors that are too large."""
-    rows = []
-    for name in names:
-        for dtype in dtypes:
-            for gates, lengths in (("mild", None), ("closed", None), ("mild", _lengths(time))):
-                op, inputs = _drawn(name, gates, lengths, dtype, time, dim)
-                inputs = {n: x.to(device) for n, x in inputs.items()}
-                row = {"form": name, "dtype": str(dtype), "gates": gates, "packed": bool(lengths)}
-                rows.append({**row, **agreement(op, inputs, TOLERANCE[dtype])})
-                print(_line(rows[-1]), flush=True)
-    return rows
+    ledger: Ledger, names: list[str], steps: int, dim: int, dtypes: tuple[torch.dtype, ...]
+) -> None:
+    """Add a row for each form, dtype and kind of gates, with the errors that are too large."""
+    from hybrid_kernels.triton.launch import walk_from
+
+    cases = (("mild", None, 0), ("mild", None, NEVER), ("closed", None, 0))
+    cases = (*cases, ("mild", _lengths(steps), 0))
+    for name, dtype, (gates, lengths, walkers) in itertools.product(names, dtypes, cases):
+        about = {"form": name, "dtype": str(dtype), "gates": gates, "packed": bool(lengths)}
+        about["walk"] = walkers == 0
+
+        def rows(
+            about: dict[str, Any] = about,
+            dtype: torch.dtype = dtype,
+            lengths: list[int] | None = lengths,
+            walkers: int = walkers,
+        ) -> Iterator[dict[str, Any]]:
+            op, inputs = _drawn(about["form"], about["gates"], lengths, dtype, steps, dim)
+            inputs = {n: x.to(ledger.device) for n, x in inputs.items()}
+            with walk_from(walkers):
+                row = {**about, **agreement(op, inputs, TOLERANCE[dtype])}
+            print(_line(row), flush=True)
+            yield row
+
+        ledger.attempt(_where(about), rows)
 
 
 def _lengths(time: int) -> list[int]:
@@ -142,11 +223,23 @@ def _causal(op: Op, inputs: dict[str, Any]) -> bool:
     return torch.equal(first[:, :half], second[:, :half])
 
 
+def _is_bad(row: dict[str, Any]) -> bool:
+    agrees = not row.get("wrong") and row.get("causal", True) and row.get("same_bits_twice", True)
+    return not agrees or "error" in row
+
+
+def _where(row: dict[str, Any]) -> str:
+    names = ("form", "dtype", "gates", "subject", "size", "pass", "backend")
+    flags = [name for name in ("packed", "walk") if row.get(name)]
+    return " ".join([*(str(row[name]) for name in names if name in row), *flags])
+
+
 def _line(row: dict[str, Any]) -> str:
-    good = not row["wrong"] and row["same_bits_twice"] and row["causal"]
+    word = "BAD" if _is_bad(row) else "ok "
+    unsteady = "" if row["same_bits_twice"] else " differs from run to run"
+    early = "" if row["causal"] else " sees the future"
     worst = max(row["errors"].values())
-    where = f"{row['form']} {row['dtype']} {row['gates']}{' packed' if row['packed'] else ''}"
-    return f"{'ok ' if good else 'BAD'} {where}: worst {worst:.1e} {row['wrong'] or ''}"
+    return f"{word} {_where(row)}: worst {worst:.1e} {row['wrong'] or ''}{unsteady}{early}"
 
 
 # ------------------------------------------------------------------------------------- sanitizer
@@ -154,14 +247,16 @@ def _line(row: dict[str, Any]) -> str:
 
 def launch_each(device: torch.device) -> None:
     """Launch every kernel: forward, backward and a decode step, at sizes that fill no block."""
-    for name in (*ONCE, SCAN):
-        for time in (37, 1):
-            op, inputs = _drawn(name, "mild", None, torch.float32, time, 20)
+    from hybrid_kernels.triton.launch import walk_from
+
+    for name, walkers in (*itertools.product(ONCE, (0, NEVER)), (SCAN, 0)):
+        for steps in (37, 1):
+            op, inputs = _drawn(name, "mild", None, torch.float32, steps, 20)
             inputs = {n: x.to(device) for n, x in inputs.items()}
-            if time > 1:
-                evaluate(op, inputs, backend="triton")
-            else:
-                with torch.no_grad():
+            with walk_from(walkers), torch.set_grad_enabled(steps > 1):
+                if steps > 1:
+                    evaluate(op, inputs, backend="triton")
+                else:
                     op(**inputs, backend="triton")
     x, weight = torch.randn(2, 37, 20, device=device), torch.randn(20, 4, device=device)
     evaluate(causal_conv1d, {"x": x, "weight": weight}, backend="triton")
@@ -193,11 +288,14 @@ def candidates(kernel: str) -> Iterator[Any]:
     from hybrid_kernels.triton.launch import Config
 
     scan = kernel.startswith("scan")
-    for keys in (8, 16, 32) if scan else (16, 32, 64):
-        for values in (8, 16) if scan else (32, 64):
-            for warps in (4, 8):
-                for stages in (1,) if scan else (1, 2):
-                    yield Config(keys, values, warps, stages)
+    blocks = {"walk_forward": ((128,), (32, 64, 128)), "decode": ((256,), (16, 32, 64))}
+    usual = ((8, 16, 32), (8, 16)) if scan else ((16, 32, 64, 128), (32, 64, 128))
+    all_keys, all_values = blocks.get(kernel, usual)
+    for keys, values in itertools.product(all_keys, all_values):
+        for warps, stages in itertools.product((4, 8), (1,) if scan else (1, 2, 3)):
+            # More than this no kernel holds in registers.
+            if keys * values <= 128 * 128 and not (stages == 3 and keys * values > 64 * 64):
+                yield Config(keys, values, warps, stages)
 
 
 def kernels_of(call: Callable[[], object], device: torch.device) -> list[str]:
@@ -211,44 +309,61 @@ def kernels_of(call: Callable[[], object], device: torch.device) -> list[str]:
 
     with launch.record(launch.device_class(device), note):
         call()
-    return sorted(found - UNTUNED)
+    return sorted(found)
 
 
-def tune(names: list[str], device: torch.device, rounds: int, most: int) -> list[dict[str, Any]]:
-    """Return the best configuration of each kernel of some forms; one kernel varies at a time.
+def tuned(ledger: Ledger) -> list[tuple[str, str]]:
+    """Return the (form, kernel) pairs that ``tune`` knows, of the forms that are benchmarked."""
+    size = gpu_bench.SIZES[0] if ledger.device.type == "cuda" else gpu_bench.TINY[0]
+    pairs, seen = [], set()
+    for name in gpu_bench.BENCHED:
+        subject = gpu_bench.SUBJECTS[name]
+        inputs = subject.draw(size, ledger.device)
+        call = gpu_bench.call_of(subject.contestants["triton"], inputs, "forward+backward")
+        for kernel in kernels_of(call, ledger.device):
+            key = (kernel, *_family(name))
+            if key not in seen:
+                pairs.append((name, kernel))
+            seen.add(key)
+    return pairs
 
-    At most 24 configurations of each kernel, most of the time goes into compiling them: about 10
-    minutes a form.
-    """
-    from triton.runtime.errors import OutOfResources
 
+def _family(name: str) -> tuple[bool, bool, bool]:
+    """Return what of a form the table of ``launch.py`` tells apart."""
+    return name.startswith("delta"), name.endswith("vector"), name.endswith("outer")
+
+
+def tune(ledger: Ledger, name: str, kernel: str, rounds: int, most: int) -> None:
+    """Add the best configuration of one kernel of a form, the others as they are shipped."""
     from hybrid_kernels.triton import launch
 
+    device = ledger.device
     size = gpu_bench.SIZES[0] if device.type == "cuda" else gpu_bench.TINY[0]
-    rows = []
-    for name in names:
-        subject = gpu_bench.SUBJECTS[name]
-        ours = subject.contestants["triton"]
+    subject = gpu_bench.SUBJECTS[name]
+    ours = subject.contestants["triton"]
+
+    def rows() -> Iterator[dict[str, Any]]:
         sets = [subject.draw(size, device) for _ in range(gpu_bench.ROTATED_INPUTS)]
         calls = [gpu_bench.call_of(ours, inputs, "forward+backward") for inputs in sets]
 
-        def timed(calls: list[Callable[[], object]] = calls) -> float:
+        def timed() -> float:
             return gpu_bench.milliseconds({"it": calls}, rounds, device)["it"]
 
-        shipped = timed()
-        for kernel in kernels_of(calls[0], device):
-            found = []
-            for config in list(candidates(kernel))[:most]:
-                try:
-                    with launch.override(kernel, config):
-                        found.append((timed(), config))
-                except OutOfResources:
-                    continue
-            best, config = min(found, key=lambda pair: pair[0])
-            row = {"form": name, "kernel": kernel, "shipped_ms": shipped, "best_ms": best}
-            rows.append({**row, "config": dataclasses.asdict(config)})
-            print(f'"{kernel}": {config},  # {name}: {best:.3f} ms, shipped {shipped:.3f}')
-    return rows
+        shipped, found = timed(), []
+        for config in list(candidates(kernel))[:most]:
+            try:
+                with launch.override(kernel, config):
+                    found.append((timed(), config))
+            except gpu_bench.FAILURES:
+                # Too much shared memory or too many registers: no candidate here.
+                continue
+        best, config = min(found, key=lambda pair: pair[0])
+        row = {"form": name, "kernel": kernel, "shipped_ms": shipped, "best_ms": best}
+        line = f'"{kernel}": {config},  # {name}: {best:.3f} ms, shipped {shipped:.3f}'
+        print(line, flush=True)
+        yield {**row, "config": dataclasses.asdict(config)}
+
+    ledger.attempt(f"{name} {kernel}", rows)
 
 
 # ----------------------------------------------------------------------------------- command line
@@ -263,6 +378,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=20, help="timed runs of each contestant")
     parser.add_argument("--time", type=int, default=777, help="T of the correctness runs")
     parser.add_argument("--dim", type=int, default=128, help="K and V of the correctness runs")
+    parser.add_argument("--budget", type=float, help="seconds, after which nothing is begun")
+    parser.add_argument("--jobs", type=int, default=1, help="processes that share the compiling")
+    parser.add_argument("--part", type=int, nargs=2, default=(0, 1), help=argparse.SUPPRESS)
     parser.add_argument("--dry-run", action="store_true", help="on a CPU, tiny, interpreted")
     options = parser.parse_args(arguments)
     usual = {"correctness": CHECKED, "bench": gpu_bench.BENCHED, "tune": gpu_bench.BENCHED}
@@ -282,9 +400,52 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     return options
 
 
+def in_parts(words: list[str], jobs: int, folder: Path) -> list[Path]:
+    """Run a section in processes of their own, each a part of it; return their folders."""
+    # What they find for rivals' kernels while they disturb each other must not be kept.
+    inherited = {**os.environ, "FLA_CACHE_RESULTS": "0"}
+    folders, running = [folder / f"part-{index}" for index in range(jobs)], []
+    for index, out in enumerate(folders):
+        part = ["--part", str(index), str(jobs), "--jobs", "1", "--out", str(out)]
+        command = [sys.executable, "-m", "hybrid_kernels.gpu_check", *words, *part]
+        running.append(subprocess.Popen(command, env=inherited))
+    for process in running:
+        process.wait()
+    return folders
+
+
+def run_section(options: argparse.Namespace, ledger: Ledger) -> None:
+    """Do one of the three sections that write rows, or this process's part of it."""
+    index, parts = options.part
+    rounds = options.rounds if parts == 1 else 1
+    if options.what == "correctness":
+        dtypes = DTYPES[:1] if options.dry_run else DTYPES
+        names = options.form[index::parts]
+        correctness(ledger, names, options.time, options.dim, dtypes)
+    elif options.what == "bench":
+        reached = gpu_bench.limits(ledger.device)
+        print(reached, flush=True)
+        ledger.rows.append(reached)
+        for name in options.form[index::parts]:
+            ledger.attempt(name, lambda name=name: _printed(name, ledger.device, rounds, reached))
+    else:
+        pairs = [(n, kernel) for n, kernel in tuned(ledger) if n in options.form]
+        for name, kernel in pairs[index::parts]:
+            tune(ledger, name, kernel, rounds, most=2 if options.dry_run else 100)
+
+
+def _printed(
+    name: str, device: torch.device, rounds: int, reached: dict[str, float]
+) -> Iterator[dict[str, Any]]:
+    for row in gpu_bench.bench([name], device, rounds, reached):
+        print(gpu_bench.line(row), flush=True)
+        yield row
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run one of them; return 1 if something disagrees."""
-    options = parse(arguments)
+    words = sys.argv[1:] if arguments is None else arguments
+    options = parse(words)
     device = torch.device("cpu" if options.dry_run else "cuda")
     torch.manual_seed(0)
     if options.what == "sanitize":
@@ -292,18 +453,19 @@ def main(arguments: list[str] | None = None) -> int:
     if options.what == "once":
         launch_each(device)
         return 0
-    if options.what == "correctness":
-        dtypes = DTYPES[:1] if options.dry_run else DTYPES
-        rows = correctness(options.form, device, options.time, options.dim, dtypes)
-    elif options.what == "bench":
-        rows = gpu_bench.bench(options.form, device, options.rounds)
-    else:
-        rows = tune(options.form, device, options.rounds, most=2 if options.dry_run else 24)
-    options.out.mkdir(parents=True, exist_ok=True)
-    path = options.out / f"{options.what}.json"
-    path.write_text(json.dumps({"environment": environment(device), "rows": rows}, indent=1))
-    bad = [row for row in rows if row.get("wrong") or row.get("causal") is False]
-    return 1 if bad else 0
+    deadline = time.monotonic() + (options.budget or float("inf"))
+    ledger = Ledger(options.out / f"{options.what}.json", device, deadline)
+    if options.jobs > 1:
+        with tempfile.TemporaryDirectory() as folder:
+            folders = in_parts(words, options.jobs, Path(folder))
+            if options.what == "correctness":
+                for part in folders:
+                    ledger.take(part / "correctness.json")
+                ledger.write()
+                return ledger.summary()
+    run_section(options, ledger)
+    ledger.write()
+    return ledger.summary()
 
 
 if __name__ == "__main__":

@@ -1,4 +1,9 @@
-"""Models for the tests, built from the registry."""
+"""Models for the tests, built from the registry; and processes for those that want several."""
+
+import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -112,3 +117,24 @@ def layer():
         return cls(completed, config, 0)
 
     return build_layer
+
+
+@pytest.fixture
+def launch(tmp_path):
+    """Run a script by a launcher, with a value as a JSON file, on the CPU; returns that file's path."""
+
+    def start(launcher, script, value):
+        (tmp_path / "driver.py").write_text(script)
+        given = tmp_path / "given.json"
+        given.write_text(json.dumps(value))
+        ended = subprocess.run(
+            [sys.executable, "-m", *launcher, str(tmp_path / "driver.py"), str(given)],
+            capture_output=True,
+            text=True,
+            timeout=400,
+            env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
+        )
+        assert ended.returncode == 0, ended.stdout + ended.stderr
+        return given
+
+    return start

@@ -1,8 +1,10 @@
 """The engine of conversions: operations, files, errors, exports; families are in `families/`."""
 
+import importlib
 import json
 import re
 import shutil
+import sys
 from typing import Any
 
 import pytest
@@ -187,6 +189,10 @@ def reshape(tensors):
     tensors[name] = tensors[name][:20].contiguous()
 
 
+def count(tensors):
+    tensors["model.norm.weight"] = tensors["model.norm.weight"].long()
+
+
 def fuse(tensors):
     tensors["model.layers.0.self_attn.qkv_proj.weight"] = torch.zeros(3)
 
@@ -200,6 +206,7 @@ def fuse(tensors):
             r"has no model.layers.0.self_attn.k_norm.weight, model.layers.1.*2.self",
         ),
         (reshape, r"layers.1.mlp.up_proj.weight: expected the shape \(28, 24\), found \(20, 24\)"),
+        (count, r"model.norm.weight: expected a floating type, found int64"),
         (fuse, r"map of 'qwen3' has no place for model.layers.0.self_attn.qkv_proj.weight"),
     ],
 )
@@ -231,19 +238,47 @@ def test_a_damaged_file_is_named(theirs):
         files.Checkpoint(theirs)
 
 
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        (
+            files.SINGLE,
+            "version https://git-lfs\nsize 9",
+            "a pointer of Git LFS in place of the file",
+        ),
+        (
+            files.INDEX,
+            '{"weight_map": {"a": 1}}',
+            "expected an object 'weight_map' of tensor names",
+        ),
+        (
+            "model.gguf",
+            "GGUF",
+            "found model.gguf, which from_published reads if given as gguf_file",
+        ),
+        ("pytorch_model.bin", "", "found pytorch_model.bin, and pickled weights are never loaded"),
+        ("consolidated.00.txt", "", "no model.safetensors and .*; found consolidated.00.txt"),
+    ],
+)
+def test_other_files_are_named(name, text, message, tmp_path):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=message):
+        files.Checkpoint(tmp_path)
+
+
+def test_a_tensor_that_was_read_does_not_change_with_its_file(theirs):
+    ours = hybrid.HybridForCausalLM.from_published(theirs)
+    before = ours.lm_head.weight.clone()
+    for path in theirs.glob("*.safetensors"):
+        path.write_bytes(b"\0" * path.stat().st_size)
+    assert torch.equal(ours.lm_head.weight, before)
+
+
 def test_nothing_is_unpickled(theirs):
     for path in theirs.glob("*.safetensors*"):
         path.unlink()
     torch.save({}, theirs / "pytorch_model.bin")
     with pytest.raises(ValueError, match=r"found pytorch_model.bin, and pickled weights are never"):
-        hybrid.HybridForCausalLM.from_published(theirs)
-
-
-def test_quantized_weights_are_refused(theirs):
-    config = json.loads((theirs / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "fp8"}
-    (theirs / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="quantized weights are not read"):
         hybrid.HybridForCausalLM.from_published(theirs)
 
 
@@ -255,6 +290,33 @@ def test_a_failure_leaves_no_folder_behind(theirs, tmp_path, monkeypatch):
     with pytest.raises(OSError, match="full"):
         import_published(theirs, tmp_path / "ours")
     assert [path.name for path in tmp_path.iterdir()] == ["theirs"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (remove("model.norm"), "the checkpoint has no model.norm.weight"),
+        (fuse, "the config has no place for model.layers.0.self_attn.qkv_proj.weight of the check"),
+        (lambda tensors: tensors.update({"model.norm.weight": torch.zeros(3)}),
+         r"model.norm.weight: expected the shape \(24,\), found \(3,\)"),
+    ],
+)  # fmt: skip
+def test_a_damaged_checkpoint_of_ours_is_not_exported(change, message, tmp_path):
+    build("S").save_pretrained(tmp_path / "ours")
+    edit(tmp_path / "ours", change)
+    with pytest.raises(ValueError, match=message):
+        export(tmp_path / "ours", tmp_path / "out", "llama")
+
+
+def test_a_folder_that_cannot_be_made(theirs):
+    (theirs / "file").write_text("")
+    with pytest.raises(ValueError, match=r"file/out: cannot be made: "):
+        import_published(theirs, theirs / "file" / "out")
+
+
+def test_a_file_in_place_of_its_folder(theirs):
+    with pytest.raises(ValueError, match=r"config.json: is a file; give the folder that it is in"):
+        hybrid.HybridForCausalLM.from_published(theirs / "config.json")
 
 
 def test_a_full_folder_is_not_written_into(theirs):
@@ -294,6 +356,8 @@ def test_a_name_that_is_nowhere(name):
 def test_unknown_family():
     with pytest.raises(ValueError, match="no map for the family 'quen3', did you mean 'qwen3'"):
         get_family("quen3")
+    with pytest.raises(ValueError, match="for the family 'BambaForCausalLM', did you mean 'bamba'"):
+        get_family("BambaForCausalLM")
 
 
 def test_every_obstacle_of_an_import_is_named(tmp_path):
@@ -363,6 +427,7 @@ def test_a_model_of_ours_becomes_a_published_one(family, layout, options, tmp_pa
     ("layout", "options", "message"),
     [
         ("SL", {}, r"layer 1 \(L\): lightning_attention has no place in llama, which has softmax"),
+        ("SLLSL", {}, r"^layers 1-2, 4 \(L\): lightning_attention has no place in llama"),
         ("SS", {"mixers": {"S": {"num_heads": 4, "qk_norm": "head"}}},
          r"mixers.S.qk_norm: 'head' here \(layers 0-1\), llama can only say None"),
         ("S-SE", {}, r"layer 3: E \(mixture_of_experts\) here, llama can only have dense"),
@@ -396,15 +461,42 @@ def test_without_a_name_the_one_family_that_fits_is_taken(tmp_path):
     assert ours.export_published(tmp_path / "out") == "granitemoehybrid"
 
 
+@pytest.mark.parametrize(
+    ("layout", "options", "family"),
+    [
+        ("S3", {}, "llama"),
+        ("S3", {"mixers": {"S": {"num_heads": 4, "qk_norm": "head"}}}, "qwen3"),
+        ("M3", {"ffn": "", "mixers": {"M": {"head_dim": 8, "num_heads": 6, "state_size": 5}}}, "mamba2"),
+    ],
+)  # fmt: skip
+def test_without_a_name_the_family_with_nothing_else_is_taken(layout, options, family, tmp_path):
+    ours = build(layout, **options)
+    assert len(fitting(ours)[0]) > 1
+    assert export(ours, tmp_path / "out") == family
+
+
 def test_without_a_name_families_that_fit_are_named(tmp_path):
-    with pytest.raises(ValueError, match=r"fits the published architectures .*llama, .*smollm3"):
-        export(build("S3"), tmp_path / "out")
+    ours = build("WW", mixers={"W": {"num_heads": 4, "window": 5}})
+    fit, _ = fitting(ours)
+    assert len(fit) > 1
+    with pytest.raises(ValueError, match=f"fits the published architectures {', '.join(fit)}; cho"):
+        export(ours, tmp_path / "out")
 
 
 def test_without_a_name_and_a_family(tmp_path):
     with pytest.raises(ValueError, match="this model fits no published architecture") as caught:
         export(build("SFS"), tmp_path / "out")
     assert len(caught.value.obstacles) == 3
+
+
+def test_the_nearest_families_have_the_mixers(tmp_path):
+    options = {"S": {"num_heads": 2, "head_dim": 16}}
+    with pytest.raises(ValueError, match="this model fits no published architecture") as caught:
+        export(build("DDS", norm="layernorm", mixers=options), tmp_path / "out")
+    nearest = [line.split(":")[0] for line in caught.value.obstacles]
+    assert all("gated_delta_net" in get_family(name).letters.values() for name in nearest)
+    shown = "\n".join(caught.value.obstacles)
+    assert re.search(r"norm: 'layernorm' here, .* \(and \d+ more\)$", shown, re.MULTILINE)
 
 
 def test_export_of_something_else(theirs, tmp_path):
@@ -475,6 +567,88 @@ def test_qwen3_5_inside_a_model_for_images(tmp_path):
     assert ((ours(ids).logits - expected).abs().max() / expected.std()) < 1e-5
 
 
+@torch.no_grad()
+def test_minimax_in_its_own_words_rotates_half_of_each_head(tmp_path, monkeypatch):
+    """The config of MiniMax's own code. transformers' class is given its rotation here."""
+    torch.manual_seed(0)
+    modeling = importlib.import_module("transformers.models.minimax.modeling_minimax")
+    sizes = SIZES | {"head_dim": 16, "num_local_experts": 3, "block_size": 256}
+    layers = ["linear_attention", "full_attention", "linear_attention"]
+    sizes |= {
+        "full_attn_alpha_factor": 1.5,
+        "linear_attn_beta_factor": 0.75,
+        "mlp_alpha_factor": 2.0,
+    }
+    config = transformers.MiniMaxConfig(**sizes, layer_types=layers)
+    theirs = transformers.MiniMaxForCausalLM(config).eval()
+    theirs.save_pretrained(tmp_path / "theirs")
+    values = json.loads((tmp_path / "theirs" / "config.json").read_text())
+    for name in [name for name in values if name.endswith("_factor")] + ["layer_types"]:
+        del values[name]
+    values |= {
+        "model_type": "minimax_text_01", "attn_type_list": [0, 1, 0], "rotary_dim": 8,
+        "layernorm_full_attention_alpha": 1.5, "layernorm_full_attention_beta": 1.0,
+        "layernorm_linear_attention_alpha": 1.0, "layernorm_linear_attention_beta": 0.75,
+        "layernorm_mlp_alpha": 2.0, "layernorm_mlp_beta": 1.0, "postnorm": True,
+    }  # fmt: skip
+    (tmp_path / "theirs" / "config.json").write_text(json.dumps(values))
+
+    def rotate(q, k, cos, sin):
+        parts = ((part[..., :8], part[..., 8:]) for part in (q, k))
+        return [torch.cat([plain(a, a, cos, sin)[0], b], dim=-1) for a, b in parts]
+
+    plain = modeling.apply_rotary_pos_emb
+    monkeypatch.setattr(modeling, "apply_rotary_pos_emb", rotate)
+    base = theirs.config.rope_parameters["rope_theta"]
+    theirs.model.rotary_emb.inv_freq = base ** -(torch.arange(0, 8, 2) / 8)
+    ids = torch.randint(3, 61, (2, 9))
+    expected = theirs(ids).logits
+    ours = hybrid.HybridForCausalLM.from_published(tmp_path / "theirs")
+    assert ((ours(ids).logits - expected).abs().max() / expected.std()) < 1e-5
+    export(ours, tmp_path / "out", "minimax")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["rotary_dim"] == 8
+    again = hybrid.HybridForCausalLM.from_published(tmp_path / "out")
+    assert torch.equal(again(ids).logits, ours(ids).logits)
+
+
+@torch.no_grad()
+def test_falcon_mamba_is_as_wide_as_it_says(tmp_path):
+    """The published config has 16 for `expand`, and its tensors the width of `intermediate_size`."""
+    torch.manual_seed(0)
+    sizes: Any = {"vocab_size": 61, "hidden_size": 24, "num_hidden_layers": 2, "time_step_rank": 3}
+    config = transformers.FalconMambaConfig(**sizes, expand=2)
+    with pytest.MonkeyPatch.context() as patch:
+        for package in ("mamba_ssm", "causal_conv1d"):  # they would want a GPU
+            patch.setitem(sys.modules, package, None)
+        theirs = transformers.FalconMambaForCausalLM(config).eval()
+    theirs.save_pretrained(tmp_path)
+    values = json.loads((tmp_path / "config.json").read_text())
+    assert values["intermediate_size"] == 48
+    (tmp_path / "config.json").write_text(json.dumps(values | {"expand": 16}))
+    ours = hybrid.HybridForCausalLM.from_published(tmp_path)
+    ids = torch.randint(3, 61, (2, 9))
+    expected = theirs(ids).logits
+    assert ((ours(ids).logits - expected).abs().max() / expected.std()) < 1e-5
+
+
+@torch.no_grad()
+def test_kimi_k2_is_deepseek_v3_by_another_name(tmp_path):
+    torch.manual_seed(0)
+    sizes = {"num_key_value_heads": 4, "head_dim": 4, "kv_lora_rank": 10, "q_lora_rank": 14,
+             "qk_rope_head_dim": 4, "qk_nope_head_dim": 6, "v_head_dim": 5, "n_routed_experts": 4,
+             "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "num_mtp_layers": 0,
+             "first_k_dense_replace": 1, "moe_intermediate_size": 12}  # fmt: skip
+    config = transformers.DeepseekV3Config(**SIZES | sizes)
+    theirs = transformers.DeepseekV3ForCausalLM(config).eval()
+    theirs.save_pretrained(tmp_path)
+    values = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(values | {"model_type": "kimi_k2"}))
+    ours = hybrid.HybridForCausalLM.from_published(tmp_path)
+    ids = torch.randint(3, 61, (2, 9))
+    expected = theirs(ids).logits
+    assert ((ours(ids).logits - expected).abs().max() / expected.std()) < 1e-5
+
+
 # The command line
 
 
@@ -492,11 +666,11 @@ def test_command_line_errors_are_one_line(theirs, tmp_path, capsys):
     assert main(["import", str(tmp_path / "nowhere"), ours]) == 2
     assert capsys.readouterr().err.count("\n") == 1
     assert main(["import", str(theirs), ours]) == 0
-    assert main(["export", ours, str(tmp_path / "out")]) == 2
-    assert "qwen3, qwen3_moe" in capsys.readouterr().err
-    assert main(["export", ours, str(tmp_path / "out"), "--as", "lama"]) == 2
+    assert main(["export", ours, str(tmp_path / "out")]) == 0
+    assert "out: qwen3" in capsys.readouterr().out
+    assert main(["export", ours, str(tmp_path / "other"), "--as", "lama"]) == 2
     assert "did you mean 'llama'" in capsys.readouterr().err
-    assert main(["export", ours, str(tmp_path / "out"), "--as", "llama"]) == 2
+    assert main(["export", ours, str(tmp_path / "other"), "--as", "llama"]) == 2
     assert "mixers.S.qk_norm: 'head' here (layers 0-2)" in capsys.readouterr().err
 
 

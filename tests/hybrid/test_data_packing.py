@@ -110,6 +110,34 @@ def test_a_stream_packs_as_documents_at_hand_do(lengths, length):
             np.testing.assert_array_equal(row[key], value)
 
 
+@given(lengths=LENGTHS, length=st.integers(1, 16), packing=st.sampled_from(["best_fit", "none"]))
+def test_a_stream_that_fits_the_window_is_packed_as_a_whole(lengths, length, packing):
+    documents = numbered(lengths)
+    at_hand = pack(documents, length, PAD, packing)
+    arrays = np.split(documents.tokens, documents.offsets[1:-1])
+    streamed = list(packed_stream(arrays, length, PAD, packing))
+    assert len(streamed) == len(at_hand)
+    for i, row in enumerate(streamed):
+        for key, value in at_hand[i].items():
+            np.testing.assert_array_equal(row[key], value)
+
+
+def test_best_fit_packing_of_a_stream_goes_on_with_the_next_window(monkeypatch):
+    monkeypatch.setattr("hybrid.data.rows.WINDOW", 2)
+    arrays = [np.full(size, size) for size in (3, 1, 2, 2)]
+    rows = [row["input_ids"].tolist() for row in packed_stream(arrays, 4, PAD, "best_fit")]
+    assert rows == [[3, 3, 3, 1], [2, 2, 2, 2]]
+
+
+@pytest.mark.parametrize("packing", ["concatenate", "best_fit", "none"])
+def test_long_documents_of_a_stream(packing):
+    arrays = [np.arange(2), np.arange(6)]
+    (first, *_) = packed_stream(arrays[1:], 4, PAD, packing, "truncate")
+    assert first["input_ids"].tolist() == [0, 1, 2, 3]
+    with pytest.raises(ValueError, match=r"document 1 of the stream has 6 tokens.*'truncate'"):
+        list(packed_stream(arrays, 4, PAD, packing, "refuse"))
+
+
 def test_a_batch_without_boundaries_carries_no_positions():
     whole = [pack(numbered([8]), 4, PAD)[i] for i in range(2)]
     assert set(RowCollator()(whole)) == {"input_ids", "labels"}

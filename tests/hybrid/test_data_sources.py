@@ -8,7 +8,7 @@ import pytest
 
 from hybrid.data import prepare
 from hybrid.data.documents import INDEX, open_shards
-from hybrid.data.mixture import BLOCK, Mixture, shares
+from hybrid.data.mixture import BLOCK, DataError, Mixture, shares
 from hybrid.data.rows import StreamedRows, complete
 from hybrid.data.sources import (
     RowFormat,
@@ -131,8 +131,15 @@ def test_an_absent_column_is_named_with_those_there_are(tmp_path, streaming):
 
 
 def test_a_column_that_holds_no_text(tmp_path):
-    with pytest.raises(ValueError, match=r"column 'other' of .* holds int, expected text"):
+    with pytest.raises(ValueError, match=r"row 0 of .*column 'other' holds int, expected text"):
         rows_of(SourceConfig(write(tmp_path, ".jsonl"), text_key="other"))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_row_without_its_text_is_named(tmp_path, streaming):
+    path = write(tmp_path, ".jsonl", [*TEXTS, None])
+    with pytest.raises(ValueError, match=r"row 3 of .*column 'text' holds null, expected text"):
+        rows_of(SourceConfig(path, streaming=streaming)).row(20)
 
 
 def test_files_that_are_not_there(tmp_path):
@@ -150,14 +157,29 @@ def test_files_of_two_formats(tmp_path):
         rows_of(SourceConfig(str(tmp_path / "data.*")))
 
 
+@pytest.mark.parametrize("ends", [True, False])
+@pytest.mark.parametrize("streaming", [True, False])
 @pytest.mark.parametrize("texts", [["", ""], []])
-def test_an_empty_source(tmp_path, texts):
-    """No rows, or rows without a single token."""
+def test_an_empty_source(tmp_path, texts, streaming, ends):
+    """No rows, or rows without a token but the one that ends a text, if the tokenizer has that."""
     tokenizer = byte_tokenizer()
-    tokenizer.eos_token = None
+    if not ends:
+        tokenizer.eos_token = None
     path = write(tmp_path, ".jsonl", texts)
     with pytest.raises(ValueError, match="is empty"):
-        open_source(SourceConfig(path), tokenizer, RowFormat(8, 256), 0)
+        open_source(SourceConfig(path, streaming=streaming), tokenizer, RowFormat(8, 256), 0).row(0)
+
+
+def test_a_folder_without_a_file_that_is_read(tmp_path):
+    (tmp_path / "notes.pdf").write_text("")
+    with pytest.raises(ValueError, match=r"holds no file of a kind that is read \(.*\.jsonl"):
+        rows_of(SourceConfig(str(tmp_path)))
+
+
+def test_a_stream_is_packed_as_the_run_says(tmp_path):
+    config = SourceConfig(write(tmp_path, ".jsonl"), streaming=True)
+    form = RowFormat(64, 256, "none", "truncate")
+    assert texts_in(open_source(config, TOKENIZER, form, 0), 3) == sorted(TEXTS)
 
 
 def test_a_broken_file_says_so(tmp_path):
@@ -287,6 +309,21 @@ def test_a_mixture_answers_any_row_without_those_before():
         fresh[5 * BLOCK]
 
 
+def test_a_mixture_says_which_row_of_which_source_failed():
+    class Large(Counted):
+        def row(self, index):
+            if index == 3:
+                raise OSError("the disk is gone")
+            return {"input_ids": np.array([1, 7 * index])}
+
+    mixture = Mixture([Large("a")], [1.0], 10, 0, vocabulary=8)
+    assert mixture[1]["input_ids"].tolist() == [1, 7]
+    with pytest.raises(DataError, match=r"row 2 of source 0: it has the token id 14, .* is 8"):
+        mixture[2]
+    with pytest.raises(DataError, match=r"row 3 of source 0: the disk is gone"):
+        mixture[3]
+
+
 def test_shares_add_up_and_a_share_of_nothing_is_refused():
     assert shares([1, 1, 1]).tolist() == [334, 333, 333]
     with pytest.raises(ValueError, match=r"data\[1\].weight: 0.0001 of 1.0001 in all is less than"):
@@ -315,8 +352,15 @@ def test_prepared_data_in_doubt_is_refused(tmp_path):
     other.add_tokens(["x1"])
     with pytest.raises(ValueError, match=r"tokenizer of 259 tokens, this run's has 260"):
         open_source(SourceConfig(str(folder)), other, RowFormat(8, 256), 0)
+    index = json.loads((folder / INDEX).read_text())
+    (folder / INDEX).write_text(json.dumps({**index, "fingerprint": index["fingerprint"] ^ 1}))
+    with pytest.raises(ValueError, match="words have other ids than in this run's"):
+        rows_of(SourceConfig(str(folder)))
     np.save(folder / "tokens-00000.npy", np.zeros(3, np.uint16))
     with pytest.raises(ValueError, match="shard 00000 holds"):
+        open_shards(folder)
+    (folder / INDEX).write_text("")
+    with pytest.raises(ValueError, match=f"{INDEX} cannot be read .*; prepare the data again"):
         open_shards(folder)
     (folder / INDEX).unlink()
     with pytest.raises(ValueError, match=f"holds no {INDEX}"):

@@ -280,6 +280,18 @@ def test_loss_of_logits_that_exist():
         of_logits(logits[:, -1:], next_tokens(labels))
 
 
+def test_z_loss_where_the_target_is_unlikely():
+    # log Z from the target's own logit and probability would be a difference of 10,000s
+    hidden, target = torch.tensor([[1.0, 1e4]]), torch.tensor([1])
+    weight = torch.tensor([[0.5, 0.0], [0.0, -1.0], [0.25, 0.0]])
+    total, of_hidden, _ = in_chunks(hidden, weight, target, 1.0, None, 8, True, True)
+    log_z = torch.tensor([0.5, 0.25], dtype=torch.float64).logsumexp(0)
+    torch.testing.assert_close(total.double(), 1e4 + log_z + log_z.square(), atol=1e-3, rtol=0)
+    p = torch.tensor([0.5, 0.25], dtype=torch.float64).softmax(0) * (1 + 2 * log_z)
+    wanted = torch.stack([0.5 * p[0] + 0.25 * p[1], torch.ones((), dtype=torch.float64)])
+    torch.testing.assert_close(of_hidden[0].double(), wanted, atol=0, rtol=1e-6)
+
+
 def test_softcap_bounds_and_keeps_small_logits():
     x = torch.tensor([-1e4, -0.01, 0.0, 0.01, 1e4])
     assert_close(softcap(x, 30.0), torch.tensor([-30.0, -0.01, 0.0, 0.01, 30.0]))

@@ -167,3 +167,11 @@ def test_bad_configs_are_named(options, message):
 def test_labels_with_a_few_logits_are_refused(build, ids):
     with pytest.raises(ValueError, match="leave logits_to_keep out"):
         build(layout="S")(ids(2, 9), labels=ids(2, 9), logits_to_keep=1)
+
+
+@pytest.mark.parametrize("items", [None, 0, torch.tensor(0)])
+def test_a_batch_without_targets_costs_nothing(build, ids, items):
+    model, x = build(dtype=torch.float32, layout="LS").train(), ids(2, 5)
+    loss = model(x, labels=torch.full_like(x, -100), num_items_in_batch=items).loss
+    assert loss.item() == 0
+    assert all(not gradient.any() for gradient in gradients(model, loss).values())

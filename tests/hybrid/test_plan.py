@@ -1,11 +1,13 @@
 """`hybrid.plan`: counted against built models, and against published figures."""
 
+import json
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from hybrid import HybridConfig
-from hybrid.plan import human_bytes, parse_tokens, plan
+from hybrid.plan import human_bytes, load_model_config, parse_tokens, plan
 
 LLAMA_3_8B = {
     "layout": "S",
@@ -81,6 +83,24 @@ def test_a_context_beyond_the_positions_is_refused():
         plan(config, 129)
     with pytest.raises(ValueError, match="context"):
         plan(config, 0)
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_published_config_of_a_quantized_model_of_images(wrapped, tmp_path):
+    """What stands around the text model, and how its weights are stored, change nothing."""
+    text = {"model_type": "qwen3_5_text", "num_hidden_layers": 4, "hidden_size": 64}
+    outer = {"model_type": "qwen3_5", "text_config": text, "tie_word_embeddings": True}
+    values = outer if wrapped else text | {"tie_word_embeddings": True}
+    values["quantization_config"] = {"quant_method": "fp8"}
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    config = load_model_config(str(tmp_path))
+    assert (config.layout, config.hidden_size, config.tie_word_embeddings) == ("D3S", 64, True)
+
+
+def test_a_config_without_a_family(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"config.json: no model_type, so the family is unknown"):
+        load_model_config(str(tmp_path / "config.json"))
 
 
 def test_words():

@@ -3,11 +3,12 @@ from pathlib import Path
 import pytest
 import yaml
 
+from hybrid import HybridConfig, HybridForCausalLM
 from hybrid.options import ConfigError
 from hybrid.tokenizer import byte_tokenizer
 from hybrid.train import load_config, parse_config
 from hybrid.train.build import make_folder, training_arguments
-from hybrid.train.model import model_config
+from hybrid.train.model import load_model, model_config
 from hybrid.train.yaml import apply_overrides, parse
 
 RECIPES = Path(__file__).parents[2] / "configs" / "train"
@@ -114,13 +115,56 @@ training: {max_stpes: 10, learning_rate: fast}
 
 
 def test_values_that_cannot_be_meant(tmp_path):
-    assert mistakes("{model: {}, data: [], sequence_length: 0}") == [
-        "sequence_length: expected at least 1, found 0",
+    assert mistakes("{model: {}, data: [], sequence_length: 1}") == [
+        "sequence_length: expected at least 2, found 1",
         "data: no source; name at least one, e.g. {source: stdlib}",
     ]
     assert mistakes("{model: {path: no/where}, data: stdlib, sequence_length: 8}") == [
         "model.path: there is no folder 'no/where'"
     ]
+
+
+OUTSIDE = {
+    "per_device_train_batch_size": (0, "at least 1"),
+    "gradient_accumulation_steps": (0, "at least 1"),
+    "max_steps": (-3, "at least 1, or -1 for num_train_epochs"),
+    "num_train_epochs": (-1.0, "above 0"),
+    "save_steps": (0, "a number of steps, or a share of them between 0 and 1"),
+    "learning_rate": (-1e-3, "at least 0"),
+    "adam_beta1": (1.0, "at least 0 and below 1"),
+    "seed": (-1, "at least 0"),
+}
+
+
+def test_numbers_that_no_run_can_use():
+    values = {key: value for key, (value, _) in OUTSIDE.items()}
+    muon = {"momentum": 2.0, "ns_steps": 0}
+    config = {"model": {}, "data": "stdlib", "sequence_length": 8, "training": values, "muon": muon}
+    assert mistakes(config) == [
+        "muon.momentum: expected at least 0 and below 1, found 2.0",
+        "muon.ns_steps: expected 1 to 99, found 0",
+        *(
+            f"training.{key}: expected {words}, found {value}"
+            for key, (value, words) in OUTSIDE.items()
+        ),
+    ]
+
+
+def test_keys_that_a_run_decides_itself():
+    training = {"resume_from_checkpoint": "x", "save_only_model": True, "ignore_data_skip": False}
+    assert mistakes(
+        {"model": {}, "data": "stdlib", "sequence_length": 8, "training": training}
+    ) == [
+        "training.resume_from_checkpoint: the same command goes on from the newest whole checkpoint"
+        " by itself; leave it out",
+        "training.save_only_model: a run could not go on from such a checkpoint; its folder has the"
+        " model alone; leave it out",
+    ]
+
+
+def test_no_is_a_word(path):
+    """YAML reads `no` as false."""
+    assert load_config(path, ["training.save_strategy=no"]).training["save_strategy"] == "no"
 
 
 def test_yaml_numbers_and_keys_given_twice():
@@ -134,6 +178,9 @@ def test_yaml_numbers_and_keys_given_twice():
 def test_a_config_file_that_is_not_there(path):
     with pytest.raises(ConfigError, match=r"no such file; .* holds small.yaml"):
         load_config(path.with_name("samll.yaml"))
+    path.write_bytes(b"model: \xff")
+    with pytest.raises(ConfigError, match="cannot be read as text"):
+        load_config(path)
     path.write_text("- 1")
     with pytest.raises(ConfigError, match="expected a mapping, found list"):
         load_config(path)
@@ -169,12 +216,11 @@ def test_a_model_that_does_not_fit_its_data():
         "sequence_length: 64 is beyond the model's max_position_embeddings 32; shorten the one or"
         " raise the other"
     ]
-    (line,) = refused(model={"layout": "LS", "hidden_size": 32, "vocab_size": 258})
-    assert "vocab" in line
-    (line,) = refused(model={**LLAMA, "vocab_size": 258, "eos_token_id": 2})
-    assert line.startswith(
-        "model.vocab_size: 258 is less than the 259 tokens of tokenizer 'bytes'; leave it out"
-    )
+    for model in ({"layout": "LS", "hidden_size": 32}, {**LLAMA, "eos_token_id": 2}):
+        assert refused(model={**model, "vocab_size": 100}) == [
+            "model.vocab_size: 100 is less than the 259 tokens of tokenizer 'bytes'; leave it out or"
+            " set at least 259"
+        ]
 
 
 def test_a_model_s_keys_are_checked():
@@ -213,6 +259,43 @@ def test_what_transformers_refuses_is_said_where_it_stands(tmp_path):
     training = {"output_dir": str(tmp_path), "lr_scheduler_type": "sine"}
     with pytest.raises(ConfigError, match=r"training: .*sine"):
         training_arguments(config_of(training=training))
+
+
+@pytest.mark.parametrize(
+    ("training", "line"),
+    [
+        ({"fp16": True}, r"training\.fp16: a CPU does not train in it; set training\.bf16: true"),
+        ({"eval_strategy": "steps"}, r"training\.eval_strategy: there is no eval_data"),
+    ],
+)
+def test_what_this_run_cannot_do(tmp_path, training, line):
+    config = config_of(device="cpu", training={"output_dir": str(tmp_path), **training})
+    with pytest.raises(ConfigError, match=line):
+        training_arguments(config)
+
+
+def test_a_folder_without_the_weights_of_the_model(tmp_path):
+    sizes = {"hidden_size": 32, "vocab_size": 259}
+    HybridForCausalLM(HybridConfig(layout="LS", **sizes)).save_pretrained(tmp_path)
+
+    def missing(**keys):
+        config = config_of(model={"path": str(tmp_path), **keys})
+        with pytest.raises(ConfigError) as caught:
+            load_model(config, model_config(config, byte_tokenizer()))
+        return caught.value.mistakes
+
+    where = f"model.path: {str(tmp_path)!r}"
+    assert missing(layout="LL") == [
+        f"{where} has no model.layers.1.mixer.gate_proj.weight",
+        f"{where} has no model.layers.1.mixer.norm.norm.weight",
+    ]
+    assert f"{where} has model.embed_tokens.weight in another shape" in missing(hidden_size=64)
+    (tmp_path / "model.safetensors").write_bytes(b"half")
+    (line,) = missing()
+    assert line.startswith(f"{where}: ")
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ConfigError, match="model: Unrecognized model"):
+        model_config(config_of(model={"path": str(tmp_path)}), byte_tokenizer())
 
 
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda p: p.stem)

@@ -178,6 +178,15 @@ def test_muon_takes_the_matrices_inside_the_layers(tmp_path):
     assert sorted(map(id, everything)) == sorted(map(id, trainer.model.parameters()))
 
 
+def test_muon_leaves_convolutions_to_adamw(build):
+    """Their weights (C, W) have two dimensions and are a filter for each channel."""
+    model = build(layout="MS", mixers={"S": {"conv_size": 3}}, canon="ACD")
+    parts = {id(p): m for m in model.modules() for p in m.parameters(recurse=False)}
+    kinds = {type(parts[id(model.get_parameter(name))]) for name in matrices(model)}
+    assert kinds == {nn.Linear}
+    assert any("conv" in name for name in decaying(model))
+
+
 @pytest.mark.parametrize("name", ["S", "L", "N"])
 def test_no_vector_of_a_mixer_decays(build, name):
     model = build(layout=name)

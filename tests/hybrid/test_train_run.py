@@ -4,15 +4,30 @@ import os
 import signal
 import subprocess
 import sys
+from importlib.util import find_spec
+from pathlib import Path
+from traceback import StackSummary
+from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from torch.distributed.checkpoint.api import CheckpointException
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerControl, TrainerState
 
+from hybrid.data.mixture import Mixture
 from hybrid.options import ConfigError
 from hybrid.train import parse_config, run
-from hybrid.train.checkpoints import CheckpointError, damage, newest_whole
+from hybrid.train.__main__ import main
+from hybrid.train.checkpoints import (
+    MANIFEST,
+    CheckpointError,
+    damage,
+    newest_whole,
+    write_manifest,
+    writing,
+)
+from hybrid.train.expert_load import ExpertLoad
 from hybrid.train.runner import prepare_run
 
 STEPS, SAVE = 10, 3
@@ -109,6 +124,81 @@ def test_utilisation_is_flops_against_the_peak(values, monkeypatch):
     trainer._clock = (0.0, -1)
     trainer.log(logs)
     assert logs["mfu"] == pytest.approx(logs["tokens_per_second"] / 4e6)
+
+
+def test_the_held_out_loss_is_the_mean_over_all_labels(values, tmp_path):
+    """Seven rows of one document each, in batches of three: the labels are as uneven as the texts."""
+    lines = (json.dumps({"text": "ab" * (1 + 2 * i)}) for i in range(7))
+    (tmp_path / "held.jsonl").write_text("\n".join(lines))
+    values |= {"eval_data": str(tmp_path / "held.jsonl"), "eval_rows": 7, "packing": "none"}
+    trainer = prepare_run(changed(values, per_device_eval_batch_size=3))
+    found = trainer.evaluate()["eval_loss"]
+    total = labels = 0
+    for i in range(7):
+        row = trainer.data_collator([trainer.eval_dataset[i]])
+        count = int((row["labels"][:, 1:] != -100).sum())
+        total += trainer.model.eval()(**row).loss.item() * count
+        labels += count
+    assert labels == sum(2 + 4 * i for i in range(7))
+    assert found == pytest.approx(total / labels, rel=1e-6)
+
+
+def test_what_is_not_training_is_not_timed(values, tmp_path, monkeypatch):
+    """On a clock that only rows move: a second each, a thousand for one that is held out.
+
+    Before its clock starts, a process fetches two batches of three rows for its first step, and one
+    ahead. So of four steps of six rows 6 and 9 seconds are those of the first and the last two.
+    """
+    now = [0.0]
+    monkeypatch.setattr("hybrid.train.trainer.time.perf_counter", lambda: now[0])
+    original = Mixture.__getitem__
+
+    def row(self, index):
+        now[0] += 1 if len(self) > 5 else 1000
+        return original(self, index)
+
+    monkeypatch.setattr(Mixture, "__getitem__", row)
+    values |= {"eval_data": str(tmp_path / "a.jsonl"), "eval_rows": 5}
+    changes = {"eval_steps": 1, "logging_steps": 2, "save_steps": 4}
+    for start, end in ((0, 4), (4, 8)):  # the second goes on where the first one ended
+        trainer = prepare_run(changed(values, max_steps=end, **changes))
+        folder = tmp_path / "out" / f"checkpoint-{start}"
+        trainer.train(resume_from_checkpoint=str(folder) if start else None)
+        assert trainer.step_seconds == 6 + 9
+        speeds = [x["tokens_per_second"] for x in trainer.state.log_history if "loss" in x]
+        assert speeds[-2:] == [2 * 6 * 32 / 6, 2 * 6 * 32 / 9]
+    totals = trainer.state.log_history[-1]
+    assert "train_runtime" in totals
+    assert not {"train_loss", "train_samples_per_second"} & set(totals)
+
+
+def test_epochs_are_those_of_the_data(values):
+    values["data"] = values["data"][:1]
+    values["training"].pop("max_steps")
+    trainer = prepare_run(changed(values, num_train_epochs=2, save_strategy="epoch"))
+    rows = trainer.train_dataset.sources[0].per_epoch
+    assert (trainer.args.save_strategy, trainer.args.save_steps) == ("steps", -(-rows // 6))
+    values["data"][0]["streaming"] = True
+    with pytest.raises(ConfigError, match=r"training.save_strategy: a source of this run has no"):
+        prepare_run(changed(values, max_steps=4, save_strategy="epoch"))
+
+
+def test_a_stream_that_breaks_ends_the_run_in_one_line(values, tmp_path, capsys):
+    lines = [json.dumps({"text": "a" * 40})] * 9 + ['{"text": null}']
+    (tmp_path / "b.jsonl").write_text("\n".join(lines))
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(values))
+    assert main([str(path), "training.save_strategy=no"]) == 2
+    (line,) = [x for x in capsys.readouterr().err.splitlines() if "error" in x]
+    assert "of source 1: row 9 of" in line
+    assert "b.jsonl': column 'text' holds null, expected text" in line
+
+
+def test_an_optimizer_that_is_not_installed_is_named_before_the_run(values):
+    if find_spec("bitsandbytes"):
+        pytest.skip("bitsandbytes is installed")
+    with pytest.raises(ConfigError, match="training: You need to install `bitsandbytes`"):
+        prepare_run(changed(values, optim="adamw_bnb_8bit"))
 
 
 def test_the_number_of_steps_may_come_from_epochs(values):
@@ -222,6 +312,48 @@ def test_a_checkpoint_that_is_not_whole_is_skipped_in_one_line(values, tmp_path,
     assert damage(newest) is None
 
 
+def test_no_byte_of_a_manifest_may_change(tmp_path):
+    (tmp_path / "weights").write_bytes(b"1234")
+    write_manifest(tmp_path, {"training.seed": 42, "model": {"layout": "LS"}})
+    assert damage(tmp_path) is None
+    path = tmp_path / MANIFEST
+    content = path.read_bytes()
+    harmless = []
+    for place in range(len(content)):
+        changed = bytearray(content)
+        changed[place] ^= 1
+        path.write_bytes(changed)
+        if damage(tmp_path) is None:
+            harmless.append(changed)
+    # white space between values says nothing
+    assert all(json.loads(x) == json.loads(content) for x in harmless)
+    for text in ("", "{}", "[]", '{"format": "hybrid-checkpoint-2"}', "null"):
+        path.write_text(text)
+        assert MANIFEST in damage(tmp_path)
+
+
+def test_other_data_under_the_same_name_is_another_run(values, tmp_path):
+    run(changed(values, max_steps=3))
+    with open(tmp_path / "a.jsonl", "a") as file:
+        file.write("\n" + json.dumps({"text": "more " * 40}))
+    with pytest.raises(ConfigError) as caught:
+        run(changed(values))
+    lines = caught.value.mistakes
+    assert any(f"data[0] ({tmp_path}/a.jsonl): rows: was " in line for line in lines)
+    assert not any("b.jsonl" in line for line in lines)
+
+
+def test_another_optimizer_cannot_go_on(values):
+    run(changed(values, max_steps=3))
+    values["decay_norms"] = True
+    with pytest.raises(ConfigError) as caught:
+        run(changed(values, optim="adafactor"))
+    assert [line.split(":")[0] for line in caught.value.mistakes] == [
+        "decay_norms",
+        "training.optim",
+    ]
+
+
 def test_a_checkpoint_of_another_run_is_refused_with_the_keys_that_differ(values):
     run(changed(values, max_steps=3))
     values["sequence_length"] = 64
@@ -262,6 +394,61 @@ def test_old_checkpoints_go_only_when_the_new_one_is_whole(values, tmp_path, mon
     out = tmp_path / "out"
     assert [p.name for p in out.iterdir() if p.is_dir()] == ["checkpoint-6"]
     assert newest_whole(out, print) == out / "checkpoint-6"
+
+
+def test_what_was_cut_off_is_not_kept_in_place_of_a_whole_one(values, tmp_path):
+    """Checkpoints that a killed run left, half of them; then one more is written, of an earlier step."""
+    run(changed(values, max_steps=6, save_total_limit=2))
+    out = tmp_path / "out"
+    for half in ("checkpoint-4", "checkpoint-20"):
+        (out / half).mkdir()
+    resumed = run(changed(values, max_steps=8, save_steps=8, save_total_limit=2))
+    assert resumed.resumed_from == 6
+    assert {p.name for p in out.iterdir() if p.is_dir()} == {
+        *("checkpoint-6", "checkpoint-8"),
+        "checkpoint-20",
+    }
+
+
+def test_a_disk_that_is_full_under_another_process_is_said_by_that(monkeypatch, capsys):
+    def fail(config):
+        with writing(Path("checkpoint-3")):
+            cause = OSError(28, "No space left on device")
+            raise CheckpointException("save", {1: (cause, StackSummary())})
+
+    monkeypatch.setattr("hybrid.train.runner.run", fail)
+    monkeypatch.setattr("hybrid.train.config.load_config", lambda *args: None)
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert main(["x.yaml"]) == 2
+    assert (
+        "error: cannot write checkpoint-3 (OSError: [Errno 28] No space left"
+        in capsys.readouterr().err
+    )
+
+
+def test_a_disk_that_is_full_at_the_end_is_said_too(values, tmp_path, monkeypatch):
+    run(changed(values, max_steps=3))
+    monkeypatch.setattr(os, "fsync", failing)
+    with pytest.raises(
+        CheckpointError, match=r"cannot write .*train_result.json \(.*No space left"
+    ):
+        run(changed(values, max_steps=3))
+    monkeypatch.undo()
+    assert json.loads((tmp_path / "out" / "train_result.json").read_text())["steps"] == 3
+
+
+def failing(*args, **kwargs):
+    raise OSError(28, "No space left on device")
+
+
+def test_half_a_line_of_the_load_of_experts_is_dropped(tmp_path):
+    path = tmp_path / "expert_load.jsonl"
+    whole = "".join(json.dumps({"step": step, "load": {}}) + "\n" for step in (1, 2, 3))
+    path.write_text(whole + '{"step": 4, "lo')
+    args, state = SimpleNamespace(output_dir=str(tmp_path)), TrainerState(global_step=2)
+    ExpertLoad().on_train_begin(args, state, TrainerControl())
+    assert path.read_text() == whole[: whole.index('{"step": 3')]
 
 
 def test_a_loss_that_is_no_number_ends_the_run(values):

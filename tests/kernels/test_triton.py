@@ -50,3 +50,49 @@ def test_compiles_within_bounds(target, tmp_path):
     print(done.stdout)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     assert done.stdout.count(f"{target}: ") > 10
+
+
+# Binds the arguments of each launch as a real one would, on a device of which only the name is known.
+BIND = """
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.compiler import make_backend
+from triton.runtime.jit import create_function_from_signature
+from hybrid_kernels.triton import convolution, launch, linear, scan
+
+backend, seen = make_backend(GPUTarget("cuda", 90, 32)), {}
+
+def bind(kernel, config, arguments, constants):
+    binder = create_function_from_signature(kernel.signature, kernel.params, backend)
+    _, special, _ = binder(*arguments, **constants, **config.options)
+    seen.setdefault(kernel.__name__, set()).add(str(special))
+
+def call(batch, time, packed):
+    q, g = torch.zeros(batch, time, 2, 64, dtype=torch.bfloat16), torch.zeros(batch, time, 2)
+    offsets = torch.tensor([0, time // 2, time]) if packed else None
+    state = torch.zeros(2 if packed else batch, 2, 64, 64)
+    inputs = (q, q, q, g, None, g, state, offsets, 1.0, 64)
+    linear.forward(*inputs)
+    linear.backward(*inputs, torch.zeros(1, 64, 64, dtype=torch.bfloat16), q, state)
+    x, a = q[:, :, 0].contiguous(), torch.zeros(64, 16)
+    convolution.forward(x, a[:, :4], None, None, offsets, True)
+    b = x[:, :, :16].contiguous()
+    scan.forward(x, x, a, b, b, None, None, offsets, True)
+
+with launch.record("sm_90", bind):
+    for packed in (False, True):
+        seen.clear()
+        for time in (64, 100, 128, 1000, 1024, 4095, 4096):
+            call(1, time, packed)
+        print(len(seen), max(len(kinds) for kinds in seen.values()))
+"""
+
+
+def test_another_length_compiles_nothing():
+    done = run("-c", BIND, TRITON_INTERPRET="0")
+    assert done.returncode == 0, done.stderr[-2000:]
+    for line in done.stdout.splitlines():
+        kernels, kinds = map(int, line.split())
+        assert kernels >= 10
+        assert kinds == 1
+    assert len(done.stdout.splitlines()) == 2

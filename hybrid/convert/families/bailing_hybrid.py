@@ -14,6 +14,7 @@ from hybrid.convert.families.common import (
     PRE_NORMS,
     SIZES,
     experts,
+    mtp_after,
     three_convolutions,
 )
 from hybrid.convert.families.deepseek_v3 import GROUPED_EXPERTS, LATENT, latent_weights
@@ -100,7 +101,7 @@ BAILING_HYBRID = register_family(
             must("hidden_act", "silu"),
             *(found for found in GROUPED_EXPERTS if found.keys != ("hidden_act",)),
             key("num_local_experts", "feed_forwards.E.num_experts"),
-            ignored("num_mtp_layers", "mtp_loss_scaling_factor", "rope_theta"),
+            ignored("mtp_loss_scaling_factor", "rope_theta"),
         ),
         mixers=replace(MIXERS, keys=("layer_types", "layer_group_size"), write=_write_mixers),
         ffn=LayerRule(
@@ -135,7 +136,6 @@ BAILING_HYBRID = register_family(
                 ffn="E",
             ),
         ),
-        # multi-token prediction of the published size
-        unread_weights=("model.layers.42.*",),
+        mtp=mtp_after("AE", "final_layernorm"),
     )
 )  # fmt: skip

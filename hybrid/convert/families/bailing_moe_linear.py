@@ -105,6 +105,7 @@ BAILING_MOE_LINEAR = register_family(
             must("use_qk_norm", True),
             must("use_qkv_bias", False),
             must("use_bias", False),
+            must("use_rmsnorm", True),
             key("group_norm_size", "mixers.L.output_norm_groups"),
             key("linear_silu", "mixers.L.feature_map", values={False: "identity", True: "silu"}),
             always(

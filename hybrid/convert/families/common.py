@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from hybrid.convert.family import (
@@ -17,6 +17,7 @@ from hybrid.convert.family import (
     key,
     rope,
 )
+from hybrid.convert.mtp import MTPMap
 from hybrid.convert.weights import Fuse, Reorder, Rule, Split, Squeeze, Stack, renames, rule
 
 # their activation -> ours
@@ -116,7 +117,7 @@ def dense(bias: str | None = None) -> tuple[ConfigRule, ...]:
 def experts(
     prefix: str, names: Sequence[str] = ("gate_proj", "up_proj", "down_proj")
 ) -> tuple[Rule, ...]:
-    """A matrix per expert, as stacked here.
+    """A matrix per expert, as stacked here; files may hold the stacked ones (Qwen3.5).
 
     Args:
         prefix: their name up to the expert's number, such as `model.layers.{i}.mlp.experts.`.
@@ -124,8 +125,16 @@ def experts(
     """
     gate, up, down = (f"{prefix}{{e}}.{name}.weight" for name in names)
     return (
-        rule([gate, up], f"{FFN}experts.gate_up_proj", Stack(2), ffn="E"),
-        rule(down, f"{FFN}experts.down_proj", Stack(), ffn="E"),
+        rule(
+            *([gate, up], f"{FFN}experts.gate_up_proj", Stack(2)),
+            ffn="E",
+            whole=f"{prefix}gate_up_proj",
+        ),
+        rule(
+            *(down, f"{FFN}experts.down_proj", Stack()),
+            ffn="E",
+            whole=f"{prefix}down_proj",
+        ),
     )
 
 
@@ -343,3 +352,40 @@ def dense_first(key: str) -> LayerRule:
         return {key: next((i for i, symbol in enumerate(layers) if symbol == "E"), len(layers))}
 
     return LayerRule((key,), read, write)
+
+
+def mtp_after(layout: str, norm: str, copies: Mapping[str, str] | None = None) -> MTPMap:
+    """Modules for multi-token prediction as layers after the last, as DeepSeek-V3 names them.
+
+    Args:
+        layout: the layers of each.
+        norm: their name for the norm before the head, below the layer.
+        copies: their names below the layer -> the tensors of ours that they are copies of.
+    """
+    place = "model.layers.{first}."
+    return MTPMap(
+        key="num_nextn_predict_layers",
+        keys=("num_mtp_layers",),  # another name that transformers' classes have for it
+        layout=lambda config: layout,
+        layers=("model.layers.", "model.layers."),
+        embedding_norm=f"{place}enorm",
+        hidden_norm=f"{place}hnorm",
+        projection=f"{place}eh_proj",
+        norm=place + norm,
+        copies={place + theirs: ours for theirs, ours in (copies or {}).items()},
+    )
+
+
+def qwen_mtp(key: str, layout: Callable[[Any], str], default: int = 0) -> MTPMap:
+    """One module for multi-token prediction, of a softmax layer."""
+    return MTPMap(
+        key=key,
+        layout=layout,
+        layers=("model.layers.", "mtp.layers."),
+        embedding_norm="mtp.pre_fc_norm_embedding",
+        hidden_norm="mtp.pre_fc_norm_hidden",
+        projection="mtp.fc",
+        norm="mtp.norm",
+        shared=True,
+        default=default,
+    )

@@ -15,6 +15,7 @@ from hybrid.convert.families.common import (
     dense_first,
     ends,
     experts,
+    mtp_after,
 )
 from hybrid.convert.family import (
     ConfigRule,
@@ -126,6 +127,7 @@ DEEPSEEK_V3 = register_family(
     Family(
         name="deepseek_v3",
         architecture="DeepseekV3ForCausalLM",
+        aliases={"kimi_k2": lambda config: config},
         letters={"A": "multi_head_latent_attention"},
         config=(
             *SIZES,
@@ -135,7 +137,6 @@ DEEPSEEK_V3 = register_family(
             must("rope_interleave", True),
             *GROUPED_EXPERTS,
             key("n_routed_experts", "feed_forwards.E.num_experts"),
-            ignored("num_mtp_layers"),
         ),
         mixers=everywhere("A"),
         ffn=DENSE_FIRST,
@@ -145,6 +146,14 @@ DEEPSEEK_V3 = register_family(
             *latent_weights(rotated=True),
             *DENSE_WEIGHTS,
             *grouped_expert_weights(f"{LAYER}mlp."),
+        ),
+        mtp=mtp_after(
+            "AE",
+            "shared_head.norm",
+            copies={
+                "embed_tokens.weight": "model.embed_tokens.weight",
+                "shared_head.head.weight": "lm_head.weight",
+            },
         ),
     )
 )

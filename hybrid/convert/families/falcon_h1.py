@@ -37,7 +37,8 @@ NO_MULTIPLIERS = [1.0] * 5
 
 def _read_key_multiplier(config: Any) -> Flat:
     head_dim = getattr(config, "head_dim", config.hidden_size // config.num_attention_heads)
-    return {"mixers.S.scale": config.key_multiplier * head_dim**-0.5}
+    # 0 where a narrow model without softmax is tried, which comes to nothing later
+    return {"mixers.S.scale": config.key_multiplier * max(head_dim, 1) ** -0.5}
 
 
 def _write_key_multiplier(flat: Flat) -> Flat:

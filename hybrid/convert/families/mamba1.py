@@ -63,6 +63,12 @@ def mamba_weights(theirs: str) -> tuple[Rule, ...]:
     )
 
 
+def _by_width(config: Flat) -> Flat:
+    """The width as published, which their class takes from `expand` alone: Falcon-Mamba-7B's says 16."""
+    inner, outer = config.get("intermediate_size"), config.get("hidden_size")
+    return {**config, "expand": inner // outer} if inner and outer else config
+
+
 SHARED: tuple[ConfigRule, ...] = (
     *(found for found in SIZES if found.keys != ("max_position_embeddings",)),
     key("layer_norm_epsilon", "norm_eps"),
@@ -92,6 +98,7 @@ MAMBA = register_family(
         name="mamba",
         architecture="MambaForCausalLM",
         letters={"m": "mamba"},
+        aliases={"mamba": _by_width},
         config=SHARED,
         mixers=everywhere("m"),
         ffn=everywhere(""),
@@ -103,6 +110,7 @@ FALCON_MAMBA = register_family(
         name="falcon_mamba",
         architecture="FalconMambaForCausalLM",
         letters={"m": "mamba"},
+        aliases={"falcon_mamba": _by_width},
         config=(
             *SHARED,
             key("mixer_rms_eps", "mixers.m.inner_norm_eps"),

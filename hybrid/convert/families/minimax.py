@@ -17,7 +17,9 @@ from hybrid.convert.families.common import (
 )
 from hybrid.convert.family import (
     Family,
+    Flat,
     always,
+    both,
     by_type,
     everywhere,
     ignored,
@@ -29,6 +31,34 @@ from hybrid.convert.weights import Split, constant, renames, rule
 
 THEIRS = f"{LAYER}self_attn."
 BLOCK = 256
+
+
+def _read_rotary(config: Any) -> Flat:
+    """Only the first dims of a head are rotated, which transformers' class knows nothing of."""
+    head_dim = config.head_dim or config.hidden_size // config.num_attention_heads
+    given = {name: value for name, value in config.rope_parameters.items() if value is not None}
+    partial = getattr(config, "rotary_dim", None) or head_dim * given.pop(
+        "partial_rotary_factor", 1
+    )
+    whole = {} if partial == head_dim else {"partial_rotary_factor": partial / head_dim}
+    return {"mixers.S.rope_parameters": given | whole}
+
+
+def _write_rotary(flat: Flat) -> Flat:
+    partial = (flat.get("mixers.S.rope_parameters") or {}).get("partial_rotary_factor", 1)
+    return {} if partial == 1 else {"rotary_dim": round(flat["mixers.S.head_dim"] * partial)}
+
+
+def _own_words(config: Flat) -> Flat:
+    """The keys of MiniMax's own code -> those of transformers."""
+    kinds = ("linear_attention", "full_attention")
+    words = {
+        f"layernorm_{theirs}_{factor}": f"{ours}_{factor}_factor"
+        for theirs, ours in zip((*kinds, "mlp"), ("linear_attn", "full_attn", "mlp"), strict=True)
+        for factor in ("alpha", "beta")
+    }
+    layers = {"layer_types": [kinds[kind] for kind in config["attn_type_list"]]}
+    return {words.get(name, name): value for name, value in config.items()} | layers
 
 
 def _slopes(options: Any, layer: int, layers: int) -> torch.Tensor:
@@ -60,11 +90,15 @@ MINIMAX = register_family(
         name="minimax",
         architecture="MiniMaxForCausalLM",
         letters={"L": "lightning_attention", "S": "softmax_attention"},
+        aliases={"minimax_text_01": _own_words, "minimax_m1": _own_words},
         config=(
             *SIZES,
             key("rms_norm_eps", "norm_eps"),
             always(norm_position="normed"),
             *attention(),
+            both("rotary_dim", read=_read_rotary, write=_write_rotary),
+            must("postnorm", True),
+            must("shared_intermediate_size", 0),
             key("num_attention_heads", "mixers.S.num_heads", "mixers.L.num_heads"),
             key("head_dim", "mixers.S.head_dim", "mixers.L.head_dim", "mixers.L.value_head_dim"),
             always(mixers__L__output_norm_eps=1e-6),

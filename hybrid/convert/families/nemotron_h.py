@@ -26,6 +26,7 @@ from hybrid.convert.family import (
     must,
     register_family,
 )
+from hybrid.convert.mtp import MTPMap
 from hybrid.convert.weights import Stack, renames, rule
 
 THEIRS = "backbone.layers.{i}."
@@ -45,6 +46,21 @@ def _layers(only: str) -> Any:
 def _write_layers(layers: Sequence[str]) -> Flat:
     kinds = {symbol: kind for kind, symbol in TYPES.items()}
     return {"layers_block_type": [kinds[symbol] for symbol in layers]}
+
+
+def _mtp_layout(config: Any) -> str:
+    layout = "".join(TYPES[kind] for kind in config.mtp_layers_block_type)
+    if not {*layout} & {*"-E"}:
+        raise Inexpressible(
+            f"mtp_layers_block_type: {config.mtp_layers_block_type} cannot be expressed here without"
+            " a feed-forward"
+        )
+    return layout
+
+
+def _write_mtp_layout(layout: str) -> Flat:
+    types = _write_layers(list(layout))["layers_block_type"]
+    return {"mtp_layers_block_type": types} if types else {}
 
 
 def _read_bias(config: Any) -> Flat:
@@ -108,9 +124,8 @@ NEMOTRON_H = register_family(
             ignored(
                 "time_step_limit", "expand", "mamba_proj_bias", "n_shared_experts", "chunk_size",
                 "hidden_dropout", "mamba_ssm_cache_dtype", "moe_shared_expert_overlap",
-                "mtp_layers_block_type", "num_logits_to_keep", "num_nextn_predict_layers",
-                "output_router_logits", "rescale_prenorm_residual", "residual_in_fp32",
-                "use_mamba_kernels",
+                "num_logits_to_keep", "output_router_logits", "rescale_prenorm_residual",
+                "residual_in_fp32", "use_mamba_kernels",
             ),
         ),
         mixers=LayerRule(("layers_block_type",), _layers("MS"), _write_layers),
@@ -147,7 +162,17 @@ NEMOTRON_H = register_family(
             ),
         ),
         spellings=(("model.", "backbone."),),
-        unread_weights=("mtp.*",),
+        mtp=MTPMap(
+            key="num_nextn_predict_layers",
+            keys=("mtp_layers_block_type",),
+            layout=_mtp_layout,
+            write=_write_mtp_layout,
+            layers=("backbone.layers.", "mtp.layers."),
+            embedding_norm="mtp.layers.{first}.enorm",
+            hidden_norm="mtp.layers.{first}.hnorm",
+            projection="mtp.layers.{first}.eh_proj",
+            norm="mtp.layers.{last}.final_layernorm",
+        ),
         notes="Time steps are clamped from below by time_step_min, as in transformers' class.",
     )
 )  # fmt: skip

@@ -9,6 +9,7 @@ from hybrid.convert.families.common import (
     SHARED_EXPERT_WEIGHTS,
     ends,
     output_gate_weights,
+    qwen_mtp,
 )
 from hybrid.convert.families.qwen3_next import (
     DELTA_NET_WEIGHTS,
@@ -41,9 +42,10 @@ WEIGHTS = (
     ),
     *DELTA_NET_WEIGHTS,
 )
-# their checkpoints hold images and multi-token prediction too
+# their checkpoints hold images too
 INSIDE = (("model.language_model.", "model."),)
-UNREAD = ("mtp.*", "model.visual.*")
+UNREAD = ("model.visual.*",)
+MTP = "mtp_num_hidden_layers"
 
 QWEN3_5 = register_family(
     Family(
@@ -56,6 +58,7 @@ QWEN3_5 = register_family(
         weights=(*WEIGHTS, *DENSE_WEIGHTS),
         unread_weights=UNREAD,
         spellings=INSIDE,
+        mtp=qwen_mtp(MTP, lambda config: "S-"),
         wrapped_in=("qwen3_5",),
     )
 )
@@ -71,6 +74,7 @@ QWEN3_5_MOE = register_family(
         weights=(*WEIGHTS, *QWEN_MOE_WEIGHTS, *SHARED_EXPERT_WEIGHTS),
         unread_weights=UNREAD,
         spellings=INSIDE,
+        mtp=qwen_mtp(MTP, lambda config: "SE"),
         wrapped_in=("qwen3_5_moe",),
     )
 )

@@ -16,6 +16,7 @@ from hybrid.convert.families.common import (
     ends,
     output_gate_weights,
     qwen_ffn,
+    qwen_mtp,
 )
 from hybrid.convert.family import Family, always, by_type, ignored, key, must, register_family
 from hybrid.convert.weights import Split, Squeeze, renames, rule
@@ -52,6 +53,8 @@ DELTA_NET_WEIGHTS = (
 )
 DENSE_WIDTH = key("intermediate_size", "feed_forwards.-.intermediate_size")
 
+FFN = qwen_ffn()
+
 QWEN3_NEXT = register_family(
     Family(
         name="qwen3_next",
@@ -64,7 +67,7 @@ QWEN3_NEXT = register_family(
             key("norm_topk_prob", "feed_forwards.E.normalize_weights"),
         ),
         mixers=by_type(linear_attention="D", full_attention="S"),
-        ffn=qwen_ffn(),
+        ffn=FFN,
         weights=(
             *ends(),
             *PRE_NORMS,
@@ -87,6 +90,9 @@ QWEN3_NEXT = register_family(
             *QWEN_MOE_WEIGHTS,
             *SHARED_EXPERT_WEIGHTS,
         ),
-        unread_weights=("mtp.*",),
+        # no published config has the key; its weights say that there is one
+        mtp=qwen_mtp(
+            "num_nextn_predict_layers", lambda config: f"S{FFN.read(config)[0]}", default=1
+        ),
     )
 )

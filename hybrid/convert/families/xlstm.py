@@ -63,6 +63,14 @@ def _write_width(flat: Flat) -> Flat:
     return {"ffn_proj_factor": factor, "ffn_round_up_to_multiple_of": 1}
 
 
+KERNELS = ("chunkwise_kernel", "sequence_kernel", "step_kernel")
+
+
+def _any_kernels(config: Flat) -> Flat:
+    """Without the names of kernels: their class refuses the published ones where it has them not."""
+    return {name: value for name, value in config.items() if name not in KERNELS}
+
+
 LEFT_OUT = ("max_position_embeddings",), ("initializer_range",), ("tie_word_embeddings",)
 
 XLSTM = register_family(
@@ -70,6 +78,7 @@ XLSTM = register_family(
         name="xlstm",
         architecture="xLSTMForCausalLM",
         letters={"X": "mlstm"},
+        aliases={"xlstm": _any_kernels},
         config=(
             *(found for found in SIZES if found.keys not in LEFT_OUT),
             must("tie_word_embeddings", False),  # their class does not tie
@@ -97,9 +106,9 @@ XLSTM = register_family(
             must("weight_mode", "single"),
             must("add_out_norm", True),
             ignored(
-                "autocast_kernel_dtype", "chunk_size", "chunkwise_kernel", "inference_state_dtype",
+                "autocast_kernel_dtype", "chunk_size", "inference_state_dtype",
                 "max_inference_chunksize", "mode", "norm_reduction_force_float32",
-                "return_last_states", "sequence_kernel", "step_kernel",
+                "return_last_states", *KERNELS,
             ),
         ),
         mixers=LayerRule(

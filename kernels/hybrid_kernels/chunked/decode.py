@@ -1,17 +1,38 @@
 """One token at a time: each op for T = 1 without gradients, in a handful of calls.
 
-Nothing the size of a state is allocated but the new state itself. These are plain tensor
-operations, which a compiler can fuse.
+A call here costs more than the arithmetic that it does. So what shapes and dtypes alone decide is
+found once, when a step is made for inputs of one form; ``prepare`` makes it, and
+``backends.checked`` keeps it. Nothing the size of a state is allocated but the new state itself,
+and of ``linear_attention`` not even that where the old one may be overwritten. These are plain
+tensor operations, which a compiler can fuse.
 
 Legend: B batch, H heads, K key dim, V value dim, D channels, N state size, W filter width.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from hybrid_kernels.validation import state_dtype
+
+
+def prepare(op: str, overwrite_state: bool, **inputs: Any) -> Callable | None:
+    """Return what computes an op for inputs of this form, or None if they are no single step.
+
+    Args:
+        op: name of a public op.
+        overwrite_state: the final state goes where the initial state is.
+        inputs: the op's validated keyword arguments.
+    """
+    tensors = [x for x in inputs.values() if isinstance(x, Tensor)]
+    time = tensors[0].shape[1]
+    if op not in _STEPS or not is_single_step(time, inputs["cu_seqlens"], *tensors):
+        return None
+    return _STEPS[op](overwrite_state=overwrite_state, **inputs).run
 
 
 def is_single_step(time: int, cu_seqlens: Tensor | None, *inputs: Tensor | None) -> bool:
@@ -21,6 +42,110 @@ def is_single_step(time: int, cu_seqlens: Tensor | None, *inputs: Tensor | None)
     if not torch.is_grad_enabled():
         return True
     return not any(x is not None and x.requires_grad for x in inputs)
+
+
+class LinearAttentionStep:
+    """``linear_attention`` for one token, for inputs with the shapes and dtypes of these.
+
+    Beside the output and, unless ``overwrite_state``, the new state, only factors of a row are
+    allocated: exp of the decay, and what of the inputs has to be cast or repeated.
+    """
+
+    def __init__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        log_decay: Tensor | None,
+        value_log_decay: Tensor | None,
+        beta: Tensor | None,
+        initial_state: Tensor | None,
+        overwrite_state: bool = False,
+        **_: Any,
+    ):
+        self.overwrite = overwrite_state
+        self.batch, self.keys, self.values = q.shape[0], q.shape[3], v.shape[3]
+        self.heads = max(x.shape[2] for x in (q, k, v))
+        self.grouped = any(x.shape[2] != self.heads for x in (q, k, v))
+        self.dtype, self.output_dtype = state_dtype(q, k, v), v.dtype
+        given = (q, k, v, log_decay, value_log_decay, beta, initial_state)
+        self.cast = any(x is not None and x.dtype != self.dtype for x in given)
+        # What the decay of a head spans: one number, or one for each key.
+        self.span = self.keys if log_decay is not None and log_decay.dim() == 4 else 1
+
+    def run(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        log_decay: Tensor | None,
+        value_log_decay: Tensor | None,
+        beta: Tensor | None,
+        bonus: Tensor | None,
+        scale: float,
+        initial_state: Tensor | None,
+        cu_seqlens: None = None,
+        chunk_size: int | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Return the output and the new state."""
+        heads, keys, values = self.heads, self.keys, self.values
+        rows, state = self.batch * heads, initial_state
+        if self.cast:
+            q, k, v = (x.to(self.dtype) for x in (q, k, v))
+            given = (log_decay, value_log_decay, beta, state)
+            cast = (None if x is None else x.to(self.dtype) for x in given)
+            log_decay, value_log_decay, beta, state = cast
+        if self.grouped:
+            q, k, v = self._each_head(q), self._each_head(k), self._each_head(v)
+        query, value = q.reshape(rows, 1, keys), v.reshape(rows, 1, values)
+        if state is None:
+            state = query.new_zeros(self.batch, heads, keys, values)
+        elif not state.is_contiguous():
+            state = state.contiguous()
+        if bonus is not None:
+            before = state.view(rows, keys, values)
+            # With beta = 0 the first argument only lends its shape.
+            o = torch.baddbmm(value, query, before, beta=0, alpha=scale)
+            own = (q * k * bonus).sum(-1)
+            o.addcmul_(own.view(rows, 1, 1), value, value=scale)
+        state = self._decayed(state, log_decay, value_log_decay)
+        after = state.view(rows, keys, values)
+        if beta is None:
+            after.baddbmm_(k.reshape(rows, keys, 1), value)
+            if bonus is None:
+                o = torch.baddbmm(value, query, after, beta=0, alpha=scale)
+        else:
+            key = k.reshape(rows, 1, keys)
+            value = torch.baddbmm(value, key, after, alpha=-1) * beta.reshape(rows, 1, 1)
+            after.baddbmm_(key.mT, value)
+            # The row that was written has served: the output goes there.
+            o = value.baddbmm_(query, after, beta=0, alpha=scale)
+        o = o.view(-1, 1, heads, values)
+        if self.overwrite and state is not initial_state:
+            state = initial_state.copy_(state)
+        return o.to(self.output_dtype) if self.cast else o, state
+
+    def _decayed(
+        self, state: Tensor, log_decay: Tensor | None, value_log_decay: Tensor | None
+    ) -> Tensor:
+        """Return the decayed state, in place or in fresh memory."""
+        out = state if self.overwrite else None
+        if log_decay is not None:
+            factor = log_decay.exp().reshape(-1, self.heads, self.span, 1)
+            state = out = torch.mul(state, factor, out=out)
+        if value_log_decay is not None:
+            factor = value_log_decay.exp().reshape(-1, self.heads, 1, self.values)
+            state = out = torch.mul(state, factor, out=out)
+        return state.clone() if out is None else state
+
+    def _each_head(self, x: Tensor) -> Tensor:
+        """Repeat (B, 1, heads of x, D) to (B, 1, H, D), as a view where there is one head."""
+        own = x.shape[2]
+        if own == self.heads:
+            return x
+        if own == 1:
+            return x.expand(-1, -1, self.heads, -1)
+        return x.unsqueeze(3).expand(-1, -1, -1, self.heads // own, -1).flatten(2, 3)
 
 
 def linear_attention_step(
@@ -34,58 +159,55 @@ def linear_attention_step(
     scale: float,
     state: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Compute ``linear_attention`` for one token; ``state`` is left as it is.
-
-    Beside the new state and the output, only factors of a row are allocated: exp of the decay, and
-    what of the inputs has to be cast or repeated.
-    """
-    dtype = state_dtype(q, k, v)
-    heads = max(q.shape[2], k.shape[2], v.shape[2])
-    query, key, value = _row(q, heads, dtype), _row(k, heads, dtype), _row(v, heads, dtype)
-    if state is None:
-        state = key.new_zeros(q.shape[0], heads, q.shape[3], v.shape[3])
-    state = _cast(state, dtype)
-    final_state = _decayed(state, log_decay, value_log_decay)
-    after = final_state.view(-1, q.shape[3], v.shape[3])
-    if beta is not None:
-        value = torch.baddbmm(value, key, after, alpha=-1)
-        torch.mul(value, beta.reshape(-1, 1, 1), out=value)
-    after.baddbmm_(key.mT, value)
-    if beta is not None:
-        # The row that was written has served: the output goes there.
-        o = value.baddbmm_(query, after, beta=0, alpha=scale)
-    else:
-        # With beta = 0 the first argument only lends its shape.
-        read = after if bonus is None else state.reshape(after.shape)
-        o = torch.baddbmm(value, query, read, beta=0, alpha=scale)
-    if bonus is not None:
-        own = (query * key).view(-1, heads, key.shape[2]).mul(bonus).sum(-1)
-        o.addcmul_(own.view(-1, 1, 1), value, value=scale)
-    o = o.view(-1, 1, heads, v.shape[3])
-    return _cast(o, v.dtype), final_state
+    """Compute ``linear_attention`` for one token; ``state`` is left as it is."""
+    step = LinearAttentionStep(q, k, v, log_decay, value_log_decay, beta, state)
+    return step.run(q, k, v, log_decay, value_log_decay, beta, bonus, scale, state)
 
 
-def _row(x: Tensor, heads: int, dtype: torch.dtype) -> Tensor:
-    """Bring (B, 1, heads of x, D) to (B H, 1, D)."""
-    batch, _, own, size = x.shape
-    if own != heads:
-        x = x.reshape(batch, own, 1, size).expand(-1, -1, heads // own, -1)
-    return _cast(x, dtype).reshape(-1, 1, size)
+class SelectiveScanStep:
+    """``selective_scan`` for one token, for inputs with the dtypes of these."""
 
+    def __init__(
+        self,
+        u: Tensor,
+        delta: Tensor,
+        A: Tensor,
+        B: Tensor,
+        C: Tensor,
+        overwrite_state: bool = False,
+        **_: Any,
+    ):
+        self.overwrite = overwrite_state
+        self.dtype, self.output_dtype = state_dtype(u, delta, A, B, C), u.dtype
+        self.cast = any(x.dtype != self.dtype for x in (u, delta, A, B, C))
 
-def _decayed(state: Tensor, log_decay: Tensor | None, value_log_decay: Tensor | None) -> Tensor:
-    """Return a new, decayed state, contiguous."""
-    heads, after = state.shape[1], None
-    if not state.is_contiguous():
-        state = state.contiguous()
-    if log_decay is not None:
-        keys = log_decay.shape[3] if log_decay.dim() == 4 else 1
-        factor = _cast(log_decay, state.dtype).exp()
-        after = torch.mul(state, factor.reshape(-1, heads, keys, 1))
-    if value_log_decay is not None:
-        factor = value_log_decay[:, 0].to(state.dtype).exp()[:, :, None]
-        after = state * factor if after is None else after.mul_(factor)
-    return state.clone() if after is None else after
+    def run(
+        self,
+        u: Tensor,
+        delta: Tensor,
+        A: Tensor,
+        B: Tensor,
+        C: Tensor,
+        D: Tensor | None,
+        initial_state: Tensor | None,
+        cu_seqlens: None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Return the output and the new state."""
+        if self.cast:
+            u, delta, A, B, C = (x.to(self.dtype) for x in (u, delta, A, B, C))
+        # (B, 1, D) turned is (B, D, 1), and (B, 1, N) is what a row of the state is multiplied by.
+        after = torch.mul(delta.mT, A).exp_()
+        if initial_state is None:
+            after.zero_()
+        elif self.overwrite:
+            after = initial_state.mul_(after)
+        else:
+            after.mul_(initial_state)
+        after.addcmul_((delta * u).mT, B)
+        y = torch.bmm(C, after.mT)
+        if D is not None:
+            y.addcmul_(u, _cast(D, self.dtype))
+        return _cast(y, self.output_dtype), after
 
 
 def selective_scan_step(
@@ -98,19 +220,7 @@ def selective_scan_step(
     state: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Compute ``selective_scan`` for one token; ``state`` is left as it is."""
-    dtype = state_dtype(u, delta, A, B, C)
-    x, step, A, keys, queries = (_cast(t, dtype) for t in (u, delta, A, B, C))
-    # (B, 1, D) turned is (B, D, 1), and (B, 1, N) is what a row of the state is multiplied by.
-    after = torch.mul(step.mT, A).exp_()
-    if state is None:
-        after.zero_()
-    else:
-        after.mul_(state)
-    after.addcmul_((step * x).mT, keys)
-    y = torch.bmm(queries, after.mT)
-    if D is not None:
-        y.addcmul_(x, _cast(D, dtype))
-    return _cast(y, u.dtype), after
+    return SelectiveScanStep(u, delta, A, B, C).run(u, delta, A, B, C, D, state)
 
 
 def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -132,3 +242,6 @@ def causal_conv1d_step(
     if activation == "silu":
         y = torch.nn.functional.silu(y)
     return y[:, None].to(x.dtype), window[..., 1:]
+
+
+_STEPS = {"linear_attention": LinearAttentionStep, "selective_scan": SelectiveScanStep}

@@ -97,13 +97,16 @@ class Gate:
                 self.read = torch.cat([torch.ones_like(up[:, :1]), up[:, :-1]], dim=1)
         self.output = self.read if scale == 1.0 else self.read * scale
 
-    def part(self, rows: slice) -> Gate:
-        """Return the gate of some of the chunks, views."""
-        part = Gate.__new__(Gate)
-        part.exact, part.exclusive, part.g = self.exact, self.exclusive, self.g[rows]
-        part.read, part.output = self.read[rows], self.output[rows]
-        part.write, part.total = self.write[rows], self.total[rows]
-        return part
+    def split(self, sizes: list[int]) -> list[Gate]:
+        """Cut along the chunks into gates that view this one's memory."""
+        parts = []
+        names = ("g", "read", "output", "write", "total")
+        for factors in zip(*(getattr(self, name).split(sizes) for name in names), strict=True):
+            part = Gate.__new__(Gate)
+            part.exact, part.exclusive = self.exact, self.exclusive
+            part.g, part.read, part.output, part.write, part.total = factors
+            parts.append(part)
+        return parts
 
     def backward(self, read: Tensor, write: Tensor, total: Tensor) -> Tensor:
         """Return the gradient of g from each factor times its own gradient, (b, C, D) or (b, D)."""

@@ -6,14 +6,26 @@ strict part grow like binomial coefficients, and Neumann doubling loses every di
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
 
-def unit_lower_inverse(strict: Tensor) -> Tensor:
-    """Return (I - L)^-1 for the strictly lower part L of (b, C, C) ``strict``."""
-    identity = torch.eye(strict.shape[-1], dtype=strict.dtype, device=strict.device)
-    # From the right: row-major memory as it lies, where the left would be copied to columns.
+def unit_lower_inverse(strict: Tensor, out: Tensor) -> Tensor:
+    """Return (I + A)^-1 for the strictly lower part A of ``strict``.
+
+    Args:
+        strict: (b, C, C) contiguous; the rest of it is not read.
+        out: (b, C, C) contiguous memory for the result.
+    """
+    out.copy_(_identity(strict.shape[-1], strict.dtype, strict.device))
+    # From the right and in place: row-major memory as it lies, which would be copied otherwise.
     return torch.linalg.solve_triangular(
-        strict.neg(), identity.expand_as(strict), upper=False, left=False, unitriangular=True
+        strict, out, upper=False, left=False, unitriangular=True, out=out
     )
+
+
+@lru_cache(maxsize=64)
+def _identity(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.eye(size, dtype=dtype, device=device)

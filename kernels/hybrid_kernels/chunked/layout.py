@@ -181,38 +181,39 @@ def load(
     """Gather chunks of G heads into (R*G, C, ...), times ``factor``, in ``dtype``.
 
     Args:
-        chunks: (leading, sequences, C, G, ...).
+        chunks: (leading, sequences, G, C, ...).
         dtype: of the result.
         factor: something that broadcasts to the result, with its leading axis or one-dimensional.
-        out: where to put the result; without it and without a factor, the result may be a view.
+        out: where to put the result, in the one shape or the other; without it and without a
+            factor, the result may be a view.
     """
-    x = chunks.transpose(2, 3)
-    shape = (x.shape[0] * x.shape[1] * x.shape[2], *x.shape[3:])
     if out is None:
         if factor is None:
-            return x.to(dtype).reshape(shape)
-        out = torch.empty(shape, dtype=dtype, device=x.device)
-    target = _by_chunk(out, x)
+            return chunks.to(dtype).flatten(0, 2)
+        shape = (chunks.shape[:3].numel(), *chunks.shape[3:])
+        out = torch.empty(shape, dtype=dtype, device=chunks.device)
+    target = out if out.shape == chunks.shape else out.view(chunks.shape)
     if factor is None:
-        target.copy_(x)
+        target.copy_(chunks)
     else:
-        torch.mul(x, _by_chunk(factor, x), out=target)
+        torch.mul(chunks, _by_chunk(factor, chunks), out=target)
     return out
 
 
 def store(chunks: Tensor, x: Tensor, factor: Tensor | None = None) -> None:
-    """Scatter (R*G, C, ...), times ``factor``, into chunks of G heads."""
-    target = chunks.transpose(2, 3)
-    x = _by_chunk(x, target)
+    """Scatter (R*G, C, ...), times ``factor``, into chunks of G heads as ``load`` takes them."""
+    x = x.view(chunks.shape)
     if factor is None:
-        target.copy_(x)
+        chunks.copy_(x)
     else:
-        torch.mul(x, _by_chunk(factor, target), out=target)
+        torch.mul(x, _by_chunk(factor, chunks), out=chunks)
 
 
-def _by_chunk(x: Tensor, chunks: Tensor) -> Tensor:
-    """View (R*G, ...) as (leading, sequences, G, ...), as ``chunks`` is; leave a single number."""
-    return x if x.dim() == 1 else x.view(*chunks.shape[:3], *x.shape[1:])
+def _by_chunk(factor: Tensor, chunks: Tensor) -> Tensor:
+    """View (R*G, ...) as (leading, sequences, G, ...), as ``chunks`` is, unless it is already."""
+    if factor.dim() in (1, chunks.dim()):
+        return factor
+    return factor.view(chunks.shape[:3] + factor.shape[1:])
 
 
 def walk(
@@ -228,8 +229,8 @@ def walk(
     Yields:
         the index of a step, the states before it, and where to put those after it.
     """
-    starts[0].copy_(state[: len(starts[0])])
-    if len(starts[0]) == len(ends[-1]):
+    starts[0].copy_(state[: starts[0].shape[0]])
+    if starts[0].shape[0] == ends[-1].shape[0]:
         yield from zip(range(len(starts)), starts, ends, strict=True)
     else:
         for i, (start, end) in enumerate(zip(starts, ends, strict=True)):
@@ -238,7 +239,7 @@ def walk(
             state[running : len(end)] = end[running:]
             if running:
                 starts[i + 1].copy_(end[:running])
-    state[: len(ends[-1])] = ends[-1]
+    state[: ends[-1].shape[0]].copy_(ends[-1])
 
 
 def walk_back(
@@ -255,9 +256,9 @@ def walk_back(
     Yields:
         the index of a step, the gradients after it, and where to put those before it.
     """
-    afters[-1].copy_(dstate[: len(afters[-1])])
+    afters[-1].copy_(dstate[: afters[-1].shape[0]])
     steps = reversed(range(len(befores)))
-    if len(befores[0]) == len(afters[-1]):
+    if befores[0].shape[0] == afters[-1].shape[0]:
         yield from zip(steps, reversed(afters), reversed(befores), strict=True)
     else:
         for i in steps:
@@ -266,4 +267,4 @@ def walk_back(
                 running = len(befores[i])
                 afters[i - 1][:running] = befores[i]
                 afters[i - 1][running:] = dstate[running : len(afters[i - 1])]
-    dstate[: len(befores[0])] = befores[0]
+    dstate[: befores[0].shape[0]].copy_(befores[0])

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from hybrid_kernels.chunked.decode import is_single_step, linear_attention_step
 from hybrid_kernels.chunked.gates import RESCALE_LIMIT, RESCALE_LIMIT_PER_TOKEN
-from hybrid_kernels.chunked.gradient import Gradients, backward
+from hybrid_kernels.chunked.gradient import Gradients
 from hybrid_kernels.chunked.layout import Layout
-from hybrid_kernels.chunked.segment import Problem, forward
+from hybrid_kernels.chunked.passes import backward, forward
+from hybrid_kernels.chunked.segment import Problem
 from hybrid_kernels.packing import document_lengths
 from hybrid_kernels.validation import state_dtype
 
@@ -75,16 +76,16 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the output, the final states, and the states that the backward pass starts from."""
     p = _problem(q, k, v, log_decay, value_log_decay, beta, bonus, cu_seqlens, scale, chunk_size)
-    whole, o = p.layout.empty(p.v.shape[3:], v.dtype, v.device)
+    o = _Memory(p.layout, p.v)
     if initial_state is None:
-        heads = p.v.shape[3] * p.v.shape[4]
+        heads = p.heads * p.v.shape[4]
         initial_state = torch.zeros(
             p.layout.sequences, heads, q.shape[3], v.shape[3], dtype=p.dtype, device=q.device
         )
     state = _fold(p.layout.sort_states(initial_state.to(p.dtype)), p)
-    saved = _unfold(forward(p, state, o), p)
+    saved = _unfold(forward(p, state, o.chunks), p)
     final_state = p.layout.unsort_states(_unfold(state, p))
-    return p.layout.result(whole).flatten(2, 3), final_state, saved
+    return p.layout.result(o.whole).flatten(2, 3), final_state, saved
 
 
 @torch.library.custom_op("hybrid_kernels::chunked_linear_attention_backward", mutates_args=())
@@ -101,11 +102,15 @@ def _backward(
     scale: float,
     chunk_size: int,
     saved: Tensor,
+    o: Tensor | None,
     do: Tensor,
     dfinal: Tensor,
     decays_wanted: bool,
 ) -> list[Tensor]:
-    """Return the gradients of the tensors that are not None, in order."""
+    """Return the gradients of the tensors that are not None, in order.
+
+    Without the output ``o``, what of it the gradients need is computed again.
+    """
     # The gradient of a decay that is fixed per head is a sum over all tokens of terms of either
     # sign, in which the rounding of rescaled ones would show.
     fixed = decays_wanted and log_decay is not None and log_decay.dim() == 1
@@ -124,7 +129,11 @@ def _backward(
     optional = (None if memory is None else memory.chunks for memory in (dkey, dvalue, dbeta))
     grads = Gradients(dq.chunks, dk.chunks, dv.chunks, *optional, dbonus)
     dstate = _fold(layout.sort_states(dfinal.to(p.dtype)), p)
-    backward(p, _fold(saved, p), layout.chunks(do).unflatten(3, p.v.shape[3:5]), dstate, grads)
+
+    def cut(x: Tensor) -> Tensor:
+        return layout.chunks(x.unflatten(2, (p.heads, -1))).transpose(2, 3)
+
+    backward(p, _fold(saved, p), None if o is None else cut(o), cut(do), dstate, grads)
 
     # A scalar decay went with the values or with the keys.
     dlog_decay = dvalue if dkey is None else dkey
@@ -137,11 +146,13 @@ def _backward(
 
 
 class _Memory:
-    """A gradient to be filled chunk by chunk."""
+    """A result to be filled chunk by chunk, as the input ``like`` is cut."""
 
     def __init__(self, layout: Layout, like: Tensor, dtype: torch.dtype | None = None):
         self.layout = layout
-        self.whole, self.chunks = layout.empty(like.shape[3:], dtype or like.dtype, like.device)
+        shape = like.shape[2:3] + like.shape[4:]
+        self.whole, chunks = layout.empty(shape, dtype or like.dtype, like.device)
+        self.chunks = chunks.transpose(2, 3)
 
 
 def _like(x: Tensor, grad: _Memory | Tensor | None) -> Tensor:
@@ -158,13 +169,13 @@ def _like(x: Tensor, grad: _Memory | Tensor | None) -> Tensor:
 
 def _fold(states: Tensor, p: Problem) -> Tensor:
     """Bring (N, G r, K, V) to (N G, K, r V)."""
-    grouped = states.unflatten(1, p.v.shape[3:5]).transpose(2, 3)
+    grouped = states.unflatten(1, (p.heads, -1)).transpose(2, 3)
     return grouped.reshape(-1, grouped.shape[2], p.v.shape[4] * p.v.shape[5])
 
 
 def _unfold(states: Tensor, p: Problem) -> Tensor:
     """Undo ``_fold``."""
-    groups, shared, size = p.v.shape[3:6]
+    groups, shared, size = p.heads, *p.v.shape[4:]
     count = states.shape[0] // groups
     grouped = states.view(count, groups, states.shape[1], shared, size)
     return grouped.transpose(2, 3).flatten(1, 2).contiguous()
@@ -211,20 +222,19 @@ def _problem(
     if beta is None and bonus is None and key_decay is None and q.shape[2] == k.shape[2]:
         groups = q.shape[2]
 
-    def cut(x: Tensor, count: int) -> Tensor:
-        if x.shape[2] != count:
-            x = x.repeat_interleave(count // x.shape[2], dim=2)
-        return layout.chunks(x)
+    def cut(x: Tensor, shared: tuple[int, ...] = ()) -> Tensor:
+        """Cut (B, T, any heads, ...) into chunks of G, or G x ``shared``, heads."""
+        if x.shape[2] < groups:
+            x = x.repeat_interleave(heads // x.shape[2], dim=2)
+        return layout.chunks(x.unflatten(2, (groups, *shared))).transpose(2, 3)
 
     return Problem(
-        q=cut(q, groups),
-        k=cut(k, groups),
-        v=cut(v, heads).unflatten(3, (groups, -1)),
-        key_decay=None if key_decay is None else layout.chunks(key_decay),
-        value_decay=(
-            None if value_decay is None else layout.chunks(value_decay).unflatten(3, (groups, -1))
-        ),
-        beta=None if beta is None else layout.chunks(beta[..., None]),
+        q=cut(q),
+        k=cut(k),
+        v=cut(v, (-1,)),
+        key_decay=None if key_decay is None else cut(key_decay),
+        value_decay=None if value_decay is None else cut(value_decay, (-1,)),
+        beta=None if beta is None else cut(beta[..., None]),
         bonus=bonus,
         scale=scale,
         exact=exact,
@@ -265,11 +275,13 @@ def _span(
 ) -> int:
     """Return how many tokens of each sequence a segment holds; known before the chunk size is."""
     heads = max(q.shape[2], k.shape[2], v.shape[2])
+    # The delta rule has about twice as many matrices.
+    rows = SEGMENT_ROWS if beta is None else SEGMENT_ROWS // 2
     if beta is None:
         # Half of the matrices are of queries and keys, which heads may share.
         heads = (heads + max(q.shape[2], k.shape[2])) // 2
     unit = max(64, chunk_size)
-    return unit * max(1, SEGMENT_ROWS // (sequences * heads * unit))
+    return unit * max(1, rows // (sequences * heads * unit))
 
 
 def _default_chunk(delta: bool, widest: int, longest: int) -> int:
@@ -312,15 +324,38 @@ def _(q, k, v, log_decay, value_log_decay, beta, bonus, initial_state, *rest):
 
 def _keep(ctx, inputs, output) -> None:
     *tensors, ctx.scale, ctx.chunk_size = inputs
-    ctx.save_for_backward(*tensors, output[2])
+    wanted = ctx.needs_input_grad[3] or ctx.needs_input_grad[4]
+    o = output[0] if wanted and _output_helps(*tensors[:6]) else None
+    ctx.save_for_backward(*tensors, output[2], o)
+
+
+def _output_helps(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    value_log_decay: Tensor | None,
+    beta: Tensor | None,
+) -> bool:
+    """Whether the backward pass is spared two products by the output, at the full precision.
+
+    The output times its gradient is the gradient of the values' decays; where every value head has
+    its own queries and only a scalar decays, they say the same.
+    """
+    if beta is not None or v.dtype != state_dtype(q, k, v):
+        return False
+    shared = q.shape[2] == k.shape[2] < v.shape[2]
+    return value_log_decay is not None or (
+        shared and log_decay is not None and log_decay.dim() == 3
+    )
 
 
 def _differentiate(ctx, do, dfinal, _):
-    *tensors, saved = ctx.saved_tensors
+    *tensors, saved, o = ctx.saved_tensors
     wanted = ctx.needs_input_grad[3] or ctx.needs_input_grad[4]
     found = iter(
         torch.ops.hybrid_kernels.chunked_linear_attention_backward(
-            *tensors, ctx.scale, ctx.chunk_size, saved, do, dfinal, wanted
+            *tensors, ctx.scale, ctx.chunk_size, saved, o, do, dfinal, wanted
         )
     )
     skipped = () if wanted else (3, 4)

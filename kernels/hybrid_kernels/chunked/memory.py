@@ -33,7 +33,7 @@ class Scratch:
         return view
 
     def split(self, x: Tensor, sizes: tuple[int, ...]) -> tuple[Tensor, ...]:
-        """Cut memory taken here, or a view of it, along its first axis."""
+        """Cut memory along its first axis; memory that stays, such as is taken here, but once."""
         # The pieces keep the memory alive, so that no other tensor can come to lie at its address.
         key = (x.data_ptr(), x.shape, x.stride(), sizes)
         pieces = self._pieces.get(key)

@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 
 from hybrid_kernels.chunked.decode import is_single_step, selective_scan_step
-from hybrid_kernels.chunked.layout import Layout, Segment
+from hybrid_kernels.chunked.layout import Layout, Segment, walk
+from hybrid_kernels.chunked.memory import Scratch
 from hybrid_kernels.packing import document_lengths
 from hybrid_kernels.validation import state_dtype
 
 # Elements of state x steps that a segment holds: its matrices should stay in a core's cache.
-SEGMENT_ELEMENTS = 1 << 18
+SEGMENT_ELEMENTS = 1 << 17
 # At least this many steps, so that the states kept stay small beside the inputs.
 SEGMENT_STEPS = 16
 
@@ -60,16 +61,18 @@ def _forward(
     layout = scan.layout
     whole, y = layout.empty(u.shape[2:], u.dtype, u.device)
     state = scan.new_state(initial_state)
-    saved = [state[:0]]
-    for segment in layout.segments():
-        saved.append(state[: segment.width].clone())
+    segments = layout.segments()
+    saved = state.new_empty(sum(segment.width for segment in segments), *state.shape[1:])
+    kept = saved.split([segment.width for segment in segments])
+    for segment, start in zip(segments, kept, strict=True):
+        start.copy_(state[: segment.width])
         part = _Part(scan, segment, state)
-        out = torch.matmul(part.C[:, None], part.states)[:, 0]
+        out = torch.bmm(part.C[:, None], part.after)[:, 0]
         if D is not None:
             out = torch.addcmul(out, part.u, D.to(out.dtype))
         y[segment.lead].copy_(out.view_as(y[segment.lead]))
     final_state = layout.unsort_states(state).transpose(1, 2).contiguous()
-    return layout.result(whole), final_state, torch.cat(saved)
+    return layout.result(whole), final_state, saved
 
 
 @torch.library.custom_op("hybrid_kernels::chunked_selective_scan_backward", mutates_args=())
@@ -99,7 +102,7 @@ def _backward(
         start = saved[end - segment.width : end]
         part = _Part(scan, segment, start.clone())
         dy_rows = dy_chunks[segment.lead].flatten(0, 2).to(scan.dtype)
-        found = part.backward(start, dy_rows, dstate, dA)
+        found = part.backward(dy_rows, dstate, dA)
         if D is not None:
             assert dD is not None
             found[0].addcmul_(dy_rows, D.to(scan.dtype))
@@ -126,6 +129,7 @@ class _Scan:
         )
         self.u, self.delta, self.B, self.C = (self.layout.chunks(x) for x in (u, delta, B, C))
         self.A = A.to(self.dtype).T.contiguous()
+        self.scratch = Scratch(self.dtype, u.device)
 
     def new_state(self, states: Tensor | None) -> Tensor:
         """Bring (S, D, N), or zeros for None, to (S, N, D) in the order of the layout."""
@@ -136,63 +140,63 @@ class _Scan:
 
 
 class _Part:
-    """One segment: its decays and its states after every step.
+    """One segment: its decays and its states, in memory that the next one overwrites.
 
     Attributes (R leading):
         u, delta: (D).
         B, C: (N).
         decays: (N, D) exp(delta A).
-        states: (N, D) after each step.
+        before, after: (N, D) the states around each step; the two may overlap.
     """
 
     def __init__(self, scan: _Scan, segment: Segment, state: Tensor):
-        self.segment, self.A = segment, scan.A
+        self.A, self.scratch, self.widths = scan.A, scan.scratch, tuple(segment.widths)
         self.u, self.delta, self.B, self.C = (
             x[segment.lead].flatten(0, 2).to(scan.dtype)
             for x in (scan.u, scan.delta, scan.B, scan.C)
         )
-        self.decays = torch.mul(self.delta[:, None], scan.A).exp_()
-        self.states = torch.mul((self.delta * self.u)[:, None], self.B[:, :, None])
-        before = state[: segment.width]
-        for decay, after in zip(self.decays.split(segment.widths), self._steps(), strict=True):
-            if len(after) < len(before):
-                state[len(after) : len(before)] = before[len(after) :]
-                before = before[: len(after)]
-            before = after.addcmul_(decay, before)
-        state[: len(before)] = before
+        shape = tuple(scan.A.shape)
+        self.decays = self.scratch.take("decays", segment.offsets[-1], *shape)
+        torch.mul(self.delta[:, None], scan.A, out=self.decays).exp_()
+        self.before, self.after = segment.states(self.scratch, "states", 1, shape)
+        torch.mul((self.delta * self.u)[:, None], self.B[:, :, None], out=self.after)
+        decays = self._steps(self.decays)
+        for i, before, after in walk(self._steps(self.before), self._steps(self.after), state):
+            after.addcmul_(decays[i], before)
 
-    def _steps(self) -> tuple[Tensor, ...]:
-        """Return the states after each step."""
-        return self.states.split(self.segment.widths)
+    def _steps(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Cut rows into those of each step."""
+        return self.scratch.split(x, self.widths)
 
     def backward(
-        self, start: Tensor, dy: Tensor, dstate: Tensor, dA: Tensor
+        self, dy: Tensor, dstate: Tensor, dA: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return the gradients of u, delta, B and C; update those of the state and of A.
 
+        The states are given up: their memory serves for products.
+
         Args:
-            start: (S, N, D) states before the segment.
             dy: (R, D).
-            dstate: (S, N, D) gradient of the states after it; becomes that of ``start``.
+            dstate: (S, N, D) gradient of the states after the segment; becomes that of those before.
             dA: (N, D), added to.
         """
-        dstates = torch.mul(self.C[:, :, None], dy[:, None])
-        dC = torch.matmul(self.states, dy[:, :, None])[:, :, 0]
+        # Rows times a matrix: as a matrix times columns, these products take twice as long.
+        dC = torch.bmm(dy[:, None], self.after.mT)[:, 0]
+        dstates = self.scratch.take("dstates", *self.decays.shape)
+        torch.mul(self.C[:, :, None], dy[:, None], out=dstates)
         self._pass_back(dstates, dstate)
         # What each decay multiplied, times its own value and gradient.
-        widths = self.segment.widths
-        before = [x[:width] for x, width in zip([start, *self._steps()], widths, strict=False)]
-        through = torch.cat(before).mul_(dstates).mul_(self.decays)
-        dA.add_((through * self.delta[:, None]).sum(0))
-        dinput = torch.matmul(self.B[:, None], dstates)[:, 0]
-        ddelta = (through * self.A).sum(1).addcmul_(dinput, self.u)
-        dB = torch.matmul(dstates, (self.delta * self.u)[:, :, None])[:, :, 0]
-        return dinput * self.delta, ddelta, dB, dC
+        through = self.before.mul_(dstates).mul_(self.decays)
+        dA.add_(torch.mul(through, self.delta[:, None], out=self.decays).sum(0))
+        ddelta = torch.mul(through, self.A, out=self.decays).sum(1)
+        dinput = torch.bmm(self.B[:, None], dstates)[:, 0]
+        ddelta.addcmul_(dinput, self.u)
+        dB = torch.bmm((self.delta * self.u)[:, None], dstates.mT)[:, 0]
+        return dinput.mul_(self.delta), ddelta, dB, dC
 
     def _pass_back(self, dstates: Tensor, dstate: Tensor) -> None:
         """Turn gradients of the states as each step reads them into the whole ones, in place."""
-        widths = self.segment.widths
-        pieces, decays = dstates.split(widths), self.decays.split(widths)
+        widths, pieces, decays = self.widths, self._steps(dstates), self._steps(self.decays)
         pieces[-1].add_(dstate[: widths[-1]])
         for i in reversed(range(len(widths) - 1)):
             running, width = widths[i + 1], widths[i]

@@ -5,16 +5,18 @@ does not need is not compiled)::
 
     form of linear_attention          forward                         backward adds
     --------------------------------  ------------------------------  -----------------------------
-    additive: no decay, per head,     states.py  states_forward       states.py  states_backward
-      scalar per token                outputs.py outputs_forward      outputs.py values_backward
+    additive: no decay, per head,     walk.py    walk_forward, or     states.py  states_backward
+      scalar per token                states.py  states_forward and   outputs.py values_backward
+                                      outputs.py outputs_forward      pairs.py   pairs_backward
                                                                       keys.py    keys_backward
     additive, decay over keys         + pairs.py pairs                as above
     additive, decay over values       states.py  states_forward       states.py  states_backward
       or over both (DFW)              outputs.py outputs_forward      pairs.py   pairs
                                       (+ pairs.py pairs)              keys.py    keys_backward, for
                                                                         keys and again for values
-    delta rule, any of these decays   + pairs.py pairs                + delta.py
-                                      + delta.py inverse, new_values      new_values_backward
+    delta rule, any of these decays   + pairs.py pairs, with the      + delta.py
+                                        inverse of delta.py             new_values_backward
+                                      + delta.py new_values
     read with a bonus (RWKV-6)        the additive form with q shifted by one token (linear.py)
     one token, any of these           decode.py  decode               -
 
@@ -22,10 +24,15 @@ does not need is not compiled)::
                                                                           convolution_inputs
     selective_scan                    scan.py    scan_forward         scan.py    scan_backward
 
+The forward pass is one walk where sequences times heads are many (``launch.walks``), else two
+kernels of which the second is parallel over time. The backward pass makes states again.
+
 ``linear.py`` has the order of the kernels, ``problem.py`` each launch, ``launch.py`` the block
 sizes, ``blocks.py`` what all kernels share. Nothing here imports triton until an op runs.
 
-No atomics are used: the same inputs give the same bits, run after run on one device.
+No atomics are used: the same inputs give the same bits, run after run on one device. The host
+never waits for the device, so that calls can be captured in a CUDA graph, if ``cu_seqlens`` lie on
+the device. Another sequence length compiles nothing; another number of heads does, once.
 """
 
 from __future__ import annotations

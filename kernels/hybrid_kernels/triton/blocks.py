@@ -4,7 +4,7 @@ Legend: C rows of a chunk, K key dim, V value dim, H heads, D any row width, BD 
 Names: ``b_`` a block in registers, ``p_`` a pointer or block of pointers, ``m_`` a mask.
 
 Decay factors follow one rule: every exponent is a sum of log decays of the rows it spans, so it is
-at most 0 and nothing is ever a difference of two sums. -inf needs no special case.
+at most 0 and no digit is lost to a difference of two sums. -inf needs no special case.
 """
 
 # pyright: reportArgumentType=false, reportOptionalSubscript=false, reportIndexIssue=false
@@ -12,10 +12,24 @@ at most 0 and nothing is ever a difference of two sums. -inf needs no special ca
 import triton
 import triton.language as tl
 
+# A kernel of the package. What varies with the sequence length is not specialised: else a length
+# that is a multiple of 16, or leaves one chunk, would compile everything anew.
+kernel = triton.jit(do_not_specialize=["T", "NT", "total_rows"])
+
+
+@triton.jit
+def place(D: tl.constexpr, BD: tl.constexpr):
+    """Return (program, first column): programs that read the same rows stand side by side.
+
+    They run at the same time then, and what one of them fetched the others find in the cache.
+    """
+    blocks: tl.constexpr = (D + BD - 1) // BD
+    return tl.program_id(0) // blocks, tl.program_id(0) % blocks * BD
+
 
 @triton.jit
 def locate(i_chunk, p_offsets, p_first, p_owner, T, NT, C: tl.constexpr, PACKED: tl.constexpr):
-    """Return (first row, rows to the sequence's end) of a chunk; a surplus chunk has none."""
+    """Return (first row, rows to the sequence's end) of a chunk; a surplus chunk has at most 0."""
     if PACKED:
         i_n = tl.load(p_owner + i_chunk)
         start = tl.load(p_offsets + i_n) + (i_chunk - tl.load(p_first + i_n)) * C
@@ -24,7 +38,7 @@ def locate(i_chunk, p_offsets, p_first, p_owner, T, NT, C: tl.constexpr, PACKED:
         i_n = (i_chunk // NT).to(tl.int64)
         start = i_n * T + (i_chunk % NT) * C
         stop = i_n * T + T
-    return start, stop - start
+    return start, (stop - start).to(tl.int32)
 
 
 @triton.jit
@@ -52,20 +66,25 @@ def row_pointers(p_x, start, i_h, H, D, d0, C: tl.constexpr, BD: tl.constexpr):
 
 
 @triton.jit
-def row_mask(rows, D, d0, C: tl.constexpr, BD: tl.constexpr):
+def row_mask(rows, D: tl.constexpr, d0, C: tl.constexpr, BD: tl.constexpr):
     """Mask of the entries of a (C, BD) block that lie within ``rows`` rows and D columns."""
-    return (tl.arange(0, C)[:, None] < rows) & ((d0 + tl.arange(0, BD))[None, :] < D)
+    m_rows = tl.arange(0, C)[:, None] < rows
+    if D % BD != 0:
+        m_rows = m_rows & ((d0 + tl.arange(0, BD))[None, :] < D)
+    return m_rows
 
 
 @triton.jit
-def load_rows(p_x, start, rows, i_h, H, D, d0, C: tl.constexpr, BD: tl.constexpr):
+def load_rows(p_x, start, rows, i_h, H, D: tl.constexpr, d0, C: tl.constexpr, BD: tl.constexpr):
     """Load a (C, BD) block of a (rows, H, D) tensor as float32, zero where there is nothing."""
     p_rows = row_pointers(p_x, start, i_h, H, D, d0, C, BD)
     return tl.load(p_rows, mask=row_mask(rows, D, d0, C, BD), other=0.0).to(tl.float32)
 
 
 @triton.jit
-def store_rows(p_x, b_x, start, rows, i_h, H, D, d0, C: tl.constexpr, BD: tl.constexpr):
+def store_rows(
+    p_x, b_x, start, rows, i_h, H, D: tl.constexpr, d0, C: tl.constexpr, BD: tl.constexpr
+):
     """Store a (C, BD) block into a (rows, H, D) tensor, in that tensor's dtype."""
     p_rows = row_pointers(p_x, start, i_h, H, D, d0, C, BD)
     tl.store(p_rows, b_x.to(p_x.dtype.element_ty), mask=row_mask(rows, D, d0, C, BD))
@@ -122,8 +141,28 @@ def store_tile(p_x, b_x, i, K, V, k0, v0, BK: tl.constexpr, BV: tl.constexpr):
 
 @triton.jit
 def product(b_a, b_b, DOT: tl.constexpr, PRECISION: tl.constexpr):
-    """Multiply two blocks with operands in ``DOT``, accumulating in float32."""
-    return tl.dot(b_a.to(DOT), b_b.to(DOT), input_precision=PRECISION)
+    """Multiply two blocks with operands in ``DOT``, accumulating in float32.
+
+    PRECISION "bf16" is for the interpreter: float32 products of operands rounded to bfloat16,
+    which is what the matrix units compute.
+    """
+    if PRECISION == "bf16":
+        b_a = b_a.to(tl.bfloat16).to(tl.float32)
+        b_b = b_b.to(tl.bfloat16).to(tl.float32)
+        b_product = tl.dot(b_a, b_b, input_precision="ieee")
+    else:
+        b_product = tl.dot(b_a.to(DOT), b_b.to(DOT), input_precision=PRECISION)
+    return b_product
+
+
+@triton.jit
+def transposed(b_x, DOT: tl.constexpr):
+    """Transpose an operand of ``product``.
+
+    What was loaded as ``DOT`` must be so again before it is turned: then it is turned by reading
+    shared memory the other way, else it takes a way through registers and back.
+    """
+    return tl.trans(b_x.to(DOT))
 
 
 @triton.jit
@@ -166,20 +205,28 @@ def widen(b_low, b_up, b_all, size, C: tl.constexpr, BD: tl.constexpr):
 
 
 @triton.jit
-def scalar_pairs(b_g, C: tl.constexpr):
-    """Return exp(g_{j+1} + ... + g_i) for i >= j, 0 above the diagonal: segment sums."""
-    b_sums = tl.cumsum(tl.where(strictly_lower(C), b_g[:, None], 0.0), axis=0)
-    return tl.where(lower(C), tl.exp(b_sums), 0.0)
+def scalar_factors(p_g, start, rows, i_h, H, C: tl.constexpr):
+    """Return (sums, rests, decay from the chunk's start to each row, from each row to its end, of all).
+
+    ``sums`` and ``rests`` are cumulative log decays in two parts, whose differences lose no digits:
+    exp(-110) is 0 in float32, so no gate need count for more; whole multiples of 1/64 then add up
+    and cancel exactly in a chunk of 64 rows, and the rests are of at most 1/128 each.
+    """
+    b_g = tl.maximum(load_column(p_g, start, rows, i_h, H, C), -110.0)
+    b_coarse = tl.floor(b_g * 64.0 + 0.5) * (1.0 / 64.0)
+    b_sums = tl.cumsum(b_coarse, axis=0)
+    b_rests = tl.cumsum(b_g - b_coarse, axis=0)
+    last_sum = tl.sum(b_coarse, axis=0)
+    last_rest = tl.sum(b_g - b_coarse, axis=0)
+    b_write = tl.exp((last_sum - b_sums) + (last_rest - b_rests))
+    return b_sums, b_rests, tl.exp(b_sums + b_rests), b_write, tl.exp(last_sum + last_rest)
 
 
 @triton.jit
-def scalar_factors(p_g, start, rows, i_h, H, C: tl.constexpr):
-    """Return (g, decay from the chunk's start to each row, from each row to its end, of it all)."""
-    b_g = load_column(p_g, start, rows, i_h, H, C)
-    b_next = load_column(p_g, start + 1, tl.minimum(rows, C) - 1, i_h, H, C)
-    b_read = tl.exp(tl.cumsum(b_g, axis=0))
-    b_write = tl.exp(tl.cumsum(b_next, axis=0, reverse=True))
-    return b_g, b_read, b_write, tl.exp(tl.sum(b_g, axis=0))
+def scalar_pairs(b_sums, b_rests, C: tl.constexpr):
+    """Return exp(g_{j+1} + ... + g_i) for i >= j, 0 above the diagonal."""
+    b_between = b_sums[:, None] - b_sums[None, :] + (b_rests[:, None] - b_rests[None, :])
+    return tl.exp(tl.where(lower(C), b_between, -float("inf")))
 
 
 @triton.jit

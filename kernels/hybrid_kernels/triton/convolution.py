@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hybrid_kernels.triton.blocks import load_rows, locate, row_mask, store_rows
+from hybrid_kernels.triton.blocks import kernel, load_rows, locate, row_mask, store_rows
 from hybrid_kernels.triton.launch import Config, block, config, launch
 from hybrid_kernels.triton.layout import Chunks, chunks
 
@@ -26,7 +26,7 @@ def load_taps(
     rows,
     before,
     tap,
-    D,
+    D: tl.constexpr,
     d0,
     W: tl.constexpr,
     C: tl.constexpr,
@@ -53,7 +53,7 @@ def load_tap_weight(p_weight, tap, D, d0, W: tl.constexpr, BD: tl.constexpr):
     return tl.load(p_weight + o_d * W + tap, mask=o_d < D, other=0.0).to(tl.float32)[None, :]
 
 
-@triton.jit
+@kernel
 def convolution_kernel(
     p_x,
     p_weight,
@@ -66,10 +66,9 @@ def convolution_kernel(
     p_offsets,
     p_first,
     p_owner,
-    p_tile,
     T,
     NT,
-    D,
+    D: tl.constexpr,
     W: tl.constexpr,
     C: tl.constexpr,
     BD: tl.constexpr,
@@ -82,13 +81,17 @@ def convolution_kernel(
     """y_t = act(bias + sum_w weight_w x_{t-W+1+w}); BACKWARD, the gradient before act into y.
 
     Grid (tiles, blocks of D). BACKWARD also writes each tile's share of dweight (tiles, D, W) and
-    of dbias (tiles, D). ``p_tile`` holds (sequence, rows of it before the tile) of each tile.
+    of dbias (tiles, D).
     """
     i_tile = tl.program_id(0)
     d0 = tl.program_id(1) * BD
     row, rows = locate(i_tile, p_offsets, p_first, p_owner, T, NT, C, PACKED)
-    i_n = tl.load(p_tile + 2 * i_tile)
-    before = tl.load(p_tile + 2 * i_tile + 1)
+    if PACKED:
+        i_n = tl.load(p_owner + i_tile)
+        before = (i_tile - tl.load(p_first + i_n)) * C
+    else:
+        i_n = (i_tile // NT).to(tl.int64)
+        before = i_tile % NT * C
     o_d = d0 + tl.arange(0, BD)
     b_y = tl.zeros((C, BD), dtype=tl.float32)
     if BIAS:
@@ -113,7 +116,7 @@ def convolution_kernel(
         store_rows(p_y, b_y, row, rows, 0, 1, D, d0, C, BD)
 
 
-@triton.jit
+@kernel
 def convolution_inputs_kernel(
     p_dz,
     p_weight,
@@ -123,7 +126,7 @@ def convolution_inputs_kernel(
     p_owner,
     T,
     NT,
-    D,
+    D: tl.constexpr,
     W: tl.constexpr,
     C: tl.constexpr,
     BD: tl.constexpr,
@@ -167,6 +170,14 @@ def _last_inputs(
     x: Tensor, history: int, initial_state: Tensor | None, cu_seqlens: Tensor | None
 ) -> Tensor:
     """Return the last ``history`` inputs of each sequence (N, D, W-1), from the state if short."""
+    if cu_seqlens is None:
+        time = x.shape[1]
+        recent = x[:, max(0, time - history) :].transpose(1, 2)
+        if time >= history:
+            return recent.contiguous()
+        if initial_state is None:
+            initial_state = x.new_zeros(x.shape[0], x.shape[2], history)
+        return torch.cat([initial_state[:, :, time:].to(x.dtype), recent], dim=2)
     first, end = _bounds(x, cu_seqlens)
     past = torch.arange(-history, 0, device=x.device)
     rows = end[:, None] + past
@@ -180,15 +191,9 @@ def _last_inputs(
     return torch.where((rows >= first[:, None])[:, None], recent, older)
 
 
-def _tiles(x: Tensor, cu_seqlens: Tensor | None) -> tuple[Config, Chunks, Tensor]:
+def _tiles(x: Tensor, cu_seqlens: Tensor | None) -> tuple[Config, Chunks]:
     found = config("convolution", x.device, tl.float32)
-    cut = chunks(x, cu_seqlens, found.values)
-    index = torch.arange(cut.count, device=x.device)
-    if cut.packed:
-        owner, step = cut.owner, index - cut.first[cut.owner]
-    else:
-        owner, step = index // max(cut.per_row, 1), index % max(cut.per_row, 1)
-    return found, cut, torch.stack([owner, step * found.values], dim=1)
+    return found, chunks(x, cu_seqlens, found.values)
 
 
 def forward(
@@ -217,7 +222,7 @@ def _run(
     gradients: tuple[Tensor, Tensor, Tensor] | None,
 ) -> None:
     """Launch ``convolution_kernel``; ``gradients`` are dy and the shares of dweight and dbias."""
-    found, cut, tile = _tiles(x, cu_seqlens)
+    found, cut = _tiles(x, cu_seqlens)
     channels = block(x.shape[2], found.keys)
     launch(
         convolution_kernel,
@@ -227,7 +232,8 @@ def _run(
         *(x if initial_state is None else initial_state.contiguous(), y),
         *((x, x, x) if gradients is None else gradients),
         *cut.tables,
-        *(tile, cut.time, cut.per_row, x.shape[2]),
+        *(cut.time, cut.per_row),
+        D=x.shape[2],
         W=weight.shape[1],
         C=found.values,
         BD=channels,
@@ -250,7 +256,7 @@ def backward(
 ) -> list[Tensor]:
     """Return the gradients of the tensors that are not None, in order."""
     x, dy = x.contiguous(), dy.contiguous()
-    found, cut, _ = _tiles(x, cu_seqlens)
+    found, cut = _tiles(x, cu_seqlens)
     dz = torch.empty_like(x, dtype=torch.float32)
     dweights = dz.new_empty(cut.count, *weight.shape)
     dbiases = dz.new_empty(cut.count, weight.shape[0])
@@ -263,7 +269,8 @@ def backward(
         found,
         *(dz, weight.contiguous(), dx),
         *cut.tables,
-        *(cut.time, cut.per_row, x.shape[2]),
+        *(cut.time, cut.per_row),
+        D=x.shape[2],
         W=weight.shape[1],
         C=found.values,
         BD=channels,

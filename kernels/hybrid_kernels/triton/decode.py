@@ -12,11 +12,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hybrid_kernels.triton.blocks import load_tile, load_vector, store_tile
+from hybrid_kernels.triton.blocks import kernel, load_tile, load_vector, place, store_tile
 from hybrid_kernels.triton.launch import block, config, launch
 
 
-@triton.jit
+@kernel
 def decode_kernel(
     p_q,
     p_k,
@@ -30,10 +30,10 @@ def decode_kernel(
     p_final,
     scale,
     g_stride,
-    H,
-    HQ,
-    HK,
-    HV,
+    H: tl.constexpr,
+    HQ: tl.constexpr,
+    HK: tl.constexpr,
+    HV: tl.constexpr,
     K: tl.constexpr,
     V: tl.constexpr,
     BK: tl.constexpr,
@@ -47,13 +47,13 @@ def decode_kernel(
 ):
     """One step of the recurrence as ``linear_attention`` states it.
 
-    Grid (B * H, blocks of V); all of K in one block. q, k, v (B, heads, K or V), states
+    Grid (B * H * blocks of V,); all of K in one block. q, k, v (B, heads, K or V), states
     (B, H, K, V) float32.
     """
-    i_row = tl.program_id(0).to(tl.int64)
+    i_row, v0 = place(V, BV)
+    i_row = i_row.to(tl.int64)
     i_b = i_row // H
     i_h = i_row % H
-    v0 = tl.program_id(1) * BV
     b_q = load_vector(p_q, i_b * HQ + i_h // (H // HQ), K, 0, BK) * scale
     b_k = load_vector(p_k, i_b * HK + i_h // (H // HK), K, 0, BK)
     b_v = load_vector(p_v, i_b * HV + i_h // (H // HV), V, v0, BV)
@@ -105,10 +105,14 @@ def step(
     dims = 0 if log_decay is None else log_decay.dim()
     launch(
         decode_kernel,
-        (shape[0] * heads, triton.cdiv(v.shape[3], values)),
+        (shape[0] * heads * triton.cdiv(v.shape[3], values),),
         found,
         *(q.contiguous(), k.contiguous(), v.contiguous(), *filled, o, final),
-        *(scale, 0 if dims == 1 else heads, heads, q.shape[2], k.shape[2], v.shape[2]),
+        *(scale, 0 if dims == 1 else heads),
+        H=heads,
+        HQ=q.shape[2],
+        HK=k.shape[2],
+        HV=v.shape[2],
         K=q.shape[3],
         V=v.shape[3],
         BK=block(q.shape[3], 256),

@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 
 from hybrid_kernels.triton.blocks import (
+    kernel,
     load_column,
     load_rows,
     load_tile,
@@ -25,25 +26,15 @@ from hybrid_kernels.triton.blocks import (
     scalar_factors,
     store_column,
     store_rows,
-    store_tile,
     straddle,
+    transposed,
     vector_factors,
 )
 
 
 @triton.jit
-def inverse_kernel(
-    p_x,
-    C: tl.constexpr,
-    MERGES: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """Replace strictly lower L by (I + L)^-1 in each matrix of (R * H, C, C), float32.
-
-    Grid (R * H,). C = 16 * 2^MERGES.
-    """
-    i_pair = tl.program_id(0).to(tl.int64)
-    b_strict = load_tile(p_x, i_pair, C, C, 0, 0, C, C)
+def unit_inverse(b_strict, C: tl.constexpr, PRECISION: tl.constexpr):
+    """Return (I + L)^-1 for strictly lower L (C, C), float32; C is 16 times a power of two."""
     o_b = tl.arange(0, C // 16)
     o_r = tl.arange(0, 16)
     m_block = o_b[:, None, None, None] == o_b[None, None, :, None]
@@ -57,14 +48,16 @@ def inverse_kernel(
         b_solved = tl.sum(b_row[:, :, None] * b_small, axis=1)
         b_small = tl.where(m_row, b_small - b_solved[:, None, :], b_small)
     b_x = tl.reshape(tl.where(m_block, b_small[:, :, None, :], 0.0), (C, C))
-    for merge in range(0, MERGES):
-        b_below = tl.where(straddle(16 << merge, C), b_strict, 0.0)
+    size = 16
+    while size < C:
+        b_below = tl.where(straddle(size, C), b_strict, 0.0)
         b_left = product(b_x, b_below, tl.float32, PRECISION)
         b_x -= product(b_left, b_x, tl.float32, PRECISION)
-    store_tile(p_x, b_x, i_pair, C, C, 0, 0, C, C)
+        size *= 2
+    return b_x
 
 
-@triton.jit
+@kernel
 def new_values_kernel(
     p_k,
     p_v,
@@ -78,9 +71,9 @@ def new_values_kernel(
     p_owner,
     T,
     NT,
-    H,
-    HK,
-    HV,
+    H: tl.constexpr,
+    HK: tl.constexpr,
+    HV: tl.constexpr,
     K: tl.constexpr,
     V: tl.constexpr,
     C: tl.constexpr,
@@ -109,7 +102,7 @@ def new_values_kernel(
         b_u = product(b_inverse, b_v, DOT, PRECISION)
         store_rows(p_u, b_u, row, rows, i_h, H, V, v0, C, BV)
     if SCALAR:
-        _, b_decay, _, _ = scalar_factors(p_g, row, rows, i_h, H, C)
+        _, _, b_decay, _, _ = scalar_factors(p_g, row, rows, i_h, H, C)
         b_inverse *= b_decay[None, :]
     for k0 in range(0, K, BK):
         b_k = load_rows(p_k, row, rows, i_h // (H // HK), HK, K, k0, C, BK)
@@ -120,7 +113,7 @@ def new_values_kernel(
         store_rows(p_w, b_w, row, rows, i_h, H, K, k0, C, BK)
 
 
-@triton.jit
+@kernel
 def new_values_backward_kernel(
     p_v,
     p_beta,
@@ -134,8 +127,8 @@ def new_values_backward_kernel(
     p_owner,
     T,
     NT,
-    H,
-    HV,
+    H: tl.constexpr,
+    HV: tl.constexpr,
     V: tl.constexpr,
     C: tl.constexpr,
     BV: tl.constexpr,
@@ -155,7 +148,7 @@ def new_values_backward_kernel(
     if rows <= 0:
         return
     b_beta = load_column(p_beta, row, rows, i_h, H, C)
-    b_inverse = tl.trans(load_tile(p_inverse, i_pair, C, C, 0, 0, C, C))
+    b_inverse = transposed(load_tile(p_inverse, i_pair, C, C, 0, 0, C, C), DOT)
     b_dbeta = tl.zeros((C,), dtype=tl.float32)
     for v0 in range(0, V, BV):
         b_du = load_rows(p_du, row, rows, i_h, H, V, v0, C, BV)

@@ -15,19 +15,21 @@ import triton
 import triton.language as tl
 
 from hybrid_kernels.triton.blocks import (
+    kernel,
     load_column,
     load_rows,
     load_tile,
     load_vector,
     locate,
     lower,
+    place,
     product,
     scalar_factors,
-    scalar_pairs,
     store_column,
     store_rows,
     straddle,
     strictly_lower,
+    transposed,
     vector_factors,
     widen,
 )
@@ -52,15 +54,7 @@ def spanned(size, C: tl.constexpr):
     return (o_t // size == o_s // size) & (m_below == (o_s >= o_t))
 
 
-@triton.jit
-def spanning_pairs(b_pairs, C: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr):
-    """Sum for each t the pairs (i, j) with j < t <= i of a strictly lower matrix."""
-    b_ones = tl.where(strictly_lower(C), 1.0, 0.0)
-    b_before = product(b_pairs, tl.trans(b_ones), DOT, PRECISION)
-    return tl.sum(tl.where(lower(C), b_before, 0.0), axis=0)
-
-
-@triton.jit
+@kernel
 def keys_backward_kernel(
     p_q,
     p_k,
@@ -84,11 +78,11 @@ def keys_backward_kernel(
     scale,
     T,
     NT,
-    H,
-    HQ,
-    HK,
-    HV,
     total_rows,
+    H: tl.constexpr,
+    HQ: tl.constexpr,
+    HK: tl.constexpr,
+    HV: tl.constexpr,
     K: tl.constexpr,
     V: tl.constexpr,
     C: tl.constexpr,
@@ -106,8 +100,9 @@ def keys_backward_kernel(
 ):
     """Write dq, dk (rows, H, K), dg and, with DELTA, dbeta and the second read's share of dk.
 
-    Grid (R * H, blocks of K). dg is (rows, H, K) with VECTOR; with SCALAR it is, as dbeta is,
-    (blocks of K, rows, H), to be summed. dpairs and dstrict come from ``pairs_backward_kernel``.
+    Grid (R * H * blocks of K,). dg is (rows, H, K) with VECTOR; with SCALAR it is, as dbeta is,
+    (blocks of K, rows, H), to be summed with what the pairs of rows give. That, dpairs and dstrict
+    come from ``pairs_backward_kernel``.
     With DELTA, v is u. With a decay over values, v is v * write and do is do * read, dpairs are
     decayed too, and TOTAL says that total (R, H, V) holds that decay for whole chunks.
 
@@ -115,12 +110,11 @@ def keys_backward_kernel(
     gradient of value_g when they change places: K is V then, and TURNED says that states are not
     turned with them.
     """
-    i_chunk = tl.program_id(0) // H
-    i_h = tl.program_id(0) % H
-    i_block = tl.program_id(1)
-    k0 = i_block * BK
-    i_pair = tl.program_id(0).to(tl.int64)
-    part = i_block.to(tl.int64) * total_rows * H
+    i_pair, k0 = place(K, BK)
+    i_chunk = i_pair // H
+    i_h = i_pair % H
+    i_pair = i_pair.to(tl.int64)
+    part = (k0 // BK).to(tl.int64) * total_rows * H
     row, rows = locate(i_chunk, p_offsets, p_first, p_owner, T, NT, C, PACKED)
     if rows <= 0:
         return
@@ -132,19 +126,19 @@ def keys_backward_kernel(
         b_do = load_rows(p_do, row, rows, i_h, H, V, v0, C, BV)
         b_v = load_rows(p_v, row, rows, i_h // (H // HV), HV, V, v0, C, BV)
         if TURNED:
-            b_state = tl.trans(load_tile(p_states, i_pair, V, K, v0, k0, BV, BK))
-            b_dstate = tl.trans(load_tile(p_dstates, i_pair, V, K, v0, k0, BV, BK))
+            b_state = transposed(load_tile(p_states, i_pair, V, K, v0, k0, BV, BK), DOT)
+            b_dstate = transposed(load_tile(p_dstates, i_pair, V, K, v0, k0, BV, BK), DOT)
         else:
             b_state = load_tile(p_states, i_pair, K, V, k0, v0, BK, BV)
             b_dstate = load_tile(p_dstates, i_pair, K, V, k0, v0, BK, BV)
-        b_dq += product(b_do, tl.trans(b_state), DOT, PRECISION)
-        b_dk += product(b_v, tl.trans(b_dstate), DOT, PRECISION)
+        b_dq += product(b_do, transposed(b_state, DOT), DOT, PRECISION)
+        b_dk += product(b_v, transposed(b_dstate, DOT), DOT, PRECISION)
         if TOTAL:
             b_state *= load_vector(p_total, i_pair, V, v0, BV)[None, :]
         b_dtotal += tl.sum(b_state * b_dstate, axis=1)
         if DELTA:
             b_dx = load_rows(p_dx, row, rows, i_h, H, V, v0, C, BV)
-            b_dr += product(b_dx, tl.trans(b_state), DOT, PRECISION)
+            b_dr += product(b_dx, transposed(b_state, DOT), DOT, PRECISION)
     # As wide as the operands of products: half the registers in bfloat16, and nothing lost.
     b_q = load_rows(p_q, row, rows, i_h // (H // HQ), HQ, K, k0, C, BK).to(DOT)
     b_k = load_rows(p_k, row, rows, i_h // (H // HK), HK, K, k0, C, BK).to(DOT)
@@ -153,8 +147,7 @@ def keys_backward_kernel(
         # The second read is by k, and -beta weighs its rows; dr is without, so that beta may be 0.
         b_weight = -load_column(p_beta, row, rows, i_h, H, C)[:, None]
     if SCALAR:
-        b_g, b_read, b_write, total = scalar_factors(p_g, row, rows, i_h, H, C)
-        b_decay = scalar_pairs(b_g, C)
+        _, _, b_read, b_write, total = scalar_factors(p_g, row, rows, i_h, H, C)
         b_dq *= b_read[:, None]
         b_dk *= b_write[:, None]
         b_reads = tl.sum(b_q * b_dq, axis=1)
@@ -165,6 +158,7 @@ def keys_backward_kernel(
         b_dg = tl.cumsum(b_reads, axis=0, reverse=True)
         b_dg += tl.sum(tl.where(strictly_lower(C), b_writes[None, :], 0.0), axis=1)
         b_dg += tl.sum(b_dtotal, axis=0) * total
+        store_column(p_dg + part, b_dg, row, rows, i_h, H, C)
     if VECTOR:
         b_g, b_read, b_write, b_total = vector_factors(p_g, row, rows, i_h, H, K, k0, C, BK)
         b_dq *= b_read
@@ -188,13 +182,13 @@ def keys_backward_kernel(
             m_level = straddle(1 << level, C)
             b_d = tl.load(p_dpairs + o_pair, mask=m_level, other=0.0)
             b_dread = product(b_d, b_k * b_up, DOT, PRECISION) * b_low
-            b_dwrite = product(tl.trans(b_d), b_q * b_low, DOT, PRECISION)
+            b_dwrite = product(transposed(b_d, DOT), b_q * b_low, DOT, PRECISION)
             b_dq += b_dread
             b_reads = b_q * b_dread
             if DELTA:
                 b_d = tl.load(p_dstrict + o_pair, mask=m_level, other=0.0)
                 b_dread = product(b_d, b_k * b_up, DOT, PRECISION) * b_low
-                b_dwrite += product(tl.trans(b_d * b_weight), b_k * b_low, DOT, PRECISION)
+                b_dwrite += product(transposed(b_d * b_weight, DOT), b_k * b_low, DOT, PRECISION)
                 b_dr += b_dread
                 b_reads += b_weight * b_k * b_dread
             b_dwrite *= b_up
@@ -205,24 +199,12 @@ def keys_backward_kernel(
         store_rows(p_dg, b_dg, row, rows, i_h, H, K, k0, C, BK)
     else:
         b_d = load_tile(p_dpairs, i_pair, C, C, 0, 0, C, C)
-        if SCALAR:
-            b_d *= b_decay
-            b_spans = product(b_q, tl.trans(b_k), DOT, PRECISION) * b_d
         b_dq += product(b_d, b_k, DOT, PRECISION)
-        b_dk += product(tl.trans(b_d), b_q, DOT, PRECISION)
+        b_dk += product(transposed(b_d, DOT), b_q, DOT, PRECISION)
         if DELTA:
             b_d = load_tile(p_dstrict, i_pair, C, C, 0, 0, C, C)
-            if SCALAR:
-                b_d *= b_decay
             b_dr += product(b_d, b_k, DOT, PRECISION)
-            b_d *= b_weight
-            if SCALAR:
-                b_spans += product(b_k, tl.trans(b_k), DOT, PRECISION) * b_d
-            b_dk += product(tl.trans(b_d), b_k, DOT, PRECISION)
-        if SCALAR:
-            b_spans = tl.where(strictly_lower(C), b_spans, 0.0)
-            b_dg += spanning_pairs(b_spans, C, DOT, PRECISION)
-            store_column(p_dg + part, b_dg, row, rows, i_h, H, C)
+            b_dk += product(transposed(b_d * b_weight, DOT), b_k, DOT, PRECISION)
     if DELTA:
         store_column(p_dbeta + part, -tl.sum(b_dr * b_k, axis=1), row, rows, i_h, H, C)
         b_dk += b_weight * b_dr

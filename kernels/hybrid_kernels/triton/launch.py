@@ -46,8 +46,10 @@ class Config:
 
 
 # Kernel -> configuration with 16-bit operands, and with float32 ones. A name may be led by the form
-# that needs smaller blocks: "delta_", "value_" or "vector_", the first that is there counts.
+# that needs other blocks: "wide_delta_" (K above 128), "delta_vector_", "delta_", "value_" or
+# "vector_", the first that is there counts.
 _CUDA: dict[str, tuple[Config, Config]] = {
+    "walk_forward": (Config(128, 32, 8, 1), Config(128, 16, 4, 1)),
     "states_forward": (Config(64, 64, 4, 2), Config(32, 32, 4, 1)),
     "states_backward": (Config(64, 64, 4, 2), Config(32, 32, 4, 1)),
     "delta_states_forward": (Config(256, 16, 4, 2), Config(256, 16, 8, 1)),
@@ -57,18 +59,42 @@ _CUDA: dict[str, tuple[Config, Config]] = {
     "outputs_forward": (Config(64, 64, 4, 2), Config(32, 32, 4, 1)),
     "value_outputs_forward": (Config(64, 32, 4, 2), Config(32, 32, 4, 1)),
     "values_backward": (Config(64, 64, 4, 2), Config(32, 32, 4, 1)),
-    "keys_backward": (Config(32, 32, 4, 1), Config(32, 32, 4, 1)),
-    "delta_keys_backward": (Config(16, 32, 4, 1), Config(16, 32, 4, 1)),
+    "keys_backward": (Config(32, 64, 8, 1), Config(32, 32, 4, 1)),
+    "delta_keys_backward": (Config(32, 64, 8, 1), Config(16, 32, 4, 1)),
+    "delta_vector_keys_backward": (Config(16, 32, 4, 1), Config(16, 32, 4, 1)),
     "value_keys_backward": (Config(16, 32, 4, 1), Config(16, 32, 4, 1)),
+    "vector_keys_backward": (Config(32, 32, 4, 1), Config(32, 32, 4, 1)),
     "pairs": (Config(32, 32, 8, 1), Config(32, 32, 4, 1)),
     "pairs_backward": (Config(64, 64, 4, 2), Config(32, 32, 4, 1)),
-    "inverse": (Config(64, 64, 4, 1), Config(64, 64, 4, 1)),
     "new_values": (Config(64, 64, 4, 2), Config(32, 32, 4, 1)),
     "new_values_backward": (Config(64, 64, 4, 2), Config(32, 32, 4, 1)),
-    "decode": (Config(256, 16, 4, 1), Config(256, 16, 4, 1)),
+    "decode": (Config(256, 32, 4, 1), Config(256, 32, 4, 1)),
     "convolution": (Config(64, 16, 4, 1), Config(64, 16, 4, 1)),
     "scan_forward": (Config(16, 16, 4, 1), Config(16, 16, 4, 1)),
     "scan_backward": (Config(16, 16, 8, 1), Config(16, 16, 8, 1)),
+}
+
+
+def _narrow(config: Config, kernel: str) -> tuple[Config, Config]:
+    return config, _CUDA[kernel][1]
+
+
+# Four times the shared memory of the least device, and products of whole groups of warps.
+_HOPPER = {
+    **_CUDA,
+    "walk_forward": _narrow(Config(128, 64, 4, 2), "walk_forward"),
+    "states_forward": _narrow(Config(64, 64, 4, 3), "states_forward"),
+    "states_backward": _narrow(Config(64, 64, 4, 3), "states_backward"),
+    "delta_states_forward": _narrow(Config(256, 64, 4, 2), "delta_states_forward"),
+    "delta_states_backward": _narrow(Config(256, 64, 4, 2), "delta_states_backward"),
+    "wide_delta_states_forward": _CUDA["delta_states_forward"],
+    "wide_delta_states_backward": _CUDA["delta_states_backward"],
+    "outputs_forward": _narrow(Config(64, 128, 8, 2), "outputs_forward"),
+    "values_backward": _narrow(Config(64, 128, 8, 2), "values_backward"),
+    "keys_backward": _narrow(Config(64, 64, 8, 2), "keys_backward"),
+    "delta_keys_backward": _narrow(Config(64, 64, 8, 2), "delta_keys_backward"),
+    "delta_vector_pairs": _CUDA["pairs"],
+    "delta_pairs": _narrow(Config(128, 64, 4, 1), "pairs"),
 }
 # There a scan costs by the element, all else by the call.
 _INTERPRETER = {
@@ -76,14 +102,20 @@ _INTERPRETER = {
     **dict.fromkeys(("scan_forward", "scan_backward"), (Config(4, 8), Config(4, 8))),
 }
 _TABLE: dict[str, dict[str, tuple[Config, Config]]] = {
-    "sm_80": {**_CUDA, "inverse": (Config(64, 64, 8, 1), Config(64, 64, 4, 1))},
-    "sm_90": _CUDA,
-    "sm_100": _CUDA,
+    "sm_80": _CUDA,
+    "sm_90": _HOPPER,
+    "sm_100": _HOPPER,
     "gfx942": _CUDA,
     "interpreter": _INTERPRETER,
 }
 
+# From how many pairs of a sequence and a head on the forward pass is one walk (``walk.py``): half
+# as many as a large GPU has multiprocessors, two blocks of V each.
+_WALKERS = {**dict.fromkeys(_TABLE, 64), "interpreter": 3}
+WALK_KEYS = 128
+
 _overrides: dict[str, Config] = {}
+_walkers: int | None = None
 _recorder: Callable[..., None] | None = None
 _recorded_class: str | None = None
 
@@ -105,17 +137,24 @@ def operands(device: torch.device, *inputs: Tensor) -> tuple[tl.dtype, str]:
 
     16-bit floats of 5 exponent bits are multiplied as TF32, which has as many mantissa bits and
     the range of float32: a state may grow beyond 65504. The interpreter's bfloat16 products are
-    wrong (triton 3.9), so it multiplies in float32.
+    wrong (triton 3.9), so it rounds to bfloat16 and multiplies in float32 (``blocks.product``).
     """
     kind = device_class(device)
+    narrow = all(x.dtype == torch.bfloat16 for x in inputs)
     if kind == "interpreter":
-        return tl.float32, "ieee"
-    if all(x.dtype == torch.bfloat16 for x in inputs):
-        return tl.bfloat16, "tf32"
+        return tl.float32, "bf16" if narrow else "ieee"
+    if narrow:
+        return tl.bfloat16, "ieee"
     if kind.startswith("gfx"):
         return tl.float32, "ieee"
     narrow = (torch.bfloat16, torch.float16)
     return tl.float32, "tf32" if all(x.dtype in narrow for x in inputs) else "tf32x3"
+
+
+def kept(*inputs: Tensor) -> torch.dtype:
+    """Return the dtype of what is kept between kernels: as precise as the next product takes it."""
+    narrow = all(x.dtype == torch.bfloat16 for x in inputs)
+    return torch.bfloat16 if narrow else torch.float32
 
 
 def exact(device: torch.device) -> str:
@@ -136,6 +175,15 @@ def config(
     led = [f"{form}_{kernel}" for form, present in (forms or {}).items() if present]
     name = next((name for name in led if name in table), kernel)
     return table[name][0 if dot == tl.bfloat16 else 1]
+
+
+def walks(device: torch.device, walkers: int, key_dim: int) -> bool:
+    """Say whether ``walkers`` pairs of a sequence and a head are enough to walk over time at once.
+
+    Depends on nothing that varies with the sequence length. K must fit one block.
+    """
+    least = _WALKERS[device_class(device)] if _walkers is None else _walkers
+    return walkers >= least and key_dim <= WALK_KEYS
 
 
 def block(size: int, limit: int) -> int:
@@ -164,6 +212,17 @@ def override(kernel: str, config: Config) -> Iterator[None]:
         yield
     finally:
         del _overrides[kernel]
+
+
+@contextlib.contextmanager
+def walk_from(walkers: int) -> Iterator[None]:
+    """Walk from another number of sequences and heads on: 0 is always, a large one never."""
+    global _walkers
+    _walkers = walkers
+    try:
+        yield
+    finally:
+        _walkers = None
 
 
 @contextlib.contextmanager

@@ -6,12 +6,14 @@ and, for the delta rule, the triangular inverse; states are computed again.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from hybrid_kernels.triton import problem as run
 from hybrid_kernels.triton.decode import decode
-from hybrid_kernels.triton.launch import default_chunk, operands
+from hybrid_kernels.triton.launch import default_chunk, kept, operands
 from hybrid_kernels.triton.layout import counts
 from hybrid_kernels.triton.problem import Across, Inputs, Problem, Rows, make_problem
 
@@ -100,14 +102,15 @@ def forward(*arguments) -> tuple[Tensor, Tensor, Tensor]:
         arguments: the fields of ``Inputs``.
     """
     p = make_problem(Inputs(*arguments))
-    rows = run.make_rows(p, strict=p.delta)
-    if not p.delta:
-        states, final = run.states_forward(p, rows, p.q, p.q)
-        return run.outputs_forward(p, rows, p.v, states), final, p.empty(0, dtype=torch.float32)
-    inverse = run.invert(p, rows)
-    w, u = run.new_values(p, inverse)
-    states, final = run.states_forward(p, rows, w, u)
-    return run.outputs_forward(p, rows, u, states), final, inverse
+    rows = run.make_rows(p, inverse=p.delta)
+    inverse, w, v = p.empty(0), p.q, p.v
+    if p.delta:
+        inverse = rows.inverse
+        w, v = run.new_values(p, inverse)
+    if run.walks(p):
+        return *run.walk_forward(p, rows, w, v), inverse
+    states, final = run.states_forward(p, rows, w, v)
+    return run.outputs_forward(p, rows, v, states), final, inverse
 
 
 def backward(*arguments) -> list[Tensor]:
@@ -119,7 +122,7 @@ def backward(*arguments) -> list[Tensor]:
     *given, inverse, do, dfinal = arguments
     inputs = Inputs(*given)
     p = make_problem(inputs)
-    rows = run.make_rows(p, strict=False)
+    rows = run.make_rows(p, inverse=False)
     do, dfinal = do.contiguous(), dfinal.contiguous()
     if p.delta:
         grads = _delta_backward(p, rows, inverse, do, dfinal)
@@ -135,7 +138,7 @@ def _additive_backward(p: Problem, rows: Rows, do: Tensor, dfinal: Tensor) -> Gr
     dstates, dinitial = run.states_backward(p, rows, p.q, do, p.q, dfinal)
     dv = p.like(p.v)
     run.values_backward(p, rows, do, dv, dstates)
-    across = Across(p.v, do, *run.pairs_backward(p, p.v, do, p.q))
+    across = run.pairs_backward(p, p.v, do, None)
     dq, dk, dg, _ = run.keys_backward(p, states, dstates, across)
     return {"q": dq, "k": dk, "v": dv, "log_decay": dg, "initial_state": dinitial}
 
@@ -145,15 +148,14 @@ def _value_backward(p: Problem, rows: Rows, do: Tensor, dfinal: Tensor) -> Gradi
     states, _ = run.states_forward(p, rows, p.q, p.q)
     dstates, dinitial = run.states_backward(p, rows, p.q, do, p.q, dfinal)
     turned = run.turned(p, do)
-    columns = run.make_rows(turned, strict=False)
+    columns = run.make_rows(turned, inverse=False)
     across = Across(columns.k, columns.q, columns.pairs * p.scale, total=columns.total)
     dq, dk, dg, _ = run.keys_backward(p, states, dstates, across)
     if p.vector:
         across = Across(rows.k, rows.q, rows.pairs * p.scale, total=rows.total, turned=True)
     else:
         q = p.q.repeat_interleave(p.heads // p.q.shape[2], dim=2)
-        pairs, _ = run.pairs_backward(turned, p.k, q, q)
-        across = Across(p.k, q, pairs, turned=True)
+        across = replace(run.pairs_backward(turned, p.k, q, None), turned=True)
     _, dv, dvalue_g, _ = run.keys_backward(turned, states, dstates, across)
     grads = {"q": dq, "k": dk, "v": dv, "log_decay": dg, "value_log_decay": dvalue_g}
     return {**grads, "initial_state": dinitial}
@@ -168,7 +170,7 @@ def _delta_backward(
     run.values_backward(p, rows, do, du, None)
     dstates, dinitial = run.states_backward(p, rows, w, do, du, dfinal)
     dx, dv, dbeta = run.new_values_backward(p, inverse, du)
-    across = Across(u, do, *run.pairs_backward(p, u, do, dx), dx)
+    across = run.pairs_backward(p, u, do, dx)
     dq, dk, dg, rest = run.keys_backward(p, states, dstates, across)
     grads = {"q": dq, "k": dk, "v": dv, "log_decay": dg, "beta": dbeta + rest}
     return {**grads, "initial_state": dinitial}
@@ -208,7 +210,7 @@ def _(*arguments):
     o = v.new_empty(*q.shape[:2], heads, v.shape[3])
     final = q.new_empty(sequences, heads, q.shape[3], v.shape[3], dtype=torch.float32)
     square = (0,) if inputs.beta is None else (count * heads, inputs.chunk, inputs.chunk)
-    return o, final, q.new_empty(square, dtype=torch.float32)
+    return o, final, q.new_empty(square, dtype=kept(q, k, v))
 
 
 @_backward.register_fake

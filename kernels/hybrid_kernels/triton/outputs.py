@@ -5,25 +5,27 @@ Legend: see ``blocks.py``; R chunks in all.
 
 # pyright: reportArgumentType=false
 
-import triton
 import triton.language as tl
 
 from hybrid_kernels.triton.blocks import (
+    kernel,
     load_rows,
     load_tile,
     locate,
     lower,
+    place,
     product,
     scalar_factors,
     scalar_pairs,
     store_rows,
     straddle,
+    transposed,
     vector_factors,
     widen,
 )
 
 
-@triton.jit
+@kernel
 def outputs_forward_kernel(
     p_q,
     p_k,
@@ -39,10 +41,10 @@ def outputs_forward_kernel(
     scale,
     T,
     NT,
-    H,
-    HQ,
-    HK,
-    HV,
+    H: tl.constexpr,
+    HQ: tl.constexpr,
+    HK: tl.constexpr,
+    HV: tl.constexpr,
     K: tl.constexpr,
     V: tl.constexpr,
     C: tl.constexpr,
@@ -58,14 +60,14 @@ def outputs_forward_kernel(
 ):
     """o = scale * ((q * read) S + pairs v), pairs_ij = q_i^T k_j decayed, i >= j.
 
-    Grid (R * H, blocks of V). With VECTOR, q * read and pairs (R * H, C, C) come from
+    Grid (R * H * blocks of V,). With VECTOR, q * read and pairs (R * H, C, C) come from
     ``pairs_kernel``. With VALUE, each column of a pair has a decay of its own, and so pairs meet v
     level by level, as rows meet rows in ``pairs.py``.
     """
-    i_chunk = tl.program_id(0) // H
-    i_h = tl.program_id(0) % H
-    v0 = tl.program_id(1) * BV
-    i_pair = tl.program_id(0).to(tl.int64)
+    i_pair, v0 = place(V, BV)
+    i_chunk = i_pair // H
+    i_h = i_pair % H
+    i_pair = i_pair.to(tl.int64)
     row, rows = locate(i_chunk, p_offsets, p_first, p_owner, T, NT, C, PACKED)
     if rows <= 0:
         return
@@ -76,14 +78,14 @@ def outputs_forward_kernel(
         b_state = load_tile(p_states, i_pair, K, V, k0, v0, BK, BV)
         if not VECTOR:
             b_k = load_rows(p_k, row, rows, i_h // (H // HK), HK, K, k0, C, BK)
-            b_pairs += product(b_q, tl.trans(b_k), DOT, PRECISION)
+            b_pairs += product(b_q, transposed(b_k, DOT), DOT, PRECISION)
         b_o += product(b_q, b_state, DOT, PRECISION)
     if VECTOR:
         b_pairs += load_tile(p_pairs, i_pair, C, C, 0, 0, C, C)
     elif SCALAR:
-        b_g, b_read, _, _ = scalar_factors(p_g, row, rows, i_h, H, C)
+        b_sums, b_rests, b_read, _, _ = scalar_factors(p_g, row, rows, i_h, H, C)
         b_o *= b_read[:, None]
-        b_pairs *= scalar_pairs(b_g, C)
+        b_pairs *= scalar_pairs(b_sums, b_rests, C)
     else:
         b_pairs = tl.where(lower(C), b_pairs, 0.0)
     b_v = load_rows(p_v, row, rows, i_h // (H // HV), HV, V, v0, C, BV)
@@ -105,7 +107,7 @@ def outputs_forward_kernel(
     store_rows(p_o, b_o, row, rows, i_h, H, V, v0, C, BV)
 
 
-@triton.jit
+@kernel
 def values_backward_kernel(
     p_q,
     p_k,
@@ -120,9 +122,9 @@ def values_backward_kernel(
     scale,
     T,
     NT,
-    H,
-    HQ,
-    HK,
+    H: tl.constexpr,
+    HQ: tl.constexpr,
+    HK: tl.constexpr,
     K: tl.constexpr,
     V: tl.constexpr,
     C: tl.constexpr,
@@ -137,13 +139,13 @@ def values_backward_kernel(
 ):
     """dv = scale * pairs^T do, and with STATES plus (k * write) dS'.
 
-    Grid (R * H, blocks of V). With VECTOR, k is k * write already. Without STATES it is the delta
+    Grid (R * H * blocks of V,). With VECTOR, k is k * write already. Without STATES it is the delta
     rule's first half: dS' is not known before du is, and ``states_backward_kernel`` adds the rest.
     """
-    i_chunk = tl.program_id(0) // H
-    i_h = tl.program_id(0) % H
-    v0 = tl.program_id(1) * BV
-    i_pair = tl.program_id(0).to(tl.int64)
+    i_pair, v0 = place(V, BV)
+    i_chunk = i_pair // H
+    i_h = i_pair % H
+    i_pair = i_pair.to(tl.int64)
     row, rows = locate(i_chunk, p_offsets, p_first, p_owner, T, NT, C, PACKED)
     if rows <= 0:
         return
@@ -153,18 +155,18 @@ def values_backward_kernel(
         b_k = load_rows(p_k, row, rows, i_h // (H // HK), HK, K, k0, C, BK)
         if not VECTOR:
             b_q = load_rows(p_q, row, rows, i_h // (H // HQ), HQ, K, k0, C, BK)
-            b_pairs += product(b_q, tl.trans(b_k), DOT, PRECISION)
+            b_pairs += product(b_q, transposed(b_k, DOT), DOT, PRECISION)
         if STATES:
             b_dstate = load_tile(p_dstates, i_pair, K, V, k0, v0, BK, BV)
             b_dv += product(b_k, b_dstate, DOT, PRECISION)
     if VECTOR:
         b_pairs += load_tile(p_pairs, i_pair, C, C, 0, 0, C, C)
     elif SCALAR:
-        b_g, _, b_write, _ = scalar_factors(p_g, row, rows, i_h, H, C)
+        b_sums, b_rests, _, b_write, _ = scalar_factors(p_g, row, rows, i_h, H, C)
         b_dv *= b_write[:, None]
-        b_pairs *= scalar_pairs(b_g, C)
+        b_pairs *= scalar_pairs(b_sums, b_rests, C)
     else:
         b_pairs = tl.where(lower(C), b_pairs, 0.0)
-    b_do = load_rows(p_do, row, rows, i_h, H, V, v0, C, BV) * scale
-    b_dv += product(tl.trans(b_pairs), b_do, DOT, PRECISION)
+    b_do = load_rows(p_do, row, rows, i_h, H, V, v0, C, BV)
+    b_dv += product(transposed(b_pairs * scale, DOT), b_do, DOT, PRECISION)
     store_rows(p_dv, b_dv, row, rows, i_h, H, V, v0, C, BV)

@@ -14,29 +14,34 @@ import triton
 import triton.language as tl
 
 from hybrid_kernels.triton.blocks import (
+    kernel,
     load_column,
     load_rows,
     locate,
     lower,
     product,
+    scalar_factors,
     scalar_pairs,
+    store_column,
     store_rows,
     store_tile,
     straddle,
     strictly_lower,
+    transposed,
     vector_factors,
     widen,
 )
+from hybrid_kernels.triton.delta import unit_inverse
 
 
-@triton.jit
+@kernel
 def pairs_kernel(
     p_q,
     p_k,
     p_g,
     p_beta,
     p_pairs,
-    p_strict,
+    p_inverse,
     p_read,
     p_write,
     p_total,
@@ -45,9 +50,9 @@ def pairs_kernel(
     p_owner,
     T,
     NT,
-    H,
-    HQ,
-    HK,
+    H: tl.constexpr,
+    HQ: tl.constexpr,
+    HK: tl.constexpr,
     K: tl.constexpr,
     C: tl.constexpr,
     LEVELS: tl.constexpr,
@@ -55,15 +60,18 @@ def pairs_kernel(
     SCALAR: tl.constexpr,
     VECTOR: tl.constexpr,
     DELTA: tl.constexpr,
+    PAIRS: tl.constexpr,
+    EXACT: tl.constexpr,
     PACKED: tl.constexpr,
     DOT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """pairs_ij = q_i^T k_j decayed, i >= j (VECTOR); strict_ij = beta_i k_i^T k_j, i > j (DELTA).
+    """pairs_ij = q_i^T k_j decayed, i >= j (PAIRS); with DELTA the inverse of I + beta_i k_i^T k_j.
 
-    Grid (R * H,). Writes pairs (R * H, C, C) and strict (R * H, C, C), float32. With VECTOR also
+    Grid (R * H,). Writes pairs and inverse (R * H, C, C). With VECTOR, which implies PAIRS, also
     q * read and k * write (rows, H, K), and the decay of the whole chunk (R, H, K), float32: what
-    the walk over time needs of g, so that it reads no gates.
+    the walk over time needs of g, so that it reads no gates. EXACT is the precision of products
+    that must keep float32's digits.
     """
     i_chunk = tl.program_id(0) // H
     i_h = tl.program_id(0) % H
@@ -87,7 +95,7 @@ def pairs_kernel(
             b_up = tl.full((C, BK), 1.0, dtype=tl.float32)
             for level in range(0, LEVELS):
                 m_level = straddle(1 << level, C)
-                b_above = tl.trans(b_k * b_up)
+                b_above = transposed(b_k * b_up, DOT)
                 b_pairs += tl.where(m_level, product(b_q * b_low, b_above, DOT, PRECISION), 0.0)
                 if DELTA:
                     b_strict += tl.where(
@@ -95,37 +103,65 @@ def pairs_kernel(
                     )
                 b_low, b_up, b_all = widen(b_low, b_up, b_all, 1 << level, C, BK)
         else:
-            b_strict += product(b_k, tl.trans(b_k), DOT, PRECISION)
+            if PAIRS:
+                b_q = load_rows(p_q, row, rows, i_h // (H // HQ), HQ, K, k0, C, BK)
+                b_pairs += product(b_q, transposed(b_k, DOT), DOT, PRECISION)
+            b_strict += product(b_k, transposed(b_k, DOT), DOT, PRECISION)
     if VECTOR:
         m_diagonal = tl.arange(0, C)[:, None] == tl.arange(0, C)[None, :]
         b_pairs = tl.where(m_diagonal, b_diagonal[:, None], b_pairs)
+    elif SCALAR:
+        b_sums, b_rests, _, _, _ = scalar_factors(p_g, row, rows, i_h, H, C)
+        b_decay = scalar_pairs(b_sums, b_rests, C)
+        b_pairs *= b_decay
+        b_strict *= b_decay
+    else:
+        b_pairs = tl.where(lower(C), b_pairs, 0.0)
+    if PAIRS:
         store_tile(p_pairs, b_pairs, i_pair, C, C, 0, 0, C, C)
     if DELTA:
-        if SCALAR:
-            b_strict *= scalar_pairs(load_column(p_g, row, rows, i_h, H, C), C)
         b_beta = load_column(p_beta, row, rows, i_h, H, C)
         b_strict = tl.where(strictly_lower(C), b_strict * b_beta[:, None], 0.0)
-        store_tile(p_strict, b_strict, i_pair, C, C, 0, 0, C, C)
+        b_inverse = unit_inverse(b_strict, C, EXACT)
+        store_tile(p_inverse, b_inverse, i_pair, C, C, 0, 0, C, C)
 
 
 @triton.jit
+def spanning_pairs(b_pairs, C: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr):
+    """Sum for each t the pairs (i, j) with j < t <= i of a strictly lower matrix."""
+    b_ones = tl.where(strictly_lower(C), 1.0, 0.0)
+    b_before = product(b_pairs, transposed(b_ones, DOT), DOT, PRECISION)
+    return tl.sum(tl.where(lower(C), b_before, 0.0), axis=0)
+
+
+@kernel
 def pairs_backward_kernel(
+    p_q,
+    p_k,
+    p_g,
+    p_beta,
     p_do,
     p_v,
     p_dx,
     p_dpairs,
     p_dstrict,
+    p_dg,
     p_offsets,
     p_first,
     p_owner,
     scale,
     T,
     NT,
-    H,
-    HV,
+    H: tl.constexpr,
+    HQ: tl.constexpr,
+    HK: tl.constexpr,
+    HV: tl.constexpr,
+    K: tl.constexpr,
     V: tl.constexpr,
     C: tl.constexpr,
+    BK: tl.constexpr,
     BV: tl.constexpr,
+    SCALAR: tl.constexpr,
     DELTA: tl.constexpr,
     PACKED: tl.constexpr,
     DOT: tl.constexpr,
@@ -133,7 +169,9 @@ def pairs_backward_kernel(
 ):
     """dpairs_ij = scale * do_i^T v_j, i >= j; with DELTA dstrict_ij = dx_i^T v_j, i > j, v being u.
 
-    Grid (R * H,). Gradients of the decayed products; zero elsewhere. Writes (R * H, C, C) each.
+    Grid (R * H,). Gradients of the decayed products, zero elsewhere, (R * H, C, C) each. With
+    SCALAR they are decayed, so of the products themselves, and dg (rows, H) is what the decay gains
+    of the pairs of rows that it stands between.
     """
     i_chunk = tl.program_id(0) // H
     i_h = tl.program_id(0) % H
@@ -145,13 +183,33 @@ def pairs_backward_kernel(
     b_dstrict = tl.zeros((C, C), dtype=tl.float32)
     for v0 in range(0, V, BV):
         b_do = load_rows(p_do, row, rows, i_h, H, V, v0, C, BV)
-        b_v = tl.trans(load_rows(p_v, row, rows, i_h // (H // HV), HV, V, v0, C, BV))
+        b_v = transposed(load_rows(p_v, row, rows, i_h // (H // HV), HV, V, v0, C, BV), DOT)
         b_dpairs += product(b_do, b_v, DOT, PRECISION)
         if DELTA:
             b_dx = load_rows(p_dx, row, rows, i_h, H, V, v0, C, BV)
             b_dstrict += product(b_dx, b_v, DOT, PRECISION)
-    b_dpairs = tl.where(lower(C), b_dpairs, 0.0) * scale
+    if SCALAR:
+        b_sums, b_rests, _, _, _ = scalar_factors(p_g, row, rows, i_h, H, C)
+        b_decay = scalar_pairs(b_sums, b_rests, C)
+        b_dpairs *= b_decay * scale
+        b_dstrict *= b_decay
+    else:
+        b_dpairs = tl.where(lower(C), b_dpairs, 0.0) * scale
     store_tile(p_dpairs, b_dpairs, i_pair, C, C, 0, 0, C, C)
     if DELTA:
         b_dstrict = tl.where(strictly_lower(C), b_dstrict, 0.0)
         store_tile(p_dstrict, b_dstrict, i_pair, C, C, 0, 0, C, C)
+    if SCALAR:
+        b_pairs = tl.zeros((C, C), dtype=tl.float32)
+        b_strict = tl.zeros((C, C), dtype=tl.float32)
+        for k0 in range(0, K, BK):
+            b_q = load_rows(p_q, row, rows, i_h // (H // HQ), HQ, K, k0, C, BK)
+            b_k = load_rows(p_k, row, rows, i_h // (H // HK), HK, K, k0, C, BK)
+            b_pairs += product(b_q, transposed(b_k, DOT), DOT, PRECISION)
+            if DELTA:
+                b_strict += product(b_k, transposed(b_k, DOT), DOT, PRECISION)
+        b_spans = tl.where(strictly_lower(C), b_pairs * b_dpairs, 0.0)
+        if DELTA:
+            b_beta = load_column(p_beta, row, rows, i_h, H, C)
+            b_spans -= b_strict * b_dstrict * b_beta[:, None]
+        store_column(p_dg, spanning_pairs(b_spans, C, DOT, PRECISION), row, rows, i_h, H, C)

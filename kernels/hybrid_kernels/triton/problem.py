@@ -14,7 +14,6 @@ from torch import Tensor
 
 from hybrid_kernels.triton import launch as shipped
 from hybrid_kernels.triton.delta import (
-    inverse_kernel,
     new_values_backward_kernel,
     new_values_kernel,
 )
@@ -24,6 +23,7 @@ from hybrid_kernels.triton.layout import Chunks, chunks
 from hybrid_kernels.triton.outputs import outputs_forward_kernel, values_backward_kernel
 from hybrid_kernels.triton.pairs import pairs_backward_kernel, pairs_kernel
 from hybrid_kernels.triton.states import states_backward_kernel, states_forward_kernel
+from hybrid_kernels.triton.walk import walk_forward_kernel
 
 
 class Inputs(NamedTuple):
@@ -76,12 +76,12 @@ class Problem:
         self.value_g = _or(self.value_log_decay, self.q)
         self.device = self.q.device
         self.dot, self.precision = shipped.operands(self.device, self.q, self.k, self.v)
-        # What is kept between kernels has the precision that the next product uses anyway.
-        self.kept = torch.bfloat16 if str(self.dot) == "bf16" else torch.float32
-        self.counts = (self.chunks.time, self.chunks.per_row, self.heads)
+        self.kept = shipped.kept(self.q, self.k, self.v)
+        self.counts = (self.chunks.time, self.chunks.per_row)
         self.decays = {"SCALAR": self.scalar, "VECTOR": self.vector}
         self.forms = {**self.decays, "VALUE": self.value, "DELTA": self.delta}
         self.common = {
+            "H": self.heads,
             "C": self.chunk,
             "PACKED": self.chunks.packed,
             "DOT": self.dot,
@@ -104,7 +104,13 @@ class Problem:
 
     def sizes(self, kernel: str) -> tuple[Config, dict[str, int]]:
         """Return the configuration of a kernel and its blocks of K and V."""
-        forms = {"delta": self.delta, "value": self.value, "vector": self.vector}
+        forms = {
+            "wide_delta": self.delta and self.key_dim > 128,
+            "delta_vector": self.delta and self.vector,
+            "delta": self.delta,
+            "value": self.value,
+            "vector": self.vector,
+        }
         found = shipped.config(kernel, self.device, self.dot, forms)
         keys, values = block(self.key_dim, found.keys), block(self.value_dim, found.values)
         sizes = {"K": self.key_dim, "V": self.value_dim, "BK": keys, "BV": values}
@@ -139,62 +145,54 @@ class Rows:
         q, k: with a decay over keys, decayed from and to the chunk's ends, (B, T, H, K); else the
             inputs.
         total: with a decay over keys, that of whole chunks (R, H, K); else the log decay itself.
-        pairs: with a decay over keys, q_i^T k_j decayed, (R * H, C, C); else a dummy.
-        strict: beta_i k_i^T k_j decayed, (R * H, C, C), if asked for; else a dummy.
+        pairs: with a decay over keys, or for the walk of the delta rule, q_i^T k_j decayed,
+            (R * H, C, C); else a dummy.
+        inverse: of I plus beta_i k_i^T k_j decayed, (R * H, C, C), if asked for; else a dummy.
     """
 
     q: Tensor
     k: Tensor
     total: Tensor
     pairs: Tensor
-    strict: Tensor
+    inverse: Tensor
 
 
-def make_rows(p: Problem, strict: bool) -> Rows:
-    """Decay rows and pairs of rows; ``strict`` asks for what the delta rule inverts."""
+def make_rows(p: Problem, inverse: bool) -> Rows:
+    """Decay rows and pairs of rows; ``inverse`` asks for what the delta rule's forward needs."""
     square = (p.per_chunk(), p.chunk, p.chunk)
+    needs_pairs = p.vector or (inverse and walks(p))
     rows = Rows(p.q, p.k, p.g, p.q, p.q)
     if p.vector:
         tokens = (*p.q.shape[:2], p.heads, p.key_dim)
         total = p.empty(p.per_chunk(), p.key_dim, dtype=torch.float32)
-        pairs = p.empty(*square, dtype=torch.float32)
-        rows = Rows(p.empty(*tokens), p.empty(*tokens), total, pairs, p.q)
-    if strict:
-        rows = replace(rows, strict=p.empty(*square, dtype=torch.float32))
-    if not (p.vector or strict):
+        rows = Rows(p.empty(*tokens), p.empty(*tokens), total, p.q, p.q)
+    if needs_pairs:
+        rows = replace(rows, pairs=p.empty(*square))
+    if inverse:
+        rows = replace(rows, inverse=p.empty(*square))
+    if not (p.vector or inverse):
         return rows
     config, sizes = p.sizes("pairs")
     launch(
         pairs_kernel,
         (p.per_chunk(),),
         config,
-        *(p.q, p.k, p.g, _or(p.beta, p.q), rows.pairs, rows.strict),
+        *(p.q, p.k, p.g, _or(p.beta, p.q), rows.pairs, rows.inverse),
         *(rows.q, rows.k, rows.total),
         *p.chunks.tables,
         *p.counts,
-        *(p.q.shape[2], p.k.shape[2]),
+        HQ=p.q.shape[2],
+        HK=p.k.shape[2],
         K=sizes["K"],
         BK=sizes["BK"],
         LEVELS=p.levels,
-        DELTA=strict,
+        DELTA=inverse,
+        PAIRS=needs_pairs,
+        EXACT=shipped.exact(p.device),
         **p.decays,
         **p.common,
     )
     return rows
-
-
-def invert(p: Problem, rows: Rows) -> Tensor:
-    """Return (I + L)^-1 of each strictly lower L, in the memory of ``rows.strict``."""
-    launch(
-        inverse_kernel,
-        (p.per_chunk(),),
-        shipped.config("inverse", p.device, p.dot),
-        rows.strict,
-        C=p.chunk,
-        MERGES=p.levels - 4,
-        PRECISION=shipped.exact(p.device),
-    )
-    return rows.strict
 
 
 def new_values(p: Problem, inverse: Tensor) -> tuple[Tensor, Tensor]:
@@ -211,7 +209,8 @@ def new_values(p: Problem, inverse: Tensor) -> tuple[Tensor, Tensor]:
         *(p.k, p.v, p.g, p.beta, inverse, w, u),
         *p.chunks.tables,
         *p.counts,
-        *(p.k.shape[2], p.v.shape[2]),
+        HK=p.k.shape[2],
+        HV=p.v.shape[2],
         **sizes,
         **p.decays,
         **p.common,
@@ -219,12 +218,45 @@ def new_values(p: Problem, inverse: Tensor) -> tuple[Tensor, Tensor]:
     return w, u
 
 
+def walks(p: Problem) -> bool:
+    """Say whether the forward pass is one walk; a decay over values needs outputs level by level."""
+    return not p.value and shipped.walks(p.device, p.chunks.sequences * p.heads, p.key_dim)
+
+
+def walk_forward(p: Problem, rows: Rows, w: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Return o (B, T, H, V) and the final states (N, H, K, V); v is U for the delta rule."""
+    o = p.empty(*p.q.shape[:2], p.heads, p.value_dim, dtype=p.v.dtype)
+    shape = (p.chunks.sequences, p.heads, p.key_dim, p.value_dim)
+    final = p.empty(*shape, dtype=torch.float32)
+    config, sizes = p.sizes("walk_forward")
+    sizes["BK"] = block(p.key_dim, shipped.WALK_KEYS)
+    launch(
+        walk_forward_kernel,
+        (p.chunks.sequences * p.heads * triton.cdiv(p.value_dim, sizes["BV"]),),
+        config,
+        *(rows.q, rows.k, v, p.g, rows.total, w, rows.pairs, _or(p.initial_state, p.q)),
+        *(o, final),
+        *p.chunks.tables[:2],
+        p.scale,
+        *p.counts,
+        HQ=rows.q.shape[2],
+        HK=rows.k.shape[2],
+        HV=v.shape[2],
+        DELTA=p.delta,
+        INITIAL=p.initial_state is not None,
+        **sizes,
+        **p.decays,
+        **p.common,
+    )
+    return o, final
+
+
 def _state_sizes(p: Problem, direction: str) -> tuple[Config, dict[str, int], tuple[int, ...]]:
     config, sizes = p.sizes(f"states_{direction}")
     if p.delta:
         sizes["BK"] = block(p.key_dim, 256)
-    tiles = (triton.cdiv(p.value_dim, sizes["BV"]), triton.cdiv(p.key_dim, sizes["BK"]))
-    return config, sizes, (p.chunks.sequences * p.heads, *tiles)
+    tiles = triton.cdiv(p.value_dim, sizes["BV"]) * triton.cdiv(p.key_dim, sizes["BK"])
+    return config, sizes, (p.chunks.sequences * p.heads * tiles,)
 
 
 def states_forward(p: Problem, rows: Rows, w: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
@@ -241,7 +273,8 @@ def states_forward(p: Problem, rows: Rows, w: Tensor, u: Tensor) -> tuple[Tensor
         *(_or(p.initial_state, p.q), states, final),
         *p.chunks.tables[:2],
         *p.counts,
-        *(rows.k.shape[2], p.v.shape[2]),
+        HK=rows.k.shape[2],
+        HV=p.v.shape[2],
         INITIAL=p.initial_state is not None,
         **sizes,
         **p.forms,
@@ -265,7 +298,8 @@ def states_backward(
         *p.chunks.tables[:2],
         p.scale,
         *p.counts,
-        *(rows.q.shape[2], rows.k.shape[2]),
+        HQ=rows.q.shape[2],
+        HK=rows.k.shape[2],
         **sizes,
         **p.forms,
         **p.common,
@@ -279,13 +313,15 @@ def outputs_forward(p: Problem, rows: Rows, v: Tensor, states: Tensor) -> Tensor
     config, sizes = p.sizes("outputs_forward")
     launch(
         outputs_forward_kernel,
-        (p.per_chunk(), triton.cdiv(p.value_dim, sizes["BV"])),
+        (p.per_chunk() * triton.cdiv(p.value_dim, sizes["BV"]),),
         config,
         *(rows.q, rows.k, v, p.g, p.value_g, rows.pairs, states, o),
         *p.chunks.tables,
         p.scale,
         *p.counts,
-        *(rows.q.shape[2], rows.k.shape[2], v.shape[2]),
+        HQ=rows.q.shape[2],
+        HK=rows.k.shape[2],
+        HV=v.shape[2],
         LEVELS=p.levels,
         VALUE=p.value,
         **sizes,
@@ -300,13 +336,14 @@ def values_backward(p: Problem, rows: Rows, do: Tensor, dv: Tensor, dstates: Ten
     config, sizes = p.sizes("values_backward")
     launch(
         values_backward_kernel,
-        (p.per_chunk(), triton.cdiv(p.value_dim, sizes["BV"])),
+        (p.per_chunk() * triton.cdiv(p.value_dim, sizes["BV"]),),
         config,
         *(rows.q, rows.k, p.g, rows.pairs, do if dstates is None else dstates, do, dv),
         *p.chunks.tables,
         p.scale,
         *p.counts,
-        *(rows.q.shape[2], rows.k.shape[2]),
+        HQ=rows.q.shape[2],
+        HK=rows.k.shape[2],
         STATES=dstates is not None,
         **sizes,
         **p.decays,
@@ -327,40 +364,12 @@ def new_values_backward(p: Problem, inverse: Tensor, du: Tensor) -> tuple[Tensor
         *(p.v, p.beta, inverse, du, dx, dv, dbeta),
         *p.chunks.tables,
         *p.counts,
-        p.v.shape[2],
+        HV=p.v.shape[2],
         V=sizes["V"],
         BV=sizes["BV"],
         **p.common,
     )
     return dx, dv, dbeta
-
-
-def pairs_backward(p: Problem, v: Tensor, do: Tensor, dx: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the gradients of both kinds of pairs (R * H, C, C); a dummy without delta rule."""
-    square = (p.per_chunk(), p.chunk, p.chunk)
-    dpairs = p.empty(*square)
-    dstrict = p.empty(*square) if p.delta else dpairs
-    config, sizes = p.sizes("pairs_backward")
-    launch(
-        pairs_backward_kernel,
-        (p.per_chunk(),),
-        config,
-        *(do, v, dx, dpairs, dstrict),
-        *p.chunks.tables,
-        p.scale,
-        *p.counts,
-        v.shape[2],
-        V=sizes["V"],
-        BV=sizes["BV"],
-        DELTA=p.delta,
-        **p.common,
-    )
-    return dpairs, dstrict
-
-
-def _or(x: Tensor | None, dummy: Tensor) -> Tensor:
-    """Return a tensor that a kernel takes but in this form does not touch."""
-    return dummy if x is None else x
 
 
 @dataclass(frozen=True)
@@ -372,6 +381,7 @@ class Across:
             chunk's ends; for the delta rule v is u.
         dpairs: gradient of each pair of rows (R * H, C, C).
         dstrict, dx: for the delta rule, the like of dpairs and do for its second read.
+        dg: with a scalar decay, its gradient (B, T, H) from pairs of rows.
         total: decay over values of whole chunks (R, H, V), or None.
         turned: whether keys and values have changed places, all but the states.
     """
@@ -381,8 +391,48 @@ class Across:
     dpairs: Tensor
     dstrict: Tensor | None = None
     dx: Tensor | None = None
+    dg: Tensor | None = None
     total: Tensor | None = None
     turned: bool = False
+
+
+def pairs_backward(p: Problem, v: Tensor, do: Tensor, dx: Tensor | None) -> Across:
+    """Return the gradients of both kinds of pairs, with what they were made of.
+
+    Args:
+        p: the call.
+        v: what is written, u for the delta rule, (B, T, heads, V).
+        do: gradient of the output (B, T, H, V).
+        dx: for the delta rule, that of its second read.
+    """
+    square = (p.per_chunk(), p.chunk, p.chunk)
+    dpairs = p.empty(*square)
+    dstrict = p.empty(*square) if p.delta else None
+    dg = p.empty(*p.q.shape[:2], p.heads, dtype=torch.float32) if p.scalar else None
+    config, sizes = p.sizes("pairs_backward")
+    launch(
+        pairs_backward_kernel,
+        (p.per_chunk(),),
+        config,
+        *(p.q, p.k, p.g, _or(p.beta, p.q), do, v, _or(dx, do)),
+        *(dpairs, _or(dstrict, dpairs), _or(dg, do)),
+        *p.chunks.tables,
+        p.scale,
+        *p.counts,
+        HQ=p.q.shape[2],
+        HK=p.k.shape[2],
+        HV=v.shape[2],
+        SCALAR=p.scalar,
+        DELTA=p.delta,
+        **sizes,
+        **p.common,
+    )
+    return Across(v, do, dpairs, dstrict, dx, dg)
+
+
+def _or(x: Tensor | None, dummy: Tensor) -> Tensor:
+    """Return a tensor that a kernel takes but in this form does not touch."""
+    return dummy if x is None else x
 
 
 def keys_backward(
@@ -401,16 +451,17 @@ def keys_backward(
         dbeta = p.empty(blocks, *tokens, dtype=torch.float32)
     launch(
         keys_backward_kernel,
-        (p.per_chunk(), blocks),
+        (p.per_chunk() * blocks,),
         config,
         *(p.q, p.k, across.v, p.g, _or(p.beta, p.q), states, dstates),
         *(across.do, _or(across.dx, p.q), across.dpairs, _or(across.dstrict, p.q)),
         *(_or(across.total, p.q), dq, dk, _or(dg, dq), _or(dbeta, dq)),
         *p.chunks.tables,
         p.scale,
-        *p.counts,
-        *(p.q.shape[2], p.k.shape[2], across.v.shape[2]),
-        p.q.shape[0] * p.q.shape[1],
+        *(*p.counts, p.q.shape[0] * p.q.shape[1]),
+        HQ=p.q.shape[2],
+        HK=p.k.shape[2],
+        HV=across.v.shape[2],
         LEVELS=p.levels,
         DELTA=p.delta,
         TOTAL=across.total is not None,
@@ -419,5 +470,6 @@ def keys_backward(
         **p.decays,
         **p.common,
     )
-    dg = dg.sum(0) if dg is not None and p.scalar else dg
+    if dg is not None and across.dg is not None:
+        dg = dg.sum(0).add_(across.dg)
     return dq, dk, dg, None if dbeta is None else dbeta.sum(0)

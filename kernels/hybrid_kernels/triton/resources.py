@@ -36,9 +36,10 @@ TARGETS = {
 }
 # Bytes of shared memory that one program may ask for.
 SHARED_LIMIT = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
-# 24 of 255 registers: what keys_backward reaches for the delta rule (80 with triton 3.6, 56 with
-# 3.9). More means that a block is too large or an array went to the stack.
-SPILL_BOUND = 96
+# 36 of 255 registers, what walk_forward reaches with a scalar decay: addresses and masks that do not
+# change from chunk to chunk, read again once a chunk. More means that a block is too large or an
+# array went to the stack.
+SPILL_BOUND = 144
 QUICK = ("scalar additive", "outer additive", "vector delta")
 _TYPES = {
     torch.bfloat16: "*bf16",
@@ -100,11 +101,18 @@ def linear_calls(
     state = torch.zeros(batch, heads, key_dim, value_dim)
     dot = tl.bfloat16 if dtype == torch.bfloat16 else tl.float32
     chunk = launch.default_chunk(dot, rule == "delta", key_dim)
-    inverse = torch.zeros(batch * time // chunk * heads, chunk, chunk)
+    square = (batch * time // chunk * heads, chunk, chunk)
+    inverse = torch.zeros(square, dtype=launch.kept(q, k, v))
     inputs = (q, k, v, g, value_g, beta, state, None, 1.0, chunk)
     one = [None if x is None else x[:, :1].contiguous() for x in inputs[:6]]
+
+    def forward(walkers: int) -> object:
+        with launch.walk_from(walkers):
+            return linear.forward(*inputs)
+
     return {
-        "forward": lambda: linear.forward(*inputs),
+        "forward": lambda: forward(0),
+        "forward in steps": lambda: forward(1 << 30),
         "backward": lambda: linear.backward(*inputs, inverse, v, state),
         "decode": lambda: decode.step(*one, None, state, 1.0),
     }
@@ -148,7 +156,8 @@ def recorded(call: Callable[[], object], target: str) -> list[Launch]:
         signature, aligned = dict.fromkeys(names, "constexpr"), []
         for index, (name, x) in enumerate(zip(names, arguments, strict=False)):
             signature[name] = _type(x)
-            if isinstance(x, Tensor) or (isinstance(x, int) and x % 16 == 0):
+            fixed = isinstance(x, int) and name not in kernel.do_not_specialize
+            if isinstance(x, Tensor) or (fixed and x % 16 == 0):
                 aligned.append(index)
         assert set(constants) == set(names[len(arguments) :]), (kernel.__name__, names)
         found.append(

@@ -22,6 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hybrid_kernels.triton.blocks import (
+    kernel,
     load_rows,
     load_tile,
     load_vector,
@@ -69,7 +70,7 @@ def row_of(b_x, i, C: tl.constexpr):
     return tl.sum(tl.where((tl.arange(0, C) == i)[:, None, None], b_x, 0.0), axis=0)
 
 
-@triton.jit
+@kernel
 def scan_forward_kernel(
     p_u,
     p_delta,
@@ -85,8 +86,8 @@ def scan_forward_kernel(
     p_first,
     T,
     NT,
-    D,
     total_rows,
+    D: tl.constexpr,
     N: tl.constexpr,
     C: tl.constexpr,
     BD: tl.constexpr,
@@ -114,7 +115,7 @@ def scan_forward_kernel(
         b_state += load_tile(p_initial, i_state, D, N, d0, n0, BD, BN)
     for i in range(0, count):
         row = start + i * C
-        rows = stop - row
+        rows = (stop - row).to(tl.int32)
         if KEEP:
             store_tile(p_states, b_state, chunk + i, D, N, d0, n0, BD, BN)
         b_u = load_rows(p_u, row, rows, 0, 1, D, d0, C, BD)
@@ -131,7 +132,7 @@ def scan_forward_kernel(
     store_tile(p_final, b_state, i_state, D, N, d0, n0, BD, BN)
 
 
-@triton.jit
+@kernel
 def scan_backward_kernel(
     p_u,
     p_delta,
@@ -153,8 +154,8 @@ def scan_backward_kernel(
     p_first,
     T,
     NT,
-    D,
     total_rows,
+    D: tl.constexpr,
     N: tl.constexpr,
     C: tl.constexpr,
     BD: tl.constexpr,
@@ -185,7 +186,7 @@ def scan_backward_kernel(
     for step in range(0, count):
         i = count - 1 - step
         row = start + i * C
-        rows = stop - row
+        rows = (stop - row).to(tl.int32)
         b_u = load_rows(p_u, row, rows, 0, 1, D, d0, C, BD)
         b_dy = load_rows(p_dy, row, rows, 0, 1, D, d0, C, BD)
         b_b = load_rows(p_b, row, rows, 0, 1, N, n0, C, BN)
@@ -270,8 +271,9 @@ class Scan:
         self.blocks_d = triton.cdiv(u.shape[2], channels)
         self.blocks_n = triton.cdiv(a.shape[1], states)
         self.grid = (self.chunks.sequences, self.blocks_d, self.blocks_n)
-        self.counts = (self.chunks.time, self.chunks.per_row, u.shape[2], u.shape[0] * u.shape[1])
+        self.counts = (self.chunks.time, self.chunks.per_row, u.shape[0] * u.shape[1])
         self.common = {
+            "D": u.shape[2],
             "N": a.shape[1],
             "C": self.chunk,
             "BD": channels,

@@ -52,19 +52,63 @@ def dry(tmp_path, what, *forms):
 def test_correctness_dry(tmp_path, capsys):
     status, found = dry(tmp_path, "correctness", "additive", "selective_scan")
     assert status == 0
-    assert [row["form"] for row in found["rows"]] == ["additive"] * 3 + ["selective_scan"] * 3
-    assert capsys.readouterr().out.count("ok ") == 6
+    assert [row["form"] for row in found["rows"]] == ["additive"] * 4 + ["selective_scan"] * 4
+    assert capsys.readouterr().out.count("ok ") == 8
     assert "dry run" in found["environment"]["device"]
+    assert found["failures"] == found["left_out"] == []
 
 
-def test_correctness_fails_if_something_is_wrong(tmp_path, monkeypatch):
-    rows = [{"wrong": {}, "causal": True}, {"wrong": {"output": 1.0}, "causal": True}]
-    monkeypatch.setattr(gpu_check, "correctness", lambda *_: rows)
-    assert dry(tmp_path, "correctness", "additive")[0] == 1
-    rows[1]["wrong"] = {}
-    assert dry(tmp_path, "correctness", "additive")[0] == 0
-    rows[0]["causal"] = False
-    assert dry(tmp_path, "correctness", "additive")[0] == 1
+@pytest.mark.parametrize(
+    ("change", "status"),
+    [
+        ({}, 0),
+        ({"wrong": {"output": 1.0}}, 1),
+        ({"causal": False}, 1),
+        ({"same_bits_twice": False}, 1),
+    ],
+)
+def test_correctness_fails_if_something_is_wrong(tmp_path, monkeypatch, change, status):
+    row = {"errors": {"output": 0.0}, "wrong": {}, "causal": True, "same_bits_twice": True}
+    monkeypatch.setattr(gpu_check, "agreement", lambda *_: {**row, **change})
+    assert dry(tmp_path, "correctness", "additive")[0] == status
+
+
+def test_one_failure_does_not_end_a_section(tmp_path, monkeypatch, capsys):
+    def agreement(op, inputs, tolerance):
+        if "cu_seqlens" in inputs:
+            raise RuntimeError("an illegal memory access")
+        return {"errors": {"o": 0.0}, "wrong": {}, "causal": True, "same_bits_twice": True}
+
+    monkeypatch.setattr(gpu_check, "agreement", agreement)
+    status, found = dry(tmp_path, "correctness", "additive", "delta")
+    assert status == 1
+    assert len(found["rows"]) == 6
+    failed = "torch.float32 mild packed walk: RuntimeError: an illegal memory access"
+    assert found["failures"] == [f"additive {failed}", f"delta {failed}"]
+    assert "6 rows, 0 bad, 2 failures" in capsys.readouterr().out
+
+
+def test_what_the_budget_leaves_out_is_named(tmp_path):
+    words = ["correctness", "--dry-run", "--out", str(tmp_path), "--form", "additive"]
+    assert gpu_check.main([*words, "--budget", "-1"]) == 0
+    found = json.loads((tmp_path / "correctness.json").read_text())
+    assert found["rows"] == []
+    assert len(found["left_out"]) == 4
+
+
+def test_processes_share_a_section(tmp_path):
+    words = [
+        "correctness",
+        "--dry-run",
+        "--out",
+        str(tmp_path),
+        "--form",
+        "additive",
+        "additive_fixed",
+    ]
+    assert gpu_check.main([*words, "--jobs", "2"]) == 0
+    found = json.loads((tmp_path / "correctness.json").read_text())
+    assert [row["form"] for row in found["rows"]] == ["additive"] * 4 + ["additive_fixed"] * 4
 
 
 @pytest.mark.parametrize("name", gpu_bench.BENCHED)

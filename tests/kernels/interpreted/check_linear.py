@@ -13,6 +13,7 @@ from hybrid_kernels.testing import (
     relative_rms,
     sample,
 )
+from hybrid_kernels.triton import launch
 
 GROUPED = [form for form in FORMS if len(set(form.heads)) > 1]
 PLAIN = [form for form in FORMS if form not in GROUPED]
@@ -51,6 +52,41 @@ def test_agrees_under_gates_that_hurt(name, gates):
 @pytest.mark.parametrize("name", ["additive_scalar", "additive_outer", "delta_vector"])
 def test_agrees_in_half_precision(name, dtype):
     compare(named[name], "triton", dtype, **{**SMALL, "time": 20, "batch": 2})
+
+
+@pytest.mark.parametrize("gates", ["mild", "strong"])
+@pytest.mark.parametrize(
+    "name", ["additive_scalar", "additive_vector", "delta_scalar", "delta_vector"]
+)
+def test_error_of_bfloat16_as_devices_round(name, gates):
+    """Operands of every product are rounded to bfloat16, and so is what is kept between kernels."""
+    sizes = {"batch": 1, "time": 80, "key_dim": 64, "value_dim": 64, "chunk_size": 64}
+    compare(named[name], "triton", torch.bfloat16, **sizes, gates=gates)
+
+
+@pytest.mark.parametrize("gates", ["mild", "closed", "huge", "alternating"])
+@pytest.mark.parametrize("name", ["additive", "additive_scalar", "additive_vector", "delta_scalar"])
+def test_one_walk_is_states_and_outputs(name, gates):
+    """The forward pass has two ways; which is taken depends on the number of sequences and heads."""
+    inputs = sample(named[name], batch=1, time=37, key_dim=20, value_dim=18, gates=gates)
+    ways = []
+    for walkers in (0, 1 << 30):
+        with torch.no_grad(), launch.walk_from(walkers):
+            run = {"backend": "triton", "chunk_size": 16, "output_final_state": True}
+            ways.append(linear_attention(**inputs, **run))
+    for walk, steps in zip(*ways, strict=True):
+        assert relative_rms(walk, steps) <= 1e-6
+
+
+def test_heads_and_sequences_decide_the_way():
+    taken = []
+    with launch.record("sm_90", lambda kernel, *_: taken.append(kernel.__name__)):
+        for batch, heads, key_dim in ((8, 8, 128), (8, 7, 128), (8, 8, 144)):
+            tokens = torch.zeros(batch, 64, heads, key_dim, dtype=torch.bfloat16)
+            with torch.no_grad():
+                linear_attention(tokens, tokens, tokens, backend="triton")
+    steps = ["states_forward_kernel", "outputs_forward_kernel"]
+    assert taken == ["walk_forward_kernel", *steps, *steps]
 
 
 @pytest.mark.parametrize("time", [0, 1, 16])

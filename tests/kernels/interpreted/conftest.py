@@ -2,7 +2,10 @@
 
 import os
 
+import numpy as np
 import pytest
+import torch
+import triton.language as tl
 from triton.runtime import interpreter
 
 assert os.environ.get("TRITON_INTERPRET") == "1", "these files run through test_triton.py"
@@ -33,3 +36,22 @@ def patch_the_language_once():
     interpreter._patch_lang = once
     yield
     interpreter._patch_lang = patch
+
+
+@pytest.fixture(autouse=True, scope="session")
+def round_to_nearest():
+    """Round float32 to the nearest bfloat16, as devices do; the interpreter cuts digits off.
+
+    So what it says of the error in bfloat16 holds for devices.
+    """
+    convert = interpreter._convert_float
+
+    def nearest(x, given, wanted, mode):
+        if given == tl.float32 and wanted == tl.bfloat16:
+            cast = torch.from_numpy(np.array(x, dtype=np.float32)).bfloat16()
+            return cast.view(torch.int16).numpy().view(np.uint16)
+        return convert(x, given, wanted, mode)
+
+    interpreter._convert_float = nearest
+    yield
+    interpreter._convert_float = convert

@@ -1,0 +1,182 @@
+"""Checkpoints of one engine continued by another.
+
+What a checkpoint holds depends on who wrote it:
+
+    plain     one process or DDP: model.safetensors, optimizer.pt with parameters by number
+    full      FSDP2, whole: pytorch_model_fsdp.bin, optimizer.bin with parameters by name
+    sharded   FSDP2, a part from each process: pytorch_model_fsdp_0/, optimizer_0/
+    deepspeed its own folders, which DeepSpeed alone reads
+
+The first three hold the same and continue each other, on any number of processes.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate import FullyShardedDataParallelPlugin
+from accelerate.utils import load_fsdp_model, load_fsdp_optimizer
+from accelerate.utils.constants import FSDP_MODEL_NAME
+from safetensors.torch import load_file
+from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+
+from hybrid.layer import HybridLayer
+from hybrid.options import ConfigError
+
+if TYPE_CHECKING:
+    from hybrid.train.trainer import HybridTrainer
+
+PLAIN, FULL, SHARDED, DEEPSPEED = "plain", "full", "sharded", "deepspeed"
+
+
+def written_by(folder: Path) -> str:
+    """What a whole checkpoint holds."""
+    if any(folder.glob("global_step*")):
+        return DEEPSPEED
+    if (folder / f"{FSDP_MODEL_NAME}_0").is_dir():
+        return SHARDED
+    return FULL if (folder / f"{FSDP_MODEL_NAME}.bin").is_file() else PLAIN
+
+
+def wanted_by(trainer: HybridTrainer) -> str:
+    """What the engine of a run reads by itself."""
+    if trainer.is_deepspeed_enabled:
+        return DEEPSPEED
+    plugin = trainer.accelerator.state.fsdp_plugin if trainer.is_fsdp_enabled else None
+    if plugin is None:
+        return PLAIN
+    return FULL if "FULL" in str(plugin.state_dict_type) else SHARDED
+
+
+def refuse_other_engine(folder: Path, trainer: HybridTrainer) -> None:
+    """DeepSpeed and the others do not continue each other.
+
+    Raises:
+        ConfigError: the checkpoint is one's and the run the other's.
+    """
+    found, wanted = written_by(folder), wanted_by(trainer)
+    if DEEPSPEED in (found, wanted) and found != wanted:
+        by, now = ("with", "without") if found == DEEPSPEED else ("without", "with")
+        raise ConfigError(
+            [
+                f"it was written {by} DeepSpeed and this run is {now}; launch it as before, or start a"
+                " new run from its weights (model.path) in another training.output_dir"
+            ],
+            f"{folder} cannot be continued: this launch",
+        )
+
+
+def load_model(trainer: HybridTrainer, folder: Path, model: Any) -> bool:
+    """Load weights that another engine wrote; False where the engine's own loading will do."""
+    found, wanted = written_by(folder), wanted_by(trainer)
+    if found == wanted:
+        return False
+    if found == PLAIN:
+        first = trainer.args.process_index == 0
+        weights: dict[str, Any] = dict(_weights(folder)) if first else {}
+        set_model_state_dict(model, weights, options=_from_first())
+        return True
+    whole: Any = trainer.accelerator.unwrap_model(model)
+    if (found, wanted) == (FULL, PLAIN):
+        state = torch.load(folder / f"{FSDP_MODEL_NAME}.bin", "cpu", weights_only=True)
+        set_model_state_dict(whole, state, options=StateDictOptions(full_state_dict=True))
+    else:
+        with _alone():
+            load_fsdp_model(_plugin(found), trainer.accelerator, whole, str(folder))
+    return True
+
+
+def load_optimizer(trainer: HybridTrainer, folder: Path) -> bool:
+    """Load the optimizer's state that another engine wrote; False as in `load_model`."""
+    found, wanted = written_by(folder), wanted_by(trainer)
+    if found == wanted:
+        return False
+    optimizer: Any = trainer.optimizer
+    model: Any = trainer.accelerator.unwrap_model(trainer.model)
+    if found == PLAIN:
+        state = torch.load(folder / "optimizer.pt", "cpu", weights_only=True)
+        named = _by_name(state, optimizer, model) if trainer.args.process_index == 0 else {}
+        set_optimizer_state_dict(model, optimizer, named, options=_from_first())
+    elif (found, wanted) == (FULL, PLAIN):
+        state = torch.load(folder / "optimizer.bin", "cpu", weights_only=True)
+        options = StateDictOptions(full_state_dict=True)
+        set_optimizer_state_dict(model, optimizer, state, options=options)
+    else:
+        with _alone():
+            load_fsdp_optimizer(_plugin(found), trainer.accelerator, optimizer, model, str(folder))
+    return True
+
+
+class UntiedLayer(HybridLayer):
+    """A layer that shares no parameter with another, which FSDP may shard by itself."""
+
+
+def shard_ties_with_the_stack(trainer: HybridTrainer) -> None:
+    """Leave layers with tied parameters to FSDP's outermost unit: a unit must own its parameters.
+
+    accelerate picks the layers that become units by their class.
+    """
+    layers = [m for m in _modules(trainer) if isinstance(m, HybridLayer)]
+    uses = Counter(id(p) for layer in layers for p in layer.parameters())
+    untied = [x for x in layers if all(uses[id(p)] == 1 for p in x.parameters())]
+    if trainer.is_fsdp_enabled and len(untied) < len(layers):
+        for layer in untied:
+            layer.__class__ = UntiedLayer
+        names = [UntiedLayer.__name__] if untied else []
+        trainer.accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap = names
+
+
+def _modules(trainer: HybridTrainer) -> Iterable[nn.Module]:
+    assert isinstance(trainer.model, nn.Module)
+    return trainer.model.modules()
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    """Where one process loads what several wrote, torch warns that it takes that to be meant."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
+
+
+def _plugin(kind: str) -> FullyShardedDataParallelPlugin:
+    """Tells accelerate's loading what lies in the folder."""
+    return FullyShardedDataParallelPlugin(
+        fsdp_version=2,
+        state_dict_type="FULL_STATE_DICT" if kind == FULL else "SHARDED_STATE_DICT",
+    )
+
+
+def _from_first() -> StateDictOptions:
+    return StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=False)
+
+
+def _weights(folder: Path) -> dict[str, torch.Tensor]:
+    found: dict[str, torch.Tensor] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        found |= load_file(file)
+    return found
+
+
+def _by_name(state: dict[str, Any], optimizer: Any, model: nn.Module) -> dict[str, Any]:
+    """An optimizer's state with parameters by name instead of by number."""
+    names = {id(p): name for name, p in model.named_parameters()}
+    order = [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
+    return {
+        "state": {order[number]: values for number, values in state["state"].items()},
+        "param_groups": [
+            {**group, "params": [order[number] for number in group["params"]]}
+            for group in state["param_groups"]
+        ],
+    }

@@ -1,0 +1,72 @@
+"""Keys of `training:` that a run decides itself, and values that cannot be meant."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+# Keys that would break what a run promises, and why.
+DECIDED: dict[str, str] = {
+    "resume_from_checkpoint": "the same command goes on from the newest whole checkpoint by itself",
+    "ignore_data_skip": "a run goes on with the rows that come next",
+    "save_only_model": "a run could not go on from such a checkpoint; its folder has the model alone",
+    "auto_find_batch_size": "the rows of a step are fixed; set per_device_train_batch_size and"
+    " gradient_accumulation_steps",
+    "train_sampling_strategy": "the rows' order is that of the mixture",
+}
+
+Rule = tuple[str, Callable[[float], bool]]
+POSITIVE: Rule = ("above 0", lambda x: 0 < x < math.inf)
+AT_LEAST_0: Rule = ("at least 0", lambda x: 0 <= x < math.inf)
+AT_LEAST_1: Rule = ("at least 1", lambda x: x >= 1)
+BELOW_1: Rule = ("at least 0 and below 1", lambda x: 0 <= x < 1)
+STEPS: Rule = ("a number of steps, or a share of them between 0 and 1", lambda x: x > 0)
+ENDS: Rule = ("at least 1, or -1 for num_train_epochs", lambda x: x >= 1 or x == -1)
+
+RULES: dict[str, Rule] = {
+    "per_device_train_batch_size": AT_LEAST_1,
+    "per_device_eval_batch_size": AT_LEAST_1,
+    "gradient_accumulation_steps": AT_LEAST_1,
+    "max_steps": ENDS,
+    "num_train_epochs": POSITIVE,
+    "logging_steps": STEPS,
+    "save_steps": STEPS,
+    "eval_steps": STEPS,
+    "save_total_limit": AT_LEAST_1,
+    "dataloader_num_workers": AT_LEAST_0,
+    "learning_rate": AT_LEAST_0,
+    "weight_decay": AT_LEAST_0,
+    "warmup_steps": AT_LEAST_0,
+    "max_grad_norm": AT_LEAST_0,
+    "adam_epsilon": POSITIVE,
+    "adam_beta1": BELOW_1,
+    "adam_beta2": BELOW_1,
+    "label_smoothing_factor": BELOW_1,
+    "seed": AT_LEAST_0,
+    "data_seed": AT_LEAST_0,
+}
+
+MUON_RULES: dict[str, Rule] = {
+    "learning_rate": AT_LEAST_0,
+    "momentum": BELOW_1,
+    "ns_steps": ("1 to 99", lambda x: 1 <= x < 100),
+}
+
+
+def outside(values: Mapping[str, Any], rules: Mapping[str, Rule], path: str) -> list[str]:
+    """One line for each number that its rule does not allow."""
+    return [
+        f"{path}.{key}: expected {words}, found {values[key]}"
+        for key, (words, allowed) in rules.items()
+        if isinstance(values.get(key), (int, float)) and not allowed(values[key])
+    ]
+
+
+def decided(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> list[str]:
+    """One line for each key that asks for something else than what a run does."""
+    return [
+        f"training.{key}: {why}; leave it out"
+        for key, why in DECIDED.items()
+        if key in values and values[key] != defaults[key]
+    ]
