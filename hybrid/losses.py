@@ -1,8 +1,8 @@
 """Cross entropy of next tokens from hidden states, without the logits of a whole batch.
 
 The head and the loss run on a chunk of tokens at a time. No float32 copy of all logits exists, forward
-or backward, and the z-loss lambda log^2 Z (PaLM, arXiv 2204.02311, section 5) takes no second pass
-over them: log Z is at hand. Three back-ends by name, the config key `loss_backend`:
+or backward, and the z-loss lambda log^2 Z (PaLM, arXiv 2204.02311, section 5) is taken of the same
+chunk. Three back-ends by name, the config key `loss_backend`:
 
     chunked   here. The gradient of a chunk is taken while its logits exist, so that nothing is
               recomputed; there is no second derivative. A head that is more than its weight (an

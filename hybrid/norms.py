@@ -57,8 +57,8 @@ class _RMSNormOnCPU(torch.autograd.Function):
     def forward(
         x: torch.Tensor, weight: torch.Tensor | None, eps: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        scale = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-        scale = scale.mul_(scale).div_(x.shape[-1]).add_(eps).rsqrt_()
+        # In torch's own order, so that the value is the same to the bit with and without a gradient.
+        scale = x.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
         y = x * scale
         return y if weight is None else y.mul_(weight), scale
 

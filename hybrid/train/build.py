@@ -15,7 +15,7 @@ from accelerate import Accelerator, DistributedType
 from accelerate.utils import patch_environment
 from transformers import TrainingArguments
 from transformers.integrations import integration_utils
-from transformers.utils import is_liger_kernel_available
+from transformers.utils.import_utils import is_liger_kernel_available
 
 from hybrid.data.mixture import Mixture, check_ids
 from hybrid.data.rows import Rows

@@ -86,11 +86,14 @@ def measure(
 ) -> dict[str, Any]:
     """Time steps of one model; returns a row."""
     torch.manual_seed(0)
-    model = build(layout, side, setup).to(device, torch.bfloat16).train()
+    model = build(layout, side, setup)
+    model.to(device=device, dtype=torch.bfloat16)  # pyright: ignore[reportArgumentType]
+    model.train()
     if length >= setup.checkpoint_from:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    fused = {"fused": True} if device.type == "cuda" else {}
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, **fused)
+        # Named anew in transformers 5.2x; both are without re-entrance by default.
+        enable = getattr(model, "activation_checkpointing_enable", None)
+        (enable or model.gradient_checkpointing_enable)()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=device.type == "cuda")
     shape = (max(1, setup.tokens // length), length)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)

@@ -39,12 +39,12 @@ case $part in
     section sanitize 260 python3 -m hybrid_kernels.gpu_check sanitize
     ;;
 2)
-    check bench 380 200 --jobs 8
-    check tune 200 100 --jobs 12
+    check bench 385 360 --jobs 8
+    check tune 195 175 --jobs 12
     ;;
 3)
     section model 280 python3 -m hybrid.train.gpu_benchmark --out "$out"
-    section retrieval 300 python3 -m hybrid.cli ablate configs/ablations/retrieval.yaml "out=$out/retrieval"
+    section retrieval 300 python3 -m hybrid.cli ablate configs/ablations/retrieval.yaml "seeds=[0]" "out=$out/retrieval"
     find "$out/retrieval" -maxdepth 1 -type f -exec cp {} "$out/" \; 2>/dev/null
     rm -rf "$out/retrieval"
     ;;

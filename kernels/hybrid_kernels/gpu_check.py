@@ -400,14 +400,15 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     return options
 
 
-def in_parts(words: list[str], jobs: int, folder: Path) -> list[Path]:
+def in_parts(words: list[str], jobs: int, folder: Path, budget: float | None) -> list[Path]:
     """Run a section in processes of their own, each a part of it; return their folders."""
+    limit = [] if budget is None else ["--budget", str(budget)]
     # What they find for rivals' kernels while they disturb each other must not be kept.
     inherited = {**os.environ, "FLA_CACHE_RESULTS": "0"}
     folders, running = [folder / f"part-{index}" for index in range(jobs)], []
     for index, out in enumerate(folders):
         part = ["--part", str(index), str(jobs), "--jobs", "1", "--out", str(out)]
-        command = [sys.executable, "-m", "hybrid_kernels.gpu_check", *words, *part]
+        command = [sys.executable, "-m", "hybrid_kernels.gpu_check", *words, *part, *limit]
         running.append(subprocess.Popen(command, env=inherited))
     for process in running:
         process.wait()
@@ -456,8 +457,11 @@ def main(arguments: list[str] | None = None) -> int:
     deadline = time.monotonic() + (options.budget or float("inf"))
     ledger = Ledger(options.out / f"{options.what}.json", device, deadline)
     if options.jobs > 1:
+        # Where the parts are only to compile, half of the time is left for what they prepare.
+        share = 1.0 if options.what == "correctness" else 0.5
+        budget = None if options.budget is None else share * options.budget
         with tempfile.TemporaryDirectory() as folder:
-            folders = in_parts(words, options.jobs, Path(folder))
+            folders = in_parts(words, options.jobs, Path(folder), budget)
             if options.what == "correctness":
                 for part in folders:
                     ledger.take(part / "correctness.json")

@@ -314,9 +314,12 @@ def test_logits_and_gradients_are_those_of_their_formulas(name, case, published)
     (expected * direction).sum().backward()
     wanted = Held({key: tensor.grad for key, tensor in weights.items()})
     parameters = dict(ours.named_parameters())
-    for key, gradient in read_steps(steps(FAMILIES[name], ours), wanted):
+    pairs = list(read_steps(steps(FAMILIES[name], ours), wanted))
+    # what is exactly 0 in one order of operations may be the rounding of the others in another
+    rounding = torch.finfo(torch.float64).eps * max(gradient.norm() for _, gradient in pairs)
+    for key, gradient in pairs:
         got = parameters[key].grad
-        assert (got - gradient).norm() <= tolerance * gradient.norm(), key
+        assert (got - gradient).norm() <= tolerance * gradient.norm() + rounding, key
 
 
 @each_case

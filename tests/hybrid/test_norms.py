@@ -59,6 +59,16 @@ def test_float32_is_as_exact_as_torch_has_it(size):
         assert error <= 2 * budget + steps[name] * rounding, name
 
 
+@pytest.mark.parametrize("size", [1, 7, 64, 576])
+@pytest.mark.parametrize("weighted", [True, False])
+def test_the_value_is_the_same_to_the_bit_without_a_gradient(size, weighted):
+    x, weight = inputs(300, size, dtype=torch.float32)
+    given = weight if weighted else None
+    with torch.no_grad():
+        alone = rms_norm(x, given, EPS)
+    assert torch.equal(rms_norm(x, given, EPS), alone)
+
+
 def test_a_row_does_not_depend_on_the_others():
     x, weight = inputs(3, 257, 96, dtype=torch.float32)
     y = rms_norm(x, weight, EPS)

@@ -50,7 +50,7 @@ class Pass:
         if run.sizes != self.sizes:
             self.sizes = run.sizes
             self._lay_out()
-        load(do, p.dtype, run.value_factor("output"), self.do)
+        load(do, p.dtype, run.output_factor, self.do)
         self.output_reads = None
         if o is not None and run.value_gate and not p.exact:
             product = self.take("dtotal" if self.scalar else "reads", *self.do.shape)
@@ -198,7 +198,7 @@ class Pass:
         # The decay's gradient has been summed; its memory is warm.
         self.dvalues = self.take("dtotal", *run.values.shape)
         torch.bmm(run.write, self.dends, out=self.dvalues)
-        dv, factor = self.dvalues, run.value_factor("write")
+        dv, factor = self.dvalues, run.write_factor
         if run.exact_values:
             assert run.value_gate is not None
             dv, factor = torch.addcmul(self.dpair_values, dv, run.value_gate.write), None

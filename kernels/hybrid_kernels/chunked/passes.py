@@ -1,7 +1,7 @@
 """Both passes over all segments, which share their scratch memory.
 
 A segment is recomputed in the backward pass from the state before it, the only thing that the
-forward pass keeps.
+forward pass keeps; its output is held on to as well where that spares products (``linear.py``).
 
 Legend: as in ``segment.py``.
 """

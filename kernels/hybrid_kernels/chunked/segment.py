@@ -7,9 +7,6 @@ chunk::
     o = A v + q S
     S' = D S + w^T v          with w decayed to the chunk's end
 
-A segment is recomputed in the backward pass from the state before it, the only thing that the
-forward pass keeps.
-
 Legend: B batch, T time, C chunk, b chunks x G of one segment, G heads of q and k, r value heads
 per G, H = G r heads of the state, K key dim, V value dim, N sequences.
 """
@@ -107,6 +104,9 @@ class Run:
     """Segments of the additive form, one after the other: ``begin``, ``pass_states``, ``store_output``.
 
     Attributes (b leading everywhere):
+        key_gate, value_gate: decays, or None.
+        write_factor, output_factor: what values and output are multiplied by in ``load`` and
+            ``store``, the scale included, or None.
         read: (C, K) queries times their read factor.
         write: (C, K) keys times their write factor.
         values: (C, r V) times their write factor.
@@ -123,6 +123,7 @@ class Run:
         diagonal = 0 if p.bonus is None else -1
         self.mask = triangle(p.layout.chunk, diagonal, p.dtype, p.q.device)
         self.sizes: tuple[int, ...] = ()
+        self.gates: tuple[Gate | None, Gate | None] | None = None
 
     def begin(self, segment: Segment) -> None:
         """Load a segment's rows."""
@@ -131,22 +132,18 @@ class Run:
         heads = p.heads
         sizes = tuple([width * heads for width in segment.widths])
         if sizes != self.sizes:
-            self.sizes = sizes
+            self.sizes, self.gates = sizes, None
             self._lay_out()
-        self.key_gate = p.key_gate(segment.lead)
-        self.value_gate = p.value_gate(segment.lead)
-        read = self.key_gate.read if self.key_gate else None
-        write = self.key_gate.write if self.key_gate else None
-        self.read = self._gather("read", p.q, read)
-        self.write = self._gather("write", p.k, write)
-        self.values = self._gather("values", p.v, self.value_factor("write"))
+        gates = (p.key_gate(segment.lead), p.value_gate(segment.lead))
+        if gates != self.gates:
+            self.gates = gates
+            self._take_factors()
+        self.read = self._gather("read", p.q, self.key_gate.read if self.key_gate else None)
+        self.write = self._gather("write", p.k, self.key_gate.write if self.key_gate else None)
+        self.values = self._gather("values", p.v, self.write_factor)
         if self.exact_keys:
             self.raw_q = load(p.q[segment.lead], p.dtype)
             self.raw_k = load(p.k[segment.lead], p.dtype)
-        self.total = self._total()
-        self.totals = None
-        if self.total is not None:
-            self.totals = self.scratch.split(self.total, self.sizes)
 
     def _lay_out(self) -> None:
         """Lay out memory and its views, once for all segments but the last."""
@@ -168,15 +165,21 @@ class Run:
         load(x, self.p.dtype, factor, self.scratch.take(name, *x.shape))
         return self.scratch.take(name, x.shape[:3].numel(), x.shape[3], x.shape[4:].numel())
 
-    def value_factor(self, which: str) -> Tensor | None:
-        """Return a factor of the value gate for ``load`` and ``store``, "output" with the scale."""
-        if self.value_gate is None:
-            if which != "output" or self.p.scale == 1.0:
-                return None
+    def _take_factors(self) -> None:
+        """Find what values, output and states are multiplied by."""
+        assert self.gates is not None
+        p = self.p
+        self.key_gate, self.value_gate = self.gates
+        self.write_factor = self.output_factor = None
+        if self.value_gate is not None:
+            shape = (-1, *p.v.shape[1:5], self.value_gate.g.shape[2] // p.v.shape[4])
+            self.write_factor = self.value_gate.write.view(shape)
+            self.output_factor = self.value_gate.output.view(shape)
+        elif p.scale != 1.0:
             # One element with a dimension: a plain number would take a product to bfloat16 first.
-            return self.mask.new_full((1,), self.p.scale)
-        factor: Tensor = getattr(self.value_gate, which)
-        return factor.view(-1, *self.p.v.shape[1:5], factor.shape[2] // self.p.v.shape[4])
+            self.output_factor = self.mask.new_full((1,), p.scale)
+        self.total = self._total()
+        self.totals = None if self.total is None else self.total.split(self.sizes)
 
     def make_pairs(self) -> None:
         """Fill ``pairs``; as late as possible, since the rows are taken from the cache by then."""
@@ -212,9 +215,9 @@ class Run:
         """Return the decay of the state over each chunk, broadcasting to (b, K, r V)."""
         total = self.key_gate.total[:, :, None] if self.key_gate else None
         if self.value_gate is not None:
-            columns = self.value_gate.total[:, None]
-            if columns.shape[2] not in (1, self.values.shape[2]):
-                columns = columns[..., None].expand(-1, -1, -1, self.p.v.shape[5]).flatten(2)
+            columns, (shared, size) = self.value_gate.total[:, None], self.p.v.shape[4:]
+            if columns.shape[2] not in (1, shared * size):
+                columns = columns[..., None].expand(-1, -1, -1, size).flatten(2)
             total = columns if total is None else total * columns
         return total
 
@@ -257,4 +260,4 @@ class Run:
             store(o, out.mul_(self.p.scale))
             return
         out = self._pair_output().baddbmm_(self.read, self.starts)
-        store(o, out, self.value_factor("output"))
+        store(o, out, self.output_factor)

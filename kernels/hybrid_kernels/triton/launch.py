@@ -63,7 +63,7 @@ _CUDA: dict[str, tuple[Config, Config]] = {
     "delta_keys_backward": (Config(32, 64, 8, 1), Config(16, 32, 4, 1)),
     "delta_vector_keys_backward": (Config(16, 32, 4, 1), Config(16, 32, 4, 1)),
     "value_keys_backward": (Config(16, 32, 4, 1), Config(16, 32, 4, 1)),
-    "vector_keys_backward": (Config(32, 32, 4, 1), Config(32, 32, 4, 1)),
+    "vector_keys_backward": (Config(32, 32, 8, 1), Config(32, 32, 4, 1)),
     "pairs": (Config(32, 32, 8, 1), Config(32, 32, 4, 1)),
     "pairs_backward": (Config(64, 64, 4, 2), Config(32, 32, 4, 1)),
     "new_values": (Config(64, 64, 4, 2), Config(32, 32, 4, 1)),
@@ -82,7 +82,9 @@ def _narrow(config: Config, kernel: str) -> tuple[Config, Config]:
 # Four times the shared memory of the least device, and products of whole groups of warps.
 _HOPPER = {
     **_CUDA,
-    "walk_forward": _narrow(Config(128, 64, 4, 2), "walk_forward"),
+    "walk_forward": _narrow(Config(128, 32, 4, 2), "walk_forward"),
+    "vector_walk_forward": _narrow(Config(128, 64, 4, 2), "walk_forward"),
+    "delta_walk_forward": _narrow(Config(128, 64, 4, 2), "walk_forward"),
     "states_forward": _narrow(Config(64, 64, 4, 3), "states_forward"),
     "states_backward": _narrow(Config(64, 64, 4, 3), "states_backward"),
     "delta_states_forward": _narrow(Config(256, 64, 4, 2), "delta_states_forward"),
@@ -105,7 +107,7 @@ _TABLE: dict[str, dict[str, tuple[Config, Config]]] = {
     "sm_80": _CUDA,
     "sm_90": _HOPPER,
     "sm_100": _HOPPER,
-    "gfx942": _CUDA,
+    "gfx942": {**_CUDA, "walk_forward": _narrow(Config(128, 32, 4, 1), "walk_forward")},
     "interpreter": _INTERPRETER,
 }
 

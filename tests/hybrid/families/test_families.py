@@ -232,7 +232,12 @@ def test_gradients_of_all_weights(name, case, published):
     if far:
         wide = hybrid.HybridForCausalLM.from_published(found.folder, dtype=torch.float64)
         exact = gradients(wide, found.ids)
+        largest = max(gradient.norm() for gradient in exact.values())
         for key in far:
+            if exact[key].norm() < 1e-12 * largest:  # as of a bias of keys without positions: none
+                noise = max(ours[key].norm(), compared[key].norm())
+                assert noise < TOLERANCE * largest, f"{key}: {noise:.1e} where there is none"
+                continue
             own, error = distance(ours[key], exact[key]), distance(compared[key], exact[key])
             assert max(own, error) < 10 * TOLERANCE, f"{key}: {own:.1e} ours, {error:.1e} theirs"
 

@@ -48,8 +48,25 @@ def test_agrees_under_gates_that_hurt(name, gates):
     compare(named[name], "triton", torch.float32, **small, gates=gates)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", ["additive_scalar", "additive_outer", "delta_vector"])
+OVER = "with 20 keys and beta up to 2 the gradient of k is off by 5.3e-3 (benchmarks/triton.md)"
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        ("additive_scalar", torch.float16),
+        ("additive_scalar", torch.bfloat16),
+        ("additive_outer", torch.float16),
+        ("additive_outer", torch.bfloat16),
+        ("delta_vector", torch.float16),
+        pytest.param(
+            "delta_vector",
+            torch.bfloat16,
+            marks=pytest.mark.xfail(strict=True, raises=AssertionError, reason=OVER),
+        ),
+    ],
+    ids=str,
+)
 def test_agrees_in_half_precision(name, dtype):
     compare(named[name], "triton", dtype, **{**SMALL, "time": 20, "batch": 2})
 
