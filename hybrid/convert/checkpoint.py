@@ -132,7 +132,9 @@ class Checkpoint:
             with safe_open(str(path), framework="pt") as checked:
                 specs = {name: _spec(checked, name, path) for name in checked.keys()}  # noqa: SIM118
         except SafetensorError as error:
-            if path.read_bytes()[:8] == b"version ":
+            with path.open("rb") as file:
+                start = file.read(8)
+            if start == b"version ":
                 raise ValueError(
                     f"{path}: a pointer of Git LFS in place of the file; fetch it with 'git lfs pull'"
                 ) from error

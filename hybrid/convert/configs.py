@@ -38,7 +38,8 @@ def read_published(values: Mapping[str, Any], where: str | Path) -> tuple[Family
         where: the file, for messages.
 
     Raises:
-        ValueError: no family, one without a map, or a value that their class refuses.
+        ValueError: no family, one without a map, no inner config where there has to be one, or a
+            value that their class refuses.
     """
     if "model_type" not in values:
         raise ValueError(f"{where}: no model_type, so the family is unknown")
@@ -46,7 +47,10 @@ def read_published(values: Mapping[str, Any], where: str | Path) -> tuple[Family
     if values["model_type"] in family.wrapped_in:
         # the outer config may hold what the inner one leaves out, such as whether weights are tied
         outer = {k: values[k] for k in ("tie_word_embeddings",) if k in values}
-        values = outer | values.get("text_config", {})
+        inner = values.get("text_config")
+        if not isinstance(inner, dict):
+            raise ValueError(f"{where}: {values['model_type']} without its text_config")
+        values = outer | inner
     if values.get("model_type") in family.aliases:
         values = family.aliases[values["model_type"]](values)
     return family, family.their_config({k: v for k, v in values.items() if k not in QUANTIZED})
@@ -226,8 +230,9 @@ def _letters(
         regrouped = block.mixer_layer != i or (block.ffn and block.ffn_layer != i)
         if regrouped and any(getattr(p.options, "depth_scaled_decay", False) for p in block.mixers):
             mistakes.append(
-                f"layer {block.mixer_layer}: its decays depend on its index, which would become {i};"
-                " write the layout with a feed-forward inside each layer, or set depth_scaled_decay"
+                f"{where}layer {block.mixer_layer}: its decays depend on its index, which would become"
+                f" {i}; write the layout with a feed-forward inside each layer, or set"
+                " depth_scaled_decay"
             )
     return letters, by_layers(homeless) + mistakes
 

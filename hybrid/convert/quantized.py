@@ -151,6 +151,8 @@ def _fp8(specs: Mapping[str, Spec], settings: Mapping[str, Any]) -> dict[str, Pa
     for name, (shape, dtype) in specs.items():
         if dtype not in FP8:
             continue
+        if len(shape) < 2:
+            raise ValueError(f"{name}: expected a matrix, as fp8 has blocks of, found {shape}")
         scales = f"{name}_scale_inv"
         if scales not in specs:
             raise ValueError(f"{name} is quantized by fp8, and its scales {scales} are not there")

@@ -43,7 +43,11 @@ class Held:
 
 
 class Respelt:
-    """A source under other names: prefixes or parts of names, each with what stands for it here."""
+    """A source under other names: prefixes or parts of names, each with what stands for it here.
+
+    Raises:
+        ValueError: two tensors whose names are one here.
+    """
 
     def __init__(self, source: Source, spellings: Sequence[tuple[str, str]]) -> None:
         self.source = source
@@ -52,6 +56,10 @@ class Respelt:
             here = name
             for found, wanted in spellings:
                 here = here.replace(found, wanted)
+            if here in self.names:
+                raise ValueError(
+                    f"{self.names[here]} and {name} of the checkpoint are one tensor here"
+                )
             self.names[here] = name
         self.specs: Mapping[str, Spec] = {n: source.specs[old] for n, old in self.names.items()}
 

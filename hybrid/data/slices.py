@@ -56,6 +56,8 @@ class FilledRows(Dataset):
 
     def __getitem__(self, index: int) -> Row:
         """See `Mixture`."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"row {index} of {len(self)}")
         return self.rows[index] if index < len(self.rows) else silent(self.rows[0])
 
 

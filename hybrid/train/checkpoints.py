@@ -77,7 +77,8 @@ def write_manifest(folder: Path, run: Mapping[str, Any]) -> None:
         for path in sorted(folder.rglob("*"))
         if path.is_file() and path.name != MANIFEST
     }
-    content = {"format": FORMAT, "files": files, "run": dict(run)}
+    # as it will be read: keys that are numbers become text, which sorts otherwise
+    content = json.loads(json.dumps({"format": FORMAT, "files": files, "run": dict(run)}))
     text = json.dumps({**content, "checksum": _checksum_of(content)}, indent=1)
     replace_text(folder / MANIFEST, text)
 

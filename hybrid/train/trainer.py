@@ -167,24 +167,32 @@ class HybridTrainer(Trainer):
 
         And for experts what `ExpertLoad` has of their load.
         """
-        if "loss" in logs and self._clock is not None:
-            (before, since), now = self._clock, time.perf_counter()
-            steps, seconds = self.state.global_step - since, now - before
-            self._clock = now, self.state.global_step
-            self.step_seconds += seconds
-            logs["tokens_per_second"] = steps * self.tokens_per_step / seconds
-            if (used := self.utilisation(logs["tokens_per_second"])) is not None:
+        if "train_runtime" in logs:  # at the end; the last steps may not have been logged
+            self._lap()
+        if "loss" in logs and (speed := self._lap()) is not None:
+            logs["tokens_per_second"] = speed
+            if (used := self.utilisation(speed)) is not None:
                 logs["mfu"] = used
         if "loss" in logs:
             logs.update(self.expert_load.summary())
             callbacks = self.callback_handler.callbacks
             boards = [c.tb_writer for c in callbacks if getattr(c, "tb_writer", None) is not None]
             self.expert_load.write(self.args, self.state, boards)
-        # `Trainer` divides these, which it logs at the end, by the steps of the whole run, of which a
-        # resumed process took the last ones only.
+        # transformers 5.17 divides these, which it logs at the end, by the steps of the whole run, of
+        # which a resumed process took the last ones only.
         for key in ("train_loss", "train_samples_per_second", "train_steps_per_second"):
             logs.pop(key, None)
         super().log(logs, start_time)
+
+    def _lap(self) -> float | None:
+        """Add the time since the last lap to that of steps; tokens a second, None without a step."""
+        if self._clock is None or (steps := self.state.global_step - self._clock[1]) == 0:
+            return None
+        now = time.perf_counter()
+        seconds = now - self._clock[0]
+        self._clock = now, self.state.global_step
+        self.step_seconds += seconds
+        return steps * self.tokens_per_step / seconds
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """As `Trainer`, while the clock stands."""
@@ -210,7 +218,8 @@ class HybridTrainer(Trainer):
         count = self._get_num_items_in_batch([inputs], self.args.device)
         if count is None:  # a model whose loss is the mean of its own batch
             count = (inputs["labels"][..., 1:] != IGNORE).sum()
-        if found[0] is not None and (labels := int(count)):
+        # one process that drives several devices has it once for each
+        if found[0] is not None and (labels := int(torch.as_tensor(count).max())):
             loss, before = found[0].item() * labels, self._held
             self._held = before[0] + loss, before[1] + labels
         return found

@@ -454,7 +454,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.what == "once":
         launch_each(device)
         return 0
-    deadline = time.monotonic() + (options.budget or float("inf"))
+    deadline = time.monotonic() + (float("inf") if options.budget is None else options.budget)
     ledger = Ledger(options.out / f"{options.what}.json", device, deadline)
     if options.jobs > 1:
         # Where the parts are only to compile, half of the time is left for what they prepare.

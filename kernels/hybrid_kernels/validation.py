@@ -64,7 +64,8 @@ def check_linear_attention(
     if log_decay is not None:
         _floating("log_decay", log_decay)
         allowed = ((heads,), token, (*token, q.shape[3]))
-        if tuple(log_decay.shape) not in allowed:
+        # One by one: a compiler whose sizes are symbols does not find them with `in`.
+        if not any(log_decay.shape == shape for shape in allowed):
             raise ValueError(
                 "log_decay must be (H,), (B, T, H) or (B, T, H, K), that is "
                 f"{' or '.join(str(s) for s in allowed)}, got {_shape(log_decay)}"

@@ -15,6 +15,7 @@ import hybrid
 from hybrid.cli import main
 from hybrid.convert import FAMILIES, export, fitting, get_family, import_published
 from hybrid.convert import checkpoint as files
+from hybrid.convert.steps import Held, Respelt
 from hybrid.convert.weights import (
     Fuse,
     Place,
@@ -213,6 +214,12 @@ def test_tensors_that_do_not_fit_are_named(theirs, tmp_path, change, message):
     with pytest.raises(ValueError, match=message):
         import_published(theirs, tmp_path / "ours")
     assert not (tmp_path / "ours").exists()
+
+
+def test_two_tensors_of_one_name_here_are_refused():
+    found = Held({"model.language_model.a": torch.zeros(1), "model.a": torch.ones(1)})
+    with pytest.raises(ValueError, match=r"language_model.a and model.a of the checkpoint are one"):
+        Respelt(found, [("model.language_model.", "model.")])
 
 
 def test_a_missing_shard_is_named(theirs, tmp_path):

@@ -261,6 +261,8 @@ EXPERTS, UP = "model.layers.1.mlp.experts.down_proj", "model.layers.1.mlp.up_pro
          f"{UP}_scale_inv: expected float32 or .*, found uint8"),
         ("qwen3", replace(UP, lambda t: t.bfloat16()),
          f"map of 'qwen3' has no place for {UP}_scale_inv"),
+        ("qwen3", replace(UP, lambda t: t[0]),
+         rf"{UP}: expected a matrix, as fp8 has blocks of, found \(32,\)"),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_is_named(kind, edit, message, tmp_path):

@@ -34,6 +34,20 @@ def test_a_published_config_says_what_our_file_says(path):
     assert published.max_position_embeddings == ours.max_position_embeddings
 
 
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({}, "here/config.json: no model_type, so the family is unknown"),
+        ({"model_type": "qwen3_5"}, "here/config.json: qwen3_5 without its text_config"),
+        ({"model_type": "minimax_text_01"}, "attn_type_list: expected 0 .* or 1 .*, found None"),
+        ({"model_type": "minimax_m1", "attn_type_list": [0, 2]}, r"attn_type_list: .* \[0, 2\]"),
+    ],
+)
+def test_a_config_that_says_too_little(values, message):
+    with pytest.raises(ValueError, match=message):
+        read_published(values, "here/config.json")
+
+
 # Logits of checkpoints whose config is in other words than their class has
 
 SIZES: Any = {

@@ -172,6 +172,24 @@ def test_what_is_not_training_is_not_timed(values, tmp_path, monkeypatch):
     assert not {"train_loss", "train_samples_per_second"} & set(totals)
 
 
+@pytest.mark.parametrize("logging_steps", [2, 100])
+def test_steps_after_the_last_log_are_timed_too(values, monkeypatch, logging_steps):
+    """On a clock that only steps move: three of them, of a second each."""
+    now = [0.0]
+    monkeypatch.setattr("hybrid.train.trainer.time.perf_counter", lambda: now[0])
+    trainer = prepare_run(changed(values, max_steps=3, logging_steps=logging_steps))
+    step = trainer.training_step
+
+    def training_step(*args, **kwargs):
+        loss = step(*args, **kwargs)
+        now[0] += 1 / trainer.args.gradient_accumulation_steps
+        return loss
+
+    trainer.training_step = training_step
+    trainer.train()
+    assert trainer.step_seconds == pytest.approx(3)
+
+
 def test_epochs_are_those_of_the_data(values):
     values["data"] = values["data"][:1]
     values["training"].pop("max_steps")
@@ -314,7 +332,7 @@ def test_a_checkpoint_that_is_not_whole_is_skipped_in_one_line(values, tmp_path,
 
 def test_no_byte_of_a_manifest_may_change(tmp_path):
     (tmp_path / "weights").write_bytes(b"1234")
-    write_manifest(tmp_path, {"training.seed": 42, "model": {"layout": "LS"}})
+    write_manifest(tmp_path, {"training.seed": 42, "model": {"layout": "LS", "by": {2: 0, 10: 0}}})
     assert damage(tmp_path) is None
     path = tmp_path / MANIFEST
     content = path.read_bytes()

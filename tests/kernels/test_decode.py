@@ -71,6 +71,32 @@ def test_a_state_that_lies_elsewhere(form, dtype):
     assert state is inputs["initial_state"]
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("backend", SCAN_BACKENDS)
+@torch.no_grad()
+def test_a_state_of_another_dtype_that_the_scan_overwrites(backend, dtype):
+    inputs = sample_scan(time=1)
+    inputs["initial_state"] = inputs["initial_state"].to(dtype)
+    expected = selective_scan(**inputs, output_final_state=True, backend=backend)
+    y, state = selective_scan(
+        **inputs, output_final_state=True, backend=backend, overwrite_state=True
+    )
+    assert state is inputs["initial_state"]
+    assert state.dtype == dtype
+    assert torch.equal(y, expected[0])
+    assert torch.equal(state, expected[1].to(dtype))
+
+
+@forms
+@pytest.mark.parametrize("time", [1, 20])
+@torch.no_grad()
+def test_autocast_leaves_the_dtypes(form, time):
+    inputs = sample(form, time=time)
+    with torch.autocast("cpu", torch.bfloat16):
+        o, state = linear_attention(**inputs, output_final_state=True, backend="torch")
+    assert o.dtype == state.dtype == torch.float32
+
+
 def test_what_was_prepared_without_gradients_does_not_serve_with_them():
     inputs = sample(FORMS[0], time=1)
     with torch.no_grad():

@@ -126,15 +126,13 @@ def experts(
     gate, up, down = (f"{prefix}{{e}}.{name}.weight" for name in names)
     return (
         rule(
-            *([gate, up], f"{FFN}experts.gate_up_proj", Stack(2)),
+            [gate, up],
+            f"{FFN}experts.gate_up_proj",
+            Stack(2),
             ffn="E",
             whole=f"{prefix}gate_up_proj",
         ),
-        rule(
-            *(down, f"{FFN}experts.down_proj", Stack()),
-            ffn="E",
-            whole=f"{prefix}down_proj",
-        ),
+        rule(down, f"{FFN}experts.down_proj", Stack(), ffn="E", whole=f"{prefix}down_proj"),
     )
 
 

@@ -57,7 +57,13 @@ def _own_words(config: Flat) -> Flat:
         for theirs, ours in zip((*kinds, "mlp"), ("linear_attn", "full_attn", "mlp"), strict=True)
         for factor in ("alpha", "beta")
     }
-    layers = {"layer_types": [kinds[kind] for kind in config["attn_type_list"]]}
+    given = config.get("attn_type_list")
+    if not isinstance(given, list) or not {*given} <= {0, 1}:
+        raise ValueError(
+            "attn_type_list: expected 0 (linear) or 1 (softmax) for each layer, found "
+            + repr(given)
+        )
+    layers = {"layer_types": [kinds[kind] for kind in given]}
     return {words.get(name, name): value for name, value in config.items()} | layers
 
 

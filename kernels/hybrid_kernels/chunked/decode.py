@@ -123,7 +123,8 @@ class LinearAttentionStep:
         o = o.view(-1, 1, heads, values)
         if self.overwrite and state is not initial_state:
             state = initial_state.copy_(state)
-        return o.to(self.output_dtype) if self.cast else o, state
+        # Autocast may have chosen another dtype for the products.
+        return _cast(o, self.output_dtype), state
 
     def _decayed(
         self, state: Tensor, log_decay: Tensor | None, value_log_decay: Tensor | None
@@ -174,12 +175,17 @@ class SelectiveScanStep:
         A: Tensor,
         B: Tensor,
         C: Tensor,
+        initial_state: Tensor | None,
         overwrite_state: bool = False,
         **_: Any,
     ):
         self.overwrite = overwrite_state
         self.dtype, self.output_dtype = state_dtype(u, delta, A, B, C), u.dtype
         self.cast = any(x.dtype != self.dtype for x in (u, delta, A, B, C))
+        # A state of another dtype cannot be computed in.
+        self.in_place = (
+            overwrite_state and initial_state is not None and initial_state.dtype == self.dtype
+        )
 
     def run(
         self,
@@ -199,7 +205,7 @@ class SelectiveScanStep:
         after = torch.mul(delta.mT, A).exp_()
         if initial_state is None:
             after.zero_()
-        elif self.overwrite:
+        elif self.in_place:
             after = initial_state.mul_(after)
         else:
             after.mul_(initial_state)
@@ -207,6 +213,8 @@ class SelectiveScanStep:
         y = torch.bmm(C, after.mT)
         if D is not None:
             y.addcmul_(u, _cast(D, self.dtype))
+        if self.overwrite and not self.in_place:
+            after = initial_state.copy_(after)
         return _cast(y, self.output_dtype), after
 
 
@@ -220,7 +228,7 @@ def selective_scan_step(
     state: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Compute ``selective_scan`` for one token; ``state`` is left as it is."""
-    return SelectiveScanStep(u, delta, A, B, C).run(u, delta, A, B, C, D, state)
+    return SelectiveScanStep(u, delta, A, B, C, state).run(u, delta, A, B, C, D, state)
 
 
 def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:

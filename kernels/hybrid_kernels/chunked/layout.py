@@ -28,13 +28,11 @@ class Segment:
         lead: slice of the leading axis of ``Layout.chunks``.
         offsets: first chunk of each step, counted from the segment's own first, and their total.
         widths: number of sequences that run at each step.
-        following: number of sequences that run at the step after the last.
     """
 
     lead: slice
     offsets: list[int]
     widths: list[int]
-    following: int
 
     @property
     def width(self) -> int:
@@ -127,8 +125,7 @@ class Layout:
             lead = slice(step, stop)
             if self.tokens is not None:
                 lead = slice(self.starts[step], self.starts[stop])
-            following = self.widths[stop] if stop < len(self.widths) else 0
-            found.append(Segment(lead, offsets, self.widths[step:stop], following))
+            found.append(Segment(lead, offsets, self.widths[step:stop]))
             step = stop
         return found
 

@@ -212,7 +212,9 @@ def scalar_factors(p_g, start, rows, i_h, H, C: tl.constexpr):
     exp(-110) is 0 in float32, so no gate need count for more; whole multiples of 1/64 then add up
     and cancel exactly in a chunk of 64 rows, and the rests are of at most 1/128 each.
     """
-    b_g = tl.maximum(load_column(p_g, start, rows, i_h, H, C), -110.0)
+    b_g = load_column(p_g, start, rows, i_h, H, C)
+    # Not the maximum of the two, which would pass over a NaN.
+    b_g = tl.where(b_g < -110.0, -110.0, b_g)
     b_coarse = tl.floor(b_g * 64.0 + 0.5) * (1.0 / 64.0)
     b_sums = tl.cumsum(b_coarse, axis=0)
     b_rests = tl.cumsum(b_g - b_coarse, axis=0)

@@ -95,6 +95,16 @@ def test_one_walk_is_states_and_outputs(name, gates):
         assert relative_rms(walk, steps) <= 1e-6
 
 
+@pytest.mark.parametrize("name", ["additive_scalar", "additive_vector", "delta_scalar"])
+def test_a_gate_that_is_not_a_number_shows(name):
+    inputs = sample(named[name], batch=1, time=20, key_dim=16, value_dim=16)
+    inputs["log_decay"][0, 3] = float("nan")
+    with torch.no_grad():
+        o, state = linear_attention(**inputs, backend="triton", output_final_state=True)
+    assert o[0, 3:].isnan().all()
+    assert state.isnan().all()
+
+
 def test_heads_and_sequences_decide_the_way():
     taken = []
     with launch.record("sm_90", lambda kernel, *_: taken.append(kernel.__name__)):
