@@ -108,7 +108,10 @@ def yarn_mscale(rope_parameters: dict[str, Any] | None) -> float:
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotate the first R dims of x (B, H, T, K) by cos and sin (B, T, R), which are not learnt."""
+    """Rotate the first R dims of x (B, H, T, K) by cos and sin (B, T, R), which are not learnt.
+
+    Where x wants a gradient the order of operations is another, and so may the last bit be.
+    """
     cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
     if x.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling():
         return _Rotation.apply(x, cos, *sin.chunk(2, dim=-1), 1)
