@@ -328,13 +328,18 @@ def output_gate_weights(letter: str = "S") -> tuple[Rule, ...]:
     )
 
 
-def three_convolutions(theirs: str, letter: str) -> Rule:
+EQUAL_PARTS = Fuse(parts=3)
+
+
+def three_convolutions(
+    theirs: str, letter: str, fuse: Fuse = EQUAL_PARTS, names: Sequence[str] = "qkv"
+) -> Rule:
     """Convolutions of q, k and v, one tensor each, as the one that is run here."""
     return rule(
-        [f"{theirs}{name}_conv1d.weight" for name in "qkv"],
+        [f"{theirs}{name}_conv1d.weight" for name in names],
         f"{MIXER}conv.weight",
         Squeeze(1),
-        Fuse(parts=3),
+        fuse,
         mixer=letter,
     )
 

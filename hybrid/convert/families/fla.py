@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from hybrid.convert.families.common import FFN, LAYER, MIXER, SIZES, simplest
+from hybrid.convert.families.common import FFN, LAYER, MIXER, SIZES, simplest, three_convolutions
 from hybrid.convert.family import (
     ConfigRule,
     Flat,
@@ -21,7 +21,7 @@ from hybrid.convert.family import (
     key,
     must,
 )
-from hybrid.convert.weights import Fuse, Rule, Squeeze, renames, rule
+from hybrid.convert.weights import Fuse, Rule, renames, rule
 
 THEIRS = f"{LAYER}attn."
 SOFTMAX = {"S": "softmax_attention", "W": "sliding_window_attention"}
@@ -299,11 +299,5 @@ def mixer_weights(
     inputs = {f"{theirs}_proj": f"{ours}_proj" for theirs, ours in zip(qkv, "qkv", strict=True)}
     return (
         *renames(THEIRS, MIXER, {**inputs, "o_proj": "o_proj", **names}, mixer=letter),
-        rule(
-            [f"{THEIRS}{name}_conv1d.weight" for name in qkv],
-            f"{MIXER}conv.weight",
-            Squeeze(1),
-            Fuse(sizes=_sizes),
-            mixer=letter,
-        ),
+        three_convolutions(THEIRS, letter, Fuse(sizes=_sizes), qkv),
     )

@@ -13,6 +13,7 @@ from hybrid.convert.families.common import (
     attention,
     attention_bias,
     ends,
+    three_convolutions,
 )
 from hybrid.convert.family import (
     Family,
@@ -24,7 +25,7 @@ from hybrid.convert.family import (
     must,
     register_family,
 )
-from hybrid.convert.weights import Fuse, Squeeze, renames, rule
+from hybrid.convert.weights import Fuse, renames, rule
 
 THEIRS = f"{LAYER}linear_attn."
 
@@ -78,14 +79,8 @@ OLMO_HYBRID = register_family(
             ),
             *ATTENTION_WEIGHTS,
             *QK_NORMS,
-            rule(
-                [f"{THEIRS}{name}_conv1d.weight" for name in "qkv"],
-                f"{MIXER}conv.weight",
-                # their save cuts the three in equal parts
-                Fuse(_channels, loose=True),
-                Squeeze(1),
-                mixer="D",
-            ),
+            # their save cuts the three in equal parts
+            three_convolutions(THEIRS, "D", Fuse(_channels, loose=True)),
             *(rule(THEIRS + name, MIXER + name, mixer="D") for name in ("A_log", "dt_bias")),
             *renames(
                 THEIRS,
