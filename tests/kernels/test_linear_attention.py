@@ -79,8 +79,66 @@ def test_agrees_on_any_shape(form, backend, data):
 def test_many_segments(form, lengths, monkeypatch):
     """The chunked backend works segment by segment; here every one is as short as it gets."""
     monkeypatch.setattr(chunked_linear, "SEGMENT_ROWS", 1)
+    monkeypatch.setattr(chunked_linear, "SEGMENT_ROWS_KEPT", 1)
     for gates in ("mild", "closed"):
         compare(form, "torch", torch.float32, time=130, lengths=lengths, gates=gates)
+
+
+def gradients(inputs, losses, **options):
+    """The gradients, where there are any, of the output, of the final state or of both, squared."""
+    leaves = {name: x.detach().requires_grad_(x.requires_grad) for name, x in inputs.items()}
+    results = linear_attention(**leaves, output_final_state=True, **options)
+    loss = sum(
+        x.double().square().sum() for x, wanted in zip(results, losses, strict=True) if wanted
+    )
+    wanted = {name: x for name, x in leaves.items() if x.requires_grad}
+    found = torch.autograd.grad(loss, list(wanted.values()), allow_unused=True)
+    return {
+        name: (torch.zeros_like(x) if grad is None else grad).double()
+        for (name, x), grad in zip(wanted.items(), found, strict=True)
+    }
+
+
+@forms
+@pytest.mark.parametrize("lengths", [None, [100, 0, 1, 99]])
+@pytest.mark.parametrize("losses", [(True, False), (False, True)], ids=["output", "final_state"])
+@pytest.mark.parametrize("constant", [False, True], ids=["all", "constant_decay"])
+def test_gradients_of_parts(form, lengths, losses, constant, monkeypatch):
+    """Of the output or of the final state alone; with decays that ask for no gradient."""
+    monkeypatch.setattr(chunked_linear, "SEGMENT_ROWS_KEPT", 256)
+    inputs = sample(form, time=200, lengths=lengths)
+    for name, x in inputs.items():
+        x.requires_grad_(x.is_floating_point() and not (constant and "decay" in name))
+    exact = {
+        name: x.detach().double().requires_grad_(x.requires_grad) if x.is_floating_point() else x
+        for name, x in inputs.items()
+    }
+    expected = gradients(exact, losses, backend="reference")
+    assert_agrees(gradients(inputs, losses, backend="torch"), expected, TOLERANCE[torch.float32])
+
+
+@forms
+def test_backward_twice(form):
+    """What the forward pass keeps is still there after a backward pass."""
+    inputs = {name: x.requires_grad_() for name, x in sample(form, time=200).items()}
+    o = linear_attention(**inputs, backend="torch")[0]
+    once, again = (
+        torch.autograd.grad(o.sum(), list(inputs.values()), retain_graph=True, allow_unused=True)
+        for _ in range(2)
+    )
+    assert all(a is b is None or torch.equal(a, b) for a, b in zip(once, again, strict=True))
+
+
+def test_nothing_is_kept_without_a_gradient(monkeypatch):
+    inputs = sample(FORMS[0], time=200)
+    expected = linear_attention(**inputs, backend="torch")[0]
+    monkeypatch.setattr(chunked_linear, "Kept", None)
+    assert torch.equal(linear_attention(**inputs, backend="torch")[0], expected)
+    with torch.no_grad():
+        asking = {name: x.requires_grad_() for name, x in inputs.items()}
+        assert torch.equal(linear_attention(**asking, backend="torch")[0], expected)
+    with pytest.raises(TypeError, match="NoneType"):
+        linear_attention(**asking, backend="torch")
 
 
 @backends

@@ -23,14 +23,15 @@ from torch import Tensor
 from hybrid_kernels.chunked.gates import triangle, triangles
 from hybrid_kernels.chunked.gradient import Gradients
 from hybrid_kernels.chunked.inverse import unit_lower_inverse
-from hybrid_kernels.chunked.layout import Segment, load, store, walk, walk_back
+from hybrid_kernels.chunked.kept import Kept
+from hybrid_kernels.chunked.layout import Segment, accumulate, load, store, walk, walk_back
 from hybrid_kernels.chunked.memory import Scratch
 from hybrid_kernels.chunked.pairs import key_pairs, key_pairs_backward
 from hybrid_kernels.chunked.segment import Problem
 
 
 class DeltaRun:
-    """Segments of the delta rule, one after the other: ``begin``, ``pass_states``, ``store_output``.
+    """Segments of the delta rule, one after the other, as ``Run`` does them.
 
     Attributes (b leading everywhere):
         beta: (C, 1).
@@ -47,9 +48,9 @@ class DeltaRun:
         total: (K or 1, 1) decay of the state over each chunk, or None.
     """
 
-    def __init__(self, p: Problem, scratch: Scratch):
+    def __init__(self, p: Problem, scratch: Scratch, kept: Kept | None):
         assert p.beta is not None
-        self.p, self.scratch, self.chunk = p, scratch, p.layout.chunk
+        self.p, self.scratch, self.kept, self.chunk = p, scratch, kept, p.layout.chunk
         self.all_beta = load(p.beta, p.dtype)
         # Without d. One element with a dimension: a number would take a product to bfloat16 first.
         self.scale = self.all_beta.new_full((1,), p.scale)
@@ -57,7 +58,7 @@ class DeltaRun:
         self.sizes: tuple[int, ...] = ()
 
     def begin(self, segment: Segment) -> None:
-        """Load a segment's rows, find its pairs and their inverse."""
+        """Load a segment's rows."""
         p, lead = self.p, segment.lead
         self.segment = segment
         sizes = tuple(width * p.heads for width in segment.widths)
@@ -68,13 +69,6 @@ class DeltaRun:
         rows = p.q.shape[1] * p.heads
         self.beta = self.all_beta[lead.start * rows : lead.stop * rows]
         self._load_rows()
-        if p.exact and self.key_gate:
-            self._make_exact_pairs()
-        else:
-            torch.bmm(self.read, self.write_columns, out=self.pairs)
-            self.query_pairs.mul_(self.lower)
-            torch.mul(self.erasing_pairs, self.beta, out=self.strict)
-        self._invert()
 
     def _lay_out(self) -> None:
         p, take, segment = self.p, self.scratch.take, self.segment
@@ -88,19 +82,16 @@ class DeltaRun:
         self.cut_queries, self.cut_erasing, self.cut_write, self.cut_values = (
             x.unflatten(0, cut) for x in (self.queries, self.erasing, self.write, self.values)
         )
-        self.pairs = take("pairs", rows, 2 * chunk, chunk)
-        self.query_pairs, self.erasing_pairs = self.pairs.split(chunk, dim=1)
-        self.strict = take("strict", rows, chunk, chunk)
-        self.inverse, self.weights = take("inverse", rows, chunk, chunk), self.strict
+        self.weights = take("weights", rows, chunk, chunk)
         self.erase = take("erase", rows, chunk, key)
-        self.written = take("written", rows, chunk, value)
         decays = p.key_decay is not None or p.value_decay is not None
         self.carry = take("carry", rows, chunk, key) if decays and not p.exact else self.write
         self.write_columns = self.write.mT
-        self.starts, self.ends = segment.states(self.scratch, "states", p.heads, (key, value))
-        self.step_starts, self.step_ends, self.step_erase, self.step_written, self.step_carry = (
-            x.split(self.sizes)
-            for x in (self.starts, self.ends, self.erase, self.written, self.carry.mT)
+        states = take("states", segment.states(p.heads), key, value)
+        self.starts, self.ends = segment.before_and_after(states, p.heads)
+        self.step_starts, self.step_ends, self.step_erase, self.step_carry = (
+            x.split_with_sizes(self.sizes)
+            for x in (self.starts, self.ends, self.erase, self.carry.mT)
         )
 
     def _load_rows(self) -> None:
@@ -116,9 +107,63 @@ class DeltaRun:
             self.total = self.key_gate.total[..., None]
         elif self.value_gate:
             self.total = self.value_gate.total[..., None]
+        self.totals = None if self.total is None else self.total.split_with_sizes(self.sizes)
         if self.total is not None and not p.exact:
             # Rescaled rows are relative to the chunk's start; what they write decays to its end.
             torch.mul(self.write, self.total.mT, out=self.carry)
+
+    def pass_states(self, state: Tensor) -> None:
+        """Walk the states through the segment; ``state`` becomes that after it, in place."""
+        rows, chunk, take = sum(self.sizes), self.chunk, self.scratch.take
+        if self.kept is None:
+            self.written = take("written", rows, chunk, self.values.shape[2])
+            self.inverse = take("inverse", rows, chunk, chunk)
+        else:
+            before = self.kept.before(self.segment)
+            before.copy_(state[: before.shape[0]])
+            self.written, self.inverse = self.kept.delta(self.segment)
+        self._make_pairs()
+        unit_lower_inverse(self.weights, self.inverse)
+        self._weigh()
+        torch.bmm(self.weights, self.values, out=self.written)
+        erase, carry = self.step_erase, self.step_carry
+        written = self.written.split_with_sizes(self.sizes)
+        for i, start, end in walk(self.step_starts, self.step_ends, state):
+            u = written[i].baddbmm_(erase[i], start, alpha=-1)
+            if self.totals is None:
+                torch.baddbmm(start, carry[i], u, out=end)
+            else:
+                torch.mul(start, self.totals[i], out=end)
+                end.baddbmm_(carry[i], u)
+
+    def recall(self) -> None:
+        """Bring the segment's states back, once all have been passed on."""
+        assert self.kept is not None
+        self.written, self.inverse = self.kept.delta(self.segment)
+        self._make_query_pairs()
+        self._weigh()
+        torch.bmm(self.carry.mT, self.written, out=self.ends)
+        state = self.kept.before(self.segment).clone()
+        accumulate(self.step_starts, self.step_ends, state, self.totals)
+
+    def _make_pairs(self) -> None:
+        """Find the pairs of queries, and A where the weights will be."""
+        if self.p.exact and self.key_gate:
+            self._make_exact_pairs()
+            return
+        pairs = self.scratch.take("pairs", sum(self.sizes), 2 * self.chunk, self.chunk)
+        torch.bmm(self.read, self.write_columns, out=pairs)
+        self.query_pairs, erasing = pairs.split(self.chunk, dim=1)
+        self.query_pairs.mul_(self.lower)
+        torch.mul(erasing, self.beta, out=self.weights)
+
+    def _make_query_pairs(self) -> None:
+        if self.p.exact and self.key_gate:
+            self._make_exact_pairs()
+            return
+        self.query_pairs = self.scratch.take("pairs", *self.weights.shape)
+        torch.bmm(self.queries, self.write_columns, out=self.query_pairs)
+        self.query_pairs.mul_(self.lower)
 
     def _make_exact_pairs(self) -> None:
         assert self.key_gate is not None
@@ -126,31 +171,13 @@ class DeltaRun:
         self.raw_k = load(self.p.k[self.segment.lead], self.p.dtype)
         self.raw_read = torch.stack([self.raw_q, self.beta * self.raw_k], dim=1)
         pairs = key_pairs(self.raw_read, self.raw_k, self.key_gate.g, exclusive=False)
-        queries, erasing = pairs.unbind(1)
-        queries.diagonal(dim1=1, dim2=2).copy_((self.raw_q * self.raw_k).sum(-1))
-        self.query_pairs.copy_(queries)
-        self.strict.copy_(erasing)
+        self.query_pairs, erasing = pairs.unbind(1)
+        self.query_pairs.diagonal(dim1=1, dim2=2).copy_((self.raw_q * self.raw_k).sum(-1))
+        self.weights.copy_(erasing)
 
-    def _invert(self) -> None:
-        unit_lower_inverse(self.strict, self.inverse)
-        # The matrix that was inverted has served: its memory is that of the weights.
+    def _weigh(self) -> None:
         torch.mul(self.inverse, self.beta.mT, out=self.weights)
         torch.bmm(self.weights, self.erasing, out=self.erase)
-        torch.bmm(self.weights, self.values, out=self.written)
-
-    def pass_states(self, state: Tensor) -> None:
-        """Walk the states through the segment; ``state`` becomes that after it, in place."""
-        written, erase, carry = self.step_written, self.step_erase, self.step_carry
-        if self.total is None:
-            for i, start, end in walk(self.step_starts, self.step_ends, state):
-                u = written[i].baddbmm_(erase[i], start, alpha=-1)
-                torch.baddbmm(start, carry[i], u, out=end)
-            return
-        self.totals = self.total.split(self.sizes)
-        for i, start, end in walk(self.step_starts, self.step_ends, state):
-            u = written[i].baddbmm_(erase[i], start, alpha=-1)
-            torch.mul(start, self.totals[i], out=end)
-            end.baddbmm_(carry[i], u)
 
     def store_output(self, o: Tensor) -> None:
         """Write the segment's output into its chunks."""
@@ -200,15 +227,15 @@ class DeltaPass:
         # Not at once below ``do``: a batched product into memory with gaps is many single ones.
         self.residual = take("residual", rows, chunk, value)
         self.dwritten = take("dwritten", rows, chunk, value)
-        self.dpairs = take("dpairs", *run.pairs.shape)
+        self.dpairs = take("dpairs", rows, 2 * chunk, chunk)
         self.dpairs_below = self.dpairs[:, chunk:]
         self.dread, self.dwrite = take("dread", *run.read.shape), take("dwrite", *run.write.shape)
         self.dqueries, self.derasing = self.dread.split(chunk, dim=1)
         self.reads = take("product", *run.read.shape)
         self.query_reads, self.erasing_reads = self.reads.split(chunk, dim=1)
-        self.befores, self.dends = run.segment.states(
-            run.scratch, "dstates", self.p.heads, run.starts.shape[1:]
-        )
+        heads = self.p.heads
+        states = take("dstates", run.segment.states(heads), *run.starts.shape[1:])
+        self.befores, self.dends = run.segment.before_and_after(states, heads)
         (
             self.step_befores,
             self.step_afters,
@@ -216,7 +243,7 @@ class DeltaPass:
             self.step_carry,
             self.step_erase,
         ) = (
-            x.split(run.sizes)
+            x.split_with_sizes(run.sizes)
             for x in (self.befores, self.dends, self.dwritten, run.carry, run.erase.mT)
         )
 
@@ -228,7 +255,7 @@ class DeltaPass:
         torch.bmm(run.query_pairs.mT, self.do, out=self.dwritten)
         for i, after, before in walk_back(self.step_befores, self.step_afters, dstate):
             du = dwritten[i].baddbmm_(self.step_carry[i], after)
-            if run.total is None:
+            if run.totals is None:
                 before.add_(after)
             else:
                 before.addcmul_(after, run.totals[i])

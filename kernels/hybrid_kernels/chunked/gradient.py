@@ -64,11 +64,11 @@ class Pass:
         self.do = self.take("do", *run.values.shape)
         # Pairs are made once this has served.
         self.dpairs = self.take("pairs", *run.pairs.shape)
-        self.befores, self.dends = run.segment.states(
-            run.scratch, "dstates", self.p.heads, run.starts.shape[1:]
-        )
-        self.step_befores = self.befores.split(self.sizes)
-        self.step_dends = self.dends.split(self.sizes)
+        heads = self.p.heads
+        states = self.take("dstates", run.segment.states(heads), *run.shape)
+        self.befores, self.dends = run.segment.before_and_after(states, heads)
+        self.step_befores = self.befores.split_with_sizes(self.sizes)
+        self.step_dends = self.dends.split_with_sizes(self.sizes)
 
     def pass_states(self, dstate: Tensor) -> None:
         """Walk the states' gradient backwards; ``dstate`` becomes that before the segment."""

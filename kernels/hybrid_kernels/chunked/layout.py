@@ -13,11 +13,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
-
-from hybrid_kernels.chunked.memory import Scratch
 
 
 @dataclass(frozen=True)
@@ -39,18 +38,20 @@ class Segment:
         """Number of sequences that run at the segment's first step."""
         return self.widths[0]
 
-    def states(
-        self, scratch: Scratch, name: str, heads: int, shape: tuple[int, ...]
-    ) -> tuple[Tensor, Tensor]:
-        """Return memory for the states before and after each step, (R*G, *shape) each.
+    def states(self, heads: int) -> int:
+        """Return how many states lie before and after the steps, ``heads`` to a sequence."""
+        rows = self.offsets[-1]
+        return (rows + self.width if self.dense else 2 * rows) * heads
 
-        While no sequence ends, the states after a step are those before the next: the two overlap.
-        """
-        rows, first, last = (n * heads for n in (self.offsets[-1], self.width, self.widths[-1]))
-        if first != last:
-            return scratch.take(name, rows, *shape), scratch.take(f"{name} after", rows, *shape)
-        states = scratch.take(name, rows + last, *shape)
-        return states[:rows], states[first:]
+    @property
+    def dense(self) -> bool:
+        """Whether all sequences outlast the segment: the states after a step are then the next's."""
+        return self.widths[0] == self.widths[-1]
+
+    def before_and_after(self, states: Tensor, heads: int) -> tuple[Tensor, Tensor]:
+        """Cut memory for ``states`` into those before and those after each step, which may overlap."""
+        rows = self.offsets[-1] * heads
+        return states[:rows], states[self.width * heads if self.dense else rows :]
 
 
 class Layout:
@@ -115,8 +116,9 @@ class Layout:
         empty[self.tokens] = False
         self.padding = empty.nonzero().flatten()
 
+    @cached_property
     def segments(self) -> list[Segment]:
-        """Cut the steps into segments."""
+        """The steps cut into segments."""
         found, step = [], 0
         while step < len(self.widths):
             span = self.span(self.widths[step])
@@ -219,8 +221,8 @@ def walk(
     """Walk states forward through the steps of a segment.
 
     Args:
-        starts, ends: memory from ``Segment.states`` for the states before and after each step; the
-            first of the former is filled in.
+        starts, ends: memory for the states before and after each step; the first of the former is
+            filled in.
         state: of all sequences; filled in for those that end in the segment or outlast it.
 
     Yields:
@@ -239,14 +241,33 @@ def walk(
     state[: ends[-1].shape[0]].copy_(ends[-1])
 
 
+def accumulate(
+    starts: tuple[Tensor, ...],
+    ends: tuple[Tensor, ...],
+    state: Tensor,
+    totals: tuple[Tensor, ...] | None,
+) -> None:
+    """Walk states forward, adding to what ``ends`` hold the states before, decayed by ``totals``.
+
+    Args:
+        starts, ends, state: as for ``walk``.
+        totals: by step, something that broadcasts to its states, or None for no decay.
+    """
+    for i, start, end in walk(starts, ends, state):
+        if totals is None:
+            end.add_(start)
+        else:
+            end.addcmul_(start, totals[i])
+
+
 def walk_back(
     befores: tuple[Tensor, ...], afters: tuple[Tensor, ...], dstate: Tensor
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
     """Walk the gradient of states backward through the steps of a segment.
 
     Args:
-        befores, afters: memory from ``Segment.states`` for the gradients of the states before and
-            after each step; the last of the latter is filled in.
+        befores, afters: memory for the gradients of the states before and after each step; the last
+            of the latter is filled in.
         dstate: gradient of every sequence's state after the segment, or after its end if that
             comes first; becomes the gradient before the segment.
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from hybrid_kernels.chunked.decode import is_single_step, linear_attention_step
 from hybrid_kernels.chunked.gates import RESCALE_LIMIT, RESCALE_LIMIT_PER_TOKEN
 from hybrid_kernels.chunked.gradient import Gradients
+from hybrid_kernels.chunked.kept import Kept
 from hybrid_kernels.chunked.layout import Layout
 from hybrid_kernels.chunked.passes import backward, forward
 from hybrid_kernels.chunked.segment import Problem
@@ -23,7 +24,9 @@ from hybrid_kernels.validation import state_dtype
 SMALLEST_CHUNK = 16
 
 # Tokens x heads that one segment works on at a time: its matrices should stay in a core's cache.
-SEGMENT_ROWS = 2048
+# Where a backward pass follows, memory is short anyway, and fewer segments are fewer calls.
+SEGMENT_ROWS = 1024
+SEGMENT_ROWS_KEPT = 2048
 
 
 def linear_attention(
@@ -44,18 +47,13 @@ def linear_attention(
     decays = (log_decay, value_log_decay)
     if is_single_step(q.shape[1], cu_seqlens, q, k, v, *decays, beta, bonus, initial_state):
         return linear_attention_step(q, k, v, *decays, beta, bonus, scale, initial_state)
+    inputs = (q, k, v, *decays, beta, bonus, initial_state)
+    keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
+    # The gradient of a decay that is fixed per head is a sum over all tokens of terms of either
+    # sign, in which the rounding of rescaled ones would show.
+    exactly = keep and log_decay is not None and log_decay.dim() == 1 and log_decay.requires_grad
     o, final_state, _ = torch.ops.hybrid_kernels.chunked_linear_attention(
-        q,
-        k,
-        v,
-        log_decay,
-        value_log_decay,
-        beta,
-        bonus,
-        initial_state,
-        cu_seqlens,
-        scale,
-        chunk_size or 0,
+        *inputs, cu_seqlens, scale, chunk_size or 0, exactly, keep
     )
     return o, final_state
 
@@ -73,17 +71,18 @@ def _forward(
     cu_seqlens: Tensor | None,
     scale: float,
     chunk_size: int,
+    exactly: bool,
+    keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the output, the final states, and the states that the backward pass starts from."""
-    p = _problem(q, k, v, log_decay, value_log_decay, beta, bonus, cu_seqlens, scale, chunk_size)
+    """Return the output, the final states, and what is kept for the backward pass (``Kept``)."""
+    decays = (log_decay, value_log_decay)
+    p = _problem(q, k, v, *decays, beta, bonus, cu_seqlens, scale, chunk_size, exactly, keep)
     o = _Memory(p.layout, p.v)
     if initial_state is None:
-        heads = p.heads * p.v.shape[4]
-        initial_state = torch.zeros(
-            p.layout.sequences, heads, q.shape[3], v.shape[3], dtype=p.dtype, device=q.device
-        )
+        initial_state = _no_states(p, v)
     state = _fold(p.layout.sort_states(initial_state.to(p.dtype)), p)
-    saved = _unfold(forward(p, state, o.chunks), p)
+    saved = state.new_empty(_kept_size(q, k, v, beta, chunk_size, p) if keep else 0)
+    forward(p, state, o.chunks, _kept(p, saved) if keep else None)
     final_state = p.layout.unsort_states(_unfold(state, p))
     return p.layout.result(o.whole).flatten(2, 3), final_state, saved
 
@@ -101,22 +100,19 @@ def _backward(
     cu_seqlens: Tensor | None,
     scale: float,
     chunk_size: int,
+    exactly: bool,
     saved: Tensor,
     o: Tensor | None,
     do: Tensor,
-    dfinal: Tensor,
+    dfinal: Tensor | None,
     decays_wanted: bool,
 ) -> list[Tensor]:
     """Return the gradients of the tensors that are not None, in order.
 
     Without the output ``o``, what of it the gradients need is computed again.
     """
-    # The gradient of a decay that is fixed per head is a sum over all tokens of terms of either
-    # sign, in which the rounding of rescaled ones would show.
-    fixed = decays_wanted and log_decay is not None and log_decay.dim() == 1
-    p = _problem(
-        q, k, v, log_decay, value_log_decay, beta, bonus, cu_seqlens, scale, chunk_size, fixed
-    )
+    decays = (log_decay, value_log_decay)
+    p = _problem(q, k, v, *decays, beta, bonus, cu_seqlens, scale, chunk_size, exactly, True)
     layout = p.layout
     dq, dk, dv = (_Memory(layout, x) for x in (p.q, p.k, p.v))
     dbeta = None if p.beta is None else _Memory(layout, p.beta)
@@ -128,12 +124,14 @@ def _backward(
     dbonus = None if bonus is None else torch.zeros_like(bonus, dtype=p.dtype)
     optional = (None if memory is None else memory.chunks for memory in (dkey, dvalue, dbeta))
     grads = Gradients(dq.chunks, dk.chunks, dv.chunks, *optional, dbonus)
+    if dfinal is None:
+        dfinal = _no_states(p, v)
     dstate = _fold(layout.sort_states(dfinal.to(p.dtype)), p)
 
     def cut(x: Tensor) -> Tensor:
         return layout.chunks(x.unflatten(2, (p.heads, -1))).transpose(2, 3)
 
-    backward(p, _fold(saved, p), None if o is None else cut(o), cut(do), dstate, grads)
+    backward(p, _kept(p, saved), None if o is None else cut(o), cut(do), dstate, grads)
 
     # A scalar decay went with the values or with the keys.
     dlog_decay = dvalue if dkey is None else dkey
@@ -167,6 +165,12 @@ def _like(x: Tensor, grad: _Memory | Tensor | None) -> Tensor:
     return grad.reshape(x.shape).to(x.dtype)
 
 
+def _no_states(p: Problem, v: Tensor) -> Tensor:
+    """Return (N, H, K, V) zeros."""
+    shape = (p.layout.sequences, p.heads * p.v.shape[4], p.k.shape[4], v.shape[3])
+    return torch.zeros(shape, dtype=p.dtype, device=v.device)
+
+
 def _fold(states: Tensor, p: Problem) -> Tensor:
     """Bring (N, G r, K, V) to (N G, K, r V)."""
     grouped = states.unflatten(1, (p.heads, -1)).transpose(2, 3)
@@ -192,7 +196,8 @@ def _problem(
     cu_seqlens: Tensor | None,
     scale: float,
     chunk_size: int,
-    exactly: bool = False,
+    exactly: bool,
+    keep: bool,
 ) -> Problem:
     """Choose the way (or be told ``exactly``) and chunk size; cut the inputs into chunks."""
     batch, time = q.shape[:2]
@@ -204,7 +209,12 @@ def _problem(
     layout, exact = _choose(
         [g for g in (log_decay, value_log_decay) if g is not None],
         lambda size: Layout(
-            batch, time, size, lambda n: _span(n, q, k, v, beta, chunk_size), lengths, q.device
+            batch,
+            time,
+            size,
+            lambda n: _span(n, q, k, v, beta, chunk_size, keep),
+            lengths,
+            q.device,
         ),
         chunk_size or _default_chunk(beta is not None, max(q.shape[3], v.shape[3]), longest),
         longest,
@@ -271,15 +281,22 @@ def _bounded(decays: list[Tensor], longest: int) -> bool:
 
 
 def _span(
-    sequences: int, q: Tensor, k: Tensor, v: Tensor, beta: Tensor | None, chunk_size: int
+    sequences: int,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor | None,
+    chunk_size: int,
+    keep: bool,
 ) -> int:
     """Return how many tokens of each sequence a segment holds; known before the chunk size is."""
     heads = max(q.shape[2], k.shape[2], v.shape[2])
-    # The delta rule has about twice as many matrices.
-    rows = SEGMENT_ROWS if beta is None else SEGMENT_ROWS // 2
+    rows = SEGMENT_ROWS
     if beta is None:
         # Half of the matrices are of queries and keys, which heads may share.
         heads = (heads + max(q.shape[2], k.shape[2])) // 2
+        # The delta rule has about twice as many matrices.
+        rows = SEGMENT_ROWS_KEPT if keep else SEGMENT_ROWS
     unit = max(64, chunk_size)
     return unit * max(1, rows // (sequences * heads * unit))
 
@@ -292,24 +309,59 @@ def _default_chunk(delta: bool, widest: int, longest: int) -> int:
     return chunk
 
 
+def _kept(p: Problem, memory: Tensor) -> Kept:
+    shape = (p.k.shape[4], p.v.shape[4] * p.v.shape[5])
+    return Kept(p.layout, p.heads, shape, p.beta is not None, memory)
+
+
+def _kept_size(
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor | None, chunk_size: int, p: Problem | None
+) -> int:
+    """Return how many numbers are kept; what is packed is known by its ``Problem`` only."""
+    batch, time, heads, key = *q.shape[:2], max(q.shape[2], k.shape[2], v.shape[2]), q.shape[3]
+    chunk = chunk_size or _default_chunk(beta is not None, max(key, v.shape[3]), time)
+    if p is not None and p.layout.tokens is not None:
+        chunks, starts = p.layout.starts[-1], sum(s.width for s in p.layout.segments)
+        chunk = p.layout.chunk
+    else:
+        # Of chunks that are not halved.
+        chunks = batch * -(-time // chunk)
+        starts = batch * -(-time // _span(batch, q, k, v, beta, chunk_size, True))
+        if beta is None:
+            starts = chunks + batch
+    states = starts * heads * key * v.shape[3]
+    return states if beta is None else states + chunks * heads * chunk * (v.shape[3] + chunk)
+
+
 @_forward.register_fake
 def _(
-    q, k, v, log_decay, value_log_decay, beta, bonus, initial_state, cu_seqlens, scale, chunk_size
+    q,
+    k,
+    v,
+    log_decay,
+    value_log_decay,
+    beta,
+    bonus,
+    initial_state,
+    cu_seqlens,
+    scale,
+    chunk_size,
+    exactly,
+    keep,
 ):
     heads = max(q.shape[2], k.shape[2], v.shape[2])
-    batch, time = q.shape[:2]
-    state = (heads, q.shape[3], v.shape[3])
-    if cu_seqlens is None:
-        rows = batch
-        count = batch * -(-time // _span(batch, q, k, v, beta, chunk_size))
+    rows = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    if not keep:
+        count = 0
+    elif cu_seqlens is None:
+        count = _kept_size(q, k, v, beta, chunk_size, None)
     else:
-        rows = cu_seqlens.shape[0] - 1
         count = torch.library.get_ctx().new_dynamic_size()
     dtype = state_dtype(q, k, v)
     return (
-        v.new_empty(batch, time, heads, v.shape[3]),
-        q.new_empty(rows, *state, dtype=dtype),
-        q.new_empty(count, *state, dtype=dtype),
+        v.new_empty(*q.shape[:2], heads, v.shape[3]),
+        q.new_empty(rows, heads, q.shape[3], v.shape[3], dtype=dtype),
+        q.new_empty(count, dtype=dtype),
     )
 
 
@@ -323,10 +375,13 @@ def _(q, k, v, log_decay, value_log_decay, beta, bonus, initial_state, *rest):
 
 
 def _keep(ctx, inputs, output) -> None:
-    *tensors, ctx.scale, ctx.chunk_size = inputs
+    *tensors, ctx.scale, ctx.chunk_size, ctx.exactly, _ = inputs
     wanted = ctx.needs_input_grad[3] or ctx.needs_input_grad[4]
     o = output[0] if wanted and _output_helps(*tensors[:6]) else None
     ctx.save_for_backward(*tensors, output[2], o)
+    # No zeros for what was kept, nor for final states that nothing was made of.
+    ctx.set_materialize_grads(False)
+    ctx.output = (output[0].shape, output[0].dtype)
 
 
 def _output_helps(
@@ -352,15 +407,18 @@ def _output_helps(
 
 def _differentiate(ctx, do, dfinal, _):
     *tensors, saved, o = ctx.saved_tensors
+    if do is None:
+        shape, dtype = ctx.output
+        do = tensors[0].new_zeros(shape, dtype=dtype)
     wanted = ctx.needs_input_grad[3] or ctx.needs_input_grad[4]
     found = iter(
         torch.ops.hybrid_kernels.chunked_linear_attention_backward(
-            *tensors, ctx.scale, ctx.chunk_size, saved, o, do, dfinal, wanted
+            *tensors, ctx.scale, ctx.chunk_size, ctx.exactly, saved, o, do, dfinal, wanted
         )
     )
     skipped = () if wanted else (3, 4)
     grads = [None if x is None or i in skipped else next(found) for i, x in enumerate(tensors[:8])]
-    return (*grads, None, None, None)
+    return (*grads, *[None] * 5)
 
 
 _forward.register_autograd(_differentiate, setup_context=_keep)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from hybrid_kernels.chunked.decode import is_single_step, selective_scan_step
-from hybrid_kernels.chunked.layout import Layout, Segment, walk
+from hybrid_kernels.chunked.layout import Layout, Segment, accumulate
 from hybrid_kernels.chunked.memory import Scratch
 from hybrid_kernels.packing import document_lengths
 from hybrid_kernels.validation import state_dtype
@@ -61,7 +61,7 @@ def _forward(
     layout = scan.layout
     whole, y = layout.empty(u.shape[2:], u.dtype, u.device)
     state = scan.new_state(initial_state)
-    segments = layout.segments()
+    segments = layout.segments
     saved = state.new_empty(sum(segment.width for segment in segments), *state.shape[1:])
     kept = saved.split([segment.width for segment in segments])
     for segment, start in zip(segments, kept, strict=True):
@@ -98,7 +98,7 @@ def _backward(
     dstate = scan.new_state(dfinal)
     dy_chunks = layout.chunks(dy)
     end = saved.shape[0]
-    for segment in reversed(layout.segments()):
+    for segment in reversed(layout.segments):
         start = saved[end - segment.width : end]
         part = _Part(scan, segment, start.clone())
         dy_rows = dy_chunks[segment.lead].flatten(0, 2).to(scan.dtype)
@@ -158,11 +158,11 @@ class _Part:
         shape = tuple(scan.A.shape)
         self.decays = self.scratch.take("decays", segment.offsets[-1], *shape)
         torch.mul(self.delta[:, None], scan.A, out=self.decays).exp_()
-        self.before, self.after = segment.states(self.scratch, "states", 1, shape)
+        states = self.scratch.take("states", segment.states(1), *shape)
+        self.before, self.after = segment.before_and_after(states, 1)
         torch.mul((self.delta * self.u)[:, None], self.B[:, :, None], out=self.after)
-        decays = self._steps(self.decays)
-        for i, before, after in walk(self._steps(self.before), self._steps(self.after), state):
-            after.addcmul_(decays[i], before)
+        befores, afters, decays = map(self._steps, (self.before, self.after, self.decays))
+        accumulate(befores, afters, state, decays)
 
     def _steps(self, x: Tensor) -> tuple[Tensor, ...]:
         """Cut rows into those of each step."""

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from hybrid_kernels.chunked.gates import Gate, triangle
-from hybrid_kernels.chunked.layout import Layout, Segment, load, store, walk
+from hybrid_kernels.chunked.kept import Kept
+from hybrid_kernels.chunked.layout import Layout, Segment, accumulate, load, store
 from hybrid_kernels.chunked.memory import Scratch
 from hybrid_kernels.chunked.pairs import apply_pairs, key_pairs
 
@@ -89,7 +90,7 @@ class Problem:
         return self._scalar_gates[key]
 
     def _cut(self, name: str, gate: Gate) -> None:
-        leads = [segment.lead for segment in self.layout.segments()]
+        leads = [segment.lead for segment in self.layout.segments]
         rows = gate.g.shape[0] // leads[-1].stop
         parts = gate.split([rows * (lead.stop - lead.start) for lead in leads])
         for lead, part in zip(leads, parts, strict=True):
@@ -101,7 +102,10 @@ class Problem:
 
 
 class Run:
-    """Segments of the additive form, one after the other: ``begin``, ``pass_states``, ``store_output``.
+    """Segments of the additive form, one after the other.
+
+    Each is begun (``begin``); then its states are passed on and its output stored, or, for the
+    backward pass, its states are recalled.
 
     Attributes (b leading everywhere):
         key_gate, value_gate: decays, or None.
@@ -116,12 +120,13 @@ class Run:
         total: (K or 1, r V or 1) decay of the state over each chunk, or None; ``totals`` by step.
     """
 
-    def __init__(self, p: Problem, scratch: Scratch):
-        self.p, self.scratch = p, scratch
+    def __init__(self, p: Problem, scratch: Scratch, kept: Kept | None):
+        self.p, self.scratch, self.kept = p, scratch, kept
         self.exact_keys = p.exact and p.key_decay is not None
         self.exact_values = p.exact and p.value_decay is not None
         diagonal = 0 if p.bonus is None else -1
         self.mask = triangle(p.layout.chunk, diagonal, p.dtype, p.q.device)
+        self.shape = (p.k.shape[4], p.v.shape[4] * p.v.shape[5])
         self.sizes: tuple[int, ...] = ()
         self.gates: tuple[Gate | None, Gate | None] | None = None
 
@@ -148,11 +153,14 @@ class Run:
     def _lay_out(self) -> None:
         """Lay out memory and its views, once for all segments but the last."""
         p, take, rows, chunk = self.p, self.scratch.take, sum(self.sizes), self.p.layout.chunk
+        # By name, the rows of a segment as products take them, and as they are cut.
+        self.places: dict[str, tuple[Tensor, Tensor]] = {}
         self.pairs = take("pairs", rows, chunk, chunk)
-        shape = (p.k.shape[4], p.v.shape[4] * p.v.shape[5])
-        self.starts, self.ends = self.segment.states(self.scratch, "states", p.heads, shape)
-        self.step_starts = self.starts.split(self.sizes)
-        self.step_ends = self.ends.split(self.sizes)
+        if self.kept is None or not self.kept.every_chunk:
+            self._take_states(take("states", self.segment.states(p.heads), *self.shape))
+
+    def _take_states(self, states: Tensor) -> None:
+        self.starts, self.ends = self.segment.before_and_after(states, self.p.heads)
 
     def _gather(self, name: str, chunks: Tensor, factor: Tensor | None) -> Tensor:
         """Load this segment's part, times ``factor``, under a name; a view where that is free.
@@ -162,8 +170,13 @@ class Run:
         x = chunks[self.segment.lead]
         if factor is None and x.dtype == self.p.dtype and x.is_contiguous():
             return x.flatten(0, 2).flatten(2)
-        load(x, self.p.dtype, factor, self.scratch.take(name, *x.shape))
-        return self.scratch.take(name, x.shape[:3].numel(), x.shape[3], x.shape[4:].numel())
+        place = self.places.get(name)
+        if place is None:
+            shape = (x.shape[:3].numel(), x.shape[3], x.shape[4:].numel())
+            rows = self.scratch.take(name, *shape)
+            place = self.places[name] = (rows, rows.view(x.shape))
+        load(x, self.p.dtype, factor, place[1])
+        return place[0]
 
     def _take_factors(self) -> None:
         """Find what values, output and states are multiplied by."""
@@ -179,7 +192,7 @@ class Run:
             # One element with a dimension: a plain number would take a product to bfloat16 first.
             self.output_factor = self.mask.new_full((1,), p.scale)
         self.total = self._total()
-        self.totals = None if self.total is None else self.total.split(self.sizes)
+        self.totals = None if self.total is None else self.total.split_with_sizes(self.sizes)
 
     def make_pairs(self) -> None:
         """Fill ``pairs``; as late as possible, since the rows are taken from the cache by then."""
@@ -223,18 +236,30 @@ class Run:
 
     def pass_states(self, state: Tensor) -> None:
         """Walk the states through the segment; ``state`` becomes that after it, in place."""
+        if self.kept is not None:
+            if self.kept.every_chunk:
+                self._take_states(self.kept.states(self.segment))
+            else:
+                before = self.kept.before(self.segment)
+                before.copy_(state[: before.shape[0]])
+        self._walk(state)
+
+    def recall(self) -> None:
+        """Bring the segment's states back, once all have been passed on."""
+        assert self.kept is not None
+        if self.kept.every_chunk:
+            self._take_states(self.kept.states(self.segment))
+        else:
+            self._walk(self.kept.before(self.segment).clone())
+
+    def _walk(self, state: Tensor) -> None:
         # What each chunk adds lies where the state after it will.
         torch.bmm(self.write.mT, self.values, out=self.ends)
-        steps = walk(self.step_starts, self.step_ends, state)
-        if self.total is None or self.totals is None:
-            for _, start, end in steps:
-                end.add_(start)
-            return
-        if not self.p.exact:
+        if self.total is not None and not self.p.exact:
             # Rescaled rows are relative to the chunk's start; what they write decays to its end.
             self.ends.mul_(self.total)
-        for i, start, end in steps:
-            end.addcmul_(start, self.totals[i])
+        starts, ends = (x.split_with_sizes(self.sizes) for x in (self.starts, self.ends))
+        accumulate(starts, ends, state, self.totals)
 
     def _pair_output(self) -> Tensor:
         """Return what the chunk's own writes give, for exact value decays before scaling."""

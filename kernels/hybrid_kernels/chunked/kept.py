@@ -1,0 +1,76 @@
+"""What the forward pass keeps for the backward pass, in one stretch of memory.
+
+Of the additive form, the states before each chunk: found again, they would cost a product and a
+walk. Of the delta rule, what was written (u) and the inverse, from which the states follow without
+the walk's two products a chunk; the states themselves would take more memory and spare less. Where
+the states of all chunks do not fit, because chunks were halved, or end one by one, because
+documents are packed, those before each segment are kept.
+
+Legend: as in ``segment.py``.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from hybrid_kernels.chunked.layout import Layout, Segment
+
+
+class Kept:
+    """Views of that memory.
+
+    Args:
+        layout: of the chunks.
+        heads: G.
+        shape: (K, r V) of a state.
+        delta: which form.
+        memory: (n,), enough for the states before each segment and the delta rule's rows.
+
+    Attributes:
+        every_chunk: the states before each chunk are kept, not only those before each segment.
+    """
+
+    def __init__(
+        self,
+        layout: Layout,
+        heads: int,
+        shape: tuple[int, int],
+        delta: bool,
+        memory: Tensor,
+    ):
+        self.layout, self.heads = layout, heads
+        chunks, size = layout.starts[-1] * heads, shape[0] * shape[1]
+        all_states = chunks + layout.sequences * heads
+        self.every_chunk = (
+            not delta and layout.tokens is None and memory.numel() >= all_states * size
+        )
+        self._places, rows = {}, 0
+        for segment in layout.segments:
+            self._places[segment.lead.start] = rows
+            rows += segment.width * heads
+        rows = all_states if self.every_chunk else rows
+        self._states = memory[: rows * size].view(rows, *shape)
+        if delta:
+            chunk, rest = layout.chunk, memory[rows * size :]
+            written, rest = rest.split([n := chunks * chunk * shape[1], rest.numel() - n])
+            self._written = written.view(chunks, chunk, shape[1])
+            self._inverse = rest[: chunks * chunk * chunk].view(chunks, chunk, chunk)
+
+    def before(self, segment: Segment) -> Tensor:
+        """Return the states before a segment, (width G, K, r V)."""
+        first = self._places[segment.lead.start]
+        return self._states[first : first + segment.width * self.heads]
+
+    def states(self, segment: Segment) -> Tensor:
+        """Return the states before and after each chunk of a segment, as ``Segment.states`` does."""
+        rows = self._rows(segment)
+        return self._states[rows.start : rows.stop + segment.width * self.heads]
+
+    def delta(self, segment: Segment) -> tuple[Tensor, Tensor]:
+        """Return what a segment's rows write (b, C, V) and its inverses (b, C, C)."""
+        rows = self._rows(segment)
+        return self._written[rows], self._inverse[rows]
+
+    def _rows(self, segment: Segment) -> slice:
+        lead, each = segment.lead, self.layout.batch * self.heads
+        return slice(lead.start * each, lead.stop * each)
