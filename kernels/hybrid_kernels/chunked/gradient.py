@@ -65,7 +65,7 @@ class Pass:
         # Pairs are made once this has served.
         self.dpairs = self.take("pairs", *run.pairs.shape)
         heads = self.p.heads
-        states = self.take("dstates", run.segment.states(heads), *run.shape)
+        states = self.take("dstates", run.segment.states(heads), *self.p.state_shape)
         self.befores, self.dends = run.segment.before_and_after(states, heads)
         self.step_befores = self.befores.split_with_sizes(self.sizes)
         self.step_dends = self.dends.split_with_sizes(self.sizes)

@@ -61,6 +61,11 @@ class Problem:
         """G, the heads of q and k."""
         return self.q.shape[2]
 
+    @property
+    def state_shape(self) -> tuple[int, int]:
+        """(K, r V)."""
+        return self.k.shape[4], self.v.shape[4] * self.v.shape[5]
+
     def key_gate(self, lead: slice) -> Gate | None:
         """Return the gate over keys in a segment."""
         return self._gate("key", self.key_decay, lead, self.bonus is not None, 1.0)
@@ -126,7 +131,6 @@ class Run:
         self.exact_values = p.exact and p.value_decay is not None
         diagonal = 0 if p.bonus is None else -1
         self.mask = triangle(p.layout.chunk, diagonal, p.dtype, p.q.device)
-        self.shape = (p.k.shape[4], p.v.shape[4] * p.v.shape[5])
         self.sizes: tuple[int, ...] = ()
         self.gates: tuple[Gate | None, Gate | None] | None = None
 
@@ -157,7 +161,7 @@ class Run:
         self.places: dict[str, tuple[Tensor, Tensor]] = {}
         self.pairs = take("pairs", rows, chunk, chunk)
         if self.kept is None or not self.kept.every_chunk:
-            self._take_states(take("states", self.segment.states(p.heads), *self.shape))
+            self._take_states(take("states", self.segment.states(p.heads), *p.state_shape))
 
     def _take_states(self, states: Tensor) -> None:
         self.starts, self.ends = self.segment.before_and_after(states, self.p.heads)

@@ -1,0 +1,192 @@
+"""What the chunked op is given, and how it goes about it: which way, which chunks, which segments.
+
+Legend: B batch, T time, H heads, K key dim, V value dim; G heads of q and k, r value heads per G;
+N sequences.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from hybrid_kernels.chunked.gates import RESCALE_LIMIT, RESCALE_LIMIT_PER_TOKEN
+from hybrid_kernels.chunked.layout import Layout
+from hybrid_kernels.chunked.segment import Problem
+from hybrid_kernels.packing import document_lengths
+from hybrid_kernels.validation import state_dtype
+
+SMALLEST_CHUNK = 16
+
+# Tokens x heads that one segment works on at a time: its matrices should stay in a core's cache.
+# Where a backward pass follows, memory is short anyway, and fewer segments are fewer calls.
+SEGMENT_ROWS = 1024
+SEGMENT_ROWS_KEPT = 2048
+
+# The tensors come first, of which all but the offsets have gradients.
+DIFFERENTIABLE, TENSORS = 8, 9
+DECAYS = (3, 4)
+SCHEMA = (
+    "Tensor q, Tensor k, Tensor v, Tensor? log_decay, Tensor? value_log_decay, Tensor? beta, "
+    "Tensor? bonus, Tensor? initial_state, Tensor? cu_seqlens, float scale, int chunk_size, "
+    "bool exactly, bool keep"
+)
+
+
+class Inputs(NamedTuple):
+    """The arguments of the op, as ``SCHEMA`` lists them.
+
+    Attributes:
+        q, k, v, log_decay, value_log_decay, beta, bonus, initial_state, cu_seqlens, scale: as
+            ``hybrid_kernels.linear_attention`` has them.
+        chunk_size: tokens, or 0 to choose.
+        exactly: decay pairs in the exact way, whatever the decays are (``gates.py``).
+        keep: a backward pass follows.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    log_decay: Tensor | None
+    value_log_decay: Tensor | None
+    beta: Tensor | None
+    bonus: Tensor | None
+    initial_state: Tensor | None
+    cu_seqlens: Tensor | None
+    scale: float
+    chunk_size: int
+    exactly: bool
+    keep: bool
+
+    @property
+    def heads(self) -> int:
+        """H."""
+        return max(x.shape[2] for x in (self.q, self.k, self.v))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What is computed in, and the state is."""
+        return state_dtype(self.q, self.k, self.v)
+
+    def span(self, sequences: int) -> int:
+        """Return how many tokens of each sequence a segment holds; known before the chunk size is."""
+        heads, rows = self.heads, SEGMENT_ROWS
+        if self.beta is None:
+            # Half of the matrices are of queries and keys, which heads may share.
+            heads = (heads + max(self.q.shape[2], self.k.shape[2])) // 2
+            # The delta rule has about twice as many matrices.
+            rows = SEGMENT_ROWS_KEPT if self.keep else SEGMENT_ROWS
+        unit = max(64, self.chunk_size)
+        return unit * max(1, rows // (sequences * heads * unit))
+
+    def first_chunk(self, longest: int) -> int:
+        """Return the chunk size to try first, for sequences of at most ``longest`` tokens."""
+        if self.chunk_size:
+            return self.chunk_size
+        widest = max(self.q.shape[3], self.v.shape[3])
+        chunk = 32 if self.beta is not None or widest <= 32 else 64
+        while chunk > SMALLEST_CHUNK and chunk // 2 >= longest:
+            chunk //= 2
+        return chunk
+
+    def kept_size(self, layout: Layout | None = None) -> int:
+        """Return how many numbers are kept; of packed documents, their layout tells."""
+        batch, time = self.q.shape[:2]
+        if not self.keep:
+            return 0
+        if layout is not None and layout.tokens is not None:
+            chunk, chunks = layout.chunk, layout.starts[-1]
+            states = sum(segment.width for segment in layout.segments)
+        else:
+            # Of chunks that are not halved.
+            chunk = self.first_chunk(time)
+            chunks, states = batch * -(-time // chunk), batch * -(-time // self.span(batch))
+            if self.beta is None:
+                states = chunks + batch
+        values = self.v.shape[3]
+        size = states * self.heads * self.q.shape[3] * values
+        return size if self.beta is None else size + chunks * self.heads * chunk * (values + chunk)
+
+    def problem(self) -> Problem:
+        """Choose the way and the chunk size; cut the inputs into chunks."""
+        (batch, time), heads, q, k = self.q.shape[:2], self.heads, self.q, self.k
+        log_decay, value_decay = self.log_decay, self.value_log_decay
+        if log_decay is not None and log_decay.dim() == 1:
+            log_decay = log_decay.expand(batch, time, heads)
+        layout, exact = self._choose([g for g in (log_decay, value_decay) if g is not None])
+        # A scalar decay goes with the values, which leaves queries and keys to be shared by heads;
+        # but pairs of rows decay on the key side where they do so exactly.
+        key_decay = log_decay
+        if log_decay is not None and log_decay.dim() == 3:
+            key_decay = log_decay[..., None]
+            if not (exact or self.bonus is not None or value_decay is not None):
+                key_decay, value_decay = None, key_decay
+        groups = heads
+        alone = all(x is None for x in (self.beta, self.bonus, key_decay))
+        if alone and q.shape[2] == k.shape[2]:
+            groups = q.shape[2]
+
+        def cut(x: Tensor, shared: tuple[int, ...] = ()) -> Tensor:
+            """Cut (B, T, any heads, ...) into chunks of G, or G x ``shared``, heads."""
+            if x.shape[2] < groups:
+                x = x.repeat_interleave(heads // x.shape[2], dim=2)
+            return layout.chunks(x.unflatten(2, (groups, *shared))).transpose(2, 3)
+
+        return Problem(
+            q=cut(q),
+            k=cut(k),
+            v=cut(self.v, (-1,)),
+            key_decay=None if key_decay is None else cut(key_decay),
+            value_decay=None if value_decay is None else cut(value_decay, (-1,)),
+            beta=None if self.beta is None else cut(self.beta[..., None]),
+            bonus=self.bonus,
+            scale=self.scale,
+            exact=exact,
+            layout=layout,
+            dtype=self.dtype,
+        )
+
+    def output_helps(self) -> bool:
+        """Whether the backward pass is spared two products by the output, at the full precision.
+
+        The output times its gradient is the gradient of the values' decays; where every value head
+        has its own queries and only a scalar decays, they say the same.
+        """
+        if self.beta is not None or self.v.dtype != self.dtype:
+            return False
+        shared = self.q.shape[2] == self.k.shape[2] < self.v.shape[2]
+        scalar = self.log_decay is not None and self.log_decay.dim() == 3
+        return self.value_log_decay is not None or (shared and scalar)
+
+    def _choose(self, decays: list[Tensor]) -> tuple[Layout, bool]:
+        """Halve the chunk until rescaling is safe; if it never is, or is not wanted: exactly."""
+        time, packed = self.q.shape[1], self.cu_seqlens
+        lengths = None if packed is None else document_lengths(packed, time)
+        longest = time if lengths is None else max(lengths)
+        chunk = self.first_chunk(longest)
+
+        def layout_of(chunk: int) -> Layout:
+            return Layout(self.q.shape[0], time, chunk, self.span, lengths, self.q.device)
+
+        first = layout = layout_of(chunk)
+        while decays and not _bounded([layout.chunks(g) for g in decays], longest):
+            if chunk <= SMALLEST_CHUNK:
+                return first, True
+            chunk //= 2
+            layout = layout_of(chunk)
+        return layout, self.exactly
+
+
+def _bounded(decays: list[Tensor], longest: int) -> bool:
+    """Whether every chunk's total log decay stays above the limits; NaN counts as not.
+
+    Of keys and values together: what is written has been divided by both.
+    """
+    if decays[0].numel() == 0:
+        return True
+    limit = max(RESCALE_LIMIT, RESCALE_LIMIT_PER_TOKEN * min(decays[0].shape[2], longest))
+    # Where a decay is fixed per head (and expanded), one chunk is like the other.
+    decays = [g[:1] if g.stride(0) == 0 else g for g in decays]
+    lowest = torch.stack([g.sum(2, dtype=torch.float32).amin() for g in decays])
+    return bool(lowest.sum() >= limit)
