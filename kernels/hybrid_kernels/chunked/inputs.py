@@ -92,7 +92,7 @@ class Inputs(NamedTuple):
 
     def kept_size(self, layout: Layout | None = None) -> int:
         """Return how many numbers are kept; of packed documents, their layout tells."""
-        batch, time = self.q.shape[:2]
+        (batch, time, _, keys), values = self.q.shape, self.v.shape[3]
         if not self.keep:
             return 0
         if layout is not None and layout.tokens is not None:
@@ -102,10 +102,10 @@ class Inputs(NamedTuple):
             # Of chunks that are not halved.
             chunk = self.first_chunk(time)
             chunks, states = batch * -(-time // chunk), batch * -(-time // self.span(batch))
-            if self.beta is None:
+            # Every chunk's state, unless that is over a quarter of what q, k, v and o take.
+            if self.beta is None and keys * values <= chunk * (keys + values) // 2:
                 states = chunks + batch
-        values = self.v.shape[3]
-        size = states * self.heads * self.q.shape[3] * values
+        size = states * self.heads * keys * values
         return size if self.beta is None else size + chunks * self.heads * chunk * (values + chunk)
 
     def problem(self) -> Problem:

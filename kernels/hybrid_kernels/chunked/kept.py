@@ -3,8 +3,8 @@
 Of the additive form, the states before each chunk: found again, they would cost a product and a
 walk. Of the delta rule, what was written (u) and the inverse, from which the states follow without
 the walk's two products a chunk; the states themselves would take more memory and spare less. Where
-the states of all chunks do not fit, because chunks were halved, or end one by one, because
-documents are packed, those before each segment are kept.
+the states of all chunks are too large (``Inputs.kept_size``), do not fit because chunks were halved,
+or end one by one because documents are packed, those before each segment are kept.
 
 Legend: as in ``segment.py``.
 """
