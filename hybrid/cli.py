@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -322,14 +323,15 @@ def _plan(arguments: argparse.Namespace) -> int:
 def _import(arguments: argparse.Namespace) -> int:
     from hybrid.convert import import_published
 
-    config = import_published(
-        arguments.source,
-        arguments.out,
-        dtype=arguments.dtype,
-        layout=arguments.layout,
-        mtp=not arguments.no_mtp,
-        max_shard_size=arguments.max_shard_size,
-    )
+    with _no_half_of(arguments.out):
+        config = import_published(
+            arguments.source,
+            arguments.out,
+            dtype=arguments.dtype,
+            layout=arguments.layout,
+            mtp=not arguments.no_mtp,
+            max_shard_size=arguments.max_shard_size,
+        )
     print(f"{arguments.out}: layout {config.layout}, ffn {config.ffn or 'none'}")
     return 0
 
@@ -338,9 +340,19 @@ def _export(arguments: argparse.Namespace) -> int:
     from hybrid.convert import export
 
     size = arguments.max_shard_size
-    family = export(arguments.source, arguments.out, arguments.family, max_shard_size=size)
+    with _no_half_of(arguments.out):
+        family = export(arguments.source, arguments.out, arguments.family, max_shard_size=size)
     print(f"{arguments.out}: {family}")
     return 0
+
+
+@contextmanager
+def _no_half_of(out: str) -> Iterator[None]:
+    """What the system refuses while a folder is written (a full disk, a file that may not be read)."""
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(f"{out}: not written: {error}") from error
 
 
 def _distill(arguments: argparse.Namespace) -> int:

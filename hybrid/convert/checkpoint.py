@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
+import os
 import re
 import shutil
 import tempfile
@@ -16,6 +18,8 @@ from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
+
+logger = logging.getLogger(__name__)
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -59,17 +63,19 @@ class Checkpoint:
 
     Raises:
         ValueError: no safetensors in the folder, an index that names files or tensors which are not
-            there, or a file that is damaged; each is named.
+            there, a tensor in two files of which the index names neither, or a file that is damaged;
+            each is named.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._stack = ExitStack()
         self._places: dict[str, tuple[BufferedReader, int]] = {}
+        self._wanted: dict[str, str] = {}  # tensor -> file, as the index has it
         self.specs: dict[str, Spec] = {}
         try:
-            for path in self._paths():
-                self._open(path)
+            for name in self._files():
+                self._open(name)
         except BaseException:
             self._stack.close()
             raise
@@ -96,38 +102,53 @@ class Checkpoint:
             raise ValueError(f"{file.name}: ends within {name}; it was cut while being read")
         return made
 
-    def _paths(self) -> list[Path]:
-        index = self.folder / INDEX
-        if index.is_file():
-            return self._indexed(index)
-        single = self.folder / SINGLE
-        if single.is_file():
-            return [single]
-        others = sorted(path.name for path in self.folder.iterdir())
-        pickled = [name for name in others if name.endswith((".bin", ".pt", ".pth"))]
-        gguf = [name for name in others if name.endswith(".gguf")]
-        found = f"found {some(pickled or gguf or others)}" if others else "the folder is empty"
-        found += ", and pickled weights are never loaded" if pickled else ""
-        found += (
-            ", which from_published reads if given as gguf_file" if gguf and not pickled else ""
-        )
-        raise ValueError(f"{self.folder}: no {SINGLE} and no {INDEX}; {found}")
-
-    def _indexed(self, index: Path) -> list[Path]:
-        weight_map = read_json(index).get("weight_map")
+    def _files(self) -> list[str]:
+        """Names of the files with weights; what the index says of them goes to `_wanted`."""
+        index, single = self.folder / INDEX, (self.folder / SINGLE).is_file()
+        if not index.is_file():
+            return [SINGLE] if single else self._none()
+        weight_map = read_json(index, unique=True).get("weight_map")
         if not isinstance(weight_map, dict) or not all(map(_is_text, weight_map.values())):
             raise ValueError(f"{index}: expected an object 'weight_map' of tensor names to files")
         shards = sorted(set(weight_map.values()))
         missing = [name for name in shards if not (self.folder / name).is_file()]
+        if single and SINGLE not in shards:
+            if missing != shards:  # transformers would take the one file, others take the index
+                raise ValueError(
+                    f"{self.folder}: {SINGLE} is there, and {INDEX} names other files; remove the"
+                    " weights that are not meant"
+                )
+            logger.warning("%s: none of the files that it names is there; %s is", index, SINGLE)
+            return [SINGLE]
         if missing:
             raise ValueError(
                 f"{self.folder}: {len(missing)} of the {len(shards)} files in {INDEX} are missing:"
                 f" {some(missing)}"
             )
         self._wanted = weight_map
-        return [self.folder / name for name in shards]
+        return shards
 
-    def _open(self, path: Path) -> None:
+    def _none(self) -> list[str]:
+        """Raises ValueError that says what is there instead of weights."""
+        others = sorted(path.name for path in self.folder.iterdir())
+        pickled = [name for name in others if name.endswith((".bin", ".pt", ".pth"))]
+        gguf = [name for name in others if name.endswith(".gguf")]
+        shards = [name for name in others if name.endswith(".safetensors")]
+        found = (
+            f"found {some(shards or pickled or gguf or others)}"
+            if others
+            else "the folder is empty"
+        )
+        if shards:
+            found += ", which an index has to list"
+        elif pickled:
+            found += ", and pickled weights are never loaded"
+        elif gguf:
+            found += ", which from_published reads if given as gguf_file"
+        raise ValueError(f"{self.folder}: no {SINGLE} and no {INDEX}; {found}")
+
+    def _open(self, shard: str) -> None:
+        path = self.folder / shard
         try:
             with safe_open(str(path), framework="pt") as checked:
                 specs = {name: _spec(checked, name, path) for name in checked.keys()}  # noqa: SIM118
@@ -139,9 +160,7 @@ class Checkpoint:
                     f"{path}: a pointer of Git LFS in place of the file; fetch it with 'git lfs pull'"
                 ) from error
             raise ValueError(f"{path}: no safetensors file, or a damaged one: {error}") from error
-        promised = {
-            name for name, shard in getattr(self, "_wanted", {}).items() if shard == path.name
-        }
+        promised = {name for name, place in self._wanted.items() if place == shard}
         if promised - specs.keys():
             raise ValueError(
                 f"{path}: {INDEX} promises {some(sorted(promised - specs.keys()))}, and the file"
@@ -151,6 +170,15 @@ class Checkpoint:
         size = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(size))
         for name, spec in specs.items():
+            if self._wanted.get(name, shard) != shard:
+                place = self._wanted[name]
+                logger.warning("%s of %s left out: %s names %s", name, path, INDEX, place)
+                continue
+            if name in self._places:
+                raise ValueError(
+                    f"{name} is in {self._places[name][0].name} and in {path}, and {INDEX} does not"
+                    " say which is meant"
+                )
             self._places[name] = (file, 8 + size + header[name]["data_offsets"][0])
             self.specs[name] = spec
 
@@ -171,25 +199,32 @@ def _spec(file: Any, name: str, path: Path) -> Spec:
 
 @contextmanager
 def new_folder(out: str | Path) -> Iterator[Path]:
-    """A folder beside `out` to write into, which takes its name when all went well, else vanishes.
+    """A folder to write into, whose files are in `out` when all went well, and which else vanishes.
+
+    It is beside `out`, and takes its name; or within, where `out` is there and empty, for that may be
+    a mount point, or a link.
 
     Raises:
         ValueError: `out` exists and is not an empty folder, or cannot be made.
     """
     out = Path(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out}: exists already; name a folder that does not, or an empty one")
     try:
+        present = out.is_dir()
+        if any(out.iterdir()) if present else os.path.lexists(out):
+            raise ValueError(f"{out}: exists already; name a folder that does not, or an empty one")
         out.parent.mkdir(parents=True, exist_ok=True)
-        made = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+        place = out if present else out.parent
+        made = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=place))
     except OSError as error:
         raise ValueError(f"{out}: cannot be made: {error.strerror}") from error
     try:
         yield made
-        made.chmod(0o755)
-        if out.exists():
-            out.rmdir()
-        made.rename(out)
+        if present:  # the config last, so that half of it is no checkpoint
+            for path in sorted(made.iterdir(), key=lambda path: path.name == "config.json"):
+                path.rename(out / path.name)
+        else:
+            made.chmod(0o755)
+            made.rename(out)
     finally:
         if made.exists():
             shutil.rmtree(made)
@@ -279,12 +314,28 @@ def copy_companions(source: Path, out: Path) -> None:
             shutil.copyfile(source / name, out / name)
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object. Raises ValueError naming the file that is none."""
+def read_json(path: Path, unique: bool = False) -> dict[str, Any]:
+    """A JSON object.
+
+    Args:
+        path: of the file.
+        unique: whether a key that stands there twice has to have one value; else the last counts.
+
+    Raises:
+        ValueError: no such file, no JSON object in it, or a key with two values; each is named.
+    """
     if not path.is_file():
         raise ValueError(f"{path}: no such file")
+
+    def join(pairs: list[tuple[str, Any]]) -> Any:
+        found = dict(pairs)
+        for name, value in pairs if unique else ():
+            if value != found[name]:
+                raise ValueError(f"{path}: {name} stands there as {value!r} and as {found[name]!r}")
+        return _special_float(found)
+
     try:
-        found = json.loads(path.read_text(encoding="utf-8"), object_hook=_special_float)
+        found = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=join)
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: no JSON: {error}") from error
     if not isinstance(found, dict):

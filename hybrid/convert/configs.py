@@ -23,6 +23,7 @@ from hybrid.registry import mixers
 AROUND = ("norm_position", "residuals", "canon", "shared")
 # Keys of theirs that say how weights are stored, not what is computed with them.
 QUANTIZED = ("quantization_config", "compression_config")
+STORED = (*QUANTIZED, "dtype", "torch_dtype")
 # Keys of theirs that no family has to mention.
 BOOKKEEPING = {
     "use_cache", "transformers_version", "architectures", "dtype", "torch_dtype", "auto_map",
@@ -34,7 +35,7 @@ def read_published(values: Mapping[str, Any], where: str | Path) -> tuple[Family
     """The family of a config.json, and their config, the inner one where a model of images holds it.
 
     Args:
-        values: of the file; what it says of quantization is left out (see `quantized`).
+        values: of the file; what it says of dtypes and quantization is left out (see `quantized`).
         where: the file, for messages.
 
     Raises:
@@ -53,7 +54,7 @@ def read_published(values: Mapping[str, Any], where: str | Path) -> tuple[Family
         values = outer | inner
     if values.get("model_type") in family.aliases:
         values = family.aliases[values["model_type"]](values)
-    return family, family.their_config({k: v for k, v in values.items() if k not in QUANTIZED})
+    return family, family.their_config({k: v for k, v in values.items() if k not in STORED})
 
 
 def to_ours(family: Family, theirs: Any, mtp: bool = False) -> HybridConfig:

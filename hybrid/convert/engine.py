@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import sys
 from collections import Counter
@@ -31,6 +32,7 @@ from hybrid.convert.checkpoint import (
     new_folder,
     read_json,
     some,
+    write_json,
     write_weights,
 )
 from hybrid.convert.configs import read_published, to_ours, to_theirs
@@ -46,6 +48,7 @@ from hybrid.convert.steps import (
     Without,
     as_filed,
     check_copies,
+    check_modules,
     check_ours,
     check_theirs,
     our_specs,
@@ -96,7 +99,7 @@ def from_published(
     with _opened(source, hub_options, cast) as (family, theirs, weights, folder):
         weights, mtp = _modules(family, theirs, weights, mtp)
         model = on_meta(to_ours(family, theirs, mtp))
-        planned = _planned_import(family, model, weights)
+        planned = _planned_import(family, theirs, model, weights)
         tensors = _tracked("reading", planned, read_steps(planned, weights, cast))
         if layout is not None:
             plan = Relayout(model, layout, mixers)
@@ -139,7 +142,7 @@ def import_published(
     ):
         weights, mtp = _modules(family, theirs, weights, mtp)
         model = on_meta(to_ours(family, theirs, mtp))
-        planned = _planned_import(family, model, weights)
+        planned = _planned_import(family, theirs, model, weights)
         specs = our_specs(planned, weights, cast)
 
         def tensors() -> Named:
@@ -172,8 +175,10 @@ def export(
     Args:
         source: a model, or the folder of one; from a folder the weights stream.
         out: the new folder; it must not exist, or be empty. It appears when all went well.
-        family: the architecture, by its `model_type`; None for the one that fits: of several, the
-            one whose kinds of mixers and feed-forwards the model has all (`llama` for plain softmax).
+        family: the architecture, by its `model_type`, or by another that it is published under
+            (`kimi_k2`; what is written has that of transformers' class, `deepseek_v3`); None for the
+            one that fits: of several, the one whose kinds of mixers and feed-forwards the model has
+            all (`llama` for plain softmax).
         max_shard_size: bytes of one file, such as `5GB`.
 
     Returns:
@@ -199,8 +204,11 @@ def export(
                 copy_companions(folder, made)
             elif isinstance(source, PreTrainedModel) and source.generation_config is not None:
                 source.generation_config.save_pretrained(made)
-            config.dtype, config.architectures = _main_dtype(specs), [chosen.architecture]
-            config.to_json_file(made / "config.json", use_diff=False)
+            config.dtype = _main_dtype(weights.specs)
+            config.architectures = [chosen.architecture]
+            values = json.loads(config.to_json_string(use_diff=False))
+            values |= {"torch_dtype": values["dtype"]} | chosen.older(values)
+            write_json(made / "config.json", values)
     return chosen.name
 
 
@@ -250,8 +258,11 @@ def _uses_all_of(family: Family, model: HybridForCausalLM) -> bool:
     return letters >= set(family.letters) and symbols >= wanted
 
 
-def _planned_import(family: Family, model: HybridForCausalLM, weights: Source) -> list[Step]:
+def _planned_import(
+    family: Family, theirs: Any, model: HybridForCausalLM, weights: Source
+) -> list[Step]:
     planned = as_filed(steps(family, model), weights)
+    check_modules(family, planned, weights, theirs.num_hidden_layers)
     unread = check_theirs(family, planned, weights, model.config.tie_word_embeddings)
     check_copies(planned, weights)
     if unread:

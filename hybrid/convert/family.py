@@ -9,6 +9,7 @@ family has no place for needs no rule: an export is read back and compared (see 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +21,7 @@ from transformers.models.auto.configuration_auto import (
 )
 
 from hybrid.convert.mtp import MTPMap
+from hybrid.convert.older import rope_words
 from hybrid.convert.weights import Rule
 from hybrid.options import did_you_mean
 
@@ -218,6 +220,8 @@ class Family:
             shared block and the Mamba-2 that it feeds). In names of tensors `{depth}` is the number
             of such a layer among them, and `{block}` their index of the one whose weights it has.
         mtp: where its multi-token prediction modules are; None for a family without.
+        older: a config of theirs as it is written -> the words of transformers 4 that are written
+            beside, for servers (see `older`).
         defaults: their config's defaults, for a family that transformers has no config class for.
         notes: what is worth knowing.
     """
@@ -237,6 +241,7 @@ class Family:
     literal: bool = False
     joins_next: str = ""
     mtp: MTPMap | None = None
+    older: Callable[[Flat], Flat] = rope_words
     defaults: Mapping[str, Any] = field(default_factory=dict)
     notes: str = ""
 
@@ -256,7 +261,7 @@ class Family:
         Raises:
             ValueError: a value that their class refuses; or a transformers without that class.
         """
-        known = {**self.defaults, **values}
+        known = deepcopy({**self.defaults, **values})  # for their class writes into dictionaries
         known.pop("model_type", None)
         if known.get("rope_scaling", 0) is None:  # a deprecated word, here for nothing
             del known["rope_scaling"]
@@ -274,6 +279,8 @@ class Family:
             return getattr(transformers, name).from_dict(known)
         except StrictDataclassError as error:
             raise ValueError(" ".join(str(error).split())) from error
+        except (KeyError, AttributeError) as error:  # of rotary positions; of what is no field
+            raise ValueError(f"{name} of transformers refuses this config: {error}") from error
 
     @property
     def read_keys(self) -> set[str]:
@@ -308,13 +315,19 @@ def register_family(family: Family) -> Family:
 
 
 def get_family(name: str) -> Family:
-    """The family of a model type. Raises ValueError with the nearest right name."""
+    """The family of a model type, its own or one of its others (`aliases`, `wrapped_in`).
+
+    Raises:
+        ValueError: there is none; with the nearest right name.
+    """
     for family in FAMILIES.values():
         if name in family.wrapped_in or name in family.aliases:
             return family
     if name not in FAMILIES:
         by_class = [family.name for family in FAMILIES.values() if family.architecture == name]
-        hint = did_you_mean(by_class[0] if by_class else name, FAMILIES)
+        others = (n for f in FAMILIES.values() for n in (*f.aliases, *f.wrapped_in))
+        known = sorted({*FAMILIES, *others})
+        hint = did_you_mean(by_class[0] if by_class else name, known)
         raise ValueError(f"no map for the family {name!r}, {hint}")
     return FAMILIES[name]
 

@@ -16,6 +16,8 @@ from hybrid.convert.weights import Rule, renames
 
 OURS = "model.layers."
 """How the names of our layers start, in weight rules."""
+MODULES = "mtp.depths."
+"""How the names of our modules start; the number of the module follows."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +103,7 @@ class MTPMap:
 
 
 def _module(module: int) -> str:
-    return f"mtp.depths.{module}."
+    return f"{MODULES}{module}."
 
 
 def _moved(name: str, old: str, new: str) -> str:

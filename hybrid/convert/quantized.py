@@ -92,10 +92,10 @@ def plain(
     Raises:
         ValueError: as of `Dequantized`, with the folder named.
     """
-    inner = config.get("text_config") or {}
+    inner = config.get("text_config")
     found = [
         settings
-        for level in (config, inner)
+        for level in (config, inner if isinstance(inner, Mapping) else {})
         for key in QUANTIZED
         if (settings := level.get(key)) is not None
     ]
@@ -111,10 +111,12 @@ def plain(
     return read
 
 
-def method_of(settings: Mapping[str, Any]) -> str:
+def method_of(settings: Any) -> str:
     """The format of a `quantization_config`. Raises ValueError where it is none that is read."""
+    if not isinstance(settings, Mapping):
+        raise ValueError(f"quantization_config: expected an object, found {settings!r}")
     method = settings.get("quant_method")
-    if method not in METHODS:
+    if method not in [*METHODS]:
         raise ValueError(
             f"the weights are quantized by {method!r}, and only {' and '.join(METHODS)} are read;"
             " take the checkpoint that they were made from (its card names it), or give"
@@ -144,9 +146,7 @@ def _mxfp4(specs: Mapping[str, Spec], settings: Mapping[str, Any]) -> dict[str, 
 
 
 def _fp8(specs: Mapping[str, Spec], settings: Mapping[str, Any]) -> dict[str, Packed]:
-    block = settings.get("weight_block_size")
-    if block is not None and (len(block) != 2 or min(block) < 1):
-        raise ValueError(f"weight_block_size: expected two numbers above 0, found {block!r}")
+    block = _block(settings.get("weight_block_size"))
     found = {}
     for name, (shape, dtype) in specs.items():
         if dtype not in FP8:
@@ -160,11 +160,23 @@ def _fp8(specs: Mapping[str, Spec], settings: Mapping[str, Any]) -> dict[str, Pa
             grid = () if specs[scales].shape == () else (1,)
         else:
             grid = (*shape[:-2], *(-(-n // b) for n, b in zip(shape[-2:], block, strict=False)))
-        what = f"{name} is {shape}, and its blocks {tuple(block) if block else 'one'}"
+        what = f"{name} is {shape}, and its blocks {block or 'one'}"
         _expect(scales, specs[scales], grid, what)
         _expect_dtype(scales, specs[scales], FACTORS)
         found[name] = Packed(name, scales, shape, _from_fp8(*(block or shape[-2:])))
     return found
+
+
+def _block(found: Any) -> tuple[int, int] | None:
+    """Rows and columns of a block; None for one of the whole matrix."""
+    if found is None:
+        return None
+    match found:
+        case [int(rows), int(columns)] if rows > 0 and columns > 0:
+            return rows, columns
+    raise ValueError(
+        f"weight_block_size: expected rows and columns above 0, such as [128, 128], found {found!r}"
+    )
 
 
 METHODS = {"mxfp4": _mxfp4, "fp8": _fp8}

@@ -10,6 +10,7 @@ import torch
 
 from hybrid.convert.checkpoint import Spec, some
 from hybrid.convert.family import Family
+from hybrid.convert.mtp import MODULES
 from hybrid.convert.stack import Block, blocks, mtp_blocks
 from hybrid.convert.weights import Fuse, Operation, Place, Rule, Tensors
 from hybrid.model import HybridForCausalLM
@@ -326,9 +327,15 @@ def check_theirs(family: Family, planned: Sequence[Step], source: Source, tied: 
         if found and (misfit := step.misfit(found)):
             raise ValueError(misfit)
         for name in step.theirs if known else ():
-            if not (dtype := source.specs[name].dtype).is_floating_point:
-                kind = str(dtype).removeprefix("torch.")
+            dtype = source.specs[name].dtype
+            kind = str(dtype).removeprefix("torch.")
+            if not dtype.is_floating_point:
                 raise ValueError(f"{name}: expected a floating type, found {kind}")
+            if dtype.itemsize < 2:
+                raise ValueError(
+                    f"{name}: {kind}, and the config has no quantization_config that says what it"
+                    " stands for"
+                )
     extra = source.specs.keys() - {name for step in planned for name in step.theirs}
     patterns = [*family.unread_weights, "*.rotary_emb.inv_freq"]
     patterns += ["lm_head.weight"] if tied else []
@@ -340,6 +347,40 @@ def check_theirs(family: Family, planned: Sequence[Step], source: Source, tied: 
             " variant of that family"
         )
     return unread
+
+
+def check_modules(family: Family, planned: Sequence[Step], source: Source, depth: int) -> None:
+    """See that a checkpoint has all modules for multi-token prediction that are planned, and no more.
+
+    Args:
+        family: whose.
+        planned: the steps of a model with those modules.
+        source: the checkpoint.
+        depth: layers of their main stack.
+
+    Raises:
+        ValueError: tensors of modules that are missing or left over, with how many there should be.
+    """
+    if family.mtp is None:
+        return
+    found = {name for name in source.specs if family.mtp.owns(name, depth)}
+    wanted: dict[int, list[str]] = {}
+    for step in planned:
+        if step.is_read and step.ours[0].startswith(MODULES):
+            module = int(step.ours[0].removeprefix(MODULES).partition(".")[0])
+            wanted.setdefault(module, []).extend(step.theirs)
+    missing = {k: [n for n in names if n not in found] for k, names in wanted.items()}
+    missing = {k: names for k, names in missing.items() if names}
+    known = {name for step in planned for name in step.theirs}
+    left = sorted(found - known)
+    if wanted and (missing or left):
+        whole = len(wanted) - len(missing)
+        lines = [f"module {k} lacks {some(sorted(names))}" for k, names in sorted(missing.items())]
+        lines += [f"left over: {some(left)}"] if left else []
+        raise ValueError(
+            f"{family.mtp.key} is {len(wanted)}, and of such modules the checkpoint has {whole} in"
+            f" full; {'; '.join(lines)}; leave them out with mtp=False, --no-mtp on the command line"
+        )
 
 
 def check_ours(model: HybridForCausalLM, source: Source) -> None:

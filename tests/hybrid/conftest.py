@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import hybrid
 from hybrid.registry import mixers
@@ -120,10 +121,29 @@ def layer():
 
 
 @pytest.fixture
-def launch(tmp_path):
-    """Run a script by a launcher, with a value as a JSON file, on the CPU; returns that file's path."""
+def rewrite():
+    """Rewrite the tensors of a checkpoint folder into one file, changed."""
 
-    def start(launcher, script, value):
+    def change_tensors(folder, change):
+        tensors = {}
+        for path in folder.glob("*.safetensors"):
+            tensors |= load_file(path)
+            path.unlink()
+        (folder / "model.safetensors.index.json").unlink(missing_ok=True)
+        change(tensors)
+        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+    return change_tensors
+
+
+@pytest.fixture
+def launch(tmp_path):
+    """Run a script by a launcher, with a value as a JSON file, on the CPU; returns that file's path.
+
+    `killed`: a process of it ends itself by SIGKILL, so that all must end, and not as if all were well.
+    """
+
+    def start(launcher, script, value, killed=False):
         (tmp_path / "driver.py").write_text(script)
         given = tmp_path / "given.json"
         given.write_text(json.dumps(value))
@@ -134,7 +154,11 @@ def launch(tmp_path):
             timeout=400,
             env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
         )
-        assert ended.returncode == 0, ended.stdout + ended.stderr
+        if killed:
+            assert ended.returncode != 0
+            assert "Signal 9" in ended.stderr
+        else:
+            assert ended.returncode == 0, ended.stdout + ended.stderr
         return given
 
     return start

@@ -7,6 +7,7 @@ from their own decoder layers, in a model of one layer whose weights have the na
 
 import json
 import logging
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -357,14 +358,18 @@ def test_a_module_without_feed_forward_is_refused(altered):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda t: t.pop("mtp.fc.weight"), r"the checkpoint has no mtp\.fc\.weight"),
+        (
+            lambda t: t.pop("mtp.fc.weight"),
+            r"num_nextn_predict_layers is 1, and .* 0 in full; module 0 lacks"
+            r" mtp\.fc\.weight; leave them out with mtp=False, --no-mtp on the command line",
+        ),
         (
             lambda t: t.pop("mtp.layers.0.self_attn.q_norm.weight"),
-            r"the checkpoint has no mtp\.layers\.0\.self_attn\.q_norm\.weight",
+            r"module 0 lacks mtp\.layers\.0\.self_attn\.q_norm\.weight; leave them out",
         ),
         (
             lambda t: t.update({"mtp.embed_tokens.weight": torch.zeros(V, D)}),
-            r"no place for mtp\.embed_tokens\.weight",
+            r"1 in full; left over: mtp\.embed_tokens\.weight; leave them out",
         ),
         (
             lambda t: t.update({"mtp.fc.weight": torch.zeros(D, D)}),
@@ -375,6 +380,35 @@ def test_a_module_without_feed_forward_is_refused(altered):
 def test_weights_of_a_module_that_do_not_fit_are_named(altered, change, message):
     with pytest.raises(ValueError, match=message):
         hybrid.HybridForCausalLM.from_published(altered("qwen3_next", change=change))
+
+
+@pytest.mark.parametrize("count", [2, 4])
+@pytest.mark.parametrize("name", ["deepseek_v3", "bailing_hybrid", "nemotron_h"])
+def test_fewer_modules_than_the_config_counts(altered, tmp_path, capsys, name, count):
+    """The absent ones are named, with the way out, which is taken."""
+    key = FAMILIES[name].mtp.key
+    folder = altered(name, {key: count})
+    assert command_line(["import", str(folder), str(tmp_path / "out")]) == 2
+    said = capsys.readouterr().err
+    assert f"{key} is {count}, and of such modules the checkpoint has 1 in full; module 1" in said
+    assert re.findall(r"module (\d) lacks", said) == [str(k) for k in range(1, count)]
+    first = "mtp.layers.2." if name == "nemotron_h" else f"model.layers.{N + 1}."
+    assert f"module 1 lacks {first}" in said
+    assert said.endswith("leave them out with mtp=False, --no-mtp on the command line\n")
+    assert not (tmp_path / "out").exists()
+    assert command_line(["import", str(folder), str(tmp_path / "out"), "--no-mtp"]) == 0
+
+
+def test_more_modules_than_the_config_counts(altered):
+    def second(tensors):
+        for key in [key for key in tensors if key.startswith("model.layers.3.")]:
+            tensors[key.replace(".3.", ".4.", 1)] = tensors[key].clone()
+
+    folder = altered("deepseek_v3", change=second)
+    message = r"num_nextn_predict_layers is 1, .* left over: model\.layers\.4\..* --no-mtp"
+    with pytest.raises(ValueError, match=message):
+        hybrid.HybridForCausalLM.from_published(folder)
+    assert hybrid.HybridForCausalLM.from_published(folder, mtp=False).mtp is None
 
 
 def test_copies_may_be_absent_and_must_be_equal(altered, published):
@@ -523,99 +557,3 @@ def test_transformers_reads_the_module_of_an_export(published, tmp_path, monkeyp
         logits = module(ids[:, 1:], hidden, torch.ones_like(ids[:, 1:]), positions, None)[1]
         expected = found.logits(ids)[:, -1:]
     assert (logits - expected).abs().max() / expected.std() < 1e-5
-
-
-SOFTMAX = {"num_heads": 2, "num_kv_heads": 1, "head_dim": 8, "qk_norm": "head",
-           "qk_norm_type": "zero_centered_rmsnorm", "output_gate": True,
-           "rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.25}}  # fmt: skip
-DELTA = {"num_heads": 2, "num_key_heads": 2, "head_dim": 8, "value_head_dim": 8}
-
-
-def of_ours(**changes):
-    """A model that Qwen3.5 can hold, unless changes stand in the way."""
-    values: dict[str, Any] = {
-        "layout": "DDDS", "vocab_size": V, "hidden_size": 16, "norm": "zero_centered_rmsnorm",
-        "mixers": {"D": DELTA, "S": SOFTMAX}, "feed_forwards": {"-": {"intermediate_size": 20}},
-        "num_mtp_layers": 1, "init": "fixed",
-    }  # fmt: skip
-    config = hybrid.HybridConfig(**(values | changes))
-    return hybrid.HybridForCausalLM(config).eval()
-
-
-@pytest.mark.parametrize("layout", [None, "S", "S-"])
-def test_a_module_that_was_trained_here(tmp_path, layout):
-    """It comes back as it was, whether its layers are named or are those of the stack."""
-    torch.manual_seed(0)
-    ours = of_ours(mtp_layout=layout)
-    export(ours, tmp_path / "out", "qwen3_5_text")
-    assert json.loads((tmp_path / "out" / "config.json").read_text())["mtp_num_hidden_layers"] == 1
-    again = hybrid.HybridForCausalLM.from_published(tmp_path / "out")
-    ids = tokens(1, 12)
-    losses = [model.train()(ids, labels=ids).mtp_loss for model in (ours, again)]
-    assert torch.equal(*losses)
-
-
-@pytest.mark.parametrize("layout", ["DS", "D"])
-def test_a_letter_of_the_module_alone(tmp_path, layout):
-    """Its options are written as those of the stack are, though the stack has no such layer."""
-    torch.manual_seed(0)
-    ours = of_ours(layout="D", num_hidden_layers=2, mtp_layout="S") if layout == "D" else of_ours()
-    export(ours, tmp_path / "out", "qwen3_5_text")
-    again = hybrid.HybridForCausalLM.from_published(tmp_path / "out")
-    ids = tokens(1, 12)
-    losses = [model.train()(ids, labels=ids).mtp_loss for model in (ours, again)]
-    assert torch.equal(*losses)
-
-
-@pytest.mark.parametrize(
-    ("changes", "family", "message"),
-    [
-        (
-            {"mtp_layout": "D"},
-            "qwen3_5_text",
-            "of the MTP modules: layer 0: D (gated_delta_net) here, qwen3_5_text can only have"
-            " softmax_attention",
-        ),
-        (
-            {"mtp_layout": "L", "mixers": {"D": DELTA, "S": SOFTMAX, "L": {"num_heads": 2}}},
-            "qwen3_5_text",
-            "of the MTP modules: layer 0 (L): lightning_attention has no place in qwen3_5_text",
-        ),
-        (
-            {"mtp_layout": "SE", "feed_forwards": {"-": {"intermediate_size": 20},
-                                                   "E": {"num_experts": 4, "top_k": 2}}},
-            "qwen3_5_text",
-            "of the MTP modules: layer 1: E (mixture_of_experts) here, qwen3_5_text can only have"
-            " dense",
-        ),
-        (
-            {"mtp_layout": "Q", "mixers": {"D": DELTA, "S": SOFTMAX,
-                                           "Q": {"type": "softmax_attention", **SOFTMAX,
-                                                 "output_gate": False}}},
-            "qwen3_5_text",
-            "of the MTP modules: mixers.Q.output_gate: False here (layer 0), qwen3_5_text can only"
-            " say True",
-        ),
-        (
-            {"mtp_layout": "SS"},
-            "qwen3_5_text",
-            "the MTP modules: 2 layers here, qwen3_5_text can only have 1",
-        ),
-        (
-            {"num_mtp_layers": 2},
-            "qwen3_5_text",
-            "num_mtp_layers: 2 here, qwen3_5_text can only say 1, for modules of theirs share their"
-            " projection and norms",
-        ),
-        (
-            {"layout": "S", "norm": "rmsnorm", "mixers": {"S": {"num_heads": 2}}},
-            "llama",
-            "num_mtp_layers: 1 here, llama can only say 0",
-        ),
-    ],
-)  # fmt: skip
-def test_what_a_family_has_no_place_for_is_named(tmp_path, changes, family, message):
-    with pytest.raises(ValueError, match="cannot be written as") as error:
-        export(of_ours(**changes), tmp_path / "out", family)
-    assert message in str(error.value)
-    assert not (tmp_path / "out").exists()

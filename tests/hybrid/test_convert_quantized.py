@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 
 import pytest
 import torch
@@ -120,13 +121,6 @@ def publish(kind, folder, dtype=torch.float32):
 def configure(folder, settings):
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"quantization_config": settings}))
-
-
-def change(folder, edit):
-    with Checkpoint(folder) as files:
-        tensors = {name: files.read(name) for name in files.specs}
-    edit(tensors)
-    save_file(tensors, folder / "model.safetensors")
 
 
 @torch.no_grad()
@@ -265,9 +259,9 @@ EXPERTS, UP = "model.layers.1.mlp.experts.down_proj", "model.layers.1.mlp.up_pro
          rf"{UP}: expected a matrix, as fp8 has blocks of, found \(32,\)"),
     ],
 )  # fmt: skip
-def test_what_does_not_fit_is_named(kind, edit, message, tmp_path):
+def test_what_does_not_fit_is_named(kind, edit, message, tmp_path, rewrite):
     publish(kind, tmp_path)
-    change(tmp_path, edit)
+    rewrite(tmp_path, edit)
     with pytest.raises(ValueError, match=message):
         HybridForCausalLM.from_published(tmp_path)
 
@@ -282,11 +276,28 @@ def test_other_formats_are_refused_by_name(method, tmp_path):
         HybridForCausalLM.from_published(tmp_path)
 
 
-@pytest.mark.parametrize("block", [[128], [16, 0]])
-def test_blocks_of_no_size(block, tmp_path):
+@pytest.mark.parametrize(
+    "block", [128, [128], [16, 8, 1], [16, 0], [16, -8], [16.0, 8], "16x8", {"rows": 16}, []]
+)
+def test_blocks_of_no_size(block):
+    held = Held({"w": torch.zeros(16, 8).to(torch.float8_e4m3fn), "w_scale_inv": torch.ones(1, 1)})
+    message = r"weight_block_size: expected rows and columns above 0, such as \[128, 128\], found "
+    with pytest.raises(ValueError, match=message + re.escape(repr(block))):
+        Dequantized(held, FP8 | {"weight_block_size": block})
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ("fp8", "quantization_config: expected an object, found 'fp8'"),
+        ({"quant_method": ["fp8"]}, r"quantized by \['fp8'\], and only mxfp4 and fp8 are read"),
+        ({}, "quantized by None, and only mxfp4 and fp8 are read"),
+    ],
+)
+def test_settings_that_say_nothing(settings, message, tmp_path):
     publish("qwen3", tmp_path)
-    configure(tmp_path, FP8 | {"weight_block_size": block})
-    with pytest.raises(ValueError, match="weight_block_size: expected two numbers above 0, found"):
+    configure(tmp_path, settings)
+    with pytest.raises(ValueError, match=message):
         HybridForCausalLM.from_published(tmp_path)
 
 

@@ -17,18 +17,28 @@ from hybrid.convert.families.common import (
 )
 from hybrid.convert.family import (
     Family,
+    Flat,
     LayerRule,
     everywhere,
     ignored,
     key,
     register_family,
 )
+from hybrid.convert.older import rope_words
 from hybrid.convert.weights import renames
 
 
 def _read(config: Any) -> Sequence[str]:
     softmax = config.attn_layer_indices or ()
     return ["S" if i in softmax else "M" for i in range(config.num_hidden_layers)]
+
+
+def _older(values: Flat) -> Flat:
+    """vLLM rotates heads whole where `attn_rotary_emb` does not say how much of them."""
+    words = rope_words(values)
+    share = words.get("partial_rotary_factor", 1)
+    width = values["hidden_size"] // values["num_attention_heads"]
+    return {**words, "attn_rotary_emb": int(share * width)} if words else {}
 
 
 def _write(layers: Sequence[str]) -> dict[str, Any]:
@@ -54,6 +64,7 @@ BAMBA = register_family(
         ),
         mixers=LayerRule(("attn_layer_indices",), _read, _write),
         ffn=everywhere("-"),
+        older=_older,
         weights=(
             *ends("final_layernorm"),
             *renames(LAYER, LAYER, {"input_layernorm": "mixer_residual.norm_in"}),

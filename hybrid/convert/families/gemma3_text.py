@@ -28,6 +28,7 @@ from hybrid.convert.family import (
     must,
     register_family,
 )
+from hybrid.convert.older import words_by_type
 from hybrid.convert.weights import Rule, renames
 
 TYPES = {"full_attention": "S", "sliding_attention": "W"}
@@ -95,6 +96,7 @@ GEMMA3 = register_family(
         mixers=by_type(**TYPES),
         ffn=everywhere("-"),
         weights=(*GEMMA_WEIGHTS, *QK_NORMS),
+        older=words_by_type("rope_local_base_freq"),
         # the sizes from 4B on hold images too
         wrapped_in=("gemma3",),
         spellings=(

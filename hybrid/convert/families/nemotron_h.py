@@ -45,7 +45,8 @@ def _layers(only: str) -> Any:
 
 def _write_layers(layers: Sequence[str]) -> Flat:
     kinds = {symbol: kind for kind, symbol in TYPES.items()}
-    return {"layers_block_type": [kinds[symbol] for symbol in layers]}
+    # two mixers side by side are none of theirs; what is read back then differs, and is named
+    return {"layers_block_type": [kinds.get(symbol, kinds["M"]) for symbol in layers]}
 
 
 def _mtp_layout(config: Any) -> str:

@@ -14,6 +14,7 @@ from hybrid.convert.families.common import (
 from hybrid.convert.families.gemma3_text import LETTERS, TYPES
 from hybrid.convert.families.olmo2 import POST_NORMS
 from hybrid.convert.family import Family, always, by_type, everywhere, key, register_family
+from hybrid.convert.older import words_by_type
 
 OLMO3 = register_family(
     Family(
@@ -35,5 +36,6 @@ OLMO3 = register_family(
         mixers=by_type(**TYPES),
         ffn=everywhere("-"),
         weights=(*ends(), *POST_NORMS, *ATTENTION_WEIGHTS, *QK_NORMS, *DENSE_WEIGHTS),
+        older=words_by_type(),
     )
 )

@@ -19,6 +19,7 @@ from hybrid.convert.families.qwen3_next import (
     THEIRS,
 )
 from hybrid.convert.family import Family, by_type, everywhere, register_family
+from hybrid.convert.older import no_words
 from hybrid.convert.weights import Split, renames, rule
 
 LETTERS = {"D": "gated_delta_net", "S": "softmax_attention"}
@@ -58,6 +59,7 @@ QWEN3_5 = register_family(
         weights=(*WEIGHTS, *DENSE_WEIGHTS),
         unread_weights=UNREAD,
         spellings=INSIDE,
+        older=no_words,  # as old as transformers 5
         mtp=qwen_mtp(MTP, lambda config: "S-"),
         wrapped_in=("qwen3_5",),
     )
@@ -74,6 +76,7 @@ QWEN3_5_MOE = register_family(
         weights=(*WEIGHTS, *QWEN_MOE_WEIGHTS, *SHARED_EXPERT_WEIGHTS),
         unread_weights=UNREAD,
         spellings=INSIDE,
+        older=no_words,  # as old as transformers 5
         mtp=qwen_mtp(MTP, lambda config: "SE"),
         wrapped_in=("qwen3_5_moe",),
     )

@@ -15,6 +15,7 @@ from hybrid.convert.families.fla import (
 from hybrid.convert.family import (
     Family,
     Flat,
+    Inexpressible,
     LayerRule,
     both,
     everywhere,
@@ -40,7 +41,9 @@ def _read(config: Any) -> Flat:
 
 
 def _write(flat: Flat) -> Flat:
-    letter = flat["letters"][0]
+    letter = next((word for word in flat["letters"] if word in SOFTMAX), None)
+    if letter is None:
+        raise Inexpressible("no layer here has softmax attention alone, and theirs all have")
     return softmax_spec(letter, flat) | {"qk_norm": flat[f"mixers.{letter}.qk_norm"] is not None}
 
 
