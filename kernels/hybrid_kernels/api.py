@@ -77,21 +77,11 @@ def linear_attention(
             cannot take this input, or ``overwrite_state`` meets no state or a gradient.
         ImportError: the backend asked for needs a package that is not installed.
     """
-    inputs = {
-        "q": q,
-        "k": k,
-        "v": v,
-        "log_decay": log_decay,
-        "value_log_decay": value_log_decay,
-        "beta": beta,
-        "bonus": bonus,
-        "initial_state": initial_state,
-        "cu_seqlens": cu_seqlens,
-        "chunk_size": chunk_size,
-    }
-    check = validation.check_linear_attention
-    op = backends.LINEAR_ATTENTION
-    run = backends.checked(op, backend, check, inputs, overwrite_state)
+    tensors = (q, k, v, log_decay, value_log_decay, beta, bonus, initial_state, cu_seqlens)
+    request = (backends.LINEAR_ATTENTION, backend, overwrite_state, chunk_size)
+    run = backends.known(request, tensors)
+    if run is None:
+        run = backends.checked(request, tensors, validation.check_linear_attention)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     # Written out: to unpack a dict of so many costs as much as a tensor operation.
     o, final_state = run(
@@ -146,16 +136,11 @@ def causal_conv1d(
         ValueError: an argument has the wrong shape, dtype or device, or the backend is unknown.
         ImportError: the backend asked for needs a package that is not installed.
     """
-    inputs = {
-        "x": x,
-        "weight": weight,
-        "bias": bias,
-        "activation": activation,
-        "initial_state": initial_state,
-        "cu_seqlens": cu_seqlens,
-    }
-    check = validation.check_causal_conv1d
-    run = backends.checked(backends.CAUSAL_CONV1D, backend, check, inputs)
+    tensors = (x, weight, bias, initial_state, cu_seqlens)
+    request = (backends.CAUSAL_CONV1D, backend, False, activation)
+    run = backends.known(request, tensors)
+    if run is None:
+        run = backends.checked(request, tensors, validation.check_causal_conv1d)
     y, final_state = run(
         x=x,
         weight=weight,
@@ -213,18 +198,11 @@ def selective_scan(
             ``overwrite_state`` meets no state or a gradient.
         ImportError: the backend asked for needs a package that is not installed.
     """
-    inputs = {
-        "u": u,
-        "delta": delta,
-        "A": A,
-        "B": B,
-        "C": C,
-        "D": D,
-        "initial_state": initial_state,
-        "cu_seqlens": cu_seqlens,
-    }
-    check = validation.check_selective_scan
-    run = backends.checked(backends.SELECTIVE_SCAN, backend, check, inputs, overwrite_state)
+    tensors = (u, delta, A, B, C, D, initial_state, cu_seqlens)
+    request = (backends.SELECTIVE_SCAN, backend, overwrite_state)
+    run = backends.known(request, tensors)
+    if run is None:
+        run = backends.checked(request, tensors, validation.check_selective_scan)
     y, final_state = run(
         u=u,
         delta=delta,

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 logger = logging.getLogger("hybrid_kernels")
 
@@ -27,6 +28,24 @@ LINEAR_ATTENTION = "linear_attention"
 SELECTIVE_SCAN = "selective_scan"
 CAUSAL_CONV1D = "causal_conv1d"
 OPS = (LINEAR_ATTENTION, SELECTIVE_SCAN, CAUSAL_CONV1D)
+
+# What the check of each op takes, in that order: first tensors, then what else there is.
+INPUTS: dict[str, tuple[str, ...]] = {
+    LINEAR_ATTENTION: (
+        "q",
+        "k",
+        "v",
+        "log_decay",
+        "value_log_decay",
+        "beta",
+        "bonus",
+        "initial_state",
+        "cu_seqlens",
+        "chunk_size",
+    ),
+    SELECTIVE_SCAN: ("u", "delta", "A", "B", "C", "D", "initial_state", "cu_seqlens"),
+    CAUSAL_CONV1D: ("x", "weight", "bias", "initial_state", "cu_seqlens", "activation"),
+}
 
 
 @dataclass(frozen=True)
@@ -122,56 +141,60 @@ _KNOWN: dict[tuple, Callable] = {}
 _KNOWN_LIMIT = 4096
 
 
-def checked(
-    op: str,
-    name: str | None,
-    check: Callable[..., None],
-    inputs: dict[str, Any],
-    overwrite_state: bool = False,
-) -> Callable:
-    """Check the inputs of ``op`` and return the function that computes it.
+def known(request: tuple, tensors: tuple[Tensor | None, ...]) -> Callable | None:
+    """Return the function kept for inputs of this form, which were checked before, or None.
 
     Args:
-        op: one of ``OPS``.
-        name: the backend asked for, or None for the best one present.
+        request: the op, the backend asked for, whether the final state is to be written where the
+            initial state is, and those of the inputs that are no tensors.
+        tensors: the other inputs, in the order of ``INPUTS``.
+    """
+    if torch.compiler.is_compiling():
+        return None
+    try:
+        return _KNOWN.get(_form(request, tensors))
+    except (AttributeError, TypeError):
+        # Some input is no tensor or cannot be hashed: the check will say.
+        return None
+
+
+def _form(request: tuple, tensors: tuple[Tensor | None, ...]) -> tuple:
+    """Return what a check and a choice may depend on."""
+    grad = torch.is_grad_enabled()
+    form: list = [request, grad]
+    for x in tensors:
+        if x is None:
+            form.append(None)
+        else:
+            form += x.shape, x.dtype, x.device
+            if grad:
+                form.append(x.requires_grad)
+    return tuple(form)
+
+
+def checked(
+    request: tuple, tensors: tuple[Tensor | None, ...], check: Callable[..., None]
+) -> Callable:
+    """Check inputs that are not ``known``; keep and return the function that computes the op.
+
+    Args:
+        request: as in ``known``.
+        tensors: as in ``known``.
         check: raises a ValueError if an input is wrong.
-        inputs: keyword arguments of both ``check`` and the function returned.
-        overwrite_state: the function is to write the final state where the initial state is.
 
     Raises:
         ValueError: an input is wrong, or ``choose`` says so.
         ImportError: ``choose`` says so.
     """
-    if torch.compiler.is_compiling():
-        check(**inputs)
-        return choose(op, name, inputs, overwrite_state)
-    form = _form(op, name, inputs, overwrite_state)
-    run = _KNOWN.get(form)
-    if run is None:
-        check(**inputs)
-        run = choose(op, name, inputs, overwrite_state)
+    op, name, overwrite_state, *others = request
+    check(*tensors, *others)
+    arguments = dict(zip(INPUTS[op], (*tensors, *others), strict=True))
+    run = choose(op, name, arguments, overwrite_state)
+    if not torch.compiler.is_compiling():
         if len(_KNOWN) >= _KNOWN_LIMIT:
             _KNOWN.clear()
-        _KNOWN[form] = run
+        _KNOWN[_form(request, tensors)] = run
     return run
-
-
-def _form(op: str, name: str | None, inputs: dict[str, Any], overwrite_state: bool) -> tuple:
-    """Return what a check may depend on; a number, a string or None stands for itself."""
-    form: list = [op, name, overwrite_state]
-    add, grad = form.append, torch.is_grad_enabled()
-    for x in inputs.values():
-        if x is None:
-            add(None)
-        elif isinstance(x, torch.Tensor):
-            add(x.shape)
-            add(x.dtype)
-            add(x.device)
-            if grad:
-                add(x.requires_grad)
-        else:
-            add(x if isinstance(x, (int, float, str)) else type(x))
-    return tuple(form)
 
 
 def choose(
@@ -234,7 +257,7 @@ def _by_name(op: str, name: str, device: torch.device, arguments: dict[str, Any]
 def _check_overwriting(op: str, arguments: dict[str, Any]) -> None:
     if arguments["initial_state"] is None:
         raise ValueError(f"{op}: overwrite_state needs an initial_state to overwrite")
-    tensors = {name: x for name, x in arguments.items() if isinstance(x, torch.Tensor)}
+    tensors = {name: x for name, x in arguments.items() if isinstance(x, Tensor)}
     wanting = [name for name, x in tensors.items() if x.requires_grad]
     if torch.is_grad_enabled() and wanting:
         raise ValueError(
@@ -258,7 +281,7 @@ def _function(
 
 
 def _overwriting(run: Callable) -> Callable:
-    def overwriting(*, initial_state: torch.Tensor, **others: Any):
+    def overwriting(*, initial_state: Tensor, **others: Any):
         o, final_state = run(initial_state=initial_state, **others)
         return o, initial_state.copy_(final_state)
 

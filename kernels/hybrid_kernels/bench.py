@@ -4,7 +4,8 @@
     python -m hybrid_kernels.bench --ops ssd kda --lengths 4096 --json out.json
 
 Both sides run in one process on one thread, in turns, and process CPU time is what counts; medians
-are printed. Peak memory is the growth of the resident set over one call. The share of the GEMM peak
+are printed. Peak memory is the growth of the resident set over one call, the median of five where
+a call takes less than a second. The share of the GEMM peak
 sets the products that our algorithm needs (not those it saves) against a 1024 x 1024 product in the
 same run. Each pair is first checked to compute the same thing. Beside each figure that has a target
 stands the target, met or missed.
@@ -19,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import functools
 import os
 import platform
 import statistics
@@ -142,8 +144,13 @@ def measure(
     for name in _directions(op, forward_only):
         sides = [pair.ours] if name in left_out else [pair.ours, pair.theirs]
         calls = [_call(f, inputs, gradient, name) for f in sides]
-        seconds = interleaved(calls, repeats if name == "forward" else max(1, repeats // 2))
-        memory = [peak_memory(call) for call in calls]
+        with torch.set_grad_enabled(name != "forward"):
+            seconds = interleaved(calls, repeats if name == "forward" else max(1, repeats // 2))
+            memory = [
+            # Where the heap grows is up to what was freed before: one look is off by a fifth.
+            round(statistics.median(peak_memory(call) for _ in range(5 if spent < 1 else 1)))
+            for call, spent in zip(calls, seconds, strict=True)
+        ]
         flops = pair.flops(length) * (1 if name == "forward" else pair.backward_flops)
         share = flops / seconds[0] / peak if flops else None
         both = len(calls) == 2
@@ -172,7 +179,8 @@ def measure_growth(op: str, forward_only: bool, repeats: int) -> list[Growth]:
             with torch.no_grad():
                 gradient = torch.randn(PAIRS[op].ours(**inputs).shape)
             calls.append(_call(PAIRS[op].ours, inputs, gradient, name))
-        short, long = interleaved(calls, repeats, trimmed=True)
+        with torch.set_grad_enabled(name != "forward"):
+            short, long = interleaved(calls, repeats, trimmed=True)
         found.append(Growth(op, name, *GROWTH_LENGTHS, short, long))
     return found
 
@@ -190,12 +198,7 @@ def _call(
     op: Callable[..., Tensor], inputs: dict[str, Tensor], gradient: Tensor, direction: str
 ) -> Callable[[], object]:
     if direction == "forward":
-
-        def forward() -> object:
-            with torch.no_grad():
-                return op(**inputs)
-
-        return forward
+        return functools.partial(op, **inputs)
     leaves = {
         name: x.clone().requires_grad_(name not in rivals.CONSTANTS) for name, x in inputs.items()
     }
@@ -222,15 +225,18 @@ def interleaved(
         if turn == 1 and max(found[0] for found in times) > SLOW_CALL:
             return [found[0] for found in times]
         for call, found in zip(calls, times, strict=True):
-            # A call of a few microseconds is below the clock's step: repeat it.
+            # A call of a few microseconds is below the clock's step: repeat it, ever more often
+            # between two looks at the clock, which cost something too.
             count, spent = 0, 0.0
             while spent < 0.01:
+                calls_at_once = 1 if trimmed else max(1, count)
                 if trimmed:
                     _trim()
                 start = time.process_time()
-                call()
+                for _ in range(calls_at_once):
+                    call()
                 spent += time.process_time() - start
-                count += 1
+                count += calls_at_once
             found.append(spent / count)
     return [statistics.median(found[1:]) for found in times]
 

@@ -1,14 +1,17 @@
 """What ``bench.py`` compares for one decoded token: each form's step, and somebody else's.
 
 Where transformers has a step for machines without a GPU, that; where it has none, the definition in
-``reference.py``, one step of which is the formula written out. Both sides take a state and give the
-next one; those of transformers update theirs in place.
+``reference.py``, one step of which is the formula written out. Both sides have a state of their own
+and give the next one; ours overwrites it, as in the decode loop of a model, and those of
+transformers update theirs in place or return a new one, as they are written.
 
 Legend: B = 1 batch, H heads, K key dim, V value dim, D channels, N state size.
 """
 
 from __future__ import annotations
 
+import functools
+import importlib
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -34,6 +37,19 @@ from hybrid_kernels.rivals import (
 )
 
 
+def _states(*shape: int) -> dict[str, Tensor]:
+    """Draw a state, once for each side."""
+    state = torch.randn(shape)
+    return {"state": state, "their_state": state.clone()}
+
+
+@functools.cache
+def _fallback(model: str, name: str) -> Callable:
+    """Return a function of transformers' code for a model; no timed call should look for it."""
+    module = importlib.import_module(f"transformers.models.{model}.modeling_{model}")
+    return inspect.unwrap(getattr(module, name))
+
+
 def _inputs(decay: tuple[int, ...] | None = None, delta: bool = False, **more: tuple[int, ...]):
     """Draw one token and a state; ``more`` names further inputs of (1, 1, H, size) or (H, size)."""
 
@@ -41,65 +57,97 @@ def _inputs(decay: tuple[int, ...] | None = None, delta: bool = False, **more: t
         found = rows(1, decay, delta)
         for name, shape in more.items():
             found[name] = -0.1 * torch.rand(shape)
-        return {**found, "initial_state": torch.randn(1, H, K, V)}
+        return {**found, **_states(1, H, K, V)}
 
     return draw
 
 
-def _step(backend: str | None) -> Callable[..., Tensor]:
-    def step(**inputs: Any) -> Tensor:
-        return linear_attention(**inputs, output_final_state=True, backend=backend)[0]
+def _plain_ours(state: Tensor, their_state: Tensor, **inputs: Any) -> Tensor:
+    return linear_attention(
+        **inputs, initial_state=state, output_final_state=True, overwrite_state=True
+    )[0]
+
+
+def _plain_theirs(state: Tensor, their_state: Tensor, **inputs: Any) -> Tensor:
+    return linear_attention(
+        **inputs, initial_state=their_state, output_final_state=True, backend="reference"
+    )[0]
+
+
+def _plain(*arguments, **options) -> Pair:
+    return Pair(_inputs(*arguments, **options), _plain_ours, _plain_theirs, backward=False)
+
+
+def _delta_ours(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    log_decay: Tensor,
+    state: Tensor,
+    **_,
+) -> Tensor:
+    return linear_attention(
+        q,
+        k,
+        v,
+        log_decay=log_decay,
+        beta=beta,
+        initial_state=state,
+        output_final_state=True,
+        overwrite_state=True,
+    )[0]
+
+
+def _delta_theirs(model: str, name: str) -> Callable[..., Tensor]:
+    def step(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        beta: Tensor,
+        log_decay: Tensor,
+        their_state: Tensor,
+        **_,
+    ) -> Tensor:
+        return _fallback(model, name)(q, k, v, log_decay, beta, their_state, True)[0]
 
     return step
 
 
-def _plain(*arguments, **options) -> Pair:
-    return Pair(_inputs(*arguments, **options), _step(None), _step("reference"), backward=False)
-
-
-def _gated_delta(
-    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_decay: Tensor, initial_state: Tensor
-) -> Tensor:
-    from transformers.models.qwen3_next import modeling_qwen3_next as qwen
-
-    step = inspect.unwrap(qwen.torch_recurrent_gated_delta_rule)
-    return step(q, k, v, log_decay, beta, initial_state, True)[0]
-
-
-def _kda(
-    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_decay: Tensor, initial_state: Tensor
-) -> Tensor:
-    from transformers.models.kimi_linear import modeling_kimi_linear as kimi
-
-    step = inspect.unwrap(kimi.recurrent_kimi_delta_attention)
-    return step(q, k, v, log_decay, beta, initial_state, True)[0]
+_gated_delta_theirs = _delta_theirs("qwen3_next", "torch_recurrent_gated_delta_rule")
+_kda_theirs = _delta_theirs("kimi_linear", "recurrent_kimi_delta_attention")
 
 
 # Mamba-2. Its state is (B, H, V, K): each side has one as it wants it.
 
 
 def _ssd_inputs(length: int) -> dict[str, Tensor]:
-    state = torch.randn(1, H, K, V)
-    return {**ssd_inputs(1), "state": state, "turned_state": state.mT.contiguous()}
+    found = {**ssd_inputs(1), **_states(1, H, K, V)}
+    return {**found, "their_state": found["their_state"].mT.contiguous()}
 
 
 def _ssd_ours(
-    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor, turned_state: Tensor
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor, their_state: Tensor
 ) -> Tensor:
     values, decay = x * dt[..., None], dt * A
     return linear_attention(
-        C, B, values, log_decay=decay, scale=1.0, initial_state=state, output_final_state=True
+        C,
+        B,
+        values,
+        log_decay=decay,
+        scale=1.0,
+        initial_state=state,
+        output_final_state=True,
+        overwrite_state=True,
     )[0]
 
 
 def _ssd_theirs(
-    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor, turned_state: Tensor
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor, their_state: Tensor
 ) -> Tensor:
-    from transformers.models.mamba2.modeling_mamba2 import mamba2_selective_state_update
-
-    step, wide = inspect.unwrap(mamba2_selective_state_update), A[:, None, None].expand(H, V, K)
+    step, wide = _fallback("mamba2", "mamba2_selective_state_update"), A[:, None, None]
     steps = dt[:, 0, :, None].expand(1, H, V)
-    return step(turned_state, x[:, 0], steps, wide, B[:, 0], C[:, 0])[:, None]
+    return step(their_state, x[:, 0], steps, wide.expand(H, V, K), B[:, 0], C[:, 0])[:, None]
 
 
 # Lightning: MiniMax's layer as in ``rivals.py``, with a cache that holds one state.
@@ -117,28 +165,36 @@ class _OneState:
 
 
 def _lightning_inputs(length: int) -> dict[str, Tensor]:
-    return {**lightning_inputs(1), "state": torch.randn(1, H, K, V)}
+    return {**lightning_inputs(1), **_states(1, H, K, V)}
 
 
-def _lightning_theirs(qkv: Tensor, log_slopes: Tensor, state: Tensor) -> Tensor:
-    return lightning_layer()(qkv, None, None, past_key_values=_OneState(state))[0]
+def _lightning_ours(qkv: Tensor, log_slopes: Tensor, state: Tensor, **_) -> Tensor:
+    return lightning_ours(qkv, log_slopes, state)
+
+
+def _lightning_theirs(
+    qkv: Tensor, log_slopes: Tensor, state: Tensor, their_state: Tensor
+) -> Tensor:
+    return lightning_layer()(qkv, None, None, past_key_values=_OneState(their_state))[0]
 
 
 def _scan_inputs(length: int) -> dict[str, Tensor]:
-    return {**scan_inputs(1), "state": torch.randn(1, D, N)}
+    return {**scan_inputs(1), **_states(1, D, N)}
 
 
-def _scan_ours(state: Tensor, D: Tensor, **inputs: Any) -> Tensor:
-    return selective_scan(**inputs, D=D, initial_state=state, output_final_state=True)[0]
+def _scan_ours(
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, state: Tensor, **_
+) -> Tensor:
+    return selective_scan(
+        u, delta, A, B, C, D, initial_state=state, output_final_state=True, overwrite_state=True
+    )[0]
 
 
 def _scan_theirs(
-    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, state: Tensor
+    their_state: Tensor, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, **_
 ) -> Tensor:
-    from transformers.models.mamba.modeling_mamba import mamba_selective_state_update
-
-    step = inspect.unwrap(mamba_selective_state_update)
-    return step(state, u[:, 0], delta[:, 0], A, B[:, 0], C[:, 0], D)[:, None]
+    step = _fallback("mamba", "mamba_selective_state_update")
+    return step(their_state, u[:, 0], delta[:, 0], A, B[:, 0], C[:, 0], D)[:, None]
 
 
 def _conv_inputs(length: int) -> dict[str, Tensor]:
@@ -146,32 +202,31 @@ def _conv_inputs(length: int) -> dict[str, Tensor]:
         "x": torch.randn(1, 1, CONV_CHANNELS),
         "weight": torch.randn(CONV_CHANNELS, 4),
         "bias": torch.randn(CONV_CHANNELS),
-        "state": torch.randn(1, CONV_CHANNELS, 3),
+        **_states(1, CONV_CHANNELS, 3),
     }
 
 
-def _conv_ours(x: Tensor, weight: Tensor, bias: Tensor, state: Tensor) -> Tensor:
+def _conv_ours(x: Tensor, weight: Tensor, bias: Tensor, state: Tensor, **_) -> Tensor:
     return causal_conv1d(
         x, weight, bias, activation="silu", initial_state=state, output_final_state=True
     )[0]
 
 
-def _conv_theirs(x: Tensor, weight: Tensor, bias: Tensor, state: Tensor) -> Tensor:
-    from transformers.models.mamba2.modeling_mamba2 import causal_conv1d_update
-
-    return inspect.unwrap(causal_conv1d_update)(x.mT, state, weight, bias, "silu").mT
+def _conv_theirs(x: Tensor, weight: Tensor, bias: Tensor, their_state: Tensor, **_) -> Tensor:
+    step = _fallback("mamba2", "causal_conv1d_update")
+    return step(x.mT, their_state, weight, bias, "silu").mT
 
 
 STEPS: dict[str, Pair] = {
     "step_additive": _plain(),
-    "step_lightning": Pair(_lightning_inputs, lightning_ours, _lightning_theirs, backward=False),
+    "step_lightning": Pair(_lightning_inputs, _lightning_ours, _lightning_theirs, backward=False),
     "step_ssd": Pair(_ssd_inputs, _ssd_ours, _ssd_theirs, backward=False),
     "step_gla": _plain((H, K)),
     "step_outer": _plain((H, K), value_log_decay=(1, 1, H, V)),
     "step_rwkv6": _plain((H, K), bonus=(H, K)),
     "step_delta": _plain(None, True),
-    "step_gated_delta": Pair(_inputs((H,), True), _step(None), _gated_delta, backward=False),
-    "step_kda": Pair(_inputs((H, K), True), _step(None), _kda, backward=False),
+    "step_gated_delta": Pair(_inputs((H,), True), _delta_ours, _gated_delta_theirs, backward=False),
+    "step_kda": Pair(_inputs((H, K), True), _delta_ours, _kda_theirs, backward=False),
     "step_mamba1": Pair(_scan_inputs, _scan_ours, _scan_theirs, backward=False),
     "step_conv1d": Pair(_conv_inputs, _conv_ours, _conv_theirs, backward=False),
 }

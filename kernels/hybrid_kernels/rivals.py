@@ -155,8 +155,8 @@ def lightning_inputs(length: int) -> dict[str, Tensor]:
 
 
 def lightning_ours(qkv: Tensor, log_slopes: Tensor, state: Tensor | None = None) -> Tensor:
-    """Compute what ``lightning_layer`` does, after a state if there is one."""
-    q, k, v = qkv.view(1, -1, H, 3 * K).split(K, dim=3)
+    """Compute what ``lightning_layer`` does, after a state if there is one: it is overwritten."""
+    q, k, v = qkv.view(1, -1, H, 3, K).unbind(3)
     return linear_attention(
         q,
         k,
@@ -165,6 +165,7 @@ def lightning_ours(qkv: Tensor, log_slopes: Tensor, state: Tensor | None = None)
         scale=0.5,
         initial_state=state,
         output_final_state=state is not None,
+        overwrite_state=state is not None,
     )[0].flatten(2)
 
 

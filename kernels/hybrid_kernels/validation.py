@@ -100,9 +100,9 @@ def check_causal_conv1d(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    activation: str | None,
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
+    activation: str | None,
 ) -> None:
     """Raise a ValueError that names the first argument of ``causal_conv1d`` that is wrong."""
     _floating("x", x)

@@ -151,6 +151,37 @@ def test_selective_scan_names_what_is_wrong(changes, message):
         selective_scan(*scan(**changes))
 
 
+@pytest.mark.parametrize("grad", [False, True])
+def test_inputs_of_a_form_that_was_right_are_not_checked_again(grad, monkeypatch):
+    """And those of any other form are, wherever they differ."""
+    seen = []
+    check = backends.choose
+    monkeypatch.setattr(backends, "_KNOWN", {})
+    monkeypatch.setattr(backends, "choose", lambda *args: seen.append(1) or check(*args))
+    with torch.set_grad_enabled(grad):
+        beta = torch.rand(2, 5, 4)
+        for _ in range(3):
+            linear_attention(**rows(), beta=beta)
+        assert len(seen) == 1
+        for wrong in (beta[:, :4], beta.long(), beta.to("meta"), beta.tolist(), [[]]):
+            with pytest.raises(ValueError, match="beta"):
+                linear_attention(**rows(), beta=wrong)
+        for size in (24, "16", [16]):
+            with pytest.raises((ValueError, TypeError)):
+                linear_attention(**rows(), beta=beta, chunk_size=size)
+        assert len(seen) == 1
+        linear_attention(**rows(), beta=beta.double())
+        linear_attention(**rows(), beta=beta, chunk_size=16)
+        linear_attention(**rows(), log_decay=-beta)
+        linear_attention(**rows(), beta=beta.requires_grad_())
+        assert len(seen) == (5 if grad else 4)
+
+
+def test_an_activation_that_cannot_be_hashed_is_named():
+    with pytest.raises(ValueError, match=r"activation must be None or 'silu', got \['silu'\]"):
+        causal_conv1d(torch.randn(2, 5, 3), torch.randn(3, 4), activation=["silu"])
+
+
 def test_int32_offsets_do_too():
     x = torch.randn(1, 5, 2, 4)
     long = linear_attention(x, x, x, cu_seqlens=torch.tensor([0, 2, 5]))[0]

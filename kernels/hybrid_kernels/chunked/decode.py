@@ -66,10 +66,11 @@ class LinearAttentionStep:
         self.overwrite = overwrite_state
         self.batch, self.keys, self.values = q.shape[0], q.shape[3], v.shape[3]
         self.heads = max(x.shape[2] for x in (q, k, v))
-        self.grouped = any(x.shape[2] != self.heads for x in (q, k, v))
+        self.rows = self.batch * self.heads
         self.dtype, self.output_dtype = state_dtype(q, k, v), v.dtype
         given = (q, k, v, log_decay, value_log_decay, beta, initial_state)
         self.cast = any(x is not None and x.dtype != self.dtype for x in given)
+        self.grouped = any(x.shape[2] != self.heads for x in (q, k, v))
         # What the decay of a head spans: one number, or one for each key.
         self.span = self.keys if log_decay is not None and log_decay.dim() == 4 else 1
 
@@ -88,8 +89,7 @@ class LinearAttentionStep:
         chunk_size: int | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Return the output and the new state."""
-        heads, keys, values = self.heads, self.keys, self.values
-        rows, state = self.batch * heads, initial_state
+        rows, keys, values, state = self.rows, self.keys, self.values, initial_state
         if self.cast:
             q, k, v = (x.to(self.dtype) for x in (q, k, v))
             given = (log_decay, value_log_decay, beta, state)
@@ -97,18 +97,27 @@ class LinearAttentionStep:
             log_decay, value_log_decay, beta, state = cast
         if self.grouped:
             q, k, v = self._each_head(q), self._each_head(k), self._each_head(v)
-        query, value = q.reshape(rows, 1, keys), v.reshape(rows, 1, values)
         if state is None:
-            state = query.new_zeros(self.batch, heads, keys, values)
+            state = q.new_zeros(self.batch, self.heads, keys, values)
         elif not state.is_contiguous():
             state = state.contiguous()
+        query, value = q.reshape(rows, 1, keys), v.reshape(rows, 1, values)
         if bonus is not None:
             before = state.view(rows, keys, values)
             # With beta = 0 the first argument only lends its shape.
             o = torch.baddbmm(value, query, before, beta=0, alpha=scale)
             own = (q * k * bonus).sum(-1)
             o.addcmul_(own.view(rows, 1, 1), value, value=scale)
-        state = self._decayed(state, log_decay, value_log_decay)
+        # May the state's memory be written?
+        free = self.overwrite or state is not initial_state
+        if log_decay is not None:
+            factor = log_decay.exp().reshape(-1, self.heads, self.span, 1)
+            state, free = state.mul_(factor) if free else state * factor, True
+        if value_log_decay is not None:
+            factor = value_log_decay.exp().reshape(-1, self.heads, 1, values)
+            state, free = state.mul_(factor) if free else state * factor, True
+        if not free:
+            state = state.clone()
         after = state.view(rows, keys, values)
         if beta is None:
             after.baddbmm_(k.reshape(rows, keys, 1), value)
@@ -120,24 +129,11 @@ class LinearAttentionStep:
             after.baddbmm_(key.mT, value)
             # The row that was written has served: the output goes there.
             o = value.baddbmm_(query, after, beta=0, alpha=scale)
-        o = o.view(-1, 1, heads, values)
+        o = o.view(self.batch, 1, self.heads, values)
         if self.overwrite and state is not initial_state:
             state = initial_state.copy_(state)
         # Autocast may have chosen another dtype for the products.
         return _cast(o, self.output_dtype), state
-
-    def _decayed(
-        self, state: Tensor, log_decay: Tensor | None, value_log_decay: Tensor | None
-    ) -> Tensor:
-        """Return the decayed state, in place or in fresh memory."""
-        out = state if self.overwrite else None
-        if log_decay is not None:
-            factor = log_decay.exp().reshape(-1, self.heads, self.span, 1)
-            state = out = torch.mul(state, factor, out=out)
-        if value_log_decay is not None:
-            factor = value_log_decay.exp().reshape(-1, self.heads, 1, self.values)
-            state = out = torch.mul(state, factor, out=out)
-        return state.clone() if out is None else state
 
     def _each_head(self, x: Tensor) -> Tensor:
         """Repeat (B, 1, heads of x, D) to (B, 1, H, D), as a view where there is one head."""

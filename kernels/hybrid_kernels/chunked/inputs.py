@@ -20,7 +20,7 @@ from hybrid_kernels.validation import state_dtype
 SMALLEST_CHUNK = 16
 
 # Tokens x heads that one segment works on at a time: its matrices should stay in a core's cache.
-# Where a backward pass follows, memory is short anyway, and fewer segments are fewer calls.
+# The backward pass of additive forms makes so many calls that fewer and longer ones pay.
 SEGMENT_ROWS = 1024
 SEGMENT_ROWS_KEPT = 2048
 
@@ -72,11 +72,11 @@ class Inputs(NamedTuple):
     def span(self, sequences: int) -> int:
         """Return how many tokens of each sequence a segment holds; known before the chunk size is."""
         heads, rows = self.heads, SEGMENT_ROWS
-        if self.beta is None:
-            # Half of the matrices are of queries and keys, which heads may share.
+        if self.beta is None and self.keep:
+            rows = SEGMENT_ROWS_KEPT
+        elif self.beta is None:
+            # Forward, half of the matrices are of queries and keys, which heads may share.
             heads = (heads + max(self.q.shape[2], self.k.shape[2])) // 2
-            # The delta rule has about twice as many matrices.
-            rows = SEGMENT_ROWS_KEPT if self.keep else SEGMENT_ROWS
         unit = max(64, self.chunk_size)
         return unit * max(1, rows // (sequences * heads * unit))
 
