@@ -21,6 +21,10 @@ BLOCK = 1000
 class DataError(ValueError):
     """A source failed to give a row after the run has begun."""
 
+    def __init__(self, message: str) -> None:
+        # torch makes an error of a worker process again, with its traceback in front of the message
+        super().__init__(message.rpartition(f"{type(self).__name__}: ")[2].strip())
+
 
 class Mixture(Dataset):
     """`length` rows dealt from `sources`.
@@ -61,7 +65,10 @@ class Mixture(Dataset):
             if self.vocabulary is not None:
                 check_ids(row, self.vocabulary)
         except (ValueError, OSError) as error:
-            raise DataError(f"row {place} of source {source}: {error}") from error
+            raise DataError(
+                f"row {place} of source {source}: {error}; mend the data and start the same command"
+                " again: earlier checkpoints are kept"
+            ) from error
         return row
 
     def locate(self, index: int) -> tuple[int, int]:

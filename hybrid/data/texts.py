@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import difflib
 import glob
+import json
 import os
+import zlib
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import count, islice
+from lzma import LZMAError
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +27,8 @@ BUILDERS = {
     ".arrow": "arrow",
 }
 PACKED_SUFFIXES = (".gz", ".zst", ".xz", ".bz2")
+LINES = (".jsonl", ".ndjson")  # a row is a line
+UNREADABLE = (ValueError, OSError, EOFError, zlib.error, LZMAError)  # a cut or broken file
 
 
 def is_path(source: str) -> bool:
@@ -71,11 +78,13 @@ def load_texts(
         streaming: read as training goes, with nothing on disk.
 
     Raises:
-        ValueError: files are missing, the data set is unknown or empty, or the column is absent.
+        ValueError: files are missing or broken, the data set is unknown or empty, or the column is
+            absent.
     """
     data: Any = _load(source, split, name, streaming)
     columns = data.column_names
-    first = next(iter(data), None)
+    with _readable(source, 0):
+        first = next(iter(data), None)
     if first is None:
         raise ValueError(f"{source!r} is empty: it has no rows")
     columns = columns or list(first)
@@ -89,17 +98,65 @@ def load_texts(
     def start(epoch: int) -> Iterator[str]:
         if streaming:
             data.set_epoch(epoch)
-        return (_text(row[text_key], number) for number, row in enumerate(data))
+        rows = iter(data)
+        for number in count():
+            with _readable(source, number):
+                row = next(rows, None)
+            if row is None:
+                return
+            yield _text(row[text_key], number)
 
     def _text(value: Any, number: int) -> str:
         if not isinstance(value, str):
+            place = _line(source, number)
             raise ValueError(
-                f"row {number} of {source!r}: column {text_key!r} holds"
+                f"row {number} of {source!r}{f' ({place})' if place else ''}: column {text_key!r} holds"
                 f" {'null' if value is None else type(value).__name__}, expected text"
             )
         return value
 
     return start
+
+
+@contextmanager
+def _readable(source: str, number: int) -> Iterator[None]:
+    """What readers say of broken files, as a ValueError that names the file; `number` rows were read."""
+    try:
+        yield
+    except UNREADABLE as error:
+        place = _broken_line(source, number)
+        reason = place or f"after row {number}: {str(error).strip().splitlines()[0]}"
+        raise ValueError(f"{source!r} cannot be read: {reason}") from error
+
+
+def _line(source: str, number: int) -> str:
+    """`FILE, line N` of a row, for files of lines; else nothing."""
+    return next((place for place, _ in islice(_lines(source), number, None)), "")
+
+
+def _broken_line(source: str, number: int) -> str:
+    """`FILE, line N: REASON` of the first line from a row on that is no JSON; nothing if all are."""
+    try:
+        for place, line in islice(_lines(source), number, None):
+            try:
+                json.loads(line)
+            except ValueError as error:
+                return f"{place}: {getattr(error, 'msg', error)}"
+    except UNREADABLE:  # a packed file that is cut: there is no line to name
+        pass
+    return ""
+
+
+def _lines(source: str) -> Iterator[tuple[str, bytes]]:
+    """`FILE, line N` and the line, for every row of files of lines; nothing for other sources."""
+    import fsspec
+
+    files = find_files(source) if is_path(source) else []
+    for file in files if all(_suffix(f) in LINES for f in files) else []:
+        with fsspec.open(file, "rb", compression="infer") as lines:
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    yield f"{file}, line {number}", line
 
 
 def _load(source: str, split: str, name: str | None, streaming: bool) -> Any:
@@ -131,9 +188,12 @@ def _refuse_unreadable(load: Callable[[], Any], source: str) -> Any:
 
     try:
         return load()
-    except (OSError, ValueError, DatasetGenerationError) as error:
+    except (*UNREADABLE, DatasetGenerationError) as error:
         # `datasets` says what is wrong with a file in the error's cause.
-        reason = str(error.__cause__ or error).strip().split("\n", 1)[0]
+        cause = error.__cause__ or error
+        reason = str(cause).strip().split("\n", 1)[0]
+        if isinstance(cause, UNREADABLE):
+            reason = _broken_line(source, 0) or reason
         raise ValueError(f"{source!r} cannot be loaded: {reason}") from error
 
 

@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -84,10 +85,15 @@ def make_folder(args: TrainingArguments) -> None:
     """The folder of the run.
 
     Raises:
-        ConfigError: it cannot be made.
+        ConfigError: it cannot be made, or nothing can be written to it.
     """
     try:
         Path(str(args.output_dir)).mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=str(args.output_dir)):
+            pass
+    except FileExistsError as error:
+        line = f"training.output_dir: {args.output_dir} is a file; name a folder"
+        raise ConfigError([line]) from error
     except OSError as error:
         raise ConfigError([f"training.output_dir: {error}"]) from error
 

@@ -96,8 +96,13 @@ def checksum(path: Path) -> int:
     return value
 
 
-def damage(folder: Path) -> str | None:
-    """What is wrong with a checkpoint, or None if it is whole."""
+def damage(folder: Path, contents: bool = True) -> str | None:
+    """What is wrong with a checkpoint, or None if it is whole.
+
+    Args:
+        folder: the checkpoint.
+        contents: False looks at the sizes of its files only, which takes no time.
+    """
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -114,7 +119,7 @@ def damage(folder: Path) -> str | None:
             return f"{name} is missing"
         if path.stat().st_size != size:
             return f"{name} has {path.stat().st_size} bytes of {size}"
-        if checksum(path) != expected:
+        if contents and checksum(path) != expected:
             return f"{name} has changed since it was written"
     return None
 
@@ -135,13 +140,13 @@ def step_of(folder: Path) -> int:
 def remove_old(newest: Path, limit: int | None, best: str | None) -> None:
     """Keep `newest`, which is whole, the `limit - 1` before it, and the best; remove older ones.
 
-    What was cut off, or is of a later step than `newest`, is not counted: transformers' own rotation
-    would keep it, and remove whole ones for it.
+    What was cut off, lacks a file or part of one, or is of a later step than `newest`, is not
+    counted: transformers' own rotation would keep it, and remove whole ones for it.
     """
     if limit is None:
         return
     older = [p for p in numbered(newest.parent) if step_of(p) < step_of(newest)]
-    kept = [p for p in older if (p / MANIFEST).is_file()][: limit - 1]
+    kept = [p for p in older if damage(p, contents=False) is None][: limit - 1]
     for folder in older:
         if folder not in kept and folder.name != Path(best or "").name:
             shutil.rmtree(folder, ignore_errors=True)

@@ -13,9 +13,9 @@ from typing import Any, Literal, TypeVar
 
 from hybrid.data.packing import LongDocuments, Packing
 from hybrid.data.sources import SourceConfig, parse_source
-from hybrid.options import ConfigError, build, did_you_mean, option, type_problem
+from hybrid.options import ConfigError, build, option, type_problem
 from hybrid.train import yaml
-from hybrid.train.limits import MUON_RULES, RULES, decided, outside
+from hybrid.train.limits import MUON_RULES, RULES, decided, nearest, outside
 from hybrid.train.model import model_mistakes
 from hybrid.train.schedule import MultiStepConfig
 
@@ -222,7 +222,7 @@ def _parse_training(values: dict[str, Any], mistakes: list[str]) -> dict[str, An
         if value is False and key.endswith("_strategy"):
             value = "no"  # which YAML reads as false
         if key not in known:
-            mistakes.append(f"training.{key}: unknown key, {did_you_mean(str(key), known)}")
+            mistakes.append(f"training.{key}: unknown key, {nearest(str(key), known)}")
         elif problem := type_problem(value, hints[key]):
             mistakes.append(f"training.{key}: {problem}")
         else:

@@ -23,10 +23,13 @@ import torch
 from accelerate import FullyShardedDataParallelPlugin
 from accelerate.utils import load_fsdp_model, load_fsdp_optimizer
 from accelerate.utils.constants import FSDP_MODEL_NAME
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
+    get_model_state_dict,
     set_model_state_dict,
     set_optimizer_state_dict,
 )
@@ -38,6 +41,7 @@ if TYPE_CHECKING:
     from hybrid.train.trainer import HybridTrainer
 
 PLAIN, FULL, SHARDED, DEEPSPEED = "plain", "full", "sharded", "deepspeed"
+NAMED = 8  # weights that an error names
 
 
 def written_by(folder: Path) -> str:
@@ -78,10 +82,15 @@ def refuse_other_engine(folder: Path, trainer: HybridTrainer) -> None:
 
 
 def load_model(trainer: HybridTrainer, folder: Path, model: Any) -> bool:
-    """Load weights that another engine wrote; False where the engine's own loading will do."""
+    """Load weights that another engine wrote; False where the engine's own loading will do.
+
+    Raises:
+        ConfigError: the checkpoint lacks a weight of the model, or has one that the model has not.
+    """
     found, wanted = written_by(folder), wanted_by(trainer)
     if found == wanted:
         return False
+    _refuse_other_weights(folder, found, trainer.accelerator.unwrap_model(model))
     if found == PLAIN:
         first = trainer.args.process_index == 0
         weights: dict[str, Any] = dict(_weights(folder)) if first else {}
@@ -95,6 +104,34 @@ def load_model(trainer: HybridTrainer, folder: Path, model: Any) -> bool:
         with _alone():
             load_fsdp_model(_plugin(found), trainer.accelerator, whole, str(folder))
     return True
+
+
+def _refuse_other_weights(folder: Path, found: str, model: Any) -> None:
+    """torch would leave what is missing as it is: loading is not strict, for the sake of ties."""
+    tied: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
+    # tied weights are stored under one of their names
+    there = {tied.get(name, name) for name in _names(folder, found)}
+    own = {tied.get(name, name) for name in get_model_state_dict(model)}
+    lines = [f"has no {name}" for name in sorted(own - there)]
+    lines += [f"has {name}, which the model has not" for name in sorted(there - own)]
+    if lines:
+        more = [f"and {len(lines) - NAMED} more"] if len(lines) > NAMED else []
+        raise ConfigError(lines[:NAMED] + more, f"{folder} cannot be continued: it")
+
+
+def _names(folder: Path, found: str) -> Iterable[str]:
+    """Names of the weights in a checkpoint, without reading them."""
+    if found == FULL:
+        file = folder / f"{FSDP_MODEL_NAME}.bin"
+        return torch.load(file, "cpu", weights_only=True, mmap=True).keys()
+    if found == SHARDED:
+        metadata = FileSystemReader(folder / f"{FSDP_MODEL_NAME}_0").read_metadata()
+        return [name.removeprefix("model.") for name in metadata.state_dict_metadata]
+    names: list[str] = []
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, "pt") as opened:
+            names += opened.keys()
+    return names
 
 
 def load_optimizer(trainer: HybridTrainer, folder: Path) -> bool:

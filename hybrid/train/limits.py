@@ -3,17 +3,40 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
+
+from hybrid.options import did_you_mean
 
 # Keys that would break what a run promises, and why.
 DECIDED: dict[str, str] = {
     "resume_from_checkpoint": "the same command goes on from the newest whole checkpoint by itself",
     "ignore_data_skip": "a run goes on with the rows that come next",
     "save_only_model": "a run could not go on from such a checkpoint; its folder has the model alone",
+    "save_on_each_node": "transformers writes weights by the first process alone; use a folder that all"
+    " machines share",
     "auto_find_batch_size": "the rows of a step are fixed; set per_device_train_batch_size and"
     " gradient_accumulation_steps",
     "train_sampling_strategy": "the rows' order is that of the mixture",
+}
+
+# What others call a key of transformers', too far from it in letters to be found by them.
+USUAL_NAMES: dict[str, str] = {
+    "batch_size": "per_device_train_batch_size",
+    "micro_batch_size": "per_device_train_batch_size",
+    "eval_batch_size": "per_device_eval_batch_size",
+    "lr": "learning_rate",
+    "wd": "weight_decay",
+    "epochs": "num_train_epochs",
+    "steps": "max_steps",
+    "scheduler": "lr_scheduler_type",
+    "schedule": "lr_scheduler_type",
+    "warmup": "warmup_steps",
+    "grad_clip": "max_grad_norm",
+    "clip": "max_grad_norm",
+    "optimizer": "optim",
+    "num_workers": "dataloader_num_workers",
+    "compile": "torch_compile",
 }
 
 Rule = tuple[str, Callable[[float], bool]]
@@ -61,6 +84,13 @@ def outside(values: Mapping[str, Any], rules: Mapping[str, Rule], path: str) -> 
         for key, (words, allowed) in rules.items()
         if isinstance(values.get(key), (int, float)) and not allowed(values[key])
     ]
+
+
+def nearest(key: str, known: Iterable[str]) -> str:
+    """The tail of an error message on a key of `training:` that there is not."""
+    if key in USUAL_NAMES:
+        return f"did you mean {USUAL_NAMES[key]!r}?"
+    return did_you_mean(key, set(known) - set(DECIDED))
 
 
 def decided(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> list[str]:

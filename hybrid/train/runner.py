@@ -25,6 +25,7 @@ from hybrid.train.engines import refuse_other_engine
 from hybrid.train.model import load_model, model_config
 from hybrid.train.optim import Decay
 from hybrid.train.slicing import check_slices, held_out, sliced, spread
+from hybrid.train.storage import check_storage
 from hybrid.train.throughput import training_flops_per_token
 from hybrid.train.trainer import HybridTrainer
 
@@ -143,6 +144,7 @@ def prepare_run(
         )
     probes = build.open_probes(config, tokenizer, made, data_seed)
     build.make_folder(args)
+    check_storage(args)
     set_seed(args.seed)
     resolved = config.as_dict()
     model = load_model(config, made)

@@ -1,3 +1,4 @@
+import gzip
 import json
 import sys
 import zlib
@@ -19,6 +20,7 @@ from hybrid.data.sources import (
     source_names,
 )
 from hybrid.data.stdlib import held_out, stdlib_files
+from hybrid.data.texts import load_texts
 from hybrid.options import ConfigError
 from hybrid.tokenizer import byte_tokenizer
 
@@ -370,3 +372,17 @@ def test_prepared_data_in_doubt_is_refused(tmp_path):
 def test_prepare_names_an_unknown_option(tmp_path):
     with pytest.raises(ConfigError, match="text_kye: unknown key, did you mean 'text_key'"):
         prepare("stdlib", tmp_path / "x", text_kye="y")
+
+
+def test_a_file_that_breaks_off_or_is_no_json_is_named_with_its_line(tmp_path):
+    whole = [json.dumps({"text": f"{i} " * 20000}) for i in range(60)]
+    broken, cut = tmp_path / "broken.jsonl", tmp_path / "cut.jsonl.gz"
+    broken.write_text("\n".join([*whole, "", '{"text": "ab', *whole]))
+    cut.write_bytes(gzip.compress("\n".join(whole).encode())[:-200])
+    options = {"text_key": "text", "split": "train", "name": None, "streaming": True}
+    for path, said in (
+        (broken, f"{broken}, line 62: Invalid control"),
+        (cut, "Compressed file ended"),
+    ):
+        with pytest.raises(ValueError, match=rf"{path}' cannot be (read|loaded): {said}"):
+            list(load_texts(str(path), **options)(0))

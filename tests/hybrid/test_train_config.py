@@ -1,13 +1,17 @@
+import dataclasses
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
+from transformers import TrainingArguments
 
 from hybrid import HybridConfig, HybridForCausalLM
 from hybrid.options import ConfigError
 from hybrid.tokenizer import byte_tokenizer
 from hybrid.train import load_config, parse_config
 from hybrid.train.build import make_folder, training_arguments
+from hybrid.train.limits import DECIDED, USUAL_NAMES
 from hybrid.train.model import load_model, model_config
 from hybrid.train.yaml import apply_overrides, parse
 
@@ -303,3 +307,22 @@ def test_every_recipe_is_a_config(path, tmp_path):
     overrides = ["model.path=" + str(tmp_path)] if "path:" in path.read_text() else []
     config = load_config(path, overrides)
     assert config.training["output_dir"] == f"runs/{path.stem}"
+
+
+def test_a_key_by_another_usual_name_is_recognised():
+    values = {"model": {}, "data": "stdlib", "sequence_length": 8}
+    with pytest.raises(ConfigError) as caught:
+        parse_config({**values, "training": {"batch_size": 2, "auto_find_batch": True}})
+    first, second = caught.value.mistakes
+    assert first.endswith("unknown key, did you mean 'per_device_train_batch_size'?")
+    assert "auto_find_batch_size" not in second  # which is refused, too
+    known = {f.name for f in dataclasses.fields(TrainingArguments)}
+    assert set(USUAL_NAMES.values()) <= known - set(DECIDED)
+    assert not set(USUAL_NAMES) & known
+
+
+def test_a_folder_that_cannot_be_written_is_named_before_the_run(tmp_path):
+    (tmp_path / "file").touch()
+    for folder, said in ((tmp_path / "file", "is a file; name a folder"), ("/proc/self", "Errno")):
+        with pytest.raises(ConfigError, match=rf"training.output_dir: .*{said}"):
+            make_folder(SimpleNamespace(output_dir=str(folder)))

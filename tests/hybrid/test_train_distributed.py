@@ -1,7 +1,11 @@
 """Two gloo processes on the CPU against one process on the same rows."""
 
 import json
+import os
 import shutil
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from hybrid.options import ConfigError
 from hybrid.train import parse_config, run
+from hybrid.train.checkpoints import damage
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "accelerate"
 FSDP2 = {
@@ -45,6 +50,7 @@ from hybrid.train.__main__ import main
 for arguments, environment in json.load(open(sys.argv[1])):
     AcceleratorState._reset_state()
     os.environ.update(environment)
+    exec(environment.get("RANK_" + os.environ["RANK"], ""), {})
     if main(arguments):
         sys.exit(2)
 """
@@ -99,7 +105,7 @@ def train(tmp_path):
 def by_two(tmp_path, launch):
     """Run configs (with additions to the environment) in two processes, one after the other."""
 
-    def start(*runs, engine="ddp_cpu"):
+    def start(*runs, engine="ddp_cpu", killed=False):
         jobs = []
         for number, (values, environment) in enumerate(runs):
             path = tmp_path / f"{number}.yaml"
@@ -109,7 +115,7 @@ def by_two(tmp_path, launch):
             *("accelerate.commands.launch", "--config_file", str(CONFIGS / f"{engine}.yaml")),
             *("--num_processes", "2", "--mixed_precision", "no", "--main_process_port", "0"),
         )
-        launch(launcher, DRIVER, jobs)
+        launch(launcher, DRIVER, jobs, killed)
 
     return start
 
@@ -170,15 +176,19 @@ def test_fsdp2_trains_saves_and_continues_as_one_process_does(train, by_two, tmp
     probes = text_probe(tmp_path)
     sharing = {"model": {**SHARING, "shared": {"Z": {"lora_rank": 2}}}}
     adamw, muon = train("adamw", **probes), train("muon", muon=True, **probes)
+    fast_muon = {"muon": {"learning_rate": 0.02}}  # so that momentum that is lost shows in losses
+    fast = train("fast", **fast_muon)
     tied = train("tied", **sharing)
     full = {**FSDP2, "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT"}
     sharded = {**FSDP2, "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT"}
     half = {"training": {"max_steps": 4}, **probes}
     train("by_one", **half)
+    train("fast_by_one", **fast_muon, training={"max_steps": 4})
     by_two(
         (train.values("full", 2, **half), full),
         (train.values("full", 2, **probes), full),
         (train.values("by_one", 2, **probes), full),
+        (train.values("fast_by_one", 2, **fast_muon), sharded),
         (train.values("tied_by_two", 2, **sharing), full),
         (train.values("sharded", 2, muon=True, **half), sharded),
         (train.values("sharded", 2, muon=True, **probes), sharded),
@@ -187,6 +197,7 @@ def test_fsdp2_trains_saves_and_continues_as_one_process_does(train, by_two, tmp
     assert_same_curve(losses_in(tmp_path / "by_one"), adamw)
     assert_same_curve(losses_in(tmp_path / "tied_by_two"), tied)
     assert_same_curve(losses_in(tmp_path / "sharded"), muon, rtol=1e-3)
+    assert_same_curve(losses_in(tmp_path / "fast_by_one"), fast, rtol=2e-4)
     assert (tmp_path / "sharded" / "checkpoint-8" / "pytorch_model_fsdp_0").is_dir()
     for name, alone in (("full", "adamw"), ("sharded", "muon"), ("tied_by_two", "tied")):
         one = AutoModelForCausalLM.from_pretrained(tmp_path / alone).state_dict()
@@ -200,6 +211,50 @@ def test_fsdp2_trains_saves_and_continues_as_one_process_does(train, by_two, tmp
         shutil.rmtree(tmp_path / name / "checkpoint-8")
     assert_same_curve(train("full", **probes), adamw)
     assert_same_curve(train("sharded", muon=True, **probes), muon, rtol=1e-3)
+
+
+KILLED_IN_STEP_6 = """
+import os, signal
+from hybrid.train.trainer import HybridTrainer
+original = HybridTrainer.training_step
+def step(self, *args, **kwargs):
+    if self.state.global_step == 5:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return original(self, *args, **kwargs)
+HybridTrainer.training_step = step
+"""
+KILLED_IN_CHECKPOINT = """
+import os, signal, torch
+original = torch.save
+def save(value, file, *args, **kwargs):
+    if os.path.isdir("{folder}/optimizer_0"):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return original(value, file, *args, **kwargs)
+torch.save = save
+"""
+
+
+@pytest.mark.slow
+def test_sharded_runs_go_on_to_the_bit_after_one_of_two_processes_is_killed(
+    train, by_two, tmp_path
+):
+    sharded = {**FSDP2, "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT"}
+    model = {"model_type": "llama", "hidden_size": 16, "intermediate_size": 24}
+    model |= {"num_hidden_layers": 2, "num_attention_heads": 2, "attention_dropout": 0.1}
+    more = {"model": model, "muon": {"learning_rate": 0.02}, "training": {"save_steps": 2}}
+    whole, broken = (train.values(out, 2, **more) for out in ("whole", "broken"))
+    by_two((whole, sharded), (broken, {**sharded, "RANK_1": KILLED_IN_STEP_6}), killed=True)
+    newest = max(p.name for p in (tmp_path / "broken").glob("checkpoint-*"))
+    assert newest == "checkpoint-4"
+    half = tmp_path / "broken" / "checkpoint-6"
+    killing = {"RANK_0": KILLED_IN_CHECKPOINT.format(folder=half)}
+    by_two((broken, {**sharded, **killing}), killed=True)
+    assert damage(half) == "it was not written to the end"
+    assert [p.stat().st_size for p in half.glob("optimizer_0/__0_0*")] == [0]
+    by_two((broken, sharded))
+    result = json.loads((tmp_path / "broken" / "train_result.json").read_text())
+    assert result["resumed_from"] == 4
+    assert losses_in(tmp_path / "broken") == losses_in(tmp_path / "whole")
 
 
 @pytest.mark.slow
@@ -219,6 +274,69 @@ def test_two_processes_share_rows_and_train_as_one_does(train, by_two, tmp_path)
     for out in ("shared", "sharded"):
         assert_same_curve(losses_in(tmp_path / out), whole)
         assert_same_curve(*(losses_in(tmp_path / x, "eval_losses") for x in (out, "whole")))
+
+
+MACHINE = """
+import json, os, sys
+from hybrid.train.__main__ import main
+for config, overrides, status in json.load(open(sys.argv[1])):
+    overrides = [text.format(machine=os.environ["RANK"]) for text in overrides]
+    if (found := main([config, *overrides])) != status:
+        sys.exit(f"{overrides}: {found}")
+"""
+
+
+@pytest.fixture
+def on_two_machines(tmp_path):
+    """Run (config, overrides, exit status) on what two processes take for machines of their own."""
+
+    def start(*runs):
+        jobs = []
+        for number, (values, overrides, status) in enumerate(runs):
+            path = tmp_path / f"machines-{number}.yaml"
+            path.write_text(yaml.safe_dump(values))
+            jobs.append((str(path), overrides, status))
+        (tmp_path / "jobs.json").write_text(json.dumps(jobs))
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        both = {"WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+        both |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "CUDA_VISIBLE_DEVICES": ""}
+        machines = [
+            subprocess.Popen(
+                [sys.executable, "-c", MACHINE, str(tmp_path / "jobs.json")],
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                text=True,
+                env={**os.environ, **both, "RANK": str(rank)},
+            )
+            for rank in range(2)
+        ]
+        said = [machine.communicate(timeout=300)[1] for machine in machines]
+        assert [machine.returncode for machine in machines] == [0, 0], said
+        return said
+
+    return start
+
+
+@pytest.mark.slow
+def test_machines_without_a_common_folder_are_told_so(train, on_two_machines, tmp_path):
+    own = f"training.output_dir={tmp_path}/machine{{machine}}"
+    quick = train.values("shared", 2, training={"max_steps": 2, "save_steps": 1})
+    said = on_two_machines(
+        (quick, [own], 2),
+        (quick, ["training.max_steps=1"], 0),
+        (quick, [], 0),
+        (quick, [own, "training.save_strategy=no"], 0),
+    )
+    for lines in said:
+        (error,) = [line for line in lines.splitlines() if "training.output_dir" in line]
+        assert f"process 1 does not see what process 0 writes to {tmp_path}/machine0;" in error
+        assert "put it on storage that all machines share" in error
+        assert "Traceback" not in lines
+    assert "continuing from" in said[0]
+    assert (tmp_path / "machine0" / "model.safetensors").is_file()
+    assert not list(tmp_path.glob("*/.shared-*"))
 
 
 @pytest.mark.parametrize(

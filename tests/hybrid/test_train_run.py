@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 from torch.distributed.checkpoint.api import CheckpointException
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerControl, TrainerState
 
@@ -24,6 +25,8 @@ from hybrid.train.checkpoints import (
     CheckpointError,
     damage,
     newest_whole,
+    numbered,
+    remove_old,
     write_manifest,
     writing,
 )
@@ -201,15 +204,21 @@ def test_epochs_are_those_of_the_data(values):
         prepare_run(changed(values, max_steps=4, save_strategy="epoch"))
 
 
-def test_a_stream_that_breaks_ends_the_run_in_one_line(values, tmp_path, capsys):
-    lines = [json.dumps({"text": "a" * 40})] * 9 + ['{"text": null}']
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_stream_that_breaks_ends_the_run_in_one_line(values, tmp_path, capsys, workers):
+    lines = [json.dumps({"text": "a" * 40})] * 9 + ["", '{"text": null}']
     (tmp_path / "b.jsonl").write_text("\n".join(lines))
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(values))
-    assert main([str(path), "training.save_strategy=no"]) == 2
-    (line,) = [x for x in capsys.readouterr().err.splitlines() if "error" in x]
+    more = ["training.save_steps=1", f"training.dataloader_num_workers={workers}"]
+    assert main([str(path), *more]) == 2
+    said = capsys.readouterr().err
+    (line,) = [x for x in said.splitlines() if "error" in x]
     assert "of source 1: row 9 of" in line
-    assert "b.jsonl': column 'text' holds null, expected text" in line
+    assert "b.jsonl, line 11): column 'text' holds null, expected text" in line
+    assert line.endswith("start the same command again: earlier checkpoints are kept")
+    assert "Traceback" not in said
+    assert newest_whole(tmp_path / "out", print) is not None
 
 
 def test_an_optimizer_that_is_not_installed_is_named_before_the_run(values):
@@ -426,6 +435,36 @@ def test_what_was_cut_off_is_not_kept_in_place_of_a_whole_one(values, tmp_path):
         *("checkpoint-6", "checkpoint-8"),
         "checkpoint-20",
     }
+
+
+@pytest.mark.parametrize("harm", ["cut", "gone"])
+def test_a_checkpoint_that_lacks_bytes_does_not_take_the_place_of_a_whole_one(tmp_path, harm):
+    for step in (1, 2, 3):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        (folder / "weights").write_bytes(b"1234")
+        write_manifest(folder, {})
+    weights = tmp_path / "checkpoint-2" / "weights"
+    weights.write_bytes(b"12") if harm == "cut" else weights.unlink()
+    remove_old(tmp_path / "checkpoint-3", 2, None)
+    assert [p.name for p in numbered(tmp_path)] == ["checkpoint-3", "checkpoint-1"]
+
+
+def test_weights_that_a_checkpoint_of_another_engine_lacks_are_named(values, tmp_path):
+    """As FSDP2 writes it, but of a model of which one name has changed."""
+    run(changed(values, max_steps=3))
+    folder = tmp_path / "out" / "checkpoint-3"
+    weights = load_file(folder / "model.safetensors")
+    weights["model.normal.weight"] = weights.pop("model.norm.weight")
+    torch.save(weights, folder / "pytorch_model_fsdp.bin")
+    (folder / "model.safetensors").unlink()
+    write_manifest(folder, json.loads((folder / MANIFEST).read_text())["run"])
+    with pytest.raises(ConfigError, match="checkpoint-3 cannot be continued: it has 2") as caught:
+        run(parse_config(values))
+    assert caught.value.mistakes == [
+        "has no model.norm.weight",
+        "has model.normal.weight, which the model has not",
+    ]
 
 
 def test_a_disk_that_is_full_under_another_process_is_said_by_that(monkeypatch, capsys):

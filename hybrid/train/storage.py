@@ -1,0 +1,58 @@
+"""The output folder as the processes of a run see it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from uuid import uuid4
+
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list, gather_object
+
+from hybrid.options import ConfigError
+from hybrid.train.checkpoints import numbered
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
+
+
+def check_storage(args: TrainingArguments) -> None:
+    """Refuse folders in which several processes would not find each other's checkpoints.
+
+    A run that writes none, and has none to go on from, may have a folder on each machine.
+
+    Raises:
+        ConfigError: a process does not see what the first one writes.
+    """
+    if args.world_size == 1:
+        return
+    where, sees = _sees_mark(args)
+    blind = [rank for rank, found in gather_object([(args.process_index, sees)]) if not found]
+    if blind:
+        raise ConfigError(
+            [
+                f"training.output_dir: process {blind[0]} does not see what process 0 writes to {where};"
+                " put it on storage that all machines share (or, for a run without checkpoints, set"
+                " training.save_strategy: no and take an empty folder)"
+            ]
+        )
+
+
+def _sees_mark(args: TrainingArguments) -> tuple[str, bool]:
+    """The folder of the first process, and whether what that puts there is in this one's, too."""
+    folder, first = Path(str(args.output_dir)), args.process_index == 0
+    needed = args.save_strategy != "no" or bool(numbered(folder))
+    given: list[Any] = [str(folder), needed, f".shared-{uuid4().hex}"]
+    broadcast_object_list(given)
+    where, needed, name = given
+    if not needed:
+        return where, True
+    mark = folder / name
+    if first:
+        mark.touch()
+    PartialState().wait_for_everyone()
+    sees = mark.exists()
+    PartialState().wait_for_everyone()
+    if first:
+        mark.unlink()
+    return where, sees
