@@ -350,29 +350,33 @@ def forward_flops(name: str, size: Size) -> float | None:
         return 2.0 * batch * heads * 2 * dim * dim
     products = 2 * CHUNK * dim + 2 * dim * dim
     if name.startswith("delta"):
-        products += 3 * CHUNK * dim + CHUNK * CHUNK / 3 + dim * dim
+        products += 2 * CHUNK * dim + CHUNK * CHUNK / 3 + dim * dim
     return 2.0 * batch * steps * heads * products
 
 
+def sizes(device: torch.device) -> tuple[Size, ...]:
+    """Return what is timed on a device, the sizes that have goals first."""
+    return (SIZES[0], DECODE, *SIZES[1:]) if device.type == "cuda" else TINY
+
+
 def bench(
-    names: list[str], device: torch.device, rounds: int, reached: dict[str, float]
+    name: str, size: Size, device: torch.device, rounds: int, reached: dict[str, float]
 ) -> Iterator[dict[str, Any]]:
-    """Yield a row for each subject, size, pass and contestant.
+    """Yield a row for each pass and contestant.
 
     Args:
-        names: keys of ``SUBJECTS``.
+        name: a key of ``SUBJECTS``.
+        size: B, T, H and K = V.
         device: where.
         rounds: timed runs of each contestant.
         reached: what ``limits`` found, for the shares.
     """
-    for name in names:
-        for size in (*SIZES, DECODE) if device.type == "cuda" else TINY:
-            for row in _measure(name, size, device, rounds):
-                if "gb_per_s" in row:
-                    row["share_of_copy"] = row["gb_per_s"] / reached["copy_gb_per_s"]
-                if "tflop_per_s" in row:
-                    row["share_of_product"] = row["tflop_per_s"] / reached["product_tflop_per_s"]
-                yield row
+    for row in _measure(name, size, device, rounds):
+        if "gb_per_s" in row:
+            row["share_of_copy"] = row["gb_per_s"] / reached["copy_gb_per_s"]
+        if "tflop_per_s" in row:
+            row["share_of_product"] = row["tflop_per_s"] / reached["product_tflop_per_s"]
+        yield row
 
 
 # Operations of a pass, in forward passes.

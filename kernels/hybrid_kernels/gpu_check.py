@@ -12,8 +12,9 @@
 
 All but the first write DIR/<name>.json, row by row, with the device, the versions, what failed and
 what ``--budget`` seconds left no time for. Compiling takes longer than running, so ``--jobs``
-processes share it: of the correctness runs each takes some forms; before the two that time
-something, they only fill the compiler's cache. With ``--dry-run`` and TRITON_INTERPRET=1 each runs
+processes at a time share it: of the correctness runs each takes one form, so that a kernel that
+breaks the device's context ends no other form; before the two that time something, they only fill
+the compiler's cache. With ``--dry-run`` and TRITON_INTERPRET=1 each runs
 on a CPU at tiny sizes: that shows that it works, nothing else. As of now none has been run on a
 GPU: nothing about the speed of the Triton kernels is known.
 
@@ -35,6 +36,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -52,6 +54,8 @@ from hybrid_kernels.testing import (
     sample,
     sample_scan,
 )
+from hybrid_kernels.triton import launch
+from hybrid_kernels.triton.launch import Config
 
 Op = Callable[..., tuple[Tensor, Tensor | None]]
 
@@ -63,8 +67,14 @@ CHECKED = (*NAMED, SCAN)
 # More sequences and heads than any call has: its forward pass is not one walk (``launch.walks``).
 NEVER = 1 << 30
 SANITIZERS = ("memcheck", "racecheck")
-# One name for each set of kernels; between them all kernels of ``linear_attention``.
-ONCE = ("additive_scalar", "additive_outer", "delta_vector")
+# Form, dtype and dim of each set of kernels; between them all kernels of ``linear_attention``, and
+# what only bfloat16 has (``launch.fine``).
+ONCE = (
+    ("additive_scalar", torch.float32, 20),
+    ("additive_outer", torch.float32, 20),
+    ("delta_vector", torch.float32, 20),
+    ("delta", torch.bfloat16, 68),
+)
 
 
 def environment(device: torch.device) -> dict[str, str]:
@@ -148,28 +158,36 @@ def correctness(
     ledger: Ledger, names: list[str], steps: int, dim: int, dtypes: tuple[torch.dtype, ...]
 ) -> None:
     """Add a row for each form, dtype and kind of gates, with the errors that are too large."""
-    from hybrid_kernels.triton.launch import walk_from
+    cases = (("mild", None), ("closed", None), ("mild", _lengths(steps)))
+    for name, dtype, (gates, lengths) in itertools.product(names, dtypes, cases):
+        case = {"form": name, "dtype": str(dtype), "gates": gates, "packed": bool(lengths)}
+        both = _can_walk(name, dim) and gates == "mild" and lengths is None
+        # The reference takes longer than all else, and is the same for both ways.
+        expected: dict[str, Tensor] = {}
+        for walk in (True, False) if both else (_can_walk(name, dim),):
+            about = {**case, "walk": walk}
 
-    cases = (("mild", None, 0), ("mild", None, NEVER), ("closed", None, 0))
-    cases = (*cases, ("mild", _lengths(steps), 0))
-    for name, dtype, (gates, lengths, walkers) in itertools.product(names, dtypes, cases):
-        about = {"form": name, "dtype": str(dtype), "gates": gates, "packed": bool(lengths)}
-        about["walk"] = walkers == 0
+            def rows(
+                about: dict[str, Any] = about,
+                dtype: torch.dtype = dtype,
+                lengths: list[int] | None = lengths,
+                expected: dict[str, Tensor] = expected,
+            ) -> Iterator[dict[str, Any]]:
+                op, inputs = _drawn(about["form"], about["gates"], lengths, dtype, steps, dim)
+                inputs = {n: x.to(ledger.device) for n, x in inputs.items()}
+                if not expected:
+                    expected |= _expected(op, inputs)
+                with launch.walk_from(0 if about["walk"] else NEVER):
+                    row = {**about, **agreement(op, inputs, TOLERANCE[dtype], expected)}
+                print(_line(row), flush=True)
+                yield row
 
-        def rows(
-            about: dict[str, Any] = about,
-            dtype: torch.dtype = dtype,
-            lengths: list[int] | None = lengths,
-            walkers: int = walkers,
-        ) -> Iterator[dict[str, Any]]:
-            op, inputs = _drawn(about["form"], about["gates"], lengths, dtype, steps, dim)
-            inputs = {n: x.to(ledger.device) for n, x in inputs.items()}
-            with walk_from(walkers):
-                row = {**about, **agreement(op, inputs, TOLERANCE[dtype])}
-            print(_line(row), flush=True)
-            yield row
+            ledger.attempt(_where(about), rows)
 
-        ledger.attempt(_where(about), rows)
+
+def _can_walk(name: str, dim: int) -> bool:
+    """Say whether a form's forward pass can be one walk over time."""
+    return name != SCAN and not NAMED[name].value_decay and dim <= launch.WALK_KEYS
 
 
 def _lengths(time: int) -> list[int]:
@@ -188,10 +206,26 @@ def _drawn(
     return linear_attention, inputs
 
 
-def agreement(op: Op, inputs: dict[str, Tensor], tolerance: float) -> dict[str, Any]:
-    """Hold the Triton backend of an op against the reference, itself, and the arrow of time."""
+def _expected(op: Op, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     # The gradient of the outputs is drawn on the CPU; the ops move it with the loss.
-    expected = evaluate(_on_cpu(op, "reference"), inputs, dtype=torch.float64)
+    return evaluate(_on_cpu(op, "reference"), inputs, dtype=torch.float64)
+
+
+def agreement(
+    op: Op,
+    inputs: dict[str, Tensor],
+    tolerance: float,
+    expected: dict[str, Tensor] | None = None,
+) -> dict[str, Any]:
+    """Hold the Triton backend of an op against the reference, itself, and the arrow of time.
+
+    Args:
+        op: which.
+        inputs: its tensors.
+        tolerance: relative RMS error that is still right.
+        expected: what the reference makes of them, where it is known.
+    """
+    expected = expected or _expected(op, inputs)
     found, again = (evaluate(_on_cpu(op, "triton"), inputs) for _ in range(2))
     errors = {name: relative_rms(found[name].cpu(), expected[name].cpu()) for name in expected}
     return {
@@ -247,13 +281,12 @@ def _line(row: dict[str, Any]) -> str:
 
 def launch_each(device: torch.device) -> None:
     """Launch every kernel: forward, backward and a decode step, at sizes that fill no block."""
-    from hybrid_kernels.triton.launch import walk_from
-
-    for name, walkers in (*itertools.product(ONCE, (0, NEVER)), (SCAN, 0)):
-        for steps in (37, 1):
-            op, inputs = _drawn(name, "mild", None, torch.float32, steps, 20)
+    scan = (SCAN, torch.float32, 20)
+    for (name, dtype, dim), walkers in (*itertools.product(ONCE, (0, NEVER)), (scan, 0)):
+        for steps in (70, 1):
+            op, inputs = _drawn(name, "mild", None, dtype, steps, dim)
             inputs = {n: x.to(device) for n, x in inputs.items()}
-            with walk_from(walkers), torch.set_grad_enabled(steps > 1):
+            with launch.walk_from(walkers), torch.set_grad_enabled(steps > 1):
                 if steps > 1:
                     evaluate(op, inputs, backend="triton")
                 else:
@@ -283,60 +316,62 @@ def sanitize(dry: bool) -> int:
 # --------------------------------------------------------------------------------------- tuning
 
 
-def candidates(kernel: str) -> Iterator[Any]:
-    """Yield the configurations that the sweep tries for a kernel."""
-    from hybrid_kernels.triton.launch import Config
+def candidates(kernel: str, shipped: Config) -> list[Config]:
+    """Return the configurations that the sweep tries for a kernel: the neighbours of the shipped one.
 
+    Blocks of half and twice the size, then other warps and stages: about a dozen, as each has to be
+    compiled. A block that must hold all of K stays.
+    """
     scan = kernel.startswith("scan")
-    blocks = {"walk_forward": ((128,), (32, 64, 128)), "decode": ((256,), (16, 32, 64))}
-    usual = ((8, 16, 32), (8, 16)) if scan else ((16, 32, 64, 128), (32, 64, 128))
-    all_keys, all_values = blocks.get(kernel, usual)
-    for keys, values in itertools.product(all_keys, all_values):
-        for warps, stages in itertools.product((4, 8), (1,) if scan else (1, 2, 3)):
-            # More than this no kernel holds in registers.
-            if keys * values <= 128 * 128 and not (stages == 3 and keys * values > 64 * 64):
-                yield Config(keys, values, warps, stages)
+
+    def near(size: int) -> list[int]:
+        others = (half for half in (size // 2, 2 * size) if (8 if scan else 16) <= half <= 128)
+        return [size, *others]
+
+    keys = [shipped.keys] if shipped.keys > 64 else near(shipped.keys)
+    blocks = itertools.product(keys, near(shipped.values))
+    found = [dataclasses.replace(shipped, keys=k, values=v) for k, v in blocks]
+    for warps, stages in itertools.product((4, 8), (1,) if scan else (1, 2, 3)):
+        found.append(dataclasses.replace(shipped, warps=warps, stages=stages))
+    return [config for config in dict.fromkeys(found) if config != shipped]
 
 
-def kernels_of(call: Callable[[], object], device: torch.device) -> list[str]:
-    """Return the kernels that a call launches and that have blocks to tune; runs none of them."""
-    from hybrid_kernels.triton import launch
+def kernels_of(call: Callable[[], object], device: torch.device) -> dict[str, Config]:
+    """Return the kernels that a call launches, by name, with their blocks; runs none of them."""
+    found = {}
 
-    found = set()
-
-    def note(kernel: Any, *_: Any) -> None:
-        found.add(kernel.__name__.removesuffix("_kernel"))
+    def note(kernel: Any, config: Config, *_: Any) -> None:
+        found[kernel.__name__.removesuffix("_kernel")] = config
 
     with launch.record(launch.device_class(device), note):
         call()
-    return sorted(found)
+    return dict(sorted(found.items()))
 
 
-def tuned(ledger: Ledger) -> list[tuple[str, str]]:
-    """Return the (form, kernel) pairs that ``tune`` knows, of the forms that are benchmarked."""
+def tuned(ledger: Ledger) -> list[tuple[str, str, Config]]:
+    """Return (form, kernel, shipped blocks) of all that ``tune`` knows: the forms of ``bench``."""
     size = gpu_bench.SIZES[0] if ledger.device.type == "cuda" else gpu_bench.TINY[0]
-    pairs, seen = [], set()
+    found, seen = [], set()
     for name in gpu_bench.BENCHED:
         subject = gpu_bench.SUBJECTS[name]
         inputs = subject.draw(size, ledger.device)
         call = gpu_bench.call_of(subject.contestants["triton"], inputs, "forward+backward")
-        for kernel in kernels_of(call, ledger.device):
+        for kernel, config in kernels_of(call, ledger.device).items():
             key = (kernel, *_family(name))
             if key not in seen:
-                pairs.append((name, kernel))
+                found.append((name, kernel, config))
             seen.add(key)
-    return pairs
+    return found
 
 
-def _family(name: str) -> tuple[bool, bool, bool]:
+def _family(name: str) -> tuple[bool, bool, bool, bool]:
     """Return what of a form the table of ``launch.py`` tells apart."""
-    return name.startswith("delta"), name.endswith("vector"), name.endswith("outer")
+    delta = name.startswith("delta")
+    return delta, name == "delta", name.endswith("vector"), name.endswith("outer")
 
 
-def tune(ledger: Ledger, name: str, kernel: str, rounds: int, most: int) -> None:
+def tune(ledger: Ledger, name: str, kernel: str, tried: list[Config], rounds: int) -> None:
     """Add the best configuration of one kernel of a form, the others as they are shipped."""
-    from hybrid_kernels.triton import launch
-
     device = ledger.device
     size = gpu_bench.SIZES[0] if device.type == "cuda" else gpu_bench.TINY[0]
     subject = gpu_bench.SUBJECTS[name]
@@ -350,7 +385,7 @@ def tune(ledger: Ledger, name: str, kernel: str, rounds: int, most: int) -> None
             return gpu_bench.milliseconds({"it": calls}, rounds, device)["it"]
 
         shipped, found = timed(), []
-        for config in list(candidates(kernel))[:most]:
+        for config in tried:
             try:
                 with launch.override(kernel, config):
                     found.append((timed(), config))
@@ -400,19 +435,24 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     return options
 
 
-def in_parts(words: list[str], jobs: int, folder: Path, budget: float | None) -> list[Path]:
-    """Run a section in processes of their own, each a part of it; return their folders."""
-    limit = [] if budget is None else ["--budget", str(budget)]
+def in_parts(
+    words: list[str], parts: int, jobs: int, folder: Path, deadline: float
+) -> Iterator[Path]:
+    """Run a section in ``parts`` processes, ``jobs`` at a time; yield their folders as they end."""
     # What they find for rivals' kernels while they disturb each other must not be kept.
     inherited = {**os.environ, "FLA_CACHE_RESULTS": "0"}
-    folders, running = [folder / f"part-{index}" for index in range(jobs)], []
-    for index, out in enumerate(folders):
-        part = ["--part", str(index), str(jobs), "--jobs", "1", "--out", str(out)]
+
+    def run(index: int) -> Path:
+        out = folder / f"part-{index}"
+        left = deadline - time.monotonic()
+        part = ["--part", str(index), str(parts), "--jobs", "1", "--out", str(out)]
+        limit = [] if left == float("inf") else ["--budget", str(left)]
         command = [sys.executable, "-m", "hybrid_kernels.gpu_check", *words, *part, *limit]
-        running.append(subprocess.Popen(command, env=inherited))
-    for process in running:
-        process.wait()
-    return folders
+        subprocess.run(command, env=inherited, check=False)
+        return out
+
+    with ThreadPoolExecutor(jobs) as pool:
+        yield from pool.map(run, range(parts))
 
 
 def run_section(options: argparse.Namespace, ledger: Ledger) -> None:
@@ -427,20 +467,21 @@ def run_section(options: argparse.Namespace, ledger: Ledger) -> None:
         reached = gpu_bench.limits(ledger.device)
         print(reached, flush=True)
         ledger.rows.append(reached)
-        for name in options.form[index::parts]:
-            ledger.attempt(name, lambda name=name: _printed(name, ledger.device, rounds, reached))
+        # Sizes outside: the one with goals is done for every subject before time runs out.
+        names: list[str] = options.form[index::parts]
+        for size, name in itertools.product(gpu_bench.sizes(ledger.device), names):
+
+            def rows(name: str = name, size: gpu_bench.Size = size) -> Iterator[dict[str, Any]]:
+                for row in gpu_bench.bench(name, size, ledger.device, rounds, reached):
+                    print(gpu_bench.line(row), flush=True)
+                    yield row
+
+            ledger.attempt(f"{name} {'x'.join(map(str, size))}", rows)
     else:
-        pairs = [(n, kernel) for n, kernel in tuned(ledger) if n in options.form]
-        for name, kernel in pairs[index::parts]:
-            tune(ledger, name, kernel, rounds, most=2 if options.dry_run else 100)
-
-
-def _printed(
-    name: str, device: torch.device, rounds: int, reached: dict[str, float]
-) -> Iterator[dict[str, Any]]:
-    for row in gpu_bench.bench([name], device, rounds, reached):
-        print(gpu_bench.line(row), flush=True)
-        yield row
+        found = [each for each in tuned(ledger) if each[0] in options.form]
+        for name, kernel, config in found[index::parts]:
+            tried = candidates(kernel, config)
+            tune(ledger, name, kernel, tried[:2] if options.dry_run else tried, rounds)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -458,15 +499,16 @@ def main(arguments: list[str] | None = None) -> int:
     ledger = Ledger(options.out / f"{options.what}.json", device, deadline)
     if options.jobs > 1:
         # Where the parts are only to compile, half of the time is left for what they prepare.
-        share = 1.0 if options.what == "correctness" else 0.5
-        budget = None if options.budget is None else share * options.budget
+        checking = options.what == "correctness"
+        until = deadline if checking else 0.5 * (time.monotonic() + deadline)
+        parts = len(options.form) if checking else options.jobs
         with tempfile.TemporaryDirectory() as folder:
-            folders = in_parts(words, options.jobs, Path(folder), budget)
-            if options.what == "correctness":
-                for part in folders:
+            for part in in_parts(words, parts, options.jobs, Path(folder), until):
+                if checking:
                     ledger.take(part / "correctness.json")
-                ledger.write()
-                return ledger.summary()
+                    ledger.write()
+        if checking:
+            return ledger.summary()
     run_section(options, ledger)
     ledger.write()
     return ledger.summary()

@@ -14,9 +14,8 @@ does not need is not compiled)::
       or over both (DFW)              outputs.py outputs_forward      pairs.py   pairs
                                       (+ pairs.py pairs)              keys.py    keys_backward, for
                                                                         keys and again for values
-    delta rule, any of these decays   + pairs.py pairs, with the      + delta.py
-                                        inverse of delta.py             new_values_backward
-                                      + delta.py new_values
+    delta rule, any of these decays   + pairs.py pairs, with the      as above
+                                        inverse of delta.py
     read with a bonus (RWKV-6)        the additive form with q shifted by one token (linear.py)
     one token, any of these           decode.py  decode               -
 

@@ -156,6 +156,15 @@ def product(b_a, b_b, DOT: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def fine_product(b_a, b_b, DOT: tl.constexpr, PRECISION: tl.constexpr, FINE: tl.constexpr):
+    """Return ``product``, where FINE with ``b_b`` to 16 digits in two parts; ``b_a`` is as ``DOT``."""
+    b_product = product(b_a, b_b, DOT, PRECISION)
+    if FINE:
+        b_product += product(b_a, b_b - b_b.to(tl.bfloat16).to(tl.float32), DOT, PRECISION)
+    return b_product
+
+
+@triton.jit
 def transposed(b_x, DOT: tl.constexpr):
     """Transpose an operand of ``product``.
 

@@ -46,8 +46,8 @@ class Config:
 
 
 # Kernel -> configuration with 16-bit operands, and with float32 ones. A name may be led by the form
-# that needs other blocks: "wide_delta_" (K above 128), "delta_vector_", "delta_", "value_" or
-# "vector_", the first that is there counts.
+# that needs other blocks: "wide_delta_" (K above 128), "fine_" (see ``fine``), "delta_vector_",
+# "delta_", "value_" or "vector_", the first that is there counts.
 _CUDA: dict[str, tuple[Config, Config]] = {
     "walk_forward": (Config(128, 32, 8, 1), Config(128, 16, 4, 1)),
     "states_forward": (Config(64, 64, 4, 2), Config(32, 32, 4, 1)),
@@ -66,8 +66,6 @@ _CUDA: dict[str, tuple[Config, Config]] = {
     "vector_keys_backward": (Config(32, 32, 8, 1), Config(32, 32, 4, 1)),
     "pairs": (Config(32, 32, 8, 1), Config(32, 32, 4, 1)),
     "pairs_backward": (Config(64, 64, 4, 2), Config(32, 32, 4, 1)),
-    "new_values": (Config(64, 64, 4, 2), Config(32, 32, 4, 1)),
-    "new_values_backward": (Config(64, 64, 4, 2), Config(32, 32, 4, 1)),
     "decode": (Config(256, 32, 4, 1), Config(256, 32, 4, 1)),
     "convolution": (Config(64, 16, 4, 1), Config(64, 16, 4, 1)),
     "scan_forward": (Config(16, 16, 4, 1), Config(16, 16, 4, 1)),
@@ -89,6 +87,9 @@ _HOPPER = {
     "states_backward": _narrow(Config(64, 64, 4, 3), "states_backward"),
     "delta_states_forward": _narrow(Config(256, 64, 4, 2), "delta_states_forward"),
     "delta_states_backward": _narrow(Config(256, 64, 4, 2), "delta_states_backward"),
+    "fine_walk_forward": _narrow(Config(128, 32, 4, 2), "walk_forward"),
+    "fine_states_forward": _narrow(Config(256, 32, 4, 2), "delta_states_forward"),
+    "fine_states_backward": _narrow(Config(256, 32, 4, 2), "delta_states_backward"),
     "wide_delta_states_forward": _CUDA["delta_states_forward"],
     "wide_delta_states_backward": _CUDA["delta_states_backward"],
     "outputs_forward": _narrow(Config(64, 128, 8, 2), "outputs_forward"),
@@ -159,6 +160,23 @@ def kept(*inputs: Tensor) -> torch.dtype:
     return torch.bfloat16 if narrow else torch.float32
 
 
+def fine(delta: bool, decays: bool, key_dim: int, width: torch.dtype, backward: bool) -> bool:
+    """Say whether the walk over time multiplies in two parts of ``width`` what it carries on.
+
+    That is so in bfloat16 for the delta rule where its rounding adds up to 5e-3: nothing but other
+    keys overwrites what rounding left in the state, with beta up to 2 not even they, and gates may
+    all be open. At 128 keys the forward pass of a gated form stays below that without.
+    """
+    if not delta or width != torch.bfloat16:
+        return False
+    return backward or not decays or key_dim < 128
+
+
+def inverse_parts(delta: bool, decays: bool, key_dim: int, width: torch.dtype) -> int:
+    """Return in how many parts of ``width`` the inverse of the delta rule is kept."""
+    return 1 + fine(delta, decays, key_dim, width, backward=False)
+
+
 def exact(device: torch.device) -> str:
     """Return the precision for products that must keep float32's digits."""
     return "tf32x3" if device_class(device).startswith("sm") else "ieee"
@@ -209,30 +227,32 @@ def launch(kernel: Any, grid: tuple[int, ...], config: Config, *arguments: Any, 
 @contextlib.contextmanager
 def override(kernel: str, config: Config) -> Iterator[None]:
     """Use another configuration for one kernel: what the tuning sweep does."""
-    _overrides[kernel] = config
+    global _overrides
+    before, _overrides = _overrides, {**_overrides, kernel: config}
     try:
         yield
     finally:
-        del _overrides[kernel]
+        _overrides = before
 
 
 @contextlib.contextmanager
 def walk_from(walkers: int) -> Iterator[None]:
     """Walk from another number of sequences and heads on: 0 is always, a large one never."""
     global _walkers
-    _walkers = walkers
+    before, _walkers = _walkers, walkers
     try:
         yield
     finally:
-        _walkers = None
+        _walkers = before
 
 
 @contextlib.contextmanager
 def record(kind: str, recorder: Callable[..., None]) -> Iterator[None]:
     """Hand each launch to ``recorder`` instead of running it, as for a device of class ``kind``."""
     global _recorder, _recorded_class
+    before = _recorder, _recorded_class
     _recorder, _recorded_class = recorder, kind
     try:
         yield
     finally:
-        _recorder = _recorded_class = None
+        _recorder, _recorded_class = before

@@ -13,9 +13,11 @@ from torch import Tensor
 
 from hybrid_kernels.triton import problem as run
 from hybrid_kernels.triton.decode import decode
-from hybrid_kernels.triton.launch import default_chunk, kept, operands
+from hybrid_kernels.triton.launch import default_chunk, inverse_parts, kept, operands
 from hybrid_kernels.triton.layout import counts
 from hybrid_kernels.triton.problem import Across, Inputs, Problem, Rows, make_problem
+
+FEW_KEYS = 64
 
 Gradients = dict[str, Tensor | None]
 
@@ -41,6 +43,9 @@ def linear_attention(
     learning = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
     if q.shape[1] == 1 and cu_seqlens is None and not learning:
         return decode(*tensors, scale)
+    dtype = v.dtype
+    if kept(q, k, v) == torch.bfloat16 and _needs_float32(q, log_decay, beta, learning):
+        q, k, v = q.float(), k.float(), v.float()
     dot, _ = operands(q.device, q, k, v)
     chunk = chunk_size or default_chunk(dot, beta is not None, q.shape[3])
     heads = max(q.shape[2], k.shape[2], v.shape[2])
@@ -52,14 +57,28 @@ def linear_attention(
         log_decay = None
     decays = (log_decay, value_log_decay)
     if bonus is None:
-        return _forward(q, k, v, *decays, beta, initial_state, cu_seqlens, scale, chunk)[:2]
+        o, final, _ = _forward(q, k, v, *decays, beta, initial_state, cu_seqlens, scale, chunk)
+        return o.to(dtype), final
     if initial_state is None:
         rows = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
         shape = (rows, heads, q.shape[3], v.shape[3])
         initial_state = torch.zeros(shape, dtype=torch.float32, device=q.device)
     later = torch.cat([q[:, 1:], torch.zeros_like(q[:, :1])], dim=1)
     o, final, _ = _forward(later, k, v, *decays, beta, initial_state, cu_seqlens, scale, chunk)
-    return _exclusive(o, q, k, v, bonus, scale, initial_state, cu_seqlens), final
+    return _exclusive(o, q, k, v, bonus, scale, initial_state, cu_seqlens).to(dtype), final
+
+
+def _needs_float32(
+    q: Tensor, log_decay: Tensor | None, beta: Tensor | None, learning: bool
+) -> bool:
+    """Say whether bfloat16 is too coarse for products, so that they are made of float32 rows.
+
+    The gradient of a decay per head is one sum over all tokens, whose terms cancel. The delta rule
+    with fewer keys than a chunk has rows overwrites every key again and again.
+    """
+    if beta is not None and q.shape[3] < FEW_KEYS:
+        return True
+    return learning and log_decay is not None and log_decay.dim() == 1 and log_decay.requires_grad
 
 
 def _exclusive(
@@ -102,15 +121,12 @@ def forward(*arguments) -> tuple[Tensor, Tensor, Tensor]:
         arguments: the fields of ``Inputs``.
     """
     p = make_problem(Inputs(*arguments))
-    rows = run.make_rows(p, inverse=p.delta)
-    inverse, w, v = p.empty(0), p.q, p.v
-    if p.delta:
-        inverse = rows.inverse
-        w, v = run.new_values(p, inverse)
+    rows = run.make_rows(p)
+    inverse = rows.inverse if p.delta else p.empty(0)
     if run.walks(p):
-        return *run.walk_forward(p, rows, w, v), inverse
-    states, final = run.states_forward(p, rows, w, v)
-    return run.outputs_forward(p, rows, v, states), final, inverse
+        return *run.walk_forward(p, rows), inverse
+    states, final, u = run.states_forward(p, rows)
+    return run.outputs_forward(p, rows, u, states), final, inverse
 
 
 def backward(*arguments) -> list[Tensor]:
@@ -121,11 +137,11 @@ def backward(*arguments) -> list[Tensor]:
     """
     *given, inverse, do, dfinal = arguments
     inputs = Inputs(*given)
-    p = make_problem(inputs)
-    rows = run.make_rows(p, inverse=False)
+    p = make_problem(inputs, backward=True)
+    rows = run.make_rows(p, inverse)
     do, dfinal = do.contiguous(), dfinal.contiguous()
     if p.delta:
-        grads = _delta_backward(p, rows, inverse, do, dfinal)
+        grads = _delta_backward(p, rows, do, dfinal)
     elif p.value:
         grads = _value_backward(p, rows, do, dfinal)
     else:
@@ -134,45 +150,42 @@ def backward(*arguments) -> list[Tensor]:
 
 
 def _additive_backward(p: Problem, rows: Rows, do: Tensor, dfinal: Tensor) -> Gradients:
-    states, _ = run.states_forward(p, rows, p.q, p.q)
-    dstates, dinitial = run.states_backward(p, rows, p.q, do, p.q, dfinal)
+    states, _, _ = run.states_forward(p, rows)
+    dstates, dinitial = run.states_backward(p, rows, do, p.q, p.q, dfinal)
     dv = p.like(p.v)
     run.values_backward(p, rows, do, dv, dstates)
-    across = run.pairs_backward(p, p.v, do, None)
+    across = run.pairs_backward(p, p.v, do)
     dq, dk, dg, _ = run.keys_backward(p, states, dstates, across)
     return {"q": dq, "k": dk, "v": dv, "log_decay": dg, "initial_state": dinitial}
 
 
 def _value_backward(p: Problem, rows: Rows, do: Tensor, dfinal: Tensor) -> Gradients:
     """With a decay over values the second half is the first with keys and values in turned roles."""
-    states, _ = run.states_forward(p, rows, p.q, p.q)
-    dstates, dinitial = run.states_backward(p, rows, p.q, do, p.q, dfinal)
+    states, _, _ = run.states_forward(p, rows)
+    dstates, dinitial = run.states_backward(p, rows, do, p.q, p.q, dfinal)
     turned = run.turned(p, do)
-    columns = run.make_rows(turned, inverse=False)
+    columns = run.make_rows(turned)
     across = Across(columns.k, columns.q, columns.pairs * p.scale, total=columns.total)
     dq, dk, dg, _ = run.keys_backward(p, states, dstates, across)
     if p.vector:
         across = Across(rows.k, rows.q, rows.pairs * p.scale, total=rows.total, turned=True)
     else:
         q = p.q.repeat_interleave(p.heads // p.q.shape[2], dim=2)
-        across = replace(run.pairs_backward(turned, p.k, q, None), turned=True)
+        across = replace(run.pairs_backward(turned, p.k, q), turned=True)
     _, dv, dvalue_g, _ = run.keys_backward(turned, states, dstates, across)
     grads = {"q": dq, "k": dk, "v": dv, "log_decay": dg, "value_log_decay": dvalue_g}
     return {**grads, "initial_state": dinitial}
 
 
-def _delta_backward(
-    p: Problem, rows: Rows, inverse: Tensor, do: Tensor, dfinal: Tensor
-) -> Gradients:
-    w, u = run.new_values(p, inverse)
-    states, _ = run.states_forward(p, rows, w, u)
-    du = torch.empty_like(u)
-    run.values_backward(p, rows, do, du, None)
-    dstates, dinitial = run.states_backward(p, rows, w, do, du, dfinal)
-    dx, dv, dbeta = run.new_values_backward(p, inverse, du)
+def _delta_backward(p: Problem, rows: Rows, do: Tensor, dfinal: Tensor) -> Gradients:
+    states, _, u = run.states_forward(p, rows)
+    dx, dv = torch.empty_like(u), p.like(p.v)
+    # What u gains of the chunk's own outputs; the rest is known once the states' gradients are.
+    run.values_backward(p, rows, do, dx, None)
+    dstates, dinitial = run.states_backward(p, rows, do, dv, dx, dfinal)
     across = run.pairs_backward(p, u, do, dx)
-    dq, dk, dg, rest = run.keys_backward(p, states, dstates, across)
-    grads = {"q": dq, "k": dk, "v": dv, "log_decay": dg, "beta": dbeta + rest}
+    dq, dk, dg, dbeta = run.keys_backward(p, states, dstates, across)
+    grads = {"q": dq, "k": dk, "v": dv, "log_decay": dg, "beta": dbeta}
     return {**grads, "initial_state": dinitial}
 
 
@@ -209,8 +222,11 @@ def _(*arguments):
     sequences, count = counts(q, inputs.cu_seqlens, inputs.chunk)
     o = v.new_empty(*q.shape[:2], heads, v.shape[3])
     final = q.new_empty(sequences, heads, q.shape[3], v.shape[3], dtype=torch.float32)
-    square = (0,) if inputs.beta is None else (count * heads, inputs.chunk, inputs.chunk)
-    return o, final, q.new_empty(square, dtype=kept(q, k, v))
+    shape, width = (0,), kept(q, k, v)
+    if inputs.beta is not None:
+        parts = inverse_parts(True, inputs.log_decay is not None, q.shape[3], width)
+        shape = (count * heads, parts, inputs.chunk, inputs.chunk)
+    return o, final, q.new_empty(shape, dtype=width)
 
 
 @_backward.register_fake

@@ -31,7 +31,7 @@ from hybrid_kernels.triton.blocks import (
     vector_factors,
     widen,
 )
-from hybrid_kernels.triton.delta import unit_inverse
+from hybrid_kernels.triton.delta import store_inverse, unit_inverse
 
 
 @kernel
@@ -44,6 +44,7 @@ def pairs_kernel(
     p_inverse,
     p_read,
     p_write,
+    p_erase,
     p_total,
     p_offsets,
     p_first,
@@ -60,18 +61,20 @@ def pairs_kernel(
     SCALAR: tl.constexpr,
     VECTOR: tl.constexpr,
     DELTA: tl.constexpr,
+    INVERSE: tl.constexpr,
     PAIRS: tl.constexpr,
     EXACT: tl.constexpr,
+    PARTS: tl.constexpr,
     PACKED: tl.constexpr,
     DOT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """pairs_ij = q_i^T k_j decayed, i >= j (PAIRS); with DELTA the inverse of I + beta_i k_i^T k_j.
+    """pairs_ij = q_i^T k_j decayed, i >= j (PAIRS), and the inverse of I + beta_i k_i^T k_j (INVERSE).
 
-    Grid (R * H,). Writes pairs and inverse (R * H, C, C). With VECTOR, which implies PAIRS, also
-    q * read and k * write (rows, H, K), and the decay of the whole chunk (R, H, K), float32: what
-    the walk over time needs of g, so that it reads no gates. EXACT is the precision of products
-    that must keep float32's digits.
+    Grid (R * H,). Writes pairs (R * H, C, C) and the inverse as ``store_inverse`` does. With VECTOR,
+    which implies PAIRS, also q * read, k * write and with DELTA k * read (rows, H, K), and the decay
+    of the whole chunk (R, H, K), float32: what the walk over time needs of g, so that it reads no
+    gates. EXACT is the precision of products that must keep float32's digits.
     """
     i_chunk = tl.program_id(0) // H
     i_h = tl.program_id(0) % H
@@ -88,6 +91,8 @@ def pairs_kernel(
             b_g, b_read, b_write, b_total = vector_factors(p_g, row, rows, i_h, H, K, k0, C, BK)
             store_rows(p_read, b_q * b_read, row, rows, i_h, H, K, k0, C, BK)
             store_rows(p_write, b_k * b_write, row, rows, i_h, H, K, k0, C, BK)
+            if DELTA:
+                store_rows(p_erase, b_k * b_read, row, rows, i_h, H, K, k0, C, BK)
             o_k = k0 + tl.arange(0, BK)
             tl.store(p_total + i_pair * K + o_k, b_total, mask=o_k < K)
             b_all = tl.exp(b_g)
@@ -97,7 +102,7 @@ def pairs_kernel(
                 m_level = straddle(1 << level, C)
                 b_above = transposed(b_k * b_up, DOT)
                 b_pairs += tl.where(m_level, product(b_q * b_low, b_above, DOT, PRECISION), 0.0)
-                if DELTA:
+                if INVERSE:
                     b_strict += tl.where(
                         m_level, product(b_k * b_low, b_above, DOT, PRECISION), 0.0
                     )
@@ -119,11 +124,11 @@ def pairs_kernel(
         b_pairs = tl.where(lower(C), b_pairs, 0.0)
     if PAIRS:
         store_tile(p_pairs, b_pairs, i_pair, C, C, 0, 0, C, C)
-    if DELTA:
+    if INVERSE:
         b_beta = load_column(p_beta, row, rows, i_h, H, C)
         b_strict = tl.where(strictly_lower(C), b_strict * b_beta[:, None], 0.0)
         b_inverse = unit_inverse(b_strict, C, EXACT)
-        store_tile(p_inverse, b_inverse, i_pair, C, C, 0, 0, C, C)
+        store_inverse(p_inverse, b_inverse, i_pair, C, PARTS)
 
 
 @triton.jit
@@ -141,11 +146,13 @@ def pairs_backward_kernel(
     p_g,
     p_beta,
     p_do,
+    p_u,
     p_v,
     p_dx,
     p_dpairs,
     p_dstrict,
     p_dg,
+    p_dbeta,
     p_offsets,
     p_first,
     p_owner,
@@ -167,11 +174,12 @@ def pairs_backward_kernel(
     DOT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """dpairs_ij = scale * do_i^T v_j, i >= j; with DELTA dstrict_ij = dx_i^T v_j, i > j, v being u.
+    """dpairs_ij = scale * do_i^T u_j, i >= j; with DELTA dstrict_ij = dx_i^T u_j, i > j; else u is v.
 
     Grid (R * H,). Gradients of the decayed products, zero elsewhere, (R * H, C, C) each. With
     SCALAR they are decayed, so of the products themselves, and dg (rows, H) is what the decay gains
-    of the pairs of rows that it stands between.
+    of the pairs of rows that it stands between. With DELTA, dbeta (rows, H) is dx . v so far: what
+    it gains by the second read, ``keys_backward_kernel`` adds.
     """
     i_chunk = tl.program_id(0) // H
     i_h = tl.program_id(0) % H
@@ -181,13 +189,18 @@ def pairs_backward_kernel(
         return
     b_dpairs = tl.zeros((C, C), dtype=tl.float32)
     b_dstrict = tl.zeros((C, C), dtype=tl.float32)
+    b_dbeta = tl.zeros((C,), dtype=tl.float32)
     for v0 in range(0, V, BV):
         b_do = load_rows(p_do, row, rows, i_h, H, V, v0, C, BV)
-        b_v = transposed(load_rows(p_v, row, rows, i_h // (H // HV), HV, V, v0, C, BV), DOT)
-        b_dpairs += product(b_do, b_v, DOT, PRECISION)
         if DELTA:
+            b_u = transposed(load_rows(p_u, row, rows, i_h, H, V, v0, C, BV), DOT)
             b_dx = load_rows(p_dx, row, rows, i_h, H, V, v0, C, BV)
-            b_dstrict += product(b_dx, b_v, DOT, PRECISION)
+            b_dstrict += product(b_dx, b_u, DOT, PRECISION)
+            b_v = load_rows(p_v, row, rows, i_h // (H // HV), HV, V, v0, C, BV)
+            b_dbeta += tl.sum(b_dx * b_v, axis=1)
+        else:
+            b_u = transposed(load_rows(p_u, row, rows, i_h // (H // HV), HV, V, v0, C, BV), DOT)
+        b_dpairs += product(b_do, b_u, DOT, PRECISION)
     if SCALAR:
         b_sums, b_rests, _, _, _ = scalar_factors(p_g, row, rows, i_h, H, C)
         b_decay = scalar_pairs(b_sums, b_rests, C)
@@ -197,6 +210,7 @@ def pairs_backward_kernel(
         b_dpairs = tl.where(lower(C), b_dpairs, 0.0) * scale
     store_tile(p_dpairs, b_dpairs, i_pair, C, C, 0, 0, C, C)
     if DELTA:
+        store_column(p_dbeta, b_dbeta, row, rows, i_h, H, C)
         b_dstrict = tl.where(strictly_lower(C), b_dstrict, 0.0)
         store_tile(p_dstrict, b_dstrict, i_pair, C, C, 0, 0, C, C)
     if SCALAR:

@@ -13,10 +13,6 @@ import triton
 from torch import Tensor
 
 from hybrid_kernels.triton import launch as shipped
-from hybrid_kernels.triton.delta import (
-    new_values_backward_kernel,
-    new_values_kernel,
-)
 from hybrid_kernels.triton.keys import keys_backward_kernel
 from hybrid_kernels.triton.launch import Config, block, launch
 from hybrid_kernels.triton.layout import Chunks, chunks
@@ -64,6 +60,7 @@ class Problem:
     scale: float
     chunk: int
     chunks: Chunks
+    backward: bool = False
 
     def __post_init__(self):
         self.heads = max(x.shape[2] for x in (self.q, self.k, self.v))
@@ -78,8 +75,11 @@ class Problem:
         self.dot, self.precision = shipped.operands(self.device, self.q, self.k, self.v)
         self.kept = shipped.kept(self.q, self.k, self.v)
         self.counts = (self.chunks.time, self.chunks.per_row)
+        form = (self.delta, self.log_decay is not None, self.key_dim, self.kept)
+        fine, self.parts = shipped.fine(*form, self.backward), shipped.inverse_parts(*form)
         self.decays = {"SCALAR": self.scalar, "VECTOR": self.vector}
-        self.forms = {**self.decays, "VALUE": self.value, "DELTA": self.delta}
+        self.rule = {"DELTA": self.delta, "FINE": fine, "PARTS": self.parts}
+        self.forms = {**self.decays, **self.rule, "VALUE": self.value}
         self.common = {
             "H": self.heads,
             "C": self.chunk,
@@ -106,6 +106,7 @@ class Problem:
         """Return the configuration of a kernel and its blocks of K and V."""
         forms = {
             "wide_delta": self.delta and self.key_dim > 128,
+            "fine": self.rule["FINE"],
             "delta_vector": self.delta and self.vector,
             "delta": self.delta,
             "value": self.value,
@@ -121,12 +122,12 @@ class Problem:
         return self.chunks.count * self.heads
 
 
-def make_problem(inputs: Inputs) -> Problem:
+def make_problem(inputs: Inputs, backward: bool = False) -> Problem:
     """Bring the inputs of a call into the form in which kernels take them."""
     q, k, v, *optional, cu_seqlens, scale, chunk = inputs
     g, value_g, beta, initial = (None if x is None else x.contiguous() for x in optional)
     q, k, v, cut = q.contiguous(), k.contiguous(), v.contiguous(), chunks(q, cu_seqlens, chunk)
-    return Problem(q, k, v, g, value_g, beta, initial, scale, chunk, cut)
+    return Problem(q, k, v, g, value_g, beta, initial, scale, chunk, cut, backward)
 
 
 def turned(p: Problem, do: Tensor) -> Problem:
@@ -147,30 +148,36 @@ class Rows:
         total: with a decay over keys, that of whole chunks (R, H, K); else the log decay itself.
         pairs: with a decay over keys, or for the walk of the delta rule, q_i^T k_j decayed,
             (R * H, C, C); else a dummy.
-        inverse: of I plus beta_i k_i^T k_j decayed, (R * H, C, C), if asked for; else a dummy.
+        inverse: for the delta rule, that of I plus beta_i k_i^T k_j decayed, less I, in one or two
+            parts (R * H, parts, C, C); else a dummy.
+        erase: for the delta rule with a decay over keys, keys decayed from the chunk's start
+            (B, T, H, K); else the keys.
     """
 
     q: Tensor
     k: Tensor
+    erase: Tensor
     total: Tensor
     pairs: Tensor
     inverse: Tensor
 
 
-def make_rows(p: Problem, inverse: bool) -> Rows:
-    """Decay rows and pairs of rows; ``inverse`` asks for what the delta rule's forward needs."""
+def make_rows(p: Problem, inverse: Tensor | None = None) -> Rows:
+    """Decay rows and pairs of rows; make the delta rule's inverse unless it is ``inverse``."""
     square = (p.per_chunk(), p.chunk, p.chunk)
-    needs_pairs = p.vector or (inverse and walks(p))
-    rows = Rows(p.q, p.k, p.g, p.q, p.q)
+    solving = p.delta and inverse is None
+    needs_pairs = p.vector or (solving and walks(p))
+    rows = Rows(p.q, p.k, p.k, p.g, p.q, _or(inverse, p.q))
     if p.vector:
         tokens = (*p.q.shape[:2], p.heads, p.key_dim)
         total = p.empty(p.per_chunk(), p.key_dim, dtype=torch.float32)
-        rows = Rows(p.empty(*tokens), p.empty(*tokens), total, p.q, p.q)
+        erase = p.empty(*tokens) if p.delta else p.k
+        rows = replace(rows, q=p.empty(*tokens), k=p.empty(*tokens), erase=erase, total=total)
     if needs_pairs:
         rows = replace(rows, pairs=p.empty(*square))
-    if inverse:
-        rows = replace(rows, inverse=p.empty(*square))
-    if not (p.vector or inverse):
+    if solving:
+        rows = replace(rows, inverse=p.empty(p.per_chunk(), p.parts, p.chunk, p.chunk))
+    if not (p.vector or solving):
         return rows
     config, sizes = p.sizes("pairs")
     launch(
@@ -178,7 +185,7 @@ def make_rows(p: Problem, inverse: bool) -> Rows:
         (p.per_chunk(),),
         config,
         *(p.q, p.k, p.g, _or(p.beta, p.q), rows.pairs, rows.inverse),
-        *(rows.q, rows.k, rows.total),
+        *(rows.q, rows.k, rows.erase, rows.total),
         *p.chunks.tables,
         *p.counts,
         HQ=p.q.shape[2],
@@ -186,36 +193,15 @@ def make_rows(p: Problem, inverse: bool) -> Rows:
         K=sizes["K"],
         BK=sizes["BK"],
         LEVELS=p.levels,
-        DELTA=inverse,
+        INVERSE=solving,
         PAIRS=needs_pairs,
         EXACT=shipped.exact(p.device),
+        DELTA=p.delta,
+        PARTS=p.parts,
         **p.decays,
         **p.common,
     )
     return rows
-
-
-def new_values(p: Problem, inverse: Tensor) -> tuple[Tensor, Tensor]:
-    """Return W (B, T, H, K) and U (B, T, H, V)."""
-    assert p.beta is not None
-    batch, time = p.q.shape[:2]
-    w = p.empty(batch, time, p.heads, p.key_dim)
-    u = p.empty(batch, time, p.heads, p.value_dim)
-    config, sizes = p.sizes("new_values")
-    launch(
-        new_values_kernel,
-        (p.per_chunk(),),
-        config,
-        *(p.k, p.v, p.g, p.beta, inverse, w, u),
-        *p.chunks.tables,
-        *p.counts,
-        HK=p.k.shape[2],
-        HV=p.v.shape[2],
-        **sizes,
-        **p.decays,
-        **p.common,
-    )
-    return w, u
 
 
 def walks(p: Problem) -> bool:
@@ -223,8 +209,8 @@ def walks(p: Problem) -> bool:
     return not p.value and shipped.walks(p.device, p.chunks.sequences * p.heads, p.key_dim)
 
 
-def walk_forward(p: Problem, rows: Rows, w: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Return o (B, T, H, V) and the final states (N, H, K, V); v is U for the delta rule."""
+def walk_forward(p: Problem, rows: Rows) -> tuple[Tensor, Tensor]:
+    """Return o (B, T, H, V) and the final states (N, H, K, V)."""
     o = p.empty(*p.q.shape[:2], p.heads, p.value_dim, dtype=p.v.dtype)
     shape = (p.chunks.sequences, p.heads, p.key_dim, p.value_dim)
     final = p.empty(*shape, dtype=torch.float32)
@@ -234,16 +220,16 @@ def walk_forward(p: Problem, rows: Rows, w: Tensor, v: Tensor) -> tuple[Tensor, 
         walk_forward_kernel,
         (p.chunks.sequences * p.heads * triton.cdiv(p.value_dim, sizes["BV"]),),
         config,
-        *(rows.q, rows.k, v, p.g, rows.total, w, rows.pairs, _or(p.initial_state, p.q)),
-        *(o, final),
+        *(rows.q, rows.k, p.v, p.g, rows.total, rows.erase, _or(p.beta, p.q), rows.inverse),
+        *(rows.pairs, _or(p.initial_state, p.q), o, final),
         *p.chunks.tables[:2],
         p.scale,
         *p.counts,
         HQ=rows.q.shape[2],
         HK=rows.k.shape[2],
-        HV=v.shape[2],
-        DELTA=p.delta,
+        HV=p.v.shape[2],
         INITIAL=p.initial_state is not None,
+        **p.rule,
         **sizes,
         **p.decays,
         **p.common,
@@ -259,8 +245,12 @@ def _state_sizes(p: Problem, direction: str) -> tuple[Config, dict[str, int], tu
     return config, sizes, (p.chunks.sequences * p.heads * tiles,)
 
 
-def states_forward(p: Problem, rows: Rows, w: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the states before each chunk (R, H, K, V) and the final ones; turns U into u."""
+def states_forward(p: Problem, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the states before each chunk (R, H, K, V), the final ones, and what is written to them.
+
+    That is u (B, T, H, V) for the delta rule, else v.
+    """
+    u = p.empty(*p.q.shape[:2], p.heads, p.value_dim) if p.delta else p.v
     states = p.empty(p.chunks.count, p.heads, p.key_dim, p.value_dim)
     shape = (p.chunks.sequences, p.heads, p.key_dim, p.value_dim)
     final = p.empty(*shape, dtype=torch.float32)
@@ -269,7 +259,7 @@ def states_forward(p: Problem, rows: Rows, w: Tensor, u: Tensor) -> tuple[Tensor
         states_forward_kernel,
         grid,
         config,
-        *(rows.k, p.v, rows.total, p.value_g, w, u),
+        *(rows.k, p.v, rows.total, p.value_g, rows.erase, _or(p.beta, p.q), rows.inverse, u),
         *(_or(p.initial_state, p.q), states, final),
         *p.chunks.tables[:2],
         *p.counts,
@@ -280,13 +270,16 @@ def states_forward(p: Problem, rows: Rows, w: Tensor, u: Tensor) -> tuple[Tensor
         **p.forms,
         **p.common,
     )
-    return states, final
+    return states, final, u
 
 
 def states_backward(
-    p: Problem, rows: Rows, w: Tensor, do: Tensor, du: Tensor, dfinal: Tensor
+    p: Problem, rows: Rows, do: Tensor, dv: Tensor, dx: Tensor, dfinal: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Return the gradients of the states after each chunk and of the initial ones; completes du."""
+    """Return the gradients of the states after each chunk and of the initial ones.
+
+    For the delta rule, fills dv and turns du so far into dx; else both are dummies.
+    """
     dstates = p.empty(p.chunks.count, p.heads, p.key_dim, p.value_dim)
     dinitial = torch.empty_like(dfinal)
     config, sizes, grid = _state_sizes(p, "backward")
@@ -294,7 +287,8 @@ def states_backward(
         states_backward_kernel,
         grid,
         config,
-        *(rows.q, rows.k, rows.total, p.value_g, w, do, du, dfinal, dstates, dinitial),
+        *(rows.q, rows.k, rows.total, p.value_g, rows.erase, _or(p.beta, p.q), rows.inverse),
+        *(do, dx, dv, dfinal, dstates, dinitial),
         *p.chunks.tables[:2],
         p.scale,
         *p.counts,
@@ -351,27 +345,6 @@ def values_backward(p: Problem, rows: Rows, do: Tensor, dv: Tensor, dstates: Ten
     )
 
 
-def new_values_backward(p: Problem, inverse: Tensor, du: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return dx (B, T, H, V), dv, and the share of dbeta (B, T, H) that v gives."""
-    assert p.beta is not None
-    dx, dv = torch.empty_like(du), p.like(p.v)
-    dbeta = p.empty(*p.beta.shape, dtype=torch.float32)
-    config, sizes = p.sizes("new_values_backward")
-    launch(
-        new_values_backward_kernel,
-        (p.per_chunk(),),
-        config,
-        *(p.v, p.beta, inverse, du, dx, dv, dbeta),
-        *p.chunks.tables,
-        *p.counts,
-        HV=p.v.shape[2],
-        V=sizes["V"],
-        BV=sizes["BV"],
-        **p.common,
-    )
-    return dx, dv, dbeta
-
-
 @dataclass(frozen=True)
 class Across:
     """What ``keys_backward`` needs of the values' side.
@@ -382,6 +355,7 @@ class Across:
         dpairs: gradient of each pair of rows (R * H, C, C).
         dstrict, dx: for the delta rule, the like of dpairs and do for its second read.
         dg: with a scalar decay, its gradient (B, T, H) from pairs of rows.
+        dbeta: for the delta rule, its gradient (B, T, H) from v.
         total: decay over values of whole chunks (R, H, V), or None.
         turned: whether keys and values have changed places, all but the states.
     """
@@ -392,42 +366,45 @@ class Across:
     dstrict: Tensor | None = None
     dx: Tensor | None = None
     dg: Tensor | None = None
+    dbeta: Tensor | None = None
     total: Tensor | None = None
     turned: bool = False
 
 
-def pairs_backward(p: Problem, v: Tensor, do: Tensor, dx: Tensor | None) -> Across:
+def pairs_backward(p: Problem, u: Tensor, do: Tensor, dx: Tensor | None = None) -> Across:
     """Return the gradients of both kinds of pairs, with what they were made of.
 
     Args:
         p: the call.
-        v: what is written, u for the delta rule, (B, T, heads, V).
+        u: what is written, (B, T, H, V) for the delta rule, else v.
         do: gradient of the output (B, T, H, V).
         dx: for the delta rule, that of its second read.
     """
     square = (p.per_chunk(), p.chunk, p.chunk)
     dpairs = p.empty(*square)
     dstrict = p.empty(*square) if p.delta else None
-    dg = p.empty(*p.q.shape[:2], p.heads, dtype=torch.float32) if p.scalar else None
+    numbers = (*p.q.shape[:2], p.heads)
+    dg = p.empty(*numbers, dtype=torch.float32) if p.scalar else None
+    dbeta = p.empty(*numbers, dtype=torch.float32) if p.delta else None
     config, sizes = p.sizes("pairs_backward")
     launch(
         pairs_backward_kernel,
         (p.per_chunk(),),
         config,
-        *(p.q, p.k, p.g, _or(p.beta, p.q), do, v, _or(dx, do)),
-        *(dpairs, _or(dstrict, dpairs), _or(dg, do)),
+        *(p.q, p.k, p.g, _or(p.beta, p.q), do, u, p.v, _or(dx, do)),
+        *(dpairs, _or(dstrict, dpairs), _or(dg, do), _or(dbeta, do)),
         *p.chunks.tables,
         p.scale,
         *p.counts,
         HQ=p.q.shape[2],
         HK=p.k.shape[2],
-        HV=v.shape[2],
+        HV=p.v.shape[2],
         SCALAR=p.scalar,
         DELTA=p.delta,
         **sizes,
         **p.common,
     )
-    return Across(v, do, dpairs, dstrict, dx, dg)
+    return Across(u, do, dpairs, dstrict, dx, dg, dbeta)
 
 
 def _or(x: Tensor | None, dummy: Tensor) -> Tensor:
@@ -438,7 +415,7 @@ def _or(x: Tensor | None, dummy: Tensor) -> Tensor:
 def keys_backward(
     p: Problem, states: Tensor, dstates: Tensor, across: Across
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Return dq, dk (B, T, H, K), dg in the shape of the decay, and the rest of dbeta."""
+    """Return dq, dk (B, T, H, K), dg in the shape of the decay, and dbeta (B, T, H)."""
     config, sizes = p.sizes("keys_backward")
     blocks = triton.cdiv(p.key_dim, sizes["BK"])
     tokens = (*p.q.shape[:2], p.heads)
@@ -472,4 +449,6 @@ def keys_backward(
     )
     if dg is not None and across.dg is not None:
         dg = dg.sum(0).add_(across.dg)
-    return dq, dk, dg, None if dbeta is None else dbeta.sum(0)
+    if dbeta is not None and across.dbeta is not None:
+        dbeta = dbeta.sum(0).add_(across.dbeta)
+    return dq, dk, dg, dbeta

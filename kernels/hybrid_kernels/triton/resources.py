@@ -37,9 +37,12 @@ TARGETS = {
 # Bytes of shared memory that one program may ask for.
 SHARED_LIMIT = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
 # 36 of 255 registers, what the inverse of the delta rule in `pairs` comes near on sm_80 (136) and with
-# triton 3.6 (112). More means that a block is too large or an array went to the stack.
+# triton 3.6 (128). More means that a block is too large or an array went to the stack.
 SPILL_BOUND = 144
-QUICK = ("scalar additive", "outer additive", "vector delta")
+QUICK = (
+    *("scalar additive", "outer additive", "vector delta 128", "no delta 128 bfloat16 forward"),
+    *("conv1d", "selective_scan"),
+)
 _TYPES = {
     torch.bfloat16: "*bf16",
     torch.float16: "*fp16",
@@ -86,7 +89,7 @@ def linear_calls(
 ) -> dict[str, Callable[[], object]]:
     """Return calls that launch all kernels of a form such as "scalar delta", to be recorded.
 
-    The decay is "scalar", "vector" (over keys), "value" (over values) or "outer" (over both).
+    The decay is "no", "scalar", "vector" (over keys), "value" (over values) or "outer" (over both).
     """
     batch, time, heads = 1, 128, 2
     tokens = (batch, time, heads)
@@ -100,8 +103,9 @@ def linear_calls(
     state = torch.zeros(batch, heads, key_dim, value_dim)
     dot = tl.bfloat16 if dtype == torch.bfloat16 else tl.float32
     chunk = launch.default_chunk(dot, rule == "delta", key_dim)
-    square = (batch * time // chunk * heads, chunk, chunk)
-    inverse = torch.zeros(square, dtype=launch.kept(q, k, v))
+    width = launch.kept(q, k, v)
+    parts = launch.inverse_parts(rule == "delta", g is not None, key_dim, width)
+    inverse = torch.zeros(batch * time // chunk * heads, parts, chunk, chunk, dtype=width)
     inputs = (q, k, v, g, value_g, beta, state, None, 1.0, chunk)
     one = [None if x is None else x[:, :1].contiguous() for x in inputs[:6]]
 
@@ -236,7 +240,8 @@ def survey(calls: Iterable[tuple[str, Callable[[], object]]], target: str) -> li
 def default_calls(quick: bool) -> list[tuple[str, Callable[[], object]]]:
     """Return the calls whose kernels the table shows: every form at the sizes models use.
 
-    ``quick`` leaves the three forms in which every kernel occurs with each kind of decay.
+    ``quick`` leaves the three forms in which every kernel occurs with each kind of decay, and the
+    walk in two parts (``launch.fine``).
     """
     bf16, fp32 = torch.bfloat16, torch.float32
     sizes = [
@@ -244,13 +249,12 @@ def default_calls(quick: bool) -> list[tuple[str, Callable[[], object]]]:
         ("vector additive", 128, 128, bf16),
         ("value additive", 128, 128, bf16),
         ("outer additive", 128, 128, bf16),
+        ("no delta", 128, 128, bf16),
         ("scalar delta", 128, 128, bf16),
         ("vector delta", 128, 128, bf16),
         ("vector delta", 256, 256, bf16),
         ("vector delta", 64, 64, fp32),
     ]
-    if quick:
-        sizes = [size for size in sizes if size[0] in QUICK and size[1] == 128]
     calls = []
     for form, key_dim, value_dim, dtype in sizes:
         name = f"{form} {key_dim} {str(dtype).removeprefix('torch.')}"
@@ -260,7 +264,7 @@ def default_calls(quick: bool) -> list[tuple[str, Callable[[], object]]]:
         calls.append((f"conv1d 768 x 4 bfloat16 {part}", call))
     for part, call in scan_calls(4096, 16).items():
         calls.append((f"selective_scan 4096 x 16 bfloat16 {part}", call))
-    return calls
+    return [found for found in calls if not quick or found[0].startswith(QUICK)]
 
 
 def faults(table: list[Usage], target: str) -> list[str]:
@@ -289,7 +293,7 @@ def main() -> int:
     """Print the table of each target; return 1 if a bound is broken."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--target", nargs="+", choices=TARGETS, default=list(TARGETS))
-    parser.add_argument("--quick", action="store_true", help="three forms instead of all")
+    parser.add_argument("--quick", action="store_true", help="some forms instead of all")
     options = parser.parse_args()
     broken = []
     for target in options.target:

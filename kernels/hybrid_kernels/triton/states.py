@@ -1,8 +1,9 @@
 """State passing: the only kernels that walk over time, one chunk a step.
 
 Forward leaves the state before every chunk, backward the gradient of the state after every chunk;
-all else is parallel over chunks. The delta rule's new values ``u = U - W S`` need the state, and
-so are made here.
+all else is parallel over chunks. The delta rule's new values need the state, and so are made here;
+there FINE says that what is carried on, and what goes into it, keeps 16 digits in products: with no
+decay nothing forgets their rounding.
 
 Legend: see ``blocks.py``; N sequences, R chunks in all.
 """
@@ -12,12 +13,13 @@ Legend: see ``blocks.py``; N sequences, R chunks in all.
 import triton.language as tl
 
 from hybrid_kernels.triton.blocks import (
+    fine_product,
     kernel,
+    load_column,
     load_rows,
     load_tile,
     load_vector,
     place,
-    product,
     scalar_factors,
     sequence,
     store_rows,
@@ -25,6 +27,7 @@ from hybrid_kernels.triton.blocks import (
     transposed,
     vector_factors,
 )
+from hybrid_kernels.triton.delta import solve
 
 
 @kernel
@@ -33,7 +36,9 @@ def states_forward_kernel(
     p_v,
     p_g,
     p_value_g,
-    p_w,
+    p_erase,
+    p_beta,
+    p_inverse,
     p_u,
     p_initial,
     p_states,
@@ -54,16 +59,19 @@ def states_forward_kernel(
     VECTOR: tl.constexpr,
     VALUE: tl.constexpr,
     DELTA: tl.constexpr,
+    FINE: tl.constexpr,
+    PARTS: tl.constexpr,
     INITIAL: tl.constexpr,
     PACKED: tl.constexpr,
     DOT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """S' = total * S + k^T (v * write); with DELTA, v is replaced by u = U - W S, in place of U.
+    """S' = total * S + k^T (v * write); with DELTA u = X beta (v - (k * read) S) for v.
 
     Grid (N * H * blocks of K * blocks of V,); DELTA needs all of K in one block.
-    Reads k (rows, HK, K), v (rows, HV, V) or w, u (rows, H, K or V); writes states (R, H, K, V).
-    With VECTOR, k is k * write already, and g the decay of whole chunks (R, H, K). With VALUE,
+    Reads k (rows, HK, K), v (rows, HV, V); writes states (R, H, K, V), with DELTA u (rows, H, V).
+    With VECTOR, k is k * write already, and g the decay of whole chunks (R, H, K); with DELTA too,
+    erase is k * read (rows, H, K). With VALUE,
     value_g (rows, H, V) decays columns: v as k is, S by its own total.
     """
     i_tile, v0 = place(V, BV)
@@ -81,15 +89,23 @@ def states_forward_kernel(
         rows = (stop - row).to(tl.int32)
         store_tile(p_states, b_state, (chunk + i) * H + i_h, K, V, k0, v0, BK, BV)
         b_k = load_rows(p_k, row, rows, i_h // (H // HK), HK, K, k0, C, BK)
-        if DELTA:
-            b_w = load_rows(p_w, row, rows, i_h, H, K, k0, C, BK)
-            b_v = load_rows(p_u, row, rows, i_h, H, V, v0, C, BV)
-            b_v -= product(b_w, b_state, DOT, PRECISION)
-            store_rows(p_u, b_v, row, rows, i_h, H, V, v0, C, BV)
-        else:
-            b_v = load_rows(p_v, row, rows, i_h // (H // HV), HV, V, v0, C, BV)
+        b_v = load_rows(p_v, row, rows, i_h // (H // HV), HV, V, v0, C, BV)
         if SCALAR:
-            _, _, _, b_write, total = scalar_factors(p_g, row, rows, i_h, H, C)
+            _, _, b_read, b_write, total = scalar_factors(p_g, row, rows, i_h, H, C)
+        if DELTA:
+            b_erase = b_k
+            b_weight = load_column(p_beta, row, rows, i_h, H, C)
+            b_v *= b_weight[:, None]
+            if SCALAR:
+                b_weight *= b_read
+            if VECTOR:
+                b_erase = load_rows(p_erase, row, rows, i_h, H, K, k0, C, BK)
+            b_v -= fine_product(b_erase, b_state, DOT, PRECISION, FINE) * b_weight[:, None]
+            b_v = solve(
+                p_inverse, b_v, (chunk + i) * H + i_h, C, PARTS, False, DOT, PRECISION, FINE
+            )
+            store_rows(p_u, b_v, row, rows, i_h, H, V, v0, C, BV)
+        if SCALAR:
             b_v *= b_write[:, None]
             b_state *= total
         if VECTOR:
@@ -98,7 +114,7 @@ def states_forward_kernel(
             _, _, b_up, b_total = vector_factors(p_value_g, row, rows, i_h, H, V, v0, C, BV)
             b_v *= b_up
             b_state *= b_total[None, :]
-        b_state += product(transposed(b_k, DOT), b_v, DOT, PRECISION)
+        b_state += fine_product(transposed(b_k, DOT), b_v, DOT, PRECISION, FINE)
     store_tile(p_final, b_state, i_state, K, V, k0, v0, BK, BV)
 
 
@@ -108,9 +124,12 @@ def states_backward_kernel(
     p_k,
     p_g,
     p_value_g,
-    p_w,
+    p_erase,
+    p_beta,
+    p_inverse,
     p_do,
-    p_du,
+    p_dx,
+    p_dv,
     p_dfinal,
     p_dstates,
     p_dinitial,
@@ -131,15 +150,18 @@ def states_backward_kernel(
     VECTOR: tl.constexpr,
     VALUE: tl.constexpr,
     DELTA: tl.constexpr,
+    FINE: tl.constexpr,
+    PARTS: tl.constexpr,
     PACKED: tl.constexpr,
     DOT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """dS = total * dS' + scale * q^T (do * read); with DELTA, minus W^T du.
+    """dS = total * dS' + scale * q^T (do * read); with DELTA, minus (k * read)^T beta dx.
 
-    Grid as in the forward pass; with VECTOR, q and k are decayed already and g is as there. With
-    DELTA, du (rows, H, V) holds what the chunk's own outputs give and receives (k * write) dS' on
-    top. Writes dstates (R, H, K, V), the dS' of each chunk.
+    Grid as in the forward pass; with VECTOR, q, k and erase are decayed already and g is as there.
+    With DELTA, dx (rows, H, V) holds what the chunk's own outputs give u, and receives the gradient
+    of beta (v - (k * read) S): X^T du, du with (k * write) dS' on top. Writes dstates (R, H, K, V),
+    the dS' of each chunk, and with DELTA dv = beta dx (rows, H, V).
     """
     i_tile, v0 = place(V, BV)
     blocks_k: tl.constexpr = (K + BK - 1) // BK
@@ -163,8 +185,6 @@ def states_backward_kernel(
             _, _, b_read, b_write, total = scalar_factors(p_g, row, rows, i_h, H, C)
             b_do *= b_read[:, None]
             b_carried *= total
-            if DELTA:
-                b_k *= b_write[:, None]
         if VECTOR:
             b_carried *= load_vector(p_g, (chunk + i) * H + i_h, K, k0, BK)[:, None]
         if VALUE:
@@ -172,10 +192,20 @@ def states_backward_kernel(
             b_do *= b_low
             b_carried *= b_total[None, :]
         if DELTA:
-            b_du = load_rows(p_du, row, rows, i_h, H, V, v0, C, BV)
-            b_du += product(b_k, b_dstate, DOT, PRECISION)
-            store_rows(p_du, b_du, row, rows, i_h, H, V, v0, C, BV)
-            b_w = load_rows(p_w, row, rows, i_h, H, K, k0, C, BK)
-            b_carried -= product(transposed(b_w, DOT), b_du, DOT, PRECISION)
-        b_dstate = b_carried + product(transposed(b_q, DOT), b_do, DOT, PRECISION)
+            b_dx = fine_product(b_k, b_dstate, DOT, PRECISION, FINE)
+            if SCALAR:
+                b_dx *= b_write[:, None]
+            b_dx += load_rows(p_dx, row, rows, i_h, H, V, v0, C, BV)
+            b_dx = solve(
+                p_inverse, b_dx, (chunk + i) * H + i_h, C, PARTS, True, DOT, PRECISION, FINE
+            )
+            store_rows(p_dx, b_dx, row, rows, i_h, H, V, v0, C, BV)
+            b_dx *= load_column(p_beta, row, rows, i_h, H, C)[:, None]
+            store_rows(p_dv, b_dx, row, rows, i_h, H, V, v0, C, BV)
+            if SCALAR:
+                b_dx *= b_read[:, None]
+            if VECTOR:
+                b_k = load_rows(p_erase, row, rows, i_h, H, K, k0, C, BK)
+            b_carried -= fine_product(transposed(b_k, DOT), b_dx, DOT, PRECISION, FINE)
+        b_dstate = b_carried + fine_product(transposed(b_q, DOT), b_do, DOT, PRECISION, FINE)
     store_tile(p_dinitial, b_dstate, i_state, K, V, k0, v0, BK, BV)

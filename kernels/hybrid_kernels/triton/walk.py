@@ -13,7 +13,9 @@ Legend: see ``blocks.py``; N sequences, R chunks in all.
 import triton.language as tl
 
 from hybrid_kernels.triton.blocks import (
+    fine_product,
     kernel,
+    load_column,
     load_rows,
     load_tile,
     load_vector,
@@ -27,6 +29,7 @@ from hybrid_kernels.triton.blocks import (
     store_tile,
     transposed,
 )
+from hybrid_kernels.triton.delta import solve
 
 
 @kernel
@@ -36,7 +39,9 @@ def walk_forward_kernel(
     p_v,
     p_g,
     p_total,
-    p_w,
+    p_erase,
+    p_beta,
+    p_inverse,
     p_pairs,
     p_initial,
     p_o,
@@ -58,16 +63,19 @@ def walk_forward_kernel(
     SCALAR: tl.constexpr,
     VECTOR: tl.constexpr,
     DELTA: tl.constexpr,
+    FINE: tl.constexpr,
+    PARTS: tl.constexpr,
     INITIAL: tl.constexpr,
     PACKED: tl.constexpr,
     DOT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """o = scale * ((q * read) S + pairs v), then S' = total * S + k^T (v * write); v = U - W S.
+    """o = scale * ((q * read) S + pairs v), then S' = total * S + k^T (v * write).
 
-    Grid (N * H * blocks of V,); all of K in one block. With DELTA, v holds U (rows, H, V). With
-    DELTA or VECTOR, pairs (R * H, C, C) are made already: few registers are left for them here.
-    With VECTOR, so are q, which is q * read, k, which is k * write, and total (R, H, K).
+    Grid (N * H * blocks of V,); all of K in one block. With DELTA, v is replaced as in
+    ``states_forward_kernel``. With DELTA or VECTOR, pairs (R * H, C, C) are made already: few
+    registers are left for them here. With VECTOR, so are q, which is q * read, k, which is
+    k * write, erase, which is k * read, and total (R, H, K).
     """
     i_state, v0 = place(V, BV)
     i_n = i_state // H
@@ -97,8 +105,15 @@ def walk_forward_kernel(
         # Before the other products, so that it is in half as many registers by then.
         b_pairs = b_pairs.to(DOT)
         if DELTA:
-            b_w = load_rows(p_w, row, rows, i_h, H, K, 0, C, BK)
-            b_v -= product(b_w, b_state, DOT, PRECISION)
+            b_erase = b_k
+            b_weight = load_column(p_beta, row, rows, i_h, H, C)
+            b_v *= b_weight[:, None]
+            if SCALAR:
+                b_weight *= b_read
+            if VECTOR:
+                b_erase = load_rows(p_erase, row, rows, i_h, H, K, 0, C, BK)
+            b_v -= fine_product(b_erase, b_state, DOT, PRECISION, FINE) * b_weight[:, None]
+            b_v = solve(p_inverse, b_v, i_pair, C, PARTS, False, DOT, PRECISION, FINE)
         b_o = product(b_q, b_state, DOT, PRECISION)
         if SCALAR:
             b_o *= b_read[:, None]
@@ -109,5 +124,5 @@ def walk_forward_kernel(
             b_v *= b_write[:, None]
         if VECTOR:
             b_state *= load_vector(p_total, i_pair, K, 0, BK)[:, None]
-        b_state += product(transposed(b_k, DOT), b_v, DOT, PRECISION)
+        b_state += fine_product(transposed(b_k, DOT), b_v, DOT, PRECISION, FINE)
     store_tile(p_final, b_state, i_state, K, V, 0, v0, BK, BV)
