@@ -5,10 +5,9 @@
 
 Both sides run in one process on one thread, in turns, and process CPU time is what counts; medians
 are printed. Peak memory is the growth of the resident set over one call, the median of five where
-a call takes less than a second. The share of the GEMM peak
-sets the products that our algorithm needs (not those it saves) against a 1024 x 1024 product in the
-same run. Each pair is first checked to compute the same thing. Beside each figure that has a target
-stands the target, met or missed.
+a call takes less than a second. The share of the GEMM peak sets the products that our algorithm
+needs (not those it saves) against a 1024 x 1024 product in the same run. Each pair is first checked
+to compute the same thing. Beside each figure that has a target stands the target, met or missed.
 
 How time grows with T is measured of our side alone, the heap handed back to the system before each
 call: otherwise the C library recycles a short call's results and maps a long one's afresh.
@@ -147,10 +146,10 @@ def measure(
         with torch.set_grad_enabled(name != "forward"):
             seconds = interleaved(calls, repeats if name == "forward" else max(1, repeats // 2))
             memory = [
-            # Where the heap grows is up to what was freed before: one look is off by a fifth.
-            round(statistics.median(peak_memory(call) for _ in range(5 if spent < 1 else 1)))
-            for call, spent in zip(calls, seconds, strict=True)
-        ]
+                # Where the heap grows is up to what was freed before: one look is off by a fifth.
+                round(statistics.median(peak_memory(call) for _ in range(5 if spent < 1 else 1)))
+                for call, spent in zip(calls, seconds, strict=True)
+            ]
         flops = pair.flops(length) * (1 if name == "forward" else pair.backward_flops)
         share = flops / seconds[0] / peak if flops else None
         both = len(calls) == 2

@@ -2,8 +2,9 @@
 
 Where transformers has a step for machines without a GPU, that; where it has none, the definition in
 ``reference.py``, one step of which is the formula written out. Both sides have a state of their own
-and give the next one; ours overwrites it, as in the decode loop of a model, and those of
-transformers update theirs in place or return a new one, as they are written.
+and give the next one; ours overwrites it, as in the decode loop of a model (but the convolution's,
+which it cannot), and those of transformers update theirs in place or return a new one, as they are
+written.
 
 Legend: B = 1 batch, H heads, K key dim, V value dim, D channels, N state size.
 """

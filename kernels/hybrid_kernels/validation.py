@@ -166,6 +166,8 @@ def _documents(cu_seqlens: Tensor | None, batch: int) -> int:
     """Check the form of ``cu_seqlens``; return how many rows the state has."""
     if cu_seqlens is None:
         return batch
+    if not isinstance(cu_seqlens, Tensor):
+        raise ValueError(f"cu_seqlens must be a tensor, got {type(cu_seqlens).__name__}")
     if cu_seqlens.dim() != 1 or cu_seqlens.dtype not in (torch.int32, torch.int64):
         raise ValueError(
             "cu_seqlens must be a one-dimensional int32 or int64 tensor, "

@@ -97,6 +97,7 @@ def scan(**changes):
         ({"chunk_size": 24}, "power of two"),
         ({"cu_seqlens": torch.tensor([0, 5])}, "batch of 1, got B = 2"),
         ({"cu_seqlens": torch.tensor([0.0, 5.0])}, "int32 or int64"),
+        ({"cu_seqlens": [0, 5]}, "cu_seqlens must be a tensor, got list"),
         ({"q": torch.randn(2, 5, 4, 8, device="meta")}, "k is on cpu but q is on meta"),
     ],
 )

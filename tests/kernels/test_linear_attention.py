@@ -130,6 +130,22 @@ def test_backward_twice(form):
     assert all(a is b is None or torch.equal(a, b) for a, b in zip(once, again, strict=True))
 
 
+@forms
+@pytest.mark.parametrize("time", [0, 1, 40])
+def test_an_empty_batch(form, time):
+    compare(form, "torch", torch.float32, batch=0, time=time)
+
+
+@pytest.mark.parametrize(("time", "lengths"), [(64, None), (40, None), (40, [30, 10])])
+def test_the_output_may_be_written_in_place(time, lengths):
+    inputs = sample(FORMS[0], batch=1, time=time, lengths=lengths)
+    leaf = inputs["v"].requires_grad_()
+    o = linear_attention(**inputs, backend="torch")[0]
+    once = torch.autograd.grad(o.sum(), leaf)[0]
+    o = linear_attention(**inputs, backend="torch")[0].mul_(2)
+    assert torch.equal(torch.autograd.grad(o.sum(), leaf)[0], 2 * once)
+
+
 def test_nothing_is_kept_without_a_gradient(monkeypatch):
     inputs = sample(FORMS[0], time=200)
     expected = linear_attention(**inputs, backend="torch")[0]

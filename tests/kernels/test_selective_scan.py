@@ -37,6 +37,19 @@ def test_agrees_with_the_reference(backend, dtype, rate):
     compare(backend, dtype, rate=rate)
 
 
+@pytest.mark.parametrize("time", [0, 1, 40])
+def test_an_empty_batch(time):
+    compare("torch", torch.float32, batch=0, time=time)
+
+
+def test_the_output_may_be_written_in_place():
+    inputs = sample_scan(time=40)
+    leaf = inputs["u"].requires_grad_()
+    once = torch.autograd.grad(selective_scan(**inputs, backend="torch")[0].sum(), leaf)[0]
+    y = selective_scan(**inputs, backend="torch")[0].mul_(2)
+    assert torch.equal(torch.autograd.grad(y.sum(), leaf)[0], 2 * once)
+
+
 @backends
 @settings(max_examples=20, deadline=None, derandomize=True)
 @given(data=st.data())

@@ -38,9 +38,9 @@ class DeltaRun:
         read: (2 C, K) ``queries``, below them the ``erasing`` keys e.
         write: (C, K) w.
         values: (C, V) v / d.
-        pairs: (2 C, C) P, below it what A is made of.
-        strict: (C, C) A, to be read below the diagonal only; ``inverse`` is that of I + A.
-        weights: (C, C) the inverse times beta.
+        query_pairs: (C, C) P.
+        inverse: (C, C) that of I + A.
+        weights: (C, C) the inverse times beta; before that, A, read below the diagonal only.
         erase: (C, K) the weights times e.
         carry: (C, K) writing rows as they reach the end of the chunk.
         written: (C, V) u.

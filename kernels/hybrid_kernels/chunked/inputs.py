@@ -78,7 +78,7 @@ class Inputs(NamedTuple):
             # Forward, half of the matrices are of queries and keys, which heads may share.
             heads = (heads + max(self.q.shape[2], self.k.shape[2])) // 2
         unit = max(64, self.chunk_size)
-        return unit * max(1, rows // (sequences * heads * unit))
+        return unit * max(1, rows // (max(1, sequences) * heads * unit))
 
     def first_chunk(self, longest: int) -> int:
         """Return the chunk size to try first, for sequences of at most ``longest`` tokens."""

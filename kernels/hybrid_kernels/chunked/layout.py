@@ -118,9 +118,9 @@ class Layout:
 
     @cached_property
     def segments(self) -> list[Segment]:
-        """The steps cut into segments."""
+        """The steps cut into segments; none where there is no sequence."""
         found, step = [], 0
-        while step < len(self.widths):
+        while step < len(self.widths) and self.widths[step]:
             span = self.span(self.widths[step])
             stop = min(step + span // self.chunk, len(self.widths))
             offsets = [s - self.starts[step] for s in self.starts[step : stop + 1]]
@@ -155,10 +155,13 @@ class Layout:
         return whole, view
 
     def result(self, whole: Tensor) -> Tensor:
-        """Cut the memory of ``empty`` back to (B, T, ...)."""
+        """Cut the memory of ``empty`` back to (B, T, ...).
+
+        Never a view: autograd lets nobody write to one that a custom op returns beside others.
+        """
         if self.tokens is not None:
-            return whole.index_select(0, self.tokens)[None]
-        return whole[:, : self.time].contiguous()
+            return whole[None].index_select(1, self.tokens)
+        return whole if whole.shape[1] == self.time else whole.narrow_copy(1, 0, self.time)
 
     def sort_states(self, states: Tensor) -> Tensor:
         """Bring one state per sequence into the order of the chunks (a copy)."""

@@ -49,12 +49,13 @@ def _forward(*arguments) -> tuple[Tensor, Tensor, Tensor]:
     """Return the output, the final states, and what is kept for the backward pass (``Kept``)."""
     inputs = Inputs(*arguments)
     p = inputs.problem()
-    o = _Memory(p.layout, p.v)
+    whole, o = p.layout.empty((inputs.heads, p.v.shape[5]), p.v.dtype, p.v.device)
     state = _first_states(p, inputs.initial_state)
     kept = state.new_empty(inputs.kept_size(p.layout))
-    forward(p, state, o.chunks, _kept(p, kept) if inputs.keep else None)
+    o = o.unflatten(3, (p.heads, -1)).transpose(2, 3)
+    forward(p, state, o, _kept(p, kept) if inputs.keep else None)
     final_state = p.layout.unsort_states(_unfold(state, p))
-    return p.layout.result(o.whole).flatten(2, 3), final_state, kept
+    return p.layout.result(whole), final_state, kept
 
 
 def _backward(*arguments) -> list[Tensor]:
