@@ -323,7 +323,7 @@ def _plan(arguments: argparse.Namespace) -> int:
 def _import(arguments: argparse.Namespace) -> int:
     from hybrid.convert import import_published
 
-    with _no_half_of(arguments.out):
+    with _writing(arguments.out):
         config = import_published(
             arguments.source,
             arguments.out,
@@ -340,14 +340,14 @@ def _export(arguments: argparse.Namespace) -> int:
     from hybrid.convert import export
 
     size = arguments.max_shard_size
-    with _no_half_of(arguments.out):
+    with _writing(arguments.out):
         family = export(arguments.source, arguments.out, arguments.family, max_shard_size=size)
     print(f"{arguments.out}: {family}")
     return 0
 
 
 @contextmanager
-def _no_half_of(out: str) -> Iterator[None]:
+def _writing(out: str) -> Iterator[None]:
     """What the system refuses while a folder is written (a full disk, a file that may not be read)."""
     try:
         yield
@@ -413,7 +413,7 @@ def _mixers(arguments: argparse.Namespace) -> int:
     cls = mixers.get(mixers.symbols().get(name, name))
     heading = f"{cls.name} ({cls.symbol})" if cls.symbol else cls.name
     console.print(f"{heading}\n", inspect.getdoc(cls), "\n", highlight=False, markup=False)
-    for options in cls.Options.__mro__:  # those that mixers share explain themselves
+    for options in reversed(cls.Options.__mro__):  # what is shared stands above what adds to it
         if dataclasses.is_dataclass(options) and dataclasses.fields(options):
             console.print(inspect.getdoc(options), "\n", highlight=False, markup=False)
     table = Table("option", "default")

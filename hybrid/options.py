@@ -31,6 +31,11 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     return f"known: {', '.join(known)}" if known else "none are known here"
 
 
+def first_few(lines: list[str], most: int = 8) -> list[str]:
+    """The first lines of an error message, and a last one that says how many more there are."""
+    return lines[:most] + ([f"and {len(lines) - most} more"] if len(lines) > most else [])
+
+
 class ConfigError(ValueError):
     """One or more mistakes in a config; `mistakes` holds one line of text for each."""
 

@@ -23,6 +23,12 @@ logger = logging.getLogger(__name__)
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+# Endings of files with weights that are not read as they are, and why.
+NOT_READ = {
+    (".safetensors",): "which an index has to list",
+    (".bin", ".pt", ".pth"): "and pickled weights are never loaded",
+    (".gguf",): "which from_published reads if given as gguf_file",
+}
 DEFAULT_SHARD_SIZE = "5GB"
 
 # What belongs to a model beside its config and weights, and is copied as it stands.
@@ -106,7 +112,9 @@ class Checkpoint:
         """Names of the files with weights; what the index says of them goes to `_wanted`."""
         index, single = self.folder / INDEX, (self.folder / SINGLE).is_file()
         if not index.is_file():
-            return [SINGLE] if single else self._none()
+            if not single:
+                raise ValueError(f"{self.folder}: no {SINGLE} and no {INDEX}; {self._instead()}")
+            return [SINGLE]
         weight_map = read_json(index, unique=True).get("weight_map")
         if not isinstance(weight_map, dict) or not all(map(_is_text, weight_map.values())):
             raise ValueError(f"{index}: expected an object 'weight_map' of tensor names to files")
@@ -128,24 +136,13 @@ class Checkpoint:
         self._wanted = weight_map
         return shards
 
-    def _none(self) -> list[str]:
-        """Raises ValueError that says what is there instead of weights."""
+    def _instead(self) -> str:
+        """What is there in place of weights that could be read."""
         others = sorted(path.name for path in self.folder.iterdir())
-        pickled = [name for name in others if name.endswith((".bin", ".pt", ".pth"))]
-        gguf = [name for name in others if name.endswith(".gguf")]
-        shards = [name for name in others if name.endswith(".safetensors")]
-        found = (
-            f"found {some(shards or pickled or gguf or others)}"
-            if others
-            else "the folder is empty"
-        )
-        if shards:
-            found += ", which an index has to list"
-        elif pickled:
-            found += ", and pickled weights are never loaded"
-        elif gguf:
-            found += ", which from_published reads if given as gguf_file"
-        raise ValueError(f"{self.folder}: no {SINGLE} and no {INDEX}; {found}")
+        for endings, why in NOT_READ.items():
+            if found := [name for name in others if name.endswith(endings)]:
+                return f"found {some(found)}, {why}"
+        return f"found {some(others)}" if others else "the folder is empty"
 
     def _open(self, shard: str) -> None:
         path = self.folder / shard

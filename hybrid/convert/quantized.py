@@ -116,7 +116,7 @@ def method_of(settings: Any) -> str:
     if not isinstance(settings, Mapping):
         raise ValueError(f"quantization_config: expected an object, found {settings!r}")
     method = settings.get("quant_method")
-    if method not in [*METHODS]:
+    if method not in [*METHODS]:  # a list, for what is found may be one, which has no hash
         raise ValueError(
             f"the weights are quantized by {method!r}, and only {' and '.join(METHODS)} are read;"
             " take the checkpoint that they were made from (its card names it), or give"

@@ -364,19 +364,20 @@ def check_modules(family: Family, planned: Sequence[Step], source: Source, depth
     if family.mtp is None:
         return
     found = {name for name in source.specs if family.mtp.owns(name, depth)}
-    wanted: dict[int, list[str]] = {}
+    wanted: dict[int, set[str]] = {}
     for step in planned:
         if step.is_read and step.ours[0].startswith(MODULES):
             module = int(step.ours[0].removeprefix(MODULES).partition(".")[0])
-            wanted.setdefault(module, []).extend(step.theirs)
-    missing = {k: [n for n in names if n not in found] for k, names in wanted.items()}
-    missing = {k: names for k, names in missing.items() if names}
-    known = {name for step in planned for name in step.theirs}
-    left = sorted(found - known)
-    if wanted and (missing or left):
-        whole = len(wanted) - len(missing)
-        lines = [f"module {k} lacks {some(sorted(names))}" for k, names in sorted(missing.items())]
-        lines += [f"left over: {some(left)}"] if left else []
+            wanted.setdefault(module, set()).update(step.theirs)
+    lines = [
+        f"module {module} lacks {some(sorted(names - found))}"
+        for module, names in sorted(wanted.items())
+        if names - found
+    ]
+    whole = len(wanted) - len(lines)
+    left = found - {name for step in planned for name in step.theirs}
+    lines += [f"left over: {some(sorted(left))}"] if left else []
+    if wanted and lines:
         raise ValueError(
             f"{family.mtp.key} is {len(wanted)}, and of such modules the checkpoint has {whole} in"
             f" full; {'; '.join(lines)}; leave them out with mtp=False, --no-mtp on the command line"

@@ -125,7 +125,8 @@ def _readable(source: str, number: int) -> Iterator[None]:
         yield
     except UNREADABLE as error:
         place = _broken_line(source, number)
-        reason = place or f"after row {number}: {str(error).strip().splitlines()[0]}"
+        said = (str(error).strip() or repr(error)).splitlines()[0]
+        reason = place or f"from row {number} on: {said}"
         raise ValueError(f"{source!r} cannot be read: {reason}") from error
 
 

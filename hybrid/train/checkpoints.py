@@ -63,24 +63,38 @@ def _of_torch_save(error: RuntimeError) -> bool:
 def replace_text(path: Path, text: str) -> None:
     """Write a file whole or not at all, and onto the disk."""
     unfinished = path.with_name(f"{path.name}.unfinished")
-    with open(unfinished, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+    unfinished.write_text(text, encoding="utf-8")
+    _onto_disk(unfinished)
     os.replace(unfinished, path)
 
 
+def _onto_disk(path: Path) -> None:
+    """Wait until a file, or the names in a folder, would outlast a power cut."""
+    opened = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)
+
+
 def write_manifest(folder: Path, run: Mapping[str, Any]) -> None:
-    """Mark a checkpoint as whole. `run` is what `refuse_other_run` compares later."""
+    """Mark a checkpoint as whole, when its files are on the disk.
+
+    `run` is what `refuse_other_run` compares later.
+    """
+    inside = sorted(path for path in folder.rglob("*") if path.name != MANIFEST)
+    for path in [*inside, folder, folder.parent]:
+        _onto_disk(path)
     files = {
         path.relative_to(folder).as_posix(): [path.stat().st_size, checksum(path)]
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name != MANIFEST
+        for path in inside
+        if path.is_file()
     }
     # as it will be read: keys that are numbers become text, which sorts otherwise
     content = json.loads(json.dumps({"format": FORMAT, "files": files, "run": dict(run)}))
     text = json.dumps({**content, "checksum": _checksum_of(content)}, indent=1)
     replace_text(folder / MANIFEST, text)
+    _onto_disk(folder)  # before an older checkpoint goes
 
 
 def _checksum_of(content: Mapping[str, Any]) -> int:

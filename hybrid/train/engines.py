@@ -33,15 +33,16 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+from transformers import AutoModelForCausalLM
+from transformers.core_model_loading import revert_weight_conversion
 
 from hybrid.layer import HybridLayer
-from hybrid.options import ConfigError
+from hybrid.options import ConfigError, first_few
 
 if TYPE_CHECKING:
     from hybrid.train.trainer import HybridTrainer
 
 PLAIN, FULL, SHARDED, DEEPSPEED = "plain", "full", "sharded", "deepspeed"
-NAMED = 8  # weights that an error names
 
 
 def written_by(folder: Path) -> str:
@@ -84,20 +85,24 @@ def refuse_other_engine(folder: Path, trainer: HybridTrainer) -> None:
 def load_model(trainer: HybridTrainer, folder: Path, model: Any) -> bool:
     """Load weights that another engine wrote; False where the engine's own loading will do.
 
+    It will not do for models whose weights transformers files under other names, not even where the
+    same engine wrote them: `Trainer` loads by the names in the model, and leaves the rest as it is.
+
     Raises:
         ConfigError: the checkpoint lacks a weight of the model, or has one that the model has not.
     """
     found, wanted = written_by(folder), wanted_by(trainer)
-    if found == wanted:
-        return False
-    _refuse_other_weights(folder, found, trainer.accelerator.unwrap_model(model))
-    if found == PLAIN:
-        first = trainer.args.process_index == 0
-        weights: dict[str, Any] = dict(_weights(folder)) if first else {}
-        set_model_state_dict(model, weights, options=_from_first())
-        return True
     whole: Any = trainer.accelerator.unwrap_model(model)
-    if (found, wanted) == (FULL, PLAIN):
+    if found == wanted and not (found == PLAIN and _renamed(whole)):
+        return False
+    _refuse_other_weights(folder, found, whole)
+    if found == wanted:
+        whole.load_state_dict(_weights(folder, whole), strict=False)  # for the sake of ties
+    elif found == PLAIN:
+        first = trainer.args.process_index == 0
+        weights: dict[str, Any] = dict(_weights(folder, whole)) if first else {}
+        set_model_state_dict(model, weights, options=_from_first())
+    elif (found, wanted) == (FULL, PLAIN):
         state = torch.load(folder / f"{FSDP_MODEL_NAME}.bin", "cpu", weights_only=True)
         set_model_state_dict(whole, state, options=StateDictOptions(full_state_dict=True))
     else:
@@ -111,12 +116,29 @@ def _refuse_other_weights(folder: Path, found: str, model: Any) -> None:
     tied: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
     # tied weights are stored under one of their names
     there = {tied.get(name, name) for name in _names(folder, found)}
-    own = {tied.get(name, name) for name in get_model_state_dict(model)}
+    names = _filed_names(model) if found == PLAIN else set(get_model_state_dict(model))
+    own = {tied.get(name, name) for name in names}
     lines = [f"has no {name}" for name in sorted(own - there)]
     lines += [f"has {name}, which the model has not" for name in sorted(there - own)]
     if lines:
-        more = [f"and {len(lines) - NAMED} more"] if len(lines) > NAMED else []
-        raise ConfigError(lines[:NAMED] + more, f"{folder} cannot be continued: it")
+        title = (
+            f"{folder} cannot be continued: its model was another (put the code or the versions that"
+            " wrote it back, or set another training.output_dir); it"
+        )
+        raise ConfigError(first_few(lines), title)
+
+
+def _filed_names(model: Any) -> set[str]:
+    """Names of a model's weights in files of transformers, which has experts there one by one."""
+    empty = {
+        name: torch.empty(tensor.shape, device="meta")
+        for name, tensor in get_model_state_dict(model).items()
+    }
+    return set(revert_weight_conversion(model, empty))
+
+
+def _renamed(model: Any) -> bool:
+    return _filed_names(model) != set(get_model_state_dict(model))
 
 
 def _names(folder: Path, found: str) -> Iterable[str]:
@@ -199,7 +221,10 @@ def _from_first() -> StateDictOptions:
     return StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=False)
 
 
-def _weights(folder: Path) -> dict[str, torch.Tensor]:
+def _weights(folder: Path, model: Any) -> dict[str, torch.Tensor]:
+    """Those of a plain checkpoint, by their names in the model."""
+    if _renamed(model):
+        return AutoModelForCausalLM.from_pretrained(folder, dtype="auto").state_dict()
     found: dict[str, torch.Tensor] = {}
     for file in sorted(folder.glob("*.safetensors")):
         found |= load_file(file)

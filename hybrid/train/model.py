@@ -12,14 +12,12 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from hybrid.config import HybridConfig
-from hybrid.options import ConfigError, did_you_mean
+from hybrid.options import ConfigError, did_you_mean, first_few
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from hybrid.train.config import TrainConfig
-
-NAMED = 8  # weights that an error names
 
 
 def model_mistakes(model: dict[str, Any]) -> list[str]:
@@ -146,8 +144,7 @@ def load_model(config: TrainConfig, made: PreTrainedConfig) -> PreTrainedModel:
     lines += [f"has {name} in another shape" for name, *_ in sorted(report["mismatched_keys"])]
     if lines:
         raise ConfigError(
-            [f"{what} {line}" for line in lines[:NAMED]]
-            + ([f"model.path: and {len(lines) - NAMED} more"] if len(lines) > NAMED else []),
+            first_few([f"{what} {line}" for line in lines]),
             "the model's keys do not fit the weights (`hybrid import --layout` changes layouts); the"
             " config",
         )

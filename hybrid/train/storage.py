@@ -27,7 +27,7 @@ def check_storage(args: TrainingArguments) -> None:
     if args.world_size == 1:
         return
     where, sees = _sees_mark(args)
-    blind = [rank for rank, found in gather_object([(args.process_index, sees)]) if not found]
+    blind = [rank for rank, found in enumerate(gather_object([sees])) if not found]
     if blind:
         raise ConfigError(
             [

@@ -242,6 +242,10 @@ class HybridTrainer(Trainer):
         if not load_model(self, folder, model):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
+    def _load_best_model(self) -> None:
+        if not load_model(self, Path(str(self.state.best_model_checkpoint)), self.model):
+            super()._load_best_model()
+
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None or not load_optimizer(self, Path(checkpoint)):
             super()._load_optimizer_and_scheduler(checkpoint)

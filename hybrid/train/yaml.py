@@ -42,7 +42,8 @@ def parse(text: str, where: str) -> Any:
     try:
         return yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
-        reason = " ".join(str(error).split())
+        # PyYAML's words for text that is in no file; `where` names what it is in
+        reason = " ".join(str(error).replace('in "<unicode string>", ', "at ").split())
         raise ConfigError([f"not valid YAML: {reason}"], where) from error
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -15,7 +16,6 @@ from transformers import AutoModelForCausalLM
 
 from hybrid.options import ConfigError
 from hybrid.train import parse_config, run
-from hybrid.train.checkpoints import damage
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "accelerate"
 FSDP2 = {
@@ -25,10 +25,8 @@ FSDP2 = {
     "FSDP_RESHARD_AFTER_FORWARD": "true",
 }
 
-# Runs several configs one after the other in the same processes. accelerate shards on accelerators
-# only; here the state it keeps is told that it may shard on the CPU too.
-DRIVER = """
-import json, os, sys
+# accelerate shards on accelerators only; here the state it keeps is told that it may on the CPU too.
+SHARDING_ON_CPUS = """
 from accelerate import DistributedType
 from accelerate.state import AcceleratorState
 
@@ -41,6 +39,12 @@ def init(self, *args, fsdp_plugin=None, **kwargs):
         self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, plugin
 
 AcceleratorState.__init__ = init
+"""
+
+# Runs several configs one after the other in the same processes.
+DRIVER = f"""
+import json, os, sys
+{SHARDING_ON_CPUS}
 if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
     import deepspeed
     # a C++ extension that would be compiled for minutes; without it, gloo carries the messages
@@ -50,7 +54,6 @@ from hybrid.train.__main__ import main
 for arguments, environment in json.load(open(sys.argv[1])):
     AcceleratorState._reset_state()
     os.environ.update(environment)
-    exec(environment.get("RANK_" + os.environ["RANK"], ""), {})
     if main(arguments):
         sys.exit(2)
 """
@@ -105,7 +108,7 @@ def train(tmp_path):
 def by_two(tmp_path, launch):
     """Run configs (with additions to the environment) in two processes, one after the other."""
 
-    def start(*runs, engine="ddp_cpu", killed=False):
+    def start(*runs, engine="ddp_cpu"):
         jobs = []
         for number, (values, environment) in enumerate(runs):
             path = tmp_path / f"{number}.yaml"
@@ -115,9 +118,48 @@ def by_two(tmp_path, launch):
             *("accelerate.commands.launch", "--config_file", str(CONFIGS / f"{engine}.yaml")),
             *("--num_processes", "2", "--mixed_precision", "no", "--main_process_port", "0"),
         )
-        launch(launcher, DRIVER, jobs, killed)
+        launch(launcher, DRIVER, jobs)
 
     return start
+
+
+@pytest.fixture
+def two_processes(tmp_path):
+    """Run a script in two processes, which no launcher ends, with jobs that begin with a config.
+
+    Returns what each wrote to stdout, and what to stderr.
+    """
+
+    def start(script, *jobs):
+        given = []
+        for number, (values, *rest) in enumerate(jobs):
+            path = tmp_path / f"{number}.yaml"
+            path.write_text(yaml.safe_dump(values))
+            given.append((str(path), *rest))
+        (tmp_path / "jobs.json").write_text(json.dumps(given))
+        both = {"WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+        both |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+        started = [
+            subprocess.Popen(
+                [sys.executable, "-c", script, str(tmp_path / "jobs.json")],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                env={**os.environ, **both, "CUDA_VISIBLE_DEVICES": "", "RANK": str(rank)},
+            )
+            for rank in range(2)
+        ]
+        said = [process.communicate(timeout=300) for process in started]
+        assert [process.returncode for process in started] == [0, 0], said
+        return tuple(zip(*said, strict=True))
+
+    return start
+
+
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return str(free.getsockname()[1])
 
 
 def losses_in(folder, key="losses"):
@@ -213,6 +255,26 @@ def test_fsdp2_trains_saves_and_continues_as_one_process_does(train, by_two, tmp
     assert_same_curve(train("sharded", muon=True, **probes), muon, rtol=1e-3)
 
 
+# Runs each config in a child of its own, so that one may be killed; prints how the children ended.
+IN_CHILDREN = f"""
+import json, multiprocessing, os, sys
+{SHARDING_ON_CPUS}
+import hybrid.train.runner  # by the parent, for all children
+from hybrid.train.__main__ import main
+
+def start(config, port, more):
+    os.environ.update({{**{FSDP2}, "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT"}}, MASTER_PORT=port)
+    exec(more.get(os.environ["RANK"], ""), {{}})
+    sys.exit(main([config]))
+
+ended = []
+for job in json.load(open(sys.argv[1])):
+    child = multiprocessing.get_context("fork").Process(target=start, args=job)
+    child.start()
+    child.join()
+    ended.append(child.exitcode)
+print(json.dumps(ended))
+"""
 KILLED_IN_STEP_6 = """
 import os, signal
 from hybrid.train.trainer import HybridTrainer
@@ -236,22 +298,25 @@ torch.save = save
 
 @pytest.mark.slow
 def test_sharded_runs_go_on_to_the_bit_after_one_of_two_processes_is_killed(
-    train, by_two, tmp_path
+    train, two_processes, tmp_path
 ):
-    sharded = {**FSDP2, "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT"}
+    """In a step, then in a checkpoint; the other process ends by itself, with an error."""
     model = {"model_type": "llama", "hidden_size": 16, "intermediate_size": 24}
     model |= {"num_hidden_layers": 2, "num_attention_heads": 2, "attention_dropout": 0.1}
-    more = {"model": model, "muon": {"learning_rate": 0.02}, "training": {"save_steps": 2}}
+    more = {"model": model, "muon": {"learning_rate": 0.02}}
+    more["training"] = {"max_steps": 6, "save_steps": 2}
     whole, broken = (train.values(out, 2, **more) for out in ("whole", "broken"))
-    by_two((whole, sharded), (broken, {**sharded, "RANK_1": KILLED_IN_STEP_6}), killed=True)
-    newest = max(p.name for p in (tmp_path / "broken").glob("checkpoint-*"))
-    assert newest == "checkpoint-4"
     half = tmp_path / "broken" / "checkpoint-6"
-    killing = {"RANK_0": KILLED_IN_CHECKPOINT.format(folder=half)}
-    by_two((broken, {**sharded, **killing}), killed=True)
-    assert damage(half) == "it was not written to the end"
-    assert [p.stat().st_size for p in half.glob("optimizer_0/__0_0*")] == [0]
-    by_two((broken, sharded))
+    ended, said = two_processes(
+        IN_CHILDREN,
+        (whole, free_port(), {}),
+        (broken, free_port(), {1: KILLED_IN_STEP_6}),
+        (broken, free_port(), {0: KILLED_IN_CHECKPOINT.format(folder=half)}),
+        (broken, free_port(), {}),
+    )
+    assert [json.loads(lines.splitlines()[-1]) for lines in ended] == [[0, 1, -9, 0], [0, -9, 1, 0]]
+    assert re.findall(r"continuing from .*(checkpoint-\d)", said[0]) == ["checkpoint-4"] * 2
+    assert f"skipping {half}: it was not written to the end" in said[0]
     result = json.loads((tmp_path / "broken" / "train_result.json").read_text())
     assert result["resumed_from"] == 4
     assert losses_in(tmp_path / "broken") == losses_in(tmp_path / "whole")
@@ -286,44 +351,13 @@ for config, overrides, status in json.load(open(sys.argv[1])):
 """
 
 
-@pytest.fixture
-def on_two_machines(tmp_path):
-    """Run (config, overrides, exit status) on what two processes take for machines of their own."""
-
-    def start(*runs):
-        jobs = []
-        for number, (values, overrides, status) in enumerate(runs):
-            path = tmp_path / f"machines-{number}.yaml"
-            path.write_text(yaml.safe_dump(values))
-            jobs.append((str(path), overrides, status))
-        (tmp_path / "jobs.json").write_text(json.dumps(jobs))
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = str(free.getsockname()[1])
-        both = {"WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
-        both |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "CUDA_VISIBLE_DEVICES": ""}
-        machines = [
-            subprocess.Popen(
-                [sys.executable, "-c", MACHINE, str(tmp_path / "jobs.json")],
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.PIPE,
-                text=True,
-                env={**os.environ, **both, "RANK": str(rank)},
-            )
-            for rank in range(2)
-        ]
-        said = [machine.communicate(timeout=300)[1] for machine in machines]
-        assert [machine.returncode for machine in machines] == [0, 0], said
-        return said
-
-    return start
-
-
 @pytest.mark.slow
-def test_machines_without_a_common_folder_are_told_so(train, on_two_machines, tmp_path):
+def test_machines_without_a_common_folder_are_told_so(train, two_processes, tmp_path):
+    """Each process takes itself for the only one of a machine."""
     own = f"training.output_dir={tmp_path}/machine{{machine}}"
     quick = train.values("shared", 2, training={"max_steps": 2, "save_steps": 1})
-    said = on_two_machines(
+    _, said = two_processes(
+        MACHINE,
         (quick, [own], 2),
         (quick, ["training.max_steps=1"], 0),
         (quick, [], 0),

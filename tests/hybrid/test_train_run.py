@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -437,6 +438,30 @@ def test_what_was_cut_off_is_not_kept_in_place_of_a_whole_one(values, tmp_path):
     }
 
 
+def test_a_checkpoint_is_on_the_disk_before_its_manifest_says_so(tmp_path, monkeypatch):
+    synced = []
+    (tmp_path / "deeper").mkdir()
+    for path in (tmp_path / "weights", tmp_path / "deeper" / "weights"):
+        path.write_bytes(b"1234")
+    expected = {path.stat().st_ino for path in (tmp_path, *tmp_path.rglob("*"))}
+    replace, sync = os.replace, os.fsync
+
+    def note(descriptor):
+        synced.append(os.fstat(descriptor).st_ino)
+        sync(descriptor)
+
+    def check(unfinished, path):
+        assert expected | {unfinished.stat().st_ino} <= {*synced}
+        replace(unfinished, path)
+        synced.clear()
+
+    monkeypatch.setattr(os, "fsync", note)
+    monkeypatch.setattr(os, "replace", check)
+    write_manifest(tmp_path, {})
+    assert synced == [tmp_path.stat().st_ino]  # the manifest's name, before older ones are removed
+    assert damage(tmp_path) is None
+
+
 @pytest.mark.parametrize("harm", ["cut", "gone"])
 def test_a_checkpoint_that_lacks_bytes_does_not_take_the_place_of_a_whole_one(tmp_path, harm):
     for step in (1, 2, 3):
@@ -450,6 +475,41 @@ def test_a_checkpoint_that_lacks_bytes_does_not_take_the_place_of_a_whole_one(tm
     assert [p.name for p in numbered(tmp_path)] == ["checkpoint-3", "checkpoint-1"]
 
 
+@pytest.fixture
+def filed_one_by_one(values):
+    """A model whose experts transformers files one by one, and has as one tensor in memory."""
+    experts = {"moe_intermediate_size": 16, "num_experts": 4, "num_experts_per_tok": 2}
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = {"model_type": "qwen3_moe", **sizes, "num_key_value_heads": 2, **experts}
+    return {**values, "model": model}
+
+
+def test_experts_that_are_filed_one_by_one_are_continued(filed_one_by_one):
+    """`Trainer` alone would leave them as they are at the start of a run."""
+    values = filed_one_by_one
+    more = {"learning_rate": 1e-2, "lr_scheduler_type": "constant"}
+    whole = run(changed(values, max_steps=4, **more))
+    shutil.rmtree(Path(values["training"]["output_dir"]))
+    run(changed(values, max_steps=2, **more))
+    continued = run(changed(values, max_steps=4, **more))
+    assert continued.resumed_from == 2
+    assert continued.losses == whole.losses
+
+
+def test_experts_that_are_filed_one_by_one_are_those_of_the_best_checkpoint(
+    filed_one_by_one, tmp_path
+):
+    trainer = prepare_run(parse_config(filed_one_by_one))
+    trainer.save_model(str(tmp_path / "best"))
+    trainer.state.best_model_checkpoint = str(tmp_path / "best")
+    best = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
+    for tensor in trainer.model.parameters():
+        tensor.data.zero_()
+    trainer._load_best_model()
+    found = trainer.model.state_dict()
+    assert all(torch.equal(found[name], best[name]) for name in best)
+
+
 def test_weights_that_a_checkpoint_of_another_engine_lacks_are_named(values, tmp_path):
     """As FSDP2 writes it, but of a model of which one name has changed."""
     run(changed(values, max_steps=3))
@@ -459,7 +519,10 @@ def test_weights_that_a_checkpoint_of_another_engine_lacks_are_named(values, tmp
     torch.save(weights, folder / "pytorch_model_fsdp.bin")
     (folder / "model.safetensors").unlink()
     write_manifest(folder, json.loads((folder / MANIFEST).read_text())["run"])
-    with pytest.raises(ConfigError, match="checkpoint-3 cannot be continued: it has 2") as caught:
+    message = (
+        r"checkpoint-3 cannot be continued: .*another training.output_dir\); it has 2 mistakes"
+    )
+    with pytest.raises(ConfigError, match=message) as caught:
         run(parse_config(values))
     assert caught.value.mistakes == [
         "has no model.norm.weight",
