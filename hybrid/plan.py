@@ -56,6 +56,7 @@ class Plan:
         mtp_parameters: of the multi-token prediction modules, which `parameters` includes.
         embedding_parameters: of the embedding and an untied head.
         context: N, in tokens.
+        dtype: of keys and values, and of the tails of convolutions; states are float32.
         flops_per_token: forward, mean over a sequence of N tokens, the head included; without
             multi-token prediction.
         mtp_flops_per_token: of its modules, the head for each included.
@@ -69,6 +70,7 @@ class Plan:
     mtp_parameters: int
     embedding_parameters: int
     context: int
+    dtype: str
     flops_per_token: float
     mtp_flops_per_token: float
     kv_bytes_per_token: int
@@ -111,6 +113,7 @@ def plan(config: HybridConfig, context: int = 8192, dtype: torch.dtype = torch.b
         mtp_parameters=ahead,
         embedding_parameters=_embedding(model),
         context=context,
+        dtype=str(dtype).removeprefix("torch."),
         flops_per_token=_stack_flops(model.model, context) + head_flops,
         mtp_flops_per_token=sum(
             2.0 * depth.projection.weight.numel() + _stack_flops(depth.stack, context) + head_flops
@@ -258,6 +261,7 @@ def print_plan(cost: Plan, config: HybridConfig) -> None:
         ("training FLOPs per token", f"{cost.training_flops_per_token:,.0f}"),
         ("cache bytes per token", f"{cost.kv_bytes_per_token:,}"),
         ("cache bytes whatever the length", f"{cost.state_bytes:,}"),
+        ("keys and values in", cost.dtype),
         (f"cache at {cost.context:,} tokens", f"{human_bytes(cost.cache_bytes)} a sequence"),
     ]
     for symbol, experts in cost.experts.items():

@@ -64,9 +64,9 @@ def resolve(name: str, include_path: str | Path | None = None) -> list[Task]:
         return [task for member in members for task in resolve(member, include_path)]
     if name not in manager.all_tasks:
         hint = nearest(name, [*TASKS, *manager.all_tasks])
-        if "did you mean" not in hint:
-            hint = "; --list has ours, `lm-eval ls tasks` has lm-eval's"
-        raise ValueError(f"unknown task {name!r}, neither ours nor lm-eval's{hint}")
+        hint = hint if "did you mean" in hint else ""
+        lists = "; --list has ours, `lm-eval ls tasks` has lm-eval's"
+        raise ValueError(f"unknown task {name!r}, neither ours nor lm-eval's{hint}{lists}")
     return [
         Task(
             name,

@@ -85,7 +85,7 @@ def table_columns(results: dict[str, Any]) -> list[Column]:
 
             def cheaper(record: Record) -> str:
                 tokens = cheaper_from(record["results"]["cost"], largest)
-                return "-" if tokens is None else f"{tokens:,} tokens"
+                return "-" if tokens is None else f"{tokens:,} token{'' if tokens == 1 else 's'}"
 
             columns.append(Column(f"smaller cache than {name} from", cheaper))
     return columns
