@@ -160,11 +160,12 @@ def correctness(
     """Add a row for each form, dtype and kind of gates, with the errors that are too large."""
     cases = (("mild", None), ("closed", None), ("mild", _lengths(steps)))
     for name, dtype, (gates, lengths) in itertools.product(names, dtypes, cases):
+        walking = _can_walk(name, dtype, dim, ledger.device)
         case = {"form": name, "dtype": str(dtype), "gates": gates, "packed": bool(lengths)}
-        both = _can_walk(name, dim) and gates == "mild" and lengths is None
+        both = walking and gates == "mild" and lengths is None
         # The reference takes longer than all else, and is the same for both ways.
         expected: dict[str, Tensor] = {}
-        for walk in (True, False) if both else (_can_walk(name, dim),):
+        for walk in (True, False) if both else (walking,):
             about = {**case, "walk": walk}
 
             def rows(
@@ -185,9 +186,12 @@ def correctness(
             ledger.attempt(_where(about), rows)
 
 
-def _can_walk(name: str, dim: int) -> bool:
-    """Say whether a form's forward pass can be one walk over time."""
-    return name != SCAN and not NAMED[name].value_decay and dim <= launch.WALK_KEYS
+def _can_walk(name: str, dtype: torch.dtype, dim: int, device: torch.device) -> bool:
+    """Say whether a form's forward pass, as it is checked, can be one walk over time there."""
+    op, inputs = _drawn(name, "mild", None, dtype, 2, dim)
+    with launch.walk_from(0):
+        taken = kernels_of(lambda: evaluate(op, inputs, backend="triton"), device)
+    return "walk_forward" in taken
 
 
 def _lengths(time: int) -> list[int]:

@@ -250,7 +250,7 @@ def evaluate(
     for x in (output, final_state):
         # Rounded to what every dtype holds, so that autograd passes the same gradient to each.
         gradient = torch.randn(x.shape, generator=generator).bfloat16().double()
-        loss = loss + (x.double() * gradient).sum()
+        loss = loss + (x.double() * gradient.to(x.device)).sum()
     floating = {name: x for name, x in leaves.items() if x.requires_grad}
     found = torch.autograd.grad(loss, list(floating.values()), allow_unused=True)
     results = {"output": output.detach().double(), "final_state": final_state.detach().double()}

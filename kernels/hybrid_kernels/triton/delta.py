@@ -19,6 +19,8 @@ import triton.language as tl
 
 from hybrid_kernels.triton.blocks import (
     fine_product,
+    load_column,
+    load_rows,
     load_tile,
     product,
     store_tile,
@@ -86,3 +88,38 @@ def solve(
             b_x = transposed(b_x, DOT)
         b_solved += product(b_x, b_r, DOT, PRECISION)
     return b_solved
+
+
+@triton.jit
+def new_values(
+    p_erase,
+    p_beta,
+    p_inverse,
+    b_k,
+    b_v,
+    b_read,
+    b_state,
+    row,
+    rows,
+    i_h,
+    i_pair,
+    H: tl.constexpr,
+    K: tl.constexpr,
+    C: tl.constexpr,
+    BK: tl.constexpr,
+    VECTOR: tl.constexpr,
+    PARTS: tl.constexpr,
+    DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    FINE: tl.constexpr,
+):
+    """Return u = X beta (v - (k * read) S) of a chunk, all of K in one block.
+
+    With VECTOR, k * read is loaded; ``b_read`` is a decay per row, or 1.
+    """
+    if VECTOR:
+        b_k = load_rows(p_erase, row, rows, i_h, H, K, 0, C, BK)
+    b_beta = load_column(p_beta, row, rows, i_h, H, C)
+    b_r = b_v * b_beta[:, None]
+    b_r -= fine_product(b_k, b_state, DOT, PRECISION, FINE) * (b_beta * b_read)[:, None]
+    return solve(p_inverse, b_r, i_pair, C, PARTS, False, DOT, PRECISION, FINE)

@@ -63,7 +63,7 @@ _CUDA: dict[str, tuple[Config, Config]] = {
     "delta_keys_backward": (Config(32, 64, 8, 1), Config(16, 32, 4, 1)),
     "delta_vector_keys_backward": (Config(16, 32, 4, 1), Config(16, 32, 4, 1)),
     "value_keys_backward": (Config(16, 32, 4, 1), Config(16, 32, 4, 1)),
-    "vector_keys_backward": (Config(32, 32, 8, 1), Config(32, 32, 4, 1)),
+    "vector_keys_backward": (Config(32, 32, 8, 1), Config(16, 32, 4, 1)),
     "pairs": (Config(32, 32, 8, 1), Config(32, 32, 4, 1)),
     "pairs_backward": (Config(64, 64, 4, 2), Config(32, 32, 4, 1)),
     "decode": (Config(256, 32, 4, 1), Config(256, 32, 4, 1)),
@@ -197,13 +197,15 @@ def config(
     return table[name][0 if dot == tl.bfloat16 else 1]
 
 
-def walks(device: torch.device, walkers: int, key_dim: int) -> bool:
+def walks(device: torch.device, walkers: int, key_dim: int, precision: str) -> bool:
     """Say whether ``walkers`` pairs of a sequence and a head are enough to walk over time at once.
 
-    Depends on nothing that varies with the sequence length. K must fit one block.
+    Depends on nothing that varies with the sequence length. K must fit one block, and operands in
+    two parts of TF32 take twice the registers.
     """
     least = _WALKERS[device_class(device)] if _walkers is None else _walkers
-    return walkers >= least and key_dim <= WALK_KEYS
+    most = WALK_KEYS // 2 if precision == "tf32x3" else WALK_KEYS
+    return walkers >= least and key_dim <= most
 
 
 def block(size: int, limit: int) -> int:

@@ -206,7 +206,8 @@ def make_rows(p: Problem, inverse: Tensor | None = None) -> Rows:
 
 def walks(p: Problem) -> bool:
     """Say whether the forward pass is one walk; a decay over values needs outputs level by level."""
-    return not p.value and shipped.walks(p.device, p.chunks.sequences * p.heads, p.key_dim)
+    walkers = p.chunks.sequences * p.heads
+    return not p.value and shipped.walks(p.device, walkers, p.key_dim, p.precision)
 
 
 def walk_forward(p: Problem, rows: Rows) -> tuple[Tensor, Tensor]:

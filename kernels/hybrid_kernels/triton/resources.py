@@ -40,8 +40,8 @@ SHARED_LIMIT = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gf
 # triton 3.6 (128). More means that a block is too large or an array went to the stack.
 SPILL_BOUND = 144
 QUICK = (
-    *("scalar additive", "outer additive", "vector delta 128", "no delta 128 bfloat16 forward"),
-    *("conv1d", "selective_scan"),
+    *("scalar additive 128 bfloat16", "outer additive", "vector delta 128"),
+    *("no delta 128 bfloat16 forward", "conv1d", "selective_scan"),
 )
 _TYPES = {
     torch.bfloat16: "*bf16",
@@ -254,6 +254,8 @@ def default_calls(quick: bool) -> list[tuple[str, Callable[[], object]]]:
         ("vector delta", 128, 128, bf16),
         ("vector delta", 256, 256, bf16),
         ("vector delta", 64, 64, fp32),
+        ("scalar additive", 128, 128, fp32),
+        ("vector additive", 128, 128, fp32),
     ]
     calls = []
     for form, key_dim, value_dim, dtype in sizes:

@@ -27,7 +27,7 @@ from hybrid_kernels.triton.blocks import (
     transposed,
     vector_factors,
 )
-from hybrid_kernels.triton.delta import solve
+from hybrid_kernels.triton.delta import new_values, solve
 
 
 @kernel
@@ -71,8 +71,8 @@ def states_forward_kernel(
     Grid (N * H * blocks of K * blocks of V,); DELTA needs all of K in one block.
     Reads k (rows, HK, K), v (rows, HV, V); writes states (R, H, K, V), with DELTA u (rows, H, V).
     With VECTOR, k is k * write already, and g the decay of whole chunks (R, H, K); with DELTA too,
-    erase is k * read (rows, H, K). With VALUE,
-    value_g (rows, H, V) decays columns: v as k is, S by its own total.
+    erase is k * read (rows, H, K). With VALUE, value_g (rows, H, V) decays columns: v as k is, S by
+    its own total.
     """
     i_tile, v0 = place(V, BV)
     blocks_k: tl.constexpr = (K + BK - 1) // BK
@@ -87,29 +87,24 @@ def states_forward_kernel(
     for i in range(0, count):
         row = start + i * C
         rows = (stop - row).to(tl.int32)
-        store_tile(p_states, b_state, (chunk + i) * H + i_h, K, V, k0, v0, BK, BV)
+        i_pair = (chunk + i) * H + i_h
+        store_tile(p_states, b_state, i_pair, K, V, k0, v0, BK, BV)
         b_k = load_rows(p_k, row, rows, i_h // (H // HK), HK, K, k0, C, BK)
         b_v = load_rows(p_v, row, rows, i_h // (H // HV), HV, V, v0, C, BV)
+        b_read = 1.0
         if SCALAR:
             _, _, b_read, b_write, total = scalar_factors(p_g, row, rows, i_h, H, C)
         if DELTA:
-            b_erase = b_k
-            b_weight = load_column(p_beta, row, rows, i_h, H, C)
-            b_v *= b_weight[:, None]
-            if SCALAR:
-                b_weight *= b_read
-            if VECTOR:
-                b_erase = load_rows(p_erase, row, rows, i_h, H, K, k0, C, BK)
-            b_v -= fine_product(b_erase, b_state, DOT, PRECISION, FINE) * b_weight[:, None]
-            b_v = solve(
-                p_inverse, b_v, (chunk + i) * H + i_h, C, PARTS, False, DOT, PRECISION, FINE
+            b_v = new_values(
+                *(p_erase, p_beta, p_inverse, b_k, b_v, b_read, b_state, row, rows, i_h, i_pair),
+                *(H, K, C, BK, VECTOR, PARTS, DOT, PRECISION, FINE),
             )
             store_rows(p_u, b_v, row, rows, i_h, H, V, v0, C, BV)
         if SCALAR:
             b_v *= b_write[:, None]
             b_state *= total
         if VECTOR:
-            b_state *= load_vector(p_g, (chunk + i) * H + i_h, K, k0, BK)[:, None]
+            b_state *= load_vector(p_g, i_pair, K, k0, BK)[:, None]
         if VALUE:
             _, _, b_up, b_total = vector_factors(p_value_g, row, rows, i_h, H, V, v0, C, BV)
             b_v *= b_up
@@ -175,7 +170,8 @@ def states_backward_kernel(
         i = count - 1 - step
         row = start + i * C
         rows = (stop - row).to(tl.int32)
-        store_tile(p_dstates, b_dstate, (chunk + i) * H + i_h, K, V, k0, v0, BK, BV)
+        i_pair = (chunk + i) * H + i_h
+        store_tile(p_dstates, b_dstate, i_pair, K, V, k0, v0, BK, BV)
         b_q = load_rows(p_q, row, rows, i_h // (H // HQ), HQ, K, k0, C, BK)
         b_do = load_rows(p_do, row, rows, i_h, H, V, v0, C, BV) * scale
         b_carried = b_dstate
@@ -186,7 +182,7 @@ def states_backward_kernel(
             b_do *= b_read[:, None]
             b_carried *= total
         if VECTOR:
-            b_carried *= load_vector(p_g, (chunk + i) * H + i_h, K, k0, BK)[:, None]
+            b_carried *= load_vector(p_g, i_pair, K, k0, BK)[:, None]
         if VALUE:
             _, b_low, _, b_total = vector_factors(p_value_g, row, rows, i_h, H, V, v0, C, BV)
             b_do *= b_low
@@ -196,9 +192,7 @@ def states_backward_kernel(
             if SCALAR:
                 b_dx *= b_write[:, None]
             b_dx += load_rows(p_dx, row, rows, i_h, H, V, v0, C, BV)
-            b_dx = solve(
-                p_inverse, b_dx, (chunk + i) * H + i_h, C, PARTS, True, DOT, PRECISION, FINE
-            )
+            b_dx = solve(p_inverse, b_dx, i_pair, C, PARTS, True, DOT, PRECISION, FINE)
             store_rows(p_dx, b_dx, row, rows, i_h, H, V, v0, C, BV)
             b_dx *= load_column(p_beta, row, rows, i_h, H, C)[:, None]
             store_rows(p_dv, b_dx, row, rows, i_h, H, V, v0, C, BV)

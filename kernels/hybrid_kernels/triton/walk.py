@@ -8,14 +8,13 @@ enough of them (``launch.walks``). Decays over values do without.
 Legend: see ``blocks.py``; N sequences, R chunks in all.
 """
 
-# pyright: reportArgumentType=false
+# pyright: reportArgumentType=false, reportIndexIssue=false
 
 import triton.language as tl
 
 from hybrid_kernels.triton.blocks import (
     fine_product,
     kernel,
-    load_column,
     load_rows,
     load_tile,
     load_vector,
@@ -29,7 +28,7 @@ from hybrid_kernels.triton.blocks import (
     store_tile,
     transposed,
 )
-from hybrid_kernels.triton.delta import solve
+from hybrid_kernels.triton.delta import new_values
 
 
 @kernel
@@ -92,6 +91,7 @@ def walk_forward_kernel(
         b_q = load_rows(p_q, row, rows, i_h // (H // HQ), HQ, K, 0, C, BK)
         b_k = load_rows(p_k, row, rows, i_h // (H // HK), HK, K, 0, C, BK)
         b_v = load_rows(p_v, row, rows, i_h // (H // HV), HV, V, v0, C, BV)
+        b_read = 1.0
         if SCALAR:
             b_sums, b_rests, b_read, b_write, total = scalar_factors(p_g, row, rows, i_h, H, C)
         if VECTOR or DELTA:
@@ -105,15 +105,10 @@ def walk_forward_kernel(
         # Before the other products, so that it is in half as many registers by then.
         b_pairs = b_pairs.to(DOT)
         if DELTA:
-            b_erase = b_k
-            b_weight = load_column(p_beta, row, rows, i_h, H, C)
-            b_v *= b_weight[:, None]
-            if SCALAR:
-                b_weight *= b_read
-            if VECTOR:
-                b_erase = load_rows(p_erase, row, rows, i_h, H, K, 0, C, BK)
-            b_v -= fine_product(b_erase, b_state, DOT, PRECISION, FINE) * b_weight[:, None]
-            b_v = solve(p_inverse, b_v, i_pair, C, PARTS, False, DOT, PRECISION, FINE)
+            b_v = new_values(
+                *(p_erase, p_beta, p_inverse, b_k, b_v, b_read, b_state, row, rows, i_h, i_pair),
+                *(H, K, C, BK, VECTOR, PARTS, DOT, PRECISION, FINE),
+            )
         b_o = product(b_q, b_state, DOT, PRECISION)
         if SCALAR:
             b_o *= b_read[:, None]

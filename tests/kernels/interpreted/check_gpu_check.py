@@ -89,14 +89,26 @@ def test_one_failure_does_not_end_a_section(tmp_path, monkeypatch, capsys):
     assert "6 rows, 0 bad, 2 failures" in capsys.readouterr().out
 
 
-def test_only_what_walks_is_said_to():
-    for form in FORMS:
-        taken = []
-        inputs = sample(form, batch=1, time=3)
-        recorder = launch.record("sm_90", lambda kernel, *_, t=taken: t.append(kernel.__name__))
-        with recorder, launch.walk_from(0), torch.no_grad():
-            linear_attention(**inputs, backend="triton")
-        assert ("walk_forward_kernel" in taken) == gpu_check._can_walk(form.name, 8)
+@pytest.mark.parametrize(
+    ("name", "dtype", "dim", "walks"),
+    [
+        ("additive_scalar", torch.float32, 64, True),
+        ("additive_scalar", torch.float32, 128, False),
+        ("delta_vector", torch.float16, 128, True),
+        ("delta_vector", torch.bfloat16, 144, False),
+        ("additive_fixed", torch.bfloat16, 128, False),
+        ("additive_outer", torch.bfloat16, 64, False),
+        ("selective_scan", torch.bfloat16, 64, False),
+    ],
+)
+def test_only_what_walks_is_said_to(name, dtype, dim, walks):
+    with launch.record("sm_90", lambda *_: None):
+        assert gpu_check._can_walk(name, dtype, dim, CPU) == walks
+
+
+def test_every_kernel_is_launched_where_the_device_is_another():
+    """Of a device that is not the CPU, all that is computed around the kernels."""
+    gpu_check.launch_each(torch.device("meta"))
 
 
 def test_neighbours_of_shipped_blocks():

@@ -147,15 +147,20 @@ def test_a_gate_that_is_not_a_number_shows(name):
     assert state.isnan().all()
 
 
-def test_heads_and_sequences_decide_the_way():
+def test_heads_sequences_and_width_decide_the_way():
+    """float32 operands, in two parts of TF32, leave no room for 128 keys."""
     taken = []
     with launch.record("sm_90", lambda kernel, *_: taken.append(kernel.__name__)):
-        for batch, heads, key_dim in ((8, 8, 128), (8, 7, 128), (8, 8, 144)):
-            tokens = torch.zeros(batch, 64, heads, key_dim, dtype=torch.bfloat16)
+        for heads, key_dim, dtype in (
+            *((8, 128, torch.bfloat16), (7, 128, torch.bfloat16), (8, 144, torch.bfloat16)),
+            *((8, 64, torch.float32), (8, 128, torch.float32), (8, 128, torch.float16)),
+        ):
+            tokens = torch.zeros(8, 64, heads, key_dim, dtype=dtype)
             with torch.no_grad():
                 linear_attention(tokens, tokens, tokens, backend="triton")
     steps = ["states_forward_kernel", "outputs_forward_kernel"]
-    assert taken == ["walk_forward_kernel", *steps, *steps]
+    walk = "walk_forward_kernel"
+    assert taken == [walk, *steps, *steps, walk, *steps, walk]
 
 
 def test_ways_and_blocks_nest():
@@ -165,11 +170,11 @@ def test_ways_and_blocks_nest():
     first, second = launch.Config(warps=1), launch.Config(warps=2)
     with launch.walk_from(0), launch.override("pairs", first):
         with launch.walk_from(NEVER), launch.override("pairs", second):
-            assert not launch.walks(device, 1, key_dim)
+            assert not launch.walks(device, 1, key_dim, "ieee")
             assert launch.config("pairs", device, tl.bfloat16) == second
-        assert launch.walks(device, 1, key_dim)
+        assert launch.walks(device, 1, key_dim, "ieee")
         assert launch.config("pairs", device, tl.bfloat16) == first
-    assert not launch.walks(device, 1, key_dim)
+    assert not launch.walks(device, 1, key_dim, "ieee")
     assert launch.config("pairs", device, tl.bfloat16) == shipped
 
 
