@@ -51,6 +51,7 @@ class DeltaRun:
     def __init__(self, p: Problem, scratch: Scratch, kept: Kept | None):
         assert p.beta is not None
         self.p, self.scratch, self.kept, self.chunk = p, scratch, kept, p.layout.chunk
+        self.v = p.v.squeeze(4)
         self.all_beta = load(p.beta, p.dtype)
         # Without d. One element with a dimension: a number would take a product to bfloat16 first.
         self.scale = self.all_beta.new_full((1,), p.scale)
@@ -59,14 +60,14 @@ class DeltaRun:
 
     def begin(self, segment: Segment) -> None:
         """Load a segment's rows."""
-        p, lead = self.p, segment.lead
+        p, lead, heads = self.p, segment.lead, self.p.heads
         self.segment = segment
-        sizes = tuple(width * p.heads for width in segment.widths)
+        sizes = tuple([width * heads for width in segment.widths])
         if sizes != self.sizes:
             self.sizes = sizes
             self._lay_out()
         self.key_gate, self.value_gate = p.key_gate(lead), p.value_gate(lead)
-        rows = p.q.shape[1] * p.heads
+        rows = p.q.shape[1] * heads
         self.beta = self.all_beta[lead.start * rows : lead.stop * rows]
         self._load_rows()
 
@@ -82,8 +83,16 @@ class DeltaRun:
         self.cut_queries, self.cut_erasing, self.cut_write, self.cut_values = (
             x.unflatten(0, cut) for x in (self.queries, self.erasing, self.write, self.values)
         )
+        # Forward with those of erasing keys below; in the backward pass alone.
+        self.both_pairs = take("pairs", rows, 2 * chunk, chunk)
+        self.upper_pairs, self.erasing_pairs = self.both_pairs.split(chunk, dim=1)
+        self.single_pairs = take("pairs", rows, chunk, chunk)
         self.weights = take("weights", rows, chunk, chunk)
         self.erase = take("erase", rows, chunk, key)
+        if self.kept is None:
+            self.written = take("written", rows, chunk, value)
+            self.inverse = take("inverse", rows, chunk, chunk)
+            self.step_written = self.written.split_with_sizes(self.sizes)
         decays = p.key_decay is not None or p.value_decay is not None
         self.carry = take("carry", rows, chunk, key) if decays and not p.exact else self.write
         self.write_columns = self.write.mT
@@ -100,7 +109,7 @@ class DeltaRun:
         load(p.q[lead], p.dtype, factor, self.cut_queries)
         load(keys, p.dtype, factor, self.cut_erasing)
         factor = self.value_gate.write if self.value_gate else None
-        load(p.v[lead].squeeze(4), p.dtype, factor, self.cut_values)
+        load(self.v[lead], p.dtype, factor, self.cut_values)
         self.total = None
         if self.key_gate:
             load(keys, p.dtype, self.key_gate.write, self.cut_write)
@@ -114,26 +123,23 @@ class DeltaRun:
 
     def pass_states(self, state: Tensor) -> None:
         """Walk the states through the segment; ``state`` becomes that after it, in place."""
-        rows, chunk, take = sum(self.sizes), self.chunk, self.scratch.take
-        if self.kept is None:
-            self.written = take("written", rows, chunk, self.values.shape[2])
-            self.inverse = take("inverse", rows, chunk, chunk)
-        else:
+        if self.kept is not None:
             before = self.kept.before(self.segment)
             before.copy_(state[: before.shape[0]])
             self.written, self.inverse = self.kept.delta(self.segment)
+            self.step_written = self.written.split_with_sizes(self.sizes)
         self._make_pairs()
         unit_lower_inverse(self.weights, self.inverse)
         self._weigh()
         torch.bmm(self.weights, self.values, out=self.written)
-        erase, carry = self.step_erase, self.step_carry
-        written = self.written.split_with_sizes(self.sizes)
+        written, erase, carry = self.step_written, self.step_erase, self.step_carry
+        totals = self.totals
         for i, start, end in walk(self.step_starts, self.step_ends, state):
             u = written[i].baddbmm_(erase[i], start, alpha=-1)
-            if self.totals is None:
+            if totals is None:
                 torch.baddbmm(start, carry[i], u, out=end)
             else:
-                torch.mul(start, self.totals[i], out=end)
+                torch.mul(start, totals[i], out=end)
                 end.baddbmm_(carry[i], u)
 
     def recall(self) -> None:
@@ -151,19 +157,16 @@ class DeltaRun:
         if self.p.exact and self.key_gate:
             self._make_exact_pairs()
             return
-        pairs = self.scratch.take("pairs", sum(self.sizes), 2 * self.chunk, self.chunk)
-        torch.bmm(self.read, self.write_columns, out=pairs)
-        self.query_pairs, erasing = pairs.split(self.chunk, dim=1)
-        self.query_pairs.mul_(self.lower)
-        torch.mul(erasing, self.beta, out=self.weights)
+        torch.bmm(self.read, self.write_columns, out=self.both_pairs)
+        self.query_pairs = self.upper_pairs.mul_(self.lower)
+        torch.mul(self.erasing_pairs, self.beta, out=self.weights)
 
     def _make_query_pairs(self) -> None:
         if self.p.exact and self.key_gate:
             self._make_exact_pairs()
             return
-        self.query_pairs = self.scratch.take("pairs", *self.weights.shape)
-        torch.bmm(self.queries, self.write_columns, out=self.query_pairs)
-        self.query_pairs.mul_(self.lower)
+        torch.bmm(self.queries, self.write_columns, out=self.single_pairs)
+        self.query_pairs = self.single_pairs.mul_(self.lower)
 
     def _make_exact_pairs(self) -> None:
         assert self.key_gate is not None
@@ -339,7 +342,10 @@ class DeltaPass:
         self.given, strength = product.sum(-1, keepdim=True), run.beta
         if run.value_gate:
             strength = strength * run.value_gate.write
-        taken = self.erasing_reads.sum(-1, keepdim=True)
+            # For the decay as well as for beta.
+            self.read_sums, taken = self.reads.sum(-1, keepdim=True).split(self.chunk, dim=1)
+        else:
+            taken = self.erasing_reads.sum(-1, keepdim=True)
         if self.p.exact and run.key_gate:
             taken -= (run.raw_k * self.dpair_read[:, 1]).sum(-1, keepdim=True)
         store(grads.beta[self.lead], self.given - taken)
@@ -350,8 +356,8 @@ class DeltaPass:
         run = self.run
         if grads.value_decay is not None:
             assert run.value_gate is not None
-            reads = self.query_reads.sum(-1, keepdim=True)
-            dg = run.value_gate.backward(reads, self.given.mul_(run.beta), self.dtotal)
+            given = self.given.mul_(run.beta)
+            dg = run.value_gate.backward(self.read_sums, given, self.dtotal)
             store(grads.value_decay[self.lead], dg)
         if grads.key_decay is not None:
             assert run.key_gate is not None
