@@ -74,6 +74,9 @@ class Problem:
         self.device = self.q.device
         self.dot, self.precision = shipped.operands(self.device, self.q, self.k, self.v)
         self.kept = shipped.kept(self.q, self.k, self.v)
+        # The gradient of gated delta's decay rests on the product of two states, which may cancel.
+        whole = self.backward and self.delta and self.scalar
+        self.kept_states = torch.float32 if whole else self.kept
         self.counts = (self.chunks.time, self.chunks.per_row)
         form = (self.delta, self.log_decay is not None, self.key_dim, self.kept)
         fine, self.parts = shipped.fine(*form, self.backward), shipped.inverse_parts(*form)
@@ -252,7 +255,7 @@ def states_forward(p: Problem, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
     That is u (B, T, H, V) for the delta rule, else v.
     """
     u = p.empty(*p.q.shape[:2], p.heads, p.value_dim) if p.delta else p.v
-    states = p.empty(p.chunks.count, p.heads, p.key_dim, p.value_dim)
+    states = p.empty(p.chunks.count, p.heads, p.key_dim, p.value_dim, dtype=p.kept_states)
     shape = (p.chunks.sequences, p.heads, p.key_dim, p.value_dim)
     final = p.empty(*shape, dtype=torch.float32)
     config, sizes, grid = _state_sizes(p, "forward")
@@ -281,7 +284,7 @@ def states_backward(
 
     For the delta rule, fills dv and turns du so far into dx; else both are dummies.
     """
-    dstates = p.empty(p.chunks.count, p.heads, p.key_dim, p.value_dim)
+    dstates = p.empty(p.chunks.count, p.heads, p.key_dim, p.value_dim, dtype=p.kept_states)
     dinitial = torch.empty_like(dfinal)
     config, sizes, grid = _state_sizes(p, "backward")
     launch(

@@ -84,6 +84,13 @@ def test_error_of_bfloat16_where_nothing_forgets(name, gates, key_dim, seed, wal
         compare(named[name], "triton", torch.bfloat16, **sizes, gates=gates, seed=seed)
 
 
+@pytest.mark.parametrize("seed", [1, 6])
+def test_error_of_bfloat16_in_a_decay_that_is_open(seed):
+    """Its gradient rests on the product of two states, which may cancel."""
+    sizes = {"batch": 1, "time": 130, "key_dim": 64, "value_dim": 64, "gates": "open"}
+    compare(named["delta_scalar"], "triton", torch.bfloat16, **sizes, seed=seed)
+
+
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("name", ["delta", "delta_scalar", "delta_vector"])
 def test_error_of_bfloat16_with_more_tokens_than_keys(name, seed):
