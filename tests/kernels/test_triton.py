@@ -82,9 +82,12 @@ def call(batch, time, packed):
 with launch.record("sm_90", bind):
     for packed in (False, True):
         seen.clear()
-        for time in (64, 100, 128, 1000, 1024, 4095, 4096):
+        call(1, 64, packed)
+        # Both passes of one length may bind a kernel each in its own way.
+        first = {name: set(kinds) for name, kinds in seen.items()}
+        for time in (100, 128, 1000, 1024, 4095, 4096):
             call(1, time, packed)
-        print(len(seen), max(len(kinds) for kinds in seen.values()))
+        print(len(seen), sum(len(kinds - first.get(name, set())) for name, kinds in seen.items()))
 """
 
 
@@ -92,7 +95,7 @@ def test_another_length_compiles_nothing():
     done = run("-c", BIND, TRITON_INTERPRET="0")
     assert done.returncode == 0, done.stderr[-2000:]
     for line in done.stdout.splitlines():
-        kernels, kinds = map(int, line.split())
+        kernels, more = map(int, line.split())
         assert kernels >= 9
-        assert kinds == 1
+        assert more == 0
     assert len(done.stdout.splitlines()) == 2
