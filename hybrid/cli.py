@@ -112,7 +112,8 @@ def _parser(every: argparse.ArgumentParser) -> argparse.ArgumentParser:
     writing = command("export", _export, "write a model as a published architecture's checkpoint")
     writing.add_argument("source", metavar="PATH", help="folder of a model of ours")
     writing.add_argument("out", metavar="OUT", help="folder to write; must be new or empty")
-    writing.add_argument("--as", dest="family", help="e.g. qwen3_next; default: the one that fits")
+    words = "e.g. qwen3_next; default: the one it was imported from, else the one that fits"
+    writing.add_argument("--as", dest="family", help=words)
     writing.add_argument("--max-shard-size", default="5GB", help="of one file, e.g. 500MB")
 
     student = command(
@@ -398,24 +399,27 @@ def _mixers(arguments: argparse.Namespace) -> int:
 
     from rich.console import Console
     from rich.markup import escape
-    from rich.table import Table
+    from rich.table import Column, Table
 
+    from hybrid.prose import fold
     from hybrid.registry import mixers
 
     console = Console()
     if arguments.name is None:
-        table = Table("symbol", "mixer", "gate", "paper")
+        name = Column("mixer", no_wrap=True)  # whole, to be typed again
+        table = Table("symbol", name, "gate", "paper")
         for cls in mixers.classes():
             table.add_row(cls.symbol or "", cls.name, escape(cls.formula), escape(cls.paper))
         console.print(table)
         return 0
     name: str = arguments.name
     cls = mixers.get(mixers.symbols().get(name, name))
-    heading = f"{cls.name} ({cls.symbol})" if cls.symbol else cls.name
-    console.print(f"{heading}\n", inspect.getdoc(cls), "\n", highlight=False, markup=False)
+    texts = [f"{cls.name} ({cls.symbol})" if cls.symbol else cls.name, inspect.getdoc(cls)]
     for options in reversed(cls.Options.__mro__):  # what is shared stands above what adds to it
         if dataclasses.is_dataclass(options) and dataclasses.fields(options):
-            console.print(inspect.getdoc(options), "\n", highlight=False, markup=False)
+            texts.append(inspect.getdoc(options))
+    shown = fold("\n\n".join(filter(None, texts)), console.width)
+    console.print(shown, "", sep="\n", soft_wrap=True, highlight=False, markup=False)
     table = Table("option", "default")
     for field in dataclasses.fields(cls.Options):
         made = field.default_factory

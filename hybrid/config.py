@@ -77,6 +77,8 @@ class HybridConfig(PreTrainedConfig):
         max_position_embeddings: the longest sequence the model is meant for; null for no limit.
         tie_word_embeddings: share the embedding with the output head.
         use_cache: return a cache from forward.
+        imported_from: the published family that the model was imported from, by its `model_type`;
+            `hybrid export` without `--as` goes back to it where it still fits.
 
     Raises:
         ConfigError: a ValueError with one line for every mistake in the arguments.
@@ -118,6 +120,7 @@ class HybridConfig(PreTrainedConfig):
     pad_token_id: int | None = None
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
+    imported_from: str | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         mistakes = find_mistakes(self, inspect.get_annotations(HybridConfig), kwargs)

@@ -7,6 +7,8 @@ again.
 
 from __future__ import annotations
 
+import difflib
+import os
 from typing import TYPE_CHECKING
 
 from hybrid.options import ConfigError
@@ -53,10 +55,14 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """The tokenizer called `name`: `bytes`, a folder, or a name on the hub.
 
     Raises:
-        ConfigError: nothing of that name can be loaded.
+        ConfigError: nothing of that name can be loaded, or it is `bytes` misspelt.
     """
     if name == BYTES:
         return byte_tokenizer()
+    near = difflib.get_close_matches(name.lower(), [BYTES], cutoff=0.75)
+    # the hub is not asked for it: without a network that takes long, and ends in words about one
+    if near and "/" not in name and not os.path.exists(name):
+        raise ConfigError([f"tokenizer: no tokenizer {name!r}, did you mean {BYTES!r}?"])
     from transformers import AutoTokenizer
 
     try:

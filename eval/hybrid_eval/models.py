@@ -3,6 +3,7 @@
 import hashlib
 import json
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +109,14 @@ def _tokenizer(source: str, wanted: str | Encoder | None, **options: Any) -> Enc
         return None
     if wanted is not None:
         options.pop("gguf_file", None)
-    return AutoTokenizer.from_pretrained(place, **options)
+        # the hub is not asked for what is `bytes` misspelt, which takes long without a network
+        near = get_close_matches(wanted.lower(), ["bytes"], cutoff=0.75)
+        if near and "/" not in wanted and not folder.exists():
+            raise ValueError(f"no tokenizer {wanted!r}; did you mean 'bytes'?")
+    try:
+        return AutoTokenizer.from_pretrained(place, **options)
+    except OSError as error:
+        raise ValueError(f"{place}: no tokenizer that could be loaded ({error})") from error
 
 
 def _file_fingerprint(source: str, extra: dict[str, str]) -> str:
@@ -180,8 +188,8 @@ def load(
         device: None takes a GPU if there is one.
 
     Raises:
-        ValueError: nothing there, no checkpoint, a model type that needs code of its own, or a
-            dtype or device that is not here.
+        ValueError: nothing there, no checkpoint, no such tokenizer, a model type that needs code of
+            its own, or a dtype or device that is not here.
     """
     device, dtype = _device(device), _dtype(dtype)
     if isinstance(spec, torch.nn.Module):
@@ -204,8 +212,8 @@ def load(
         raise ValueError(
             f"{source}: no checkpoint folder here and no model that could be reached ({error})"
         ) from error
-    model: Any = AutoModelForCausalLM.from_pretrained(place, dtype=dtype, **options)
     encoder = _tokenizer(place, tokenizer, **options)
+    model: Any = AutoModelForCausalLM.from_pretrained(place, dtype=dtype, **options)
     return Subject(
         name or label, model.eval().to(device), encoder, source, _file_fingerprint(place, extra)
     )

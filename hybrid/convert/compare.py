@@ -15,6 +15,7 @@ from hybrid.model import HybridForCausalLM
 TOP_UNCOMPARED = {
     "layout", "num_hidden_layers", "ffn", "mixers", "feed_forwards", "init", "initializer_range",
     "use_cache", "max_position_embeddings", "pad_token_id", "bos_token_id", "eos_token_id",
+    "imported_from",
     "z_loss", "loss_backend", "mtp_layout", "mtp_loss_weight", "canon_width",
     "norm_position", "residuals", "canon", "shared",  # compared layer by layer
 }  # fmt: skip

@@ -99,7 +99,7 @@ def to_ours(family: Family, theirs: Any, mtp: bool = False) -> HybridConfig:
         symbol: _options(flat, f"feed_forwards.{symbol}.") for symbol in sorted(symbols)
     }
     arguments |= _by_symbol(flat, used | symbols | {DEFAULT})
-    arguments |= modules | layout_of(*stacks)
+    arguments |= modules | layout_of(*stacks) | {"imported_from": family.name}
     return HybridConfig(**arguments)  # pyright: ignore[reportArgumentType]
 
 

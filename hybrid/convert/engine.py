@@ -177,8 +177,9 @@ def export(
         out: the new folder; it must not exist, or be empty. It appears when all went well.
         family: the architecture, by its `model_type`, or by another that it is published under
             (`kimi_k2`; what is written has that of transformers' class, `deepseek_v3`); None for the
-            one that fits: of several, the one whose kinds of mixers and feed-forwards the model has
-            all (`llama` for plain softmax).
+            one that the model was imported from (`imported_from` of its config), where it still
+            fits. Else the one that fits: of several, the one whose kinds of mixers and feed-forwards
+            the model has all (`llama` for plain softmax).
         max_shard_size: bytes of one file, such as `5GB`.
 
     Returns:
@@ -226,9 +227,15 @@ def fitting(model: HybridForCausalLM) -> tuple[list[str], dict[str, NotExpressib
 
 def _only_fit(model: HybridForCausalLM) -> Family:
     fit, refused = fitting(model)
+    origin = model.config.imported_from
+    if origin in fit:
+        return FAMILIES[origin]
     # a hybrid family can say plain softmax, too, but one that has nothing else is meant
     fit = [name for name in fit if _uses_all_of(FAMILIES[name], model)] or fit
     if len(fit) == 1:
+        if origin in refused:
+            reason = _first(refused[origin].obstacles)
+            logger.warning("written as %s, no longer as %s: %s", fit[0], origin, reason)
         return FAMILIES[fit[0]]
     if fit:
         raise ValueError(

@@ -23,5 +23,6 @@ strong the decays are, a later token may move earlier outputs by rounding, not b
 
 from hybrid_kernels.api import causal_conv1d, linear_attention, selective_scan
 from hybrid_kernels.backends import available_backends
+from hybrid_kernels.joint import split
 
-__all__ = ["available_backends", "causal_conv1d", "linear_attention", "selective_scan"]
+__all__ = ["available_backends", "causal_conv1d", "linear_attention", "selective_scan", "split"]

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hybrid_kernels.api import causal_conv1d, linear_attention, selective_scan
+from hybrid_kernels.joint import split
 
 H, K, V, D, N = 4, 64, 64, 256, 16
 CONV_CHANNELS = 768
@@ -156,7 +157,7 @@ def lightning_inputs(length: int) -> dict[str, Tensor]:
 
 def lightning_ours(qkv: Tensor, log_slopes: Tensor, state: Tensor | None = None) -> Tensor:
     """Compute what ``lightning_layer`` does, after a state if there is one: it is overwritten."""
-    q, k, v = qkv.view(1, -1, H, 3, K).unbind(3)
+    q, k, v = split(qkv.view(1, -1, H, 3 * K), [K] * 3)
     return linear_attention(
         q,
         k,

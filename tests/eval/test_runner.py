@@ -108,6 +108,8 @@ def test_results_hold_what_the_footer_needs(tiny_llama):
         (["{tmp}/tiny", "--set", "mqar.n=1.5"], "mqar.n must be a whole number, got 1.5"),
         (["{tmp}/tiny", "--set", "mqar.pairs=[1"], "--set mqar.pairs=[1: the value is not YAML"),
         (["{tmp}/tiny", "--dtype", "float31"], "no dtype 'float31'; did you mean 'float32'?"),
+        (["{tmp}/tiny", "--tokenizer", "bytse"], "no tokenizer 'bytse'; did you mean 'bytes'?"),
+        (["{tmp}/tiny", "--tokenizer", "{tmp}/none"], "none: no tokenizer that could be loaded"),
         (["{tmp}/tiny", "--device", "tpu"], "no device 'tpu'; write cpu, cuda"),
         (
             ["{tmp}/tiny", "--tasks", "cost", "--include-path", "{tmp}/gone"],

@@ -57,6 +57,20 @@ def test_mixers_prints_every_letter_and_each_ones_options(capsys):
     assert "did you mean 'softmax_attention'" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("width", [60, 90])
+def test_mixers_keeps_to_the_width_and_to_whole_names(width, capsys, monkeypatch):
+    from hybrid.registry import mixers
+
+    monkeypatch.setenv("COLUMNS", str(width))
+    assert main(["mixers"]) == 0
+    table = capsys.readouterr().out
+    assert all(f" {name} " in table for name in mixers.names())
+    assert main(["mixers", "S"]) == 0
+    text = capsys.readouterr().out
+    assert max(map(len, (table + text).splitlines())) <= width
+    assert "\n    num_heads: query heads H; default D / 64, at least 1.\n    num_kv_heads: " in text
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -64,6 +64,21 @@ def test_another_tokenizer_goes_through_its_own_encoding(tmp_path):
     np.testing.assert_array_equal(ids, [259, ord("f"), 258])
 
 
+@pytest.mark.parametrize("name", ["byte", "bytse", "Bytes", "bites"])
+def test_bytes_misspelt_is_named_and_no_hub_is_asked(name, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", asked.append)
+    with pytest.raises(ConfigError, match=f"tokenizer: no tokenizer '{name}', did you mean 'bytes'"):
+        load_tokenizer(name)
+    assert asked == []
+    (tmp_path / name).mkdir()
+    load_tokenizer(name)
+    for other in ("gpt2", "byt5", "me/bytes"):
+        load_tokenizer(other)
+    assert asked == [name, "gpt2", "byt5", "me/bytes"]
+
+
 def test_what_cannot_be_loaded_is_named(tmp_path):
     with pytest.raises(ConfigError, match=r"tokenizer: no tokenizer '.*nowhere': neither 'bytes'"):
         load_tokenizer(str(tmp_path / "nowhere"))

@@ -24,7 +24,15 @@ from hybrid_kernels.chunked.gates import triangle, triangles
 from hybrid_kernels.chunked.gradient import Gradients
 from hybrid_kernels.chunked.inverse import unit_lower_inverse
 from hybrid_kernels.chunked.kept import Kept
-from hybrid_kernels.chunked.layout import Segment, accumulate, load, store, walk, walk_back
+from hybrid_kernels.chunked.layout import (
+    Carried,
+    Segment,
+    accumulate,
+    load,
+    store,
+    walk,
+    walk_back,
+)
 from hybrid_kernels.chunked.memory import Scratch
 from hybrid_kernels.chunked.pairs import key_pairs, key_pairs_backward
 from hybrid_kernels.chunked.segment import Problem
@@ -121,11 +129,10 @@ class DeltaRun:
             # Rescaled rows are relative to the chunk's start; what they write decays to its end.
             torch.mul(self.write, self.total.mT, out=self.carry)
 
-    def pass_states(self, state: Tensor) -> None:
-        """Walk the states through the segment; ``state`` becomes that after it, in place."""
+    def pass_states(self, carried: Carried) -> None:
+        """Walk the states through the segment."""
         if self.kept is not None:
-            before = self.kept.before(self.segment)
-            before.copy_(state[: before.shape[0]])
+            carried.enter(self.kept.before(self.segment))
             self.written, self.inverse = self.kept.delta(self.segment)
             self.step_written = self.written.split_with_sizes(self.sizes)
         self._make_pairs()
@@ -134,7 +141,8 @@ class DeltaRun:
         torch.bmm(self.weights, self.values, out=self.written)
         written, erase, carry = self.step_written, self.step_erase, self.step_carry
         totals = self.totals
-        for i, start, end in walk(self.step_starts, self.step_ends, state):
+        carried.enter(self.step_starts[0])
+        for i, start, end in walk(self.step_starts, self.step_ends, carried):
             u = written[i].baddbmm_(erase[i], start, alpha=-1)
             if totals is None:
                 torch.baddbmm(start, carry[i], u, out=end)
@@ -148,9 +156,10 @@ class DeltaRun:
         self.written, self.inverse = self.kept.delta(self.segment)
         self._make_query_pairs()
         self._weigh()
+        carried = self.kept.carried(self.segment)
+        carried.enter(self.step_starts[0])
         torch.bmm(self.carry.mT, self.written, out=self.ends)
-        state = self.kept.before(self.segment).clone()
-        accumulate(self.step_starts, self.step_ends, state, self.totals)
+        accumulate(self.step_starts, self.step_ends, carried, self.totals)
 
     def _make_pairs(self) -> None:
         """Find the pairs of queries, and A where the weights will be."""
@@ -207,8 +216,9 @@ class DeltaPass:
         dwritten: (C, V) gradient of u.
     """
 
-    def __init__(self, run: DeltaRun, decays_wanted: bool):
-        self.run, self.p, self.chunk, self.decays_wanted = run, run.p, run.chunk, decays_wanted
+    def __init__(self, run: DeltaRun, grads: Gradients):
+        self.run, self.p, self.chunk, self.grads = run, run.p, run.chunk, grads
+        self.decays_wanted = grads.of_decays
         self.mask = triangles(run.chunk, run.p.dtype, run.p.q.device)
         self.sizes: tuple[int, ...] = ()
 
@@ -250,13 +260,14 @@ class DeltaPass:
             for x in (self.befores, self.dends, self.dwritten, run.carry, run.erase.mT)
         )
 
-    def pass_states(self, dstate: Tensor) -> None:
-        """Walk the states' gradient backwards; ``dstate`` becomes that before the segment."""
+    def pass_states(self, carried: Carried) -> None:
+        """Walk the states' gradient backwards."""
         run, dwritten = self.run, self.step_dwritten
+        carried.enter(self.step_afters[-1])
         # What each chunk's reads add lies where the gradient before it will.
         torch.bmm(run.queries.mT, self.do, out=self.befores)
         torch.bmm(run.query_pairs.mT, self.do, out=self.dwritten)
-        for i, after, before in walk_back(self.step_befores, self.step_afters, dstate):
+        for i, after, before in walk_back(self.step_befores, self.step_afters, carried):
             du = dwritten[i].baddbmm_(self.step_carry[i], after)
             if run.totals is None:
                 before.add_(after)
@@ -310,14 +321,14 @@ class DeltaPass:
             self.dpairs.unflatten(1, (2, -1)), run.raw_read, run.raw_k, run.key_gate.g, False
         )
 
-    def store_rows(self, grads: Gradients) -> None:
+    def store_rows(self) -> None:
         """Write the gradients of q, k, v and beta."""
-        run, gate, lead = self.run, self.run.key_gate, self.lead
+        run, gate, lead, grads = self.run, self.run.key_gate, self.lead, self.grads
         # For beta and for the decays: rows times their gradients.
         torch.mul(run.read, self.dread, out=self.reads)
         if gate and self.decays_wanted:
             self.writes = torch.mul(run.write, self.dwrite, out=self._like("writes", run.write))
-        self._store_values(grads)
+        self._store_values()
         dk = self.dwrite
         if gate is None:
             store(grads.q[lead], self.dqueries)
@@ -334,9 +345,9 @@ class DeltaPass:
             store(grads.q[lead], dq.addcmul_(self.ddiagonal, run.raw_k))
             store(grads.k[lead], dk.addcmul_(self.ddiagonal, run.raw_q))
 
-    def _store_values(self, grads: Gradients) -> None:
+    def _store_values(self) -> None:
         """Write the gradients of v, and of beta: both what it gives by v and takes by e."""
-        run = self.run
+        run, grads = self.run, self.grads
         assert grads.beta is not None
         product = torch.mul(run.values, self.residual, out=self._like("given", run.values))
         self.given, strength = product.sum(-1, keepdim=True), run.beta
@@ -351,9 +362,9 @@ class DeltaPass:
         store(grads.beta[self.lead], self.given - taken)
         store(grads.v[self.lead].squeeze(4), self.residual, strength)
 
-    def store_decays(self, grads: Gradients) -> None:
+    def store_decays(self) -> None:
         """Write the gradient of the log decay: every factor times its own gradient, summed."""
-        run = self.run
+        run, grads = self.run, self.grads
         if grads.value_decay is not None:
             assert run.value_gate is not None
             given = self.given.mul_(run.beta)

@@ -10,14 +10,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hybrid_kernels.chunked.layout import load, store, walk_back
+from hybrid_kernels.chunked.layout import Carried, load, store, walk_back
 from hybrid_kernels.chunked.pairs import apply_pairs_backward, key_pairs_backward
 from hybrid_kernels.chunked.segment import Run
 
 
 @dataclass
 class Gradients:
-    """Memory for the gradients, in the same chunks as the inputs; None where none is wanted."""
+    """Memory for the gradients, in the same chunks as the inputs; None where none is wanted.
+
+    Attributes:
+        rows: (3, ...) those of q, k and v, if they lie in one stretch of memory; it is written in
+            larger pieces than one of them by itself.
+    """
 
     q: Tensor
     k: Tensor
@@ -26,6 +31,12 @@ class Gradients:
     value_decay: Tensor | None
     beta: Tensor | None
     bonus: Tensor | None
+    rows: Tensor | None = None
+
+    @property
+    def of_decays(self) -> bool:
+        """Whether the decays' gradients are wanted."""
+        return self.key_decay is not None or self.value_decay is not None
 
 
 class Pass:
@@ -35,11 +46,12 @@ class Pass:
         do: (C, r V) the output's gradient times scale and the values' read factor.
         dends: (K, r V) gradient of the states after each chunk; then, of what rows write there.
         dpairs: (C, C) gradient of the pairs.
+        drows: (3, b, C, K) gradients of q, k and v before they are written at once, or None.
     """
 
-    def __init__(self, run: Run, decays_wanted: bool):
-        self.run, self.p, self.take = run, run.p, run.scratch.take
-        self.decays_wanted = decays_wanted
+    def __init__(self, run: Run, grads: Gradients):
+        self.run, self.p, self.take, self.grads = run, run.p, run.scratch.take, grads
+        self.decays_wanted, self.drows = grads.of_decays, None
         self.scalar = run.p.value_decay is not None and run.p.value_decay.shape[5] == 1
         self.sizes: tuple[int, ...] = ()
 
@@ -64,18 +76,22 @@ class Pass:
         self.do = self.take("do", *run.values.shape)
         # Pairs are made once this has served.
         self.dpairs = self.take("pairs", *run.pairs.shape)
+        # What the decays need of rows takes the place of their gradients (``store_rows``).
+        if self.grads.rows is not None and not self.decays_wanted:
+            self.drows = self.take("drows", 3, *run.read.shape)
         heads = self.p.heads
         states = self.take("dstates", run.segment.states(heads), *self.p.state_shape)
         self.befores, self.dends = run.segment.before_and_after(states, heads)
         self.step_befores = self.befores.split_with_sizes(self.sizes)
         self.step_dends = self.dends.split_with_sizes(self.sizes)
 
-    def pass_states(self, dstate: Tensor) -> None:
-        """Walk the states' gradient backwards; ``dstate`` becomes that before the segment."""
+    def pass_states(self, carried: Carried) -> None:
+        """Walk the states' gradient backwards."""
         run, totals = self.run, self.run.totals
+        carried.enter(self.step_dends[-1])
         # What each chunk's reads add lies where the gradient before it will.
         torch.bmm(run.read.mT, self.do, out=self.befores)
-        for i, after, before in walk_back(self.step_befores, self.step_dends, dstate):
+        for i, after, before in walk_back(self.step_befores, self.step_dends, carried):
             if totals is None:
                 before.add_(after)
             else:
@@ -135,21 +151,34 @@ class Pass:
         dpairs.diagonal(dim1=1, dim2=2).copy_((self.raw_do * raw).sum(-1))
         return dpairs
 
-    def store_rows(self, grads: Gradients) -> None:
+    def store_rows(self) -> None:
         """Write the gradients of q, k, v and the bonus.
 
         One after the other, since what was just found is still in the cache. What the decays need
         of each, the rows times their gradients, takes its place.
         """
-        self._store_queries(grads)
-        self._store_keys(grads)
-        self._store_values(grads)
+        self._store_queries()
+        self._store_keys()
+        self._store_values()
+        if self.drows is not None:
+            chunks = self.grads.rows[:, self.lead]
+            chunks.copy_(self.drows.view(chunks.shape))
         if self.p.bonus is not None:
-            self._add_bonus(grads)
+            self._add_bonus()
 
-    def _store_queries(self, grads: Gradients) -> None:
+    def _row_memory(self, index: int, name: str, like: Tensor) -> Tensor:
+        return self.take(name, *like.shape) if self.drows is None else self.drows[index]
+
+    def _store(self, index: int, chunks: Tensor, x: Tensor, factor: Tensor | None) -> None:
+        """Write the gradient of q, k or v; first to ``drows``, where there is one."""
+        if self.drows is None:
+            store(chunks[self.lead], x, factor)
+        elif factor is not None or x is not self.drows[index]:
+            store(self.drows[index].view(chunks[self.lead].shape), x, factor)
+
+    def _store_queries(self) -> None:
         run, gate = self.run, self.run.key_gate
-        dread = self.take("dread", *run.read.shape)
+        dread = self._row_memory(0, "dread", run.read)
         torch.bmm(self.do, run.starts.mT, out=dread)
         if not run.exact_keys:
             dread.baddbmm_(self.dpairs, run.write)
@@ -159,16 +188,16 @@ class Pass:
             if run.exact_keys:
                 dq = dq + self.dpair_read[:, 0]
             dq = torch.addcmul(dq, self.ddiagonal, self._through_bonus(self.p.k))
-        store(grads.q[self.lead], dq, factor)
+        self._store(0, self.grads.q, dq, factor)
         if self.decays_wanted and (gate or self.p.v.shape[4] == 1):
             self.reads = dread.mul_(run.read)
             if gate is None:
                 self.reads = self.reads.sum(-1, keepdim=True)
 
-    def _store_keys(self, grads: Gradients) -> None:
+    def _store_keys(self) -> None:
         run, gate = self.run, self.run.key_gate
         # Without a gate over keys nothing of the queries' gradient is kept.
-        dwrite = self.take("dwrite" if gate else "dread", *run.write.shape)
+        dwrite = self._row_memory(1, "dwrite" if gate else "dread", run.write)
         torch.bmm(run.values, self.dends.mT, out=dwrite)
         if not run.exact_keys:
             dwrite.baddbmm_(self.dpairs.mT, run.read)
@@ -178,7 +207,7 @@ class Pass:
             if run.exact_keys:
                 dk = dk + self.dpair_write
             dk = torch.addcmul(dk, self.ddiagonal, self._through_bonus(self.p.q))
-        store(grads.k[self.lead], dk, factor)
+        self._store(1, self.grads.k, dk, factor)
         if gate and self.decays_wanted:
             self.writes = dwrite.mul_(run.write)
 
@@ -187,16 +216,16 @@ class Pass:
         bonus = None if self.p.bonus is None else self.run.bonus()
         return load(rows[self.lead], self.p.dtype, bonus)
 
-    def _add_bonus(self, grads: Gradients) -> None:
+    def _add_bonus(self) -> None:
         q, k = (load(x[self.lead], self.p.dtype) for x in (self.p.q, self.p.k))
-        assert grads.bonus is not None
+        assert self.grads.bonus is not None
         dbonus = (self.ddiagonal * q * k).sum(1)
-        grads.bonus += dbonus.unflatten(0, (-1, self.p.heads)).sum(0)
+        self.grads.bonus += dbonus.unflatten(0, (-1, self.p.heads)).sum(0)
 
-    def _store_values(self, grads: Gradients) -> None:
+    def _store_values(self) -> None:
         run = self.run
         # The decay's gradient has been summed; its memory is warm.
-        self.dvalues = self.take("dtotal", *run.values.shape)
+        self.dvalues = self._row_memory(2, "dtotal", run.values)
         torch.bmm(run.write, self.dends, out=self.dvalues)
         dv, factor = self.dvalues, run.write_factor
         if run.exact_values:
@@ -205,11 +234,11 @@ class Pass:
         else:
             run.make_pairs()
             self.dvalues.baddbmm_(run.pairs.mT, self.do)
-        store(grads.v[self.lead], dv, factor)
+        self._store(2, self.grads.v, dv, factor)
 
-    def store_decays(self, grads: Gradients) -> None:
+    def store_decays(self) -> None:
         """Write the gradients of the log decays: every factor times its own gradient, summed."""
-        run = self.run
+        run, grads = self.run, self.grads
         if grads.key_decay is not None:
             assert run.key_gate is not None
             assert self.dkey_total is not None

@@ -218,45 +218,83 @@ def _by_chunk(factor: Tensor, chunks: Tensor) -> Tensor:
     return factor.view(chunks.shape[:3] + factor.shape[1:])
 
 
+class Carried:
+    """The states that go from one segment to the next, or their gradient, the other way.
+
+    Args:
+        states: (N G, K, r V) those before the first segment; filled with those after the last.
+        layout: of the chunks.
+    """
+
+    def __init__(self, states: Tensor, layout: Layout):
+        self._states = self._now = states
+        # Then all sequences outlast every segment, and their states can stay where a step put them.
+        self._plain = layout.tokens is None
+
+    def enter(self, memory: Tensor) -> None:
+        """Put the states where a segment wants them, before anything else is written there.
+
+        Args:
+            memory: for the states of those that run at the segment's first step.
+        """
+        if memory.data_ptr() != self._now.data_ptr():
+            memory.copy_(self._now[: memory.shape[0]])
+
+    def leave(self, memory: Tensor, rows: slice | None = None) -> None:
+        """Take the states that a step left in ``memory``, of all sequences or of some."""
+        if self._plain:
+            self._now = memory
+        else:
+            self._states[rows or slice(memory.shape[0])] = memory
+
+    def ended(self, rows: slice) -> Tensor:
+        """Return those of sequences that ended before, for a walk backward."""
+        return self._states[rows]
+
+    def finish(self) -> None:
+        """Fill the states that this was made of."""
+        if self._now is not self._states:
+            self._states.copy_(self._now)
+
+
 def walk(
-    starts: tuple[Tensor, ...], ends: tuple[Tensor, ...], state: Tensor
+    starts: tuple[Tensor, ...], ends: tuple[Tensor, ...], carried: Carried
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
     """Walk states forward through the steps of a segment.
 
     Args:
-        starts, ends: memory for the states before and after each step; the first of the former is
-            filled in.
-        state: of all sequences; filled in for those that end in the segment or outlast it.
+        starts, ends: memory for the states before and after each step; the first of the former has
+            been filled (``Carried.enter``).
+        carried: takes those of sequences that end in the segment or outlast it.
 
     Yields:
         the index of a step, the states before it, and where to put those after it.
     """
-    starts[0].copy_(state[: starts[0].shape[0]])
     if starts[0].shape[0] == ends[-1].shape[0]:
         yield from zip(range(len(starts)), starts, ends, strict=True)
     else:
         for i, (start, end) in enumerate(zip(starts, ends, strict=True)):
             yield i, start, end
             running = len(starts[i + 1]) if i + 1 < len(starts) else 0
-            state[running : len(end)] = end[running:]
+            carried.leave(end[running:], slice(running, len(end)))
             if running:
                 starts[i + 1].copy_(end[:running])
-    state[: ends[-1].shape[0]].copy_(ends[-1])
+    carried.leave(ends[-1])
 
 
 def accumulate(
     starts: tuple[Tensor, ...],
     ends: tuple[Tensor, ...],
-    state: Tensor,
+    carried: Carried,
     totals: tuple[Tensor, ...] | None,
 ) -> None:
     """Walk states forward, adding to what ``ends`` hold the states before, decayed by ``totals``.
 
     Args:
-        starts, ends, state: as for ``walk``.
+        starts, ends, carried: as for ``walk``.
         totals: by step, something that broadcasts to its states, or None for no decay.
     """
-    for i, start, end in walk(starts, ends, state):
+    for i, start, end in walk(starts, ends, carried):
         if totals is None:
             end.add_(start)
         else:
@@ -264,20 +302,19 @@ def accumulate(
 
 
 def walk_back(
-    befores: tuple[Tensor, ...], afters: tuple[Tensor, ...], dstate: Tensor
+    befores: tuple[Tensor, ...], afters: tuple[Tensor, ...], carried: Carried
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
     """Walk the gradient of states backward through the steps of a segment.
 
     Args:
         befores, afters: memory for the gradients of the states before and after each step; the last
-            of the latter is filled in.
-        dstate: gradient of every sequence's state after the segment, or after its end if that
-            comes first; becomes the gradient before the segment.
+            of the latter has been filled (``Carried.enter``).
+        carried: gradient of every sequence's state after the segment, or after its end if that
+            comes first; takes the gradient before the segment.
 
     Yields:
         the index of a step, the gradients after it, and where to put those before it.
     """
-    afters[-1].copy_(dstate[: afters[-1].shape[0]])
     steps = reversed(range(len(befores)))
     if befores[0].shape[0] == afters[-1].shape[0]:
         yield from zip(steps, reversed(afters), reversed(befores), strict=True)
@@ -287,5 +324,5 @@ def walk_back(
             if i:
                 running = len(befores[i])
                 afters[i - 1][:running] = befores[i]
-                afters[i - 1][running:] = dstate[running : len(afters[i - 1])]
-    dstate[: befores[0].shape[0]].copy_(befores[0])
+                afters[i - 1][running:] = carried.ended(slice(running, len(afters[i - 1])))
+    carried.leave(befores[0])

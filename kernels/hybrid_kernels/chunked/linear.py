@@ -16,6 +16,7 @@ from hybrid_kernels.chunked.kept import Kept
 from hybrid_kernels.chunked.layout import Layout
 from hybrid_kernels.chunked.passes import backward, forward
 from hybrid_kernels.chunked.segment import Problem
+from hybrid_kernels.joint import places
 
 
 def linear_attention(
@@ -63,13 +64,14 @@ def _backward(*arguments) -> list[Tensor]:
 
     Beside the op's own arguments, it takes what was kept; the output, or None, whereupon what of it
     the gradients need is computed again; the gradient of the output; that of the final states, or
-    None; and whether that of the decays is wanted.
+    None; whether that of the decays is wanted; and whether those of q, k and v are to lie as these
+    do in the rows of one tensor, which is then returned in their place.
     """
-    *given, kept, o, do, dfinal, decays_wanted = arguments
+    *given, kept, o, do, dfinal, decays_wanted, together = arguments
     inputs = Inputs(*given)
     p = inputs.problem()
     layout = p.layout
-    dq, dk, dv = (_Memory(layout, x) for x in (p.q, p.k, p.v))
+    rows = _Rows(inputs, p, together)
     dbeta = None if p.beta is None else _Memory(layout, p.beta)
     dkey = dvalue = None
     if decays_wanted and p.key_decay is not None:
@@ -78,7 +80,7 @@ def _backward(*arguments) -> list[Tensor]:
         dvalue = _Memory(layout, p.value_decay, p.dtype)
     dbonus = None if p.bonus is None else torch.zeros_like(p.bonus, dtype=p.dtype)
     optional = (None if memory is None else memory.chunks for memory in (dkey, dvalue, dbeta))
-    grads = Gradients(dq.chunks, dk.chunks, dv.chunks, *optional, dbonus)
+    grads = Gradients(*rows.chunks, *optional, dbonus, rows.stacked)
     dstate = _first_states(p, dfinal)
 
     def cut(x: Tensor) -> Tensor:
@@ -88,13 +90,41 @@ def _backward(*arguments) -> list[Tensor]:
 
     # A scalar decay went with the values or with the keys.
     dlog_decay = dvalue if dkey is None else dkey
-    found: list[tuple[Tensor | None, _Memory | Tensor | None]]
-    found = [(inputs.q, dq), (inputs.k, dk), (inputs.v, dv)]
+    found: list[tuple[Tensor | None, _Memory | Tensor | None]] = []
     if decays_wanted:
-        found += [(inputs.log_decay, dlog_decay), (inputs.value_log_decay, dvalue)]
+        found = [(inputs.log_decay, dlog_decay), (inputs.value_log_decay, dvalue)]
     dinitial = layout.unsort_states(_unfold(dstate, p))
     found += [(inputs.beta, dbeta), (inputs.bonus, dbonus), (inputs.initial_state, dinitial)]
-    return [_like(x, grad) for x, grad in found if x is not None]
+    return rows.results() + [_like(x, grad) for x, grad in found if x is not None]
+
+
+class _Rows:
+    """Memory for the gradients of q, k and v: side by side, or each by itself.
+
+    Attributes:
+        chunks: of each, to be filled.
+        stacked: (3, ...) the three in one view, or None.
+    """
+
+    def __init__(self, inputs: Inputs, p: Problem, together: bool):
+        self.given, self.layout, self.stacked = inputs[:3], p.layout, None
+        self.memory = [] if together else [_Memory(p.layout, x) for x in (p.q, p.k, p.v)]
+        if not together:
+            self.chunks = [memory.chunks for memory in self.memory]
+            return
+        found = places(*self.given)
+        assert found is not None
+        self.whole, rows = p.layout.empty((found.row,), inputs.q.dtype, inputs.q.device)
+        dq, dk, dv = (x.transpose(2, 3) for x in found.cut(rows))
+        self.chunks = [dq, dk, dv.unsqueeze(4)]
+        stacked = found.stack(rows)
+        self.stacked = None if stacked is None else stacked.transpose(3, 4)
+
+    def results(self) -> list[Tensor]:
+        """Return the one tensor (B, T, row), or the three."""
+        if not self.memory:
+            return [self.layout.result(self.whole)]
+        return [_like(x, memory) for x, memory in zip(self.given, self.memory, strict=True)]
 
 
 class _Memory:
@@ -155,8 +185,8 @@ _backward_op = torch.library.custom_op(
     "hybrid_kernels::chunked_linear_attention_backward",
     _backward,
     mutates_args=(),
-    schema=f"({SCHEMA}, Tensor kept, Tensor? o, Tensor do, Tensor? dfinal, bool decays_wanted)"
-    " -> Tensor[]",
+    schema=f"({SCHEMA}, Tensor kept, Tensor? o, Tensor do, Tensor? dfinal, bool decays_wanted,"
+    " bool together) -> Tensor[]",
 )
 
 
@@ -179,12 +209,15 @@ def _(*arguments):
 
 @_backward_op.register_fake
 def _(*arguments):
-    *_, decays_wanted = arguments
+    *_, decays_wanted, together = arguments
     found = [
         x
         for i, x in enumerate(arguments[:DIFFERENTIABLE])
         if x is not None and (decays_wanted or i not in DECAYS)
     ]
+    if together:
+        q, k, v = found[:3]
+        found[:3] = [torch.cat([x.flatten(2) for x in (q, k, v)], dim=2)]
     return [torch.empty_like(x, memory_format=torch.contiguous_format) for x in found]
 
 
@@ -204,7 +237,13 @@ def _differentiate(ctx, do, dfinal, _):
         shape, dtype = ctx.output
         do = tensors[0].new_zeros(shape, dtype=dtype)
     wanted = any(ctx.needs_input_grad[i] for i in DECAYS)
-    found = iter(_backward_op(*tensors, *ctx.options, kept, o, do, dfinal, wanted))
+    # A compiler has its own mind about memory.
+    rows = None if torch.compiler.is_compiling() else places(*tensors[:3])
+    together = rows is not None
+    found = _backward_op(*tensors, *ctx.options, kept, o, do, dfinal, wanted, together)
+    if rows is not None:
+        found[:1] = rows.cut(found[0])
+    found = iter(found)
     absent = () if wanted else DECAYS
     grads = [
         None if x is None or i in absent else next(found)

@@ -13,6 +13,7 @@ from torch import Tensor
 from hybrid_kernels.chunked.delta import DeltaPass, DeltaRun
 from hybrid_kernels.chunked.gradient import Gradients, Pass
 from hybrid_kernels.chunked.kept import Kept
+from hybrid_kernels.chunked.layout import Carried
 from hybrid_kernels.chunked.memory import Scratch
 from hybrid_kernels.chunked.segment import Problem, Run
 
@@ -28,10 +29,12 @@ def forward(p: Problem, state: Tensor, o: Tensor, kept: Kept | None) -> None:
     """
     form = Run if p.beta is None else DeltaRun
     run = form(p, Scratch(p.dtype, state.device), kept)
+    carried = Carried(state, p.layout)
     for segment in p.layout.segments:
         run.begin(segment)
-        run.pass_states(state)
+        run.pass_states(carried)
         run.store_output(o[segment.lead])
+    carried.finish()
 
 
 def backward(
@@ -47,18 +50,18 @@ def backward(
         dstate: gradient of the final states; becomes that of the initial ones.
         grads: chunks to fill.
     """
-    wanted = grads.key_decay is not None or grads.value_decay is not None
     scratch = Scratch(p.dtype, dstate.device)
     if p.beta is None:
-        step = Pass(Run(p, scratch, kept), wanted)
+        step = Pass(Run(p, scratch, kept), grads)
     else:
-        step = DeltaPass(DeltaRun(p, scratch, kept), wanted)
-    run = step.run
+        step = DeltaPass(DeltaRun(p, scratch, kept), grads)
+    run, carried = step.run, Carried(dstate, p.layout)
     for segment in reversed(p.layout.segments):
         run.begin(segment)
         run.recall()
         step.begin(None if o is None else o[segment.lead], do[segment.lead])
-        step.pass_states(dstate)
+        step.pass_states(carried)
         step.pass_pairs()
-        step.store_rows(grads)
-        step.store_decays(grads)
+        step.store_rows()
+        step.store_decays()
+    carried.finish()

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from hybrid_kernels.chunked.gates import Gate, triangle
 from hybrid_kernels.chunked.kept import Kept
-from hybrid_kernels.chunked.layout import Layout, Segment, accumulate, load, store
+from hybrid_kernels.chunked.layout import Carried, Layout, Segment, accumulate, load, store
 from hybrid_kernels.chunked.memory import Scratch
 from hybrid_kernels.chunked.pairs import apply_pairs, key_pairs
 
@@ -238,15 +238,14 @@ class Run:
             total = columns if total is None else total * columns
         return total
 
-    def pass_states(self, state: Tensor) -> None:
-        """Walk the states through the segment; ``state`` becomes that after it, in place."""
+    def pass_states(self, carried: Carried) -> None:
+        """Walk the states through the segment."""
         if self.kept is not None:
             if self.kept.every_chunk:
                 self._take_states(self.kept.states(self.segment))
             else:
-                before = self.kept.before(self.segment)
-                before.copy_(state[: before.shape[0]])
-        self._walk(state)
+                carried.enter(self.kept.before(self.segment))
+        self._walk(carried)
 
     def recall(self) -> None:
         """Bring the segment's states back, once all have been passed on."""
@@ -254,16 +253,17 @@ class Run:
         if self.kept.every_chunk:
             self._take_states(self.kept.states(self.segment))
         else:
-            self._walk(self.kept.before(self.segment).clone())
+            self._walk(self.kept.carried(self.segment))
 
-    def _walk(self, state: Tensor) -> None:
+    def _walk(self, carried: Carried) -> None:
+        starts, ends = (x.split_with_sizes(self.sizes) for x in (self.starts, self.ends))
+        carried.enter(starts[0])
         # What each chunk adds lies where the state after it will.
         torch.bmm(self.write.mT, self.values, out=self.ends)
         if self.total is not None and not self.p.exact:
             # Rescaled rows are relative to the chunk's start; what they write decays to its end.
             self.ends.mul_(self.total)
-        starts, ends = (x.split_with_sizes(self.sizes) for x in (self.starts, self.ends))
-        accumulate(starts, ends, state, self.totals)
+        accumulate(starts, ends, carried, self.totals)
 
     def _pair_output(self) -> Tensor:
         """Return what the chunk's own writes give, for exact value decays before scaling."""

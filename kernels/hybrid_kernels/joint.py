@@ -1,0 +1,136 @@
+"""Tensors that lie side by side in one, and gradients that do as well.
+
+A joint projection, or one convolution over all channels, gives q, k and v as parts of one tensor.
+Autograd copies the gradients of such parts into one; where they were laid out that way from the
+start, as ``linear_attention`` does, ``split`` spares that copy and its memory.
+
+Legend: B batch, T time, H heads, K key dim or any other size of a head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+def split(x: Tensor, sizes: Sequence[int], dim: int = -1) -> tuple[Tensor, ...]:
+    """Cut a tensor into parts (views), as ``torch.split`` does, and rejoin their gradients.
+
+    Args:
+        x: any shape.
+        sizes: of the parts, which add up to ``x.shape[dim]``.
+        dim: along which to cut.
+
+    Raises:
+        RuntimeError: the sizes do not add up (``torch.split``'s own).
+    """
+    if torch.compiler.is_compiling() or not (torch.is_grad_enabled() and x.requires_grad):
+        return x.split(list(sizes), dim)
+    return _Split.apply(x, list(sizes), dim)
+
+
+class _Split(torch.autograd.Function):
+    @staticmethod
+    def forward(x: Tensor, sizes: list[int], dim: int) -> tuple[Tensor, ...]:
+        return x.split(sizes, dim)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+        ctx.shape, ctx.dim = inputs[0].shape, inputs[2]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        # What a second derivative is to go through has to be a copy.
+        whole = None if torch.is_grad_enabled() else _rejoined(grads, ctx.shape, ctx.dim)
+        return torch.cat(grads, ctx.dim) if whole is None else whole, None, None
+
+
+def _rejoined(parts: Sequence[Tensor], shape: torch.Size, dim: int) -> Tensor | None:
+    """Return the contiguous tensor of a shape that holds nothing but these parts, if there is one."""
+    first, strides, offset = parts[0], _strides(shape), parts[0].storage_offset()
+    memory = first.untyped_storage()
+    if type(first) is not Tensor or memory.nbytes() != shape.numel() * first.element_size():
+        return None
+    address = memory.data_ptr()
+    for part in parts:
+        lies_there = part.storage_offset() == offset and part.stride() == strides
+        if not lies_there or part.untyped_storage().data_ptr() != address:
+            return None
+        offset += part.shape[dim] * strides[dim]
+    return first.as_strided(shape, strides)
+
+
+def _strides(shape: Sequence[int]) -> tuple[int, ...]:
+    """Return the strides of a contiguous tensor."""
+    strides = [1]
+    for size in reversed(shape[1:]):
+        strides.append(strides[-1] * max(1, size))
+    return tuple(reversed(strides))
+
+
+class Places(NamedTuple):
+    """Where tensors (B, T, heads, size) lie in the rows of one (B, T, row).
+
+    Attributes:
+        row: numbers per token.
+        blocks: of each tensor the offset in a row, the heads, the stride from one to the next, and
+            the size of one.
+    """
+
+    row: int
+    blocks: tuple[tuple[int, int, int, int], ...]
+
+    def cut(self, rows: Tensor) -> list[Tensor]:
+        """View (..., row) as (..., heads, size) for each tensor."""
+        lead, strides, start = rows.shape[:-1], rows.stride()[:-1], rows.storage_offset()
+        return [
+            rows.as_strided((*lead, heads, size), (*strides, stride, 1), start + offset)
+            for offset, heads, stride, size in self.blocks
+        ]
+
+    def stack(self, rows: Tensor) -> Tensor | None:
+        """View (..., row) as (tensors, ..., heads, size), if they are alike and evenly apart."""
+        starts, shapes = [block[0] for block in self.blocks], {block[1:] for block in self.blocks}
+        step = starts[1] - starts[0]
+        if len(shapes) > 1 or starts != [starts[0] + step * i for i in range(len(starts))]:
+            return None
+        first = self.cut(rows)[0]
+        shape, strides = (len(starts), *first.shape), (step, *first.stride())
+        return first.as_strided(shape, strides, first.storage_offset())
+
+
+def places(*tensors: Tensor) -> Places | None:
+    """Return how tensors (B, T, H, size) fill the rows of one; None if they do not."""
+    first = tensors[0]
+    (batch, time), row = first.shape[:2], first.stride(1)
+    start = min(x.storage_offset() for x in tensors)
+    address = first.untyped_storage().data_ptr()
+    for x in tensors:
+        steps = x.stride()
+        apart = time > 1 and steps[1] == row and steps[3] == 1
+        apart = apart and (batch == 1 or steps[0] == time * row)
+        alike = x.shape[:3] == first.shape[:3] and x.dtype == first.dtype
+        if not (apart and alike and x.untyped_storage().data_ptr() == address):
+            return None
+    blocks = tuple((x.storage_offset() - start, x.shape[2], x.stride(2), x.shape[3]) for x in tensors)
+    return Places(row, blocks) if _fill(row, blocks) else None
+
+
+@lru_cache(maxsize=256)
+def _fill(row: int, blocks: tuple[tuple[int, int, int, int], ...]) -> bool:
+    """Whether the heads cover every number of a row once."""
+    pieces = sorted(
+        (offset + head * stride, size)
+        for offset, heads, stride, size in blocks
+        for head in range(heads)
+    )
+    end = 0
+    for start, size in pieces:
+        if start != end:
+            return False
+        end += size
+    return end == row
