@@ -1,14 +1,16 @@
 """Models of ours as published ones: which family fits, and what stands in the way."""
 
 import json
+import logging
 import re
 
 import pytest
 import torch
 import transformers
+from transformers import AutoModelForCausalLM
 
 import hybrid
-from hybrid.convert import FAMILIES, export, fitting, get_family
+from hybrid.convert import FAMILIES, export, fitting, get_family, import_published
 
 
 def test_unknown_family():
@@ -154,6 +156,47 @@ def test_without_a_name_families_that_fit_are_named(tmp_path):
     assert len(fit) > 1
     with pytest.raises(ValueError, match=f"fits the published architectures {', '.join(fit)}; cho"):
         export(ours, tmp_path / "out")
+
+
+QWEN3_NEXT = {
+    "num_hidden_layers": 4, "head_dim": 16, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
+    "linear_key_head_dim": 5, "linear_value_head_dim": 6, "num_experts": 4, "num_experts_per_tok": 2,
+    "moe_intermediate_size": 12, "shared_expert_intermediate_size": 10,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("family", "config", "values"),
+    [
+        ("qwen3_next", "Qwen3NextConfig", QWEN3_NEXT),  # all experts, as those of Qwen3.5
+        ("mistral", "MistralConfig", {"num_hidden_layers": 2, "sliding_window": None}),  # as Llama's
+        ("qwen2", "Qwen2Config", {"num_hidden_layers": 2}),
+    ],
+)
+def test_without_a_name_an_imported_model_goes_back_to_its_family(family, config, values, tmp_path):
+    sizes = {"vocab_size": 61, "hidden_size": 24, "intermediate_size": 28,
+             "num_attention_heads": 4, "num_key_value_heads": 2}  # fmt: skip
+    theirs = AutoModelForCausalLM.from_config(getattr(transformers, config)(**sizes, **values))
+    theirs.save_pretrained(tmp_path / "theirs")
+    import_published(tmp_path / "theirs", tmp_path / "ours")
+    assert export(tmp_path / "ours", tmp_path / "back") == family
+    back = json.loads((tmp_path / "back" / "config.json").read_text())
+    assert (back["model_type"], back["architectures"]) == (family, [type(theirs).__name__])
+    assert "imported_from" not in back
+    ours = AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
+    assert len(fitting(ours)[0]) > 1
+    assert export(ours, tmp_path / "again") == family  # also what was saved and loaded in between
+
+
+def test_an_imported_model_that_its_family_no_longer_fits_goes_to_the_one_that_does(
+    tmp_path, caplog
+):
+    ours = build("S3", imported_from="olmo2")
+    with caplog.at_level(logging.WARNING):
+        assert export(ours, tmp_path / "out") == "llama"
+    (said,) = (r.getMessage() for r in caplog.records if r.name.startswith("hybrid.convert"))
+    assert re.match("written as llama, no longer as olmo2: .* here .*, olmo2 can only say ", said)
+    assert export(build("S3", imported_from="of_the_future"), tmp_path / "new") == "llama"
 
 
 def test_without_a_name_and_a_family(tmp_path):

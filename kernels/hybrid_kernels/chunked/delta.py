@@ -238,13 +238,13 @@ class DeltaPass:
         self.do, self.dreads_below = self.dreads.split(chunk, dim=1)
         self.cut_do = self.do.view(run.cut_values.shape)
         # Not at once below ``do``: a batched product into memory with gaps is many single ones.
-        self.residual = take("residual", rows, chunk, value)
+        self.residual = take("erase", rows, chunk, value)
         self.dwritten = take("dwritten", rows, chunk, value)
-        self.dpairs = take("dpairs", rows, 2 * chunk, chunk)
+        self.dpairs = take("pairs", rows, 2 * chunk, chunk)
         self.dpairs_below = self.dpairs[:, chunk:]
-        self.dread, self.dwrite = take("dread", *run.read.shape), take("dwrite", *run.write.shape)
+        self.dread, self.dwrite = take("dread", *run.read.shape), take("dwritten", *run.write.shape)
         self.dqueries, self.derasing = self.dread.split(chunk, dim=1)
-        self.reads = take("product", *run.read.shape)
+        self.reads = take("dreads", *run.read.shape)
         self.query_reads, self.erasing_reads = self.reads.split(chunk, dim=1)
         heads = self.p.heads
         states = take("dstates", run.segment.states(heads), *run.starts.shape[1:])
@@ -285,7 +285,7 @@ class DeltaPass:
         """
         run = self.run
         states = run.starts if self.p.exact else run.ends
-        product = torch.mul(states, self.dends, out=self._like("state product", self.dends))
+        product = torch.mul(states, self.dends, out=self._like("dread", self.dends))
         self.dtotal = product.sum(2) if run.key_gate else product.sum((1, 2))[:, None]
         if self.p.exact:
             self.dtotal *= run.total.squeeze(2)
@@ -349,7 +349,7 @@ class DeltaPass:
         """Write the gradients of v, and of beta: both what it gives by v and takes by e."""
         run, grads = self.run, self.grads
         assert grads.beta is not None
-        product = torch.mul(run.values, self.residual, out=self._like("given", run.values))
+        product = torch.mul(run.values, self.residual, out=run.values)
         self.given, strength = product.sum(-1, keepdim=True), run.beta
         if run.value_gate:
             strength = strength * run.value_gate.write
