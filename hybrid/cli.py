@@ -406,8 +406,8 @@ def _mixers(arguments: argparse.Namespace) -> int:
 
     console = Console()
     if arguments.name is None:
-        name = Column("mixer", no_wrap=True)  # whole, to be typed again
-        table = Table("symbol", name, "gate", "paper")
+        column = Column("mixer", no_wrap=True)  # whole, to be typed again
+        table = Table("symbol", column, "gate", "paper")
         for cls in mixers.classes():
             table.add_row(cls.symbol or "", cls.name, escape(cls.formula), escape(cls.paper))
         console.print(table)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from hybrid.data.mixture import Mixture
     from hybrid.data.packing import PackedRows
     from hybrid.data.preparation import prepare
-    from hybrid.data.sources import SourceConfig, open_source, source_names
+    from hybrid.data.sources import RowFormat, SourceConfig, open_source, source_names
 
 # Light on purpose: `import hybrid.data` loads neither torch nor datasets.
 _HOMES = {
@@ -30,6 +30,7 @@ _HOMES = {
     "Mixture": "mixture",
     "PackedRows": "packing",
     "prepare": "preparation",
+    "RowFormat": "sources",
     "SourceConfig": "sources",
     "open_source": "sources",
     "source_names": "sources",
@@ -40,6 +41,7 @@ __all__ = [
     "Mixture",
     "PackedRows",
     "RowCollator",
+    "RowFormat",
     "SourceConfig",
     "open_source",
     "prepare",

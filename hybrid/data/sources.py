@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from importlib.metadata import EntryPoint, entry_points
 from itertools import count
 from pathlib import Path
@@ -48,15 +48,21 @@ GIVEN = ("sequence_length", "seed", "tokenizer")  # what every plug-in gets from
 
 
 @dataclass(frozen=True)
-class SourceConfig:
-    """One source of rows; a plug-in has options of its own instead of those on text."""
+class TextSource:
+    """One source of rows that is made of text."""
 
     source: str = option(help="stdlib, a path or pattern, a plug-in's name, or a hub data set")
     weight: float = option(1.0, help="share of the training rows, relative to the other sources")
     text_key: str = option("text", help="column that holds the text")
-    split: str = option("train", help="split of a hub data set; stdlib has 'train' and 'heldout'")
+    split: str = option("train", help="split of a hub data set; of stdlib, 'train' or 'heldout'")
     name: str | None = option(None, help="configuration of a hub data set")
     streaming: bool = option(False, help="read and tokenise as training goes")
+
+
+@dataclass(frozen=True)
+class SourceConfig(TextSource):
+    """One source of rows; a plug-in has options of its own instead of those on text."""
+
     options: dict[str, Any] = field(default_factory=dict, metadata={"help": "of a plug-in"})
 
 
@@ -84,16 +90,26 @@ def parse_source(values: Any, path: str, mistakes: list[str]) -> SourceConfig | 
     """One entry of `data:` as written; mistakes are appended, each with the path to its key."""
     if isinstance(values, str):
         values = {"source": values}
-    installed = plugins()
-    if not isinstance(values, Mapping) or values.get("source") not in installed:
-        known = SourceConfig if isinstance(values, Mapping) and "options" not in values else None
-        parsed = build(known or SourceConfig, values, path, mistakes)
+    source = values.get("source") if isinstance(values, Mapping) else None
+    if isinstance(source, str) and (entry := plugins().get(source)):
+        own = {key: values[key] for key in ("source", "weight") if key in values}
+        options = {str(key): value for key, value in values.items() if key not in own}
+        mistakes += _unknown_options(entry, options, path)
+        parsed = build(SourceConfig, {**own, "options": options}, path, mistakes)
         return _checked(parsed, path, mistakes) if parsed else None
-    own = {key: values[key] for key in ("source", "weight") if key in values}
-    options = {str(key): value for key, value in values.items() if key not in own}
-    mistakes += _unknown_options(installed[values["source"]], options, path)
-    parsed = build(SourceConfig, {**own, "options": options}, path, mistakes)
-    return _checked(parsed, path, mistakes) if parsed else None
+    if isinstance(source, str) and (problem := _misspelt(source)):
+        mistakes.append(f"{path}: {problem}")  # and not its options, which may be right
+        return None
+    text = build(TextSource, values, path, mistakes)
+    return _checked(SourceConfig(**vars(text)), path, mistakes) if text else None
+
+
+def _misspelt(source: str) -> str | None:
+    """What is wrong with a name that is nearly one that is known here, and is no path."""
+    if is_path(source) or "/" in source or source in source_names():
+        return None
+    near = did_you_mean(source, source_names())
+    return f"no source {source!r}, {near}" if near.startswith("did you mean") else None
 
 
 def _checked(config: SourceConfig, path: str, mistakes: list[str]) -> SourceConfig:
@@ -102,6 +118,13 @@ def _checked(config: SourceConfig, path: str, mistakes: list[str]) -> SourceConf
     if config.source == STDLIB and config.split not in get_args(Split):
         near = did_you_mean(config.split, get_args(Split))
         mistakes.append(f"{path}.split: stdlib has no split {config.split!r}, {near}")
+    elif config.source != STDLIB and is_path(config.source):
+        # a split that files do not have would be all of them, held-out text with it
+        mistakes += [
+            f"{path}.{f.name}: files have none, found {getattr(config, f.name)!r}; name the files"
+            for f in fields(TextSource)
+            if f.name in ("split", "name") and getattr(config, f.name) != f.default
+        ]
     return config
 
 
@@ -161,10 +184,8 @@ def open_texts(config: SourceConfig) -> Callable[[int], Iterator[str]]:
     if config.source == STDLIB:
         split: Split = "heldout" if config.split == "heldout" else "train"
         return lambda epoch: iter(stdlib_texts(split))
-    if not is_path(config.source) and "/" not in config.source:
-        near = did_you_mean(config.source, source_names())
-        if near.startswith("did you mean"):
-            raise ValueError(f"no source {config.source!r}, {near}")
+    if problem := _misspelt(config.source):
+        raise ValueError(problem)
     return load_texts(
         config.source,
         text_key=config.text_key,

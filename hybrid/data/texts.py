@@ -9,6 +9,7 @@ import os
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from itertools import count, islice
 from lzma import LZMAError
 from pathlib import Path
@@ -173,6 +174,9 @@ def _load(source: str, split: str, name: str | None, streaming: bool) -> Any:
             raise ValueError(
                 f"{files[0]}: cannot read files of this kind; known: {', '.join(sorted(BUILDERS))}"
             )
+        packed = next((file for file in files if file.endswith(".zst")), None)
+        if packed and find_spec("zstandard") is None:  # `datasets` would read the bytes as text
+            raise ValueError(f"{packed}: cannot be unpacked here; pip install zstandard")
         if not any(os.path.getsize(file) for file in files):
             raise ValueError(f"{source!r} is empty: none of its {len(files)} files holds a byte")
         # One file of plain text is one document.
@@ -181,10 +185,14 @@ def _load(source: str, split: str, name: str | None, streaming: bool) -> Any:
             lambda: load(builder, data_files=files, split="train", streaming=streaming, **options),
             source,
         )
-    return _refuse_unreadable(lambda: load(source, name, split=split, streaming=streaming), source)
+    # a file whose name is misspelt at its end looks like a data set of the hub
+    hint = _nearby(source) if os.path.isdir(os.path.dirname(source) or ".") else ""
+    return _refuse_unreadable(
+        lambda: load(source, name, split=split, streaming=streaming), source, hint
+    )
 
 
-def _refuse_unreadable(load: Callable[[], Any], source: str) -> Any:
+def _refuse_unreadable(load: Callable[[], Any], source: str, hint: str = "") -> Any:
     from datasets.exceptions import DatasetGenerationError
 
     try:
@@ -195,7 +203,7 @@ def _refuse_unreadable(load: Callable[[], Any], source: str) -> Any:
         reason = str(cause).strip().split("\n", 1)[0]
         if isinstance(cause, UNREADABLE):
             reason = _broken_line(source, 0) or reason
-        raise ValueError(f"{source!r} cannot be loaded: {reason}") from error
+        raise ValueError(f"{source!r} cannot be loaded: {reason}{hint}") from error
 
 
 def _suffix(path: str) -> str:

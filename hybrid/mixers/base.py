@@ -24,7 +24,7 @@ from transformers import initialization as init
 from hybrid.cache import LayerCache
 from hybrid.norms import build_norm
 from hybrid.segments import WHOLE_ROWS, Segments
-from hybrid_kernels import causal_conv1d, linear_attention
+from hybrid_kernels import causal_conv1d, linear_attention, split
 
 if TYPE_CHECKING:
     from hybrid.config import HybridConfig
@@ -187,7 +187,7 @@ class ShortConvolution(nn.Module):
     ) -> tuple[torch.Tensor, ...]:
         """Convolve several tensors (B, T, ...) whose channels add up to D, in one call."""
         y = self(torch.cat(parts, dim=-1), cu_seqlens, cache)
-        return y.split([part.shape[-1] for part in parts], dim=-1)
+        return split(y, [part.shape[-1] for part in parts])
 
     def state_elements(self) -> int:
         """D (W - 1)."""

@@ -82,7 +82,10 @@ def linear_attention(
     run = backends.known(request, tensors)
     if run is None:
         run = backends.checked(request, tensors, validation.check_linear_attention)
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    try:
+        scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    except (TypeError, ValueError) as error:
+        raise validation.wrong_scale(scale) from error
     # Written out: to unpack a dict of so many costs as much as a tensor operation.
     o, final_state = run(
         q=q,

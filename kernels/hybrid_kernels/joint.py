@@ -116,7 +116,9 @@ def places(*tensors: Tensor) -> Places | None:
         alike = x.shape[:3] == first.shape[:3] and x.dtype == first.dtype
         if not (apart and alike and x.untyped_storage().data_ptr() == address):
             return None
-    blocks = tuple((x.storage_offset() - start, x.shape[2], x.stride(2), x.shape[3]) for x in tensors)
+    blocks = tuple(
+        (int(x.storage_offset() - start), x.shape[2], x.stride(2), x.shape[3]) for x in tensors
+    )
     return Places(row, blocks) if _fill(row, blocks) else None
 
 

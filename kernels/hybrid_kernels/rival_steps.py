@@ -86,7 +86,7 @@ def _delta_ours(
     beta: Tensor,
     log_decay: Tensor,
     state: Tensor,
-    **_,
+    their_state: Tensor,
 ) -> Tensor:
     return linear_attention(
         q,
@@ -107,8 +107,8 @@ def _delta_theirs(model: str, name: str) -> Callable[..., Tensor]:
         v: Tensor,
         beta: Tensor,
         log_decay: Tensor,
+        state: Tensor,
         their_state: Tensor,
-        **_,
     ) -> Tensor:
         return _fallback(model, name)(q, k, v, log_decay, beta, their_state, True)[0]
 

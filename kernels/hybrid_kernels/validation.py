@@ -96,6 +96,15 @@ def check_linear_attention(
     )
 
 
+def wrong_scale(scale: object) -> ValueError:
+    """Return what to raise for a ``scale`` that ``float`` refuses.
+
+    Made only where that failed: the checks above are for arguments that a decode loop repeats in one
+    form, and a scale may differ at each step.
+    """
+    return ValueError(f"scale must be a number or None, got {type(scale).__name__} {scale!r}")
+
+
 def check_causal_conv1d(
     x: Tensor,
     weight: Tensor,

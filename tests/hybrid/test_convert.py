@@ -169,7 +169,8 @@ QWEN3_NEXT = {
     ("family", "config", "values"),
     [
         ("qwen3_next", "Qwen3NextConfig", QWEN3_NEXT),  # all experts, as those of Qwen3.5
-        ("mistral", "MistralConfig", {"num_hidden_layers": 2, "sliding_window": None}),  # as Llama's
+        # without its window as Llama's
+        ("mistral", "MistralConfig", {"num_hidden_layers": 2, "sliding_window": None}),
         ("qwen2", "Qwen2Config", {"num_hidden_layers": 2}),
     ],
 )

@@ -184,6 +184,20 @@ def test_a_stream_is_packed_as_the_run_says(tmp_path):
     assert texts_in(open_source(config, TOKENIZER, form, 0), 3) == sorted(TEXTS)
 
 
+def test_a_packed_file_that_cannot_be_unpacked_here(tmp_path, monkeypatch):
+    (tmp_path / "x.jsonl.zst").write_bytes(b"\x28\xb5\x2f\xfd")
+    monkeypatch.setattr("hybrid.data.texts.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"x\.jsonl\.zst: cannot be unpacked here; pip inst"):
+        rows_of(SourceConfig(str(tmp_path / "x.jsonl.zst")))
+
+
+def test_a_name_that_is_nearly_a_file_s_is_no_data_set_of_the_hub(tmp_path, monkeypatch):
+    write(tmp_path, ".jsonl")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"'data.jsnl' cannot be loaded: .*, did you mean 'data.j"):
+        rows_of(SourceConfig("data.jsnl"))
+
+
 def test_a_broken_file_says_so(tmp_path):
     (tmp_path / "x.jsonl").write_text('{"text": "a"}\n{"text": ')
     with pytest.raises(ValueError, match=r"x.jsonl' cannot be loaded: "):
@@ -270,6 +284,25 @@ def test_a_plug_in_that_ends():
     rows = StreamedRows(lambda: iter([complete({"input_ids": [1], "labels": [1]}, 1, 0)] * 2))
     with pytest.raises(ValueError, match="ended after 2 rows"):
         rows.row(5)
+
+
+@pytest.mark.parametrize(
+    ("values", "mistake"),
+    [
+        ({"source": "mqra", "pairs": 4}, "data: no source 'mqra', did you mean 'mqar'?"),
+        ({"source": ["mqar"]}, "data.source: expected str, found list ['mqar']"),
+        ({"source": "stdlib", "options": {}},
+         "data.options: unknown key, known: name, source, split, streaming, text_key, weight"),
+        ({"source": "my.jsonl", "split": "heldout"},
+         "data.split: files have none, found 'heldout'; name the files"),
+        ({"source": "texts/*.txt", "name": "en"},
+         "data.name: files have none, found 'en'; name the files"),
+    ],
+)  # fmt: skip
+def test_mistakes_in_an_entry_are_named(values, mistake):
+    mistakes = []
+    parse_source(values, "data", mistakes)
+    assert mistakes == [mistake]
 
 
 # Mixtures

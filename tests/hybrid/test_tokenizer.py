@@ -69,7 +69,7 @@ def test_bytes_misspelt_is_named_and_no_hub_is_asked(name, tmp_path, monkeypatch
     asked = []
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", asked.append)
-    with pytest.raises(ConfigError, match=f"tokenizer: no tokenizer '{name}', did you mean 'bytes'"):
+    with pytest.raises(ConfigError, match=f"no tokenizer '{name}', did you mean 'bytes'"):
         load_tokenizer(name)
     assert asked == []
     (tmp_path / name).mkdir()

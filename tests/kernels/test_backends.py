@@ -43,6 +43,11 @@ def test_an_unknown_backend_gets_the_nearest_name():
         linear_attention(**rows(), backend="pytorch")
 
 
+def test_a_scale_that_is_no_number():
+    with pytest.raises(ValueError, match="scale must be a number or None, got str 'a'"):
+        linear_attention(**rows(), scale="a")
+
+
 def test_an_absent_backend_names_the_command():
     absent = [b for b in backends.BACKENDS if backends._missing(b.name)]
     assert absent, "this test needs one optional package to be absent"

@@ -156,7 +156,7 @@ class DeltaRun:
         self.written, self.inverse = self.kept.delta(self.segment)
         self._make_query_pairs()
         self._weigh()
-        carried = self.kept.carried(self.segment)
+        carried = Carried.again(self.kept.before(self.segment), self.p.layout)
         carried.enter(self.step_starts[0])
         torch.bmm(self.carry.mT, self.written, out=self.ends)
         accumulate(self.step_starts, self.step_ends, carried, self.totals)

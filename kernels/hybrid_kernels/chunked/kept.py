@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from hybrid_kernels.chunked.layout import Carried, Layout, Segment
+from hybrid_kernels.chunked.layout import Layout, Segment
 
 
 class Kept:
@@ -60,12 +60,6 @@ class Kept:
         """Return the states before a segment, (width G, K, r V)."""
         first = self._places[segment.lead.start]
         return self._states[first : first + segment.width * self.heads]
-
-    def carried(self, segment: Segment) -> Carried:
-        """Return the states before a segment, to be walked through it once more."""
-        states = self.before(segment)
-        # Of packed documents, those that end in the segment would be written over.
-        return Carried(states if self.layout.tokens is None else states.clone(), self.layout)
 
     def states(self, segment: Segment) -> Tensor:
         """Return the states before and after each chunk of a segment, as ``Segment.states`` does."""

@@ -231,6 +231,12 @@ class Carried:
         # Then all sequences outlast every segment, and their states can stay where a step put them.
         self._plain = layout.tokens is None
 
+    @classmethod
+    def again(cls, states: Tensor, layout: Layout) -> Carried:
+        """Carry ``states`` through one segment once more; they stay as they are."""
+        # Of packed documents, those that end in the segment would be written over.
+        return cls(states if layout.tokens is None else states.clone(), layout)
+
     def enter(self, memory: Tensor) -> None:
         """Put the states where a segment wants them, before anything else is written there.
 

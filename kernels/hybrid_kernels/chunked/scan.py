@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from hybrid_kernels.chunked.decode import is_single_step, selective_scan_step
-from hybrid_kernels.chunked.layout import Layout, Segment, accumulate
+from hybrid_kernels.chunked.layout import Carried, Layout, Segment, accumulate
 from hybrid_kernels.chunked.memory import Scratch
 from hybrid_kernels.packing import document_lengths
 from hybrid_kernels.validation import state_dtype
@@ -64,13 +64,15 @@ def _forward(
     segments = layout.segments
     saved = state.new_empty(sum(segment.width for segment in segments), *state.shape[1:])
     kept = saved.split([segment.width for segment in segments])
+    carried = Carried(state, layout)
     for segment, start in zip(segments, kept, strict=True):
-        start.copy_(state[: segment.width])
-        part = _Part(scan, segment, state)
+        carried.enter(start)
+        part = _Part(scan, segment, carried)
         out = torch.bmm(part.C[:, None], part.after)[:, 0]
         if D is not None:
             out = torch.addcmul(out, part.u, D.to(out.dtype))
         y[segment.lead].copy_(out.view_as(y[segment.lead]))
+    carried.finish()
     final_state = layout.unsort_states(state).transpose(1, 2).contiguous()
     return layout.result(whole), final_state, saved
 
@@ -100,7 +102,7 @@ def _backward(
     end = saved.shape[0]
     for segment in reversed(layout.segments):
         start = saved[end - segment.width : end]
-        part = _Part(scan, segment, start.clone())
+        part = _Part(scan, segment, Carried.again(start, layout))
         dy_rows = dy_chunks[segment.lead].flatten(0, 2).to(scan.dtype)
         found = part.backward(dy_rows, dstate, dA)
         if D is not None:
@@ -149,7 +151,7 @@ class _Part:
         before, after: (N, D) the states around each step; the two may overlap.
     """
 
-    def __init__(self, scan: _Scan, segment: Segment, state: Tensor):
+    def __init__(self, scan: _Scan, segment: Segment, carried: Carried):
         self.A, self.scratch, self.widths = scan.A, scan.scratch, tuple(segment.widths)
         self.u, self.delta, self.B, self.C = (
             x[segment.lead].flatten(0, 2).to(scan.dtype)
@@ -160,9 +162,10 @@ class _Part:
         torch.mul(self.delta[:, None], scan.A, out=self.decays).exp_()
         states = self.scratch.take("states", segment.states(1), *shape)
         self.before, self.after = segment.before_and_after(states, 1)
-        torch.mul((self.delta * self.u)[:, None], self.B[:, :, None], out=self.after)
         befores, afters, decays = map(self._steps, (self.before, self.after, self.decays))
-        accumulate(befores, afters, state, decays)
+        carried.enter(befores[0])
+        torch.mul((self.delta * self.u)[:, None], self.B[:, :, None], out=self.after)
+        accumulate(befores, afters, carried, decays)
 
     def _steps(self, x: Tensor) -> tuple[Tensor, ...]:
         """Cut rows into those of each step."""

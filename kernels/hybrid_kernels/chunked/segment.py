@@ -253,7 +253,7 @@ class Run:
         if self.kept.every_chunk:
             self._take_states(self.kept.states(self.segment))
         else:
-            self._walk(self.kept.carried(self.segment))
+            self._walk(Carried.again(self.kept.before(self.segment), self.p.layout))
 
     def _walk(self, carried: Carried) -> None:
         starts, ends = (x.split_with_sizes(self.sizes) for x in (self.starts, self.ends))
