@@ -50,6 +50,8 @@ class Kept:
             rows += segment.width * heads
         rows = all_states if self.every_chunk else rows
         self._states = memory[: rows * size].view(rows, *shape)
+        if self.every_chunk:
+            self._steps = self._states.split(max(1, layout.sequences * heads))
         if delta:
             chunk, rest = layout.chunk, memory[rows * size :]
             written, rest = rest.split([n := chunks * chunk * shape[1], rest.numel() - n])
@@ -61,10 +63,11 @@ class Kept:
         first = self._places[segment.lead.start]
         return self._states[first : first + segment.width * self.heads]
 
-    def states(self, segment: Segment) -> Tensor:
-        """Return the states before and after each chunk of a segment, as ``Segment.states`` does."""
-        rows = self._rows(segment)
-        return self._states[rows.start : rows.stop + segment.width * self.heads]
+    def states(self, segment: Segment) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Return the states around the steps of a segment, together and those between two steps."""
+        rows, lead = self._rows(segment), segment.lead
+        together = self._states[rows.start : rows.stop + segment.width * self.heads]
+        return together, self._steps[lead.start : lead.stop + 1]
 
     def delta(self, segment: Segment) -> tuple[Tensor, Tensor]:
         """Return what a segment's rows write (b, C, V) and its inverses (b, C, C)."""

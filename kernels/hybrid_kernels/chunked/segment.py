@@ -161,10 +161,16 @@ class Run:
         self.places: dict[str, tuple[Tensor, Tensor]] = {}
         self.pairs = take("pairs", rows, chunk, chunk)
         if self.kept is None or not self.kept.every_chunk:
-            self._take_states(take("states", self.segment.states(p.heads), *p.state_shape))
+            states = take("states", self.segment.states(p.heads), *p.state_shape)
+            self.starts, self.ends = self.segment.before_and_after(states, p.heads)
+            self.step_starts = self.starts.split_with_sizes(self.sizes)
+            self.step_ends = self.ends.split_with_sizes(self.sizes)
 
-    def _take_states(self, states: Tensor) -> None:
+    def _take_kept(self, kept: Kept) -> None:
+        """Take the memory of the states from what is kept, where that is those of every chunk."""
+        states, steps = kept.states(self.segment)
         self.starts, self.ends = self.segment.before_and_after(states, self.p.heads)
+        self.step_starts, self.step_ends = steps[:-1], steps[1:]
 
     def _gather(self, name: str, chunks: Tensor, factor: Tensor | None) -> Tensor:
         """Load this segment's part, times ``factor``, under a name; a view where that is free.
@@ -242,7 +248,7 @@ class Run:
         """Walk the states through the segment."""
         if self.kept is not None:
             if self.kept.every_chunk:
-                self._take_states(self.kept.states(self.segment))
+                self._take_kept(self.kept)
             else:
                 carried.enter(self.kept.before(self.segment))
         self._walk(carried)
@@ -251,19 +257,18 @@ class Run:
         """Bring the segment's states back, once all have been passed on."""
         assert self.kept is not None
         if self.kept.every_chunk:
-            self._take_states(self.kept.states(self.segment))
+            self._take_kept(self.kept)
         else:
             self._walk(Carried.again(self.kept.before(self.segment), self.p.layout))
 
     def _walk(self, carried: Carried) -> None:
-        starts, ends = (x.split_with_sizes(self.sizes) for x in (self.starts, self.ends))
-        carried.enter(starts[0])
+        carried.enter(self.step_starts[0])
         # What each chunk adds lies where the state after it will.
         torch.bmm(self.write.mT, self.values, out=self.ends)
         if self.total is not None and not self.p.exact:
             # Rescaled rows are relative to the chunk's start; what they write decays to its end.
             self.ends.mul_(self.total)
-        accumulate(starts, ends, carried, self.totals)
+        accumulate(self.step_starts, self.step_ends, carried, self.totals)
 
     def _pair_output(self) -> Tensor:
         """Return what the chunk's own writes give, for exact value decays before scaling."""
