@@ -366,7 +366,7 @@ def _split_values(
     v: torch.Tensor, gates: dict[str, Any], parts: int
 ) -> tuple[torch.Tensor, dict[str, Any]]:
     """v (B, T, H, V) -> (B, T, H * parts, V / parts), and each head's gates for all of its parts."""
-    heads_dim = {"log_decay": 2, "beta": 2, "bonus": 0}
+    heads_dim = {"log_decay": 2, "beta": 2, "write_scale": 2, "bonus": 0}
     split = dict(gates)
     for name, dim in heads_dim.items():
         gate = gates.get(name)

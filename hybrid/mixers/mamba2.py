@@ -116,8 +116,8 @@ class Mamba2(LinearMixer):
 
     dt_t = softplus(x W_dt + dt_bias), one per head; x, B, C through a short convolution and SiLU;
     output RMSNorm(y * silu(z)) (arXiv 2405.21060, eq. 1 and section 7.1). In the words of the op, C is
-    q, B is k and dt x is v. The published input projection [z, x, B, C, dt] is five matrices here:
-    `gate_proj`, `v_proj`, `k_proj`, `q_proj`, `dt_proj`.
+    q, B is k, x is v and dt is the write's scale. The published input projection [z, x, B, C, dt] is
+    five matrices here: `gate_proj`, `v_proj`, `k_proj`, `q_proj`, `dt_proj`.
     """
 
     Options = Mamba2Options
@@ -180,8 +180,7 @@ class Mamba2(LinearMixer):
         if self.options.dt_limit is not None:
             dt = dt.clamp(*self.options.dt_limit)
         log_decay = -dt * wide(self.A_log).exp()
-        v = (u * dt.unsqueeze(-1)).to(u.dtype)
-        y = self.recur(C, B, v, cu_seqlens, cache, log_decay=log_decay)
+        y = self.recur(C, B, u, cu_seqlens, cache, log_decay=log_decay, write_scale=dt)
         if self.D is not None:
             y = y + u * self.D.to(u.dtype).unsqueeze(-1)
         z = scaled(self.gate_proj(x), self.multipliers["z"])

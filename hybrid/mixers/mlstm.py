@@ -111,8 +111,8 @@ class MLSTM(LinearMixer):
         log_i = self._cap(wide(self.input_gate_proj(x)))
         log_f = F.logsigmoid(self._cap(wide(self.forget_gate_proj(x))))
         if self.options.input_gate == "sigmoid":
-            k = (k * torch.sigmoid(log_i).unsqueeze(-1)).to(k.dtype)
-            h = self.recur(q, k, v, cu_seqlens, cache, log_decay=log_f)
+            i = torch.sigmoid(log_i)
+            h = self.recur(q, k, v, cu_seqlens, cache, log_decay=log_f, write_scale=i)
         else:
             h = self._stabilised(q, k, v, log_i, log_f, cu_seqlens, cache)
         return self.o_proj(self.norm(h.flatten(-2)) * torch.sigmoid(self.gate_proj(x)))
@@ -137,7 +137,6 @@ class MLSTM(LinearMixer):
         if stored is not None:
             state, start = stored[..., :-1], stored[:, :: self.parts, 0, -1]
         m, m_before, m_last = stabiliser(log_f.detach(), log_i.detach(), start, cu_seqlens)
-        k = (k * (log_i - m).exp().unsqueeze(-1)).to(k.dtype)
         # at most 0 but for rounding, which is taken off without closing the way of the gradient
         log_decay = log_f + (m_before - m)
         log_decay = log_decay - log_decay.detach().clamp(min=0)
@@ -148,6 +147,7 @@ class MLSTM(LinearMixer):
             k,
             columns.unflatten(-1, (self.parts, -1)).flatten(2, 3),
             log_decay=log_decay.repeat_interleave(self.parts, dim=2),
+            write_scale=(log_i - m).exp().repeat_interleave(self.parts, dim=2),
             scale=self.scale,
             initial_state=state,
             cu_seqlens=cu_seqlens,

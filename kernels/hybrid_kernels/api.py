@@ -26,15 +26,16 @@ def linear_attention(
     bonus: Tensor | None = None,
     chunk_size: int | None = None,
     overwrite_state: bool = False,
+    write_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Run a linear recurrence over a matrix state and read it with queries.
 
     The state S (K x V, one per head) follows, with d_t = exp(log_decay_t)::
 
-        S_t = d_t * S_{t-1} + k_t v_t^T                                        beta is None
+        S_t = d_t * S_{t-1} + w_t k_t v_t^T                                    beta is None
         S_t = d_t * S_{t-1} + beta_t k_t (v_t - k_t^T (d_t * S_{t-1}))^T       delta rule
         o_t = scale * q_t^T S_t                                                bonus is None
-        o_t = scale * q_t^T (S_{t-1} + diag(bonus) k_t v_t^T)                  RWKV-6's read
+        o_t = scale * q_t^T (S_{t-1} + w_t diag(bonus) k_t v_t^T)              RWKV-6's read
 
     Linear attention: arXiv 2006.16236, eq. 16-20; decay forms: arXiv 2312.06635, table 1; delta
     rule: arXiv 2406.06484, eq. 3, with decay arXiv 2412.06464, eq. 10, and arXiv 2510.26692,
@@ -46,7 +47,7 @@ def linear_attention(
         v: values (B, T, H_v, V).
             H is the largest of H_q, H_k and H_v; the other two must divide it, and each of their
             heads then serves H / heads consecutive heads (as in grouped-query attention). All of
-            ``log_decay``, ``beta``, ``bonus`` and the state have exactly H heads.
+            ``log_decay``, ``beta``, ``bonus``, ``write_scale`` and the state have exactly H heads.
         log_decay: natural log of the decay, at most 0, -inf allowed: None for no decay, (H,) for
             one fixed per head, (B, T, H) for a scalar per token, (B, T, H, K) for a vector over
             keys.
@@ -67,6 +68,9 @@ def linear_attention(
         overwrite_state: write the final state into ``initial_state``, which is then what is
             returned, instead of allocating one at every token of a decode loop. Only without
             gradients; whoever wants the old state later keeps a copy.
+        write_scale: (B, T, H) w, what each token's write is multiplied by (Mamba-2's step size,
+            arXiv 2405.21060, eq. 2); default 1. The same as to multiply v, but at no pass over
+            values of its own. Additive form only.
 
     Returns:
         o (B, T, H, V) in v's dtype, and the final state in the form of ``initial_state`` (float32;
@@ -77,7 +81,8 @@ def linear_attention(
             cannot take this input, or ``overwrite_state`` meets no state or a gradient.
         ImportError: the backend asked for needs a package that is not installed.
     """
-    tensors = (q, k, v, log_decay, value_log_decay, beta, bonus, initial_state, cu_seqlens)
+    gates = (log_decay, value_log_decay, beta, bonus, write_scale)
+    tensors = (q, k, v, *gates, initial_state, cu_seqlens)
     request = (backends.LINEAR_ATTENTION, backend, overwrite_state, chunk_size)
     run = backends.known(request, tensors)
     if run is None:
@@ -95,6 +100,7 @@ def linear_attention(
         value_log_decay=value_log_decay,
         beta=beta,
         bonus=bonus,
+        write_scale=write_scale,
         scale=scale,
         initial_state=initial_state,
         cu_seqlens=cu_seqlens,

@@ -39,6 +39,7 @@ INPUTS: dict[str, tuple[str, ...]] = {
         "value_log_decay",
         "beta",
         "bonus",
+        "write_scale",
         "initial_state",
         "cu_seqlens",
         "chunk_size",
@@ -60,6 +61,7 @@ class Backend:
         pip: the command that installs them.
         gpu_only: whether it needs tensors on a GPU.
         automatic: whether ``backend=None`` may choose it.
+        scales_writes: whether it takes ``write_scale``; for the others, values are multiplied by it.
     """
 
     name: str
@@ -69,6 +71,7 @@ class Backend:
     pip: str = ""
     gpu_only: bool = False
     automatic: bool = True
+    scales_writes: bool = False
 
 
 _ADAPTERS = "hybrid_kernels.adapters"
@@ -86,8 +89,8 @@ BACKENDS: tuple[Backend, ...] = (
         pip="pip install triton",
         gpu_only=True,
     ),
-    Backend("torch", "hybrid_kernels.chunked", OPS),
-    Backend("reference", "hybrid_kernels.reference", OPS, automatic=False),
+    Backend("torch", "hybrid_kernels.chunked", OPS, scales_writes=True),
+    Backend("reference", "hybrid_kernels.reference", OPS, automatic=False, scales_writes=True),
     # Never chosen on their own: they take fewer inputs, and are not tested on a GPU here.
     Backend("fla", _ADAPTERS, (LINEAR_ATTENTION,), ("fla",), _FLA, True, False),
     Backend("mamba_ssm", _ADAPTERS, (SELECTIVE_SCAN,), ("mamba_ssm",), _MAMBA, True, False),
@@ -277,7 +280,24 @@ def _function(
         prepared = prepare(op, overwrite_state, **arguments)
         if prepared is not None:
             return prepared
+    if op == LINEAR_ATTENTION and not backend.scales_writes:
+        run = _scaling(run)
     return _overwriting(run) if overwrite_state else run
+
+
+def _scaling(run: Callable) -> Callable:
+    def scaling(*, v: Tensor, write_scale: Tensor | None, **others: Any):
+        return run(v=scaled_values(v, write_scale), **others)
+
+    return scaling
+
+
+def scaled_values(v: Tensor, write_scale: Tensor | None) -> Tensor:
+    """Return v (B, T, H_v, V), or each of its heads for H / H_v, times write_scale (B, T, H)."""
+    if write_scale is None:
+        return v
+    every_head = v.repeat_interleave(write_scale.shape[2] // v.shape[2], dim=2)
+    return (every_head * write_scale.unsqueeze(-1)).to(v.dtype)
 
 
 def _overwriting(run: Callable) -> Callable:
@@ -304,7 +324,9 @@ def _why_not(
         return f"it needs a GPU, the tensors are on {device.type!r}"
     _load(backend.name)
     unsupported = _FUNCTIONS[backend.name].get("unsupported")
-    return unsupported(op, **arguments) if unsupported is not None else None
+    if unsupported is None:
+        return None
+    return unsupported(op, **{n: x for n, x in arguments.items() if n != "write_scale"})
 
 
 def _announce(op: str, name: str, device: str, passed_over: list[str]) -> None:

@@ -52,8 +52,10 @@ class _Split(torch.autograd.Function):
 def _rejoined(parts: Sequence[Tensor], shape: torch.Size, dim: int) -> Tensor | None:
     """Return the contiguous tensor of a shape that holds nothing but these parts, if there is one."""
     first, strides, offset = parts[0], _strides(shape), parts[0].storage_offset()
+    if not _have_memory(parts):
+        return None
     memory = first.untyped_storage()
-    if type(first) is not Tensor or memory.nbytes() != shape.numel() * first.element_size():
+    if memory.nbytes() != shape.numel() * first.element_size():
         return None
     address = memory.data_ptr()
     for part in parts:
@@ -62,6 +64,11 @@ def _rejoined(parts: Sequence[Tensor], shape: torch.Size, dim: int) -> Tensor | 
             return None
         offset += part.shape[dim] * strides[dim]
     return first.as_strided(shape, strides)
+
+
+def _have_memory(tensors: Sequence[Tensor]) -> bool:
+    """Whether one may ask where tensors lie: not of those that are traced, or spread."""
+    return all(type(x) in (Tensor, torch.nn.Parameter) for x in tensors)
 
 
 def _strides(shape: Sequence[int]) -> tuple[int, ...]:
@@ -105,6 +112,8 @@ class Places(NamedTuple):
 
 def places(*tensors: Tensor) -> Places | None:
     """Return how tensors (B, T, H, size) fill the rows of one; None if they do not."""
+    if not _have_memory(tensors):
+        return None
     first = tensors[0]
     (batch, time), row = first.shape[:2], first.stride(1)
     start = min(x.storage_offset() for x in tensors)

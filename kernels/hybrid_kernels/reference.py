@@ -23,6 +23,7 @@ def linear_attention(
     value_log_decay: Tensor | None,
     beta: Tensor | None,
     bonus: Tensor | None,
+    write_scale: Tensor | None,
     scale: float,
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
@@ -35,6 +36,8 @@ def linear_attention(
     decay = _full_decay(log_decay, value_log_decay, q, values)
     if beta is not None:
         beta = beta.to(dtype)
+    if write_scale is not None:
+        values = values * write_scale.to(dtype)[..., None]
     outputs, states = [], []
     for rows, start, stop in document_bounds(cu_seqlens, q.shape[0], q.shape[1]):
         state = q.new_zeros(q.shape[0], heads, q.shape[-1], values.shape[-1])

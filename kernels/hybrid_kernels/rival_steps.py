@@ -130,12 +130,12 @@ def _ssd_inputs(length: int) -> dict[str, Tensor]:
 def _ssd_ours(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor, their_state: Tensor
 ) -> Tensor:
-    values, decay = x * dt[..., None], dt * A
     return linear_attention(
         C,
         B,
-        values,
-        log_decay=decay,
+        x,
+        log_decay=dt * A,
+        write_scale=dt,
         scale=1.0,
         initial_state=state,
         output_final_state=True,

@@ -90,7 +90,7 @@ def ssd_inputs(length: int) -> dict[str, Tensor]:
 
 
 def _ssd_ours(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tensor:
-    return linear_attention(C, B, x * dt[..., None], log_decay=dt * A, scale=1.0)[0]
+    return linear_attention(C, B, x, log_decay=dt * A, write_scale=dt, scale=1.0)[0]
 
 
 def _ssd_theirs(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tensor:

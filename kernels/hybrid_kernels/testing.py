@@ -37,6 +37,7 @@ class Form:
         delta: whether beta is given.
         value_decay: whether the decay over values is given.
         bonus: whether the exclusive read is on.
+        write_scale: whether writes are scaled.
         heads: of q, k and v.
         paper: a mixer that has this form.
     """
@@ -46,6 +47,7 @@ class Form:
     delta: bool = False
     value_decay: bool = False
     bonus: bool = False
+    write_scale: bool = False
     heads: tuple[int, int, int] = (2, 2, 2)
     paper: str = ""
 
@@ -70,6 +72,8 @@ FORMS: tuple[Form, ...] = (
     Form("grouped_values", "fixed", heads=(4, 2, 2), paper="grouped-query Lightning"),
     Form("grouped_delta", "scalar", delta=True, heads=(2, 2, 4), paper="Qwen3-Next"),
     Form("grouped_vector", "vector", heads=(4, 1, 2)),
+    Form("scaled_keys", "scalar", write_scale=True, heads=(1, 1, 4), paper="Mamba-2's step size"),
+    Form("scaled_outer", "vector", value_decay=True, write_scale=True, heads=(4, 2, 2)),
 )
 
 
@@ -164,6 +168,8 @@ def sample(
         found["value_log_decay"] = GATES[gates]((*token, value_dim), generator).to(wide)
     if form.bonus:
         found["bonus"] = normal(heads, key_dim).to(dtype)
+    if form.write_scale:
+        found["write_scale"] = torch.rand(token, generator=generator, dtype=torch.float64).to(wide)
     return found
 
 

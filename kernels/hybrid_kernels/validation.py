@@ -33,6 +33,7 @@ def check_linear_attention(
     value_log_decay: Tensor | None,
     beta: Tensor | None,
     bonus: Tensor | None,
+    write_scale: Tensor | None,
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
     chunk_size: int | None,
@@ -73,6 +74,11 @@ def check_linear_attention(
     _optional("value_log_decay", value_log_decay, (*token, v.shape[3]), "(B, T, H, V)")
     _optional("beta", beta, token, "(B, T, H)")
     _optional("bonus", bonus, (heads, q.shape[3]), "(H, K)")
+    _optional("write_scale", write_scale, token, "(B, T, H)")
+    if beta is not None and write_scale is not None:
+        raise ValueError(
+            "write_scale is for the additive form, it cannot go with beta, which has its part there"
+        )
     if beta is not None and value_log_decay is not None:
         raise ValueError("value_log_decay is for the additive form, it cannot go with beta")
     if beta is not None and bonus is not None:
@@ -92,6 +98,7 @@ def check_linear_attention(
         ("value_log_decay", value_log_decay),
         ("beta", beta),
         ("bonus", bonus),
+        ("write_scale", write_scale),
         ("initial_state", initial_state),
     )
 

@@ -97,6 +97,8 @@ def scan(**changes):
         ({"bonus": torch.rand(4, 7)}, r"bonus must be \(H, K\)"),
         ({"bonus": torch.rand(4, 8), "beta": torch.rand(2, 5, 4)}, "cannot go with beta"),
         ({"value_log_decay": -torch.rand(2, 5, 4, 8), "beta": torch.rand(2, 5, 4)}, "with beta"),
+        ({"write_scale": torch.rand(2, 5, 4), "beta": torch.rand(2, 5, 4)}, "has its part there"),
+        ({"write_scale": torch.rand(2, 5)}, r"write_scale must be \(B, T, H\) = \(2, 5, 4\)"),
         ({"initial_state": torch.zeros(2, 4, 8, 7)}, r"initial_state must be \(B or N"),
         ({"chunk_size": -1}, "at least 16, got -1"),
         ({"chunk_size": 24}, "power of two"),

@@ -23,7 +23,7 @@ from hybrid_kernels.testing import (
 forms = pytest.mark.parametrize("form", FORMS, ids=lambda form: form.name)
 backends = pytest.mark.parametrize("backend", BACKENDS_UNDER_TEST)
 PAIRS = [(name, dtype) for name, dtypes in BACKENDS_UNDER_TEST.items() for dtype in dtypes]
-SEQUENCE = ("q", "k", "v", "log_decay", "value_log_decay", "beta")
+SEQUENCE = ("q", "k", "v", "log_decay", "value_log_decay", "beta", "write_scale")
 
 
 def cut(inputs, start, stop):
@@ -360,3 +360,47 @@ def test_decays_of_keys_and_values_that_overflow_only_together(backend):
         inputs[name] = torch.full_like(inputs[name], -1.7)
     expected = evaluate(linear_attention, inputs, backend="reference")
     assert_agrees(evaluate(linear_attention, inputs, backend=backend), expected, 1e-5)
+
+
+SCALES = {
+    "zeros": lambda x: x * (x > 0.5),
+    "negative": lambda x: x - 0.5,
+    "tiny": lambda x: x * 1e-30,
+    "large": lambda x: x * 1e6,
+}
+
+
+@backends
+@pytest.mark.parametrize("scale", list(SCALES))
+@pytest.mark.parametrize("lengths", [None, [30, 0, 40]])
+@pytest.mark.parametrize("name", ["scaled_keys", "scaled_outer"])
+def test_any_scale_of_writes(name, lengths, scale, backend):
+    form = next(form for form in FORMS if form.name == name)
+    inputs = sample(form, lengths=lengths)
+    inputs["write_scale"] = SCALES[scale](inputs["write_scale"])
+    exact = {n: x.double() if x.is_floating_point() else x for n, x in inputs.items()}
+    expected = evaluate(linear_attention, exact, backend="reference")
+    found = evaluate(linear_attention, inputs, backend=backend)
+    assert_agrees(found, expected, TOLERANCE[torch.float32])
+
+
+@backends
+@pytest.mark.parametrize("form", [form for form in FORMS if not form.delta], ids=lambda f: f.name)
+@pytest.mark.parametrize("gates", ["mild", "closed"])
+def test_a_scale_of_writes_is_one_of_values(form, gates, backend):
+    """Of every form, and where values have fewer heads than the state."""
+    inputs = sample(form, gates=gates, dtype=torch.float64)
+    heads = max(form.heads)
+    scale = torch.rand(*inputs["q"].shape[:2], heads, dtype=torch.float64) + 0.1
+    scale.requires_grad_()
+    inputs.pop("write_scale", None)
+    leaves = {name: x.requires_grad_() for name, x in inputs.items()}
+    every_head = leaves["v"].repeat_interleave(heads // form.heads[2], dim=2)
+    multiplied = leaves | {"v": every_head * scale.unsqueeze(-1)}
+    wanted = [*leaves.values(), scale]
+    found, expected = (
+        torch.autograd.grad(linear_attention(**given, backend=backend)[0].square().sum(), wanted)
+        for given in (leaves | {"write_scale": scale}, multiplied)
+    )
+    for x, y in zip(found, expected, strict=True):
+        assert relative_rms(x, y) <= 1e-11

@@ -59,6 +59,7 @@ class LinearAttentionStep:
         log_decay: Tensor | None,
         value_log_decay: Tensor | None,
         beta: Tensor | None,
+        write_scale: Tensor | None,
         initial_state: Tensor | None,
         overwrite_state: bool = False,
         **_: Any,
@@ -68,7 +69,7 @@ class LinearAttentionStep:
         self.heads = max(x.shape[2] for x in (q, k, v))
         self.rows = self.batch * self.heads
         self.dtype, self.output_dtype = state_dtype(q, k, v), v.dtype
-        given = (q, k, v, log_decay, value_log_decay, beta, initial_state)
+        given = (q, k, v, log_decay, value_log_decay, beta, write_scale, initial_state)
         self.cast = any(x is not None and x.dtype != self.dtype for x in given)
         self.grouped = any(x.shape[2] != self.heads for x in (q, k, v))
         # What the decay of a head spans: one number, or one for each key.
@@ -83,6 +84,7 @@ class LinearAttentionStep:
         value_log_decay: Tensor | None,
         beta: Tensor | None,
         bonus: Tensor | None,
+        write_scale: Tensor | None,
         scale: float,
         initial_state: Tensor | None,
         cu_seqlens: None = None,
@@ -92,9 +94,9 @@ class LinearAttentionStep:
         rows, keys, values, state = self.rows, self.keys, self.values, initial_state
         if self.cast:
             q, k, v = (x.to(self.dtype) for x in (q, k, v))
-            given = (log_decay, value_log_decay, beta, state)
+            given = (log_decay, value_log_decay, beta, write_scale, state)
             cast = (None if x is None else x.to(self.dtype) for x in given)
-            log_decay, value_log_decay, beta, state = cast
+            log_decay, value_log_decay, beta, write_scale, state = cast
         if self.grouped:
             q, k, v = self._each_head(q), self._each_head(k), self._each_head(v)
         if state is None:
@@ -102,6 +104,8 @@ class LinearAttentionStep:
         elif not state.is_contiguous():
             state = state.contiguous()
         query, value = q.reshape(rows, 1, keys), v.reshape(rows, 1, values)
+        if write_scale is not None:
+            value = value * write_scale.reshape(rows, 1, 1)
         if bonus is not None:
             before = state.view(rows, keys, values)
             # With beta = 0 the first argument only lends its shape.
@@ -153,12 +157,14 @@ def linear_attention_step(
     value_log_decay: Tensor | None,
     beta: Tensor | None,
     bonus: Tensor | None,
+    write_scale: Tensor | None,
     scale: float,
     state: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Compute ``linear_attention`` for one token; ``state`` is left as it is."""
-    step = LinearAttentionStep(q, k, v, log_decay, value_log_decay, beta, state)
-    return step.run(q, k, v, log_decay, value_log_decay, beta, bonus, scale, state)
+    gates = (log_decay, value_log_decay, beta)
+    step = LinearAttentionStep(q, k, v, *gates, write_scale, state)
+    return step.run(q, k, v, *gates, bonus, write_scale, scale, state)
 
 
 class SelectiveScanStep:

@@ -31,6 +31,7 @@ class Gradients:
     value_decay: Tensor | None
     beta: Tensor | None
     bonus: Tensor | None
+    write_scale: Tensor | None = None
     rows: Tensor | None = None
 
     @property
@@ -230,7 +231,8 @@ class Pass:
         dv, factor = self.dvalues, run.write_factor
         if run.exact_values:
             assert run.value_gate is not None
-            dv, factor = torch.addcmul(self.dpair_values, dv, run.value_gate.write), None
+            dv = torch.addcmul(self.dpair_values, dv, run.value_gate.write)
+            factor = run.write_scale
         else:
             run.make_pairs()
             self.dvalues.baddbmm_(run.pairs.mT, self.do)
@@ -249,14 +251,28 @@ class Pass:
             if run.exact_keys:
                 dg += self.dpair_decay
             store(grads.key_decay[self.lead], dg)
+        if grads.value_decay is None and grads.write_scale is None:
+            return
+        writes = self._over_values(self.dvalues.mul_(run.values))
         if grads.value_decay is not None:
-            self._store_value_decay(grads.value_decay[self.lead])
+            self._store_value_decay(grads.value_decay[self.lead], writes)
+        if grads.write_scale is not None:
+            self._store_write_scale(grads.write_scale[self.lead], writes)
 
-    def _store_value_decay(self, chunks: Tensor) -> None:
+    def _store_write_scale(self, chunks: Tensor, writes: Tensor) -> None:
+        run = self.run
+        assert run.write_scale is not None
+        if run.exact_values:
+            writes = torch.addcmul(writes, self.dpair_values, run.raw_values())
+        if not self.scalar:
+            writes = writes.unflatten(-1, self.p.v.shape[4:]).sum(-1)
+        # The values had that factor, which is not near 0 (``linear.py``).
+        torch.div(writes.view(chunks.shape), run.write_scale, out=chunks)
+
+    def _store_value_decay(self, chunks: Tensor, writes: Tensor) -> None:
         run = self.run
         assert run.value_gate is not None
         assert self.dvalue_total is not None
-        writes = self._over_values(self.dvalues.mul_(run.values))
         total = self._over_values(self.dvalue_total)
         dg = run.value_gate.backward(self._value_reads(), writes, total)
         if run.exact_values:

@@ -25,12 +25,12 @@ SEGMENT_ROWS = 1024
 SEGMENT_ROWS_KEPT = 2048
 
 # The tensors come first, of which all but the offsets have gradients.
-DIFFERENTIABLE, TENSORS = 8, 9
+DIFFERENTIABLE, TENSORS = 9, 10
 DECAYS = (3, 4)
 SCHEMA = (
     "Tensor q, Tensor k, Tensor v, Tensor? log_decay, Tensor? value_log_decay, Tensor? beta, "
-    "Tensor? bonus, Tensor? initial_state, Tensor? cu_seqlens, float scale, int chunk_size, "
-    "bool exactly, bool keep"
+    "Tensor? bonus, Tensor? write_scale, Tensor? initial_state, Tensor? cu_seqlens, float scale, "
+    "int chunk_size, bool exactly, bool keep"
 )
 
 
@@ -38,8 +38,8 @@ class Inputs(NamedTuple):
     """The arguments of the op, as ``SCHEMA`` lists them.
 
     Attributes:
-        q, k, v, log_decay, value_log_decay, beta, bonus, initial_state, cu_seqlens, scale: as
-            ``hybrid_kernels.linear_attention`` has them.
+        q, k, v, log_decay, value_log_decay, beta, bonus, write_scale, initial_state, cu_seqlens,
+            scale: as ``hybrid_kernels.linear_attention`` has them.
         chunk_size: tokens, or 0 to choose.
         exactly: decay pairs in the exact way, whatever the decays are (``gates.py``).
         keep: a backward pass follows.
@@ -52,6 +52,7 @@ class Inputs(NamedTuple):
     value_log_decay: Tensor | None
     beta: Tensor | None
     bonus: Tensor | None
+    write_scale: Tensor | None
     initial_state: Tensor | None
     cu_seqlens: Tensor | None
     scale: float
@@ -141,6 +142,9 @@ class Inputs(NamedTuple):
             value_decay=None if value_decay is None else cut(value_decay, (-1,)),
             beta=None if self.beta is None else cut(self.beta[..., None]),
             bonus=self.bonus,
+            write_scale=None
+            if self.write_scale is None
+            else cut(self.write_scale[..., None], (-1,)),
             scale=self.scale,
             exact=exact,
             layout=layout,

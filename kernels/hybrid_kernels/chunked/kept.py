@@ -51,7 +51,8 @@ class Kept:
         rows = all_states if self.every_chunk else rows
         self._states = memory[: rows * size].view(rows, *shape)
         if self.every_chunk:
-            self._steps = self._states.split(max(1, layout.sequences * heads))
+            each = layout.sequences * heads
+            self._steps = self._states.split_with_sizes([each] * (len(layout.widths) + 1))
         if delta:
             chunk, rest = layout.chunk, memory[rows * size :]
             written, rest = rest.split([n := chunks * chunk * shape[1], rest.numel() - n])

@@ -18,6 +18,9 @@ from hybrid_kernels.chunked.passes import backward, forward
 from hybrid_kernels.chunked.segment import Problem
 from hybrid_kernels.joint import places
 
+# What the gradient of a write's scale may be divided by.
+NEAR_ZERO = 2.0**-60
+
 
 def linear_attention(
     q: Tensor,
@@ -28,16 +31,16 @@ def linear_attention(
     value_log_decay: Tensor | None,
     beta: Tensor | None,
     bonus: Tensor | None,
+    write_scale: Tensor | None,
     scale: float,
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
     chunk_size: int | None,
 ) -> tuple[Tensor, Tensor]:
     """Compute ``hybrid_kernels.linear_attention`` in chunks, on any device."""
-    decays = (log_decay, value_log_decay)
-    if is_single_step(q.shape[1], cu_seqlens, q, k, v, *decays, beta, bonus, initial_state):
-        return linear_attention_step(q, k, v, *decays, beta, bonus, scale, initial_state)
-    inputs = (q, k, v, *decays, beta, bonus, initial_state)
+    inputs = (q, k, v, log_decay, value_log_decay, beta, bonus, write_scale, initial_state)
+    if is_single_step(q.shape[1], cu_seqlens, *inputs):
+        return linear_attention_step(*inputs[:-1], scale, initial_state)
     keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
     # The gradient of a decay that is fixed per head is a sum over all tokens of terms of either
     # sign, in which the rounding of rescaled ones would show.
@@ -69,6 +72,8 @@ def _backward(*arguments) -> list[Tensor]:
     """
     *given, kept, o, do, dfinal, decays_wanted, together = arguments
     inputs = Inputs(*given)
+    if inputs.write_scale is not None and _near_zero(inputs.write_scale):
+        return _backward_of_scaled(inputs, *arguments[len(given) :])
     p = inputs.problem()
     layout = p.layout
     rows = _Rows(inputs, p, together)
@@ -79,8 +84,10 @@ def _backward(*arguments) -> list[Tensor]:
     if decays_wanted and p.value_decay is not None:
         dvalue = _Memory(layout, p.value_decay, p.dtype)
     dbonus = None if p.bonus is None else torch.zeros_like(p.bonus, dtype=p.dtype)
-    optional = (None if memory is None else memory.chunks for memory in (dkey, dvalue, dbeta))
-    grads = Gradients(*rows.chunks, *optional, dbonus, rows.stacked)
+    dscale = None if p.write_scale is None else _Memory(layout, p.write_scale, p.dtype)
+    by_token = (dkey, dvalue, dbeta, dscale)
+    *optional, scale = (None if memory is None else memory.chunks for memory in by_token)
+    grads = Gradients(*rows.chunks, *optional, dbonus, scale, rows.stacked)
     dstate = _first_states(p, dfinal)
 
     def cut(x: Tensor) -> Tensor:
@@ -94,8 +101,27 @@ def _backward(*arguments) -> list[Tensor]:
     if decays_wanted:
         found = [(inputs.log_decay, dlog_decay), (inputs.value_log_decay, dvalue)]
     dinitial = layout.unsort_states(_unfold(dstate, p))
-    found += [(inputs.beta, dbeta), (inputs.bonus, dbonus), (inputs.initial_state, dinitial)]
+    found += [(inputs.beta, dbeta), (inputs.bonus, dbonus)]
+    found += [(inputs.write_scale, dscale), (inputs.initial_state, dinitial)]
     return rows.results() + [_like(x, grad) for x, grad in found if x is not None]
+
+
+def _near_zero(write_scale: Tensor) -> bool:
+    """Whether a product with it cannot be divided by it again; NaN counts as zero."""
+    return write_scale.numel() > 0 and not bool(write_scale.abs().amin() > NEAR_ZERO)
+
+
+def _backward_of_scaled(inputs: Inputs, *rest) -> list[Tensor]:
+    """Do as ``_backward`` does, with the values multiplied beforehand."""
+    assert inputs.write_scale is not None
+    v, scale = inputs.v.to(inputs.dtype), inputs.write_scale.to(inputs.dtype)[..., None]
+    v = v.repeat_interleave(inputs.heads // v.shape[2], dim=2)
+    found = _backward(*inputs._replace(v=v * scale, write_scale=None), *rest)
+    dv = found[2]
+    found[2] = _like(inputs.v, dv * scale)
+    dscale = _like(inputs.write_scale, (dv * v).sum(-1))
+    found.insert(len(found) - (inputs.initial_state is not None), dscale)
+    return found
 
 
 class _Rows:
@@ -233,12 +259,14 @@ def _keep(ctx, inputs, output) -> None:
 
 def _differentiate(ctx, do, dfinal, _):
     *tensors, kept, o = ctx.saved_tensors
+    inputs = Inputs(*tensors, *ctx.options)
     if do is None:
         shape, dtype = ctx.output
         do = tensors[0].new_zeros(shape, dtype=dtype)
     wanted = any(ctx.needs_input_grad[i] for i in DECAYS)
-    # A compiler has its own mind about memory.
-    rows = None if torch.compiler.is_compiling() else places(*tensors[:3])
+    # A compiler has its own mind about memory; and values that are scaled may have to be copied.
+    alone = torch.compiler.is_compiling() or inputs.write_scale is not None
+    rows = None if alone else places(*tensors[:3])
     together = rows is not None
     found = _backward_op(*tensors, *ctx.options, kept, o, do, dfinal, wanted, together)
     if rows is not None:

@@ -38,6 +38,7 @@ class Problem:
         value_decay: (..., r, V or 1), or None.
         beta: (..., 1), or None for the additive form; then r is 1.
         bonus: (G, K), or None; then r is 1.
+        write_scale: (..., r, 1), or None; a factor on values.
         scale: of the output.
         exact: which way of decaying pairs.
         layout: of the chunks.
@@ -51,6 +52,7 @@ class Problem:
     value_decay: Tensor | None
     beta: Tensor | None
     bonus: Tensor | None
+    write_scale: Tensor | None
     scale: float
     exact: bool
     layout: Layout
@@ -115,7 +117,8 @@ class Run:
     Attributes (b leading everywhere):
         key_gate, value_gate: decays, or None.
         write_factor, output_factor: what values and output are multiplied by in ``load`` and
-            ``store``, the scale included, or None.
+            ``store``, the scales included, or None.
+        write_scale: that of the segment's rows, or None.
         read: (C, K) queries times their read factor.
         write: (C, K) keys times their write factor.
         values: (C, r V) times their write factor.
@@ -144,7 +147,7 @@ class Run:
             self.sizes, self.gates = sizes, None
             self._lay_out()
         gates = (p.key_gate(segment.lead), p.value_gate(segment.lead))
-        if gates != self.gates:
+        if gates != self.gates or p.write_scale is not None:
             self.gates = gates
             self._take_factors()
         self.read = self._gather("read", p.q, self.key_gate.read if self.key_gate else None)
@@ -201,6 +204,11 @@ class Run:
         elif p.scale != 1.0:
             # One element with a dimension: a plain number would take a product to bfloat16 first.
             self.output_factor = self.mask.new_full((1,), p.scale)
+        self.write_scale = None
+        if p.write_scale is not None:
+            self.write_scale = scale = p.write_scale[self.segment.lead].to(p.dtype)
+            gate = self.write_factor
+            self.write_factor = scale if gate is None else gate * scale
         self.total = self._total()
         self.totals = None if self.total is None else self.total.split_with_sizes(self.sizes)
 
@@ -282,8 +290,8 @@ class Run:
         return o.addcmul_(self.pairs.diagonal(dim1=1, dim2=2)[..., None], raw)
 
     def raw_values(self) -> Tensor:
-        """Return the values without any factor, (b, C, V)."""
-        return load(self.p.v[self.segment.lead], self.p.dtype).flatten(2)
+        """Return the values without decay, (b, C, V)."""
+        return load(self.p.v[self.segment.lead], self.p.dtype, self.write_scale).flatten(2)
 
     def store_output(self, o: Tensor) -> None:
         """Write the segment's output into its chunks."""
