@@ -16,9 +16,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+# Set on rows that nothing but the gradients of parts lie in.
+_MARK = "_hybrid_rows"
+
 
 def split(x: Tensor, sizes: Sequence[int], dim: int = -1) -> tuple[Tensor, ...]:
     """Cut a tensor into parts (views), as ``torch.split`` does, and rejoin their gradients.
+
+    A gradient of a part that a hook keeps may then be a view of that of x.
 
     Args:
         x: any shape.
@@ -34,41 +39,44 @@ def split(x: Tensor, sizes: Sequence[int], dim: int = -1) -> tuple[Tensor, ...]:
 
 
 class _Split(torch.autograd.Function):
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(x: Tensor, sizes: list[int], dim: int) -> tuple[Tensor, ...]:
         return x.split(sizes, dim)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
-        ctx.shape, ctx.dim = inputs[0].shape, inputs[2]
+        x, ctx.sizes, ctx.dim = inputs
+        ctx.shape = x.shape
+
+    @staticmethod
+    def jvp(ctx: Any, dx: Tensor, *_: None) -> tuple[Tensor, ...]:
+        return dx.split(ctx.sizes, ctx.dim)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         # What a second derivative is to go through has to be a copy.
-        whole = None if torch.is_grad_enabled() else _rejoined(grads, ctx.shape, ctx.dim)
+        copied = torch.is_grad_enabled() or torch.compiler.is_compiling()
+        whole = None if copied else _rejoined(grads, ctx.shape, ctx.dim)
         return torch.cat(grads, ctx.dim) if whole is None else whole, None, None
 
 
 def _rejoined(parts: Sequence[Tensor], shape: torch.Size, dim: int) -> Tensor | None:
-    """Return the contiguous tensor of a shape that holds nothing but these parts, if there is one."""
-    first, strides, offset = parts[0], _strides(shape), parts[0].storage_offset()
-    if not _have_memory(parts):
+    """Return the contiguous tensor of a shape that holds nothing but these parts, if there is one.
+
+    Only where the memory was made for them (``Places.hand_out``): what the gradients of parts lie in
+    otherwise, as behind ``torch.cat``, may be another tensor's gradient as well.
+    """
+    first, strides = parts[0], _strides(shape)
+    whole, offset = first._base, first.storage_offset()
+    if whole is None or not getattr(whole, _MARK, False) or whole.numel() != shape.numel():
         return None
-    memory = first.untyped_storage()
-    if memory.nbytes() != shape.numel() * first.element_size():
-        return None
-    address = memory.data_ptr()
     for part in parts:
-        lies_there = part.storage_offset() == offset and part.stride() == strides
-        if not lies_there or part.untyped_storage().data_ptr() != address:
+        if part._base is not whole or part.storage_offset() != offset or part.stride() != strides:
             return None
         offset += part.shape[dim] * strides[dim]
     return first.as_strided(shape, strides)
-
-
-def _have_memory(tensors: Sequence[Tensor]) -> bool:
-    """Whether one may ask where tensors lie: not of those that are traced, or spread."""
-    return all(type(x) in (Tensor, torch.nn.Parameter) for x in tensors)
 
 
 def _strides(shape: Sequence[int]) -> tuple[int, ...]:
@@ -99,15 +107,26 @@ class Places(NamedTuple):
             for offset, heads, stride, size in self.blocks
         ]
 
+    def hand_out(self, rows: Tensor) -> list[Tensor]:
+        """Cut rows that nothing else lies in, which ``split`` may then take as one again."""
+        setattr(rows, _MARK, True)
+        return self.cut(rows)
+
     def stack(self, rows: Tensor) -> Tensor | None:
         """View (..., row) as (tensors, ..., heads, size), if they are alike and evenly apart."""
         starts, shapes = [block[0] for block in self.blocks], {block[1:] for block in self.blocks}
-        step = starts[1] - starts[0]
+        # Of falling offsets there is none: strides cannot be negative.
+        step = abs(starts[1] - starts[0])
         if len(shapes) > 1 or starts != [starts[0] + step * i for i in range(len(starts))]:
             return None
         first = self.cut(rows)[0]
         shape, strides = (len(starts), *first.shape), (step, *first.stride())
         return first.as_strided(shape, strides, first.storage_offset())
+
+
+def _have_memory(tensors: Sequence[Tensor]) -> bool:
+    """Whether one may ask where tensors lie: not of those that are traced, or spread."""
+    return all(type(x) in (Tensor, torch.nn.Parameter) for x in tensors)
 
 
 def places(*tensors: Tensor) -> Places | None:

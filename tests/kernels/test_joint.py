@@ -1,5 +1,7 @@
 """Parts of one tensor: their gradients are those of any parts, and are not copied together."""
 
+from itertools import permutations
+
 import pytest
 import torch
 
@@ -106,6 +108,77 @@ def test_any_use_of_the_parts(dim, rejoined):
     )
     assert torch.equal(found, expected)
     assert rejoined == [False]
+
+
+@pytest.mark.parametrize("order", list(permutations("qkv")), ids="".join)
+def test_parts_in_any_order(order, rejoined):
+    rows = torch.randn(2, 70, HEADS, 3 * SIZE, requires_grad=True)
+
+    def gradient(cut):
+        parts = dict(zip(order, cut(rows, [SIZE] * 3, -1), strict=True))
+        return torch.autograd.grad(linear_attention(**parts)[0].square().sum(), rows)[0]
+
+    found, expected = (gradient(cut) for cut in (hybrid_kernels.split, torch.split))
+    assert rejoined == [True]
+    assert torch.equal(found, expected)
+
+
+def test_gradients_that_share_memory_with_others():
+    """Those of ``torch.cat`` are views of one tensor, which is the gradient of ``b`` as well."""
+    a, b = (torch.randn(4, 6, requires_grad=True) for _ in range(2))
+    weights = torch.randn(4, 6)
+    for _ in range(2):
+        joined = (torch.cat(hybrid_kernels.split(x, [2, 4]), dim=-1) for x in (a, b))
+        (sum(joined) * weights).sum().backward()
+    assert torch.equal(a.grad, 2 * weights)
+    assert torch.equal(b.grad, 2 * weights)
+
+
+def test_a_gradient_from_outside_stays_as_it_is():
+    x, given = torch.randn(4, 6, requires_grad=True), torch.ones(4, 6)
+    for _ in range(2):
+        torch.cat(hybrid_kernels.split(x, [2, 4]), dim=-1).backward(given)
+    assert torch.equal(given, torch.ones(4, 6))
+
+
+def test_conjugate_gradients():
+    x = torch.randn(4, 6, dtype=torch.complex64, requires_grad=True)
+    weights = torch.randn(4, 6, dtype=torch.complex64)
+
+    def gradient(cut):
+        a, b = cut(x, [2, 4], -1)
+        return torch.autograd.grad(torch.cat([a.conj(), b], dim=-1), x, weights)[0]
+
+    found, expected = (gradient(cut) for cut in (hybrid_kernels.split, torch.split))
+    assert torch.equal(found, expected)
+
+
+def test_only_one_of_the_parts_is_wanted():
+    """Then its gradient keeps no memory for the others."""
+    q, k, v = torch.randn(1, 40, HEADS, 3 * SIZE).split(SIZE, dim=-1)
+    q.requires_grad_()
+    found = torch.autograd.grad(linear_attention(q, k, v)[0].square().sum(), q)[0]
+    assert found.untyped_storage().nbytes() == found.numel() * found.element_size()
+
+
+def through_split(x):
+    return torch.cat(hybrid_kernels.split(x, [2, 4]), dim=-1) ** 3
+
+
+def test_many_gradients_at_once():
+    x = torch.randn(6, requires_grad=True)
+    y = through_split(x)
+    found = torch.autograd.grad(y, x, torch.eye(6), is_grads_batched=True)[0]
+    assert torch.equal(found, torch.diag(3 * x.detach() ** 2))
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
+def test_function_transforms():
+    x = torch.randn(3, 6, dtype=torch.float64)
+    by_row = torch.func.vmap(torch.func.grad(lambda row: through_split(row).sum()))(x)
+    torch.testing.assert_close(by_row, 3 * x**2)
+    second = torch.func.hessian(lambda row: through_split(row).sum())(x[0])
+    torch.testing.assert_close(second, torch.diag(6 * x[0]))
 
 
 def test_a_second_derivative():

@@ -80,6 +80,7 @@ class Pass:
         # What the decays need of rows takes the place of their gradients (``store_rows``).
         if self.grads.rows is not None and not self.decays_wanted:
             self.drows = self.take("drows", 3, *run.read.shape)
+            self.each_drows = self.drows.unbind()
         heads = self.p.heads
         states = self.take("dstates", run.segment.states(heads), *self.p.state_shape)
         self.befores, self.dends = run.segment.before_and_after(states, heads)
@@ -168,14 +169,14 @@ class Pass:
             self._add_bonus()
 
     def _row_memory(self, index: int, name: str, like: Tensor) -> Tensor:
-        return self.take(name, *like.shape) if self.drows is None else self.drows[index]
+        return self.take(name, *like.shape) if self.drows is None else self.each_drows[index]
 
     def _store(self, index: int, chunks: Tensor, x: Tensor, factor: Tensor | None) -> None:
         """Write the gradient of q, k or v; first to ``drows``, where there is one."""
         if self.drows is None:
             store(chunks[self.lead], x, factor)
-        elif factor is not None or x is not self.drows[index]:
-            store(self.drows[index].view(chunks[self.lead].shape), x, factor)
+        elif factor is not None or x is not self.each_drows[index]:
+            store(self.each_drows[index].view(chunks[self.lead].shape), x, factor)
 
     def _store_queries(self) -> None:
         run, gate = self.run, self.run.key_gate

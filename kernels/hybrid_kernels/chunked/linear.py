@@ -264,13 +264,15 @@ def _differentiate(ctx, do, dfinal, _):
         shape, dtype = ctx.output
         do = tensors[0].new_zeros(shape, dtype=dtype)
     wanted = any(ctx.needs_input_grad[i] for i in DECAYS)
-    # A compiler has its own mind about memory; and values that are scaled may have to be copied.
+    # A compiler has its own mind about memory; values that are scaled may have to be copied; and a
+    # gradient that is wanted by itself would hold the memory of three.
     alone = torch.compiler.is_compiling() or inputs.write_scale is not None
+    alone = alone or not all(ctx.needs_input_grad[:3])
     rows = None if alone else places(*tensors[:3])
     together = rows is not None
     found = _backward_op(*tensors, *ctx.options, kept, o, do, dfinal, wanted, together)
     if rows is not None:
-        found[:1] = rows.cut(found[0])
+        found[:1] = rows.hand_out(found[0])
     found = iter(found)
     absent = () if wanted else DECAYS
     grads = [
