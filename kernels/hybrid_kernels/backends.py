@@ -296,8 +296,10 @@ def scaled_values(v: Tensor, write_scale: Tensor | None) -> Tensor:
     """Return v (B, T, H_v, V), or each of its heads for H / H_v, times write_scale (B, T, H)."""
     if write_scale is None:
         return v
-    every_head = v.repeat_interleave(write_scale.shape[2] // v.shape[2], dim=2)
-    return (every_head * write_scale.unsqueeze(-1)).to(v.dtype)
+    dtype, heads = v.dtype, write_scale.shape[2]
+    if v.shape[2] != heads:
+        v = v.repeat_interleave(heads // v.shape[2], dim=2)
+    return (v * write_scale.unsqueeze(-1)).to(dtype)
 
 
 def _overwriting(run: Callable) -> Callable:
