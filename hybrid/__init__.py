@@ -3,13 +3,13 @@
 Importing this package registers its classes with transformers' Auto classes.
 """
 
-from hybrid.config import HybridConfig
+from hybrid.config.hybrid_config import HybridConfig
+from hybrid.config.options import ConfigError
+from hybrid.config.registry import register_feed_forward, register_mixer
 from hybrid.hub import register_auto_classes
 from hybrid.layout import LayoutError
 from hybrid.mixers import LinearMixer, Mixer, MixerOptions
-from hybrid.model import HybridForCausalLM, HybridModel
-from hybrid.options import ConfigError
-from hybrid.registry import register_feed_forward, register_mixer
+from hybrid.modeling.model import HybridForCausalLM, HybridModel
 
 __version__ = "0.1.0"
 

@@ -190,7 +190,7 @@ class _Tasks:
     def problems(self, metrics: Sequence[str], options: Mapping[str, Any]) -> list[str]:
         """Unknown tasks, settings or options, a line each."""
         from hybrid.ablate.config import TRAINING_METRICS
-        from hybrid.options import did_you_mean
+        from hybrid.config.options import did_you_mean
         from hybrid_eval.lm_harness import resolve
         from hybrid_eval.registry import TASKS, check_options
 
@@ -280,8 +280,8 @@ def _data(arguments: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+    from hybrid.config.options import ConfigError
     from hybrid.data import prepare
-    from hybrid.options import ConfigError
     from hybrid.plan import parse_tokens
 
     counts = TextColumn("{task.completed:,} documents, {task.fields[tokens]:,} tokens")
@@ -378,8 +378,8 @@ def _layout(arguments: argparse.Namespace) -> int:
     from rich.markup import escape
     from rich.table import Table
 
+    from hybrid.config.registry import mixers
     from hybrid.layout import FFN, describe, parse, resolve
-    from hybrid.registry import mixers
 
     layers = resolve(arguments.layout, ffn=arguments.ffn, num_hidden_layers=arguments.layers)
     names = mixers.symbols()
@@ -401,8 +401,8 @@ def _mixers(arguments: argparse.Namespace) -> int:
     from rich.markup import escape
     from rich.table import Column, Table
 
+    from hybrid.config.registry import mixers
     from hybrid.prose import fold
-    from hybrid.registry import mixers
 
     console = Console()
     if arguments.name is None:

@@ -60,8 +60,8 @@ def register_auto_classes() -> None:
     """Teach transformers' Auto classes this model type; importing `hybrid` does so."""
     from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-    from hybrid.config import HybridConfig
-    from hybrid.model import HybridForCausalLM, HybridModel
+    from hybrid.config.hybrid_config import HybridConfig
+    from hybrid.modeling.model import HybridForCausalLM, HybridModel
 
     AutoConfig.register(HybridConfig.model_type, HybridConfig, exist_ok=True)
     AutoModel.register(HybridConfig, HybridModel, exist_ok=True)

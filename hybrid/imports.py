@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from hybrid.options import ConfigError
+from hybrid.config.options import ConfigError
 
 HELP = "a Python file or module of yours to import first, e.g. with a mixer in it; may be repeated"
 

@@ -15,13 +15,13 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from hybrid.canon import Canon
-from hybrid.config import HybridConfig
+from hybrid.config.hybrid_config import HybridConfig
+from hybrid.config.options import ConfigError, did_you_mean
 from hybrid.ffn import FeedForward
 from hybrid.ffn.moe import MoEOptions
 from hybrid.mixers import Mixer, ShortConvolution
-from hybrid.model import HybridForCausalLM, HybridModel
-from hybrid.options import ConfigError, did_you_mean
+from hybrid.modeling.canon import Canon
+from hybrid.modeling.model import HybridForCausalLM, HybridModel
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from hybrid.config.options import ConfigError
 from hybrid.imports import import_arguments
-from hybrid.options import ConfigError
 
 # What the evaluation measures, beside recall at the size that was trained.
 EVALUATION = [

@@ -11,7 +11,7 @@ import difflib
 import os
 from typing import TYPE_CHECKING
 
-from hybrid.options import ConfigError
+from hybrid.config.options import ConfigError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from hybrid.options import ConfigError, build, did_you_mean, option
+from hybrid.config.options import ConfigError, build, did_you_mean, option
 from hybrid.train import yaml
 from hybrid.train.config import TrainConfig, parse_config
 

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from hybrid.ablate.config import ALL_BUT, Ablation, flat, train_config, with_overrides
 from hybrid.ablate.matching import Cost, cost_of, solve
-from hybrid.options import ConfigError
+from hybrid.config.options import ConfigError
 from hybrid.train.config import TrainConfig
 
 Kind = Literal["alone", "leave-one-out"]

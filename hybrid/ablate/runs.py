@@ -24,7 +24,7 @@ import yaml
 
 from hybrid.ablate.config import TRAINING_METRICS, Ablation, Evaluator
 from hybrid.ablate.design import Design, Variant
-from hybrid.options import ConfigError
+from hybrid.config.options import ConfigError
 from hybrid.quickstart import training_command
 from hybrid.train.config import parse_config
 from hybrid.train.runner import DIVERGED, RESULT, run

@@ -6,10 +6,10 @@ import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from hybrid.config import HybridConfig
+from hybrid.config.hybrid_config import HybridConfig
 from hybrid.convert.family import Family
 from hybrid.convert.stack import Block, Part, blocks, mtp_blocks
-from hybrid.model import HybridForCausalLM
+from hybrid.modeling.model import HybridForCausalLM
 
 # Keys of ours that a converted model need not share: they matter to training, or to nothing but words.
 TOP_UNCOMPARED = {

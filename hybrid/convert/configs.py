@@ -10,14 +10,14 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from hybrid.config import HybridConfig
+from hybrid.config.hybrid_config import HybridConfig
+from hybrid.config.registry import mixers
 from hybrid.convert.compare import LAYERS, by_layers, differences, respelt
 from hybrid.convert.family import Family, Inexpressible, NotExpressible, get_family
 from hybrid.convert.mtp import MTPMap
 from hybrid.convert.stack import Block, Part, blocks, layout_of, mtp_blocks, on_meta
 from hybrid.layout import DEFAULT
-from hybrid.model import HybridForCausalLM
-from hybrid.registry import mixers
+from hybrid.modeling.model import HybridForCausalLM
 
 # Settings that may differ by letter: `norm_position.S`, `residuals.-.output_multiplier`.
 AROUND = ("norm_position", "residuals", "canon", "shared")

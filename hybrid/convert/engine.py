@@ -22,7 +22,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from hybrid import hub
-from hybrid.config import HybridConfig
+from hybrid.config.hybrid_config import HybridConfig
 from hybrid.convert.checkpoint import (
     COMPANIONS,
     DEFAULT_SHARD_SIZE,
@@ -57,7 +57,7 @@ from hybrid.convert.steps import (
     their_specs,
     write_steps,
 )
-from hybrid.model import HybridForCausalLM
+from hybrid.modeling.model import HybridForCausalLM
 
 logger = logging.getLogger(__name__)
 
@@ -86,7 +86,7 @@ def from_published(
             their weights, new ones inherit from the softmax layers that they replace (see
             `hybrid.convert.relayout`).
         mixers: with `layout`: letter -> options of its mixer, over those that it inherits.
-        mtp: with the modules for multi-token prediction (see `hybrid.mtp`), where there are any.
+        mtp: with the modules for multi-token prediction (`hybrid.modeling.mtp`), where there are any.
         hub_options: for the hub's `snapshot_download`, such as `revision` or `token`.
 
     Raises:

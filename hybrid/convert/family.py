@@ -20,10 +20,10 @@ from transformers.models.auto.configuration_auto import (
     CONFIG_MAPPING_NAMES,  # pyright: ignore[reportPrivateImportUsage]
 )
 
+from hybrid.config.options import did_you_mean
 from hybrid.convert.mtp import MTPMap
 from hybrid.convert.older import rope_words
 from hybrid.convert.weights import Rule
-from hybrid.options import did_you_mean
 
 Flat = Mapping[str, Any]
 

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from hybrid.config.registry import mixers as registered
 from hybrid.mixers.base import ShortConvolution
 from hybrid.mixers.grouped_heads import GroupedHeadOptions
-from hybrid.registry import mixers as registered
 
 Value = float | Callable[[Any], torch.Tensor]
 

@@ -1,7 +1,7 @@
 """Multi-token prediction modules of published checkpoints: where a family keeps them.
 
 transformers' classes drop these tensors, and what serves a checkpoint drafts with them. Each module is
-two norms, a projection, layers of the family's own kinds and a last norm, which are `hybrid.mtp`'s;
+two norms, a projection, layers of the family's own kinds and a last norm (`hybrid.modeling.mtp`);
 their layers follow the family's weight rules under another prefix.
 """
 

@@ -18,7 +18,9 @@ from typing import Any
 
 import torch
 
-from hybrid.config import HybridConfig
+from hybrid.config.hybrid_config import HybridConfig
+from hybrid.config.options import did_you_mean
+from hybrid.config.registry import mixers as registered
 from hybrid.convert.checkpoint import Spec, some
 from hybrid.convert.inherit import INHERIT, PROJECTIONS, Inherit
 from hybrid.convert.stack import fill, layout_of, on_meta
@@ -26,9 +28,7 @@ from hybrid.convert.steps import Held
 from hybrid.layout import Layer, check_bound, parse, resolve
 from hybrid.mixers.base import Mixer
 from hybrid.mixers.grouped_heads import GroupedHeads
-from hybrid.model import HybridForCausalLM
-from hybrid.options import did_you_mean
-from hybrid.registry import mixers as registered
+from hybrid.modeling.model import HybridForCausalLM
 
 logger = logging.getLogger(__name__)
 

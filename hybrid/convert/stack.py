@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from hybrid.config import HybridConfig
+from hybrid.config.hybrid_config import HybridConfig
 from hybrid.layout import Layer, parse_ffn
 from hybrid.layout.shortest import shortest
 from hybrid.layout.types import Layout
-from hybrid.model import HybridForCausalLM, HybridModel
+from hybrid.modeling.model import HybridForCausalLM, HybridModel
 
 
 class Part(NamedTuple):
@@ -23,7 +23,7 @@ class Part(NamedTuple):
         name: as it is registered.
         options: its completed options.
         letter: of the layout.
-        around: what stands around its branch, as paths (see `hybrid.around`).
+        around: what stands around its branch, as paths (see `hybrid.config.block_options`).
     """
 
     name: str

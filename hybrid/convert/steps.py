@@ -13,7 +13,7 @@ from hybrid.convert.family import Family
 from hybrid.convert.mtp import MODULES
 from hybrid.convert.stack import Block, blocks, mtp_blocks
 from hybrid.convert.weights import Fuse, Operation, Place, Rule, Tensors
-from hybrid.model import HybridForCausalLM
+from hybrid.modeling.model import HybridForCausalLM
 
 
 class Source(Protocol):

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from hybrid.config.options import ConfigError
 from hybrid.data.documents import FORMAT, INDEX, encode, fingerprint, write_shard
 from hybrid.data.sources import open_texts, parse_source, plugins
-from hybrid.options import ConfigError
 from hybrid.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:

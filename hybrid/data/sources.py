@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 
+from hybrid.config.options import build, did_you_mean, option
 from hybrid.data.documents import (
     INDEX,
     Documents,
@@ -37,7 +38,6 @@ from hybrid.data.packing import LongDocuments, Packing, Row, pack
 from hybrid.data.rows import PluginRows, Rows, ShuffledRows, StreamedRows, complete, packed_stream
 from hybrid.data.stdlib import Split, stdlib_texts
 from hybrid.data.texts import is_path, load_texts
-from hybrid.options import build, did_you_mean, option
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

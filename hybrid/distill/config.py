@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from hybrid.config.options import ConfigError, build, did_you_mean, option
 from hybrid.layout import LayoutError, parse
-from hybrid.options import ConfigError, build, did_you_mean, option
 from hybrid.train import TrainConfig, yaml
 from hybrid.train import parse_config as parse_training
 

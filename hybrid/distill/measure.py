@@ -12,8 +12,8 @@ from tqdm.auto import tqdm
 from hybrid.data.collate import RowCollator
 from hybrid.data.packing import Row
 from hybrid.distill.parts import mix_as_seen, relative_error, silenced, watch
-from hybrid.losses import next_tokens
-from hybrid.model import HybridForCausalLM
+from hybrid.modeling.losses import next_tokens
+from hybrid.modeling.model import HybridForCausalLM
 
 IDLE = 1e-3
 """Nats a token: a branch whose knock-out costs less does nothing that is worth having."""

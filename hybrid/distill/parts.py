@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from hybrid.model import HybridForCausalLM
+from hybrid.modeling.model import HybridForCausalLM
 
 
 class Seen(NamedTuple):

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hybrid.config import HybridConfig
+from hybrid.config.hybrid_config import HybridConfig
+from hybrid.config.options import ConfigError
 from hybrid.convert import from_published
 from hybrid.convert.checkpoint import new_folder, read_json, write_json
 from hybrid.convert.relayout import relayout
@@ -27,8 +28,7 @@ from hybrid.distill.config import DistillConfig, LogitsStage, OutputsStage, Teac
 from hybrid.distill.measure import knock_outs, output_errors, row_losses
 from hybrid.distill.parts import replaced_layers
 from hybrid.distill.stages import LanguageModelling, MatchLogits, MatchOutputs
-from hybrid.model import HybridForCausalLM
-from hybrid.options import ConfigError
+from hybrid.modeling.model import HybridForCausalLM
 from hybrid.tokenizer import load_tokenizer
 from hybrid.train import TrainConfig, build, run
 from hybrid.train.runner import RESULT

@@ -17,8 +17,8 @@ from tqdm.auto import tqdm
 from hybrid.data.collate import RowCollator
 from hybrid.distill.parts import hold_still, mix_as_seen, relative_error, watch
 from hybrid.distill.solve import Equations
-from hybrid.losses import next_tokens
-from hybrid.model import HybridForCausalLM
+from hybrid.modeling.losses import next_tokens
+from hybrid.modeling.model import HybridForCausalLM
 from hybrid.train.trainer import HybridTrainer
 
 Batch = dict[str, torch.Tensor]

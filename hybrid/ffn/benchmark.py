@@ -18,7 +18,7 @@ from torch import nn
 from transformers.models.qwen3_moe import Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
 
-from hybrid.config import HybridConfig
+from hybrid.config.hybrid_config import HybridConfig
 
 
 def build_pair(arguments: argparse.Namespace) -> tuple[nn.Module, nn.Module]:

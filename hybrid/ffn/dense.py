@@ -10,13 +10,13 @@ import torch
 from torch import nn
 from transformers.activations import ACT2FN
 
-from hybrid.around import scaled
+from hybrid.config.block_options import scaled
+from hybrid.config.registry import register_feed_forward
 from hybrid.ffn.base import FeedForward, FeedForwardOptions
 from hybrid.mixers.base import residual_projection
-from hybrid.registry import register_feed_forward
 
 if TYPE_CHECKING:
-    from hybrid.config import HybridConfig
+    from hybrid.config.hybrid_config import HybridConfig
 
 # name -> (gated, activation by transformers' name)
 ACTIVATIONS = {

@@ -15,14 +15,14 @@ from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, use_experts_implementation
 
+from hybrid.config.registry import register_feed_forward
 from hybrid.ffn.base import FeedForward, FeedForwardOptions
 from hybrid.ffn.dense import ACTIVATIONS, Dense, DenseOptions
 from hybrid.ffn.router import build_router
 from hybrid.mixers.base import residual_projection
-from hybrid.registry import register_feed_forward
 
 if TYPE_CHECKING:
-    from hybrid.config import HybridConfig
+    from hybrid.config.hybrid_config import HybridConfig
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from transformers import initialization as init
 from transformers.utils.generic import maybe_autocast
 
 from hybrid.mixers.parts import wide
-from hybrid.precision import Float32Buffers
+from hybrid.nn.precision import Float32Buffers
 
 if TYPE_CHECKING:
     from hybrid.ffn.moe import MoEOptions

@@ -16,10 +16,10 @@ from transformers.models.llama.modeling_llama import eager_attention_forward
 
 from hybrid.mixers.base import Mixer
 from hybrid.mixers.parts import wide
-from hybrid.rotary import build_rotary
+from hybrid.nn.rotary import build_rotary
 
 if TYPE_CHECKING:
-    from hybrid.config import HybridConfig
+    from hybrid.config.hybrid_config import HybridConfig
 
 # Attention functions of transformers that know of sinks and caps themselves.
 CAPPED_FUNCTIONS = ("flex_attention",)

@@ -21,13 +21,13 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import initialization as init
 
-from hybrid.cache import LayerCache
-from hybrid.norms import build_norm
-from hybrid.segments import WHOLE_ROWS, Segments
+from hybrid.nn.cache import LayerCache
+from hybrid.nn.norms import build_norm
+from hybrid.nn.packing import WHOLE_ROWS, Segments
 from hybrid_kernels import causal_conv1d, linear_attention, split
 
 if TYPE_CHECKING:
-    from hybrid.config import HybridConfig
+    from hybrid.config.hybrid_config import HybridConfig
 
 
 @dataclass(frozen=True)

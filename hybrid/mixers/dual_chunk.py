@@ -20,7 +20,7 @@ import torch
 
 from hybrid.mixers.attention import weighted_values
 from hybrid.mixers.parts import wide
-from hybrid.rotary import RotaryEmbedding, rotate
+from hybrid.nn.rotary import RotaryEmbedding, rotate
 
 Angles = tuple[torch.Tensor, torch.Tensor]
 

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from hybrid.config.registry import register_mixer
 from hybrid.mixers.delta_net import DeltaRuleMixer, DeltaRuleOptions
 from hybrid.mixers.parts import init_log_uniform, init_time_step, softplus_log_decay
-from hybrid.registry import register_mixer
 
 if TYPE_CHECKING:
-    from hybrid.config import HybridConfig
+    from hybrid.config.hybrid_config import HybridConfig
 
 
 @dataclass(frozen=True)

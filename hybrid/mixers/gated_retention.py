@@ -9,12 +9,12 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from hybrid.config.registry import register_mixer
 from hybrid.mixers.parts import positive, wide
 from hybrid.mixers.retention import RetentionOptions, RotatedLinearMixer
-from hybrid.registry import register_mixer
 
 if TYPE_CHECKING:
-    from hybrid.config import HybridConfig
+    from hybrid.config.hybrid_config import HybridConfig
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from hybrid.cache import LayerCache
+from hybrid.config.registry import register_mixer
 from hybrid.mixers.base import (
     MixerOptions,
     ShortConvolution,
@@ -19,10 +19,10 @@ from hybrid.mixers.base import (
     conv_problems,
     residual_projection,
 )
-from hybrid.registry import register_mixer
+from hybrid.nn.cache import LayerCache
 
 if TYPE_CHECKING:
-    from hybrid.config import HybridConfig
+    from hybrid.config.hybrid_config import HybridConfig
 
 
 @dataclass(frozen=True)

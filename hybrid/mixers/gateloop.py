@@ -9,14 +9,14 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from hybrid.cache import LayerCache
+from hybrid.config.registry import register_mixer
 from hybrid.mixers.base import LinearMixer
 from hybrid.mixers.parts import HeadOptions, too_wide, wide
 from hybrid.mixers.rotation import rotate, rotate_state, running_angle
-from hybrid.registry import register_mixer
+from hybrid.nn.cache import LayerCache
 
 if TYPE_CHECKING:
-    from hybrid.config import HybridConfig
+    from hybrid.config.hybrid_config import HybridConfig
 
 
 @dataclass(frozen=True)

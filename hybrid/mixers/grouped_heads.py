@@ -15,11 +15,11 @@ from transformers import initialization as init
 from hybrid.mixers.attention import alibi_slopes
 from hybrid.mixers.base import Mixer, MixerOptions, head_problems, residual_projection
 from hybrid.mixers.parts import positive
-from hybrid.norms import NormName, build_norm
-from hybrid.rotary import rope_problems
+from hybrid.nn.norms import NormName, build_norm
+from hybrid.nn.rotary import rope_problems
 
 if TYPE_CHECKING:
-    from hybrid.config import HybridConfig
+    from hybrid.config.hybrid_config import HybridConfig
 
 Options = TypeVar("Options", bound="HeadSizeOptions")
 

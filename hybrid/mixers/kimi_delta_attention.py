@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import nn
 
+from hybrid.config.registry import register_mixer
 from hybrid.mixers.delta_net import DeltaRuleMixer, DeltaRuleOptions
 from hybrid.mixers.parts import (
     init_log_uniform,
@@ -17,10 +18,9 @@ from hybrid.mixers.parts import (
     softplus_log_decay,
     wide,
 )
-from hybrid.registry import register_mixer
 
 if TYPE_CHECKING:
-    from hybrid.config import HybridConfig
+    from hybrid.config.hybrid_config import HybridConfig
 
 
 @dataclass(frozen=True)

@@ -9,16 +9,16 @@ import torch
 from torch import nn
 from transformers import initialization as init
 
-from hybrid.cache import LayerCache
+from hybrid.config.registry import register_mixer
 from hybrid.mixers.base import FEATURE_MAPS, LinearMixer, OutputNorm
 from hybrid.mixers.parts import GroupedRMSNorm, HeadOptions, divides, positive
 from hybrid.mixers.rotation import positioned, rope_angles
-from hybrid.norms import build_norm
-from hybrid.precision import Float32Buffers
-from hybrid.registry import register_mixer
+from hybrid.nn.cache import LayerCache
+from hybrid.nn.norms import build_norm
+from hybrid.nn.precision import Float32Buffers
 
 if TYPE_CHECKING:
-    from hybrid.config import HybridConfig
+    from hybrid.config.hybrid_config import HybridConfig
 
 
 @dataclass(frozen=True)

@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch.nn import functional as F
 
-from hybrid.cache import LayerCache
 from hybrid.mixers.attention import add_positions, capped_attention
 from hybrid.mixers.base import StateMixer
 from hybrid.mixers.grouped_heads import GroupedHeadOptions, GroupedHeads
-from hybrid.rotary import BY_LENGTH, build_rotary, rotate
+from hybrid.nn.cache import LayerCache
+from hybrid.nn.rotary import BY_LENGTH, build_rotary, rotate
 
 if TYPE_CHECKING:
-    from hybrid.config import HybridConfig
+    from hybrid.config.hybrid_config import HybridConfig
 
 
 @dataclass(frozen=True)

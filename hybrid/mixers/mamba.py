@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import initialization as init
 
-from hybrid.cache import LayerCache
+from hybrid.config.registry import register_mixer
 from hybrid.mixers.base import (
     MixerOptions,
     ShortConvolution,
@@ -23,12 +23,12 @@ from hybrid.mixers.base import (
     residual_projection,
 )
 from hybrid.mixers.parts import init_time_step, positive, step_problems, wide
-from hybrid.norms import NormName, build_norm
-from hybrid.registry import register_mixer
+from hybrid.nn.cache import LayerCache
+from hybrid.nn.norms import NormName, build_norm
 from hybrid_kernels import selective_scan
 
 if TYPE_CHECKING:
-    from hybrid.config import HybridConfig
+    from hybrid.config.hybrid_config import HybridConfig
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import initialization as init
 
-from hybrid.around import scaled
-from hybrid.cache import LayerCache
+from hybrid.config.block_options import scaled
+from hybrid.config.registry import register_mixer
 from hybrid.mixers.base import LinearMixer, MixerOptions, conv_problems
 from hybrid.mixers.parts import (
     GroupedRMSNorm,
@@ -26,10 +26,10 @@ from hybrid.mixers.parts import (
     too_wide,
     wide,
 )
-from hybrid.registry import register_mixer
+from hybrid.nn.cache import LayerCache
 
 if TYPE_CHECKING:
-    from hybrid.config import HybridConfig
+    from hybrid.config.hybrid_config import HybridConfig
 
 
 @dataclass(frozen=True)

@@ -13,14 +13,14 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import initialization as init
 
-from hybrid.cache import LayerCache
+from hybrid.config.registry import register_mixer
 from hybrid.mixers.base import LinearMixer
 from hybrid.mixers.parts import GroupedLayerNorm, HeadOptions, positive, value_parts, wide
-from hybrid.registry import register_mixer
+from hybrid.nn.cache import LayerCache
 from hybrid_kernels import linear_attention
 
 if TYPE_CHECKING:
-    from hybrid.config import HybridConfig
+    from hybrid.config.hybrid_config import HybridConfig
 
 
 @dataclass(frozen=True)

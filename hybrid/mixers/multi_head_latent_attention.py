@@ -12,17 +12,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from hybrid.cache import LayerCache
+from hybrid.config.registry import register_mixer
 from hybrid.mixers.attention import FullAttention
 from hybrid.mixers.base import MixerOptions, residual_projection
 from hybrid.mixers.parts import positive, wide
-from hybrid.norms import build_norm
-from hybrid.registry import register_mixer
-from hybrid.rotary import apply_rotary, rope_problems, yarn_mscale
-from hybrid.segments import WHOLE_ROWS, Segments
+from hybrid.nn.cache import LayerCache
+from hybrid.nn.norms import build_norm
+from hybrid.nn.packing import WHOLE_ROWS, Segments
+from hybrid.nn.rotary import apply_rotary, rope_problems, yarn_mscale
 
 if TYPE_CHECKING:
-    from hybrid.config import HybridConfig
+    from hybrid.config.hybrid_config import HybridConfig
 
 
 @dataclass(frozen=True)

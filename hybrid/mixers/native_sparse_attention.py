@@ -14,18 +14,18 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import initialization as init
 
-from hybrid.cache import LayerCache
+from hybrid.config.registry import register_mixer
 from hybrid.mixers.base import Mixer, residual_projection
 from hybrid.mixers.grouped_heads import HeadSizeOptions
 from hybrid.mixers.local_attention import AlignedRow, Rows, append, banded
 from hybrid.mixers.parts import positive
 from hybrid.mixers.sparse_blocks import Blocks, sparse_attention
-from hybrid.registry import register_mixer
-from hybrid.rotary import build_rotary, rotate
-from hybrid.segments import WHOLE_ROWS, Segments
+from hybrid.nn.cache import LayerCache
+from hybrid.nn.packing import WHOLE_ROWS, Segments
+from hybrid.nn.rotary import build_rotary, rotate
 
 if TYPE_CHECKING:
-    from hybrid.config import HybridConfig
+    from hybrid.config.hybrid_config import HybridConfig
 
 
 @dataclass(frozen=True)

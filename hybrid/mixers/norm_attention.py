@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from hybrid.config.registry import register_mixer
 from hybrid.mixers.lightning_attention import LinearAttentionOptions, PlainLinearAttention
-from hybrid.registry import register_mixer
 
 
 @dataclass(frozen=True)

@@ -21,12 +21,12 @@ from hybrid.mixers.base import (
     head_problems,
     value_parts,
 )
-from hybrid.norms import rms_norm
+from hybrid.nn.norms import rms_norm
 from hybrid_kernels import causal_conv1d
 
 if TYPE_CHECKING:
-    from hybrid.cache import LayerCache
-    from hybrid.config import HybridConfig
+    from hybrid.config.hybrid_config import HybridConfig
+    from hybrid.nn.cache import LayerCache
 
 
 def wide(x: torch.Tensor) -> torch.Tensor:

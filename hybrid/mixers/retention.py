@@ -10,16 +10,16 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import initialization as init
 
-from hybrid.cache import LayerCache
+from hybrid.config.registry import register_mixer
 from hybrid.mixers.base import LinearMixer
 from hybrid.mixers.parts import HeadOptions, positive
 from hybrid.mixers.rotation import positioned, rope_angles
-from hybrid.norms import build_norm
-from hybrid.precision import Float32Buffers
-from hybrid.registry import register_mixer
+from hybrid.nn.cache import LayerCache
+from hybrid.nn.norms import build_norm
+from hybrid.nn.precision import Float32Buffers
 
 if TYPE_CHECKING:
-    from hybrid.config import HybridConfig
+    from hybrid.config.hybrid_config import HybridConfig
 
 
 @dataclass(frozen=True)

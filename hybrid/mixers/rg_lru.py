@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import initialization as init
 
-from hybrid.cache import LayerCache
+from hybrid.config.registry import register_mixer
 from hybrid.mixers.base import (
     MixerOptions,
     ShortConvolution,
@@ -22,11 +22,11 @@ from hybrid.mixers.base import (
     residual_projection,
 )
 from hybrid.mixers.parts import divides, positive, too_wide, wide
-from hybrid.registry import register_mixer
+from hybrid.nn.cache import LayerCache
 from hybrid_kernels import linear_attention
 
 if TYPE_CHECKING:
-    from hybrid.config import HybridConfig
+    from hybrid.config.hybrid_config import HybridConfig
 
 RATE = 8.0  # c in a_t = a^(c r_t)
 

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import initialization as init
 
-from hybrid.cache import LayerCache
+from hybrid.config.registry import register_mixer
 from hybrid.mixers.base import LinearMixer
 from hybrid.mixers.parts import (
     GroupedLayerNorm,
@@ -20,10 +20,10 @@ from hybrid.mixers.parts import (
     token_before,
     wide,
 )
-from hybrid.registry import register_mixer
+from hybrid.nn.cache import LayerCache
 
 if TYPE_CHECKING:
-    from hybrid.config import HybridConfig
+    from hybrid.config.hybrid_config import HybridConfig
 
 MIXED = 5  # inputs of r, k, v, the decay w and the gate g, each shifted in its own way
 

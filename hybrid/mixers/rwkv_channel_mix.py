@@ -10,13 +10,13 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import initialization as init
 
-from hybrid.cache import LayerCache
+from hybrid.config.registry import register_mixer
 from hybrid.mixers.base import MixerOptions, StateMixer, residual_projection
 from hybrid.mixers.parts import positive, token_before
-from hybrid.registry import register_mixer
+from hybrid.nn.cache import LayerCache
 
 if TYPE_CHECKING:
-    from hybrid.config import HybridConfig
+    from hybrid.config.hybrid_config import HybridConfig
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from hybrid.config.registry import register_mixer
 from hybrid.mixers.local_attention import LocalAttention, LocalAttentionOptions
-from hybrid.registry import register_mixer
 
 if TYPE_CHECKING:
-    from hybrid.config import HybridConfig
+    from hybrid.config.hybrid_config import HybridConfig
 
 
 @dataclass(frozen=True)

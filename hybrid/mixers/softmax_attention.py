@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import nn
 
-from hybrid.cache import LayerCache
+from hybrid.config.registry import register_mixer
 from hybrid.mixers.attention import FullAttention, add_positions
 from hybrid.mixers.base import ShortConvolution, conv_problems
 from hybrid.mixers.dual_chunk import (
@@ -24,12 +24,12 @@ from hybrid.mixers.dual_chunk import (
 )
 from hybrid.mixers.grouped_heads import GroupedHeadOptions, GroupedHeads
 from hybrid.mixers.parts import positive, wide
-from hybrid.registry import register_mixer
-from hybrid.rotary import BY_LENGTH, apply_rotary
-from hybrid.segments import WHOLE_ROWS, Segments
+from hybrid.nn.cache import LayerCache
+from hybrid.nn.packing import WHOLE_ROWS, Segments
+from hybrid.nn.rotary import BY_LENGTH, apply_rotary
 
 if TYPE_CHECKING:
-    from hybrid.config import HybridConfig
+    from hybrid.config.hybrid_config import HybridConfig
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from hybrid.config import HybridConfig
+from hybrid.config.hybrid_config import HybridConfig
+from hybrid.config.registry import mixers
 from hybrid.plan import Plan, plan
-from hybrid.registry import mixers
 
 HIDDEN_SIZE, CONTEXT = 1024, 4096
 

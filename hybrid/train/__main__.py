@@ -24,8 +24,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # After the arguments: `--help` should not wait for transformers.
     from transformers.utils import logging
 
+    from hybrid.config.options import ConfigError
     from hybrid.data.mixture import DataError
-    from hybrid.options import ConfigError
     from hybrid.train.checkpoints import CheckpointError
     from hybrid.train.config import load_config
     from hybrid.train.runner import run

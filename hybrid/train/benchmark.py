@@ -39,9 +39,9 @@ from transformers import (
     default_data_collator,
 )
 
-from hybrid.config import HybridConfig
+from hybrid.config.hybrid_config import HybridConfig
 from hybrid.data.collate import RowCollator
-from hybrid.model import HybridForCausalLM
+from hybrid.modeling.model import HybridForCausalLM
 from hybrid.plan import count
 from hybrid.train.throughput import training_flops_per_token
 from hybrid.train.trainer import HybridTrainer

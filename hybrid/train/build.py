@@ -18,10 +18,10 @@ from transformers import TrainingArguments
 from transformers.integrations import integration_utils
 from transformers.utils.import_utils import is_liger_kernel_available
 
+from hybrid.config.options import ConfigError, did_you_mean
 from hybrid.data.mixture import Mixture, check_ids
 from hybrid.data.rows import Rows
 from hybrid.data.sources import RowFormat, SourceConfig, open_source
-from hybrid.options import ConfigError, did_you_mean
 from hybrid.train.config import TrainConfig
 from hybrid.train.probes import Probe, draw
 from hybrid.train.schedule import check_schedule

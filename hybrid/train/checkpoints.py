@@ -21,7 +21,7 @@ from typing import Any
 from safetensors import SafetensorError
 from torch.distributed.checkpoint.api import CheckpointException
 
-from hybrid.options import ConfigError
+from hybrid.config.options import ConfigError
 
 MANIFEST = "manifest.json"
 FORMAT = "hybrid-checkpoint-2"

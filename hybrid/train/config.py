@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from hybrid.config.options import ConfigError, build, option, type_problem
 from hybrid.data.packing import LongDocuments, Packing
 from hybrid.data.sources import SourceConfig, parse_source
-from hybrid.options import ConfigError, build, option, type_problem
 from hybrid.train import yaml
 from hybrid.train.limits import MUON_RULES, RULES, decided, nearest, outside
 from hybrid.train.model import model_mistakes

@@ -36,8 +36,8 @@ from torch.distributed.checkpoint.state_dict import (
 from transformers import AutoModelForCausalLM
 from transformers.core_model_loading import revert_weight_conversion
 
-from hybrid.layer import HybridLayer
-from hybrid.options import ConfigError, first_few
+from hybrid.config.options import ConfigError, first_few
+from hybrid.modeling.layer import HybridLayer
 
 if TYPE_CHECKING:
     from hybrid.train.trainer import HybridTrainer

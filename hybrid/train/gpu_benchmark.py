@@ -29,8 +29,8 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from hybrid.config import HybridConfig
-from hybrid.model import HybridForCausalLM
+from hybrid.config.hybrid_config import HybridConfig
+from hybrid.modeling.model import HybridForCausalLM
 from hybrid.plan import count
 from hybrid.train.benchmark import AGREE, PAIRS, Size
 from hybrid.train.throughput import PEAK_BF16, training_flops_per_token

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from hybrid.options import did_you_mean
+from hybrid.config.options import did_you_mean
 
 # Keys that would break what a run promises, and why.
 DECIDED: dict[str, str] = {

@@ -11,8 +11,8 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from hybrid.config import HybridConfig
-from hybrid.options import ConfigError, did_you_mean, first_few
+from hybrid.config.hybrid_config import HybridConfig
+from hybrid.config.options import ConfigError, did_you_mean, first_few
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase

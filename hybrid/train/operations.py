@@ -22,7 +22,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
-from hybrid.model import HybridForCausalLM
+from hybrid.modeling.model import HybridForCausalLM
 from hybrid.train.benchmark import PAIRS, SIZES, build
 
 WARM = 3  # steps before the clock starts

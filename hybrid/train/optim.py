@@ -4,7 +4,7 @@ No weight decay on embeddings (OLMo 2, arXiv 2501.00656), on the weights of norm
 module names in `no_weight_decay` (a tuple of names, or a method that returns one; e.g. the projection of
 a decay), and all else that is no matrix, biases among it. `Decay` turns it on for each kind.
 
-Under muP (`mup_base_width`, see `hybrid.mup`) matrices that have grown have groups of their own.
+Under muP (`mup_base_width`, `hybrid.modeling.mup`) matrices that have grown have groups of their own.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from hybrid.mixers.base import ShortConvolution
-from hybrid.mup import growths
+from hybrid.modeling.mup import growths
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import torch
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainingArguments, get_scheduler
 
-from hybrid.options import ConfigError, option
+from hybrid.config.options import ConfigError, option
 
 
 @dataclass(frozen=True)

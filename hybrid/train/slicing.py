@@ -1,4 +1,4 @@
-"""Rows spread over several processes: what it takes of a run (see `hybrid.context_parallel`)."""
+"""Rows spread over several processes: what it takes of a run (`hybrid.modeling.context_parallel`)."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, TypeVar
 import torch.distributed as dist
 from torch.utils.data import Dataset
 
-from hybrid.config import HybridConfig
-from hybrid.context_parallel import ContextGroup
+from hybrid.config.hybrid_config import HybridConfig
+from hybrid.config.options import ConfigError
 from hybrid.data.mixture import Mixture
 from hybrid.data.slices import FilledRows, SlicedRows
-from hybrid.model import HybridModel
-from hybrid.options import ConfigError
+from hybrid.modeling.context_parallel import ContextGroup
+from hybrid.modeling.model import HybridModel
 
 if TYPE_CHECKING:
     from torch import nn

@@ -9,7 +9,7 @@ from uuid import uuid4
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 
-from hybrid.options import ConfigError
+from hybrid.config.options import ConfigError
 from hybrid.train.checkpoints import numbered
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from hybrid.config import HybridConfig
+from hybrid.config.hybrid_config import HybridConfig
 from hybrid.plan import plan
 
 if TYPE_CHECKING:

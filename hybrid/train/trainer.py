@@ -20,7 +20,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import EvalLoopOutput
 
 from hybrid.data.packing import IGNORE
-from hybrid.mup import growths
+from hybrid.modeling.mup import growths
 from hybrid.train.checkpoints import remove_old, write_manifest, writing
 from hybrid.train.config import MuonConfig
 from hybrid.train.engines import load_model, load_optimizer, shard_ties_with_the_stack

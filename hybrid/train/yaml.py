@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from hybrid.options import ConfigError
+from hybrid.config.options import ConfigError
 
 
 class _Loader(yaml.SafeLoader):

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import hybrid
-from hybrid.registry import mixers
+from hybrid.config.registry import mixers
 
 D, VOCAB = 32, 61
 

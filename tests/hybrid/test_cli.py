@@ -43,7 +43,7 @@ def test_plan_reads_configs_and_checkpoints(capsys, build, tmp_path):
 
 
 def test_mixers_prints_every_letter_and_each_ones_options(capsys):
-    from hybrid.registry import mixers
+    from hybrid.config.registry import mixers
 
     assert main(["mixers"]) == 0
     assert main(["mixers", "S"]) == 0
@@ -59,7 +59,7 @@ def test_mixers_prints_every_letter_and_each_ones_options(capsys):
 
 @pytest.mark.parametrize("width", [60, 90])
 def test_mixers_keeps_to_the_width_and_to_whole_names(width, capsys, monkeypatch):
-    from hybrid.registry import mixers
+    from hybrid.config.registry import mixers
 
     monkeypatch.setenv("COLUMNS", str(width))
     assert main(["mixers"]) == 0

@@ -68,7 +68,11 @@ def test_loads_in_a_fresh_process_that_never_imported_hybrid(checkpoint, tmp_pat
     )
     layout, names, total = json.loads(done.stdout.splitlines()[-1])
     assert layout == "L[LS]"
-    assert names == ["hybrid.config", "hybrid.model", "hybrid.model"]
+    assert names == [
+        "hybrid.config.hybrid_config",
+        "hybrid.modeling.model",
+        "hybrid.modeling.model",
+    ]
     assert total == model(x).logits.double().sum().item()
     assert sorted(p.name for p in (tmp_path / "again").iterdir()) == sorted(
         p.name for p in checkpoint.iterdir()

@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM
 
 from hybrid import imports
 from hybrid.cli import main
+from hybrid.config.registry import mixers
 from hybrid.quickstart import training_command
-from hybrid.registry import mixers
 
 PAGE = Path(__file__).parents[2] / "CONTRIBUTING.md"
 

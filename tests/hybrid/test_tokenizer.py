@@ -4,8 +4,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
+from hybrid.config.options import ConfigError
 from hybrid.data.documents import encode
-from hybrid.options import ConfigError
 from hybrid.tokenizer import byte_tokenizer, is_byte_tokenizer, load_tokenizer
 
 TOKENIZER = byte_tokenizer()

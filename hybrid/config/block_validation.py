@@ -1,0 +1,206 @@
+"""What can be wrong with the settings around the mixers, a line each (`hybrid.config.block_options`)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, get_args
+
+from hybrid.config.block_options import POSITIONS, NormPosition, ResidualOptions, SharedOptions
+from hybrid.config.options import build, did_you_mean, type_problem
+from hybrid.config.registry import mixers
+from hybrid.layout import DEFAULT, FFN, Layer
+
+if TYPE_CHECKING:
+    from hybrid.config.hybrid_config import HybridConfig
+
+
+def find_mistakes(config: HybridConfig, layers: tuple[Layer, ...]) -> list[str]:
+    """All that is wrong; `layers` is the stack, or () where the layout is wrong."""
+    lines = _multipliers(config)
+    lines += _norm_positions(config)
+    lines += _residuals(config)
+    lines += _canon(config)
+    lines += _shared(config)
+    if lines or not layers:
+        return lines
+    lines = _unlike_side_by_side(config, layers) + _deepnorm_without_norms(config, layers)
+    return lines + _canon_without_room(config, layers) + _unlike_blocks(config, layers)
+
+
+def by_symbol(config: HybridConfig, field: str, lines: list[str]) -> Iterator[tuple[str, Any]]:
+    """Path and value of each entry of a setting by symbol; a line for each key that is no symbol."""
+    setting = getattr(config, field)
+    if not isinstance(setting, Mapping):
+        return
+    bound = config.mixers if isinstance(config.mixers, dict) else {}
+    known = [*mixers.symbols(), *(s for s in bound if isinstance(s, str)), *FFN, DEFAULT]
+    for symbol, value in setting.items():
+        path = f"{field}.{symbol}"
+        if symbol in known:
+            yield path, value
+        else:
+            near = did_you_mean(str(symbol), known)
+            lines.append(f"{path}: no mixer and no feed-forward has this symbol, {near}")
+
+
+def _multipliers(config: HybridConfig) -> list[str]:
+    return [
+        f"{name}: must be finite, found {value}"
+        for name in ("embedding_multiplier", "logits_multiplier")
+        if not _is_finite(value := getattr(config, name))
+    ]
+
+
+def _norm_positions(config: HybridConfig) -> list[str]:
+    lines: list[str] = []
+    for path, value in by_symbol(config, "norm_position", lines):
+        if problem := type_problem(value, NormPosition):
+            lines.append(f"{path}: {problem}")
+    return lines
+
+
+def _residuals(config: HybridConfig) -> list[str]:
+    lines: list[str] = []
+    for path, values in by_symbol(config, "residuals", lines):
+        options = build(ResidualOptions, values, path, lines)
+        lines += [
+            f"{path}.{name}: must be finite, found {value}"
+            for name, value in (vars(options).items() if options is not None else ())
+            if not _is_finite(value)
+        ]
+    return lines
+
+
+def _is_finite(value: Any) -> bool:
+    return not isinstance(value, (int, float)) or math.isfinite(value)
+
+
+def _unlike_side_by_side(config: HybridConfig, layers: Iterable[Layer]) -> list[str]:
+    """Mixers of one layer have one residual between them."""
+    lines = []
+    for layer in dict.fromkeys(layers):
+        asked = {
+            "norm_position": [config.norm_position_at(s) for s in layer.mixers],
+            "residuals, skip_multiplier": [
+                config.residual_at(s).skip_multiplier for s in layer.mixers
+            ],
+            "canon A": ["A" in config.canon_at(s) for s in layer.mixers],
+        }
+        for name, values in asked.items():
+            if len(set(values)) > 1:
+                found = ", ".join(f"{s}: {v}" for s, v in zip(layer.mixers, values, strict=True))
+                lines.append(
+                    f"{name}: the mixers of [{''.join(layer.mixers)}] share one residual, and are"
+                    f" asked for {found}; give them the same"
+                )
+    return lines
+
+
+def _deepnorm_without_norms(config: HybridConfig, layers: Iterable[Layer]) -> list[str]:
+    """A stream that nothing normalises would grow by alpha at every branch."""
+    if config.init != "deepnorm":
+        return []
+    branches = [layer.mixers for layer in layers if layer.mixers]
+    branches += [(layer.ffn, *layer.mixers) for layer in layers if layer.ffn]
+    good = ("post", "normed")
+    found = {config.norm_position_at(*symbols) for symbols in branches} - set(good)
+    unscaled = [p for p in get_args(NormPosition) if p in found]
+    if not unscaled:
+        return []
+    return [
+        f"init: deepnorm multiplies the stream by {config.deepnorm_alpha:.3g} at each of"
+        f" {config.num_residual_branches} branches, and norm_position {unscaled[0]!r} does not"
+        f" bring it back; the positions that do are {' and '.join(map(repr, good))}"
+    ]
+
+
+def _canon(config: HybridConfig) -> list[str]:
+    lines: list[str] = []
+    asked = list(by_symbol(config, "canon", lines))
+    if isinstance(config.canon, (str, list)):
+        asked = [("canon", config.canon)]
+    for path, positions in asked:
+        if not isinstance(positions, (str, list)):
+            lines.append(f"{path}: expected positions such as ACD, found {positions!r}")
+            continue
+        lines += [
+            f"{path}: {at!r} is no position of a canon layer; they are {', '.join(POSITIONS)}"
+            for at in positions
+            if at not in tuple(POSITIONS)
+        ]
+    if isinstance(config.canon_width, int) and config.canon_width < 2:
+        lines.append(f"canon_width: must be at least 2, found {config.canon_width}")
+    return lines
+
+
+def _canon_without_room(config: HybridConfig, layers: Iterable[Layer]) -> list[str]:
+    """Mixers with no q, k, v to convolve, or that do so already; feed-forwards that cannot take one."""
+    lines = []
+    for symbol in dict.fromkeys(s for layer in layers for s in layer.mixers):
+        if "B" in config.canon_at(symbol) and (problem := config.canon_problem(symbol)):
+            rest = "".join(at for at in config.canon_at(symbol) if at != "B")
+            lines.append(f"canon: {problem}, or leave B out: canon: {{{symbol}: {rest!r}, ...}}")
+    for layer in dict.fromkeys(layers):
+        if layer.ffn and "D" in config.canon_of(layer):
+            cls = config.feed_forward(layer.ffn)[0]
+            if not cls.takes_canon:
+                lines.append(
+                    f"canon: D convolves within a feed-forward, and {cls.name} of {layer.ffn!r} takes"
+                    f" each token on its own; leave D out: canon: {{{layer.ffn}: AC, ...}}"
+                )
+    return list(dict.fromkeys(lines))
+
+
+def _shared(config: HybridConfig) -> list[str]:
+    lines: list[str] = []
+    for path, values in by_symbol(config, "shared", lines):
+        symbol = path.removeprefix("shared.")
+        if symbol in (*FFN, DEFAULT):
+            lines.append(f"{path}: layers share weights by their mixer; give its letter")
+            continue
+        options = build(SharedOptions, values, path, lines)
+        if options is None:
+            continue
+        for name in ("blocks", "lora_rank"):
+            number = getattr(options, name)
+            if number is not None and number < 1:
+                lines.append(f"{path}.{name}: must be at least 1, found {number}")
+    return lines
+
+
+def _unlike_blocks(config: HybridConfig, layers: tuple[Layer, ...]) -> list[str]:
+    """Layers that cannot have the same weights, or have no layer to feed."""
+    lines = []
+    for symbol in config.shared or {}:
+        options = config.shared_at(symbol)
+        assert options is not None
+        path = f"shared.{symbol}"
+        for layer in dict.fromkeys(layers):
+            if symbol in layer.mixers and len(layer.mixers) > 1:
+                lines.append(
+                    f"{path}: {symbol!r} stands beside others in [{''.join(layer.mixers)}], and a"
+                    " shared block is a layer of its own"
+                )
+        places = [i for i, layer in enumerate(layers) if layer.mixers == (symbol,)]
+        if places and options.blocks > len(places):
+            lines.append(
+                f"{path}.blocks: {options.blocks} blocks for {len(places)} layers of {symbol!r}; at"
+                f" most {len(places)}"
+            )
+        for block in range(min(options.blocks, len(places))):
+            kinds = {layers[i].ffn for i in places[block :: options.blocks]}
+            if len(kinds) > 1:
+                found = " and ".join(sorted(repr(kind or "") for kind in kinds))
+                lines.append(
+                    f"{path}: layers of one block have the feed-forwards {found}; give all the same,"
+                    f" as in ffn: {{{symbol}: '-', default: ...}}"
+                )
+        if options.output == "next" and places and places[-1] == len(layers) - 1:
+            lines.append(f"{path}.output: the last layer has no next one to feed")
+        if options.concat_embeddings and config.norm_position_at(symbol) == "normed":
+            lines.append(
+                f"{path}.concat_embeddings: norm_position 'normed' takes the stream from what the"
+                " mixer reads, which is twice as wide; the other positions do not"
+            )
+    return lines

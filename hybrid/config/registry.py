@@ -1,0 +1,105 @@
+"""The registry: what a letter of a layout stands for.
+
+A mixer (or a feed-forward) is one class in one file, registered by a decorator with its symbol. The
+rest of the package asks the registry and holds no list of its own, so a user's mixer in a user's file
+is on the same footing as ours: import the file (in commands `--import FILE`, `hybrid.imports`; or name
+it in the entry-point group `hybrid.mixers`) and its name works in every layout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib.metadata import entry_points
+from typing import TYPE_CHECKING, Generic, TypeVar
+
+from hybrid.config.options import did_you_mean
+
+if TYPE_CHECKING:
+    from hybrid.mixers.base import Mixer
+
+C = TypeVar("C", bound=type)
+
+
+class Registry(Generic[C]):
+    """Classes by name and by symbol; duplicates are refused, misses name the nearest right name."""
+
+    def __init__(self, kind: str, entry_point_group: str) -> None:
+        self.kind = kind
+        self.entry_point_group = entry_point_group
+        self._by_name: dict[str, C] = {}
+        self._by_symbol: dict[str, str] = {}
+        self._plugins_loaded = False
+
+    def register(self, name: str, symbol: str | None = None) -> Callable[[C], C]:
+        """Class decorator. `symbol` is the letter a layout uses by default; None leaves it to configs.
+
+        Raises:
+            ValueError: the name or the symbol is taken by another class.
+        """
+
+        def add(cls: C) -> C:
+            taken = self._by_name.get(name)
+            if taken is not None and _origin(taken) != _origin(cls):
+                raise ValueError(
+                    f"{self.kind} {name!r} is registered already, by {_origin(taken)};"
+                    " choose another name"
+                )
+            owner = self._by_symbol.get(symbol) if symbol else None
+            if owner not in (None, name):
+                raise ValueError(
+                    f"symbol {symbol!r} stands for the {self.kind} {owner!r} already; register"
+                    f" {name!r} without a symbol and bind a letter to it in the config"
+                )
+            cls.name, cls.symbol = name, symbol
+            self._by_name[name] = cls
+            if symbol:
+                self._by_symbol[symbol] = name
+            return cls
+
+        return add
+
+    def get(self, name: str) -> C:
+        """The class called `name`. Raises ValueError with the nearest right name."""
+        self._load_plugins()
+        if name not in self._by_name:
+            near = did_you_mean(name, self._by_name)
+            stop = "" if near.endswith("?") else "."
+            raise ValueError(
+                f"unknown {self.kind} {name!r}, {near}{stop} A {self.kind} of your own registers when"
+                f" its file is imported: import it first (commands: `--import FILE`), or list it under"
+                f" the entry-point group {self.entry_point_group!r}."
+            )
+        return self._by_name[name]
+
+    def symbols(self) -> dict[str, str]:
+        """Symbol -> name, for every class that has a symbol."""
+        self._load_plugins()
+        return dict(self._by_symbol)
+
+    def names(self) -> list[str]:
+        """All names, in the order of registration."""
+        self._load_plugins()
+        return list(self._by_name)
+
+    def classes(self) -> list[C]:
+        """All classes, in the order of registration."""
+        self._load_plugins()
+        return list(self._by_name.values())
+
+    def _load_plugins(self) -> None:
+        if self._plugins_loaded:
+            return
+        self._plugins_loaded = True
+        for point in entry_points(group=self.entry_point_group):
+            point.load()
+
+
+def _origin(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+mixers: Registry[type[Mixer]] = Registry("mixer", "hybrid.mixers")
+feed_forwards: Registry[type] = Registry("feed-forward", "hybrid.feed_forwards")
+
+register_mixer = mixers.register
+register_feed_forward = feed_forwards.register

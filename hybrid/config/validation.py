@@ -1,0 +1,310 @@
+"""What can be wrong with a config: every mistake is a line of text, and none hides another."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import difflib
+from collections.abc import Iterable, Iterator, Mapping
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import GenerationConfig, PreTrainedConfig
+
+from hybrid.config import block_validation as around_checks
+from hybrid.config import loss_validation as objective_checks
+from hybrid.config.options import build, did_you_mean, type_problem
+from hybrid.config.registry import Registry, feed_forwards, mixers
+from hybrid.layout import (
+    FFN,
+    Layer,
+    LayoutError,
+    check_bound,
+    check_symbol,
+    parse,
+    parse_ffn,
+    resolve,
+)
+
+if TYPE_CHECKING:
+    from hybrid.config.hybrid_config import HybridConfig
+
+FULL = "full_attention"
+
+# What other models' configs call our options.
+OTHER_NAMES = {
+    "num_attention_heads": "num_heads", "num_key_value_heads": "num_kv_heads",
+    "rope_theta": "rope_parameters", "rope_scaling": "rope_parameters",
+    "hidden_act": "activation", "attention_bias": "bias", "attention_dropout": "dropout",
+}  # fmt: skip
+
+# Stands in for a hidden_size that is itself a mistake: whatever head count is asked for divides it.
+ANY_SIZE = 64 * 2**4 * 3**2 * 5 * 7 * 11 * 13
+
+# Keys that config.json may hold beside the fields, all of them transformers' own.
+STANDARD_KEYS = {
+    "model_type", "auto_map", "torch_dtype", "name_or_path", "_name_or_path", "_commit_hash",
+    "attn_implementation", "experts_implementation", "output_attentions", "num_labels",
+    "quantization_config", "per_layer_config", "tie_last_hidden_states", "custom_pipelines",
+}  # fmt: skip
+
+
+def find_mistakes(
+    config: HybridConfig, hints: Mapping[str, Any], kwargs: Mapping[str, Any]
+) -> list[str]:
+    """All that is wrong with a config.
+
+    Args:
+        config: with every argument as it was given.
+        hints: the fields of the config itself, and their types.
+        kwargs: the arguments that are no fields.
+    """
+    lines = _unknown_keys(config, kwargs, list(hints))
+    lines += _wrong_types(config, hints)
+    lines += _wrong_sizes(config)
+    lines += _wrong_bindings(config, "mixers", mixers)
+    lines += _wrong_bindings(config, "feed_forwards", feed_forwards)
+    lines += _wrong_layout(config)
+    lines += around_checks.find_mistakes(config, () if lines else config.layers)
+    return lines + objective_checks.find_mistakes(config, () if lines else config.layers)
+
+
+def bound(config: HybridConfig, field: str) -> dict[str, dict]:
+    """What the config binds in `mixers` or `feed_forwards`, as far as it is well-formed."""
+    bindings = getattr(config, field)
+    bindings = bindings if isinstance(bindings, dict) else {}
+    return {s: v for s, v in bindings.items() if isinstance(s, str) and isinstance(v, dict)}
+
+
+def bound_class(config: HybridConfig, field: str, registry: Registry, symbol: str) -> type:
+    """The class that a symbol stands for."""
+    name = bound(config, field).get(symbol, {}).get("type")
+    return registry.get(name or registry.symbols()[symbol])
+
+
+def resolved(
+    layout: str, ffn: str | Mapping[str, str] | None, depth: int | None
+) -> tuple[Layer, ...]:
+    """`resolve`, remembered: a config is asked for its layers often."""
+    frozen = tuple(ffn.items()) if isinstance(ffn, Mapping) else ffn or ""
+    return _resolved(layout, frozen, depth)
+
+
+@lru_cache(maxsize=256)
+def _resolved(
+    layout: str, ffn: str | tuple[tuple[str, str], ...], depth: int | None
+) -> tuple[Layer, ...]:
+    return resolve(layout, ffn=ffn if isinstance(ffn, str) else dict(ffn), num_hidden_layers=depth)
+
+
+@lru_cache(maxsize=1)
+def standard_keys() -> frozenset[str]:
+    """Keys of config.json that are transformers' own."""
+    generation = GenerationConfig._get_default_generation_params()
+    return frozenset(STANDARD_KEYS | set(PreTrainedConfig().__dict__) | set(generation))
+
+
+def _unknown_keys(config: HybridConfig, kwargs: Mapping[str, Any], names: list[str]) -> list[str]:
+    lines = []
+    model_type = kwargs.get("model_type", config.model_type)
+    if model_type != config.model_type:
+        lines.append(f"model_type: this is {config.model_type!r}, found {model_type!r}")
+    unknown = [key for key in kwargs if key not in standard_keys()]
+    return lines + [f"{key}: unknown key, {_hint(config, key, names)}" for key in unknown]
+
+
+def _hint(config: HybridConfig, key: str, names: list[str]) -> str:
+    """Where a key that is not the model's belongs: to a mixer or a feed-forward, by its options."""
+    key = OTHER_NAMES.get(key, key)
+    nested = {f"mixers: {{{s}: {{{o}: ...}}}}": o for s, o in _options(config, "mixers", mixers)}
+    nested |= {
+        f"feed_forwards: {{{s}: {{{o}: ...}}}}": o
+        for s, o in _options(config, "feed_forwards", feed_forwards)
+    }
+    near = difflib.get_close_matches(key, [*nested.values(), *names], n=1, cutoff=0.6)
+    if near and near[0] not in names:
+        return f"did you mean {next(path for path, o in nested.items() if o == near[0])}?"
+    return did_you_mean(key, names)
+
+
+def _options(config: HybridConfig, field: str, registry: Registry) -> Iterator[tuple[str, str]]:
+    """Symbol and option, for every symbol that the layout seems to use; softmax's first."""
+    patterns = config.ffn.values() if isinstance(config.ffn, dict) else [config.ffn]
+    text = "".join(map(str, (config.layout, *patterns))) if isinstance(config.layout, str) else ""
+    names = registry.symbols() | {s: v.get("type") for s, v in bound(config, field).items()}
+    known = {s: registry.get(n) for s, n in names.items() if n in registry.names()}
+    used = sorted(set(known) & set(text), key=text.index)
+    used.sort(key=lambda s: getattr(known[s], "layer_type", FULL) != FULL)
+    for symbol in used:
+        for f in dataclasses.fields(known[symbol].Options):
+            yield symbol, f.name
+
+
+def _wrong_types(config: HybridConfig, hints: Mapping[str, Any]) -> list[str]:
+    lines = []
+    for name, hint in hints.items():
+        if problem := type_problem(getattr(config, name), hint):
+            lines.append(f"{name}: {problem}")
+    if isinstance(config.dtype, str) and not _is_dtype(config.dtype):
+        known = [name for name in vars(torch) if _is_dtype(name)]
+        lines.append(f"dtype: unknown {config.dtype!r}, {did_you_mean(config.dtype, known)}")
+    return lines
+
+
+def _wrong_sizes(config: HybridConfig) -> list[str]:
+    lines = []
+    for name in ("vocab_size", "hidden_size", "num_hidden_layers", "max_position_embeddings"):
+        value = getattr(config, name)
+        if _is_number(value) and value < 1:
+            lines.append(f"{name}: must be at least 1, found {value}")
+    for name in ("norm_eps", "initializer_range"):
+        value = getattr(config, name)
+        if _is_number(value) and not 0 < value < float("inf"):
+            lines.append(f"{name}: must be greater than 0 and finite, found {value}")
+    size = config.vocab_size if _is_number(config.vocab_size) else 0
+    for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+        ids = getattr(config, name)
+        for token in ids if isinstance(ids, list) else [ids]:
+            if _is_number(token) and size > 0 and not 0 <= token < size:
+                lines.append(f"{name}: {token} is outside the vocabulary of {size}")
+    return lines
+
+
+def _wrong_bindings(config: HybridConfig, field: str, registry: Registry) -> list[str]:
+    lines: list[str] = []
+    bindings = getattr(config, field)
+    for symbol, values in (bindings if isinstance(bindings, dict) else {}).items():
+        path = f"{field}.{symbol}"
+        if not isinstance(values, dict):
+            lines.append(f"{path}: expected a mapping of options, found {values!r}")
+            continue
+        try:
+            _check_symbol(symbol, registry)
+            name = values.get("type") or registry.symbols().get(symbol)
+            if not isinstance(name, str | None):
+                lines.append(f"{path}.type: expected str, found {type(name).__name__} {name!r}")
+                continue
+            if name is None:
+                known = ", ".join(registry.names())
+                lines.append(f"{path}.type: required, for {symbol!r} has none; known: {known}")
+                continue
+            cls = registry.get(name)
+        except ValueError as error:
+            lines.append(f"{path}: {error}")
+            continue
+        options = {key: value for key, value in values.items() if key != "type"}
+        lines += _wrong_options(config, cls, options, path)
+    return lines
+
+
+def _wrong_options(
+    config: HybridConfig, cls: type, options: dict[str, Any], path: str
+) -> list[str]:
+    """Mistakes in each option, and in how those that are right in themselves fit together."""
+    lines: list[str] = []
+    built = build(cls.Options, options, path, lines)
+    if built is None:
+        wrong = {line.removeprefix(f"{path}.").split(":")[0] for line in lines}
+        right = {key: value for key, value in options.items() if key not in wrong}
+        built = build(cls.Options, right, path, [])
+    if built is None:
+        return lines
+    return lines + [f"{path}.{problem}" for problem in built.problems(_sized(config, path))]
+
+
+def _sized(config: HybridConfig, path: str) -> HybridConfig:
+    """This config with the hidden size that a part reads, or a stand-in where that is a mistake."""
+    size = config.hidden_size
+    if type(size) is not int or size < 1:
+        size = ANY_SIZE
+    elif path.startswith("mixers."):
+        shared = config.shared if isinstance(config.shared, dict) else {}
+        values = shared.get(path.removeprefix("mixers."))
+        if isinstance(values, dict) and values.get("concat_embeddings") is True:
+            size *= 2
+    if size == config.hidden_size:
+        return config
+    sized = copy.copy(config)
+    sized.hidden_size = size
+    return sized
+
+
+def _wrong_layout(config: HybridConfig) -> list[str]:
+    if not isinstance(config.layout, str):
+        return []
+    depth = config.num_hidden_layers if _is_number(config.num_hidden_layers) else None
+    ffn = config.ffn if isinstance(config.ffn, (str, dict)) else ""
+    lines: list[str] = []
+    layers: tuple[Layer, ...] = ()
+    try:
+        check_bound(parse(config.layout), {*mixers.symbols(), *bound(config, "mixers")} - set(FFN))
+    except LayoutError as error:
+        lines.append(str(error))
+    try:
+        layers = resolved(config.layout, ffn, depth if depth and depth > 0 else None)
+    except LayoutError as error:
+        lines.append(str(error))
+    for pattern in ffn.values() if isinstance(ffn, dict) else [ffn]:
+        try:
+            parse_ffn(pattern)
+        except LayoutError as error:
+            lines.append(str(error))
+    lines = list(dict.fromkeys(lines))  # what is wrong with one string may stop more than one
+    if layers and not any(layer.mixers for layer in layers):
+        lines.append(f"layout: {config.layout!r} has no mixer, so tokens would never meet")
+    lines += _unbound_feed_forwards(config, layers)
+    return lines or _defaults_that_do_not_fit(config, layers) + _crowded(config, layers)
+
+
+def _unbound_feed_forwards(config: HybridConfig, layers: Iterable[Layer]) -> list[str]:
+    known = set(feed_forwards.symbols()) | set(bound(config, "feed_forwards"))
+    return [
+        f"ffn: {symbol!r} ({FFN[symbol]}) stands for no feed-forward yet; bound:"
+        f" {', '.join(sorted(known))}. Bind it in feed_forwards: {{{symbol}: ...}}"
+        for symbol in dict.fromkeys(layer.ffn for layer in layers if layer.ffn)
+        if symbol not in known
+    ]
+
+
+def _check_symbol(symbol: str, registry: Registry) -> None:
+    if registry is mixers:
+        check_symbol(symbol)
+    elif symbol not in FFN:
+        raise ValueError(f"{symbol!r} is no feed-forward symbol; they are {', '.join(FFN)}")
+
+
+def _defaults_that_do_not_fit(config: HybridConfig, layers: Iterable[Layer]) -> list[str]:
+    """Symbols used by the layout but not bound by the config, whose defaults clash with D."""
+    if not isinstance(config.hidden_size, int) or config.hidden_size < 1:
+        return []
+    lines = []
+    for symbol in dict.fromkeys(s for layer in layers for s in layer.mixers):
+        if symbol not in bound(config, "mixers"):
+            options, path = mixers.get(mixers.symbols()[symbol]).Options(), f"mixers.{symbol}"
+            sized = _sized(config, path)
+            lines += [f"{path}.{problem}" for problem in options.problems(sized)]
+    return lines
+
+
+def _crowded(config: HybridConfig, layers: Iterable[Layer]) -> list[str]:
+    lines = []
+    for layer in dict.fromkeys(layers):
+        try:
+            kinds = [bound_class(config, "mixers", mixers, s).layer_type for s in layer.mixers]
+        except (ValueError, TypeError):
+            continue  # a binding with a mistake of its own, reported already
+        if len(kinds) - kinds.count("linear_attention") > 1:
+            lines.append(
+                f"layout: [{''.join(layer.mixers)}] has two softmax mixers side by side, and a"
+                " layer's cache holds the keys and values of one; put them in two layers"
+            )
+    return lines
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _is_dtype(name: str) -> bool:
+    return isinstance(getattr(torch, name.removeprefix("torch."), None), torch.dtype)

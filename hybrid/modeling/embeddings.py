@@ -1,0 +1,68 @@
+"""The two ends of the stack: embeddings and head, with their multipliers.
+
+Shapes: B batch, T time, D model dim, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from hybrid.modeling.mup import width_ratio
+
+if TYPE_CHECKING:
+    from hybrid.config.hybrid_config import HybridConfig
+
+
+class ScaledEmbedding(nn.Embedding):
+    """Embeddings times a multiplier, which may be rounded to the precision of the weights first.
+
+    So Gemma has it (arXiv 2403.08295): in bfloat16 sqrt(3072) is 55.5. Granite and Falcon-H1 do not
+    round.
+    """
+
+    def __init__(
+        self, vocab_size: int, dim: int, padding_idx: int | None, multiplier: float, rounded: bool
+    ) -> None:
+        super().__init__(vocab_size, dim, padding_idx)
+        self.multiplier, self.rounded = multiplier, rounded
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """ids (B, T) -> (B, T, D)."""
+        x = super().forward(input)
+        if not self.rounded:
+            return x * self.multiplier
+        return x * torch.tensor(self.multiplier, dtype=x.dtype, device=x.device)
+
+
+class ScaledHead(nn.Linear):
+    """Logits times a multiplier (arXiv 2203.03466: the output multiplier of muP)."""
+
+    def __init__(self, dim: int, vocab_size: int, multiplier: float) -> None:
+        super().__init__(dim, vocab_size, bias=False)
+        self.multiplier = multiplier
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """(..., D) -> (..., V)."""
+        return super().forward(input) * self.multiplier
+
+
+def build_embedding(config: HybridConfig) -> nn.Embedding:
+    """The embedding, ids -> (B, T, D)."""
+    sizes = config.vocab_size, config.hidden_size, config.pad_token_id
+    multiplier = config.embedding_multiplier
+    if isinstance(multiplier, str):
+        return ScaledEmbedding(*sizes, config.hidden_size**0.5, rounded=True)
+    if multiplier == 1:
+        return nn.Embedding(*sizes)
+    return ScaledEmbedding(*sizes, multiplier, rounded=False)
+
+
+def build_head(config: HybridConfig) -> nn.Linear:
+    """The head, (..., D) -> logits (..., V)."""
+    multiplier = config.logits_multiplier / width_ratio(config)
+    if multiplier == 1:
+        return nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+    return ScaledHead(config.hidden_size, config.vocab_size, multiplier)

@@ -1,0 +1,212 @@
+"""One layer of the stack: its mixers and its feed-forward, and what is around them.
+
+Shapes: B batch, T time, D model dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import nn
+from transformers.cache_utils import Cache
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from hybrid.config.hybrid_config import HybridConfig
+from hybrid.ffn import FeedForward
+from hybrid.ffn.dense import Dense
+from hybrid.ffn.router import Router
+from hybrid.layout import Layer
+from hybrid.mixers import Mixer
+from hybrid.mixers.base import residual_projection
+from hybrid.modeling.canon import Canon
+from hybrid.modeling.context_parallel import Neighbours, NeighbourSlot
+from hybrid.modeling.residual import ParallelMixers, Residual
+from hybrid.modeling.weight_sharing import Widened, adapt, narrow_output
+from hybrid.nn.cache import LayerCache
+from hybrid.nn.packing import WHOLE_ROWS, Segments
+
+__all__ = ["HybridLayer", "Masks", "ParallelMixers", "Residual"]
+
+Masks = dict[str, torch.Tensor | None]
+
+
+class Call(NamedTuple):
+    """What a layer is called with beside the stream."""
+
+    masks: Masks
+    positions: dict[str, tuple[torch.Tensor, torch.Tensor]]
+    segments: Segments
+    cache: Cache | Neighbours | None
+    kwargs: dict[str, Any]
+
+
+class HybridLayer(GradientCheckpointingLayer):
+    """One layer of the layout: mixer(s), a feed-forward, or both, each with its own residual."""
+
+    def __init__(self, config: HybridConfig, layer: Layer, layer_idx: int) -> None:
+        super().__init__()
+        self.layer_idx = layer_idx
+        self.symbols = layer.mixers
+        self.shared = config.shared_at(*layer.mixers)
+        self.has_state = [config.uses_state(symbol) for symbol in layer.mixers]
+        self.mixer = self._build_mixer(config)
+        self.mixer_residual: Residual | None = None
+        if self.mixer is not None:
+            self.mixer_residual = Residual(
+                config,
+                *self.symbols,
+                side_by_side=len(self.symbols) > 1,
+                width=config.input_size(*self.symbols),
+            )
+        self.ffn: FeedForward | None = None
+        self.ffn_residual: Residual | None = None
+        if layer.ffn:
+            cls, options = config.feed_forward(layer.ffn)
+            self.ffn = cls(options, config, layer_idx)
+            self.ffn_residual = Residual(config, layer.ffn, *self.symbols)
+        self.canon = self._build_canon(config, layer)
+        self._build_own_depth(config)
+        if config.init == "deepnorm":
+            self._mark_value_paths()
+
+    @property
+    def reads_embeddings(self) -> bool:
+        """Whether it wants what the stack began with."""
+        return self.shared is not None and self.shared.concat_embeddings
+
+    @property
+    def feeds_next(self) -> bool:
+        """Whether what it returns is for the next layer, and not the stream."""
+        return self.shared is not None and self.shared.output == "next"
+
+    def _build_mixer(self, config: HybridConfig) -> Mixer | ParallelMixers | None:
+        built = []
+        for symbol in self.symbols:
+            cls, options = config.mixer(symbol)
+            width = config.input_size(symbol)
+            seen = config if width == config.hidden_size else Widened(config, width)
+            mixer = cls(options, seen, self.layer_idx)
+            if width != config.hidden_size:
+                narrow_output(mixer, config.hidden_size)
+            if "B" in config.canon_at(symbol):
+                mixer.conv.residual = True
+            built.append(mixer)
+        if len(built) > 1:
+            return ParallelMixers(config, self.symbols, built)
+        return built[0] if built else None
+
+    def _build_canon(self, config: HybridConfig, layer: Layer) -> nn.ModuleDict:
+        """The layer's own canon layers, by position; B is in the mixers."""
+        widths = {"A": config.input_size(*self.symbols), "C": config.hidden_size}
+        if self.ffn is not None and self.ffn.takes_canon:
+            widths["D"] = cast(Dense, self.ffn).hidden_channels
+        return nn.ModuleDict(
+            {at: Canon(widths[at], config.canon_width) for at in config.canon_of(layer)}
+        )
+
+    def _build_own_depth(self, config: HybridConfig) -> None:
+        """What a layer of shared weights has to itself: adapters and a projection."""
+        self.depth_projection = None
+        if self.shared is None:
+            return
+        if self.shared.lora_rank is not None:
+            adapt(self, self.shared.lora_targets, self.shared.lora_rank)
+        if self.shared.depth_projection:
+            self.depth_projection = residual_projection(config.hidden_size, config.hidden_size)
+
+    def _mark_value_paths(self) -> None:
+        """What DeepNorm starts smaller: values, outputs and feed-forwards, not queries and keys."""
+        for name, module in self.named_modules():
+            last = name.rpartition(".")[2]
+            in_ffn = name.startswith("ffn.") and not isinstance(module, Router)
+            if in_ffn or last == "v_proj" or hasattr(module, "is_residual_projection"):
+                module.is_value_path = True  # type: ignore[assignment]
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        *,
+        attention_mask: Masks,
+        position_embeddings: dict[str, tuple[torch.Tensor, torch.Tensor]],
+        segments: Segments = WHOLE_ROWS,
+        past_key_values: Cache | None = None,
+        beside: torch.Tensor | None = None,
+        embeddings: torch.Tensor | None = None,
+        neighbours: Neighbours | None = None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """The stream after this layer; of a layer that feeds the next, what it feeds.
+
+        Args:
+            x: the stream, (B, T, D).
+            attention_mask, position_embeddings: by layer type; by symbol.
+            segments: documents and padding.
+            past_key_values: the cache of the stack, or None.
+            beside: what the layer before feeds this one, (B, T, D): its first branch reads x + beside.
+            embeddings: what the stack began with, (B, T, D), for layers that read it again.
+            neighbours: the past, where it is on another process (`hybrid.modeling.context_parallel`).
+        """
+        past = past_key_values if neighbours is None else neighbours
+        call = Call(attention_mask, position_embeddings, segments, past, kwargs)
+        source = x if beside is None else x + beside
+        y = x
+        if self.mixer_residual is not None:
+            if self.reads_embeddings:
+                assert embeddings is not None
+                source = torch.cat([source, embeddings], dim=-1)
+            h, y = self.mixer_residual.enter(y, source)
+            y = self.mixer_residual.leave(y, self._mix(self._canon("A", h, call), call))
+            source = None
+        if self.ffn is not None and self.ffn_residual is not None:
+            h, y = self.ffn_residual.enter(y, source)
+            y = self.ffn_residual.leave(y, self._feed_forward(self._canon("C", h, call), call))
+        if self.depth_projection is not None:
+            y = self.depth_projection(y)
+        if self.shared is not None and self.shared.output == "add":
+            y = x + y
+        return y if neighbours is None else neighbours.tie(y)
+
+    def _mix(self, h: torch.Tensor, call: Call) -> torch.Tensor:
+        if isinstance(self.mixer, ParallelMixers):
+            return self.mixer(h, self._mixer_calls(list(self.mixer.branches), call))
+        assert self.mixer is not None
+        return self.mixer(h, **self._mixer_calls([self.mixer], call)[0])[0]
+
+    def _mixer_calls(self, mixers: Sequence[nn.Module], call: Call) -> list[dict[str, Any]]:
+        """The keyword arguments of each mixer; those with a state count from 0."""
+        calls, state_idx = [], 0
+        for symbol, mixer, has_state in zip(self.symbols, mixers, self.has_state, strict=True):
+            calls.append(
+                {
+                    **call.kwargs,
+                    "attention_mask": call.masks.get(cast(Mixer, mixer).layer_type),
+                    "position_embeddings": call.positions.get(symbol),
+                    "segments": call.segments,
+                    "cache": self._slot(call.cache, state_idx),
+                }
+            )
+            state_idx += has_state
+        return calls
+
+    def _feed_forward(self, h: torch.Tensor, call: Call) -> torch.Tensor:
+        assert self.ffn is not None
+        if "D" not in self.canon:
+            return self.ffn(h)
+        return self.ffn(h, convolve=lambda inner: self._canon("D", inner, call))
+
+    def _canon(self, at: str, x: torch.Tensor, call: Call) -> torch.Tensor:
+        """x + convolution of x where this layer has one at that position; their states come last."""
+        if at not in self.canon:
+            return x
+        state_idx = sum(self.has_state) + list(self.canon).index(at)
+        slot = cast("LayerCache | None", self._slot(call.cache, state_idx))
+        return cast(Canon, self.canon[at]).run(x, call.segments, slot)
+
+    def _slot(
+        self, cache: Cache | Neighbours | None, state_idx: int
+    ) -> LayerCache | NeighbourSlot | None:
+        if isinstance(cache, Neighbours):
+            return cache.slot(self.layer_idx, state_idx)
+        return None if cache is None else LayerCache(cache, self.layer_idx, state_idx)

@@ -1,0 +1,321 @@
+"""Cross entropy of next tokens from hidden states, without the logits of a whole batch.
+
+The head and the loss run on a chunk of tokens at a time. No float32 copy of all logits exists, forward
+or backward, and the z-loss lambda log^2 Z (PaLM, arXiv 2204.02311, section 5) is taken of the same
+chunk. Three back-ends by name, the config key `loss_backend`:
+
+    chunked   here. The gradient of a chunk is taken while its logits exist, so that nothing is
+              recomputed; there is no second derivative. A head that is more than its weight (an
+              adapter, a quantised or sharded one, one with hooks) is called as the module it is,
+              checkpointed.
+    liger     the Triton kernels of liger-kernel, where installed; a plain head, on an accelerator.
+    full      all logits at once, as transformers' loss takes them.
+
+Shapes: B batch, T time, N = B * T tokens, m tokens of a chunk, D model dim, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from hybrid.config.block_options import scaled
+from hybrid.mixers.parts import wide
+from hybrid.modeling.embeddings import ScaledHead
+
+LossBackend = Literal["chunked", "liger", "full"]
+
+IGNORED = -100
+"""The label of a position with nothing to predict."""
+
+CHUNK_ELEMENTS = 2**26
+"""Logits of a chunk: 256 MiB in float32, 2,048 tokens of a vocabulary of 32,768."""
+
+
+def next_tokens(labels: torch.Tensor, shift_labels: torch.Tensor | None = None) -> torch.Tensor:
+    """What each position is to predict, (B, T): the label after it, or `shift_labels` as given."""
+    if shift_labels is not None:
+        return shift_labels
+    return F.pad(labels, (0, 1), value=IGNORED)[..., 1:]
+
+
+def softcap(logits: torch.Tensor, cap: float | None) -> torch.Tensor:
+    """cap * tanh(logits / cap), of absolute value below `cap` (Gemma 2, arXiv 2408.00118, section 2)."""
+    return logits if cap is None else cap * torch.tanh(logits / cap)
+
+
+def cross_entropy(
+    hidden: torch.Tensor,
+    head: nn.Module,
+    targets: torch.Tensor,
+    *,
+    z_loss: float = 0.0,
+    cap: float | None = None,
+    backend: LossBackend = "chunked",
+    chunk_elements: int = CHUNK_ELEMENTS,
+) -> torch.Tensor:
+    """Sum over targets of -log softmax(cap(head(h)))_target + z_loss * (log Z)^2.
+
+    Args:
+        hidden: (..., D), inputs of the head.
+        head: D -> V.
+        targets: (...) int64, -100 where there is none.
+        z_loss: lambda; 0.0001 in PaLM, 0.00001 in OLMo 2.
+        cap: soft-cap of the logits, see `softcap`.
+        backend: see the module.
+        chunk_elements: m * V at most, for `chunked`.
+
+    Returns:
+        scalar, float32 (float64 for float64 inputs).
+
+    Raises:
+        ValueError: `liger` where it is not installed, or with a head that is no plain linear map.
+    """
+    hidden, targets = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1).to(hidden.device)
+    if backend == "full":
+        return summed(softcap(head(hidden), cap), targets, z_loss)
+    plain = is_plain(head)
+    if plain:
+        hidden = scaled(hidden, getattr(head, "multiplier", None))
+    if backend == "liger":
+        return _by_liger(hidden, head, targets, z_loss, cap, plain)
+    size = max(1, chunk_elements // _vocabulary(head, hidden))
+    if plain:
+        hidden, weight = _at_working_precision(hidden, head)
+        wanted = [torch.is_grad_enabled() and x.requires_grad for x in (hidden, weight)]
+        return _chunked(hidden, weight, targets, z_loss, cap, size, *wanted)[0]
+    return _by_module(hidden, head, targets, z_loss, cap, size)
+
+
+def of_logits(
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    *,
+    z_loss: float = 0.0,
+    chunk_elements: int = CHUNK_ELEMENTS,
+) -> torch.Tensor:
+    """As `cross_entropy`, of logits (..., V) that exist; without gradients, a chunk at a time.
+
+    Raises:
+        ValueError: logits of only some positions.
+    """
+    if logits.shape[:-1] != targets.shape:
+        raise ValueError(
+            f"labels for {tuple(targets.shape)} positions, and logits for {tuple(logits.shape[:-1])};"
+            " leave logits_to_keep out where labels are given"
+        )
+    logits, targets = logits.flatten(0, -2), targets.reshape(-1).to(logits.device)
+    size = max(1, chunk_elements // logits.shape[-1])
+    return torch.stack([summed(x, t, z_loss) for x, t in _chunks(size, logits, targets)]).sum()
+
+
+def summed(logits: torch.Tensor, targets: torch.Tensor, z_loss: float = 0.0) -> torch.Tensor:
+    """The loss of logits (m, V) as they are, a sum over targets (m,)."""
+    logits = wide(logits)
+    total = F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum")
+    if z_loss:
+        log_z = logits.logsumexp(dim=-1)
+        total = total + z_loss * (log_z.square() * (targets != IGNORED)).sum()
+    return total
+
+
+def is_plain(head: nn.Module) -> bool:
+    """Whether a head is its weight, and a multiplier, alone: no bias, adapter, hook, shard or code."""
+    return (
+        type(head) in (nn.Linear, ScaledHead)
+        and head.bias is None
+        and type(head.weight) in (nn.Parameter, torch.Tensor)
+        and not head._forward_hooks
+        and not head._forward_pre_hooks
+        and "forward" not in vars(head)
+    )
+
+
+def in_chunks(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    z_loss: float,
+    cap: float | None,
+    size: int,
+    for_hidden: bool,
+    for_weight: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The sum of `cross_entropy` for logits = hidden @ weight^T, and its gradients in the same pass.
+
+    With p = softmax(x): d loss / d x = p (1 + 2 lambda log Z) - onehot(target), in float32.
+
+    Args:
+        hidden, weight: (N, D) and (V, D) of one dtype.
+        targets, z_loss, cap: as of `cross_entropy`.
+        size: tokens of a chunk.
+        for_hidden, for_weight: which gradients are wanted; the others come back empty.
+    """
+    kind = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    total = torch.zeros((), dtype=kind, device=hidden.device)
+    of_hidden = torch.empty_like(hidden) if for_hidden else hidden.new_empty(0)
+    # summed in float32: the chunks are many, and bfloat16 has 8 bits
+    of_weight = torch.zeros_like(weight if for_weight else weight[:0], dtype=kind)
+    outs = of_hidden.split(size) if for_hidden else [None] * len(hidden.split(size))
+    for (h, t), out in zip(_chunks(size, hidden, targets), outs, strict=True):
+        loss, slope = _loss_and_slope(h @ weight.t(), t, z_loss, cap, for_hidden or for_weight)
+        total += loss
+        if slope is None:
+            continue
+        slope = slope.to(h.dtype)
+        if out is not None:
+            torch.mm(slope, weight, out=out)
+        if for_weight:
+            of_weight += slope.t() @ h
+    return total, of_hidden, of_weight
+
+
+# An operator of its own, so that a compiler neither unrolls the chunks nor lays them side by side.
+_chunked = torch.library.custom_op("hybrid::chunked_cross_entropy", in_chunks, mutates_args=())
+
+
+@_chunked.register_fake
+def _(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    z_loss: float,
+    cap: float | None,
+    size: int,
+    for_hidden: bool,
+    for_weight: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    kind = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    of_hidden = torch.empty_like(hidden) if for_hidden else hidden.new_empty(0)
+    of_weight = torch.empty_like(weight if for_weight else weight[:0], dtype=kind)
+    return hidden.new_empty((), dtype=kind), of_hidden, of_weight
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+    ctx.dtypes = inputs[0].dtype, inputs[1].dtype
+    ctx.wanted = inputs[-2:]
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*output[1:])
+
+
+def _differentiate(ctx: Any, grad: torch.Tensor | None, *again: Any) -> tuple[Any, ...]:
+    """The gradients of the sum times `grad`, so that float16 does not lose those of a mean."""
+    if any(g is not None for g in again):
+        raise NotImplementedError(
+            "the chunked cross entropy has no second derivative; use loss_backend 'full'"
+        )
+    if grad is None:
+        return (None,) * 8
+    found = zip(ctx.saved_tensors, ctx.dtypes, ctx.wanted, strict=True)
+    return *((x * grad).to(dtype) if want else None for x, dtype, want in found), *[None] * 6
+
+
+_chunked.register_autograd(_differentiate, setup_context=_keep)
+
+
+def _loss_and_slope(
+    logits: torch.Tensor, targets: torch.Tensor, z_loss: float, cap: float | None, slope: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The summed loss of one chunk (m, V), and its gradient by the logits, float32 (m, V)."""
+    x = softcap(wide(logits), cap)
+    real = targets != IGNORED
+    index = targets.clamp(min=0).unsqueeze(-1)
+    log_p = x.log_softmax(dim=-1)
+    losses, factor = -log_p.gather(-1, index).squeeze(-1), real.to(x.dtype)
+    if z_loss:
+        # of the greatest logit: of one far below it, the difference would cancel
+        log_z = x.amax(dim=-1) - log_p.amax(dim=-1)
+        losses = losses + z_loss * log_z.square()
+        factor = factor * (1 + 2 * z_loss * log_z)
+    loss = torch.where(real, losses, 0.0).sum()
+    if not slope:
+        return loss, None
+    gradient = log_p.exp_().mul_(factor.unsqueeze(-1))
+    gradient.scatter_add_(-1, index, -real.to(gradient.dtype).unsqueeze(-1))
+    if cap is not None:
+        gradient.mul_(1 - (x / cap).square_())
+    return loss, gradient
+
+
+def _by_module(
+    hidden: torch.Tensor,
+    head: nn.Module,
+    targets: torch.Tensor,
+    z_loss: float,
+    cap: float | None,
+    size: int,
+) -> torch.Tensor:
+    """The head as a module, on a chunk at a time, its logits computed again in backward."""
+
+    def piece(h: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        return summed(softcap(head(h), cap), t, z_loss)
+
+    pieces = _chunks(size, hidden, targets)
+    if torch.is_grad_enabled():
+        losses = [checkpoint(piece, h, t, use_reentrant=False) for h, t in pieces]
+    else:
+        losses = [piece(h, t) for h, t in pieces]
+    return torch.stack(losses).sum()
+
+
+def _by_liger(
+    hidden: torch.Tensor,
+    head: nn.Module,
+    targets: torch.Tensor,
+    z_loss: float,
+    cap: float | None,
+    plain: bool,
+) -> torch.Tensor:
+    try:
+        from liger_kernel.transformers import (  # pyright: ignore[reportMissingImports]
+            LigerFusedLinearCrossEntropyLoss,
+        )
+    except ImportError as error:
+        raise ValueError(
+            "loss_backend: 'liger' is not installed; pip install liger-kernel, or use 'chunked'"
+        ) from error
+    if not plain:
+        raise ValueError(
+            f"loss_backend: 'liger' takes an output head that is its weight alone, and this one is"
+            f" {type(head).__name__} with more to it; use 'chunked'"
+        )
+    hidden, weight = _at_working_precision(hidden, head)
+    loss = LigerFusedLinearCrossEntropyLoss(
+        ignore_index=IGNORED,
+        lse_square_scale=z_loss,
+        reduction="sum",
+        softcap=cap,
+        accum_dtype=torch.float32,
+    )
+    return loss(weight, hidden, targets)
+
+
+def _at_working_precision(
+    hidden: torch.Tensor, head: nn.Module
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Hidden states and the weight in the dtype in which `head(hidden)` would multiply them."""
+    weight: Any = head.weight
+    device = hidden.device.type
+    dtype = weight.dtype
+    if torch.is_autocast_enabled(device) and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
+    return hidden.to(dtype), weight.to(dtype)
+
+
+def _vocabulary(head: nn.Module, hidden: torch.Tensor) -> int:
+    """V. A head that hides its size is asked for the logits of no token."""
+    size = getattr(head, "out_features", None)
+    if isinstance(size, int):
+        return size
+    with torch.no_grad():
+        return head(hidden[:0]).shape[-1]
+
+
+def _chunks(size: int, *tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
+    """Views of so many rows of each; one empty one where there are none."""
+    return zip(*(x.split(size) for x in tensors), strict=True)

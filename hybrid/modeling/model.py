@@ -1,0 +1,313 @@
+"""The model: embeddings, a stack of layers from the layout, a head. One file for every layout.
+
+Shapes: B batch, T time, D model dim, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import GenerationMixin, PreTrainedModel
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation.candidate_generator import CandidateGenerator
+from transformers.masking_utils import (
+    create_causal_mask,
+    create_masks_for_generate,
+    create_recurrent_attention_mask,
+)
+from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from hybrid.config.hybrid_config import HybridConfig
+from hybrid.modeling.context_parallel import ContextGroup, Neighbours
+from hybrid.modeling.embeddings import build_embedding, build_head
+from hybrid.modeling.layer import HybridLayer, Masks
+from hybrid.modeling.mtp import MultiTokenPrediction
+from hybrid.modeling.outputs import HybridOutput
+from hybrid.modeling.pretrained import HybridPreTrainedModel
+from hybrid.modeling.speculative import MTPDrafts
+from hybrid.modeling.training_losses import Objective
+from hybrid.modeling.weight_sharing import tied_weights
+from hybrid.nn.cache import count_tokens, fill_unused, is_empty, past_length
+from hybrid.nn.norms import build_norm
+from hybrid.nn.packing import WHOLE_ROWS, Segments, from_padding, from_positions
+
+
+class HybridModel(HybridPreTrainedModel):
+    """The stack without a head: ids (B, T) -> hidden states (B, T, D)."""
+
+    def __init__(self, config: HybridConfig, embed: bool = True) -> None:
+        super().__init__(config)
+        self.embed_tokens: Any = build_embedding(config) if embed else None
+        self.embed_norm: nn.Module | None = None
+        if config.embedding_norm and embed:
+            self.embed_norm = build_norm(config.norm, config.hidden_size, config.norm_eps)
+        self.layers = nn.ModuleList(
+            [HybridLayer(config, layer, i) for i, layer in enumerate(config.layers)]
+        )
+        self.rotary = self._build_rotary(config)
+        self.counting_layer = config.counting_layer
+        self.has_keys = self.counting_layer is None
+        self.has_state = any(map(config.states_of, set(config.layers)))
+        self.norm = nn.Identity()
+        if not config.ends_normed:
+            self.norm = build_norm(config.norm, config.hidden_size, config.norm_eps)
+        self._tied_weights_keys = tied_weights(config, self.layers)
+        self.gradient_checkpointing = False
+        self.context_group: ContextGroup | None = None
+        self.post_init()
+
+    @staticmethod
+    def _build_rotary(config: HybridConfig) -> nn.ModuleDict:
+        """One rotary embedding per symbol that has positions."""
+        symbols = dict.fromkeys(s for layer in config.layers for s in layer.mixers)
+        built = {}
+        for symbol in symbols:
+            cls, options = config.mixer(symbol)
+            rotary = cls.rotary(options, config)
+            if rotary is not None:
+                built[symbol] = rotary
+        return nn.ModuleDict(built)
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """Run the stack.
+
+        Args:
+            input_ids: (B, T) int64; or `inputs_embeds`: (B, T, D).
+            attention_mask: (B, T_past + T) with 0 at padding, on any side; None for none.
+            position_ids: (B, T). Without a mask and with an empty cache, a position that does not
+                follow the one before it starts a new document, and documents do not see each other.
+            past_key_values: a cache to continue from; `DynamicCache(config=model.config)` or None.
+            use_cache: whether to return a cache.
+
+        Raises:
+            ValueError: both or neither of ids and embeddings; packed documents with a cache given;
+                a custom 4-dimensional mask with layers that carry a state.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        x: torch.Tensor = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if self.embed_norm is not None:
+            x = self.embed_norm(x)
+        batch, time = x.shape[:2]
+        given_cache = past_key_values
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        neighbours = None
+        if self.context_group is not None:
+            if attention_mask is not None or past_key_values is not None:
+                raise ValueError(
+                    "slices of rows (context parallelism) take neither an attention_mask nor a cache"
+                )
+            neighbours = Neighbours(self.context_group, position_ids, x)
+            segments, position_ids = neighbours.segments, neighbours.position_ids
+            masks: Masks = {}
+            if self.has_keys:
+                masks["full_attention"] = neighbours.mask(self.config, x)
+        else:
+            segments = self._segments(attention_mask, position_ids, given_cache, batch, time)
+            if segments.packed:
+                # a document boundary inside the cache has no meaning for the tokens that come next
+                past_key_values, attention_mask = None, None
+            if position_ids is None:
+                start = past_length(past_key_values)
+                position_ids = torch.arange(time, device=x.device).unsqueeze(0) + start
+            masks = self._masks(x, attention_mask, past_key_values, position_ids)
+        positions = {s: rotary(x, position_ids) for s, rotary in self.rotary.items()}
+
+        embeddings, beside = x, None
+        for layer in self.layers:
+            y = layer(
+                x,
+                attention_mask=masks,
+                position_embeddings=positions,
+                segments=segments,
+                past_key_values=past_key_values,
+                beside=beside,
+                embeddings=embeddings if layer.reads_embeddings else None,
+                neighbours=neighbours,
+                position_ids=position_ids,
+                **kwargs,
+            )
+            x, beside = (x, y) if layer.feeds_next else (y, None)
+        if past_key_values is not None:
+            fill_unused(past_key_values)
+            if self.counting_layer is not None:
+                count_tokens(past_key_values, self.counting_layer, x)
+        return BaseModelOutputWithPast(
+            last_hidden_state=self.norm(x), past_key_values=past_key_values
+        )
+
+    def _segments(
+        self,
+        attention_mask: torch.Tensor | Masks | None,
+        position_ids: torch.Tensor | None,
+        cache: Cache | None,
+        batch: int,
+        time: int,
+    ) -> Segments:
+        """Padding, or documents packed into rows by position ids that restart; WHOLE_ROWS for neither.
+
+        The mask is reduced once, for that waits for the device, and not at all in a decode step of a
+        stack without states.
+        """
+        made = isinstance(attention_mask, dict)  # by `generate`, ahead of a compiled forward
+        mask = attention_mask.get("linear_attention") if made else attention_mask
+        custom = mask is not None and mask.ndim != 2
+        may_pack = not made and position_ids is not None and is_empty(cache)
+        if custom or not (may_pack or self.has_state):
+            return WHOLE_ROWS
+        padding = from_padding(mask, time)
+        if padding is not WHOLE_ROWS:
+            return padding
+        if position_ids is None or not may_pack:
+            return WHOLE_ROWS
+        segments = from_positions(position_ids, batch)
+        if segments.packed and cache is not None:
+            raise ValueError(
+                "packed documents (position_ids that restart) cannot fill a cache; run each document"
+                " as a row of its own, or leave past_key_values out"
+            )
+        return segments
+
+    def _masks(
+        self,
+        inputs_embeds: torch.Tensor,
+        attention_mask: torch.Tensor | Masks | None,
+        past_key_values: Cache | None,
+        position_ids: torch.Tensor,
+    ) -> Masks:
+        """The masks by layer type: 4-dimensional for softmax layers, (B, T_past + T) for linear ones."""
+        if isinstance(attention_mask, dict):  # generate makes them itself for compiled decoding
+            return attention_mask
+        custom = attention_mask is not None and attention_mask.ndim == 4
+        if custom and self.has_state:
+            raise ValueError(
+                "a 4-dimensional attention mask has no meaning for layers that carry a state; give a"
+                " 2-dimensional one with 0 at padding, or position_ids that restart at each document"
+            )
+        masks: Masks = {"linear_attention": attention_mask}
+        if self.has_keys:
+            masks["full_attention"] = create_causal_mask(
+                config=self.config,
+                inputs_embeds=inputs_embeds,
+                attention_mask=attention_mask,
+                past_key_values=past_key_values,
+                position_ids=position_ids,
+            )
+        return masks
+
+
+class HybridForCausalLM(Objective, HybridPreTrainedModel, GenerationMixin):
+    """A hybrid language model: ids (B, T) -> logits (B, T, V)."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: HybridConfig) -> None:
+        super().__init__(config)
+        self.model = HybridModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = build_head(config)
+        self.mtp = MultiTokenPrediction(config, HybridModel) if config.num_mtp_layers else None
+        self.install_recorders()
+        self.post_init()
+
+    def create_masks_for_generate(self, **kwargs: Any) -> Any:
+        """The masks of one forward, made ahead of a compiled one; a stack without keys has one."""
+        if self.model.has_keys:
+            return create_masks_for_generate(**kwargs)
+        names = ("config", "inputs_embeds", "attention_mask", "past_key_values")
+        mask = create_recurrent_attention_mask(**{name: kwargs[name] for name in names})
+        return {"linear_attention": mask}
+
+    @classmethod
+    def from_published(
+        cls, source: str | Path | PreTrainedModel, **kwargs: Any
+    ) -> HybridForCausalLM:
+        """A published model's weights in the equal layout; see `hybrid.convert.from_published`."""
+        from hybrid.convert import from_published
+
+        return from_published(source, **kwargs)
+
+    def export_published(self, out: str | Path, family: str | None = None, **kwargs: Any) -> str:
+        """Write this model as a published architecture's checkpoint; see `hybrid.convert.export`."""
+        from hybrid.convert import export
+
+        return export(self, out, family, **kwargs)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        skip_logits: bool | None = None,
+        output_last_hidden_state: bool = False,
+        **kwargs: Any,
+    ) -> HybridOutput:
+        """As `HybridModel.forward`, and the head.
+
+        Args:
+            labels: (B, T) int64, -100 where nothing is to be predicted; label t is compared with the
+                logits at t - 1.
+            logits_to_keep: compute logits only for the last so many tokens (0: all), or for these
+                indices.
+            skip_logits: return none. Default: where there are labels in training, so that the loss
+                can do without those of the whole batch (see `hybrid.modeling.losses`).
+            output_last_hidden_state: return what the head reads.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **{**kwargs, **self.record()},
+        )
+        hidden = outputs.last_hidden_state
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        if skip_logits is None:
+            skip_logits = self.training and labels is not None
+        skip_logits = skip_logits and not self.has_loss_of_its_own
+        found = HybridOutput(
+            logits=None if skip_logits else self.compute_logits(hidden[:, keep]),
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            router_logits=outputs.get("router_logits")
+            if kwargs.get("output_router_logits")
+            else None,
+            last_hidden_state=hidden if output_last_hidden_state else None,
+        )
+        if self.mtp is not None and inputs_embeds is None and self.training:
+            inputs_embeds = self.model.embed_tokens(input_ids)
+        inputs = {"attention_mask": attention_mask, "position_ids": position_ids}
+        self.add_losses(found, outputs, labels, inputs_embeds, inputs, **kwargs)
+        return found
+
+    def _get_candidate_generator(self, **kwargs: Any) -> CandidateGenerator:
+        """As transformers', which cannot know these modules; see `hybrid.modeling.speculative`."""
+        if kwargs["generation_config"].use_mtp:
+            return MTPDrafts(self, kwargs["generation_config"])
+        return super()._get_candidate_generator(**kwargs)

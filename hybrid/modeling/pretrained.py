@@ -1,0 +1,110 @@
+"""What every hybrid model shares: initialisation, saving, and what transformers may do with it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers import initialization as init
+from transformers.utils.output_capturing import OutputRecorder
+
+from hybrid import hub
+from hybrid.config.hybrid_config import HybridConfig
+from hybrid.ffn import FeedForward
+from hybrid.ffn.moe import Experts, MixtureOfExperts
+from hybrid.ffn.router import BiasedRouter, Router
+from hybrid.mixers import Mixer, ShortConvolution
+from hybrid.mixers.attention import FullAttention
+from hybrid.modeling import mup
+from hybrid.modeling.layer import HybridLayer, ParallelMixers
+from hybrid.nn.norms import ZeroCenteredRMSNorm
+
+
+class _HasExperts:
+    """`model._can_set_experts_implementation()`: whether its layout has experts; False of the class.
+
+    transformers looks for its decorator in this file otherwise, and it is in `hybrid.ffn.moe`.
+    """
+
+    def __get__(self, model: HybridPreTrainedModel | None, cls: type) -> Callable[[], bool]:
+        if model is None:
+            return lambda: False
+        symbols = {layer.ffn for layer in model.config.layers if layer.ffn}
+        kinds = [model.config.feed_forward(symbol)[0] for symbol in symbols]
+        return lambda: any(issubclass(kind, MixtureOfExperts) for kind in kinds)
+
+
+class HybridPreTrainedModel(PreTrainedModel):
+    """What every hybrid model shares: initialisation, saving, and what transformers may do with it."""
+
+    config: HybridConfig
+    config_class = HybridConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["HybridLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_record_outputs = {
+        "hidden_states": HybridLayer,
+        "attentions": OutputRecorder(FullAttention, index=1),
+        "router_logits": OutputRecorder(Router, index=0),
+        "router_indices": OutputRecorder(Router, index=2),
+    }
+    _can_set_experts_implementation = _HasExperts()  # type: ignore[assignment]
+
+    def post_init(self) -> None:
+        """As transformers', which is told of the one buffer that only some layouts have."""
+        if any(isinstance(module, BiasedRouter) for module in self.modules()):
+            self._keep_in_fp32_modules_strict = ["score_correction_bias"]
+        mup.mark(self)
+        super().post_init()
+
+    def get_expanded_tied_weights_keys(self, all_submodels: bool = False) -> dict[str, str]:
+        """As transformers', but a head of its own does not part layers that share their weights."""
+        tied = super().get_expanded_tied_weights_keys(all_submodels)
+        own = vars(self).get("_tied_weights_keys", {})
+        return tied if all_submodels else {**tied, **own}
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """Initialise one module; transformers calls this for every one that no checkpoint filled."""
+        super()._init_weights(module)  # zeros and ones for biases and norms, std for the rest
+        std = self.config.initializer_range
+        if isinstance(module, nn.Linear):
+            xavier = self.config.init in ("xavier", "deepnorm")
+            if xavier and module is not self.get_output_embeddings():
+                gain = self.config.deepnorm_beta if hasattr(module, "is_value_path") else 1.0
+                init.xavier_normal_(module.weight, gain=gain)
+            if hasattr(module, "starts_at_zero"):
+                init.zeros_(module.weight)
+            elif self.config.init == "depth_scaled" and hasattr(module, "is_residual_projection"):
+                scaled = std / max(1, self.config.num_residual_branches) ** 0.5
+                init.normal_(module.weight, mean=0.0, std=scaled)
+        elif isinstance(module, (ShortConvolution, ZeroCenteredRMSNorm, ParallelMixers)):
+            module.init_parameters()
+        elif isinstance(module, (Mixer, FeedForward, Router, Experts)):
+            module.init_parameters(std)
+        mup.scale_initial(module)
+
+    def save_pretrained(
+        self, save_directory: Any, is_main_process: bool = True, *args: Any, **kwargs: Any
+    ) -> None:
+        """As transformers', and two small files by which `trust_remote_code=True` finds this package."""
+        push = kwargs.pop("push_to_hub", False)
+        hub_options = {k: kwargs.pop(k) for k in hub.PUSH_OPTIONS if push and k in kwargs}
+        super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
+        if is_main_process:
+            hub.add_loading_files(save_directory)
+        if push and is_main_process:  # it saves anew, with the two files this time, and uploads
+            self.push_to_hub(**{"repo_id": Path(save_directory).name, **hub_options})
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoModel") -> None:
+        """Do nothing: a checkpoint names this package, and carries no copy of its code."""

@@ -1,0 +1,132 @@
+"""How branches join the stream: norms and multipliers around each, mixers side by side in one.
+
+Shapes: B batch, T time, D model dim.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformers import initialization as init
+
+from hybrid.config.block_options import scaled
+from hybrid.mixers import Mixer
+from hybrid.mixers.base import residual_projection
+from hybrid.nn.norms import build_norm
+
+if TYPE_CHECKING:
+    from hybrid.config.hybrid_config import HybridConfig
+
+
+class ParallelMixers(nn.Module):
+    """Mixers side by side on one input, outputs combined (Falcon-H1 2507.22448, Hymba 2411.13676).
+
+    With y_i = output_i * f_i(input_i * x), by `parallel_combine`:
+
+        sum             sum_i y_i (Falcon-H1)
+        mean            1/n sum_i y_i
+        concat          [y_1, ..., y_n] W, W (n D, D)
+        learned         1/n sum_i norm_i(y_i), each norm with its own weight (Hymba, section 2.1)
+        learned_scalar  sum_i a_i y_i, the scalars a_i starting from 1/n
+    """
+
+    def __init__(self, config: HybridConfig, symbols: tuple[str, ...], mixers: list[Mixer]) -> None:
+        super().__init__()
+        self.branches = nn.ModuleList(mixers)
+        self.combine = config.parallel_combine
+        self.multipliers = [config.residual_at(symbol) for symbol in symbols]
+        d_model, count = config.hidden_size, len(mixers)
+        self.norms = self.projection = self.weights = None
+        if self.combine == "learned":
+            self.norms = nn.ModuleList(
+                [build_norm(config.norm, d_model, config.norm_eps) for _ in mixers]
+            )
+        if self.combine == "concat":
+            self.projection = residual_projection(count * d_model, d_model)
+        if self.combine == "learned_scalar":
+            self.weights = nn.Parameter(torch.empty(count))
+
+    def init_parameters(self) -> None:
+        """The scalars start as a mean."""
+        if self.weights is not None:
+            init.constant_(self.weights, 1 / len(self.branches))
+
+    def forward(self, x: torch.Tensor, branch_kwargs: list[dict[str, Any]]) -> torch.Tensor:
+        """(B, T, D) -> (B, T, D)."""
+        outputs = [
+            scaled(branch(scaled(x, m.input_multiplier), **kwargs)[0], m.output_multiplier)
+            for branch, m, kwargs in zip(
+                self.branches, self.multipliers, branch_kwargs, strict=True
+            )
+        ]
+        if self.projection is not None:
+            return self.projection(torch.cat(outputs, dim=-1))
+        if self.norms is not None:
+            outputs = [norm(y) for norm, y in zip(self.norms, outputs, strict=True)]
+        if self.weights is not None:
+            outputs = [y * weight for y, weight in zip(outputs, self.weights, strict=True)]
+        total = torch.stack(outputs).sum(dim=0)
+        return total / len(outputs) if self.combine in ("mean", "learned") else total
+
+
+class Residual(nn.Module):
+    """The norms and multipliers of one residual branch: x, f -> x + f(x) and its relatives.
+
+    With a, i, o the multipliers of the stream, of the branch's input and of its output:
+
+        pre        a x + o f(i n(x))
+        post       n(a x + o f(i x))
+        reordered  a x + o n(f(i x))
+        sandwich   a x + o m(f(i n(x)))
+        normed     a n(x) + o f(i n(x))
+    """
+
+    def __init__(
+        self,
+        config: HybridConfig,
+        *symbols: str,
+        side_by_side: bool = False,
+        width: int | None = None,
+    ) -> None:
+        """`width`: of what the branch reads, D by default."""
+        super().__init__()
+        self.position = config.norm_position_at(*symbols)
+        options = config.residual_at(*symbols)
+        self.skip_multiplier = options.skip_multiplier
+        # mixers side by side have multipliers of their own, see `ParallelMixers`
+        self.input_multiplier = 1.0 if side_by_side else options.input_multiplier
+        self.output_multiplier = 1.0 if side_by_side else options.output_multiplier
+
+        def norm(size: int) -> nn.Module:
+            return build_norm(config.norm, size, config.norm_eps)
+
+        self.norm_in = self.norm_out = None
+        if self.position in ("pre", "sandwich", "normed"):
+            self.norm_in = norm(width or config.hidden_size)
+        if self.position in ("post", "sandwich", "reordered"):
+            self.norm_out = norm(config.hidden_size)
+
+    def enter(
+        self, x: torch.Tensor, source: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The input of the branch, and the stream that its output is to join.
+
+        Args:
+            x: the stream.
+            source: what the branch reads in place of it.
+        """
+        h = x if source is None else source
+        if self.norm_in is not None:
+            h = self.norm_in(h)
+        return scaled(h, self.input_multiplier), h if self.position == "normed" else x
+
+    def leave(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """The residual stream after the branch gave y."""
+        if self.norm_out is not None and self.position != "post":
+            y = self.norm_out(y)
+        y = scaled(y, self.output_multiplier)
+        if self.skip_multiplier != 0:
+            y = scaled(x, self.skip_multiplier) + y
+        return self.norm_out(y) if self.norm_out is not None and self.position == "post" else y

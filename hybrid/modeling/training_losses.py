@@ -1,0 +1,155 @@
+"""What a hybrid language model is trained on: next tokens, tokens further ahead, even experts.
+
+Shapes: B batch, T time, N = B * T tokens, D model dim, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers.utils.output_capturing import maybe_install_capturing_hooks
+
+from hybrid.config.hybrid_config import HybridConfig
+from hybrid.ffn import balance
+from hybrid.modeling.losses import IGNORED, cross_entropy, next_tokens, of_logits, softcap
+from hybrid.modeling.outputs import HybridOutput
+
+
+class Objective:
+    """Mixin: the losses of a model with a stack `model`, a head `lm_head` and, it may be, `mtp`."""
+
+    config: HybridConfig
+    training: bool
+    has_experts: bool
+    # transformers resolves these annotations, and the classes are not defined yet
+    model: Any
+    lm_head: Any
+    mtp: Any
+    loss_function: Any
+
+    def install_recorders(self) -> None:
+        """Let the stacks record their routers: compiled, they could not install the hooks."""
+        stacks = [stack for stack in self.stacks() if balance.routers(stack)]
+        self.has_experts = bool(stacks)
+        for stack in stacks:
+            maybe_install_capturing_hooks(stack)
+
+    def stacks(self) -> list[Any]:
+        """The main stack, and that of each multi-token prediction module."""
+        depths: Any = () if self.mtp is None else self.mtp.depths
+        return [self.model, *(depth.stack for depth in depths)]
+
+    def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """(B, T, D) -> (B, T, V): the head, and the soft-cap of the config."""
+        return softcap(self.lm_head(hidden), self.config.logit_softcap)
+
+    @property
+    def has_loss_of_its_own(self) -> bool:
+        """Whether somebody has set `model.loss_function`; it takes logits."""
+        return "_loss_function" in vars(self)
+
+    def record(self) -> dict[str, bool]:
+        """What stacks are to record beside their output: in training, the choices of routers."""
+        if not (self.has_experts and self.training and torch.is_grad_enabled()):
+            return {}
+        return {"output_router_logits": True, "output_router_indices": True}
+
+    def add_losses(
+        self,
+        found: HybridOutput,
+        outputs: Any,
+        labels: torch.Tensor | None,
+        embeddings: torch.Tensor | None,
+        inputs: dict[str, Any],
+        **kwargs: Any,
+    ) -> None:
+        """Fill in `loss`, and in training `mtp_loss` and `aux_loss`.
+
+        Args:
+            found: with its logits, if there are any.
+            outputs: of the main stack.
+            labels: (B, T), or None.
+            embeddings: (B, T, D) that went into the stack; for `mtp`.
+            inputs: `attention_mask` and `position_ids` of the stack.
+            kwargs: of the loss: `num_items_in_batch`, `shift_labels`.
+        """
+        record, passed = self.record(), [outputs]
+        items = kwargs.get("num_items_in_batch")
+        targets = None
+        if labels is not None:
+            targets = next_tokens(labels, kwargs.get("shift_labels"))
+            found.loss = self._main_loss(found, outputs, labels, targets, kwargs)
+            if self.mtp is not None and self.training:
+                ahead = self.mtp.loss(
+                    outputs.last_hidden_state,
+                    embeddings,
+                    targets,
+                    lambda h, t: self._score(h, t) / _count(targets, items, h.device),
+                    **inputs,
+                    **record,
+                )
+                found.mtp_loss = ahead.loss
+                found.loss = found.loss + self.config.mtp_loss_weight * ahead.loss
+                passed += ahead.outputs
+        if record:
+            found.aux_loss = self._observe(passed, inputs["attention_mask"])
+        if targets is not None and found.aux_loss is not None:
+            share = balance.share_of_batch(targets, items)
+            found.loss = found.loss + share * found.aux_loss.to(found.loss.device)
+
+    def _main_loss(
+        self,
+        found: HybridOutput,
+        outputs: Any,
+        labels: torch.Tensor,
+        targets: torch.Tensor,
+        kwargs: dict[str, Any],
+    ) -> torch.Tensor:
+        if self.has_loss_of_its_own:
+            size = self.config.vocab_size
+            return self.loss_function(logits=found.logits, labels=labels, vocab_size=size, **kwargs)
+        z_loss = self.config.z_loss if self.training else 0.0
+        if found.logits is None:
+            total = self._score(outputs.last_hidden_state, targets)
+        else:
+            total = of_logits(found.logits, targets, z_loss=z_loss)
+        return total / _count(targets, kwargs.get("num_items_in_batch"), total.device)
+
+    def _score(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """The summed loss of hidden states by the fused way that the config names."""
+        config = self.config
+        return cross_entropy(
+            hidden,
+            self.lm_head,
+            targets,
+            z_loss=config.z_loss if self.training else 0.0,
+            cap=config.logit_softcap,
+            backend=config.loss_backend,
+        )
+
+    def _observe(self, passed: list[Any], attention_mask: Any) -> torch.Tensor:
+        """Count the load of the experts, and return the balance losses of all layers."""
+        total = passed[0].last_hidden_state.new_zeros((), dtype=torch.float32)
+        for stack, outputs in zip(self.stacks(), passed, strict=False):
+            if not balance.routers(stack):
+                continue
+            hidden = outputs.last_hidden_state
+            mask = hidden.new_ones(hidden.shape[:2])
+            if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2:
+                mask = attention_mask[:, -hidden.shape[1] :]
+            logits, indices = outputs.router_logits, outputs.router_indices
+            total = total + balance.observe(stack, logits, indices, mask).to(total.device)
+        return total
+
+
+def _count(
+    targets: torch.Tensor, items: torch.Tensor | int | None, device: torch.device
+) -> torch.Tensor | int:
+    """What the summed loss is divided by: the targets of the whole step, where it is known.
+
+    At least 1: the loss of a batch without targets is 0, and no NaN that would end a run.
+    """
+    if items is None:
+        items = (targets != IGNORED).sum()
+    return items.to(device).clamp(min=1) if isinstance(items, torch.Tensor) else max(items, 1)

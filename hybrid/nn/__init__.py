@@ -1,0 +1,1 @@
+"""Modules that mixers and the model share: norms, rotary embedding, packing, cache slots."""

@@ -1,0 +1,211 @@
+"""Rotary position embeddings (arXiv 2104.09864), frequencies by transformers' own rope functions."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import LlamaConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, rotate_half
+
+from hybrid.config.options import did_you_mean
+from hybrid.nn.precision import Float32Buffers
+
+if TYPE_CHECKING:
+    from hybrid.config.hybrid_config import HybridConfig
+
+# These types stretch a known training length, so they have to be told what it is.
+NEEDS_LENGTH = ("dynamic", "yarn", "longrope", "llama3")
+
+# And these have frequencies that depend on how long the sequence is.
+BY_LENGTH = ("dynamic", "longrope")
+
+
+# What each type must be told, and what it may be told besides.
+COMMON = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
+REQUIRED = {
+    "default": set(),
+    "linear": {"factor"},
+    "dynamic": {"factor"},
+    "proportional": set(),
+    "yarn": {"factor"},
+    "longrope": {"short_factor", "long_factor"},
+    "llama3": {
+        "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"
+    },
+}  # fmt: skip
+OPTIONAL = {
+    "dynamic": {"original_max_position_embeddings"},
+    "proportional": {"factor"},
+    "yarn": {
+        "original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow", "mscale",
+        "mscale_all_dim", "truncate",
+    },
+    "longrope": {"original_max_position_embeddings", "attention_factor", "factor"},
+}  # fmt: skip
+LISTS = ("short_factor", "long_factor")
+
+
+class RotaryEmbedding(Float32Buffers, LlamaRotaryEmbedding):
+    """cos and sin (B, T, R) of R = partial_rotary_factor * head_dim rotated dims, from position ids.
+
+    Args:
+        rope_parameters: transformers' rope dictionary.
+        head_dim: dims of a head, of which the first R are rotated.
+        max_position_embeddings: the training length, for the rope types that stretch it.
+    """
+
+    float32_buffers = ("inv_freq", "original_inv_freq")
+
+    def __init__(
+        self, rope_parameters: dict[str, Any], head_dim: int, max_position_embeddings: int | None
+    ) -> None:
+        length = max_position_embeddings or 2048
+        super().__init__(
+            LlamaConfig(
+                hidden_size=head_dim,
+                num_attention_heads=1,
+                head_dim=head_dim,
+                max_position_embeddings=length,
+                rope_parameters={"rope_theta": 10000.0, **rope_parameters},
+            )
+        )
+
+    @staticmethod
+    def compute_default_rope_parameters(
+        config: LlamaConfig, device: torch.device | None = None, **kwargs: Any
+    ) -> tuple[torch.Tensor, float]:
+        """theta ** (-2i / R) for i < R / 2, and a scale of 1."""
+        rope: Any = config.rope_parameters
+        dim = rotated_dims(rope, config.hidden_size)
+        exponents = torch.arange(0, dim, 2, dtype=torch.float, device=device) / dim
+        return 1.0 / (rope["rope_theta"] ** exponents), 1.0
+
+
+def build_rotary(
+    rope_parameters: dict[str, Any] | None, head_dim: int, config: HybridConfig
+) -> RotaryEmbedding | None:
+    """The embedding of a rope dictionary for heads of a model; None without positions."""
+    if rope_parameters is None:
+        return None
+    return RotaryEmbedding(rope_parameters, head_dim, config.max_position_embeddings)
+
+
+def rotated_dims(rope_parameters: dict[str, Any], head_dim: int) -> int:
+    """R, the number of dims of a head that are rotated."""
+    return int(head_dim * rope_parameters.get("partial_rotary_factor", 1.0))
+
+
+def yarn_mscale(rope_parameters: dict[str, Any] | None) -> float:
+    """0.1 m ln(factor) + 1, m = `mscale_all_dim`: what DeepSeek scales q and k by; 1 without one."""
+    rope = rope_parameters or {}
+    weight = rope.get("mscale_all_dim")
+    if rope.get("rope_type") != "yarn" or not weight or rope["factor"] <= 1:
+        return 1.0
+    return 0.1 * weight * math.log(rope["factor"]) + 1.0
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotate the first R dims of x (B, H, T, K) by cos and sin (B, T, R), which are not learnt.
+
+    Where x wants a gradient the order of operations is another, and so may the last bit be.
+    """
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    if x.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        return _Rotation.apply(x, cos, *sin.chunk(2, dim=-1), 1)
+    dim = cos.shape[-1]
+    head, tail = x[..., :dim], x[..., dim:]
+    head = head * cos + rotate_half(head) * sin
+    return torch.cat([head, tail], dim=-1) if tail.shape[-1] else head
+
+
+class _Rotation(torch.autograd.Function):
+    """y = [a cos - b sin, b cos + a sin, tail] of x = [a, b, tail], in three passes over x.
+
+    Each half of the rotated dims has its sin, `lower` and `upper`; the gradient turns the other way
+    (`sign`), with the two changed over, and needs no x.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        x: torch.Tensor, cos: torch.Tensor, lower: torch.Tensor, upper: torch.Tensor, sign: int
+    ) -> torch.Tensor:
+        half = lower.shape[-1]
+        a, b, tail = x.split([half, half, x.shape[-1] - 2 * half], dim=-1)
+        y = x[..., : 2 * half] * cos
+        y[..., :half].addcmul_(b, lower, value=-sign)
+        y[..., half:].addcmul_(a, upper, value=sign)
+        return torch.cat([y, tail], dim=-1) if tail.shape[-1] else y
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+        _, *angles, ctx.sign = inputs
+        ctx.save_for_backward(*angles)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        cos, lower, upper = ctx.saved_tensors
+        return _Rotation.apply(grads[0], cos, upper, lower, -ctx.sign), None, None, None, None
+
+
+def apply_rotary(
+    q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rotate the first R dims of q and k (B, H, T, K) by cos and sin (B, T, R)."""
+    return rotate(q, cos, sin), rotate(k, cos, sin)
+
+
+def rope_problems(rope: dict[str, Any], head_dim: int, config: HybridConfig) -> list[str]:
+    """What is wrong with a rope dictionary, a line each."""
+    kinds = [kind for kind in REQUIRED if kind == "default" or kind in ROPE_INIT_FUNCTIONS]
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in kinds:
+        return [f"rope_parameters.rope_type: unknown {kind!r}, {did_you_mean(str(kind), kinds)}"]
+    lines = _key_problems(rope, kind, head_dim)
+    theta, share = rope.get("rope_theta", 10000.0), rope.get("partial_rotary_factor", 1.0)
+    if not _is_positive(theta):
+        lines.append(f"rope_parameters.rope_theta: must be a positive number, found {theta!r}")
+    if not _is_share(rope):
+        lines.append(f"rope_parameters.partial_rotary_factor: must be in (0, 1], found {share!r}")
+    elif rotated_dims(rope, head_dim) % 2 or not rotated_dims(rope, head_dim):
+        lines.append(
+            f"rope_parameters: {rotated_dims(rope, head_dim)} of head_dim {head_dim} would be rotated;"
+            " rotary positions need an even number, at least 2"
+        )
+    if kind in NEEDS_LENGTH and config.max_position_embeddings is None:
+        lines.append(f"rope_parameters.rope_type: {kind!r} needs max_position_embeddings to be set")
+    return lines
+
+
+def _key_problems(rope: dict[str, Any], kind: str, head_dim: int) -> list[str]:
+    """Keys of a rope dictionary that are unknown, missing, or no numbers."""
+    known = COMMON | REQUIRED[kind] | OPTIONAL.get(kind, set())
+    lines = [
+        f"rope_parameters.{key}: unknown key for rope_type {kind!r}, {did_you_mean(str(key), known)}"
+        for key in rope
+        if key not in known
+    ]
+    for key in sorted(REQUIRED[kind] - set(rope)):
+        lines.append(f"rope_parameters.{key}: required by rope_type {kind!r}, and not given")
+    for key, value in rope.items():
+        where = f"rope_parameters.{key}"
+        if key in LISTS and key in known:
+            half = rotated_dims(rope, head_dim) // 2 if _is_share(rope) else None
+            if not isinstance(value, list) or (half is not None and len(value) != half):
+                lines.append(f"{where}: expected a list of {half} numbers, found {value!r}")
+        elif "factor" in key and key in known - COMMON and not _is_positive(value):
+            lines.append(f"{where}: must be a positive number, found {value!r}")
+    return lines
+
+
+def _is_positive(value: Any) -> bool:
+    return isinstance(value, (int, float)) and value > 0
+
+
+def _is_share(rope: dict[str, Any]) -> bool:
+    share = rope.get("partial_rotary_factor", 1.0)
+    return isinstance(share, (int, float)) and 0 < share <= 1

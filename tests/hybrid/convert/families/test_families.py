@@ -1,0 +1,309 @@
+"""Every published family against transformers' own class: one set of tests, generated for each.
+
+How to add a family. Write `hybrid/convert/families/NAME.py` (CONTRIBUTING.md has the recipe), and
+beside this file `NAME.py` with
+
+    CASES = {"any_name": {...}, ...}    keyword arguments of their config class, small
+
+A case wants unequal head counts, odd sizes, and every switch that published checkpoints turn on; two
+or three cases cover most families, and one test should cost well under a second. Optional, in the
+same file:
+
+    RESPELT = {"key", ...}              keys of their config that say the same in other words when
+                                        they come back (`decoder_sparse_step` as a list of layers),
+                                        or nothing, for no layer of the cases uses them
+    NEEDS = {"any_name": "mamba2.modeling_mamba2.MambaRMSNormGated.group_size"}
+                                        an argument (here of transformers.models.mamba2...) that older
+                                        transformers do not have, and compute something else instead
+
+Where their padded or cached forward is wrong does not matter: rows are compared with theirs alone, in
+one pass.
+
+Run one family with `pytest tests/hybrid/convert/families -k NAME`. `hybrid` reads what their
+`save_pretrained` wrote, so that what is tested is the format on disk. All weights are random, norms,
+biases, decays and time steps among them.
+"""
+
+import copy
+import importlib.util
+import json
+import sys
+from functools import lru_cache
+from inspect import signature
+from pathlib import Path
+from pkgutil import resolve_name
+from types import SimpleNamespace
+
+import pytest
+import torch
+import transformers
+from transformers.core_model_loading import revert_weight_conversion
+
+import hybrid
+from hybrid.convert import FAMILIES
+from hybrid.convert.checkpoint import Checkpoint, read_json
+from hybrid.convert.configs import unmapped_keys
+from hybrid.convert.steps import Held, read_steps, steps
+
+TOLERANCE = 1e-5  # of the standard deviation of logits, and of the norm of gradients
+TIME, LENGTHS = 17, (17, 11, 6)
+HERE = Path(__file__).parent
+
+
+def load(path):
+    spec = importlib.util.spec_from_file_location(f"family_{path.stem}", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+MODULES = {
+    path.stem: load(path) for path in sorted(HERE.glob("*.py")) if path.stem != Path(__file__).stem
+}
+ALL = [
+    pytest.param(name, case, id=f"{name}-{case}")
+    for name, module in MODULES.items()
+    for case in module.CASES
+]
+each_case = pytest.mark.parametrize(("name", "case"), ALL)
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory):
+    """(family, case) -> their model, ours, the folder theirs was saved in, and token ids."""
+
+    @lru_cache(maxsize=2)
+    def make(name, case):
+        family = FAMILIES[name]
+        skip_if_too_old(name, case)
+        torch.manual_seed(1)
+        config = family.their_config({"vocab_size": 61, **MODULES[name].CASES[case]})
+        theirs = published_class(family.architecture)(config).eval()
+        randomize(theirs)
+        theirs.generation_config.eos_token_id = None
+        folder = tmp_path_factory.mktemp(f"{name}-{case}")
+        theirs.save_pretrained(folder, max_shard_size="40KB")
+        ours = hybrid.HybridForCausalLM.from_published(folder)
+        ids = torch.randint(3, config.vocab_size, (len(LENGTHS), TIME))
+        return SimpleNamespace(family=family, theirs=theirs, ours=ours, folder=folder, ids=ids)
+
+    return make
+
+
+def skip_if_too_old(name, case):
+    """Skip, where the installed transformers lacks the class, or an argument that the case needs."""
+    architecture = FAMILIES[name].architecture
+    if architecture not in dir(transformers):
+        pytest.skip(f"transformers {transformers.__version__} has no {architecture}")
+    needed = getattr(MODULES[name], "NEEDS", {}).get(case)
+    if needed is None:
+        return
+    published_class(architecture)
+    owner, argument = needed.rsplit(".", 1)
+    if argument not in signature(resolve_name(f"transformers.models.{owner}")).parameters:
+        pytest.skip(f"{owner} of transformers {transformers.__version__} has no {argument}")
+
+
+def published_class(name):
+    """Their class on plain PyTorch: an installed kernel package would want a GPU."""
+    with pytest.MonkeyPatch.context() as patch:
+        for package in ("fla", "mamba_ssm", "causal_conv1d"):
+            patch.setitem(sys.modules, package, None)
+        return getattr(transformers, name)
+
+
+@torch.no_grad()
+def randomize(model):
+    """Weights that all matter: matrices of gain one half, vectors off their usual values.
+
+    A gain of one makes small stacks so steep that float32 alone costs more than the tolerance; small
+    embeddings do the same, for the norm after them divides by their size.
+    """
+    constants = {name for name, _ in model.named_buffers() if "bias" not in name}
+    for name, tensor in model.state_dict().items():
+        if not tensor.is_floating_point() or name in constants:
+            continue
+        if "embed" in name:
+            tensor.normal_()
+        elif tensor.ndim >= 2 and "norm" not in name:
+            tensor.normal_(std=0.5 * tensor.shape[-1] ** -0.5)
+        else:
+            tensor.add_(0.2 * torch.randn_like(tensor))
+
+
+def left_padded(ids, length):
+    """Each row's last tokens, padding before them, and the mask."""
+    mask = torch.zeros_like(ids)
+    for row, size in enumerate(LENGTHS):
+        mask[row, length - min(size, length) :] = 1
+    return torch.where(mask.bool(), ids, 0), mask
+
+
+def assert_close(found, expected, what=""):
+    error = (found - expected).abs().max() / expected.std()
+    assert error < TOLERANCE, f"{what} {error:.1e}"
+
+
+def rows_alone(model, ids):
+    """Logits of each row without its padding."""
+    return [model(ids[row : row + 1, TIME - size :]).logits[0] for row, size in enumerate(LENGTHS)]
+
+
+def test_every_family_has_cases():
+    # what transformers has no class for is compared with a record, in test_convert_fla.py
+    recorded = {path.stem for path in (HERE.parent / "fla_formats").glob("*.json")}
+    assert {*MODULES, *recorded} == set(FAMILIES)
+
+
+@each_case
+def test_every_option_of_theirs_is_read_or_ignored_on_purpose(name, case, published):
+    found = published(name, case)
+    assert unmapped_keys(found.family, found.theirs.config) == []
+
+
+@each_case
+@torch.no_grad()
+def test_logits(name, case, published):
+    found = published(name, case)
+    assert_close(found.ours(found.ids).logits, found.theirs(found.ids).logits)
+
+
+@each_case
+@torch.no_grad()
+def test_logits_of_a_padded_batch(name, case, published):
+    found = published(name, case)
+    ids, mask = left_padded(found.ids, TIME)
+    padded = found.ours(ids, attention_mask=mask).logits
+    for row, expected in enumerate(rows_alone(found.theirs, ids)):
+        assert_close(padded[row, TIME - LENGTHS[row] :], expected, f"row {row}")
+
+
+@each_case
+@torch.no_grad()
+def test_prefill_and_decode(name, case, published):
+    found = published(name, case)
+    ids, mask = left_padded(found.ids, TIME)
+    expected = rows_alone(found.theirs, ids)
+    start = TIME - 3
+    out = found.ours(ids[:, :start], attention_mask=mask[:, :start], use_cache=True)
+    logits = [out.logits]
+    for t in range(start, TIME):
+        out = found.ours(
+            ids[:, t : t + 1],
+            attention_mask=mask[:, : t + 1],
+            past_key_values=out.past_key_values,
+            use_cache=True,
+        )
+        logits.append(out.logits)
+    together = torch.cat(logits, dim=1)
+    for row, size in enumerate(LENGTHS):
+        assert_close(together[row, TIME - size :], expected[row], f"row {row}")
+
+
+def gradients(model, ids):
+    """Gradients of the loss by name, 0 where there is none."""
+    model.zero_grad()
+    model(ids, labels=ids, use_cache=False).loss.backward()
+    named = model.named_parameters()
+    return {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in named}
+
+
+def distance(found, expected):
+    """|found - expected| / |expected|; 0 for two zeros."""
+    apart = (found - expected).norm()
+    return (apart / expected.norm()).item() if apart else 0.0
+
+
+@each_case
+def test_gradients_of_all_weights(name, case, published):
+    """Within the tolerance; or ten times that, where float32 is too little for a weight's gradient.
+
+    Decays and time steps are such: their gradients are sums of terms that nearly cancel. Then ours in
+    float32 and theirs must both be that near to ours in float64.
+    """
+    found = published(name, case)
+    theirs = revert_weight_conversion(found.theirs, gradients(found.theirs, found.ids))
+    ours = gradients(found.ours, found.ids)
+    planned = [step for step in steps(found.family, found.ours) if set(step.ours) <= set(ours)]
+    compared = dict(read_steps(planned, Held(theirs)))
+    assert set(compared) == set(ours)
+    far = {k for k in ours if distance(ours[k], compared[k]) > TOLERANCE}
+    if far:
+        wide = hybrid.HybridForCausalLM.from_published(found.folder, dtype=torch.float64)
+        exact = gradients(wide, found.ids)
+        largest = max(gradient.norm() for gradient in exact.values())
+        for key in far:
+            if exact[key].norm() < 1e-12 * largest:  # as of a bias of keys without positions: none
+                noise = max(ours[key].norm(), compared[key].norm())
+                assert noise < TOLERANCE * largest, f"{key}: {noise:.1e} where there is none"
+                continue
+            own, error = distance(ours[key], exact[key]), distance(compared[key], exact[key])
+            assert max(own, error) < 10 * TOLERANCE, f"{key}: {own:.1e} ours, {error:.1e} theirs"
+
+
+@each_case
+def test_export_gives_every_tensor_back_and_their_class_loads_it(name, case, published, tmp_path):
+    found = published(name, case)
+    assert hybrid.convert.export(found.ours, tmp_path / "out", name, max_shard_size="50KB") == name
+    with Checkpoint(tmp_path / "out") as written, Checkpoint(found.folder) as read:
+        assert written.specs == read.specs
+        assert all(torch.equal(written.read(key), read.read(key)) for key in read.specs)
+    again, info = type(found.theirs).from_pretrained(
+        tmp_path / "out",
+        output_loading_info=True,
+        attn_implementation=found.theirs.config._attn_implementation,
+    )
+    assert not any(info.values()), info
+    assert again.config.architectures == [found.family.architecture]
+    with torch.no_grad():
+        assert torch.equal(again.eval()(found.ids).logits, found.theirs(found.ids).logits)
+    before, after = (
+        json.loads(c.to_json_string(False)) for c in (found.theirs.config, again.config)
+    )
+    mapped = (found.family.written_keys - getattr(MODULES[name], "RESPELT", set())) & before.keys()
+    assert {key: after[key] for key in mapped} == {key: before[key] for key in mapped}
+    assert_older_words_say_the_same(found.family, type(again.config), tmp_path / "out")
+
+
+def assert_older_words_say_the_same(family, kind, folder):
+    """In an export, those of transformers 4 are redundant, and so are the newer ones beside them."""
+    values = read_json(folder / "config.json")
+    older = family.older(values)
+    assert older.items() <= values.items()
+    without = {key: value for key, value in values.items() if key not in older}
+    assert family.older(without) == older
+    expected = kind.from_dict(copy.deepcopy(without)).to_dict()
+    # without a scaling, gpt-oss of transformers 5 takes its own, where transformers 4 took none
+    if older and not (family.name == "gpt_oss" and older["rope_scaling"] is None):
+        del values["rope_parameters"]
+    found = kind.from_dict(copy.deepcopy(values)).to_dict()
+    # some classes keep older words as attributes that nothing reads
+    assert {k: found[k] for k in expected if k not in older} == {
+        k: v for k, v in expected.items() if k not in older
+    }
+
+
+@each_case
+def test_same_greedy_tokens(name, case, published):
+    found = published(name, case)
+    settings = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    # theirs without a cache, for with one some are wrong: Mamba-2's decode step knows no time_step_limit
+    prompt = found.ids[:, :9]
+    mask = torch.ones_like(prompt)
+    expected = found.theirs.generate(prompt, attention_mask=mask, use_cache=False, **settings)
+    assert torch.equal(found.ours.generate(prompt, attention_mask=mask, **settings), expected)
+    assert expected.shape == (len(LENGTHS), 15)
+
+
+@each_case
+def test_nothing_is_shared_and_a_model_reads_as_its_checkpoint_does(name, case, published):
+    found = published(name, case)
+    ours = hybrid.HybridForCausalLM.from_published(found.theirs)
+    expected = found.ours.state_dict()
+    state = ours.state_dict()
+    assert state.keys() == expected.keys()
+    assert all(torch.equal(state[key], expected[key]) for key in expected)
+    theirs = {tensor.data_ptr() for tensor in found.theirs.state_dict().values()}
+    assert not theirs & {tensor.data_ptr() for tensor in state.values()}

@@ -1,0 +1,421 @@
+import gzip
+import json
+import sys
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from hybrid.config.options import ConfigError
+from hybrid.data import prepare
+from hybrid.data.documents import INDEX, open_shards
+from hybrid.data.mixture import BLOCK, DataError, Mixture, shares
+from hybrid.data.rows import StreamedRows, complete
+from hybrid.data.sources import (
+    RowFormat,
+    SourceConfig,
+    open_source,
+    open_texts,
+    parse_source,
+    source_names,
+)
+from hybrid.data.stdlib import held_out, stdlib_files
+from hybrid.data.texts import load_texts
+from hybrid.tokenizer import byte_tokenizer
+
+TOKENIZER = byte_tokenizer()
+TEXTS = ["the first text", "2nd", "and a third one, longer than the others"]
+
+
+@pytest.fixture(autouse=True)
+def caches_of_datasets(tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def plugin(tmp_path, monkeypatch):
+    """Install a package whose module defines `numbers`, an entry point of `hybrid.data`."""
+
+    def install(code):
+        site = tmp_path / "site"
+        info = site / "numbers_of_mine-1.0.dist-info"
+        info.mkdir(parents=True)
+        (info / "METADATA").write_text(
+            "Metadata-Version: 2.1\nName: numbers-of-mine\nVersion: 1.0\n"
+        )
+        (info / "entry_points.txt").write_text("[hybrid.data]\nnumbers = numbers_of_mine:numbers\n")
+        (site / "numbers_of_mine.py").write_text(code)
+        monkeypatch.delitem(sys.modules, "numbers_of_mine", raising=False)
+        monkeypatch.syspath_prepend(site)
+
+    return install
+
+
+def write(folder, suffix, texts=TEXTS, key="text"):
+    path = folder / f"data{suffix}"
+    if suffix == ".parquet":
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        pq.write_table(pa.table({key: texts, "other": texts}), path)
+    else:
+        path.write_text("".join(json.dumps({key: t, "other": 1}) + "\n" for t in texts))
+    return str(path)
+
+
+def rows_of(config, length=16, seed=0, **kwargs):
+    return open_source(config, TOKENIZER, RowFormat(length, 256, **kwargs), seed)
+
+
+def texts_in(rows, number):
+    """The set of whole documents in the first rows of a source that does not pack."""
+    ids = [rows.row(i)["input_ids"] for i in range(number)]
+    return sorted(bytes(i[i < 256].astype(np.uint8)).decode() for i in ids)
+
+
+# The standard library's sources
+
+
+def test_the_library_is_split_by_path_alone():
+    train, apart = stdlib_files("train"), stdlib_files("heldout")
+    assert not set(train) & set(apart)
+    assert len(train) > 10 * len(apart) > 0
+    assert not any({"test", "site-packages", "idlelib"} & set(p.parts) for p in train + apart)
+    assert held_out(Path("typing.py")) == (zlib.crc32(b"typing.py") % 20 == 0)
+
+
+def test_a_tree_of_files_is_read_by_the_rule(tmp_path):
+    for name in ("a.py", "b/c.py", "b/tests/d.py", "test/e.py", "f.txt", "lib2to3/g.py"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("")
+    both = [*stdlib_files("train", tmp_path), *stdlib_files("heldout", tmp_path)]
+    assert sorted(p.relative_to(tmp_path).as_posix() for p in both) == ["a.py", "b/c.py"]
+
+
+# Files
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_files_of_texts(tmp_path, suffix):
+    path = write(tmp_path, suffix, key="body")
+    rows = rows_of(SourceConfig(path, text_key="body"), length=64, packing="none")
+    assert rows.per_epoch == 3
+    assert texts_in(rows, 3) == sorted(TEXTS)
+
+
+def test_a_text_file_is_one_document(tmp_path):
+    for number, text in enumerate(TEXTS):
+        (tmp_path / f"{number}.txt").write_text(text + "\n\nmore")
+    rows = rows_of(SourceConfig(str(tmp_path / "*.txt")), length=64, packing="none")
+    assert texts_in(rows, 3) == sorted(t + "\n\nmore" for t in TEXTS)
+
+
+def test_a_stream_gives_rows_without_end_and_by_index(tmp_path):
+    config = SourceConfig(write(tmp_path, ".jsonl"), streaming=True)
+    rows = rows_of(config)
+    assert rows.per_epoch is None
+    ahead = [rows.row(i)["input_ids"] for i in range(12)]
+    stream = b"".join(t.encode() + b"\0" for t in TEXTS)
+    found = np.concatenate(ahead)
+    found[found == 258] = 0
+    assert bytes(found.astype(np.uint8)) == (stream * 9)[: len(found)]
+    back = rows_of(config)
+    for index in (7, 3, 3, 11):
+        np.testing.assert_array_equal(back.row(index)["input_ids"], ahead[index])
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_an_absent_column_is_named_with_those_there_are(tmp_path, streaming):
+    config = SourceConfig(write(tmp_path, ".jsonl"), text_key="content", streaming=streaming)
+    with pytest.raises(ValueError, match="no column 'content'; it has 'text', 'other'"):
+        rows_of(config)
+
+
+def test_a_column_that_holds_no_text(tmp_path):
+    with pytest.raises(ValueError, match=r"row 0 of .*column 'other' holds int, expected text"):
+        rows_of(SourceConfig(write(tmp_path, ".jsonl"), text_key="other"))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_row_without_its_text_is_named(tmp_path, streaming):
+    path = write(tmp_path, ".jsonl", [*TEXTS, None])
+    with pytest.raises(ValueError, match=r"row 3 of .*column 'text' holds null, expected text"):
+        rows_of(SourceConfig(path, streaming=streaming)).row(20)
+
+
+def test_files_that_are_not_there(tmp_path):
+    write(tmp_path, ".jsonl")
+    with pytest.raises(ValueError, match=r"no file matches .*did you mean '.*data\.jsonl'"):
+        rows_of(SourceConfig(str(tmp_path / "dta.jsonl")))
+    with pytest.raises(ValueError, match="there is no folder"):
+        rows_of(SourceConfig(str(tmp_path / "nowhere" / "x.txt")))
+
+
+def test_files_of_two_formats(tmp_path):
+    write(tmp_path, ".jsonl")
+    write(tmp_path, ".parquet")
+    with pytest.raises(ValueError, match=r"several formats \(.jsonl, .parquet\)"):
+        rows_of(SourceConfig(str(tmp_path / "data.*")))
+
+
+@pytest.mark.parametrize("ends", [True, False])
+@pytest.mark.parametrize("streaming", [True, False])
+@pytest.mark.parametrize("texts", [["", ""], []])
+def test_an_empty_source(tmp_path, texts, streaming, ends):
+    """No rows, or rows without a token but the one that ends a text, if the tokenizer has that."""
+    tokenizer = byte_tokenizer()
+    if not ends:
+        tokenizer.eos_token = None
+    path = write(tmp_path, ".jsonl", texts)
+    with pytest.raises(ValueError, match="is empty"):
+        open_source(SourceConfig(path, streaming=streaming), tokenizer, RowFormat(8, 256), 0).row(0)
+
+
+def test_a_folder_without_a_file_that_is_read(tmp_path):
+    (tmp_path / "notes.pdf").write_text("")
+    with pytest.raises(ValueError, match=r"holds no file of a kind that is read \(.*\.jsonl"):
+        rows_of(SourceConfig(str(tmp_path)))
+
+
+def test_a_stream_is_packed_as_the_run_says(tmp_path):
+    config = SourceConfig(write(tmp_path, ".jsonl"), streaming=True)
+    form = RowFormat(64, 256, "none", "truncate")
+    assert texts_in(open_source(config, TOKENIZER, form, 0), 3) == sorted(TEXTS)
+
+
+def test_a_packed_file_that_cannot_be_unpacked_here(tmp_path, monkeypatch):
+    (tmp_path / "x.jsonl.zst").write_bytes(b"\x28\xb5\x2f\xfd")
+    monkeypatch.setattr("hybrid.data.texts.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"x\.jsonl\.zst: cannot be unpacked here; pip inst"):
+        rows_of(SourceConfig(str(tmp_path / "x.jsonl.zst")))
+
+
+def test_a_name_that_is_nearly_a_file_s_is_no_data_set_of_the_hub(tmp_path, monkeypatch):
+    write(tmp_path, ".jsonl")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"'data.jsnl' cannot be loaded: .*, did you mean 'data.j"):
+        rows_of(SourceConfig("data.jsnl"))
+
+
+def test_a_broken_file_says_so(tmp_path):
+    (tmp_path / "x.jsonl").write_text('{"text": "a"}\n{"text": ')
+    with pytest.raises(ValueError, match=r"x.jsonl' cannot be loaded: "):
+        rows_of(SourceConfig(str(tmp_path / "x.jsonl")))
+
+
+def test_a_misspelt_name_is_no_data_set_of_the_hub():
+    with pytest.raises(ValueError, match="no source 'stdlb', did you mean 'stdlib'"):
+        open_texts(SourceConfig("stdlb"))
+
+
+def test_each_epoch_has_an_order_of_its_own(tmp_path):
+    path = write(tmp_path, ".jsonl", [f"{n:03d}" for n in range(50)])
+    rows = rows_of(SourceConfig(path), packing="none")
+    order = [bytes(rows.row(i)["input_ids"][:3].astype(np.uint8)) for i in range(150)]
+    epochs = [order[i : i + 50] for i in (0, 50, 100)]
+    assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
+    assert len({tuple(sorted(e)) for e in epochs}) == 1
+    again = rows_of(SourceConfig(path), packing="none")
+    assert bytes(again.row(77)["input_ids"][:3].astype(np.uint8)) == order[77]
+    other = rows_of(SourceConfig(path), packing="none", seed=1)
+    assert [bytes(other.row(i)["input_ids"][:3].astype(np.uint8)) for i in range(50)] != epochs[0]
+
+
+# Plug-ins
+
+
+def test_a_plug_in_of_another_package(plugin):
+    plugin(
+        "import numpy as np\n"
+        "def numbers(*, sequence_length, seed, tokenizer, first=0):\n"
+        "    for i in range(10 ** 9):\n"
+        "        ids = np.full(sequence_length - 1, first + i)\n"
+        "        yield {'input_ids': ids, 'labels': ids}\n"
+    )
+    assert "numbers" in source_names()
+    mistakes = []
+    config = parse_source({"source": "numbers", "first": 5, "weight": 2}, "data[0]", mistakes)
+    assert mistakes == []
+    assert config == SourceConfig("numbers", weight=2.0, options={"first": 5})
+    rows = rows_of(config, length=4)
+    assert rows.row(3)["input_ids"].tolist() == [8, 8, 8, 256]
+    assert rows.row(3)["labels"].tolist() == [8, 8, 8, -100]
+    assert rows.row(3)["position_ids"].tolist() == [0, 1, 2, 0]
+    assert rows.row(1)["input_ids"].tolist() == [6, 6, 6, 256]
+
+
+def test_a_plug_in_that_answers_an_index_is_asked_for_it(plugin):
+    plugin(
+        "class Numbers:\n"
+        "    def __getitem__(self, i):\n"
+        "        return {'input_ids': [i], 'labels': [i]}\n"
+        "def numbers(*, sequence_length, seed, tokenizer):\n"
+        "    return Numbers()\n"
+    )
+    rows = rows_of(SourceConfig("numbers"), length=1)
+    assert rows.row(10**12)["input_ids"].tolist() == [10**12]
+
+
+def test_an_unknown_option_of_a_plug_in(plugin):
+    plugin("def numbers(*, sequence_length, seed, tokenizer, first=0):\n    return []\n")
+    mistakes = []
+    parse_source({"source": "numbers", "frist": 5}, "data[1]", mistakes)
+    assert mistakes == [
+        "data[1].frist: unknown option of 'numbers', did you mean 'first'?",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"input_ids": [1]}, "a row has no 'labels'; it has ['input_ids']"),
+        ({"input_ids": [1, 2], "labels": [1]}, "labels of shape (1,)"),
+        ({"input_ids": [1, 2, 3], "labels": [1, 2, 3]}, "1 <= T <= sequence_length 2"),
+    ],
+)
+def test_a_row_that_is_none(row, message):
+    with pytest.raises(ValueError, match="row") as caught:
+        complete(row, 2, 0)
+    assert message in str(caught.value)
+
+
+def test_a_plug_in_that_ends():
+    rows = StreamedRows(lambda: iter([complete({"input_ids": [1], "labels": [1]}, 1, 0)] * 2))
+    with pytest.raises(ValueError, match="ended after 2 rows"):
+        rows.row(5)
+
+
+@pytest.mark.parametrize(
+    ("values", "mistake"),
+    [
+        ({"source": "mqra", "pairs": 4}, "data: no source 'mqra', did you mean 'mqar'?"),
+        ({"source": ["mqar"]}, "data.source: expected str, found list ['mqar']"),
+        ({"source": "stdlib", "options": {}},
+         "data.options: unknown key, known: name, source, split, streaming, text_key, weight"),
+        ({"source": "my.jsonl", "split": "heldout"},
+         "data.split: files have none, found 'heldout'; name the files"),
+        ({"source": "texts/*.txt", "name": "en"},
+         "data.name: files have none, found 'en'; name the files"),
+    ],
+)  # fmt: skip
+def test_mistakes_in_an_entry_are_named(values, mistake):
+    mistakes = []
+    parse_source(values, "data", mistakes)
+    assert mistakes == [mistake]
+
+
+# Mixtures
+
+
+class Counted:
+    """Rows that say where they come from."""
+
+    per_epoch = None
+
+    def __init__(self, name):
+        self.name = name
+
+    def row(self, index):
+        return self.name, index
+
+
+def test_a_mixture_takes_each_source_in_order_and_by_weight():
+    mixture = Mixture([Counted("a"), Counted("b"), Counted("c")], [6, 3, 1], 2 * BLOCK, 0)
+    rows = [mixture[i] for i in range(len(mixture))]
+    assert len(rows) == 2 * BLOCK
+    for name, share in (("a", 0.6), ("b", 0.3), ("c", 0.1)):
+        assert [i for n, i in rows if n == name] == list(range(round(2 * BLOCK * share)))
+    # Mixed throughout, not one source after the other.
+    first = [n for n, _ in rows[:200]]
+    assert {"a", "b", "c"} == set(first)
+    assert rows[:BLOCK] != rows[BLOCK:]
+
+
+def test_a_mixture_answers_any_row_without_those_before():
+    def make(seed=0):
+        return Mixture([Counted("a"), Counted("b")], [0.37, 0.63], 5 * BLOCK, seed)
+
+    ahead, fresh = [make()[i] for i in range(5 * BLOCK)], make()
+    for index in (4 * BLOCK + 17, 3, 2 * BLOCK, 5 * BLOCK - 1):
+        assert fresh[index] == ahead[index]
+    assert [make(1)[i] for i in range(100)] != ahead[:100]
+    with pytest.raises(IndexError):
+        fresh[5 * BLOCK]
+
+
+def test_a_mixture_says_which_row_of_which_source_failed():
+    class Large(Counted):
+        def row(self, index):
+            if index == 3:
+                raise OSError("the disk is gone")
+            return {"input_ids": np.array([1, 7 * index])}
+
+    mixture = Mixture([Large("a")], [1.0], 10, 0, vocabulary=8)
+    assert mixture[1]["input_ids"].tolist() == [1, 7]
+    with pytest.raises(DataError, match=r"row 2 of source 0: it has the token id 14, .* is 8"):
+        mixture[2]
+    with pytest.raises(DataError, match=r"row 3 of source 0: the disk is gone"):
+        mixture[3]
+
+
+def test_shares_add_up_and_a_share_of_nothing_is_refused():
+    assert shares([1, 1, 1]).tolist() == [334, 333, 333]
+    with pytest.raises(ValueError, match=r"data\[1\].weight: 0.0001 of 1.0001 in all is less than"):
+        shares([1, 0.0001])
+
+
+# Prepared data
+
+
+def test_prepared_data_gives_the_rows_of_the_source(tmp_path):
+    source, folder = write(tmp_path, ".jsonl"), tmp_path / "ready"
+    index = prepare(source, folder, shard_tokens=18)
+    assert (index["documents"], index["tokens"]) == (3, sum(map(len, TEXTS)) + 3)
+    assert [s["documents"] for s in index["shards"]] == [2, 1]
+    prepared = rows_of(SourceConfig(str(folder)), length=64, packing="none")
+    assert texts_in(prepared, 3) == sorted(TEXTS)
+    assert isinstance(open_shards(folder)[0].tokens, np.memmap)
+
+
+def test_prepared_data_in_doubt_is_refused(tmp_path):
+    folder = tmp_path / "ready"
+    prepare(write(tmp_path, ".jsonl"), folder)
+    with pytest.raises(ValueError, match="holds prepared data already"):
+        prepare(write(tmp_path, ".jsonl"), folder)
+    other = byte_tokenizer()
+    other.add_tokens(["x1"])
+    with pytest.raises(ValueError, match=r"tokenizer of 259 tokens, this run's has 260"):
+        open_source(SourceConfig(str(folder)), other, RowFormat(8, 256), 0)
+    index = json.loads((folder / INDEX).read_text())
+    (folder / INDEX).write_text(json.dumps({**index, "fingerprint": index["fingerprint"] ^ 1}))
+    with pytest.raises(ValueError, match="words have other ids than in this run's"):
+        rows_of(SourceConfig(str(folder)))
+    np.save(folder / "tokens-00000.npy", np.zeros(3, np.uint16))
+    with pytest.raises(ValueError, match="shard 00000 holds"):
+        open_shards(folder)
+    (folder / INDEX).write_text("")
+    with pytest.raises(ValueError, match=f"{INDEX} cannot be read .*; prepare the data again"):
+        open_shards(folder)
+    (folder / INDEX).unlink()
+    with pytest.raises(ValueError, match=f"holds no {INDEX}"):
+        open_shards(folder)
+
+
+def test_prepare_names_an_unknown_option(tmp_path):
+    with pytest.raises(ConfigError, match="text_kye: unknown key, did you mean 'text_key'"):
+        prepare("stdlib", tmp_path / "x", text_kye="y")
+
+
+def test_a_file_that_breaks_off_or_is_no_json_is_named_with_its_line(tmp_path):
+    whole = [json.dumps({"text": f"{i} " * 20000}) for i in range(60)]
+    broken, cut = tmp_path / "broken.jsonl", tmp_path / "cut.jsonl.gz"
+    broken.write_text("\n".join([*whole, "", '{"text": "ab', *whole]))
+    cut.write_bytes(gzip.compress("\n".join(whole).encode())[:-200])
+    options = {"text_key": "text", "split": "train", "name": None, "streaming": True}
+    for path, said in (
+        (broken, f"{broken}, line 62: Invalid control"),
+        (cut, "Compressed file ended"),
+    ):
+        with pytest.raises(ValueError, match=rf"{path}' cannot be (read|loaded): {said}"):
+            list(load_texts(str(path), **options)(0))
