@@ -14,7 +14,7 @@ from hybrid.config.registry import Registry, feed_forwards, mixers
 from hybrid.config.validation import bound, bound_class, find_mistakes, resolved, standard_keys
 from hybrid.layout import Layer
 from hybrid.modeling.losses import LossBackend
-from hybrid.modeling.mup import attention_scale
+from hybrid.modeling.mup import attention_scale, width_ratio
 from hybrid.nn.norms import NormName
 
 
@@ -85,7 +85,7 @@ class HybridConfig(PreTrainedConfig):
     """
 
     model_type = "hybrid"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["cache", "past_key_values"]
 
     vocab_size: int = 32000
     hidden_size: int = 512
@@ -170,8 +170,17 @@ class HybridConfig(PreTrainedConfig):
     def sliding_window(self) -> int:
         """For the layer that counts tokens: a window that never fills. No other stack has one."""
         if self.counting_layer is None:
-            raise AttributeError("no layer of this stack has a sliding window")
+            raise AttributeError("no layer of this stack has a sliding window for all layers")
         return 2
+
+    @sliding_window.setter
+    def sliding_window(self, value: int | None) -> None:
+        """Accept what changes nothing: any value where no layer has keys, None elsewhere."""
+        if value is not None and self.counting_layer is None:
+            raise ValueError(
+                f"sliding_window: a hybrid model has a window per symbol, got {value} for all; try"
+                " a symbol of type 'sliding_window_attention' with mixers.SYMBOL.window"
+            )
 
     @property
     def number_of_conv_states(self) -> int:
@@ -271,24 +280,44 @@ class HybridConfig(PreTrainedConfig):
         """The feed-forward class of a symbol, and its completed options."""
         return self._binding("feed_forwards", feed_forwards, symbol, self.hidden_size)
 
-    # Names that tools around transformers expect, answered by the first mixer that has them.
+    # Names that code around transformers reads.
 
     @property
     def num_attention_heads(self) -> int:
-        """Query heads of the first softmax mixer, else of the first mixer that has heads."""
-        return self._first_option("num_heads")
+        """Query heads of the first softmax mixer, else of the first with heads; 1 where none has."""
+        return self._first_option("num_heads") or 1
 
     @property
     def num_key_value_heads(self) -> int:
-        """Key-value heads of the first softmax mixer, else of the first mixer that has heads."""
-        return self._first_option("num_kv_heads", "num_heads")
+        """Key-value heads of the first softmax mixer, else of the first with heads; 1 where none has."""
+        return self._first_option("num_kv_heads", "num_heads") or 1
 
     @property
     def head_dim(self) -> int:
-        """Head dim of the first softmax mixer, else of the first mixer that has one."""
-        return self._first_option("head_dim")
+        """Head dim of the first softmax mixer, else of the first that has one, else D / heads."""
+        return self._first_option("head_dim") or self.hidden_size // self.num_attention_heads
 
-    def _first_option(self, *names: str) -> int:
+    @property
+    def logit_scale(self) -> float:
+        """Multiplier of the logits, that of muP included; losses of TRL read it."""
+        return self.logits_multiplier / width_ratio(self)
+
+    @property
+    def lm_head_multiplier(self) -> float:
+        """`logit_scale` under the name of Falcon-H1."""
+        return self.logit_scale
+
+    @property
+    def logits_scaling(self) -> float:
+        """Divisor of the logits, under the name of Granite."""
+        return 1 / self.logit_scale
+
+    @property
+    def final_logit_softcapping(self) -> float | None:
+        """`logit_softcap` under the name of Gemma 2."""
+        return self.logit_softcap
+
+    def _first_option(self, *names: str) -> int | None:
         symbols = list(dict.fromkeys(s for layer in self.layers for s in layer.mixers))
         symbols.sort(key=lambda s: self.mixer(s)[0].layer_type == "linear_attention")
         for symbol in symbols:
@@ -296,7 +325,7 @@ class HybridConfig(PreTrainedConfig):
             for name in names:
                 if getattr(options, name, None) is not None:
                     return getattr(options, name)
-        raise AttributeError(f"no mixer of layout {self.layout!r} has the option {names[0]!r}")
+        return None
 
     def states_of(self, layer: Layer) -> int:
         """States that a layer keeps, each with a slot of its own in the cache."""

@@ -21,6 +21,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import initialization as init
 
+from hybrid.nn.arguments import ATTENTION_ARGUMENTS, check_arguments
 from hybrid.nn.cache import LayerCache
 from hybrid.nn.norms import build_norm
 from hybrid.nn.packing import WHOLE_ROWS, Segments
@@ -98,6 +99,11 @@ class Mixer(nn.Module, ABC):
             (y, weights): y (B, T, D); weights (B, H, T, T_total) where the mixer has them and the
             attention implementation returns them, else None.
         """
+
+    def check_arguments(self, kwargs: dict[str, Any]) -> None:
+        """Refuse keyword arguments of `forward` that no mixer takes."""
+        known = ATTENTION_ARGUMENTS | {"attention_mask", "position_embeddings"}
+        check_arguments(type(self).__name__, Mixer.forward, kwargs, known)
 
     @classmethod
     def uses_state(cls, options: Any) -> bool:
@@ -212,6 +218,7 @@ class StateMixer(Mixer):
         **kwargs: Any,
     ) -> tuple[torch.Tensor, None]:
         """See `Mixer.forward`; the mask is not used, padding comes in `segments`."""
+        self.check_arguments(kwargs)
         batch, time, _ = x.shape
         if cache is not None:
             cache.resume(x, segments, lambda again: self.mix(again, None, cache))

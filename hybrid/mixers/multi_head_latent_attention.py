@@ -159,6 +159,7 @@ class MultiHeadLatentAttention(FullAttention):
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """See `Mixer.forward`."""
+        self.check_arguments(kwargs)
         q = x
         if self.q_down_proj is not None and self.q_norm is not None:
             q = self.q_norm(self.q_down_proj(x))

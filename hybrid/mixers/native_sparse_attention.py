@@ -178,6 +178,7 @@ class NativeSparseAttention(Mixer):
         **kwargs: Any,
     ) -> tuple[torch.Tensor, None]:
         """See `Mixer.forward`; the mask is not used, padding and documents come in `segments`."""
+        self.check_arguments(kwargs)
         q = self._heads(self.q_proj(x))
         k_coarse, k, k_near = self._heads(self.k_proj(x)).chunk(3, dim=1)
         v_coarse, v, v_near = self.v_proj(x).chunk(3, dim=-1)

@@ -184,6 +184,7 @@ class SoftmaxAttention(GroupedHeads, FullAttention):
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """See `Mixer.forward`."""
+        self.check_arguments(kwargs)
         q, k, v = self._project(x, segments, cache)
         positions = kwargs.get("position_ids")
         if positions is None:

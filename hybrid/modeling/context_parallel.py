@@ -26,6 +26,7 @@ from transformers.masking_utils import (
     packed_sequence_mask_function,
 )
 
+from hybrid.nn.arguments import CACHE
 from hybrid.nn.packing import WHOLE_ROWS, Segments, from_positions
 
 # A message of unknown shape has a header: whose it is, its dtype, its number of dimensions, and these.
@@ -231,8 +232,8 @@ class Neighbours:
             config=config,
             inputs_embeds=x,
             attention_mask=None,
-            past_key_values=self,  # type: ignore[arg-type]
             and_mask_function=within,
+            **{CACHE: self},  # type: ignore[arg-type]
         )
 
     # What `create_causal_mask` asks of a cache.

@@ -1,4 +1,4 @@
-"""The two ends of the stack: embeddings and head, with their multipliers.
+"""Embeddings of ids, with their multiplier.
 
 Shapes: B batch, T time, D model dim, V vocabulary.
 """
@@ -9,8 +9,6 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
-
-from hybrid.modeling.mup import width_ratio
 
 if TYPE_CHECKING:
     from hybrid.config.hybrid_config import HybridConfig
@@ -37,18 +35,6 @@ class ScaledEmbedding(nn.Embedding):
         return x * torch.tensor(self.multiplier, dtype=x.dtype, device=x.device)
 
 
-class ScaledHead(nn.Linear):
-    """Logits times a multiplier (arXiv 2203.03466: the output multiplier of muP)."""
-
-    def __init__(self, dim: int, vocab_size: int, multiplier: float) -> None:
-        super().__init__(dim, vocab_size, bias=False)
-        self.multiplier = multiplier
-
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """(..., D) -> (..., V)."""
-        return super().forward(input) * self.multiplier
-
-
 def build_embedding(config: HybridConfig) -> nn.Embedding:
     """The embedding, ids -> (B, T, D)."""
     sizes = config.vocab_size, config.hidden_size, config.pad_token_id
@@ -58,11 +44,3 @@ def build_embedding(config: HybridConfig) -> nn.Embedding:
     if multiplier == 1:
         return nn.Embedding(*sizes)
     return ScaledEmbedding(*sizes, multiplier, rounded=False)
-
-
-def build_head(config: HybridConfig) -> nn.Linear:
-    """The head, (..., D) -> logits (..., V)."""
-    multiplier = config.logits_multiplier / width_ratio(config)
-    if multiplier == 1:
-        return nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-    return ScaledHead(config.hidden_size, config.vocab_size, multiplier)

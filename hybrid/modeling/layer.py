@@ -24,6 +24,7 @@ from hybrid.modeling.canon import Canon
 from hybrid.modeling.context_parallel import Neighbours, NeighbourSlot
 from hybrid.modeling.residual import ParallelMixers, Residual
 from hybrid.modeling.weight_sharing import Widened, adapt, narrow_output
+from hybrid.nn.arguments import ATTENTION_ARGUMENTS, check_arguments
 from hybrid.nn.cache import LayerCache
 from hybrid.nn.packing import WHOLE_ROWS, Segments
 
@@ -127,13 +128,13 @@ class HybridLayer(GradientCheckpointingLayer):
     def forward(
         self,
         x: torch.Tensor,
+        beside: torch.Tensor | None = None,
+        embeddings: torch.Tensor | None = None,
         *,
         attention_mask: Masks,
         position_embeddings: dict[str, tuple[torch.Tensor, torch.Tensor]],
         segments: Segments = WHOLE_ROWS,
-        past_key_values: Cache | None = None,
-        beside: torch.Tensor | None = None,
-        embeddings: torch.Tensor | None = None,
+        cache: Cache | None = None,
         neighbours: Neighbours | None = None,
         **kwargs: Any,
     ) -> torch.Tensor:
@@ -141,14 +142,17 @@ class HybridLayer(GradientCheckpointingLayer):
 
         Args:
             x: the stream, (B, T, D).
+            beside: what the layer before feeds this one, (B, T, D): its first branch reads x + beside.
+            embeddings: what the stack began with, (B, T, D), for layers that read it again. These
+                three are positional: reentrant checkpointing finds gradients of no others.
             attention_mask, position_embeddings: by layer type; by symbol.
             segments: documents and padding.
-            past_key_values: the cache of the stack, or None.
-            beside: what the layer before feeds this one, (B, T, D): its first branch reads x + beside.
-            embeddings: what the stack began with, (B, T, D), for layers that read it again.
+            cache: of the stack, or None.
             neighbours: the past, where it is on another process (`hybrid.modeling.context_parallel`).
+            kwargs: for attention functions.
         """
-        past = past_key_values if neighbours is None else neighbours
+        check_arguments("HybridLayer", HybridLayer.forward, kwargs, ATTENTION_ARGUMENTS)
+        past = cache if neighbours is None else neighbours
         call = Call(attention_mask, position_embeddings, segments, past, kwargs)
         source = x if beside is None else x + beside
         y = x

@@ -26,7 +26,6 @@ from torch.utils.checkpoint import checkpoint
 
 from hybrid.config.block_options import scaled
 from hybrid.mixers.parts import wide
-from hybrid.modeling.embeddings import ScaledHead
 
 LossBackend = Literal["chunked", "liger", "full"]
 
@@ -44,8 +43,20 @@ def next_tokens(labels: torch.Tensor, shift_labels: torch.Tensor | None = None) 
     return F.pad(labels, (0, 1), value=IGNORED)[..., 1:]
 
 
-def softcap(logits: torch.Tensor, cap: float | None) -> torch.Tensor:
-    """cap * tanh(logits / cap), of absolute value below `cap` (Gemma 2, arXiv 2408.00118, section 2)."""
+def transform_logits(
+    products: torch.Tensor, multiplier: float = 1.0, cap: float | None = None
+) -> torch.Tensor:
+    """The logits of a model from the products of its head: multiplied, then soft-capped.
+
+    The head itself stays a plain Linear, which others may resize, replace or read the weight of.
+
+    Args:
+        products: head(hidden), (..., V).
+        multiplier: `config.logit_scale`.
+        cap: c of c * tanh(logits / c), of absolute value below c (Gemma 2, arXiv 2408.00118,
+            section 2); None for none.
+    """
+    logits = scaled(products, multiplier)
     return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
@@ -55,18 +66,19 @@ def cross_entropy(
     targets: torch.Tensor,
     *,
     z_loss: float = 0.0,
+    multiplier: float = 1.0,
     cap: float | None = None,
     backend: LossBackend = "chunked",
     chunk_elements: int = CHUNK_ELEMENTS,
 ) -> torch.Tensor:
-    """Sum over targets of -log softmax(cap(head(h)))_target + z_loss * (log Z)^2.
+    """Sum over targets of -log softmax(x)_target + z_loss * (log Z)^2, x = transform_logits(head(h)).
 
     Args:
         hidden: (..., D), inputs of the head.
         head: D -> V.
         targets: (...) int64, -100 where there is none.
         z_loss: lambda; 0.0001 in PaLM, 0.00001 in OLMo 2.
-        cap: soft-cap of the logits, see `softcap`.
+        multiplier, cap: of the logits, see `transform_logits`.
         backend: see the module.
         chunk_elements: m * V at most, for `chunked`.
 
@@ -78,18 +90,17 @@ def cross_entropy(
     """
     hidden, targets = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1).to(hidden.device)
     if backend == "full":
-        return summed(softcap(head(hidden), cap), targets, z_loss)
+        return summed(transform_logits(head(hidden), multiplier, cap), targets, z_loss)
     plain = is_plain(head)
-    if plain:
-        hidden = scaled(hidden, getattr(head, "multiplier", None))
     if backend == "liger":
-        return _by_liger(hidden, head, targets, z_loss, cap, plain)
+        # its kernels take no multiplier; a plain head is linear, so its inputs can have it
+        return _by_liger(scaled(hidden, multiplier), head, targets, z_loss, cap, plain)
     size = max(1, chunk_elements // _vocabulary(head, hidden))
     if plain:
         hidden, weight = _at_working_precision(hidden, head)
         wanted = [torch.is_grad_enabled() and x.requires_grad for x in (hidden, weight)]
-        return _chunked(hidden, weight, targets, z_loss, cap, size, *wanted)[0]
-    return _by_module(hidden, head, targets, z_loss, cap, size)
+        return _chunked(hidden, weight, targets, z_loss, multiplier, cap, size, *wanted)[0]
+    return _by_module(hidden, head, targets, z_loss, multiplier, cap, size)
 
 
 def of_logits(
@@ -125,9 +136,9 @@ def summed(logits: torch.Tensor, targets: torch.Tensor, z_loss: float = 0.0) -> 
 
 
 def is_plain(head: nn.Module) -> bool:
-    """Whether a head is its weight, and a multiplier, alone: no bias, adapter, hook, shard or code."""
+    """Whether a head is its weight alone: no bias, adapter, hook, shard or code."""
     return (
-        type(head) in (nn.Linear, ScaledHead)
+        type(head) is nn.Linear
         and head.bias is None
         and type(head.weight) in (nn.Parameter, torch.Tensor)
         and not head._forward_hooks
@@ -141,18 +152,19 @@ def in_chunks(
     weight: torch.Tensor,
     targets: torch.Tensor,
     z_loss: float,
+    multiplier: float,
     cap: float | None,
     size: int,
     for_hidden: bool,
     for_weight: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The sum of `cross_entropy` for logits = hidden @ weight^T, and its gradients in the same pass.
+    """The sum of `cross_entropy` for products hidden @ weight^T, and its gradients in the same pass.
 
     With p = softmax(x): d loss / d x = p (1 + 2 lambda log Z) - onehot(target), in float32.
 
     Args:
         hidden, weight: (N, D) and (V, D) of one dtype.
-        targets, z_loss, cap: as of `cross_entropy`.
+        targets, z_loss, multiplier, cap: as of `cross_entropy`.
         size: tokens of a chunk.
         for_hidden, for_weight: which gradients are wanted; the others come back empty.
     """
@@ -163,7 +175,9 @@ def in_chunks(
     of_weight = torch.zeros_like(weight if for_weight else weight[:0], dtype=kind)
     outs = of_hidden.split(size) if for_hidden else [None] * len(hidden.split(size))
     for (h, t), out in zip(_chunks(size, hidden, targets), outs, strict=True):
-        loss, slope = _loss_and_slope(h @ weight.t(), t, z_loss, cap, for_hidden or for_weight)
+        loss, slope = _loss_and_slope(
+            h @ weight.t(), t, z_loss, multiplier, cap, for_hidden or for_weight
+        )
         total += loss
         if slope is None:
             continue
@@ -185,6 +199,7 @@ def _(
     weight: torch.Tensor,
     targets: torch.Tensor,
     z_loss: float,
+    multiplier: float,
     cap: float | None,
     size: int,
     for_hidden: bool,
@@ -210,19 +225,24 @@ def _differentiate(ctx: Any, grad: torch.Tensor | None, *again: Any) -> tuple[An
             "the chunked cross entropy has no second derivative; use loss_backend 'full'"
         )
     if grad is None:
-        return (None,) * 8
+        return (None,) * 9
     found = zip(ctx.saved_tensors, ctx.dtypes, ctx.wanted, strict=True)
-    return *((x * grad).to(dtype) if want else None for x, dtype, want in found), *[None] * 6
+    return *((x * grad).to(dtype) if want else None for x, dtype, want in found), *[None] * 7
 
 
 _chunked.register_autograd(_differentiate, setup_context=_keep)
 
 
 def _loss_and_slope(
-    logits: torch.Tensor, targets: torch.Tensor, z_loss: float, cap: float | None, slope: bool
+    products: torch.Tensor,
+    targets: torch.Tensor,
+    z_loss: float,
+    multiplier: float,
+    cap: float | None,
+    slope: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The summed loss of one chunk (m, V), and its gradient by the logits, float32 (m, V)."""
-    x = softcap(wide(logits), cap)
+    """The summed loss of one chunk (m, V), and its gradient by the head's products, float32 (m, V)."""
+    x = transform_logits(wide(products), multiplier, cap)
     real = targets != IGNORED
     index = targets.clamp(min=0).unsqueeze(-1)
     log_p = x.log_softmax(dim=-1)
@@ -239,6 +259,8 @@ def _loss_and_slope(
     gradient.scatter_add_(-1, index, -real.to(gradient.dtype).unsqueeze(-1))
     if cap is not None:
         gradient.mul_(1 - (x / cap).square_())
+    if multiplier != 1:
+        gradient.mul_(multiplier)
     return loss, gradient
 
 
@@ -247,13 +269,14 @@ def _by_module(
     head: nn.Module,
     targets: torch.Tensor,
     z_loss: float,
+    multiplier: float,
     cap: float | None,
     size: int,
 ) -> torch.Tensor:
     """The head as a module, on a chunk at a time, its logits computed again in backward."""
 
     def piece(h: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        return summed(softcap(head(h), cap), t, z_loss)
+        return summed(transform_logits(head(h), multiplier, cap), t, z_loss)
 
     pieces = _chunks(size, hidden, targets)
     if torch.is_grad_enabled():

@@ -24,17 +24,30 @@ from transformers.utils.output_capturing import capture_outputs
 
 from hybrid.config.hybrid_config import HybridConfig
 from hybrid.modeling.context_parallel import ContextGroup, Neighbours
-from hybrid.modeling.embeddings import build_embedding, build_head
+from hybrid.modeling.embeddings import build_embedding
 from hybrid.modeling.layer import HybridLayer, Masks
 from hybrid.modeling.mtp import MultiTokenPrediction
 from hybrid.modeling.outputs import HybridOutput
 from hybrid.modeling.pretrained import HybridPreTrainedModel
 from hybrid.modeling.speculative import MTPDrafts
-from hybrid.modeling.training_losses import Objective
+from hybrid.modeling.training_losses import Objective, own_losses, warn_of_skipped_losses
 from hybrid.modeling.weight_sharing import tied_weights
+from hybrid.nn.arguments import (
+    ATTENTION_ARGUMENTS,
+    CACHE,
+    IGNORED_ARGUMENTS,
+    LOSS_ARGUMENTS,
+    RECORDING_ARGUMENTS,
+    check_arguments,
+    pick_cache,
+)
 from hybrid.nn.cache import count_tokens, fill_unused, is_empty, past_length
 from hybrid.nn.norms import build_norm
 from hybrid.nn.packing import WHOLE_ROWS, Segments, from_padding, from_positions
+
+
+STACK_ARGUMENTS = frozenset({*ATTENTION_ARGUMENTS, *RECORDING_ARGUMENTS, *IGNORED_ARGUMENTS})
+MODEL_ARGUMENTS = STACK_ARGUMENTS | LOSS_ARGUMENTS
 
 
 class HybridModel(HybridPreTrainedModel):
@@ -57,6 +70,7 @@ class HybridModel(HybridPreTrainedModel):
         if not config.ends_normed:
             self.norm = build_norm(config.norm, config.hidden_size, config.norm_eps)
         self._tied_weights_keys = tied_weights(config, self.layers)
+        self.own_losses = own_losses(config)
         self.gradient_checkpointing = False
         self.context_group: ContextGroup | None = None
         self.post_init()
@@ -80,9 +94,11 @@ class HybridModel(HybridPreTrainedModel):
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
+        past_key_values: Cache | None = None,
+        losses_follow: bool = False,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """Run the stack.
@@ -92,25 +108,40 @@ class HybridModel(HybridPreTrainedModel):
             attention_mask: (B, T_past + T) with 0 at padding, on any side; None for none.
             position_ids: (B, T). Without a mask and with an empty cache, a position that does not
                 follow the one before it starts a new document, and documents do not see each other.
-            past_key_values: a cache to continue from; `DynamicCache(config=model.config)` or None.
+            cache: a cache to continue from; `DynamicCache(config=model.config)` or None.
             use_cache: whether to return a cache.
+            past_key_values: `cache` under the name that it has in transformers before 5.24.
+            losses_follow: the caller adds the losses of the config; False warns of those skipped.
+            kwargs: of attention functions and of recording; see `hybrid.nn.arguments`.
 
         Raises:
+            TypeError: an unknown keyword argument.
             ValueError: both or neither of ids and embeddings; packed documents with a cache given;
-                a custom 4-dimensional mask with layers that carry a state.
+                a custom 4-dimensional mask with layers that carry a state; a cache given in training
+                with gradient checkpointing.
         """
+        check_arguments("HybridModel", HybridModel.forward, kwargs, STACK_ARGUMENTS)
+        past = pick_cache(cache, past_key_values)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         x: torch.Tensor = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if self.embed_norm is not None:
             x = self.embed_norm(x)
         batch, time = x.shape[:2]
-        given_cache = past_key_values
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
+        given_cache = past
+        if not losses_follow and self.training and torch.is_grad_enabled():
+            warn_of_skipped_losses(self.own_losses)
+        replayed = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
+        if past is not None and replayed:
+            raise ValueError(
+                "a cache cannot be used in training with gradient checkpointing, which would write to"
+                " it again in backward; leave it out, or call model.gradient_checkpointing_disable()"
+            )
+        if use_cache and past is None:
+            past = DynamicCache(config=self.config)
         neighbours = None
         if self.context_group is not None:
-            if attention_mask is not None or past_key_values is not None:
+            if attention_mask is not None or past is not None:
                 raise ValueError(
                     "slices of rows (context parallelism) take neither an attention_mask nor a cache"
                 )
@@ -123,35 +154,34 @@ class HybridModel(HybridPreTrainedModel):
             segments = self._segments(attention_mask, position_ids, given_cache, batch, time)
             if segments.packed:
                 # a document boundary inside the cache has no meaning for the tokens that come next
-                past_key_values, attention_mask = None, None
+                past, attention_mask = None, None
             if position_ids is None:
-                start = past_length(past_key_values)
+                start = past_length(past)
                 position_ids = torch.arange(time, device=x.device).unsqueeze(0) + start
-            masks = self._masks(x, attention_mask, past_key_values, position_ids)
+            masks = self._masks(x, attention_mask, past, position_ids)
         positions = {s: rotary(x, position_ids) for s, rotary in self.rotary.items()}
 
+        handed_on = {name: kwargs[name] for name in kwargs if name in ATTENTION_ARGUMENTS}
         embeddings, beside = x, None
         for layer in self.layers:
             y = layer(
                 x,
+                beside,
+                embeddings if layer.reads_embeddings else None,
                 attention_mask=masks,
                 position_embeddings=positions,
                 segments=segments,
-                past_key_values=past_key_values,
-                beside=beside,
-                embeddings=embeddings if layer.reads_embeddings else None,
+                cache=past,
                 neighbours=neighbours,
                 position_ids=position_ids,
-                **kwargs,
+                **handed_on,
             )
             x, beside = (x, y) if layer.feeds_next else (y, None)
-        if past_key_values is not None:
-            fill_unused(past_key_values)
+        if past is not None:
+            fill_unused(past)
             if self.counting_layer is not None:
-                count_tokens(past_key_values, self.counting_layer, x)
-        return BaseModelOutputWithPast(
-            last_hidden_state=self.norm(x), past_key_values=past_key_values
-        )
+                count_tokens(past, self.counting_layer, x)
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(x), **{CACHE: past})
 
     def _segments(
         self,
@@ -181,7 +211,7 @@ class HybridModel(HybridPreTrainedModel):
         if segments.packed and cache is not None:
             raise ValueError(
                 "packed documents (position_ids that restart) cannot fill a cache; run each document"
-                " as a row of its own, or leave past_key_values out"
+                " as a row of its own, or leave the cache out"
             )
         return segments
 
@@ -189,7 +219,7 @@ class HybridModel(HybridPreTrainedModel):
         self,
         inputs_embeds: torch.Tensor,
         attention_mask: torch.Tensor | Masks | None,
-        past_key_values: Cache | None,
+        cache: Cache | None,
         position_ids: torch.Tensor,
     ) -> Masks:
         """The masks by layer type: 4-dimensional for softmax layers, (B, T_past + T) for linear ones."""
@@ -207,8 +237,8 @@ class HybridModel(HybridPreTrainedModel):
                 config=self.config,
                 inputs_embeds=inputs_embeds,
                 attention_mask=attention_mask,
-                past_key_values=past_key_values,
                 position_ids=position_ids,
+                **{CACHE: cache},
             )
         return masks
 
@@ -222,7 +252,7 @@ class HybridForCausalLM(Objective, HybridPreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.model = HybridModel(config)
         self.vocab_size = config.vocab_size
-        self.lm_head = build_head(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.mtp = MultiTokenPrediction(config, HybridModel) if config.num_mtp_layers else None
         self.install_recorders()
         self.post_init()
@@ -231,7 +261,7 @@ class HybridForCausalLM(Objective, HybridPreTrainedModel, GenerationMixin):
         """The masks of one forward, made ahead of a compiled one; a stack without keys has one."""
         if self.model.has_keys:
             return create_masks_for_generate(**kwargs)
-        names = ("config", "inputs_embeds", "attention_mask", "past_key_values")
+        names = ("config", "inputs_embeds", "attention_mask", CACHE)
         mask = create_recurrent_attention_mask(**{name: kwargs[name] for name in names})
         return {"linear_attention": mask}
 
@@ -256,13 +286,14 @@ class HybridForCausalLM(Objective, HybridPreTrainedModel, GenerationMixin):
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         skip_logits: bool | None = None,
         output_last_hidden_state: bool = False,
+        past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> HybridOutput:
         """As `HybridModel.forward`, and the head.
@@ -275,14 +306,18 @@ class HybridForCausalLM(Objective, HybridPreTrainedModel, GenerationMixin):
             skip_logits: return none. Default: where there are labels in training, so that the loss
                 can do without those of the whole batch (see `hybrid.modeling.losses`).
             output_last_hidden_state: return what the head reads.
+            kwargs: as of `HybridModel.forward`; `num_items_in_batch` and `shift_labels` of the loss.
         """
+        check_arguments("HybridForCausalLM", HybridForCausalLM.forward, kwargs, MODEL_ARGUMENTS)
+        loss_kwargs = {name: kwargs.pop(name) for name in LOSS_ARGUMENTS if name in kwargs}
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=pick_cache(cache, past_key_values),
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            losses_follow=labels is not None,
             **{**kwargs, **self.record()},
         )
         hidden = outputs.last_hidden_state
@@ -292,7 +327,7 @@ class HybridForCausalLM(Objective, HybridPreTrainedModel, GenerationMixin):
         skip_logits = skip_logits and not self.has_loss_of_its_own
         found = HybridOutput(
             logits=None if skip_logits else self.compute_logits(hidden[:, keep]),
-            past_key_values=outputs.past_key_values,
+            **{CACHE: outputs[CACHE] if CACHE in outputs else None},
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             router_logits=outputs.get("router_logits")
@@ -303,7 +338,7 @@ class HybridForCausalLM(Objective, HybridPreTrainedModel, GenerationMixin):
         if self.mtp is not None and inputs_embeds is None and self.training:
             inputs_embeds = self.model.embed_tokens(input_ids)
         inputs = {"attention_mask": attention_mask, "position_ids": position_ids}
-        self.add_losses(found, outputs, labels, inputs_embeds, inputs, **kwargs)
+        self.add_losses(found, outputs, labels, inputs_embeds, inputs, **loss_kwargs)
         return found
 
     def _get_candidate_generator(self, **kwargs: Any) -> CandidateGenerator:

@@ -77,7 +77,7 @@ class MTPModule(nn.Module):
         """(B, T, D) twice -> the output of `HybridModel.forward`, which takes the other arguments."""
         both = [self.embedding_norm(embeddings), self.hidden_norm(hidden)]
         x = self.projection(torch.cat(both, dim=-1))
-        return self.stack(inputs_embeds=x, **kwargs)
+        return self.stack(inputs_embeds=x, losses_follow=True, **kwargs)
 
 
 class MultiTokenPrediction(nn.Module):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
+from transformers.utils import logging
 from transformers.utils.output_capturing import OutputRecorder
 
 from hybrid import hub
@@ -22,6 +24,8 @@ from hybrid.mixers.attention import FullAttention
 from hybrid.modeling import mup
 from hybrid.modeling.layer import HybridLayer, ParallelMixers
 from hybrid.nn.norms import ZeroCenteredRMSNorm
+
+logger = logging.get_logger(__name__)
 
 
 class _HasExperts:
@@ -46,7 +50,7 @@ class HybridPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["HybridLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["cache", "past_key_values"]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -71,6 +75,26 @@ class HybridPreTrainedModel(PreTrainedModel):
         tied = super().get_expanded_tied_weights_keys(all_submodels)
         own = vars(self).get("_tied_weights_keys", {})
         return tied if all_submodels else {**tied, **own}
+
+    def _set_gradient_checkpointing(
+        self, enable: bool = True, gradient_checkpointing_func: Any = None, **kwargs: Any
+    ) -> None:
+        """As transformers', but never reentrant around a router.
+
+        Reentrant checkpointing runs a layer without gradients, and what is recorded there, as the
+        logits of routers for their losses, has none either.
+        """
+        function = gradient_checkpointing_func
+        reentrant = getattr(function, "keywords", {}).get("use_reentrant", False)
+        if enable and reentrant and any(isinstance(m, Router) for m in self.modules()):
+            logger.warning_once(
+                "use_reentrant=True loses the gradients of router losses; models with experts are"
+                " checkpointed with use_reentrant=False"
+            )
+            function = functools.partial(function, use_reentrant=False)
+        if function is not None:
+            kwargs["gradient_checkpointing_func"] = function
+        super()._set_gradient_checkpointing(enable=enable, **kwargs)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

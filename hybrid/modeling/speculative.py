@@ -59,9 +59,7 @@ class Depth:
         """
         if self.read > self.settled:
             self.cache.crop(self.settled - self.read)
-        out = self.module(
-            hidden, embeddings, attention_mask=mask, past_key_values=self.cache, use_cache=True
-        )
+        out = self.module(hidden, embeddings, attention_mask=mask, cache=self.cache, use_cache=True)
         self.read = self.settled + hidden.shape[1]
         return out.last_hidden_state
 

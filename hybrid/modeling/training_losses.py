@@ -8,12 +8,48 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from transformers.utils import logging
 from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
 from hybrid.config.hybrid_config import HybridConfig
 from hybrid.ffn import balance
-from hybrid.modeling.losses import IGNORED, cross_entropy, next_tokens, of_logits, softcap
+from hybrid.modeling.losses import (
+    IGNORED,
+    cross_entropy,
+    next_tokens,
+    of_logits,
+    transform_logits,
+)
 from hybrid.modeling.outputs import HybridOutput
+
+
+logger = logging.get_logger(__name__)
+
+BALANCE_OPTIONS = ("balance_loss", "sequence_balance_loss", "router_z_loss", "bias_update_rate")
+
+
+def own_losses(config: HybridConfig) -> tuple[str, ...]:
+    """Config keys that add to the loss in training, or move router biases, beside next tokens."""
+    names = ["z_loss"] if config.z_loss else []
+    names += ["num_mtp_layers"] if config.num_mtp_layers else []
+    for symbol in dict.fromkeys(layer.ffn for layer in config.layers if layer.ffn):
+        options = config.feed_forward(symbol)[1]
+        names += [
+            f"feed_forwards.{symbol}.{name}"
+            for name in BALANCE_OPTIONS
+            if getattr(options, name, 0)
+        ]
+    return tuple(names)
+
+
+def warn_of_skipped_losses(names: tuple[str, ...]) -> None:
+    """Say once which keys of the config have no effect on a training loss computed elsewhere."""
+    if names and not torch.compiler.is_compiling():
+        logger.warning_once(
+            f"the model runs in training without labels, so these keys of its config add nothing to the"
+            f" loss: {', '.join(names)}; HybridForCausalLM adds them to the loss that it returns for"
+            " labels (trainers that take the loss from hidden states or logits skip them)"
+        )
 
 
 class Objective:
@@ -41,8 +77,9 @@ class Objective:
         return [self.model, *(depth.stack for depth in depths)]
 
     def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """(B, T, D) -> (B, T, V): the head, and the soft-cap of the config."""
-        return softcap(self.lm_head(hidden), self.config.logit_softcap)
+        """(B, T, D) -> (B, T, V): the head, and what the config does to its products."""
+        config = self.config
+        return transform_logits(self.lm_head(hidden), config.logit_scale, config.logit_softcap)
 
     @property
     def has_loss_of_its_own(self) -> bool:
@@ -124,6 +161,7 @@ class Objective:
             self.lm_head,
             targets,
             z_loss=config.z_loss if self.training else 0.0,
+            multiplier=config.logit_scale,
             cap=config.logit_softcap,
             backend=config.loss_backend,
         )

@@ -11,14 +11,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from hybrid.modeling.embeddings import ScaledHead
 from hybrid.modeling.losses import (
     cross_entropy,
     in_chunks,
     is_plain,
     next_tokens,
     of_logits,
-    softcap,
+    transform_logits,
 )
 
 B, T, D, V = 3, 40, 16, 101
@@ -58,7 +57,7 @@ def reference(labels, cap=None, z_loss=0.0, items=None):
     """transformers' loss of the full logits; the z-term by its definition."""
 
     def loss(hidden, head):
-        logits = softcap(head(hidden), cap)
+        logits = transform_logits(head(hidden), cap=cap)
         value = ForCausalLMLoss(logits, labels, V, num_items_in_batch=items)
         real = labels[:, 1:] != -100
         squares = logits[:, :-1].float().exp().sum(-1).log().square()[real]
@@ -212,7 +211,7 @@ def open_operator(monkeypatch):
 
         @staticmethod
         def backward(ctx, grad):
-            return *(x * grad for x in ctx.slopes), *[None] * 6
+            return *(x * grad for x in ctx.slopes), *[None] * 7
 
     monkeypatch.setattr("hybrid.modeling.losses._chunked", lambda *args: [Open.apply(*args)])
 
@@ -244,7 +243,7 @@ def test_no_gradient_is_computed_that_nobody_wants():
     flat, weight = hidden.reshape(-1, D), head.weight.detach()
     for wanted in ((True, False), (False, True), (False, False)):
         with Largest() as seen:
-            _, *slopes = in_chunks(flat, weight, targets, 0.0, None, 7, *wanted)
+            _, *slopes = in_chunks(flat, weight, targets, 0.0, 1.0, None, 7, *wanted)
         assert [x.numel() > 0 for x in slopes] == list(wanted)
         assert (tuple(flat.shape) in seen.shapes) is wanted[0]
         assert (V in [x[0] for x in seen.shapes if x]) is wanted[1]
@@ -256,14 +255,23 @@ def test_no_gradient_is_computed_that_nobody_wants():
     assert_close(found, hidden.grad, rtol=1e-5, atol=1e-6)
 
 
-def test_a_head_with_a_multiplier_is_plain():
+@pytest.mark.parametrize("backend", ["chunked", "full"])
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_multiplier_and_a_cap_of_the_logits(backend, wrapped):
     hidden, labels, head = batch()
-    scaled = ScaledHead(D, V, 0.3)
-    scaled.load_state_dict(head.state_dict())
-    assert is_plain(scaled)
-    expected = loss_and_gradients(hidden, scaled, reference(labels))
-    found = loss_and_gradients(hidden, scaled, ours(labels, chunk_elements=SMALL))
-    for one, other in zip(found, expected, strict=True):
+    head = Wrapped(head) if wrapped else head
+
+    def expected(hidden, head):
+        logits = 1.5 * torch.tanh(0.3 * head(hidden) / 1.5)
+        return ForCausalLMLoss(logits, labels, V)
+
+    found = ours(labels, multiplier=0.3, cap=1.5, backend=backend, chunk_elements=SMALL)
+    pairs = zip(
+        loss_and_gradients(hidden, head, found),
+        loss_and_gradients(hidden, head, expected),
+        strict=True,
+    )
+    for one, other in pairs:
         assert_close(one, other, rtol=1e-5, atol=1e-7)
 
 
@@ -291,7 +299,7 @@ def test_z_loss_where_the_target_is_unlikely():
     # log Z from the target's own logit and probability would be a difference of 10,000s
     hidden, target = torch.tensor([[1.0, 1e4]]), torch.tensor([1])
     weight = torch.tensor([[0.5, 0.0], [0.0, -1.0], [0.25, 0.0]])
-    total, of_hidden, _ = in_chunks(hidden, weight, target, 1.0, None, 8, True, True)
+    total, of_hidden, _ = in_chunks(hidden, weight, target, 1.0, 1.0, None, 8, True, True)
     log_z = torch.tensor([0.5, 0.25], dtype=torch.float64).logsumexp(0)
     torch.testing.assert_close(total.double(), 1e4 + log_z + log_z.square(), atol=1e-3, rtol=0)
     p = torch.tensor([0.5, 0.25], dtype=torch.float64).softmax(0) * (1 + 2 * log_z)
@@ -301,8 +309,10 @@ def test_z_loss_where_the_target_is_unlikely():
 
 def test_softcap_bounds_and_keeps_small_logits():
     x = torch.tensor([-1e4, -0.01, 0.0, 0.01, 1e4])
-    assert_close(softcap(x, 30.0), torch.tensor([-30.0, -0.01, 0.0, 0.01, 30.0]))
-    assert softcap(x, None) is x
+    assert_close(transform_logits(x, cap=30.0), torch.tensor([-30.0, -0.01, 0.0, 0.01, 30.0]))
+    assert transform_logits(x) is x
+    assert_close(transform_logits(x, 0.5), x / 2)
+    assert_close(transform_logits(x, 2.0, 30.0)[1], torch.tensor(-0.02))
 
 
 def test_liger_that_is_not_there_is_named(monkeypatch):
