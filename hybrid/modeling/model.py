@@ -45,7 +45,6 @@ from hybrid.nn.cache import count_tokens, fill_unused, is_empty, past_length
 from hybrid.nn.norms import build_norm
 from hybrid.nn.packing import WHOLE_ROWS, Segments, from_padding, from_positions
 
-
 STACK_ARGUMENTS = frozenset({*ATTENTION_ARGUMENTS, *RECORDING_ARGUMENTS, *IGNORED_ARGUMENTS})
 MODEL_ARGUMENTS = STACK_ARGUMENTS | LOSS_ARGUMENTS
 

@@ -22,7 +22,6 @@ from hybrid.modeling.losses import (
 )
 from hybrid.modeling.outputs import HybridOutput
 
-
 logger = logging.get_logger(__name__)
 
 BALANCE_OPTIONS = ("balance_loss", "sequence_balance_loss", "router_z_loss", "bias_update_rate")
