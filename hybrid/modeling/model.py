@@ -326,7 +326,7 @@ class HybridForCausalLM(Objective, HybridPreTrainedModel, GenerationMixin):
         skip_logits = skip_logits and not self.has_loss_of_its_own
         found = HybridOutput(
             logits=None if skip_logits else self.compute_logits(hidden[:, keep]),
-            **{CACHE: outputs[CACHE] if CACHE in outputs else None},
+            **{CACHE: outputs.get(CACHE)},
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             router_logits=outputs.get("router_logits")

@@ -37,7 +37,7 @@ LOSS_ARGUMENTS = frozenset({"num_items_in_batch", "shift_labels"})
 IGNORED_ARGUMENTS = {
     "token_type_ids": "tokenizers made for encoders return them, generate and PEFT hand them on;"
     " all tokens are of one type here",
-    "cache_position": "generate of older releases and exporters hand it over; the cache knows its length",
+    "cache_position": "exporters and PEFT hand it over; the cache knows its length",
     "num_items_in_batch": "transformers' Trainer hands it to every model; the classification models"
     " pass it on to the stack, which has no loss",
     "return_dict": "read by transformers' decorators before forward",

@@ -12,6 +12,7 @@ kept tokens again from the mark. See `LayerCache.resume`.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -178,6 +179,7 @@ class LayerCache:
             tail=layer.conv_states[i] if started else None,
         )
         vars(layer).setdefault("recordings", {})[i] = recording
+        layer.__class__ = _croppable(type(layer))
         return recording
 
     def _unmark(self, layer: LinearAttentionCacheLayerMixin, conv: torch.Tensor | None) -> None:
@@ -214,6 +216,17 @@ class LayerCache:
                 " with DynamicCache(config=model.config), or pass none and let the model make it"
             )
         return layer
+
+
+@functools.cache
+def _croppable(kind: type[LinearAttentionCacheLayerMixin]) -> type[LinearAttentionCacheLayerMixin]:
+    """A class of cache layers whose states can be rolled back, because their slots record them.
+
+    transformers takes recurrent states to be lost, and from 5.24 on asks before it drafts tokens.
+    """
+    if kind.is_croppable is True:
+        return kind
+    return type(kind.__name__, (kind,), {"is_croppable": True, "__module__": kind.__module__})
 
 
 def _fit_for_autograd(state: torch.Tensor | None) -> torch.Tensor | None:

@@ -10,6 +10,8 @@ import torch
 from torch.testing import assert_close
 from transformers import DynamicCache, StaticCache
 
+from hybrid.nn.arguments import CACHE
+
 MIXERS = {
     "S": {"num_heads": 2, "num_kv_heads": 1},
     "L": {"num_heads": 2},
@@ -172,7 +174,7 @@ def test_generation_goes_on_from_a_returned_cache(model, ids):
     rest = model.generate(
         first.sequences,
         attention_mask=torch.ones_like(first.sequences),
-        past_key_values=first.past_key_values,
+        **{CACHE: first.past_key_values},
         max_new_tokens=NEW - 5,
         **kwargs,
     )
