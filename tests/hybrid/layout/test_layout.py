@@ -600,3 +600,9 @@ def test_printing_beyond_the_exact_search():
     bare = Layout(parse(noise).layers)  # without the source as a fallback
     assert parse(str(bare)) == bare
     assert len(str(bare)) < len(noise)
+
+
+def test_a_long_repetition_prints_as_one_group_without_its_source():
+    group = "".join(random.Random(1).choices("LSM", k=90))
+    bare = Layout(parse(group).layers * 40)
+    assert str(bare) == f"({Layout(parse(group).layers)})40"
