@@ -1,9 +1,8 @@
 """Comparisons between the models of one run: paired differences, memory crossings, shares."""
 
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from .stats import PairedDifference, above_chance, paired_bootstrap
+from .stats import PairedDifference, above_chance, holm, paired_difference
 
 Record = dict[str, Any]
 
@@ -16,15 +15,17 @@ class Comparison(NamedTuple):
     model: str
     reference: str
     found: PairedDifference
+    p_holm: float  # corrected for all comparisons of the run
 
 
-def comparisons(results: Record, *, resamples: int = 2000) -> Iterator[Comparison]:
-    """Yield paired bootstraps of every model against the first, on identical items only.
+def comparisons(results: Record) -> list[Comparison]:
+    """Compare every model with the first, on identical items only.
 
     The items of a task are the same for two models if the run's settings, the task's options and
     the true token counts are: models with different tokenizers see different prompts.
     """
     reference, *others = results["models"]
+    pairs = []
     for other in others:
         for task, mine in other["results"].items():
             base = reference["results"].get(task)
@@ -32,9 +33,12 @@ def comparisons(results: Record, *, resamples: int = 2000) -> Iterator[Compariso
                 continue
             if mine["tokens"] != base["tokens"] or mine["options"] != base["options"]:
                 continue
+            bounded = "chance" in mine or mine["metric"] == "accuracy"
+            found = paired_difference(mine["items"], base["items"], bounded=bounded)
             metric = mine["metric"].replace("_", " ")
-            found = paired_bootstrap(mine["items"], base["items"], resamples=resamples)
-            yield Comparison(task, metric, other["name"], reference["name"], found)
+            pairs.append((task, metric, other["name"], reference["name"], found))
+    corrected_ps = holm([found.p_value for *_, found in pairs])
+    return [Comparison(*pair, p) for pair, p in zip(pairs, corrected_ps, strict=True)]
 
 
 def cheaper_from(model: Record, full: Record) -> int | None:

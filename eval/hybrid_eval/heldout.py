@@ -16,7 +16,7 @@ import numpy as np
 
 from .corpus import Corpus, Document, load_corpus
 from .scoring import IGNORE, Progress, score
-from .stats import Z_95, Interval, ratio_and_error
+from .stats import ratio_and_error, t_interval
 from .tokens import ByteEncoder, Encoder
 
 
@@ -138,7 +138,7 @@ def evaluate_heldout(
         "perplexity": math.exp(loss),
         "bits_per_byte": bits,
         "bits_per_byte_stderr": bits_error,
-        "interval": Interval(bits - Z_95 * bits_error, bits + Z_95 * bits_error),
+        "interval": t_interval(bits, bits_error, len(chosen)),
         "tokens_scored": (length - 1) * len(chosen),
         "bytes_scored": sum(byte_counts),
         "n": len(chosen),

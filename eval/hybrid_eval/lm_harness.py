@@ -17,7 +17,7 @@ from .hub import unreachable
 from .models import Subject
 from .registry import TASKS, Settings, Task, tokenizer_of
 from .scoring import batch_size_for, evaluating
-from .stats import Z_95, above_chance, wilson
+from .stats import above_chance, t_interval, weighted_interval, wilson
 from .tokens import Encoder
 
 # where a config states no length, lm-eval would cut every prompt to 2048 tokens
@@ -136,26 +136,26 @@ def _figures(
 ) -> dict[str, Any]:
     """Return the headline figure with its interval; as an accuracy where every item is 0 or 1."""
     items: list[Any] = [sample.get(metric) for sample in samples]
-    half = Z_95 * error
     if not items or any(item not in (0, 1) for item in items):
         return {
             "metric": metric,
             metric: value,
             f"{metric}_stderr": error,
-            "interval": None if math.isnan(half) else (value - half, value + half),
+            "interval": None if math.isnan(error) else t_interval(value, error, len(items)),
         }
     choices = [
         len(sample["arguments"]) if len(sample["arguments"]) > 1 else math.inf for sample in samples
     ]
     chance = float(np.mean([1 / count for count in choices]))
     pooled = math.isclose(value, float(np.mean(items)), abs_tol=1e-9)
-    ends = (max(0.0, value - half), min(1.0, value + half))
     return {
         "metric": "accuracy",
         "accuracy": value,
         "accuracy_stderr": error,
         # a group may weigh its tasks equally: then its own error counts
-        "interval": wilson(sum(items), len(items)) if pooled else ends,
+        "interval": wilson(sum(items), len(items))
+        if pooled
+        else weighted_interval(value, error, len(items)),
         "chance": chance,
         "above_chance": above_chance(value, chance),
         "items": [float(item) for item in items],

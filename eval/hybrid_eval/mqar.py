@@ -17,7 +17,7 @@ import numpy as np
 from .errors import id_range
 from .scoring import IGNORE, Progress, score
 from .sources import Source
-from .stats import above_chance, clustered_wilson, ratio_and_error
+from .stats import above_chance, clustered_interval, ratio_and_error
 
 # bytes that ASCII text never uses: one byte-level model can learn text and recall side by side
 KEY_IDS = (128, 192)
@@ -199,7 +199,7 @@ def evaluate_mqar(
         options: as for :func:`mqar`.
 
     Returns:
-        accuracy (over queries) with its standard error over rows and a 95% Wilson interval,
+        accuracy (over queries) with its standard error over rows and a 95% interval,
         chance, nll (nats per query), and per-row scores for paired comparisons.
     """
     source = mqar(seed=seed, **options)
@@ -218,7 +218,7 @@ def evaluate_mqar(
     return {
         "accuracy": accuracy,
         "accuracy_stderr": error,
-        "interval": clustered_wilson(right, asked),
+        "interval": clustered_interval(right, asked),
         "chance": source.chance,
         "above_chance": above_chance(accuracy, source.chance) if source.chance < 1 else None,
         "nll": nll,

@@ -25,8 +25,8 @@ class Column:
 
 
 PAIRED = (
-    *(("models", ""), ("task", ""), ("difference", "95% bootstrap interval")),
-    *(("p", ""), ("items", "")),
+    *(("models", ""), ("task", ""), ("difference", "95% interval")),
+    *(("p", "paired"), ("p (Holm)", "over this table"), ("items", "")),
 )
 
 
@@ -94,12 +94,14 @@ def table_columns(results: dict[str, Any]) -> list[Column]:
 def _differences(results: dict[str, Any]) -> list[list[str]]:
     """Return the rows of the table of paired differences."""
     rows = []
-    for task, metric, model, reference, found in comparisons(results):
-        p = f"{found.p_value:.3f}" if found.p_value >= 0.001 else "< 0.001"
+    for task, metric, model, reference, found, p_holm in comparisons(results):
+        ps = ["< 0.001" if p < 0.001 else f"{p:.3f}" for p in (found.p_value, p_holm)]
         interval = (
             f"{found.difference:+.3f} [{found.interval.low:+.3f}, {found.interval.high:+.3f}]"
         )
-        rows.append([f"{model} - {reference}", f"{task}: {metric}", interval, p, str(found.items)])
+        rows.append(
+            [f"{model} - {reference}", f"{task}: {metric}", interval, *ps, str(found.items)]
+        )
     return rows
 
 

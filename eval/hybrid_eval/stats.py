@@ -2,11 +2,20 @@
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
+from scipy import stats
+from statsmodels.stats.multitest import multipletests
+from statsmodels.stats.proportion import proportion_confint
 
-Z_95 = 1.959963984540054
+Values = Sequence[float] | np.ndarray
+
+_LEVEL = 0.95
+_UPPER = (1 + _LEVEL) / 2
+_INFORMATIVE = 5  # clusters with a miss, and with a hit, that a design effect has to rest on
+_RESAMPLES = 9999  # permutations; all of them are gone through where there are no more
+_PERMUTED = 1000  # items that differ, above which Student's t is as good as permutations
 
 
 class Interval(NamedTuple):
@@ -16,7 +25,7 @@ class Interval(NamedTuple):
     high: float
 
 
-def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
+def mean_and_error(values: Values) -> tuple[float, float]:
     """Return the mean and its standard error (nan for fewer than two values)."""
     data = np.asarray(values, dtype=np.float64)
     if data.size == 0:
@@ -25,7 +34,7 @@ def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
     return float(data.mean()), error
 
 
-def ratio_and_error(numerators: Sequence[float], denominators: Sequence[float]):
+def ratio_and_error(numerators: Values, denominators: Values) -> tuple[float, float]:
     """Return sum(numerators) / sum(denominators) and its linearised standard error.
 
     Each pair is one cluster (a window of text, a row of queries): the error counts clusters, not
@@ -44,40 +53,79 @@ def ratio_and_error(numerators: Sequence[float], denominators: Sequence[float]):
     return ratio, math.sqrt(squares * count / (count - 1)) / float(bottom.sum())
 
 
-def wilson(successes: float, trials: float, z: float = Z_95) -> Interval:
-    """Return the Wilson score interval of a proportion (Wilson 1927).
+def t_interval(mean: float, error: float, count: int) -> Interval:
+    """Return the 95% interval of a mean with this standard error, estimated from ``count`` values.
+
+    Student's t: an error that comes from few values is itself uncertain. Ends are nan for fewer
+    than two values.
+    """
+    if count < 2:
+        return Interval(math.nan, math.nan)
+    half = float(stats.t.ppf(_UPPER, count - 1)) * error
+    return Interval(mean - half, mean + half)
+
+
+def wilson(successes: float, trials: float) -> Interval:
+    """Return the 95% Wilson score interval of a proportion (Wilson 1927).
 
     ``trials`` may be an effective number of independent trials and need not be whole.
 
     Raises:
         ValueError: no trials, or more successes than trials.
     """
-    if trials <= 0 or not 0 <= successes <= trials:
-        raise ValueError(f"need 0 <= successes <= trials and trials > 0, got {successes}/{trials}")
-    p = successes / trials
-    scale = 1 + z * z / trials
-    centre = (p + z * z / (2 * trials)) / scale
-    half = z * math.sqrt(p * (1 - p) / trials + z * z / (4 * trials * trials)) / scale
-    # at p = 0 and p = 1 the exact ends are 0 and 1; rounding must not move them
-    low = 0.0 if successes == 0 else max(0.0, centre - half)
-    high = 1.0 if successes == trials else min(1.0, centre + half)
-    return Interval(low, high)
+    return _proportion(successes, trials, "wilson")
 
 
-def clustered_wilson(correct: Sequence[float], totals: Sequence[float]) -> Interval:
-    """Return a Wilson interval for items that come in clusters (queries of one row).
+def clustered_interval(correct: Values, totals: Values) -> Interval:
+    """Return a 95% interval for items that come in clusters (queries of one row).
 
-    The number of trials is divided by the design effect: the clustered variance over the
-    binomial one (never below 1 trial per cluster, never above the number of items).
+    The number of trials is the number of items over the design effect (the clustered variance over
+    the binomial one), reduced by Student's t for few clusters, in the exact binomial interval (Korn
+    and Graubard 1998, Survey Methodology 24). A design effect that rests on fewer than 5 clusters
+    with a miss, or with a hit, is not trusted: then each cluster counts as one trial, as if its
+    items were all alike. Without clusters (one item each) it is the Wilson interval.
+
+    Raises:
+        ValueError: no items.
     """
-    proportion, error = ratio_and_error(correct, totals)
-    items, clusters = float(np.sum(totals)), len(totals)
+    right, asked = (np.asarray(v, dtype=np.float64) for v in (correct, totals))
+    right, asked = right[asked > 0], asked[asked > 0]
+    items, clusters = float(asked.sum()), len(asked)
     if items == 0:
         raise ValueError("no items to build an interval from")
-    effective = items
-    if clusters > 1 and 0 < proportion < 1 and error > 0:
-        effective = min(items, max(clusters, proportion * (1 - proportion) / error**2))
-    return wilson(min(proportion, 1.0) * effective, effective)
+    proportion, error = ratio_and_error(right, asked)
+    if items == clusters:
+        return wilson(min(proportion, 1.0) * items, items)
+    effective = float(clusters)
+    if min((right < asked).sum(), (right > 0).sum()) >= _INFORMATIVE and error > 0:
+        shrink = (stats.norm.ppf(_UPPER) / stats.t.ppf(_UPPER, clusters - 1)) ** 2
+        found = proportion * (1 - proportion) / error**2
+        effective = max(effective, float(min(items, found) * shrink))
+    return _proportion(min(proportion, 1.0) * effective, effective, "beta")
+
+
+def weighted_interval(accuracy: float, error: float, items: int) -> Interval:
+    """Return a 95% interval of an accuracy whose standard error somebody else computed.
+
+    A mean over groups of unequal size has an error of its own; it is turned into an effective
+    number of trials (at most ``items``), so that the interval stays in [0, 1] and has a width at 0
+    and 1, where such an error is 0.
+    """
+    effective = float(items)
+    if 0 < accuracy < 1 and error > 0:
+        effective = min(effective, accuracy * (1 - accuracy) / error**2)
+    return wilson(accuracy * effective, effective)
+
+
+def _proportion(successes: float, trials: float, method: Literal["wilson", "beta"]) -> Interval:
+    if trials <= 0 or not 0 <= successes <= trials:
+        raise ValueError(f"need 0 <= successes <= trials and trials > 0, got {successes}/{trials}")
+    found: Any = proportion_confint(successes, trials, alpha=1 - _LEVEL, method=method)
+    low, high = found
+    # at p = 0 and p = 1 the exact ends are 0 and 1; rounding must not move them
+    low = 0.0 if successes == 0 else max(0.0, float(low))
+    high = 1.0 if successes == trials else min(1.0, float(high))
+    return Interval(low, high)
 
 
 def above_chance(accuracy: float, chance: float) -> float:
@@ -100,36 +148,70 @@ class PairedDifference(NamedTuple):
     items: int
 
 
-def paired_bootstrap(
-    a: Sequence[float], b: Sequence[float], *, resamples: int = 2000, seed: int = 0
+def paired_difference(
+    a: Values, b: Values, *, bounded: bool = True, seed: int = 0
 ) -> PairedDifference:
-    """Bootstrap the mean difference a - b over items that both models answered.
+    """Compare two models on items that both answered.
 
     Args:
         a: score of the first model on each item.
         b: score of the second model on the same items, in the same order.
-        resamples: number of bootstrap resamples.
-        seed: of the resampling.
+        bounded: scores lie in [0, 1] (accuracies); False for losses.
+        seed: of the permutations, where there are too many to go through all.
 
     Returns:
-        The difference, its 95% percentile interval, and the two-sided bootstrap p-value that the
-        difference is zero.
+        The mean difference a - b, its 95% interval, and the two-sided p-value that it is zero. The
+        p-value is exact for few items: McNemar's test where scores are right or wrong, else all
+        assignments of signs to the differences. The interval is Student's; for scores in [0, 1] two
+        items are added, one in favour of each model (Bonett and Price 2012, J. Educ. Behav. Stat.
+        37), so that it has a width where the models never differ.
 
     Raises:
         ValueError: the two have different lengths or are empty.
     """
     if len(a) != len(b) or len(a) == 0:
         raise ValueError(f"need the same items for both models, got {len(a)} and {len(b)}")
-    differences = np.asarray(a, dtype=np.float64) - np.asarray(b, dtype=np.float64)
-    rng = np.random.default_rng(seed)
-    # one resample at a time: the index matrix of a large benchmark would not fit
-    means = np.array(
-        [rng.choice(differences, differences.size).mean() for _ in range(resamples)],
+    left, right = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
+    # what differs by rounding is equal
+    differences = np.where(np.isclose(left, right, rtol=1e-12, atol=1e-12), 0.0, left - right)
+    mean, error = mean_and_error(differences)
+    if bounded:
+        centre, error = _with_pseudo_items(differences)
+        low, high = t_interval(centre, error, len(a))
+        # one item alone tells nothing
+        interval = Interval(-1.0, 1.0) if len(a) < 2 else Interval(max(-1.0, low), min(1.0, high))
+    else:
+        interval = t_interval(mean, error, len(a))
+    return PairedDifference(mean, interval, _paired_p(differences, seed), len(a))
+
+
+def holm(p_values: Values) -> list[float]:
+    """Return p-values corrected for their number (Holm 1979)."""
+    return multipletests(p_values, method="holm")[1].tolist() if len(p_values) else []
+
+
+def _with_pseudo_items(differences: np.ndarray) -> tuple[float, float]:
+    """Return the centre and standard error with a difference of +1 and one of -1 added."""
+    more = np.concatenate([differences, [1.0, -1.0]])
+    return float(more.mean()), float(more.std() / math.sqrt(more.size))
+
+
+def _paired_p(differences: np.ndarray, seed: int) -> float:
+    """Two-sided p that differences are as likely positive as negative."""
+    apart = differences[differences != 0]  # equal items say nothing
+    if apart.size == 0:
+        return 1.0
+    if np.allclose(np.abs(apart), abs(apart[0]), rtol=1e-9, atol=0):
+        return float(stats.binomtest(int((apart > 0).sum()), apart.size).pvalue)
+    if apart.size > _PERMUTED:
+        return float(stats.ttest_1samp(differences, 0.0).pvalue)
+    found = stats.permutation_test(
+        (apart,),
+        np.sum,
+        vectorized=True,
+        permutation_type="samples",
+        n_resamples=_RESAMPLES,
+        batch=1000,
+        rng=np.random.default_rng(seed),
     )
-    low, high = np.quantile(means, [0.025, 0.975])
-    tail = min((means <= 0).mean(), (means >= 0).mean())
-    # add-one: a bootstrap cannot show a p-value below its own resolution
-    p_value = min(1.0, 2 * (tail * resamples + 1) / (resamples + 1))
-    return PairedDifference(
-        float(differences.mean()), Interval(float(low), float(high)), p_value, len(a)
-    )
+    return float(found.pvalue)

@@ -19,7 +19,7 @@ import numpy as np
 from .errors import nearest
 from .scoring import IGNORE, Progress, score
 from .sources import Source
-from .stats import above_chance, clustered_wilson, ratio_and_error
+from .stats import above_chance, clustered_interval, ratio_and_error
 
 FIRST_ID = 128
 _GROUPS = {"parity": 2, "S3": 3, "S5": 5}
@@ -220,7 +220,7 @@ def _summary(scored, chance: float) -> dict[str, Any]:
     return {
         "accuracy": accuracy,
         "accuracy_stderr": error,
-        "interval": clustered_wilson(right, asked),
+        "interval": clustered_interval(right, asked),
         "chance": chance,
         "above_chance": above_chance(accuracy, chance),
         "nll": nll,
@@ -348,7 +348,7 @@ def evaluate_icl(
     return {
         "accuracy": accuracy,
         "accuracy_stderr": error,
-        "interval": clustered_wilson(known, total),
+        "interval": clustered_interval(known, total),
         "chance": source.chance,
         "above_chance": above_chance(accuracy, source.chance),
         "n": n,

@@ -5,9 +5,9 @@ import pytest
 
 from hybrid_eval.stats import (
     above_chance,
-    clustered_wilson,
+    clustered_interval,
     mean_and_error,
-    paired_bootstrap,
+    paired_difference,
     ratio_and_error,
     wilson,
 )
@@ -34,7 +34,7 @@ def test_correlated_items_widen_the_interval():
     alike = np.repeat(rng.integers(0, 2, 100), 1) * 10.0
     mixed = rng.binomial(10, 0.5, 100).astype(float)
     totals = [10.0] * 100
-    wide, narrow = clustered_wilson(alike, totals), clustered_wilson(mixed, totals)
+    wide, narrow = clustered_interval(alike, totals), clustered_interval(mixed, totals)
     assert wide.high - wide.low > 2 * (narrow.high - narrow.low)
 
 
@@ -60,22 +60,22 @@ def test_chance_is_zero_and_perfection_one():
         above_chance(0.5, 1.0)
 
 
-def test_a_paired_bootstrap_sees_what_unpaired_intervals_hide():
+def test_a_paired_comparison_sees_what_unpaired_intervals_hide():
     rng = np.random.default_rng(2)
     hard = rng.random(400) < 0.5
     a = hard.astype(float)
     b = a.copy()
     b[np.flatnonzero(hard)[:15]] = 0  # b misses 15 items that a has
-    found = paired_bootstrap(a, b)
+    found = paired_difference(a, b)
     assert found.difference == pytest.approx(15 / 400)
     assert found.interval.low > 0
     assert found.p_value < 0.01
     # while each model's own interval covers the other's score
     assert wilson(b.sum(), 400).high > a.mean()
-    same = paired_bootstrap(a, a)
+    same = paired_difference(a, a)
     assert (same.difference, same.p_value) == (0, 1)
 
 
-def test_a_paired_bootstrap_needs_pairs():
+def test_a_paired_comparison_needs_pairs():
     with pytest.raises(ValueError, match="same items"):
-        paired_bootstrap([1.0], [1.0, 0.0])
+        paired_difference([1.0], [1.0, 0.0])
