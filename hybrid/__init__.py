@@ -9,6 +9,10 @@ from hybrid.config.registry import register_feed_forward, register_mixer
 from hybrid.hub import register_auto_classes
 from hybrid.layout import LayoutError
 from hybrid.mixers import LinearMixer, Mixer, MixerOptions
+from hybrid.modeling.classification import (
+    HybridForSequenceClassification,
+    HybridForTokenClassification,
+)
 from hybrid.modeling.model import HybridForCausalLM, HybridModel
 
 __version__ = "0.1.0"
@@ -17,6 +21,8 @@ __all__ = [
     "ConfigError",
     "HybridConfig",
     "HybridForCausalLM",
+    "HybridForSequenceClassification",
+    "HybridForTokenClassification",
     "HybridModel",
     "LayoutError",
     "LinearMixer",

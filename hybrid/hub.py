@@ -11,7 +11,16 @@ AUTO_MAP = {
     "AutoConfig": "configuration_hybrid.HybridConfig",
     "AutoModel": "modeling_hybrid.HybridModel",
     "AutoModelForCausalLM": "modeling_hybrid.HybridForCausalLM",
+    "AutoModelForSequenceClassification": "modeling_hybrid.HybridForSequenceClassification",
+    "AutoModelForTokenClassification": "modeling_hybrid.HybridForTokenClassification",
 }
+
+MODELS = (
+    "HybridForCausalLM",
+    "HybridForSequenceClassification",
+    "HybridForTokenClassification",
+    "HybridModel",
+)
 
 # What `save_pretrained(..., push_to_hub=True)` hands on to `push_to_hub`.
 PUSH_OPTIONS = ("repo_id", "commit_message", "private", "token", "revision", "create_pr")
@@ -41,7 +50,7 @@ def add_loading_files(directory: str | Path) -> None:
     directory = Path(directory)
     files = {
         "configuration_hybrid.py": ["HybridConfig"],
-        "modeling_hybrid.py": ["HybridConfig", "HybridForCausalLM", "HybridModel"],
+        "modeling_hybrid.py": ["HybridConfig", *MODELS],
     }
     for name, exported in files.items():
         text = _LOADING_FILE.format(
@@ -57,12 +66,33 @@ def add_loading_files(directory: str | Path) -> None:
 
 
 def register_auto_classes() -> None:
-    """Teach transformers' Auto classes this model type; importing `hybrid` does so."""
-    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+    """Teach transformers' Auto classes this model type; importing `hybrid` does so.
+
+    The tables of class names are filled, too: transformers' Trainer shifts labels for label
+    smoothing only of classes that it finds there.
+    """
+    from transformers import AutoConfig
+    from transformers.models.auto import modeling_auto as auto
 
     from hybrid.config.hybrid_config import HybridConfig
+    from hybrid.modeling import classification
     from hybrid.modeling.model import HybridForCausalLM, HybridModel
 
-    AutoConfig.register(HybridConfig.model_type, HybridConfig, exist_ok=True)
-    AutoModel.register(HybridConfig, HybridModel, exist_ok=True)
-    AutoModelForCausalLM.register(HybridConfig, HybridForCausalLM, exist_ok=True)
+    kind = HybridConfig.model_type
+    AutoConfig.register(kind, HybridConfig, exist_ok=True)
+    for auto_class, names, model in (
+        (auto.AutoModel, auto.MODEL_MAPPING_NAMES, HybridModel),
+        (auto.AutoModelForCausalLM, auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, HybridForCausalLM),
+        (
+            auto.AutoModelForSequenceClassification,
+            auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+            classification.HybridForSequenceClassification,
+        ),
+        (
+            auto.AutoModelForTokenClassification,
+            auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
+            classification.HybridForTokenClassification,
+        ),
+    ):
+        auto_class.register(HybridConfig, model, exist_ok=True)
+        names[kind] = model.__name__

@@ -18,6 +18,31 @@ from hybrid.modeling.mup import attention_scale, width_ratio
 from hybrid.nn.norms import NormName
 
 
+DERIVED = ("num_attention_heads", "num_key_value_heads", "head_dim")
+"""Sizes that others read by transformers' names, and that no config is built from."""
+
+
+class Values(dict[str, Any]):
+    """The keys of a config, which answers for derived sizes, too, without having them as keys.
+
+    So a copy with overrides, or a file, holds nothing that another key would contradict.
+    """
+
+    def __init__(self, values: dict[str, Any], derived: dict[str, Any]) -> None:
+        super().__init__(values)
+        self.derived = derived
+
+    def __missing__(self, key: str) -> Any:
+        return self.derived[key]
+
+    def __contains__(self, key: object) -> bool:
+        return super().__contains__(key) or key in self.derived
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """The value of a key, or a derived size."""
+        return self[key] if key in self else default
+
+
 class HybridConfig(PreTrainedConfig):
     """The configuration of a hybrid language model.
 
@@ -123,7 +148,8 @@ class HybridConfig(PreTrainedConfig):
     imported_from: str | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
-        mistakes = find_mistakes(self, inspect.get_annotations(HybridConfig), kwargs)
+        hints = inspect.get_annotations(HybridConfig)
+        mistakes = find_mistakes(self, hints, kwargs)
         if mistakes:
             raise ConfigError(mistakes, "the model config")
         self.num_hidden_layers = len(self.layers)
@@ -134,9 +160,13 @@ class HybridConfig(PreTrainedConfig):
         """Do nothing: a checkpoint names this package, and carries no copy of its code."""
 
     def to_dict(self) -> dict[str, Any]:
-        """As transformers', less the attributes that others attached: only keys that load again."""
+        """As transformers', less the attributes that others attached: only keys that load again.
+
+        PEFT looks up sizes in this dict that follow from the mixers, and it answers; see `Values`.
+        """
         known = {f.name for f in dataclasses.fields(self)} | standard_keys()
-        return {key: value for key, value in super().to_dict().items() if key in known}
+        values = {key: value for key, value in super().to_dict().items() if key in known}
+        return Values(values, {name: getattr(self, name) for name in DERIVED})
 
     # What the rest of the package asks.
 
@@ -298,6 +328,29 @@ class HybridConfig(PreTrainedConfig):
         return self._first_option("head_dim") or self.hidden_size // self.num_attention_heads
 
     @property
+    def intermediate_size(self) -> int:
+        """Inner width of the first feed-forward; 0 where there is none."""
+        symbols = [layer.ffn for layer in self.layers if layer.ffn]
+        return self.feed_forward(symbols[0])[1].intermediate_size if symbols else 0
+
+    @property
+    def num_experts(self) -> int:
+        """Routed experts of the first mixture."""
+        return self._expert_option("num_experts")
+
+    num_local_experts = num_experts
+
+    @property
+    def num_experts_per_tok(self) -> int:
+        """Routed experts of a token, of the first mixture."""
+        return self._expert_option("top_k")
+
+    @property
+    def moe_intermediate_size(self) -> int:
+        """Inner width of an expert of the first mixture."""
+        return self._expert_option("intermediate_size")
+
+    @property
     def logit_scale(self) -> float:
         """Multiplier of the logits, that of muP included; losses of TRL read it."""
         return self.logits_multiplier / width_ratio(self)
@@ -326,6 +379,13 @@ class HybridConfig(PreTrainedConfig):
                 if getattr(options, name, None) is not None:
                     return getattr(options, name)
         return None
+
+    def _expert_option(self, name: str) -> int:
+        for symbol in dict.fromkeys(layer.ffn for layer in self.layers if layer.ffn):
+            options = self.feed_forward(symbol)[1]
+            if hasattr(options, "num_experts"):
+                return getattr(options, name)
+        raise AttributeError(f"no layer of layout {self.layout!r} has experts")
 
     def states_of(self, layer: Layer) -> int:
         """States that a layer keeps, each with a slot of its own in the cache."""
