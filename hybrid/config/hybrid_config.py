@@ -17,7 +17,6 @@ from hybrid.modeling.losses import LossBackend
 from hybrid.modeling.mup import attention_scale, width_ratio
 from hybrid.nn.norms import NormName
 
-
 DERIVED = ("num_attention_heads", "num_key_value_heads", "head_dim")
 """Sizes that others read by transformers' names, and that no config is built from."""
 
@@ -40,7 +39,7 @@ class Values(dict[str, Any]):
 
     def get(self, key: str, default: Any = None) -> Any:
         """The value of a key, or a derived size."""
-        return self[key] if key in self else default
+        return super().get(key, self.derived.get(key, default))
 
 
 class HybridConfig(PreTrainedConfig):

@@ -5,6 +5,7 @@ Shapes: B batch, T time, D model dim, V vocabulary.
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -263,6 +264,14 @@ class HybridForCausalLM(Objective, HybridPreTrainedModel, GenerationMixin):
         names = ("config", "inputs_embeds", "attention_mask", CACHE)
         mask = create_recurrent_attention_mask(**{name: kwargs[name] for name in names})
         return {"linear_attention": mask}
+
+    @functools.wraps(GenerationMixin.prepare_inputs_for_generation)
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """As transformers', with the cache as `past_key_values`, where PEFT 0.21 looks for it."""
+        inputs = super().prepare_inputs_for_generation(*args, **kwargs)
+        if CACHE in inputs:
+            inputs["past_key_values"] = inputs.pop(CACHE)
+        return inputs
 
     @classmethod
     def from_published(
