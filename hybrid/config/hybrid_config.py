@@ -17,6 +17,9 @@ from hybrid.modeling.losses import LossBackend
 from hybrid.modeling.mup import attention_scale, width_ratio
 from hybrid.nn.norms import NormName
 
+UNLIMITED = 2**31 - 1
+"""The context length of a model that has none, where a number is asked for."""
+
 DERIVED = ("num_attention_heads", "num_key_value_heads", "head_dim")
 """Sizes that others read by transformers' names, and that no config is built from."""
 
@@ -348,6 +351,11 @@ class HybridConfig(PreTrainedConfig):
     def moe_intermediate_size(self) -> int:
         """Inner width of an expert of the first mixture."""
         return self._expert_option("intermediate_size")
+
+    @property
+    def n_positions(self) -> int:
+        """`max_position_embeddings`, or a length that no text reaches; lm-eval cuts texts to it."""
+        return self.max_position_embeddings or UNLIMITED
 
     @property
     def logit_scale(self) -> float:
