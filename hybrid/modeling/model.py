@@ -122,6 +122,11 @@ class HybridModel(HybridPreTrainedModel):
         """
         check_arguments("HybridModel", HybridModel.forward, kwargs, STACK_ARGUMENTS)
         past = pick_cache(cache, past_key_values)
+        marks = [x for x in ("seq_idx", "cu_seq_lens_q") if kwargs.get(x) is not None]
+        if marks and position_ids is None:
+            raise ValueError(
+                f"{marks[0]}: documents are told apart by position_ids that restart; give those, too"
+            )
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         x: torch.Tensor = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
