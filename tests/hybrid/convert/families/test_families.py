@@ -244,7 +244,9 @@ def test_gradients_of_all_weights(name, case, published):
 
 
 @each_case
-def test_export_gives_every_tensor_back_and_their_class_loads_it(name, case, published, tmp_path):
+def test_export_gives_every_tensor_back_and_their_class_loads_it(
+    name, case, published, tmp_path, assert_same_weights, assert_close_to_rounding
+):
     found = published(name, case)
     assert hybrid.convert.export(found.ours, tmp_path / "out", name, max_shard_size="50KB") == name
     with Checkpoint(tmp_path / "out") as written, Checkpoint(found.folder) as read:
@@ -257,8 +259,9 @@ def test_export_gives_every_tensor_back_and_their_class_loads_it(name, case, pub
     )
     assert not any(info.values()), info
     assert again.config.architectures == [found.family.architecture]
+    assert_same_weights(again, found.theirs)
     with torch.no_grad():
-        assert torch.equal(again.eval()(found.ids).logits, found.theirs(found.ids).logits)
+        assert_close_to_rounding(again.eval()(found.ids).logits, found.theirs(found.ids).logits)
     before, after = (
         json.loads(c.to_json_string(False)) for c in (found.theirs.config, again.config)
     )
