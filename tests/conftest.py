@@ -1,8 +1,11 @@
-"""What all tests share: one thread, and memory that nobody wrote filled with NaN."""
+"""What all tests share: one thread here and in the processes they start, and caches of their own."""
 
+import itertools
 import os
+import sys
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ["OMP_NUM_THREADS"] = "1"  # sums in one order; also the default of started processes
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
@@ -11,9 +14,21 @@ import torch
 torch.set_num_threads(1)
 
 
+CACHES = itertools.count()
+
+
 @pytest.fixture(autouse=True)
 def _same_seed_for_every_test():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _own_cache_of_datasets(monkeypatch, tmp_path_factory):
+    """Let `datasets` keep what it prepares in a folder of each test, here and in other processes."""
+    folder = str(tmp_path_factory.getbasetemp() / "datasets" / str(next(CACHES)))
+    monkeypatch.setenv("HF_DATASETS_CACHE", folder)
+    if "datasets" in sys.modules:  # which has read the variable
+        monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", folder)
 
 
 @pytest.fixture

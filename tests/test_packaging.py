@@ -3,6 +3,7 @@
 import importlib.metadata
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -64,8 +65,16 @@ def test_version_is_the_distributions():
     assert hybrid.__version__ == importlib.metadata.version("hybrid-language-models")
 
 
+READ_ONLY = {"arxiv.org", "github.com", "huggingface.co"}  # papers, code and models, to read
+
+
 def test_readme_has_the_two_commands_and_no_third_party_host():
+    """Installing asks the package index that pip is set up for, and nobody else."""
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    blocks = readme.split("```bash\n")[1:]
+    blocks = [block.split("```")[0] for block in readme.split("```bash\n")[1:]]
     assert "hybrid quickstart" in blocks[0]
     assert "pytest" in blocks[1]
+    pins = (ROOT / "constraints.txt").read_text(encoding="utf-8")
+    for text in (*blocks, pins):
+        assert not re.search(r"://|git\+|--(extra-)?index|--find-links|--trusted-host", text)
+    assert set(re.findall(r"\w+://([\w.-]+)", readme)) <= READ_ONLY

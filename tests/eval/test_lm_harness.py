@@ -64,7 +64,6 @@ def folder(tmp_path, monkeypatch):
         (place / f"{name}.yaml").write_text(text.format(data=data))
     manager = TaskManager(include_path=str(place), include_defaults=False)
     monkeypatch.setattr(lm_harness, "_manager", lambda include_path: manager)
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     return place
 
 

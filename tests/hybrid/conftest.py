@@ -16,9 +16,9 @@ D, VOCAB = 32, 61
 
 
 def mixer_cases():
-    """(mixer name, options) for every sample of every registered mixer of this package."""
+    """(mixer name, options) for every sample of every registered mixer; all but the first are slow."""
     return [
-        pytest.param(name, options, id=f"{name}-{i}")
+        pytest.param(name, options, id=f"{name}-{i}", marks=[pytest.mark.slow] * bool(i))
         for name in mixers.names()
         for i, options in enumerate(mixers.get(name).samples())
     ]
@@ -39,7 +39,7 @@ AROUND = {
 
 def stack_cases():
     """Every sample of every mixer by itself, and some with settings around them."""
-    alone = [pytest.param(*case.values, {}, id=case.id) for case in mixer_cases()]
+    alone = [pytest.param(*case.values, {}, id=case.id, marks=case.marks) for case in mixer_cases()]
     return alone + [pytest.param(*case, id=name) for name, case in AROUND.items()]
 
 
@@ -149,7 +149,7 @@ def launch(tmp_path):
             capture_output=True,
             text=True,
             timeout=400,
-            env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
+            env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
         )
         assert ended.returncode == 0, ended.stdout + ended.stderr
         return given

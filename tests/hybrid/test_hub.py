@@ -48,6 +48,7 @@ def run(code, tmp_path, check=True):
     return done
 
 
+@pytest.mark.slow
 def test_loads_in_a_fresh_process_that_never_imported_hybrid(
     checkpoint, tmp_path, ids, assert_same_weights, assert_close_to_rounding
 ):
@@ -83,6 +84,7 @@ def test_loads_in_a_fresh_process_that_never_imported_hybrid(
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("auto", ["AutoConfig", "AutoModel", "AutoModelForCausalLM"])
 def test_names_the_package_to_install_where_it_is_missing(checkpoint, tmp_path, auto):
     code = f"from transformers import {auto}\n"

@@ -1,4 +1,4 @@
-"""All kernel tests run with uninitialised memory filled with NaN, on one thread."""
+"""All kernel tests run with uninitialised memory filled with NaN."""
 
 import os
 
@@ -18,11 +18,3 @@ def nan_in_uninitialised_memory():
     yield
     torch.use_deterministic_algorithms(before)
     torch.utils.deterministic.fill_uninitialized_memory = filled
-
-
-@pytest.fixture(autouse=True, scope="session")
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)

@@ -21,7 +21,7 @@ def run(*command, **variables):
     return subprocess.run(
         [sys.executable, *command],
         cwd=HERE.parents[1],
-        env={**inherited, "OMP_NUM_THREADS": "1", **variables},
+        env={**inherited, **variables},
         capture_output=True,
         text=True,
     )

@@ -11,6 +11,7 @@ import hybrid
 
 pytestmark = [
     pytest.mark.real_weights,
+    pytest.mark.slow,
     # Both come from reading GGUF, not from us
     pytest.mark.filterwarnings("ignore::UserWarning"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),

@@ -28,11 +28,6 @@ TOKENIZER = byte_tokenizer()
 TEXTS = ["the first text", "2nd", "and a third one, longer than the others"]
 
 
-@pytest.fixture(autouse=True)
-def caches_of_datasets(tmp_path, monkeypatch):
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
-
-
 @pytest.fixture
 def plugin(tmp_path, monkeypatch):
     """Install a package whose module defines `numbers`, an entry point of `hybrid.data`."""

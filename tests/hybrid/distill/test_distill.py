@@ -60,11 +60,6 @@ def text_file(tmp_path_factory):
     return str(path)
 
 
-@pytest.fixture(autouse=True)
-def own_cache(monkeypatch, tmp_path):
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
-
-
 @pytest.fixture
 def values(teacher_folder, text_file, tmp_path):
     """A distillation of seconds."""

@@ -232,12 +232,6 @@ def values(tmp_path, out="run", repeats=4, **more):
     }
 
 
-@pytest.fixture
-def quiet(monkeypatch, tmp_path):
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
-
-
-@pytest.mark.usefixtures("quiet")
 def test_training_moves_and_saves_the_bias_and_logs_the_load(tmp_path):
     from safetensors.torch import load_file
 
@@ -259,7 +253,6 @@ def test_training_moves_and_saves_the_bias_and_logs_the_load(tmp_path):
     assert 0 <= last["expert_idle_share"] < 1
 
 
-@pytest.mark.usefixtures("quiet")
 def test_a_resumed_run_has_the_bias_and_the_loads_of_one_that_was_not_stopped(tmp_path):
     from safetensors.torch import load_file
 
@@ -272,7 +265,6 @@ def test_a_resumed_run_has_the_bias_and_the_loads_of_one_that_was_not_stopped(tm
     assert one == two
 
 
-@pytest.mark.usefixtures("quiet")
 def test_accumulation_weighs_the_auxiliary_loss_once(tmp_path):
     """The loss of 2 x 2 rows of as many targets is that of 4."""
     losses = []
@@ -329,7 +321,7 @@ dist.destroy_process_group()
 def by_two(folder, ids):
     torch.save(ids, folder / "ids.pt")
     (folder / "worker.py").write_text(WORKER)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, str(folder / "worker.py")]
     workers = [
         subprocess.Popen([*command, str(rank), str(folder)], env=environment) for rank in (0, 1)

@@ -196,10 +196,10 @@ def test_error_survives_pickling():
     ],
 )
 def test_gigantic_is_refused_at_once(text):
-    start = time.perf_counter()
+    start = time.process_time()
     with pytest.raises(LayoutError, match=r"too many layers(?s:.*)100,000"):
         parse(text)
-    assert time.perf_counter() - start < 2
+    assert time.process_time() - start < 2
 
 
 def test_cap_is_on_the_whole_stack_and_is_reached():
@@ -582,9 +582,9 @@ def test_the_plainest_of_the_shortest(text, printed):
 @pytest.mark.parametrize("text", ["L128", "(L3S)32", "((LS)3M)18MM", "L127S"])
 def test_printing_128_layers_is_fast(text):
     layout = Layout(parse(text).layers)
-    start = time.perf_counter()
+    start = time.process_time()
     assert len(str(layout)) <= len(text)
-    assert time.perf_counter() - start < 1
+    assert time.process_time() - start < 1
 
 
 def test_printing_beyond_the_exact_search():

@@ -207,6 +207,7 @@ def test_gradient_checkpointing_changes_no_gradient(stack, ids):
         assert_close(p.grad, grad, **CLOSE)
 
 
+@pytest.mark.slow
 def test_compiled_without_graph_breaks(stack, ids):
     torch.compiler.reset()  # every mixer compiles the same code objects, whose caches hold few
     torch._dynamo.reset()  # the limit on recompilations counts those of other mixers

@@ -15,11 +15,6 @@ from hybrid.train.build import check_trackers
 from hybrid.train.runner import prepare_run
 
 
-@pytest.fixture(autouse=True)
-def one_thread(monkeypatch):
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-
-
 @pytest.fixture
 def trained(tmp_path):
     """Train a tiny hybrid for three steps; rows have different numbers of labels."""

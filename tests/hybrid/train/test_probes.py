@@ -15,11 +15,6 @@ from hybrid.train.runner import prepare_run
 STEPS = 6
 
 
-@pytest.fixture(autouse=True)
-def one_thread(monkeypatch):
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-
-
 @pytest.fixture
 def values(tmp_path):
     """A hybrid with dropout and experts: what a probe could disturb is there."""

@@ -37,18 +37,6 @@ from hybrid.train.runner import prepare_run
 STEPS, SAVE = 10, 3
 
 
-@pytest.fixture(autouse=True)
-def one_thread(monkeypatch, tmp_path):
-    """Sums in one order, here and in the processes that are started."""
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture
 def values(tmp_path):
     """A run of seconds: two sources, dropout, a schedule; a log at every step."""
@@ -282,6 +270,7 @@ def killed_run(path, how):
     assert ended.returncode == -signal.SIGKILL, ended.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("how", "start"),
     [
