@@ -11,6 +11,7 @@ from hybrid_kernels import bench, bench_report
 from hybrid_kernels.rival_steps import STEPS
 
 
+@pytest.mark.slow
 def test_it_runs_and_writes_its_figures(tmp_path):
     """In a process of its own: transformers warns at import when an optional package is odd.
 
