@@ -10,9 +10,12 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hybrid.imports import add_option, import_user_code
+
+if TYPE_CHECKING:
+    from hybrid.ablate.statistics import Score
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -225,7 +228,7 @@ class _Tasks:
 
     def __call__(
         self, folder: Path, metrics: Sequence[str], options: Mapping[str, Any]
-    ) -> dict[str, float]:
+    ) -> dict[str, Score]:
         """The headline figure of each task on the checkpoint in `folder`."""
         import hybrid  # noqa: F401  (registers the model with transformers)
         from hybrid_eval import Settings, evaluate
@@ -239,7 +242,15 @@ class _Tasks:
             str(folder), metrics, settings=Settings(**settings), options=options.get("options")
         )
         results = found["models"][0]["results"]
-        return {name: results[name][results[name]["metric"]] for name in metrics}
+        return {name: self._score(results[name]) for name in metrics}
+
+    @staticmethod
+    def _score(result: Mapping[str, Any]) -> Score:
+        """The headline figure, with its items where it is their mean."""
+        from hybrid.ablate.statistics import Score
+
+        bounded = result["metric"] == "accuracy" or "chance" in result
+        return Score(result[result["metric"]], tuple(result.get("items", ())), bounded)
 
     @staticmethod
     def _settings() -> list[str]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+from hybrid.ablate.statistics import Score
 from hybrid.config.options import ConfigError, build, did_you_mean, option
 from hybrid.train import yaml
 from hybrid.train.config import TrainConfig, parse_config
@@ -36,8 +37,8 @@ class Evaluator(Protocol):
 
     def __call__(
         self, folder: Path, metrics: Sequence[str], options: Mapping[str, Any]
-    ) -> dict[str, float]:
-        """Every metric of the checkpoint in `folder`."""
+    ) -> Mapping[str, float | Score]:
+        """Every metric of the checkpoint in `folder`; a `Score` names its items, too."""
         ...
 
 

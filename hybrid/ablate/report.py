@@ -13,7 +13,14 @@ from typing import Any
 from hybrid.ablate.config import TRAINING_METRICS, Evaluator
 from hybrid.ablate.design import Design, Variant
 from hybrid.ablate.runs import Measured
-from hybrid.ablate.statistics import estimate, holm, p_value
+from hybrid.ablate.statistics import (
+    FEWEST_PAIRS,
+    estimate,
+    holm,
+    p_value,
+    sampling_of,
+    sampling_of_difference,
+)
 from hybrid.plan import human_bytes
 
 Record = dict[str, Any]
@@ -24,9 +31,10 @@ def summarise(
 ) -> Record:
     """Everything the report holds, as plain values; no number is NaN, absent ones are None.
 
-    A change is established on a metric if the interval of its difference, paired by seed, excludes 0
-    and its p, corrected by Holm over the changes of the ablation (for each metric and each kind of
-    comparison), is below 1 - confidence. It is noise otherwise: not told from chance by these seeds.
+    A change is established on a metric if there are at least three pairs of seeds, the interval of
+    its difference excludes 0, and its p, corrected by Holm over the changes of the ablation (for each
+    metric and each kind of comparison), is below 1 - confidence. It is noise otherwise: not told from
+    chance by these seeds and these items of the evaluation.
     """
     ablation = design.ablation
     directions = {
@@ -57,7 +65,8 @@ def _variant(variant: Variant, measured: Sequence[Measured], ablation: Any) -> R
     metrics = {}
     for name in ablation.metrics:
         values = {str(run.seed): run.metrics[name] for run in ended}
-        found = estimate(list(values.values()), ablation.confidence)
+        sampling = sampling_of([run.score(name) for run in ended])
+        found = estimate(list(values.values()), ablation.confidence, sampling)
         metrics[name] = {**found._asdict(), "values": values}
     return {
         "name": variant.name,
@@ -82,16 +91,21 @@ def _effects(
         for kind in dict.fromkeys(c.kind for c in design.contrasts):
             family = []
             for contrast in (c for c in design.contrasts if c.kind == kind):
-                pairs = {
-                    str(seed): found[contrast.changed, seed].metrics[metric]
-                    - found[contrast.unchanged, seed].metrics[metric]
+                seeds = [
+                    seed
                     for seed in design.ablation.seeds
                     if {(contrast.changed, seed), (contrast.unchanged, seed)} <= found.keys()
-                }
-                differences = list(pairs.values())
-                ends = estimate(differences, design.ablation.confidence)
+                ]
+                changed, unchanged = (
+                    [found[name, seed].score(metric) for seed in seeds]
+                    for name in (contrast.changed, contrast.unchanged)
+                )
+                differences = [a.value - b.value for a, b in zip(changed, unchanged, strict=True)]
+                pairs = dict(zip(map(str, seeds), differences, strict=True))
+                sampling = sampling_of_difference(changed, unchanged)
+                ends = estimate(differences, design.ablation.confidence, sampling)
                 shown = {**dataclasses.asdict(contrast), "metric": metric, **ends._asdict()}
-                family.append({**shown, "p": p_value(differences), "pairs": pairs})
+                family.append({**shown, "p": p_value(differences, sampling), "pairs": pairs})
             corrected = holm([effect["p"] for effect in family])
             for effect, p in zip(family, corrected, strict=True):
                 level = 1 - design.ablation.confidence
@@ -109,7 +123,13 @@ def verdict(effect: Record, better: str, level: float) -> str:
     """`better` or `worse` where the change is established, else `noise` or why there is none."""
     if effect["n"] < 2:
         return "no pair of seeds" if effect["n"] == 0 else "one pair of seeds: no interval"
-    if effect["low"] <= 0 <= effect["high"] or not effect["p_holm"] < level:
+    if effect["n"] < FEWEST_PAIRS:
+        return f"{effect['n']} pairs of seeds: a verdict needs {FEWEST_PAIRS}"
+    if effect["p"] == 1 or effect["low"] <= 0 <= effect["high"]:
+        return "noise"
+    if math.isnan(effect["p"]):
+        return "the same in all seeds: no interval"
+    if not effect["p_holm"] < level:
         return "noise"
     return "better" if (effect["mean"] < 0) == (better == "lower") else "worse"
 
@@ -159,7 +179,7 @@ def interval(found: Record, sign: str = "") -> str:
     number = f"{{:{sign}.4g}}"
     mean = number.format(found["mean"])
     if found["low"] is None:
-        return f"{mean} (one seed)"
+        return f"{mean} ({'one seed' if found['n'] == 1 else 'no spread over seeds'})"
     return f"{mean} [{number.format(found['low'])}, {number.format(found['high'])}]"
 
 
@@ -184,11 +204,13 @@ def notes(report: Record) -> list[str]:
     seeds, confidence = report["seeds"], report["confidence"]
     lines = [
         f"Seeds: {', '.join(map(str, seeds))}. Intervals: Student's t, {confidence:.0%}, over seeds."
-        " Differences are paired by seed: one seed, the same data order.",
-        f"Established: the interval of the difference excludes 0 and p, corrected by Holm over the"
-        f" changes (within each metric and kind of comparison, not over metrics), is below"
-        f" {1 - confidence:.2g}. Noise: these seeds do not tell the change from chance, which does not"
-        " show that it does nothing.",
+        " Differences are paired by seed: one seed, the same data order. Where an evaluation names its"
+        " items, the interval also holds what other items would have given: all seeds share them.",
+        f"Established: at least {FEWEST_PAIRS} pairs of seeds, the interval of the difference excludes"
+        " 0, and p, corrected by Holm over the changes (within each metric and kind of comparison, not"
+        f" over metrics), is below {1 - confidence:.2g}. Noise: neither these seeds nor these items"
+        " tell the change from chance, which does not show that it does nothing. Values that are the"
+        " same in all seeds, without items, have no interval.",
         "A change alone is compared with the baseline; leave-one-out compares all changes together"
         " with all but that one.",
     ]

@@ -16,7 +16,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ import yaml
 
 from hybrid.ablate.config import TRAINING_METRICS, Ablation, Evaluator
 from hybrid.ablate.design import Design, Variant
+from hybrid.ablate.statistics import Score
 from hybrid.config.options import ConfigError
 from hybrid.quickstart import training_command
 from hybrid.train.config import parse_config
@@ -46,6 +47,7 @@ class Measured:
         tokens_per_second: of the training.
         seconds: that the whole training takes at that speed.
         diverged: why there is nothing to measure; None for a run that ended well.
+        scores: those of the metrics whose items are known.
     """
 
     variant: str
@@ -55,6 +57,11 @@ class Measured:
     tokens_per_second: float
     seconds: float
     diverged: str | None = None
+    scores: dict[str, Score] = field(default_factory=dict)
+
+    def score(self, metric: str) -> Score:
+        """A metric with what is known of its items."""
+        return self.scores.get(metric) or Score(self.metrics[metric])
 
 
 def train_here(path: Path) -> None:
@@ -172,13 +179,18 @@ def _measure(
         reason = json.loads((folder / DIVERGED).read_text(encoding="utf-8"))["reason"]
         return Measured(variant.name, seed, str(folder), {}, math.nan, math.nan, reason)
     result = json.loads((folder / RESULT).read_text(encoding="utf-8"))
-    metrics = {"loss": _tail(result["losses"])}
+    scores = {"loss": Score(_tail(result["losses"]))}
     if result["eval_losses"]:
-        metrics["eval_loss"] = result["eval_losses"][-1][1]
+        scores["eval_loss"] = Score(result["eval_losses"][-1][1])
     others = [m for m in ablation.metrics if m not in TRAINING_METRICS]
     if others and evaluator is not None:
-        metrics |= _evaluated(ablation, folder, others, evaluator)
-    _write(folder / METRICS, json.dumps({"evaluate": ablation.evaluate, "metrics": metrics}))
+        scores |= _evaluated(ablation, folder, others, evaluator)
+    kept = {
+        "evaluate": ablation.evaluate,
+        "metrics": {name: score.value for name, score in scores.items()},
+        "scores": {name: score._asdict() for name, score in scores.items()},
+    }
+    _write(folder / METRICS, json.dumps(kept))
     speed = result["tokens_per_second"]
     # a resumed run timed its last part only
     whole = result["steps"] * result["tokens"] / max(1, result["steps"] - result["resumed_from"])
@@ -186,24 +198,33 @@ def _measure(
         variant.name,
         seed,
         str(folder),
-        {name: metrics[name] for name in ablation.metrics},
+        {name: scores[name].value for name in ablation.metrics},
         speed,
         whole / speed if speed else math.nan,
+        scores={name: scores[name] for name in ablation.metrics},
     )
 
 
 def _evaluated(
     ablation: Ablation, folder: Path, names: list[str], evaluator: Evaluator
-) -> dict[str, float]:
+) -> dict[str, Score]:
     """The evaluator's metrics; those that were measured before with the same options are kept."""
-    kept: dict[str, float] = {}
+    kept: dict[str, Score] = {}
     path = folder / METRICS
     if path.is_file():
         before = json.loads(path.read_text(encoding="utf-8"))
         if before["evaluate"] == json.loads(json.dumps(ablation.evaluate)):
-            kept = {name: before["metrics"][name] for name in names if name in before["metrics"]}
+            scores = before.get("scores", {})
+            kept = {name: _score(Score(**scores[name])) for name in names if name in scores}
     absent = [name for name in names if name not in kept]
-    return kept | (evaluator(folder, absent, ablation.evaluate) if absent else {})
+    found = evaluator(folder, absent, ablation.evaluate) if absent else {}
+    return kept | {name: _score(value) for name, value in found.items()}
+
+
+def _score(found: float | Score) -> Score:
+    if not isinstance(found, Score):
+        return Score(float(found))
+    return found._replace(items=tuple(map(float, found.items)))
 
 
 def _tail(losses: list[tuple[int, float]]) -> float:

@@ -1,19 +1,28 @@
 """Means over few seeds, their intervals, paired differences, and many of them at once.
 
-Student's t throughout. Its distribution for whole degrees of freedom is a finite sum (Abramowitz and
-Stegun, Handbook of Mathematical Functions, 26.7.3 and 26.7.4), so nothing beyond the standard library
-is needed.
+Two things make a mean over seeds uncertain: the seeds themselves, and the items of the evaluation,
+which all seeds share, so that more seeds do not help against it. With V_s and V_i the variances of
+the mean from either, and t_s and t_i Student's quantiles at their degrees of freedom, an interval is
+
+    mean +- sqrt(t_s^2 V_s + t_i^2 V_i)
+
+It is never narrower than Student's interval over seeds. A p-value is the level at which 0 leaves it.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import numpy as np
+
+FEWEST_PAIRS = 3  # pairs of seeds, below which nothing is called established
+ROUNDING = 1e-9  # a spread smaller than this share of the values is none
 
 
 class Estimate(NamedTuple):
-    """A mean and its interval; the ends are nan for fewer than two values."""
+    """A mean and its interval; the ends are nan for fewer than two values, or without a spread."""
 
     mean: float
     low: float
@@ -21,54 +30,112 @@ class Estimate(NamedTuple):
     n: int
 
 
-def t_within(t: float, freedom: int) -> float:
-    """P(|T| < t) for Student's t with `freedom` degrees of freedom, a whole number from 1."""
-    angle = math.atan2(abs(t), math.sqrt(freedom))
-    cosine, sine = math.cos(angle), math.sin(angle)
-    odd = freedom % 2
-    term, total = (cosine, 0.0) if odd else (1.0, 0.0)
-    for k in range(1 if odd else 0, freedom - 1, 2):
-        total += term
-        term *= cosine**2 * (k + 1) / (k + 2)
-    if odd:
-        return 2 / math.pi * (angle + sine * total)
-    return sine * total
+class Score(NamedTuple):
+    """What an evaluation found.
+
+    Attributes:
+        value: the metric.
+        items: of which it is the mean: one score for each question, row or window; the same ones, in
+            the same order, for every checkpoint. Empty where they are not known.
+        bounded: scores lie in [0, 1] (an accuracy).
+    """
+
+    value: float
+    items: tuple[float, ...] = ()
+    bounded: bool = False
+
+
+class Sampling(NamedTuple):
+    """Standard error of a mean that comes from the items of the evaluation.
+
+    Attributes:
+        error: 0 where there are none, as for a training loss.
+        items: how many it was estimated from.
+        low: smallest value that the mean can have.
+        high: largest one.
+    """
+
+    error: float = 0.0
+    items: int = 0
+    low: float = -math.inf
+    high: float = math.inf
+
+
+NO_ITEMS = Sampling()
 
 
 def t_quantile(confidence: float, freedom: int) -> float:
-    """The t with P(|T| < t) = confidence, in (0, 1)."""
-    low, high = 0.0, 1.0
-    while t_within(high, freedom) < confidence:
-        low, high = high, 2 * high
-    for _ in range(80):
-        middle = (low + high) / 2
-        low, high = (middle, high) if t_within(middle, freedom) < confidence else (low, middle)
-    return (low + high) / 2
+    """Return the t with P(|T| < t) = confidence, in (0, 1)."""
+    return _t_beyond(1 - confidence, freedom)
 
 
-def estimate(values: Sequence[float], confidence: float) -> Estimate:
-    """The mean of independent values and its two-sided t-interval."""
+def estimate(values: Sequence[float], confidence: float, sampling: Sampling = NO_ITEMS) -> Estimate:
+    """The mean over seeds and its two-sided interval.
+
+    Values that are all equal, without items to tell how exact they are, have no interval: equal
+    results of few seeds are what a coarse metric often gives.
+    """
     n = len(values)
     if n == 0:
         return Estimate(math.nan, math.nan, math.nan, 0)
     mean = math.fsum(values) / n
-    if n == 1:
-        return Estimate(mean, math.nan, math.nan, 1)
-    half = t_quantile(confidence, n - 1) * _error(values, mean)
-    return Estimate(mean, mean - half, mean + half, n)
+    error = _spread(values)
+    if n == 1 or (error == 0 and sampling.error == 0):
+        return Estimate(mean, math.nan, math.nan, n)
+    half = _half(1 - confidence, error, n, sampling)
+    return Estimate(mean, max(sampling.low, mean - half), min(sampling.high, mean + half), n)
 
 
-def p_value(differences: Sequence[float]) -> float:
-    """Two-sided p of the t-test that the mean of paired differences is 0; nan below two pairs."""
+def p_value(differences: Sequence[float], sampling: Sampling = NO_ITEMS) -> float:
+    """Two-sided p that the mean of paired differences is 0; nan where there is no interval."""
+    from scipy import optimize, special
+
     n = len(differences)
     if n < 2:
         return math.nan
-    mean = math.fsum(differences) / n
-    error = _error(differences, mean)
-    if error == 0:
-        # no spread at all: the same difference for every seed
-        return 1.0 if mean == 0 else 0.0
-    return max(0.0, 1 - t_within(mean / error, n - 1))
+    mean, error = abs(math.fsum(differences) / n), _spread(differences)
+    if mean <= ROUNDING * max(1.0, *map(abs, differences)):
+        return 1.0  # equal
+    if error == 0 and sampling.error == 0:
+        return math.nan
+    if sampling.error == 0:
+        return float(2 * special.stdtr(n - 1, -mean / error))
+
+    def beyond(log_p: float) -> float:
+        return _half(math.exp(log_p), error, n, sampling) - mean
+
+    smallest = -30.0  # no p below e^-30 is told apart
+    found: Any = optimize.brentq(beyond, smallest, 0.0) if beyond(smallest) > 0 else smallest
+    return math.exp(found)
+
+
+def sampling_of(scores: Sequence[Score]) -> Sampling:
+    """The items' part in the uncertainty of a mean over seeds.
+
+    For scores in [0, 1] two right and two wrong items are added (Agresti and Coull 1998, The American
+    Statistician 52), so that a perfect score is not taken for certainty.
+    """
+    if not _comparable(scores):
+        return Sampling(0.0, 0, *((0.0, 1.0) if _bounded(scores) else ()))
+    items = np.mean([score.items for score in scores], axis=0)
+    if not _bounded(scores):
+        return _sampling(items, [])
+    return _sampling(items, [1.0, 1.0, 0.0, 0.0])._replace(low=0.0, high=1.0)
+
+
+def sampling_of_difference(changed: Sequence[Score], unchanged: Sequence[Score]) -> Sampling:
+    """The same for the mean of paired differences: what both get right or wrong cancels.
+
+    For scores in [0, 1] two items are added, one in favour of each (Bonett and Price 2012, Journal of
+    Educational and Behavioral Statistics 37).
+    """
+    both = [*changed, *unchanged]
+    ends = (-1.0, 1.0) if _bounded(both) else (-math.inf, math.inf)
+    if not _comparable(both):
+        return Sampling(0.0, 0, *ends)
+    mine, other = (np.mean([s.items for s in scores], axis=0) for scores in (changed, unchanged))
+    added = [1.0, -1.0] if _bounded(both) else []
+    return _sampling(mine - other, added)._replace(low=ends[0], high=ends[1])
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -77,16 +144,50 @@ def holm(p_values: Sequence[float]) -> list[float]:
     Rejecting what is below a level keeps the chance of any false rejection below that level. A nan
     stays one and is not counted.
     """
-    order = sorted(
-        (i for i, p in enumerate(p_values) if not math.isnan(p)), key=lambda i: p_values[i]
-    )
-    corrected, largest = list(p_values), 0.0
-    for rank, i in enumerate(order):
-        largest = max(largest, min(1.0, (len(order) - rank) * p_values[i]))
-        corrected[i] = largest
-    return corrected
+    from statsmodels.stats.multitest import multipletests
+
+    corrected = np.asarray(p_values, dtype=float)
+    known = ~np.isnan(corrected)
+    if known.any():
+        corrected[known] = multipletests(corrected[known], method="holm")[1]
+    return corrected.tolist()
 
 
-def _error(values: Sequence[float], mean: float) -> float:
-    n = len(values)
-    return math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (n - 1) / n)
+def _half(alpha: float, error: float, n: int, sampling: Sampling) -> float:
+    """Half the width of the interval that misses with a chance of `alpha`."""
+    half = _t_beyond(alpha, n - 1) * error
+    if sampling.error:
+        half = math.hypot(half, _t_beyond(alpha, sampling.items - 1) * sampling.error)
+    return half
+
+
+def _t_beyond(alpha: float, freedom: int) -> float:
+    """The t with P(|T| > t) = alpha."""
+    from scipy import special
+
+    return -float(special.stdtrit(freedom, alpha / 2))
+
+
+def _spread(values: Sequence[float]) -> float:
+    """Standard error of a mean; 0 where the values differ by rounding only, or are fewer than two."""
+    if len(values) < 2:
+        return 0.0
+    error = float(np.std(values, ddof=1)) / math.sqrt(len(values))
+    return 0.0 if error <= ROUNDING * max(map(abs, values)) else error
+
+
+def _sampling(items: Any, added: Sequence[float]) -> Sampling:
+    """The error of the mean of these items, and not less than with those added."""
+    more = np.concatenate([items, added])
+    plain = float(items.std(ddof=1)) / math.sqrt(items.size)
+    return Sampling(max(plain, float(more.std()) / math.sqrt(more.size)), len(items))
+
+
+def _comparable(scores: Sequence[Score]) -> bool:
+    """Whether all have the same items, at least two."""
+    counts = {len(score.items) for score in scores}
+    return len(counts) == 1 and counts.pop() > 1
+
+
+def _bounded(scores: Sequence[Score]) -> bool:
+    return bool(scores) and all(score.bounded for score in scores)
