@@ -6,15 +6,17 @@ Legend: N documents, n tokens in all.
 from __future__ import annotations
 
 import json
+import re
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from hybrid.files import read_json, write_array
 from hybrid.tokenizer import is_byte_tokenizer
 
 if TYPE_CHECKING:
@@ -23,6 +25,8 @@ if TYPE_CHECKING:
 INDEX = "index.json"
 FORMAT = "hybrid-tokens-1"
 BATCH = 256  # documents handed to the tokenizer at a time
+BLOCK = 1 << 22  # elements hashed at a time
+SHARD = re.compile(r"\d+")  # names of shards: part of the names of their files
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,23 @@ class Documents:
         tokens = np.concatenate(arrays) if arrays else np.zeros(0, np.uint16)
         return cls(tokens, offsets)
 
+    def problem(self) -> str | None:
+        """What is wrong with arrays that were read from a disk, or None."""
+        for name, array, kind in (("tokens", self.tokens, "u"), ("offsets", self.offsets, "i")):
+            if array.ndim != 1 or array.dtype.kind != kind:
+                return f"{name}: expected one row of integers, found {array.ndim}-d {array.dtype}"
+        if not len(self.offsets) or self.offsets[0] != 0 or self.offsets[-1] != len(self.tokens):
+            return f"its offsets do not reach from 0 to {len(self.tokens)}, its number of tokens"
+        return "its offsets fall" if (self.lengths < 0).any() else None
+
+    def checksum(self) -> int:
+        """CRC-32 of the content: of the tokens and of where documents start."""
+        value = 0
+        for array in (self.tokens, self.offsets):
+            for start in range(0, len(array), BLOCK):
+                value = zlib.crc32(np.ascontiguousarray(array[start : start + BLOCK]).data, value)
+        return value
+
 
 def encode(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> Iterator[np.ndarray]:
     """Token ids of each text, followed by the end-of-text token where the tokenizer has one."""
@@ -83,15 +104,20 @@ def fingerprint(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def write_shard(folder: Path, number: int, arrays: Sequence[np.ndarray]) -> dict[str, int | str]:
-    """One shard as two .npy files; returns its entry in the index."""
+    """Write one shard as two .npy files; return its entry in the index."""
     documents = Documents.from_arrays(arrays)
     name = f"{number:05d}"
-    np.save(folder / f"tokens-{name}.npy", documents.tokens)
-    np.save(folder / f"offsets-{name}.npy", documents.offsets)
-    return {"name": name, "tokens": len(documents.tokens), "documents": len(documents)}
+    write_array(folder / f"tokens-{name}.npy", documents.tokens)
+    write_array(folder / f"offsets-{name}.npy", documents.offsets)
+    return {
+        "name": name,
+        "tokens": len(documents.tokens),
+        "documents": len(documents),
+        "checksum": documents.checksum(),
+    }
 
 
-def read_index(folder: Path) -> dict:
+def read_index(folder: Path) -> dict[str, Any]:
     """The index of a folder that `hybrid data prepare` wrote.
 
     Raises:
@@ -101,37 +127,57 @@ def read_index(folder: Path) -> dict:
     if not path.is_file():
         raise ValueError(
             f"{folder} holds no {INDEX}: not a folder of prepared data, or preparation did not"
-            " finish"
-            " (run `hybrid data prepare` again)"
+            " finish (run `hybrid data prepare` again)"
         )
     try:
-        index = json.loads(path.read_text(encoding="utf-8"))
+        index = read_json(path)
     except ValueError as error:
-        raise ValueError(f"{path} cannot be read ({error}); prepare the data again") from error
-    if not isinstance(index, dict) or index.get("format") != FORMAT:
+        raise ValueError(f"{error}; prepare the data again") from error
+    if index.get("format") != FORMAT:
         raise ValueError(f"{path} is not of the format {FORMAT!r} that this version reads")
+    if problem := _index_problem(index):
+        raise ValueError(f"{path}: {problem}; prepare the data again")
     return index
+
+
+def _index_problem(index: Mapping[str, Any]) -> str | None:
+    """What is wrong with an index of our format, or None."""
+    for key, kind in (("vocabulary", int), ("tokenizer", str), ("shards", list)):
+        if not isinstance(index.get(key), kind):
+            return f"{key}: expected {kind.__name__}, found {index.get(key)!r}"
+    for number, entry in enumerate(index["shards"]):
+        if not isinstance(entry, dict) or not SHARD.fullmatch(str(entry.get("name"))):
+            return f"shards[{number}]: expected an entry with the name of a shard, found {entry!r}"
+        for key in ("tokens", "documents"):
+            if type(entry.get(key)) is not int or entry[key] < 0:
+                return f"shards[{number}].{key}: expected a count, found {entry.get(key)!r}"
+    return None
 
 
 def open_shards(folder: Path) -> list[Documents]:
     """The shards of a prepared folder, memory-mapped.
 
     Raises:
-        ValueError: the folder is not one, or a shard is missing or cut short.
+        ValueError: the folder is not one, or a shard is missing, cut short or damaged.
     """
-    shards = []
-    for entry in read_index(folder)["shards"]:
-        files = [folder / f"{kind}-{entry['name']}.npy" for kind in ("tokens", "offsets")]
-        try:
-            tokens, offsets = (np.load(file, mmap_mode="r") for file in files)
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{folder}: shard {entry['name']} cannot be read ({error})") from error
-        found = (len(tokens), len(offsets) - 1)
-        if found != (entry["tokens"], entry["documents"]):
-            raise ValueError(
-                f"{folder}: shard {entry['name']} holds {found} tokens and documents, its index"
-                " says"
-                f" {(entry['tokens'], entry['documents'])}"
-            )
-        shards.append(Documents(tokens, offsets))
-    return shards
+    return [_open_shard(folder, entry) for entry in read_index(folder)["shards"]]
+
+
+def _open_shard(folder: Path, entry: Mapping[str, Any]) -> Documents:
+    shard = f"{folder}: shard {entry['name']}"
+    files = [folder / f"{kind}-{entry['name']}.npy" for kind in ("tokens", "offsets")]
+    try:
+        tokens, offsets = (np.load(file, mmap_mode="r") for file in files)
+    except (OSError, ValueError, EOFError) as error:
+        raise ValueError(f"{shard} cannot be read ({error}); prepare the data again") from error
+    documents = Documents(tokens, offsets)
+    problem = documents.problem()
+    found = None if problem else (len(tokens), len(documents))
+    if found is not None and found != (entry["tokens"], entry["documents"]):
+        problem = (
+            f"it holds {found} tokens and documents, its index says"
+            f" {(entry['tokens'], entry['documents'])}"
+        )
+    if problem:
+        raise ValueError(f"{shard} is damaged: {problem}; prepare the data again")
+    return documents

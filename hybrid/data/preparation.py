@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +10,7 @@ import numpy as np
 from hybrid.config.options import ConfigError
 from hybrid.data.documents import FORMAT, INDEX, encode, fingerprint, write_shard
 from hybrid.data.sources import open_texts, parse_source, plugins
+from hybrid.files import write_json
 from hybrid.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
@@ -88,9 +87,7 @@ def prepare(
         "tokens": _total(shards, "tokens"),
         "shards": shards,
     }
-    unfinished = folder / f"{INDEX}.unfinished"
-    unfinished.write_text(json.dumps(index, indent=1), encoding="utf-8")
-    os.replace(unfinished, folder / INDEX)
+    write_json(folder / INDEX, index)
     return index
 
 

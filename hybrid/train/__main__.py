@@ -8,10 +8,16 @@ import sys
 from collections.abc import Sequence
 
 from hybrid.imports import add_option, import_user_code
+from hybrid.terminal import guarded
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Train by a YAML file; returns the exit status."""
+    """Train by a YAML file; return the exit status."""
+    first = int(os.environ.get("RANK", "0")) == 0
+    return guarded("hybrid train", lambda: _main(arguments, first), quiet=not first)
+
+
+def _main(arguments: Sequence[str] | None, first: bool) -> int:
     parser = argparse.ArgumentParser(
         prog="hybrid.train", description="Train a model by a YAML file; run again to resume."
     )
@@ -31,7 +37,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from hybrid.train.runner import run
 
     logging.disable_progress_bar()  # one bar is ours, those of file writing tear it apart
-    first = int(os.environ.get("RANK", "0")) == 0
     try:
         import_user_code(parsed.imports)
         result = run(load_config(parsed.config, parsed.overrides))

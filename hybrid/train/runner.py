@@ -8,7 +8,7 @@ import sys
 import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,7 @@ from accelerate.utils import broadcast_object_list
 from transformers import set_seed
 
 from hybrid.data.collate import RowCollator
+from hybrid.terminal import Interrupted
 from hybrid.tokenizer import load_tokenizer
 from hybrid.train import build
 from hybrid.train.checkpoints import newest_whole, refuse_other_run, replace_text, step_of, writing
@@ -25,7 +26,7 @@ from hybrid.train.engines import refuse_other_engine
 from hybrid.train.model import load_model, model_config
 from hybrid.train.optim import Decay
 from hybrid.train.slicing import check_slices, held_out, sliced, spread
-from hybrid.train.storage import check_storage
+from hybrid.train.storage import check_storage, sole_run
 from hybrid.train.throughput import training_flops_per_token
 from hybrid.train.trainer import HybridTrainer
 
@@ -86,12 +87,17 @@ def run(
             another run (before anything is computed).
         CheckpointError: a checkpoint could not be written; earlier ones are kept.
         FloatingPointError: the loss is not finite; `diverged.json` in the output folder says so, too.
+        Interrupted: SIGINT or SIGTERM ended the run after a step, of which there is a checkpoint.
     """
-    trainer = prepare_run(config, trainer_class)
+    with ExitStack() as stack:
+        return _run(prepare_run(config, trainer_class, stack))
+
+
+def _run(trainer: HybridTrainer) -> RunResult:
     args = trainer.args
     checkpoint = _find_checkpoint(trainer)
     started = time.perf_counter()
-    with _divergence_on_disk(args):
+    with _divergence_on_disk(args), _stopped_by_signals(trainer):
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     seconds = time.perf_counter() - started
     plugin = trainer.accelerator.state.fsdp_plugin if trainer.is_fsdp_enabled else None
@@ -111,9 +117,15 @@ def run(
 
 
 def prepare_run(
-    config: TrainConfig, trainer_class: Callable[..., HybridTrainer] = HybridTrainer
+    config: TrainConfig,
+    trainer_class: Callable[..., HybridTrainer] = HybridTrainer,
+    stack: ExitStack | None = None,
 ) -> HybridTrainer:
     """Everything that comes before the first step.
+
+    Args:
+        config, trainer_class: see `run`.
+        stack: takes the lock of the output folder; without it nothing is locked.
 
     Raises:
         ConfigError: the configuration cannot be run here.
@@ -145,6 +157,8 @@ def prepare_run(
     probes = build.open_probes(config, tokenizer, made, data_seed)
     build.make_folder(args)
     check_storage(args)
+    if stack is not None:
+        stack.enter_context(sole_run(args))
     set_seed(args.seed)
     resolved = config.as_dict()
     model = load_model(config, made)
@@ -210,6 +224,30 @@ def _find_checkpoint(trainer: HybridTrainer) -> Path | None:
         if args.process_index == 0:
             print(f"continuing from {found[0]}", file=sys.stderr)
     return found[0]
+
+
+@contextmanager
+def _stopped_by_signals(trainer: HybridTrainer) -> Iterator[None]:
+    """Training that SIGINT or SIGTERM ends after a step.
+
+    Raises:
+        Interrupted: one did.
+    """
+    stop = trainer.stop_signals
+    try:
+        with stop.watching():
+            yield
+    except RuntimeError as error:
+        # a signal to all processes ends the workers that load data, which torch reports here
+        if not stop.signal or "DataLoader worker" not in str(error):
+            raise
+        raise Interrupted("interrupted; start the same command again to go on") from error
+    except KeyboardInterrupt as error:
+        step = trainer.state.global_step
+        text = f"stopped at once in step {step + 1}; earlier checkpoints are kept"
+        raise Interrupted(f"{text}: start the same command again to go on") from error
+    if stop.stopped:
+        raise stop.outcome(trainer.args, trainer.state.global_step)
 
 
 @contextmanager

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
@@ -10,6 +12,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 
 from hybrid.config.options import ConfigError
+from hybrid.locks import FolderInUse, sole_writer
 from hybrid.train.checkpoints import numbered
 
 if TYPE_CHECKING:
@@ -36,6 +39,26 @@ def check_storage(args: TrainingArguments) -> None:
                 " training.save_strategy: no and take an empty folder)"
             ]
         )
+
+
+@contextmanager
+def sole_run(args: TrainingArguments) -> Iterator[None]:
+    """Keep other runs out of the output folder; the first process does, for all of this run.
+
+    Raises:
+        ConfigError: another run is in there.
+    """
+    with ExitStack() as stack:
+        problem: list[Any] = [None]
+        if args.process_index == 0:
+            try:
+                stack.enter_context(sole_writer(str(args.output_dir)))
+            except FolderInUse as error:
+                problem[0] = str(error)
+        broadcast_object_list(problem)
+        if problem[0] is not None:
+            raise ConfigError([f"training.output_dir: {problem[0]}"])
+        yield
 
 
 def _sees_mark(args: TrainingArguments) -> tuple[str, bool]:

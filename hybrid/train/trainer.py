@@ -25,6 +25,7 @@ from hybrid.train.checkpoints import remove_old, write_manifest, writing
 from hybrid.train.config import MuonConfig
 from hybrid.train.engines import load_model, load_optimizer, shard_ties_with_the_stack
 from hybrid.train.expert_load import ExpertLoad
+from hybrid.train.interrupt import StopSignals
 from hybrid.train.optim import Decay, Several, decaying, groups, matrices
 from hybrid.train.probes import Probe, Probes
 from hybrid.train.progress import LossWatch, Progress
@@ -80,6 +81,9 @@ class HybridTrainer(Trainer):
             self.remove_callback(callback)
         self.expert_load = ExpertLoad()
         self.add_callback(self.expert_load)
+        # Before the watch, which logs where a checkpoint is asked for.
+        self.stop_signals = StopSignals()
+        self.add_callback(self.stop_signals)
         self.add_callback(Probes(self, self.probes))
         # The watch first: the bar shows what is logged.
         self.add_callback(LossWatch())

@@ -1,0 +1,121 @@
+"""Files that are written whole or not at all, and onto the disk.
+
+A file is written under a temporary name, flushed, forced onto the disk, counted, and only then given
+its name. So a full disk or a power cut leaves the earlier file, or none; never a part of one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+UNFINISHED = ".unfinished"
+
+
+@contextmanager
+def replacing(path: str | Path) -> Iterator[BinaryIO]:
+    """Open a file for writing that takes the place of `path` when the block ends without an error.
+
+    Raises:
+        OSError: the disk is full or gone; `path` is as it was.
+    """
+    path = Path(path)
+    unfinished = path.with_name(path.name + UNFINISHED)
+    try:
+        with open(unfinished, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+            expected = file.tell()
+        size = unfinished.stat().st_size
+        if size != expected:
+            raise OSError(f"{path}: {size} of {expected} bytes were written")
+        os.replace(unfinished, path)
+    except BaseException:
+        unfinished.unlink(missing_ok=True)
+        raise
+    sync(path.parent)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a file of text, in UTF-8."""
+    with replacing(path) as file:
+        file.write(text.encode("utf-8"))
+
+
+def write_json(path: str | Path, value: Any, **options: Any) -> None:
+    """Write a JSON file; `options` are those of `json.dumps`."""
+    write_text(path, json.dumps(value, **{"indent": 1, **options}) + "\n")
+
+
+def write_array(path: str | Path, array: np.ndarray) -> None:
+    """Write a .npy file.
+
+    `numpy.save` hands the array to a C stream of its own, whose last block is lost without an error
+    when the disk is full.
+    """
+    array = np.ascontiguousarray(array)
+    with replacing(path) as file:
+        np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(array))
+        file.write(array.data)
+
+
+def sync(path: str | Path) -> None:
+    """Wait until the content of a file, or the names in a folder, would outlast a power cut."""
+    opened = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)
+
+
+def sync_folder(folder: str | Path) -> None:
+    """`sync` for a folder and everything below it, written by code that does not do so itself."""
+    for inside in sorted(Path(folder).rglob("*")):
+        sync(inside)
+    sync(folder)
+
+
+def read_json(path: str | Path, unique: bool = False) -> dict[str, Any]:
+    """Read a JSON file that holds an object.
+
+    Args:
+        path: the file.
+        unique: refuse a key that stands twice in one object, with two values.
+
+    Raises:
+        ValueError: there is no such file, or it holds something else.
+    """
+    path = Path(path)
+
+    def join(pairs: list[tuple[str, Any]]) -> Any:
+        found = dict(pairs)
+        for name, value in pairs if unique else ():
+            if value != found[name]:
+                raise ValueError(f"{name} stands there as {value!r} and as {found[name]!r}")
+        return _special_float(found)
+
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=join)
+    except FileNotFoundError as error:
+        raise ValueError(f"{path}: no such file") from error
+    except RecursionError as error:
+        raise ValueError(f"{path}: nested too deeply") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not JSON: {error}") from error
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: expected a JSON object, found {type(values).__name__}")
+    return values
+
+
+def _special_float(found: dict[str, Any]) -> Any:
+    """transformers writes an infinity as {"__float__": "Infinity"}, for JSON has none."""
+    return float(found["__float__"]) if set(found) == {"__float__"} else found

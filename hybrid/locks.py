@@ -1,0 +1,60 @@
+"""One writer to an output folder at a time."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from hybrid.files import write_json
+
+LOCK, OWNER = ".lock", ".lock.json"
+
+
+class FolderInUse(ValueError):
+    """Another process writes to the folder."""
+
+
+@contextmanager
+def sole_writer(folder: str | Path) -> Iterator[None]:
+    """Keep other processes that ask for it out of `folder`, which is made where absent.
+
+    The operating system drops the lock when its process ends, however it ends, so a lock that a dead
+    process left behind is taken over.
+
+    Raises:
+        FolderInUse: another process is in there; it is named.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise FolderInUse(
+            f"{folder} is in use by another run ({_owner(folder)}); wait for it, stop it, or name"
+            " another folder"
+        ) from error
+    try:
+        started = time.strftime("%Y-%m-%d %H:%M:%S")
+        owner = {"pid": os.getpid(), "host": socket.gethostname(), "since": started}
+        write_json(folder / OWNER, owner)
+        yield
+    finally:
+        (folder / OWNER).unlink(missing_ok=True)
+        lock.release()
+
+
+def _owner(folder: Path) -> str:
+    """Who holds the lock, in words; it may be about to write that down, or to end."""
+    try:
+        owner = json.loads((folder / OWNER).read_text(encoding="utf-8"))
+        return f"process {owner['pid']} on {owner['host']}, since {owner['since']}"
+    except (OSError, ValueError, KeyError, TypeError):
+        return "a process that has just begun"

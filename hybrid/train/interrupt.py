@@ -1,0 +1,92 @@
+"""Ctrl-C and SIGTERM: a run ends after the step that it is in, with a checkpoint."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from hybrid.terminal import INTERRUPTED, Interrupted
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+# A terminal signals every process, and launchers pass the signal on: that is the same Ctrl-C.
+SAME = 5.0  # seconds
+
+
+class StopSignals(TrainerCallback):
+    """Stops a run after the step in which any of its processes gets SIGINT or SIGTERM.
+
+    All processes stop after the same step: they agree on it by a sum that each reads one step later,
+    when it has been computed anyway, so that no step waits for it. A second SIGINT stops at once.
+    """
+
+    def __init__(self) -> None:
+        self.signal = 0
+        self.stopped = False
+        self._since = 0.0
+        self._agreed: torch.Tensor | None = None
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Handle signals meanwhile; only a process's main thread can."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        owner = os.getpid()
+
+        def handle(number: int, frame: Any) -> None:
+            if os.getpid() != owner:  # a worker that loads data: its run tells it when to end
+                return
+            if not self.signal:
+                self.signal, self._since = number, time.monotonic()
+            elif number == signal.SIGINT and time.monotonic() - self._since > SAME:
+                raise KeyboardInterrupt
+
+        # a signal that is ignored (nohup, a job in the background) stays so
+        watched = [n for n in SIGNALS if signal.getsignal(n) is not signal.SIG_IGN]
+        before = {number: signal.signal(number, handle) for number in watched}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> TrainerControl:
+        """Ask for a checkpoint and the end."""
+        if self._asked(args) and state.global_step < state.max_steps:
+            self.stopped = True
+            control.should_save = args.save_strategy != "no"
+            control.should_training_stop = True
+        return control
+
+    def _asked(self, args: TrainingArguments) -> int:
+        """The signal that some process has got, as all of them know of it."""
+        if not dist.is_initialized() or args.world_size == 1:
+            return self.signal
+        before = 0 if self._agreed is None else int(self._agreed.item())
+        self._agreed = torch.tensor(self.signal, device=args.device)
+        dist.all_reduce(self._agreed, dist.ReduceOp.MAX)
+        self.signal = self.signal or before
+        return before
+
+    def outcome(self, args: TrainingArguments, step: int) -> Interrupted:
+        """What was kept, and how to go on."""
+        kept = f"{args.output_dir}/checkpoint-{step} is kept: start the same command again to go on"
+        if args.save_strategy == "no":
+            kept = "nothing is kept, for training.save_strategy is no"
+        status = 128 + self.signal if self.signal else INTERRUPTED
+        return Interrupted(f"interrupted after step {step}; {kept}", status)
