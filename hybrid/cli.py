@@ -13,13 +13,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hybrid.imports import add_option, import_user_code
+from hybrid.terminal import console, guarded, text_column
 
 if TYPE_CHECKING:
     from hybrid.ablate.statistics import Score
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit status (2 for what the user can mend)."""
+    """Run a command; return the exit status (2 for what the user can mend)."""
+    return guarded("hybrid", lambda: _main(argv))
+
+
+def _main(argv: Sequence[str] | None) -> int:
     own = argparse.ArgumentParser(prog="hybrid", add_help=False, allow_abbrev=False)
     add_option(own)  # of every command
     given, arguments = own.parse_known_args(argv)
@@ -39,9 +44,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
         parsed.overrides = [*parsed.overrides, *rest]
+    return guarded(f"hybrid {parsed.command}", lambda: _refusals(parsed))
+
+
+def _refusals(parsed: argparse.Namespace) -> int:
+    """Run a parsed command; what the user or the system refuses is one line."""
     try:
         return parsed.run(parsed)
-    except ValueError as error:
+    except BrokenPipeError:
+        raise
+    except (ValueError, OSError) as error:
         print(f"hybrid {parsed.command}: {error}", file=sys.stderr)
         return 2
 
@@ -148,12 +160,13 @@ def _quickstart(arguments: argparse.Namespace) -> int:
 
 
 def _train(arguments: argparse.Namespace) -> int:
-    import subprocess
-
-    from hybrid.quickstart import training_command
+    from hybrid.quickstart import shown, training_command
+    from hybrid.train.launch import launch
 
     engine = ["--config_file", arguments.config_file] if arguments.config_file else []
-    return subprocess.call(training_command(arguments.config, arguments.overrides, engine))
+    command = training_command(arguments.config, arguments.overrides, engine)
+    print(shown(command), file=sys.stderr, flush=True)
+    return launch(command[3:])
 
 
 def _eval(argv: Sequence[str]) -> int:
@@ -164,16 +177,15 @@ def _eval(argv: Sequence[str]) -> int:
 
 
 def _ablate(arguments: argparse.Namespace) -> int:
-    from rich.console import Console
-
     from hybrid.ablate import load_ablation, plan_runs, run_design, summarise, write_report
     from hybrid.ablate.runs import refuse_other_runs, train_by, train_here
     from hybrid.ablate.table import print_design, print_report
+    from hybrid.files import write_text
 
-    tasks, console = _Tasks(), Console()
+    tasks, screen = _Tasks(), console()
     design = plan_runs(load_ablation(arguments.config, arguments.overrides, tasks))
     refuse_other_runs(design)
-    print_design(design, console)
+    print_design(design, screen)
     if arguments.dry_run:
         return 0
     engine = arguments.config_file
@@ -181,9 +193,9 @@ def _ablate(arguments: argparse.Namespace) -> int:
     report = summarise(design, measured, tasks)
     path = write_report(report, design.out)
     page = path.with_suffix(".html")
-    page.write_text(_ablation_page(report, path.parent), encoding="utf-8")
-    print_report(report, console)
-    console.print(f"report: {page}", highlight=False, soft_wrap=True)
+    write_text(page, _ablation_page(report, path.parent))
+    print_report(report, screen)
+    screen.print(f"report: {page}", highlight=False, soft_wrap=True)
     return 0
 
 
@@ -288,17 +300,16 @@ def _ablation_page(report: dict[str, Any], folder: Path) -> str:
 
 
 def _data(arguments: argparse.Namespace) -> int:
-    from rich.console import Console
-    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import Progress, SpinnerColumn, TimeElapsedColumn
 
     from hybrid.config.options import ConfigError
     from hybrid.data import prepare
     from hybrid.plan import parse_tokens
 
-    counts = TextColumn("{task.completed:,} documents, {task.fields[tokens]:,} tokens")
-    console = Console(stderr=True)
+    counts = text_column("{task.completed:,} documents, {task.fields[tokens]:,} tokens")
+    screen = console(stderr=True)
     try:
-        with Progress(SpinnerColumn(), counts, TimeElapsedColumn(), console=console) as bar:
+        with Progress(SpinnerColumn(), counts, TimeElapsedColumn(), console=screen) as bar:
             lane = bar.add_task("", total=None, tokens=0, visible=False)
             index = prepare(
                 arguments.source,
@@ -316,7 +327,9 @@ def _data(arguments: argparse.Namespace) -> int:
     except ConfigError as error:
         raise ValueError("; ".join(error.mistakes)) from error
     except OSError as error:
-        raise ValueError(f"{arguments.out}: {error}") from error
+        raise ValueError(
+            f"{arguments.out}: not written: {error}; make room and run the same command again"
+        ) from error
     size = f"{index['documents']:,} documents, {index['tokens']:,} tokens"
     shards = len(index["shards"])
     print(f"{arguments.out}: {size} in {shards} shard{'s' if shards > 1 else ''}")
@@ -385,8 +398,6 @@ def _distill(arguments: argparse.Namespace) -> int:
 
 
 def _layout(arguments: argparse.Namespace) -> int:
-    from rich.console import Console
-    from rich.markup import escape
     from rich.table import Table
 
     from hybrid.config.registry import mixers
@@ -394,12 +405,11 @@ def _layout(arguments: argparse.Namespace) -> int:
 
     layers = resolve(arguments.layout, ffn=arguments.ffn, num_hidden_layers=arguments.layers)
     names = mixers.symbols()
-    title = escape(str(parse(arguments.layout)))  # else [MS] would be markup
-    table = Table("layers", "mixer", "feed-forward", title=title)
+    table = Table("layers", "mixer", "feed-forward", title=str(parse(arguments.layout)))
     for row in describe(layers):
         mixer = " + ".join(f"{s} {names.get(s, '(bound by the config)')}" for s in row.mixers)
         table.add_row(row.layers, mixer or "none", FFN[row.ffn] if row.ffn else "none")
-    Console().print(table)
+    console().print(table)
     print(f"{len(layers)} layers")
     return 0
 
@@ -408,20 +418,18 @@ def _mixers(arguments: argparse.Namespace) -> int:
     import dataclasses
     import inspect
 
-    from rich.console import Console
-    from rich.markup import escape
     from rich.table import Column, Table
 
     from hybrid.config.registry import mixers
     from hybrid.prose import fold
 
-    console = Console()
+    screen = console()
     if arguments.name is None:
         column = Column("mixer", no_wrap=True)  # whole, to be typed again
         table = Table("symbol", column, "gate", "paper")
         for cls in mixers.classes():
-            table.add_row(cls.symbol or "", cls.name, escape(cls.formula), escape(cls.paper))
-        console.print(table)
+            table.add_row(cls.symbol or "", cls.name, cls.formula, cls.paper)
+        screen.print(table)
         return 0
     name: str = arguments.name
     cls = mixers.get(mixers.symbols().get(name, name))
@@ -429,14 +437,14 @@ def _mixers(arguments: argparse.Namespace) -> int:
     for options in reversed(cls.Options.__mro__):  # what is shared stands above what adds to it
         if dataclasses.is_dataclass(options) and dataclasses.fields(options):
             texts.append(inspect.getdoc(options))
-    shown = fold("\n\n".join(filter(None, texts)), console.width)
-    console.print(shown, "", sep="\n", soft_wrap=True, highlight=False, markup=False)
+    shown = fold("\n\n".join(filter(None, texts)), screen.width)
+    screen.print(shown, "", sep="\n", soft_wrap=True, highlight=False)
     table = Table("option", "default")
     for field in dataclasses.fields(cls.Options):
         made = field.default_factory
         default = field.default if made is dataclasses.MISSING else made()
-        table.add_row(field.name, escape(str(default)))
-    console.print(table)
+        table.add_row(field.name, str(default))
+    screen.print(table)
     return 0
 
 

@@ -43,10 +43,15 @@ def replacing(path: str | Path) -> Iterator[BinaryIO]:
     sync(path.parent)
 
 
+def write_bytes(path: str | Path, content: bytes) -> None:
+    """Write a file."""
+    with replacing(path) as file:
+        file.write(content)
+
+
 def write_text(path: str | Path, text: str) -> None:
     """Write a file of text, in UTF-8."""
-    with replacing(path) as file:
-        file.write(text.encode("utf-8"))
+    write_bytes(path, text.encode("utf-8"))
 
 
 def write_json(path: str | Path, value: Any, **options: Any) -> None:

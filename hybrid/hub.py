@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from hybrid.files import write_json, write_text
+
 DISTRIBUTION = "hybrid-language-models"
 
 AUTO_MAP = {
@@ -58,11 +60,11 @@ def add_loading_files(directory: str | Path) -> None:
             names=", ".join(exported),
             quoted=", ".join(f'"{item}"' for item in exported),
         )
-        (directory / name).write_text(text, encoding="utf-8")
+        write_text(directory / name, text)
     path = directory / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
     config["auto_map"] = AUTO_MAP
-    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    write_json(path, config, indent=2, sort_keys=True)
 
 
 def register_auto_classes() -> None:

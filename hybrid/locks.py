@@ -7,12 +7,10 @@ import os
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
-
-from hybrid.files import write_json
 
 LOCK, OWNER = ".lock", ".lock.json"
 
@@ -44,10 +42,12 @@ def sole_writer(folder: str | Path) -> Iterator[None]:
     try:
         started = time.strftime("%Y-%m-%d %H:%M:%S")
         owner = {"pid": os.getpid(), "host": socket.gethostname(), "since": started}
-        write_json(folder / OWNER, owner)
+        with suppress(OSError):  # a full disk is for what is worth keeping to report
+            (folder / OWNER).write_text(json.dumps(owner), encoding="utf-8")
         yield
     finally:
-        (folder / OWNER).unlink(missing_ok=True)
+        with suppress(OSError):
+            (folder / OWNER).unlink(missing_ok=True)
         lock.release()
 
 

@@ -239,13 +239,12 @@ def parse_dtype(name: str) -> torch.dtype:
 
 def print_plan(cost: Plan, config: HybridConfig) -> None:
     """Print a plan as a table."""
-    from rich.console import Console
-    from rich.markup import escape
     from rich.table import Table
 
     from hybrid.layout import parse
+    from hybrid.terminal import console
 
-    title = f"{escape(str(parse(config.layout)))}: {len(config.layers)} layers"
+    title = f"{parse(config.layout)}: {len(config.layers)} layers"
     table = Table("", "", title=title, show_header=False)
     share = cost.embedding_parameters / cost.parameters
     rows = [
@@ -275,7 +274,7 @@ def print_plan(cost: Plan, config: HybridConfig) -> None:
         ]
     for name, value in rows:
         table.add_row(name, value)
-    Console().print(table)
+    console().print(table)
 
 
 def human_bytes(number: int) -> str:

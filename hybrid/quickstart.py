@@ -22,6 +22,7 @@ from typing import IO, Any
 
 from hybrid.config.options import ConfigError
 from hybrid.imports import import_arguments
+from hybrid.terminal import console, text_column
 
 # What the evaluation measures, beside recall at the size that was trained.
 EVALUATION = [
@@ -86,9 +87,14 @@ def training_command(
 ) -> list[str]:
     """`accelerate launch -m hybrid.train CONFIG [key=value ...]` with this Python."""
     # quiet: after an error of ours, its own traceback would say nothing
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--quiet"]
+    launch = [sys.executable, "-m", "hybrid.train.launch", "--quiet"]
     words = [str(config), *overrides, *import_arguments()]
     return [*launch, *engine, "-m", "hybrid.train", *words]
+
+
+def shown(command: Sequence[str]) -> str:
+    """A training command as one types it."""
+    return f"$ {shlex.join(['accelerate', 'launch', *command[3:]])}"
 
 
 def evaluation_command(runs: Sequence[Run], out: str | Path, recall: Sequence[str]) -> list[str]:
@@ -170,8 +176,7 @@ def _train_all(
                 f"training.output_dir={run.folder}",
             ]
             command = training_command(path, [*overrides, *own])
-            plain = ["accelerate", "launch", *command[3:]]
-            bars.console.print(f"$ {shlex.join(plain)}", highlight=False, soft_wrap=True)
+            bars.console.print(shown(command), highlight=False, soft_wrap=True)
             log = run.folder.with_name(run.folder.name + ".log")
             log.parent.mkdir(parents=True, exist_ok=True)
             bars.update(lanes[run.name], note="starting")
@@ -184,16 +189,16 @@ def _train_all(
 
 @contextmanager
 def _bars() -> Iterator[Any]:
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
 
     columns = (
-        TextColumn("train {task.description}"),
+        text_column("train {task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
-        TextColumn("{task.fields[note]}"),
+        text_column("{task.fields[note]}"),
     )
-    with Progress(*columns) as bars:
+    with Progress(*columns, console=console()) as bars:
         yield bars
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Callable, Sequence
 from importlib import metadata
@@ -21,6 +20,7 @@ from hybrid.ablate.statistics import (
     sampling_of,
     sampling_of_difference,
 )
+from hybrid.files import write_bytes, write_json, write_text
 from hybrid.plan import human_bytes
 
 Record = dict[str, Any]
@@ -251,12 +251,10 @@ def write_report(report: Record, folder: str | Path) -> Path:
 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "report.json").write_text(
-        json.dumps(report, indent=1, allow_nan=False) + "\n", "utf-8"
-    )
-    (folder / "effects.png").write_bytes(forest(report))
+    write_json(folder / "report.json", report, allow_nan=False)
+    write_bytes(folder / "effects.png", forest(report))
     text = markdown(report) + "\n![Effects with their intervals](effects.png)\n"
-    (folder / "report.md").write_text(text, "utf-8")
+    write_text(folder / "report.md", text)
     return folder / "report.md"
 
 

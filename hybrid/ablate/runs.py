@@ -12,7 +12,6 @@ import contextlib
 import dataclasses
 import json
 import math
-import os
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -26,6 +25,7 @@ from hybrid.ablate.config import TRAINING_METRICS, Ablation, Evaluator
 from hybrid.ablate.design import Design, Variant
 from hybrid.ablate.statistics import Score
 from hybrid.config.options import ConfigError
+from hybrid.files import write_text
 from hybrid.quickstart import training_command
 from hybrid.train.config import parse_config
 from hybrid.train.runner import DIVERGED, RESULT, run
@@ -167,7 +167,7 @@ def _train(values: dict[str, Any], folder: Path, launch: Launcher) -> None:
     if (folder / RESULT).is_file() or (folder / DIVERGED).is_file():
         return
     folder.mkdir(parents=True, exist_ok=True)
-    _write(folder / CONFIG, yaml.safe_dump(values, sort_keys=False))
+    write_text(folder / CONFIG, yaml.safe_dump(values, sort_keys=False))
     with contextlib.suppress(FloatingPointError):  # of which the trainer has left a file
         launch(folder / CONFIG)
 
@@ -190,7 +190,7 @@ def _measure(
         "metrics": {name: score.value for name, score in scores.items()},
         "scores": {name: score._asdict() for name, score in scores.items()},
     }
-    _write(folder / METRICS, json.dumps(kept))
+    write_text(folder / METRICS, json.dumps(kept))
     speed = result["tokens_per_second"]
     # a resumed run timed its last part only
     whole = result["steps"] * result["tokens"] / max(1, result["steps"] - result["resumed_from"])
@@ -237,10 +237,3 @@ def _words(found: Measured) -> str:
     if found.diverged is not None:
         return f"diverged: {found.diverged}"
     return ", ".join(f"{name} {value:.4g}" for name, value in found.metrics.items())
-
-
-def _write(path: Path, text: str) -> None:
-    """Whole or not at all: a run that is cut off leaves no half file."""
-    part = path.with_suffix(".part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from hybrid.files import write_json, write_text
 
 JSON, MARKDOWN = "report.json", "report.md"
 
@@ -26,9 +27,8 @@ def recovered(losses: Mapping[str, float], name: str) -> float | None:
 
 def write(report: Mapping[str, Any], folder: Path) -> Path:
     """Both files; returns the second."""
-    text = json.dumps(report, indent=1)
-    (folder / JSON).write_text(text + "\n", encoding="utf-8")
-    (folder / MARKDOWN).write_text(markdown(report), encoding="utf-8")
+    write_json(folder / JSON, report)
+    write_text(folder / MARKDOWN, markdown(report))
     return folder / MARKDOWN
 
 

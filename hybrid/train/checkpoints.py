@@ -9,7 +9,6 @@ something else.
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import zlib
@@ -22,6 +21,7 @@ from safetensors import SafetensorError
 from torch.distributed.checkpoint.api import CheckpointException
 
 from hybrid.config.options import ConfigError
+from hybrid.files import sync, sync_folder, write_json
 
 MANIFEST = "manifest.json"
 FORMAT = "hybrid-checkpoint-2"
@@ -60,31 +60,14 @@ def _of_torch_save(error: RuntimeError) -> bool:
     return any(part in str(error) for part in ("PytorchStreamWriter", "inline_container"))
 
 
-def replace_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all, and onto the disk."""
-    unfinished = path.with_name(f"{path.name}.unfinished")
-    unfinished.write_text(text, encoding="utf-8")
-    _onto_disk(unfinished)
-    os.replace(unfinished, path)
-
-
-def _onto_disk(path: Path) -> None:
-    """Wait until a file, or the names in a folder, would outlast a power cut."""
-    opened = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(opened)
-    finally:
-        os.close(opened)
-
-
 def write_manifest(folder: Path, run: Mapping[str, Any]) -> None:
     """Mark a checkpoint as whole, when its files are on the disk.
 
     `run` is what `refuse_other_run` compares later.
     """
     inside = sorted(path for path in folder.rglob("*") if path.name != MANIFEST)
-    for path in [*inside, folder, folder.parent]:
-        _onto_disk(path)
+    sync_folder(folder)
+    sync(folder.parent)
     files = {
         path.relative_to(folder).as_posix(): [path.stat().st_size, checksum(path)]
         for path in inside
@@ -92,9 +75,8 @@ def write_manifest(folder: Path, run: Mapping[str, Any]) -> None:
     }
     # as it will be read: keys that are numbers become text, which sorts otherwise
     content = json.loads(json.dumps({"format": FORMAT, "files": files, "run": dict(run)}))
-    text = json.dumps({**content, "checksum": _checksum_of(content)}, indent=1)
-    replace_text(folder / MANIFEST, text)
-    _onto_disk(folder)  # before an older checkpoint goes
+    # on the disk before an older checkpoint goes
+    write_json(folder / MANIFEST, {**content, "checksum": _checksum_of(content)})
 
 
 def _checksum_of(content: Mapping[str, Any]) -> int:

@@ -11,7 +11,8 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hybrid.ffn import balance
-from hybrid.train.checkpoints import replace_text, writing
+from hybrid.files import write_text
+from hybrid.train.checkpoints import writing
 
 FILE = "expert_load.jsonl"
 
@@ -40,7 +41,7 @@ class ExpertLoad(TrainerCallback):
                 x for x in path.read_text(encoding="utf-8").splitlines(True) if x.endswith("\n")
             ]
             kept = [x for x in lines if json.loads(x)["step"] <= state.global_step]
-            replace_text(path, "".join(kept))
+            write_text(path, "".join(kept))
 
     def on_step_end(
         self,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import sys
 import time
 import zlib
@@ -17,10 +16,11 @@ from accelerate.utils import broadcast_object_list
 from transformers import set_seed
 
 from hybrid.data.collate import RowCollator
+from hybrid.files import sync, write_json
 from hybrid.terminal import Interrupted
 from hybrid.tokenizer import load_tokenizer
 from hybrid.train import build
-from hybrid.train.checkpoints import newest_whole, refuse_other_run, replace_text, step_of, writing
+from hybrid.train.checkpoints import newest_whole, refuse_other_run, step_of, writing
 from hybrid.train.config import TrainConfig
 from hybrid.train.engines import refuse_other_engine
 from hybrid.train.model import load_model, model_config
@@ -106,13 +106,16 @@ def _run(trainer: HybridTrainer) -> RunResult:
         plugin.set_state_dict_type("FULL_STATE_DICT")
     with writing(Path(str(args.output_dir))):
         trainer.save_model()
+        if args.should_save:
+            for path in Path(str(args.output_dir)).iterdir():  # checkpoints are there already
+                if path.is_file():
+                    sync(path)
     resumed_from = 0 if checkpoint is None else step_of(checkpoint)
     result = _result(trainer, seconds, resumed_from)
     if args.should_save:
-        text = json.dumps(dataclasses.asdict(result), indent=1)
         path = Path(result.output_dir) / RESULT
         with writing(path):
-            replace_text(path, text)
+            write_json(path, dataclasses.asdict(result))
     return result
 
 
@@ -261,7 +264,7 @@ def _divergence_on_disk(args: TrainingArguments) -> Iterator[None]:
     except FloatingPointError as error:
         if args.should_save:
             path.parent.mkdir(parents=True, exist_ok=True)
-            replace_text(path, json.dumps({"reason": str(error)}))
+            write_json(path, {"reason": str(error)})
         raise
 
 

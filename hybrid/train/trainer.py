@@ -20,6 +20,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import EvalLoopOutput
 
 from hybrid.data.packing import IGNORE
+from hybrid.files import write_text
 from hybrid.modeling.mup import growths
 from hybrid.train.checkpoints import remove_old, write_manifest, writing
 from hybrid.train.config import MuonConfig
@@ -239,7 +240,7 @@ class HybridTrainer(Trainer):
         if self.args.should_save:
             folder = Path(output_dir or str(self.args.output_dir))
             text = yaml.safe_dump(self.resolved, sort_keys=False)
-            (folder / CONFIG_NAME).write_text(text, encoding="utf-8")
+            write_text(folder / CONFIG_NAME, text)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         folder, model = Path(resume_from_checkpoint), self.model if model is None else model
