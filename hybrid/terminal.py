@@ -41,7 +41,7 @@ def guarded(name: str, command: Callable[[], int], quiet: bool = False) -> int:
             return command()
         except KeyboardInterrupt as error:
             if not quiet:
-                print(f"\n{name}: {error or 'interrupted'}", file=sys.stderr)
+                print(f"\n{name}: {str(error) or 'interrupted'}", file=sys.stderr)
             return getattr(error, "status", INTERRUPTED)
         finally:
             sys.stdout.flush()

@@ -12,6 +12,7 @@ import logging
 import signal
 import sys
 from collections.abc import Sequence
+from subprocess import CalledProcessError
 from typing import Any
 
 import psutil
@@ -33,7 +34,9 @@ def launch(words: Sequence[str]) -> int:
     arguments = launch_command_parser().parse_args(words)
     # or torch's launcher would end on a signal before its processes have saved
     arguments.signals_to_handle = "SIGQUIT"
+    arguments.quiet = False  # which would hide the exit status
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    logging.getLogger("accelerate.commands.launch").setLevel(logging.ERROR)  # lists its defaults
     received: list[int] = []
 
     def pass_on(number: int, frame: Any) -> None:
@@ -47,9 +50,10 @@ def launch(words: Sequence[str]) -> int:
         launch_command(arguments)
         status = 0
     except ChildFailedError as error:
-        status = error.get_first_failure()[1].exitcode
-    except SystemExit as error:  # of the launcher for one process
-        status = error.code if isinstance(error.code, int) else 1
+        code = error.get_first_failure()[1].exitcode
+        status = code if code > 0 else 128 - code
+    except CalledProcessError as error:  # of the launcher for one process
+        status = error.returncode if error.returncode > 0 else 128 - error.returncode
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

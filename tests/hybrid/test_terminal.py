@@ -1,0 +1,82 @@
+"""How commands end, and names that are printed as they are."""
+
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from hybrid import cli
+from hybrid.terminal import Interrupted, console, guarded, text_column
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "line"),
+    [
+        (KeyboardInterrupt(), 130, "hybrid x: interrupted"),
+        (Interrupted("kept: a", 143), 143, "hybrid x: kept: a"),
+    ],
+)
+def test_ctrl_c_is_one_line(capsys, error, status, line):
+    def interrupted():
+        raise error
+
+    assert guarded("hybrid x", interrupted) == status
+    assert capsys.readouterr().err.strip() == line
+    assert guarded("hybrid x", interrupted, quiet=True) == status
+    assert not capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [["mixers"], ["layout", "LLLS"], ["--help"], ["eval", "--help"]])
+def test_a_closed_pipe_ends_a_command_without_a_word(words):
+    command = [sys.executable, "-m", "hybrid.cli", *words]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.close()
+    assert not _ours(process.stderr.read())
+    assert process.wait() in (0, 1, 141)  # argparse ends with 0, rich with 1
+    process.stderr.close()
+
+
+def _ours(text):
+    """What a command says, less what libraries say of the machine."""
+    return [line for line in text.splitlines() if "accelerator" not in line]
+
+
+def test_a_broken_pipe_of_something_else_is_not_hidden():
+    def broken():
+        raise BrokenPipeError
+
+    with pytest.raises(BrokenPipeError):
+        guarded("hybrid x", broken)
+
+
+def test_an_error_of_the_system_is_one_line(tmp_path, capsys):
+    (tmp_path / "config.json").mkdir()
+    assert cli.main(["plan", str(tmp_path / "config.json")]) == 2
+    assert "Traceback" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["a[/b]", "[MS]4", "x[bold]y", ":smile:", "[link=a]"])
+def test_names_with_brackets_are_printed_as_they_are(name, capsys):
+    from rich.progress import Progress
+    from rich.table import Table
+
+    screen = console(width=200)
+    table = Table(name, title=f"title {name}")
+    table.add_row(name)
+    screen.print(table)
+    screen.print(f"report: {name}")
+    with Progress(text_column("train {task.description}"), console=screen) as bars:
+        bars.add_task(name)
+    shown = capsys.readouterr().out
+    assert shown.count(name) >= 5
+
+
+def test_an_import_that_is_interrupted_ends_in_one_line(tmp_path):
+    code = "import os, signal; os.kill(os.getpid(), signal.SIGINT)"
+    command = [sys.executable, "-m", "hybrid.cli", "--import", "boom.py", "layout", "S"]
+    (tmp_path / "boom.py").write_text(code)
+    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert ended.returncode == 128 + signal.SIGINT
+    assert _ours(ended.stderr)[-1] == "hybrid: interrupted"
+    assert "Traceback" not in ended.stderr
