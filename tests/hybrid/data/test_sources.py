@@ -373,6 +373,50 @@ def test_prepared_data_gives_the_rows_of_the_source(tmp_path):
     assert isinstance(open_shards(folder)[0].tokens, np.memmap)
 
 
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"shards": 5}, "shards: expected list, found 5"),
+        ({"shards": [5]}, "shards.0.: expected an entry with the name of a shard, found 5"),
+        ({"shards": [{"name": "../x"}]}, "shards.0.: expected an entry with the name of a shard"),
+        ({"shards": [{"name": "0", "tokens": -1}]}, "shards.0..tokens: expected a count, found -1"),
+        ({"vocabulary": None}, "vocabulary: expected int, found None"),
+    ],
+)
+def test_a_damaged_index_of_prepared_data_is_one_line(tmp_path, change, words):
+    folder = tmp_path / "ready"
+    index = prepare(write(tmp_path, ".jsonl"), folder)
+    (folder / INDEX).write_text(json.dumps({**index, **change}))
+    with pytest.raises(ValueError, match=f"{words}.*; prepare the data again"):
+        open_shards(folder)
+
+
+@pytest.mark.parametrize(
+    ("kind", "array", "words"),
+    [
+        ("tokens", np.float32(3), "tokens: expected one row of integers, found 0-d float32"),
+        ("tokens", np.zeros((2, 2), np.uint16), "tokens: expected one row of integers, found 2-d"),
+        ("offsets", np.zeros(4), "offsets: expected one row of integers, found 1-d float64"),
+        ("offsets", np.zeros(0, np.int64), "its offsets do not reach"),
+    ],
+)
+def test_a_damaged_shard_of_prepared_data_is_one_line(tmp_path, kind, array, words):
+    folder = tmp_path / "ready"
+    prepare(write(tmp_path, ".jsonl"), folder)
+    np.save(folder / f"{kind}-00000.npy", array)
+    with pytest.raises(ValueError, match=f"shard 00000 is damaged: {words}"):
+        open_shards(folder)
+
+
+def test_offsets_that_fall_are_damage(tmp_path):
+    folder = tmp_path / "ready"
+    prepare(write(tmp_path, ".jsonl"), folder)
+    offsets = np.load(folder / "offsets-00000.npy")
+    np.save(folder / "offsets-00000.npy", offsets[[0, 2, 1, 3]])
+    with pytest.raises(ValueError, match="shard 00000 is damaged: its offsets fall"):
+        open_shards(folder)
+
+
 def test_prepared_data_in_doubt_is_refused(tmp_path):
     folder = tmp_path / "ready"
     prepare(write(tmp_path, ".jsonl"), folder)
@@ -387,10 +431,10 @@ def test_prepared_data_in_doubt_is_refused(tmp_path):
     with pytest.raises(ValueError, match="words have other ids than in this run's"):
         rows_of(SourceConfig(str(folder)))
     np.save(folder / "tokens-00000.npy", np.zeros(3, np.uint16))
-    with pytest.raises(ValueError, match="shard 00000 holds"):
+    with pytest.raises(ValueError, match="shard 00000 is damaged: its offsets do not reach"):
         open_shards(folder)
     (folder / INDEX).write_text("")
-    with pytest.raises(ValueError, match=f"{INDEX} cannot be read .*; prepare the data again"):
+    with pytest.raises(ValueError, match=f"{INDEX}: not JSON: .*; prepare the data again"):
         open_shards(folder)
     (folder / INDEX).unlink()
     with pytest.raises(ValueError, match=f"holds no {INDEX}"):
