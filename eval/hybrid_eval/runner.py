@@ -19,7 +19,7 @@ from .models import Subject, load
 from .registry import Settings, Task, check_options, find
 
 # a cached result of another version is not reused
-RESULT_VERSION = 1
+RESULT_VERSION = 2
 
 
 class Watcher(Protocol):

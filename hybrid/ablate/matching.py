@@ -101,10 +101,30 @@ def solve(config: TrainConfig, match: Match, target: float) -> tuple[dict[str, A
     if abs(left) > match.within:
         raise ValueError(
             f"the nearest {match.width}, {width}, leaves {left:+.1%} of {match.cost}, more than"
-            f" match.within {match.within:.1%}; lower match.step {match.step}, choose another"
-            " match.width, or raise match.within"
+            f" match.within {match.within:.1%}; {_way_out(cost, target, match, own)}"
         )
     return _set(config, match, width), width, left
+
+
+def _way_out(
+    cost: Callable[[int], float | None], target: float, match: Match, start: int | None
+) -> str:
+    """The step, or else the tolerance, with which a width fits; each was tried."""
+    finer = [step for step in range(match.step, 0, -1) if match.step % step == 0]
+    found = [
+        (abs((cost(width) or math.inf) / target - 1), step, width)
+        for step in finer
+        for width in nearest(cost, target, step, start)
+    ]
+    fits = next((f for f in found if f[0] <= match.within), None)
+    if fits is not None:
+        return f"match.step={fits[1]} finds {fits[2]}, which leaves {fits[0]:.2%}"
+    left, step, width = min(found, key=lambda f: (f[0], -f[1]))
+    within = math.ceil(left * 1000) / 1000
+    return (
+        f"no step fits: the best is {width}, with match.step={step} match.within={within:g};"
+        " or choose another match.width"
+    )
 
 
 def nearest(

@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -169,6 +170,37 @@ def test_what_cannot_be_matched_is_said(values):
     (line,) = mistakes(values, match=match)
     assert "no model.hiden_size is accepted here" in line
     assert "did you mean 'hidden_size'" in line
+
+
+@pytest.mark.parametrize(
+    ("width", "step", "within"),
+    [
+        ("model.hidden_size", 16, 0.001),
+        ("model.hidden_size", 64, 0.03),
+        ("model.feed_forwards.-.intermediate_size", 48, 0.01),
+        ("model.feed_forwards.-.intermediate_size", 64, 0.0001),
+    ],
+)
+def test_what_a_refused_match_proposes_works(values, width, step, within):
+    values["baseline"]["model"] |= {"layout": "LLSS", "hidden_size": 160}
+    values["baseline"]["model"]["feed_forwards"]["-"]["intermediate_size"] = 400
+    changes = {"gated": {"model.mixers.S.output_gate": True}, "deep": {"model.layout": "LLSSL"}}
+    match = {"cost": "parameters", "width": width, "step": step, "within": within}
+    lines = mistakes(values, changes=changes, match=match, leave_one_out=False)
+    for line in lines:
+        name = line.split(":")[0]
+        proposed = dict(re.findall(r"match\.(step|within)=([\d.]+)", line))
+        assert proposed
+        better = {
+            **match,
+            "step": int(proposed["step"]),
+            "within": float(proposed.get("within", within)),
+        }
+        found = designed(
+            values, changes={name: changes[name]}, match=better, leave_one_out=False
+        ).variants[1]
+        assert f" {found.width}," in line
+        assert abs(found.difference) <= better["within"]
 
 
 # Mistakes
