@@ -24,6 +24,7 @@ MIXERS = {
     "Q": {"type": "softmax_attention", "num_heads": 2, "dual_chunk_size": 4, "temperature": 0.5,
           "temperature_length": 3},
 }  # fmt: skip
+pytestmark = pytest.mark.compat
 LAYOUTS = ["SS", "LL", "LLLS", "NS", "[LS]2", "C-D-", "[CS]", "[CD]L", "BVQ"]
 NEW = 12
 

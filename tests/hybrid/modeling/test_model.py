@@ -13,6 +13,8 @@ from transformers import AutoModel, AutoModelForCausalLM
 
 import hybrid
 
+pytestmark = pytest.mark.compat
+
 MIXERS = {
     "S": {"num_heads": 2, "num_kv_heads": 1},
     "L": {"num_heads": 2},

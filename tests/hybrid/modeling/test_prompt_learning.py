@@ -9,9 +9,10 @@ import hybrid
 peft = pytest.importorskip("peft")
 
 # PEFT 0.21 asks transformers by a name that is about to go
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"
-)
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:Position ids are not supported for parameter efficient"),
+]
 
 MIXERS = {"S": {"num_heads": 4, "num_kv_heads": 2}, "L": {"num_heads": 2}, "C": {"type": "rg_lru"}}
 PROMPTS = {

@@ -8,6 +8,9 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from hybrid import HybridConfig
 from hybrid.modeling.losses import cross_entropy, is_plain
 
+pytestmark = pytest.mark.compat
+
+
 CLOSE = {"rtol": 1e-5, "atol": 1e-7}
 
 

@@ -76,6 +76,7 @@ def changed(values, **training):
     return parse_config({**values, "training": {**values["training"], **training}})
 
 
+@pytest.mark.compat
 def test_a_run_leaves_a_checkpoint_that_transformers_loads(values, tmp_path):
     result = run(parse_config(values))
     folder = tmp_path / "out"
@@ -93,6 +94,7 @@ def test_a_run_leaves_a_checkpoint_that_transformers_loads(values, tmp_path):
     assert damage(folder / f"checkpoint-{STEPS}") is None
 
 
+@pytest.mark.compat
 def test_a_hybrid_trains_and_is_evaluated(values, tmp_path):
     values["model"] = {"layout": "LS", "hidden_size": 32}
     values["eval_data"] = str(tmp_path / "a.jsonl")

@@ -62,8 +62,10 @@ def load(path):
 MODULES = {
     path.stem: load(path) for path in sorted(HERE.glob("*.py")) if path.stem != Path(__file__).stem
 }
+COMPAT = "falcon_h1"
+"""The family that stands for all where several versions of transformers are tried."""
 ALL = [
-    pytest.param(name, case, id=f"{name}-{case}")
+    pytest.param(name, case, id=f"{name}-{case}", marks=[pytest.mark.compat] * (name == COMPAT))
     for name, module in MODULES.items()
     for case in module.CASES
 ]
