@@ -186,7 +186,8 @@ class HybridModel(HybridPreTrainedModel):
             fill_unused(past)
             if self.counting_layer is not None:
                 count_tokens(past, self.counting_layer, x)
-        return BaseModelOutputWithPast(last_hidden_state=self.norm(x), **{CACHE: past})
+        returned: dict[str, Any] = {CACHE: past}
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(x), **returned)
 
     def _segments(
         self,
@@ -238,12 +239,13 @@ class HybridModel(HybridPreTrainedModel):
             )
         masks: Masks = {"linear_attention": attention_mask}
         if self.has_keys:
+            past: dict[str, Any] = {CACHE: cache}
             masks["full_attention"] = create_causal_mask(
                 config=self.config,
                 inputs_embeds=inputs_embeds,
                 attention_mask=attention_mask,
                 position_ids=position_ids,
-                **{CACHE: cache},
+                **past,
             )
         return masks
 

@@ -92,6 +92,7 @@ BAILING_HYBRID = register_family(
             always(tie_word_embeddings=False),
             key("rms_norm_eps", "norm_eps"),
             *(f for f in LATENT if f.keys[:1] not in (("q_lora_rank",), ("head_dim",))),
+            must("q_lora_rank", None),  # an option of their class since transformers 5.24
             key("num_attention_heads", "mixers.A.num_heads", "mixers.K.num_heads"),
             rope("A"),
             always(mixers__A__output_gate=True, mixers__K__gate_rank=0),
