@@ -6,8 +6,6 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from scipy import stats
-from statsmodels.stats.multitest import multipletests
-from statsmodels.stats.proportion import proportion_confint
 
 Values = Sequence[float] | np.ndarray
 
@@ -120,6 +118,8 @@ def weighted_interval(accuracy: float, error: float, items: int) -> Interval:
 def _proportion(successes: float, trials: float, method: Literal["wilson", "beta"]) -> Interval:
     if trials <= 0 or not 0 <= successes <= trials:
         raise ValueError(f"need 0 <= successes <= trials and trials > 0, got {successes}/{trials}")
+    from statsmodels.stats.proportion import proportion_confint
+
     found: Any = proportion_confint(successes, trials, alpha=1 - _LEVEL, method=method)
     low, high = found
     # at p = 0 and p = 1 the exact ends are 0 and 1; rounding must not move them
@@ -187,6 +187,9 @@ def paired_difference(
 
 def holm(p_values: Values) -> list[float]:
     """Return p-values corrected for their number (Holm 1979)."""
+    # imported here: statsmodels loads pandas, which sources of training data do not need
+    from statsmodels.stats.multitest import multipletests
+
     return multipletests(p_values, method="holm")[1].tolist() if len(p_values) else []
 
 
