@@ -51,6 +51,11 @@ class FullAttention(Mixer):
         """The rotary embedding of these options; None without positions."""
         return build_rotary(options.rope_parameters, cls.rotated_dim(options), config)
 
+    @property
+    def active_dropout(self) -> float:
+        """Of the attention weights, in this mode."""
+        return self.options.dropout if self.training else 0.0
+
     def attend(
         self,
         q: torch.Tensor,
@@ -75,7 +80,7 @@ class FullAttention(Mixer):
             o (B, T, H, V), and the weights (B, H, T, S) where the function returns them.
         """
         name = self.config._attn_implementation or "eager"
-        dropout = self.options.dropout if self.training else 0.0
+        dropout = self.active_dropout
         extra: dict[str, Any] = {}
         if sinks is not None or soft_cap is not None:
             if name in PLAIN_FUNCTIONS:
@@ -121,7 +126,7 @@ def capped_attention(
         q: (B, H, T, K).
         k, v: (B, H_kv, S, K) and (B, H_kv, S, V); H_kv divides H.
         mask: (B or 1, H or 1, T, S or more), bool (True: may attend) or added to the logits; None for
-            causal, the last query seeing all keys.
+            `causal_mask`.
         scaling: of the logits.
         soft_cap: c; None for no cap.
         sinks: (H,); None for none.
@@ -149,9 +154,7 @@ def weighted_values(
     if soft_cap is not None:
         logits = soft_cap * torch.tanh(logits / soft_cap)
     queries, keys = logits.shape[-2:]
-    if mask is None:
-        mask = torch.ones(queries, keys, dtype=torch.bool, device=v.device).tril(keys - queries)
-    mask = mask[..., :keys]
+    mask = causal_mask(queries, keys, v.device) if mask is None else mask[..., :keys]
     if mask.dtype == torch.bool:
         # not -inf: a row of padding has nothing else, and must not become NaN
         logits = logits.masked_fill(~mask, torch.finfo(logits.dtype).min)
@@ -163,6 +166,16 @@ def weighted_values(
     weights = torch.softmax(logits, dim=-1)[..., :keys].to(v.dtype)
     weights = F.dropout(weights, dropout)
     return (weights @ v).transpose(1, 2).contiguous(), weights
+
+
+def causal_mask(queries: int, keys: int, device: torch.device) -> torch.Tensor:
+    """The mask (T, S) that "no mask" stands for in transformers: causal from the top left.
+
+    A single query sees all keys. Several see more keys than queries only where a static cache is
+    filled from its start, and its keys beyond the queries are empty.
+    """
+    mask = torch.ones(queries, keys, dtype=torch.bool, device=device)
+    return mask if queries == 1 else mask.tril()
 
 
 def alibi_slopes(num_heads: int) -> list[float]:

@@ -162,7 +162,7 @@ class ShortConvolution(nn.Module):
         self.residual = False
         """Whether x is added to its convolution, before the activation: a canon layer."""
 
-    def init_parameters(self) -> None:
+    def init_parameters(self, std: float) -> None:
         """Uniform with variance 1 / (3 W), torch's own default for a depthwise Conv1d; bias 0."""
         bound = self.weight.shape[1] ** -0.5
         init.uniform_(self.weight, -bound, bound)

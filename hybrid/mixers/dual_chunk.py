@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from hybrid.mixers.attention import weighted_values
+from hybrid.mixers.attention import causal_mask, weighted_values
 from hybrid.mixers.parts import wide
 from hybrid.nn.rotary import RotaryEmbedding, rotate
 
@@ -116,7 +116,7 @@ def dual_chunk_attention(
     k, v = (y.repeat_interleave(groups, dim=1) if groups > 1 else y for y in (k, v))
     time, keys = queries[0].shape[2], k.shape[2]
     if mask is None:
-        mask = torch.ones(time, keys, dtype=torch.bool, device=k.device).tril(keys - time)
+        mask = causal_mask(time, keys, k.device)
     outputs = []
     for start in range(0, time, _QUERIES):
         rows = slice(start, start + _QUERIES)

@@ -15,7 +15,7 @@ from torch import nn
 from hybrid.config.registry import register_mixer
 from hybrid.mixers.attention import FullAttention
 from hybrid.mixers.base import MixerOptions, residual_projection
-from hybrid.mixers.parts import positive, wide
+from hybrid.mixers.parts import plain_weight, positive, wide
 from hybrid.nn.cache import LayerCache
 from hybrid.nn.norms import build_norm
 from hybrid.nn.packing import WHOLE_ROWS, Segments
@@ -94,7 +94,7 @@ class MultiHeadLatentAttention(FullAttention):
 
     q = [q_N, q_P], k = [k_N, k_P], q_P and k_P rotated (arXiv 2405.04434, eq. 9 to 19). Only c and k_P
     are cached: R + P numbers per token, whatever H is. A single new token attends to the latents
-    themselves, W_b absorbed: q_N . k_N = (q_N W_bk^T) . c, and values are made from the mean latent.
+    themselves, W_b absorbed (where `plain_weight` has it): q_N . k_N = (q_N W_bk^T) . c, and values are made from the mean latent.
     Rotated pairs are (j, j + P/2), where DeepSeek's are (2j, 2j + 1): the same up to an order of rows.
     """
 
@@ -171,8 +171,9 @@ class MultiHeadLatentAttention(FullAttention):
             q_place, place = apply_rotary(q_place, place, *position_embeddings)
         if cache is not None:
             latent, place = cache.update_kv(latent, place)
-        attend = self._absorbed if x.shape[1] == 1 else self._expanded
-        o, weights = attend(q, q_place, latent, place, attention_mask, kwargs)
+        up = plain_weight(self.kv_proj) if x.shape[1] == 1 else None
+        given = (q, q_place, latent, place, attention_mask, kwargs)
+        o, weights = self._expanded(*given) if up is None else self._absorbed(up, *given)
         if self.gate_proj is not None:
             o = o * torch.sigmoid(wide(self.gate_proj(x))).to(o.dtype).unsqueeze(-1)
         return self.o_proj(o.flatten(2)), weights
@@ -194,6 +195,7 @@ class MultiHeadLatentAttention(FullAttention):
 
     def _absorbed(
         self,
+        up: torch.Tensor,
         q: torch.Tensor,
         q_place: torch.Tensor,
         latent: torch.Tensor,
@@ -201,8 +203,8 @@ class MultiHeadLatentAttention(FullAttention):
         mask: torch.Tensor | None,
         kwargs: dict[str, Any],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """o (B, T, H, V) as multi-query attention over the latents."""
-        up = self.kv_proj.weight.unflatten(0, (self.num_heads, -1))
+        """o (B, T, H, V) as multi-query attention over the latents; `up` is the weight of `kv_proj`."""
+        up = up.unflatten(0, (self.num_heads, -1))
         to_key, to_value = up.split([self.head_dim, self.value_dim], dim=1)
         q = torch.cat([torch.einsum("bhtn,hnr->bhtr", q, to_key), q_place], dim=-1)
         k = torch.cat([latent, place], dim=-1).expand(-1, self.num_heads, -1, -1)

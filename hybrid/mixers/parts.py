@@ -247,3 +247,18 @@ class GatedRMSNorm(nn.Module):
             return y
         act = F.silu if self.activation == "silu" else torch.sigmoid
         return (y * act(wide(gate))).to(o.dtype)
+
+
+def plain_weight(linear: nn.Module) -> torch.Tensor | None:
+    """The weight (D_out, D_in) of a bias-free Linear that is nothing but its weight; else None.
+
+    None where calling the module does more, or the weight is not here as it is used: adapters,
+    parametrizations, quantization, hooks (offloading, pruning), shards. Call the module then.
+    """
+    if type(linear) is not nn.Linear or linear.bias is not None or "forward" in vars(linear):
+        return None
+    if linear._forward_hooks or linear._forward_pre_hooks:
+        return None
+    weight = linear.weight
+    plain = type(weight) in (nn.Parameter, torch.Tensor) and not weight.is_meta
+    return weight if plain and weight.shape == (linear.out_features, linear.in_features) else None

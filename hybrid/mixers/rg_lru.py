@@ -72,7 +72,7 @@ class BlockDiagonal(nn.Module):
         self.weight = nn.Parameter(torch.empty(blocks, size, size))
         self.bias = nn.Parameter(torch.empty(blocks, size))
 
-    def init_parameters(self) -> None:
+    def init_parameters(self, std: float) -> None:
         """Normal with variance 1 / block size; bias 0."""
         init.normal_(self.weight, mean=0.0, std=self.weight.shape[-1] ** -0.5)
         init.zeros_(self.bias)
@@ -121,8 +121,6 @@ class RGLRU(StateMixer):
 
     def init_parameters(self, std: float) -> None:
         """a^2 uniform in [0.9^2, 0.999^2] (section 2.4 of the paper), a = exp(-softplus(Lambda))."""
-        self.input_gate.init_parameters()
-        self.recurrence_gate.init_parameters()
         square = torch.empty_like(self.decay_rate, dtype=torch.float32)
         rate = -0.5 * square.uniform_(0.9**2, 0.999**2).log_()
         init.copy_(self.decay_rate, rate.expm1().log())

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from hybrid.config.registry import register_mixer
-from hybrid.mixers.attention import FullAttention, add_positions
+from hybrid.mixers.attention import FullAttention, add_positions, capped_attention
 from hybrid.mixers.base import ShortConvolution, conv_problems
 from hybrid.mixers.dual_chunk import (
     CHUNK_MARKS,
@@ -201,6 +201,13 @@ class SoftmaxAttention(GroupedHeads, FullAttention):
             q, k = apply_rotary(q, k, *angles)
         if cache is not None:
             k, v = cache.update_kv(k, v)
+        if self.slopes is not None and (self.config._attn_implementation or "eager") == "eager":
+            # transformers' eager attention rounds logits to the dtype of q, and positions are large
+            q, k = wide(q), wide(k)
+            o, weights = capped_attention(
+                q, k, v, attention_mask, scaling=self.scaling, dropout=self.active_dropout
+            )
+            return self.output(o.flatten(2), x), weights
         caps = {"soft_cap": self.options.soft_cap, "sinks": self.sinks}
         o, weights = self.attend(q, k, v, attention_mask, kwargs, **caps)
         return self.output(o.flatten(2), x), weights

@@ -10,20 +10,16 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers import initialization as init
 from transformers.utils import logging
 from transformers.utils.output_capturing import OutputRecorder
 
 from hybrid import hub
 from hybrid.config.hybrid_config import HybridConfig
-from hybrid.ffn import FeedForward
-from hybrid.ffn.moe import Experts, MixtureOfExperts
+from hybrid.ffn.moe import MixtureOfExperts
 from hybrid.ffn.router import BiasedRouter, Router
-from hybrid.mixers import Mixer, ShortConvolution
 from hybrid.mixers.attention import FullAttention
-from hybrid.modeling import mup
-from hybrid.modeling.layer import HybridLayer, ParallelMixers
-from hybrid.nn.norms import ZeroCenteredRMSNorm
+from hybrid.modeling import initialization, mup
+from hybrid.modeling.layer import HybridLayer
 
 logger = logging.get_logger(__name__)
 
@@ -62,6 +58,7 @@ class HybridPreTrainedModel(PreTrainedModel):
         "router_indices": OutputRecorder(Router, index=2),
     }
     _can_set_experts_implementation = _HasExperts()  # type: ignore[assignment]
+    _is_loading = False
 
     def post_init(self) -> None:
         """As transformers', which is told of the one buffer that only some layouts have."""
@@ -99,23 +96,31 @@ class HybridPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         """Initialise one module; transformers calls this for every one that no checkpoint filled."""
+        before = initialization.unset_tensors(module) if self._is_loading else {}
         super()._init_weights(module)  # zeros and ones for biases and norms, std for the rest
-        std = self.config.initializer_range
-        if isinstance(module, nn.Linear):
-            xavier = self.config.init in ("xavier", "deepnorm")
-            if xavier and module is not self.get_output_embeddings():
-                gain = self.config.deepnorm_beta if hasattr(module, "is_value_path") else 1.0
-                init.xavier_normal_(module.weight, gain=gain)
-            if hasattr(module, "starts_at_zero"):
-                init.zeros_(module.weight)
-            elif self.config.init == "depth_scaled" and hasattr(module, "is_residual_projection"):
-                scaled = std / max(1, self.config.num_residual_branches) ** 0.5
-                init.normal_(module.weight, mean=0.0, std=scaled)
-        elif isinstance(module, (ShortConvolution, ZeroCenteredRMSNorm, ParallelMixers)):
-            module.init_parameters()
-        elif isinstance(module, (Mixer, FeedForward, Router, Experts)):
-            module.init_parameters(std)
-        mup.scale_initial(module)
+        is_head = module is self.get_output_embeddings()
+        initialization.initialize(module, self.config, is_head=is_head)
+        initialization.fill_untouched(module, before, self.config.initializer_range)
+
+    def _initialize_weights(self, module: nn.Module, *args: Any, **kwargs: Any) -> None:
+        """As transformers', and a module of ours is asked for the tensors of its children, too.
+
+        transformers passes over a module whose own tensors are all loaded; a mixer may have a say in
+        how the bias of a projection begins.
+        """
+        if initialization.has_say(module):
+            self._init_weights(module)
+            module._is_hf_initialized = True  # type: ignore[assignment]
+        else:
+            super()._initialize_weights(module, *args, **kwargs)
+
+    def _initialize_missing_keys(self, *args: Any, **kwargs: Any) -> None:
+        """As transformers': what a checkpoint lacks has no value yet, whatever constructors set."""
+        self._is_loading = True
+        try:
+            super()._initialize_missing_keys(*args, **kwargs)
+        finally:
+            self._is_loading = False
 
     def save_pretrained(
         self, save_directory: Any, is_main_process: bool = True, *args: Any, **kwargs: Any

@@ -48,7 +48,7 @@ class ParallelMixers(nn.Module):
         if self.combine == "learned_scalar":
             self.weights = nn.Parameter(torch.empty(count))
 
-    def init_parameters(self) -> None:
+    def init_parameters(self, std: float) -> None:
         """The scalars start as a mean."""
         if self.weights is not None:
             init.constant_(self.weights, 1 / len(self.branches))

@@ -124,7 +124,7 @@ class ZeroCenteredRMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.zeros(size))
         self.eps = eps
 
-    def init_parameters(self) -> None:
+    def init_parameters(self, std: float) -> None:
         """Zeros."""
         init.zeros_(self.weight)
 

@@ -64,7 +64,7 @@ def test_formula_at_every_position(build, ids, activation):
 
 def test_an_activation_comes_after_the_residual():
     conv = ShortConvolution(6, 4, activation="silu").double()
-    conv.init_parameters()
+    conv.init_parameters(0.02)
     x = torch.randn(2, 7, 6, dtype=torch.float64)
     conv.residual = True
     assert_close(conv(x, None, None), F.silu(canon(x, conv.weight)))
