@@ -91,6 +91,8 @@ class FullAttention(Mixer):
             if name not in CAPPED_FUNCTIONS:
                 raise _unfit(name, "no sinks and no soft_cap", PLAIN_FUNCTIONS + CAPPED_FUNCTIONS)
             extra = {"softcap": soft_cap, "s_aux": sinks}
+        kwargs = {**kwargs, **kwargs.get("paged", {})}
+        kwargs.pop("paged", None)
         function = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention_forward)
         scaling = self.scaling
         return function(self, q, k, v, mask, dropout=dropout, scaling=scaling, **extra, **kwargs)

@@ -21,7 +21,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import initialization as init
 
-from hybrid.nn.arguments import ATTENTION_ARGUMENTS, check_arguments
+from hybrid.nn.arguments import MIXER_ARGUMENTS, check_arguments
 from hybrid.nn.cache import LayerCache
 from hybrid.nn.norms import build_norm
 from hybrid.nn.packing import WHOLE_ROWS, Segments
@@ -102,13 +102,18 @@ class Mixer(nn.Module, ABC):
 
     def check_arguments(self, kwargs: dict[str, Any]) -> None:
         """Refuse keyword arguments of `forward` that no mixer takes."""
-        known = ATTENTION_ARGUMENTS | {"attention_mask", "position_embeddings"}
+        known = MIXER_ARGUMENTS | {"attention_mask", "position_embeddings"}
         check_arguments(type(self).__name__, Mixer.forward, kwargs, known)
 
     @classmethod
     def uses_state(cls, options: Any) -> bool:
         """Whether the cache holds a recurrent or a convolution state for it."""
         return cls.layer_type == "linear_attention"
+
+    @classmethod
+    def fits_paged(cls, options: Any) -> bool:
+        """Whether keys and values are all it remembers, and of one size, as paged caches want them."""
+        return False
 
     @classmethod
     def samples(cls) -> list[dict[str, Any]]:

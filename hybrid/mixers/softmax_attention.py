@@ -142,6 +142,12 @@ class SoftmaxAttention(GroupedHeads, FullAttention):
         return options.conv_size is not None
 
     @classmethod
+    def fits_paged(cls, options: SoftmaxAttentionOptions) -> bool:
+        """Plain attention only: no convolution, no marks beside keys, no function of ours."""
+        beside = options.conv_size or options.alibi or options.dual_chunk_size
+        return not (beside or options.sinks or options.soft_cap is not None)
+
+    @classmethod
     def samples(cls) -> list[dict[str, Any]]:
         """MHA; GQA, dual chunks, sinks and cap; MQA, ALiBi; convolution, gate, sinks, NoPE tuned."""
         partial = {"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 0.5}

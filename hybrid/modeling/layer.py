@@ -24,7 +24,7 @@ from hybrid.modeling.canon import Canon
 from hybrid.modeling.context_parallel import Neighbours, NeighbourSlot
 from hybrid.modeling.residual import ParallelMixers, Residual
 from hybrid.modeling.weight_sharing import Widened, adapt, narrow_output
-from hybrid.nn.arguments import ATTENTION_ARGUMENTS, check_arguments
+from hybrid.nn.arguments import MIXER_ARGUMENTS, check_arguments
 from hybrid.nn.cache import LayerCache
 from hybrid.nn.packing import WHOLE_ROWS, Segments
 
@@ -151,7 +151,7 @@ class HybridLayer(GradientCheckpointingLayer):
             neighbours: the past, where it is on another process (`hybrid.modeling.context_parallel`).
             kwargs: for attention functions.
         """
-        check_arguments("HybridLayer", HybridLayer.forward, kwargs, ATTENTION_ARGUMENTS)
+        check_arguments("HybridLayer", HybridLayer.forward, kwargs, MIXER_ARGUMENTS)
         past = cache if neighbours is None else neighbours
         call = Call(attention_mask, position_embeddings, segments, past, kwargs)
         source = x if beside is None else x + beside

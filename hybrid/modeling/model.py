@@ -36,17 +36,28 @@ from hybrid.modeling.weight_sharing import tied_weights
 from hybrid.nn.arguments import (
     ATTENTION_ARGUMENTS,
     CACHE,
+    DOCUMENT_ARGUMENTS,
     IGNORED_ARGUMENTS,
     LOSS_ARGUMENTS,
+    PAGED_ARGUMENTS,
     RECORDING_ARGUMENTS,
     check_arguments,
     pick_cache,
 )
-from hybrid.nn.cache import count_tokens, fill_unused, is_empty, past_length
+from hybrid.nn.cache import count_tokens, fill_unused, is_empty, is_paged, past_length
 from hybrid.nn.norms import build_norm
-from hybrid.nn.packing import WHOLE_ROWS, Segments, from_padding, from_positions
+from hybrid.nn.packing import (
+    WHOLE_ROWS,
+    Segments,
+    check_mask,
+    check_positions,
+    find_segments,
+    name_documents,
+)
 
-STACK_ARGUMENTS = frozenset({*ATTENTION_ARGUMENTS, *RECORDING_ARGUMENTS, *IGNORED_ARGUMENTS})
+STACK_ARGUMENTS = frozenset(
+    {*ATTENTION_ARGUMENTS, *DOCUMENT_ARGUMENTS, *RECORDING_ARGUMENTS, *IGNORED_ARGUMENTS}
+)
 MODEL_ARGUMENTS = STACK_ARGUMENTS | LOSS_ARGUMENTS
 
 
@@ -106,13 +117,15 @@ class HybridModel(HybridPreTrainedModel):
         Args:
             input_ids: (B, T) int64; or `inputs_embeds`: (B, T, D).
             attention_mask: (B, T_past + T) with 0 at padding, on any side; None for none.
-            position_ids: (B, T). Without a mask and with an empty cache, a position that does not
-                follow the one before it starts a new document, and documents do not see each other.
+                Numbers 1, 2, ... name the documents of a row.
+            position_ids: (B, T). With an empty cache, a position that does not follow the one before
+                it starts a new document, and documents do not see each other.
             cache: a cache to continue from; `DynamicCache(config=model.config)` or None.
             use_cache: whether to return a cache.
             past_key_values: `cache` under the name that it has in transformers before 5.24.
             losses_follow: the caller adds the losses of the config; False warns of those skipped.
-            kwargs: of attention functions and of recording; see `hybrid.nn.arguments`.
+            kwargs: of attention functions and of recording; see `hybrid.nn.arguments`. Documents may
+                also be named by `cu_seq_lens_q` or `seq_idx`; see `hybrid.nn.packing`.
 
         Raises:
             TypeError: an unknown keyword argument.
@@ -120,13 +133,12 @@ class HybridModel(HybridPreTrainedModel):
                 a custom 4-dimensional mask with layers that carry a state; a cache given in training
                 with gradient checkpointing.
         """
-        check_arguments("HybridModel", HybridModel.forward, kwargs, STACK_ARGUMENTS)
         past = pick_cache(cache, past_key_values)
-        marks = [x for x in ("seq_idx", "cu_seq_lens_q") if kwargs.get(x) is not None]
-        if marks and position_ids is None:
-            raise ValueError(
-                f"{marks[0]}: documents are told apart by position_ids that restart; give those, too"
-            )
+        paged = past if is_paged(past) else None
+        known = STACK_ARGUMENTS | PAGED_ARGUMENTS if paged is not None else STACK_ARGUMENTS
+        check_arguments("HybridModel", HybridModel.forward, kwargs, known)
+        if paged is not None:
+            past = None
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         x: torch.Tensor = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
@@ -145,17 +157,34 @@ class HybridModel(HybridPreTrainedModel):
         if use_cache and past is None:
             past = DynamicCache(config=self.config)
         neighbours = None
-        if self.context_group is not None:
+        handed_on = {name: kwargs[name] for name in kwargs if name in ATTENTION_ARGUMENTS}
+        if paged is not None:
+            segments = WHOLE_ROWS
+            masks: Masks = {"full_attention": attention_mask}
+            paging = {name: kwargs[name] for name in kwargs if name in PAGED_ARGUMENTS}
+            handed_on["paged"] = {**paging, "cache": paged}
+        elif self.context_group is not None:
+            named = [name for name in ("seq_idx", "cu_seq_lens_q", "cu_seq_lens_k") if name in kwargs]
+            if named:
+                raise ValueError(
+                    f"slices of rows (context parallelism) do not take {named[0]}; name documents by"
+                    " position_ids that restart"
+                )
             if attention_mask is not None or past is not None:
                 raise ValueError(
                     "slices of rows (context parallelism) take neither an attention_mask nor a cache"
                 )
             neighbours = Neighbours(self.context_group, position_ids, x)
             segments, position_ids = neighbours.segments, neighbours.position_ids
-            masks: Masks = {}
+            masks = {}
             if self.has_keys:
                 masks["full_attention"] = neighbours.mask(self.config, x)
         else:
+            check_mask(attention_mask, batch, time, past_length(past))
+            check_positions(position_ids, batch, time)
+            attention_mask, position_ids = name_documents(
+                attention_mask, position_ids, kwargs, (batch, time)
+            )
             segments = self._segments(attention_mask, position_ids, given_cache, batch, time)
             if segments.packed:
                 # a document boundary inside the cache has no meaning for the tokens that come next
@@ -163,10 +192,10 @@ class HybridModel(HybridPreTrainedModel):
             if position_ids is None:
                 start = past_length(past)
                 position_ids = torch.arange(time, device=x.device).unsqueeze(0) + start
-            masks = self._masks(x, attention_mask, past, position_ids)
+            places = segments.places if segments.packed else position_ids
+            masks = self._masks(x, attention_mask, past, places)
         positions = {s: rotary(x, position_ids) for s, rotary in self.rotary.items()}
 
-        handed_on = {name: kwargs[name] for name in kwargs if name in ATTENTION_ARGUMENTS}
         embeddings, beside = x, None
         for layer in self.layers:
             y = layer(
@@ -208,15 +237,10 @@ class HybridModel(HybridPreTrainedModel):
         may_pack = not made and position_ids is not None and is_empty(cache)
         if custom or not (may_pack or self.has_state):
             return WHOLE_ROWS
-        padding = from_padding(mask, time)
-        if padding is not WHOLE_ROWS:
-            return padding
-        if position_ids is None or not may_pack:
-            return WHOLE_ROWS
-        segments = from_positions(position_ids, batch)
+        segments = find_segments(mask, position_ids if may_pack else None, batch, time)
         if segments.packed and cache is not None:
             raise ValueError(
-                "packed documents (position_ids that restart) cannot fill a cache; run each document"
+                "packed documents (such as position_ids that restart) cannot fill a cache; run each document"
                 " as a row of its own, or leave the cache out"
             )
         return segments
@@ -280,6 +304,26 @@ class HybridForCausalLM(Objective, HybridPreTrainedModel, GenerationMixin):
             inputs["past_key_values"] = inputs.pop(CACHE)
         return inputs
 
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """As transformers', whose paged cache holds the keys of plain softmax attention alone."""
+        symbols = dict.fromkeys(s for layer in self.config.layers for s in layer.mixers)
+        unfit = [s for s in symbols if not self.config.mixer(s)[0].fits_paged(self.config.mixer(s)[1])]
+        canon = any(map(self.config.canon_of, self.config.layers))
+        if unfit or canon:
+            what = f"the mixers {', '.join(map(repr, unfit))}" if unfit else "canon layers"
+            raise ValueError(
+                f"continuous batching (generate_batch): expected plain softmax attention in every"
+                f" layer, got {what}, which the paged cache of transformers cannot hold; use"
+                " generate() with a left-padded batch"
+            )
+        sizes = {self.config.mixer(s)[1].sizes[1:] for s in symbols}
+        if len(sizes) > 1:
+            raise ValueError(
+                "continuous batching (generate_batch): expected the same num_kv_heads and head_dim in"
+                f" every layer, got {sorted(sizes)}; use generate() with a left-padded batch"
+            )
+        return super().init_continuous_batching(*args, **kwargs)
+
     @classmethod
     def from_published(
         cls, source: str | Path | PreTrainedModel, **kwargs: Any
@@ -323,7 +367,9 @@ class HybridForCausalLM(Objective, HybridPreTrainedModel, GenerationMixin):
             output_last_hidden_state: return what the head reads.
             kwargs: as of `HybridModel.forward`; `num_items_in_batch` and `shift_labels` of the loss.
         """
-        check_arguments("HybridForCausalLM", HybridForCausalLM.forward, kwargs, MODEL_ARGUMENTS)
+        paged = is_paged(pick_cache(cache, past_key_values))
+        known = MODEL_ARGUMENTS | PAGED_ARGUMENTS if paged else MODEL_ARGUMENTS
+        check_arguments("HybridForCausalLM", HybridForCausalLM.forward, kwargs, known)
         loss_kwargs = {name: kwargs.pop(name) for name in LOSS_ARGUMENTS if name in kwargs}
         outputs = self.model(
             input_ids=input_ids,
@@ -352,6 +398,10 @@ class HybridForCausalLM(Objective, HybridPreTrainedModel, GenerationMixin):
         )
         if self.mtp is not None and inputs_embeds is None and self.training:
             inputs_embeds = self.model.embed_tokens(input_ids)
+        if labels is not None:
+            attention_mask, position_ids = name_documents(
+                attention_mask, position_ids, kwargs, tuple(hidden.shape[:2])
+            )
         inputs = {"attention_mask": attention_mask, "position_ids": position_ids}
         self.add_losses(found, outputs, labels, inputs_embeds, inputs, **loss_kwargs)
         return found

@@ -26,6 +26,17 @@ ATTENTION_ARGUMENTS = frozenset(
 )
 """Passed on to the mixers, and by them to transformers' attention functions."""
 
+MIXER_ARGUMENTS = ATTENTION_ARGUMENTS | {"paged"}
+"""Those, and by a stack to its layers in continuous batching: what belongs to the paged cache."""
+
+DOCUMENT_ARGUMENTS = frozenset({"seq_idx"})
+"""Numbers of packed documents, as collators make them for Mamba's kernels."""
+
+PAGED_ARGUMENTS = frozenset(
+    {"read_index", "write_index", "block_table", "is_causal", "logits_indices", "logits_processor_args"}
+)
+"""What continuous batching hands over beside its paged cache, for its attention functions."""
+
 RECORDING_ARGUMENTS = frozenset(
     {"output_attentions", "output_hidden_states", "output_router_logits", "output_router_indices"}
 )

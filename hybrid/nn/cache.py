@@ -270,6 +270,11 @@ def past_length(cache: Cache | None) -> int | torch.Tensor:
     return cache.get_seq_length() if counts else 0
 
 
+def is_paged(cache: object) -> bool:
+    """Whether a cache is that of continuous batching, which attention functions update themselves."""
+    return type(cache).__name__ == "PagedAttentionCache"
+
+
 def is_empty(cache: Cache | None) -> bool:
     """Whether nothing has been stored yet, by softmax layers and linear ones alike."""
     if cache is None:

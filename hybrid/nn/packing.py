@@ -3,15 +3,17 @@
 A recurrence must neither see padding nor cross from one document into the next. Both are the same
 thing: the real tokens of a batch are a list of documents in a batch of one, with boundaries
 `cu_seqlens`. A padded batch has one document per row, whose padding is left out (left, right or in
-between); a packed batch has as many as its position ids restart.
+between); a packed batch has as many as its position ids restart, or as whatever else names its
+documents (`name_documents`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from transformers.masking_utils import find_packed_sequence_indices
 
 
 @dataclass(frozen=True)
@@ -23,15 +25,18 @@ class Segments:
             every row is one whole document.
         index: (tokens,) int64, places of the real tokens in the flattened batch (B * T); None where
             every token is real.
+        places: (B, T), the place of each token in its document, 0 at padding; None where no row
+            holds several documents.
     """
 
     cu_seqlens: torch.Tensor | None = None
     index: torch.Tensor | None = None
+    places: torch.Tensor | None = None
 
     @property
     def packed(self) -> bool:
-        """Whether rows hold documents without padding, as opposed to one document each."""
-        return self.cu_seqlens is not None and self.index is None
+        """Whether a row holds several documents."""
+        return self.places is not None
 
     def pack(self, x: torch.Tensor) -> torch.Tensor:
         """(B, T, ...) -> (1, tokens, ...); unchanged where every row is one whole document."""
@@ -53,39 +58,219 @@ class Segments:
 WHOLE_ROWS = Segments()
 
 
-def from_padding(mask: torch.Tensor | None, time: int) -> Segments:
-    """Segments of a padded batch.
+def find_segments(
+    mask: torch.Tensor | None, position_ids: torch.Tensor | None, batch: int, time: int
+) -> Segments:
+    """Documents and padding of a batch.
 
     Args:
         mask: (B, T_total) with 0 at padding, as a tokenizer returns it; only the last `time` columns,
             those of the present forward, count. None for no padding.
-        time: T of the present forward.
+        position_ids: (1 or B, T): a document begins wherever they do not go up by one, from the token
+            before or, across padding, from the real token before. None for one document a row.
+        batch, time: B and T of the present forward.
     """
-    if mask is None:
-        return WHOLE_ROWS
-    mask = mask[:, -time:].bool()
-    if bool(mask.all()):
-        return WHOLE_ROWS
-    lengths = mask.sum(dim=1)
-    return Segments(_boundaries(lengths), mask.flatten().nonzero().squeeze(1))
+    real = None if mask is None else mask[:, -time:].bool()
+    starts = None
+    if position_ids is not None:
+        starts = _restarts(position_ids.expand(batch, -1), real)
+    padded, several = _any(None if real is None else ~real, starts)
+    real, starts = real if padded else None, starts if several else None
+    if starts is None:
+        if real is None:
+            return WHOLE_ROWS
+        lengths = real.sum(dim=1)
+        return Segments(_boundaries(lengths), real.flatten().nonzero().squeeze(1))
+    starts[:, 0] = True
+    if real is None:
+        begin = starts.flatten().nonzero().squeeze(1)
+        end = begin.new_tensor([starts.numel()])
+        return Segments(torch.cat([begin, end]).to(torch.int32), None, _places(starts, real))
+    first = real & (real.cumsum(dim=1) == 1)
+    starts = (starts | first) & real
+    index = real.flatten().nonzero().squeeze(1)
+    begin = starts.flatten()[index].nonzero().squeeze(1)
+    boundaries = torch.cat([begin, begin.new_tensor([len(index)])]).to(torch.int32)
+    return Segments(boundaries, index, _places(starts, real))
+
+
+def _any(*flags: torch.Tensor | None) -> list[bool]:
+    """Whether any of each is True; the device is waited for once."""
+    code = sum(2**i * flag.any() for i, flag in enumerate(flags) if flag is not None)
+    code = int(code)
+    return [bool(code >> i & 1) for i in range(len(flags))]
 
 
 def from_positions(position_ids: torch.Tensor, batch: int) -> Segments:
-    """Segments of packed documents: a new one wherever the position ids do not go up by one.
+    """Segments of packed documents without padding: (1 or B, T) position ids that restart."""
+    return find_segments(None, position_ids, batch, position_ids.shape[1])
+
+
+def _restarts(position_ids: torch.Tensor, real: torch.Tensor | None) -> torch.Tensor:
+    """(B, T) bool: real tokens that do not go on from the one before; never the first of a row."""
+    gap = torch.ones_like(position_ids)
+    gap[:, 1:] = position_ids.diff(dim=1)
+    starts = gap != 1
+    if real is None:
+        return starts
+    column = torch.arange(position_ids.shape[1], device=position_ids.device).expand_as(real)
+    last_real = torch.where(real, column, -1).cummax(dim=1).values
+    before = torch.nn.functional.pad(last_real[:, :-1], (1, 0), value=-1)
+    gap = position_ids - position_ids.gather(1, before.clamp(min=0))
+    return starts & (gap != 1) & real & (before >= 0)
+
+
+def _places(starts: torch.Tensor, real: torch.Tensor | None) -> torch.Tensor:
+    column = torch.arange(starts.shape[1], device=starts.device).expand_as(starts)
+    if real is not None:
+        column = real.cumsum(dim=1) - 1
+    places = column - torch.where(starts, column, 0).cummax(dim=1).values
+    return places if real is None else torch.where(real, places, 0)
+
+
+def name_documents(
+    attention_mask: Any,
+    position_ids: torch.Tensor | None,
+    kwargs: Mapping[str, Any],
+    shape: tuple[int, int],
+) -> tuple[Any, torch.Tensor | None]:
+    """Bring every way of naming packed documents to position ids that restart, and a 0/1 mask.
+
+    Documents come as `cu_seq_lens_q` and `cu_seq_lens_k` (of flash attention), `seq_idx` (of Mamba's
+    kernels), an attention mask of document numbers 1, 2, ..., or position ids.
 
     Args:
-        position_ids: (1 or B, T).
-        batch: B.
+        attention_mask: (B, T_total), or anything else, which is returned as it is.
+        position_ids: (1 or B, T), or None.
+        kwargs: of the forward.
+        shape: B and T.
+
+    Raises:
+        ValueError: two of them name different documents, or one does not fit the batch.
     """
-    ids = find_packed_sequence_indices(position_ids)
-    if ids is None:
-        return WHOLE_ROWS
-    ids = ids.expand(batch, -1)
-    starts = torch.ones_like(ids, dtype=torch.bool)
-    starts[:, 1:] = ids[:, 1:] != ids[:, :-1]
-    begin = starts.flatten().nonzero().squeeze(1)
-    end = begin.new_tensor([ids.numel()])
-    return Segments(torch.cat([begin, end]).to(torch.int32))
+    batch, time = shape
+    named: dict[str, torch.Tensor] = {}
+    for name in ("cu_seq_lens_q", "cu_seq_lens_k"):
+        if kwargs.get(name) is not None:
+            named[name] = _numbers_of_boundaries(name, kwargs[name], batch, time)
+    seq_idx = kwargs.get("seq_idx")
+    if seq_idx is not None:
+        if seq_idx.ndim != 2 or seq_idx.shape[0] not in (1, batch) or seq_idx.shape[1] != time:
+            raise ValueError(
+                f"seq_idx: expected document numbers of shape ({batch}, {time}), got"
+                f" {tuple(seq_idx.shape)}"
+            )
+        named["seq_idx"] = seq_idx.expand(batch, -1)
+    real = None
+    if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2:
+        numbers = attention_mask[:, -time:]
+        if attention_mask.dtype != torch.bool and time > 1 and bool((attention_mask > 1).any()):
+            named["attention_mask (document numbers)"] = numbers
+            attention_mask = (attention_mask > 0).to(attention_mask.dtype)
+        if named:
+            real = numbers > 0
+            real = None if bool(real.all()) else real
+    if not named:
+        return attention_mask, position_ids
+    changes = {name: _changes(numbers, real) for name, numbers in named.items()}
+    if position_ids is not None:
+        changes["position_ids"] = _restarts(position_ids.expand(batch, -1), real)
+    (first, want), *others = changes.items()
+    for name, found in others:
+        if not torch.equal(found, want):
+            raise ValueError(
+                f"{first} and {name} name different documents; give one of them, or make them agree"
+            )
+    if position_ids is None:
+        starts = want.clone()
+        if real is not None:
+            starts |= real & (real.cumsum(dim=1) == 1)
+        else:
+            starts[:, 0] = True
+        position_ids = _places(starts, real)
+    return attention_mask, position_ids
+
+
+def _changes(numbers: torch.Tensor, real: torch.Tensor | None) -> torch.Tensor:
+    """Where document numbers (B, T) change from one real token to the next."""
+    column = torch.arange(numbers.shape[1], device=numbers.device).expand_as(numbers)
+    if real is None:
+        before = column - 1
+    else:
+        last_real = torch.where(real, column, -1).cummax(dim=1).values
+        before = torch.nn.functional.pad(last_real[:, :-1], (1, 0), value=-1)
+    changed = (numbers != numbers.gather(1, before.clamp(min=0))) & (before >= 0)
+    return changed if real is None else changed & real
+
+
+def _numbers_of_boundaries(
+    name: str, cu_seqlens: torch.Tensor, batch: int, time: int
+) -> torch.Tensor:
+    """Document numbers (B, T) of boundaries (N + 1,) in the flattened batch; empty documents vanish."""
+    bounds = cu_seqlens.long()
+    total = batch * time
+    if bounds.ndim != 1 or len(bounds) < 2 or int(bounds[0]) != 0 or int(bounds[-1]) != total:
+        raise ValueError(
+            f"{name}: expected boundaries from 0 to the {total} tokens of the batch, got"
+            f" {bounds.tolist()}"
+        )
+    if bool((bounds.diff() < 0).any()):
+        raise ValueError(f"{name}: expected boundaries that do not fall, got {bounds.tolist()}")
+    rows = time * torch.arange(batch, device=bounds.device)
+    if not bool(torch.isin(rows, bounds).all()):
+        raise ValueError(
+            f"{name}: expected a boundary at the start of each of the {batch} rows of {time} tokens,"
+            f" got {bounds.tolist()}"
+        )
+    token = torch.arange(total, device=bounds.device)
+    return torch.searchsorted(bounds, token, right=True).view(batch, time)
+
+
+def check_mask(mask: Any, batch: int, time: int, past: int | torch.Tensor | None) -> None:
+    """Refuse an attention mask that does not fit the tokens.
+
+    Args:
+        mask: (B, T_past + T), 1 or document numbers at real tokens and 0 at padding; or of four
+            dimensions, ready for attention functions; what is not a tensor is not checked.
+        batch, time: B and T of the present forward.
+        past: T_past; None where it is not known.
+
+    Raises:
+        ValueError: see above.
+    """
+    if not isinstance(mask, torch.Tensor):
+        return
+    if mask.ndim == 4:
+        if mask.shape[0] not in (1, batch) or mask.shape[2] != time or mask.shape[3] < time:
+            raise ValueError(
+                f"attention_mask: expected ({batch} or 1, heads or 1, {time}, at least {time}), got"
+                f" {tuple(mask.shape)}"
+            )
+        return
+    if torch.compiler.is_compiling() or (isinstance(past, torch.Tensor) and past.is_cuda):
+        past = None  # reading it would wait for the device
+    width = None if past is None else int(past) + time
+    fits = mask.ndim == 2 and mask.shape[0] == batch
+    if not fits or mask.shape[1] < time or width not in (None, mask.shape[1]):
+        known = f"{time}" if not past else f"{int(past)} + {time}"
+        raise ValueError(
+            f"attention_mask: expected a column for each token of the cache and of the input,"
+            f" ({batch}, {known}), got {tuple(mask.shape)}"
+        )
+    if mask.is_floating_point() and not bool(((mask == 0) | (mask == 1)).all()):
+        raise ValueError(
+            "attention_mask: expected 1 at tokens and 0 at padding, got a floating-point mask with"
+            " other values; masks that are added to logits have four dimensions"
+        )
+
+
+def check_positions(position_ids: torch.Tensor | None, batch: int, time: int) -> None:
+    """Refuse position ids that are not (1 or B, T)."""
+    if position_ids is None:
+        return
+    shape = tuple(position_ids.shape)
+    if len(shape) != 2 or shape[0] not in (1, batch) or shape[1] != time:
+        raise ValueError(f"position_ids: expected ({batch} or 1, {time}), got {shape}")
 
 
 def _boundaries(lengths: torch.Tensor) -> torch.Tensor:
