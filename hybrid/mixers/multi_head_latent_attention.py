@@ -94,7 +94,8 @@ class MultiHeadLatentAttention(FullAttention):
 
     q = [q_N, q_P], k = [k_N, k_P], q_P and k_P rotated (arXiv 2405.04434, eq. 9 to 19). Only c and k_P
     are cached: R + P numbers per token, whatever H is. A single new token attends to the latents
-    themselves, W_b absorbed (where `plain_weight` has it): q_N . k_N = (q_N W_bk^T) . c, and values are made from the mean latent.
+    themselves, W_b absorbed (where `plain_weight` has it): q_N . k_N = (q_N W_bk^T) . c, and values
+    are made from the mean latent.
     Rotated pairs are (j, j + P/2), where DeepSeek's are (2j, 2j + 1): the same up to an order of rows.
     """
 

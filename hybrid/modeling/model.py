@@ -164,7 +164,9 @@ class HybridModel(HybridPreTrainedModel):
             paging = {name: kwargs[name] for name in kwargs if name in PAGED_ARGUMENTS}
             handed_on["paged"] = {**paging, "cache": paged}
         elif self.context_group is not None:
-            named = [name for name in ("seq_idx", "cu_seq_lens_q", "cu_seq_lens_k") if name in kwargs]
+            named = [
+                name for name in ("seq_idx", "cu_seq_lens_q", "cu_seq_lens_k") if name in kwargs
+            ]
             if named:
                 raise ValueError(
                     f"slices of rows (context parallelism) do not take {named[0]}; name documents by"
@@ -240,8 +242,8 @@ class HybridModel(HybridPreTrainedModel):
         segments = find_segments(mask, position_ids if may_pack else None, batch, time)
         if segments.packed and cache is not None:
             raise ValueError(
-                "packed documents (such as position_ids that restart) cannot fill a cache; run each document"
-                " as a row of its own, or leave the cache out"
+                "packed documents (such as position_ids that restart) cannot fill a cache; run each"
+                " document as a row of its own, or leave the cache out"
             )
         return segments
 
@@ -307,7 +309,9 @@ class HybridForCausalLM(Objective, HybridPreTrainedModel, GenerationMixin):
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
         """As transformers', whose paged cache holds the keys of plain softmax attention alone."""
         symbols = dict.fromkeys(s for layer in self.config.layers for s in layer.mixers)
-        unfit = [s for s in symbols if not self.config.mixer(s)[0].fits_paged(self.config.mixer(s)[1])]
+        unfit = [
+            s for s in symbols if not self.config.mixer(s)[0].fits_paged(self.config.mixer(s)[1])
+        ]
         canon = any(map(self.config.canon_of, self.config.layers))
         if unfit or canon:
             what = f"the mixers {', '.join(map(repr, unfit))}" if unfit else "canon layers"

@@ -33,7 +33,14 @@ DOCUMENT_ARGUMENTS = frozenset({"seq_idx"})
 """Numbers of packed documents, as collators make them for Mamba's kernels."""
 
 PAGED_ARGUMENTS = frozenset(
-    {"read_index", "write_index", "block_table", "is_causal", "logits_indices", "logits_processor_args"}
+    {
+        "read_index",
+        "write_index",
+        "block_table",
+        "is_causal",
+        "logits_indices",
+        "logits_processor_args",
+    }
 )
 """What continuous batching hands over beside its paged cache, for its attention functions."""
 

@@ -1,0 +1,109 @@
+"""What a checkpoint lacks has the initial value that a new model has, whatever module it is in."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import pytest
+import torch
+from torch import nn
+
+import hybrid
+from hybrid.config.registry import feed_forwards, mixers, register_mixer
+from hybrid.mixers.base import MixerOptions, StateMixer
+
+SMALL = {"hidden_size": 32, "vocab_size": 61, "initializer_range": 0.2}
+
+
+@pytest.fixture(autouse=True)
+def raw_memory_is_nan(monkeypatch):
+    """Fill the memory that transformers makes for missing tensors with NaN."""
+    empty_like = torch.empty_like
+
+    def filled(*args, **kwargs):
+        y = empty_like(*args, **kwargs)
+        return y.fill_(float("nan")) if y.is_floating_point() and not y.is_meta else y
+
+    monkeypatch.setattr(torch, "empty_like", filled)
+
+
+def load(config, state):
+    return hybrid.HybridForCausalLM.from_pretrained(None, config=config, state_dict=dict(state))
+
+
+def check_each_missing(config):
+    """Leave out every tensor of the first layer in turn."""
+    torch.manual_seed(0)
+    fresh = [hybrid.HybridForCausalLM(config).state_dict() for _ in range(2)]
+    state = {k: v + 0.1 if v.is_floating_point() else v for k, v in fresh[0].items()}
+    names = [k for k in state if k.startswith("model.layers.0.")]
+    assert names
+    for name in names:
+        got = load(config, {k: v for k, v in state.items() if k != name}).state_dict()
+        for other in state:
+            if other != name:
+                assert torch.equal(got[other], state[other]), (name, other)
+        assert got[name].isfinite().all(), name
+        if torch.equal(fresh[0][name], fresh[1][name]):
+            assert torch.equal(got[name], fresh[0][name]), name
+        else:
+            bound = max(f[name].abs().max() for f in fresh)
+            assert got[name].abs().max() <= 4 * bound, name
+            if got[name].numel() > 1:
+                assert got[name].std() > 0, name
+
+
+def test_each_tensor_of_a_mixer(mixer_name, mixer_options):
+    mixer = {"Q": {"type": mixer_name, **mixer_options}}
+    dense = {"-": {"intermediate_size": 24}}
+    check_each_missing(hybrid.HybridConfig(layout="QQ", mixers=mixer, feed_forwards=dense, **SMALL))
+
+
+@pytest.mark.parametrize("name", feed_forwards.names())
+def test_each_tensor_of_a_feed_forward(name):
+    symbol = feed_forwards.get(name).symbol
+    check_each_missing(hybrid.HybridConfig(layout="S", ffn=symbol, **SMALL))
+
+
+@dataclass(frozen=True)
+class BareOptions(MixerOptions):
+    buffer: bool = False
+
+
+@pytest.fixture
+def bare():
+    """A mixer of a user's own that leaves its initialisation to its constructor."""
+
+    class Bare(StateMixer):
+        Options: ClassVar = BareOptions
+
+        def __init__(self, options, config, layer_idx):
+            super().__init__(options, config, layer_idx)
+            self.matrix = nn.Parameter(torch.randn(config.hidden_size, config.hidden_size))
+            self.bias = nn.Parameter(torch.ones(config.hidden_size))
+            self.ramp = None
+            if options.buffer:
+                self.ramp = nn.Buffer(torch.ones(config.hidden_size), persistent=False)
+
+        def mix(self, x, cu_seqlens, cache):
+            return x @ self.matrix + self.bias
+
+    register_mixer("bare_of_a_user")(Bare)
+    yield Bare
+    mixers.remove("bare_of_a_user") if hasattr(mixers, "remove") else None
+
+
+def test_a_mixer_without_init_parameters(bare):
+    config = hybrid.HybridConfig(layout="Q", mixers={"Q": {"type": "bare_of_a_user"}}, **SMALL)
+    model = hybrid.HybridForCausalLM(config)
+    state = model.state_dict()
+    matrix, bias = (f"model.layers.0.mixer.{name}" for name in ("matrix", "bias"))
+    # a new model keeps what the constructor has set
+    assert state[bias].eq(1).all()
+    got = load(config, {k: v for k, v in state.items() if k not in (matrix, bias)}).state_dict()
+    assert got[bias].eq(0).all()
+    assert 0.15 < got[matrix].std() < 0.25
+
+    options = {"type": "bare_of_a_user", "buffer": True}
+    config = hybrid.HybridConfig(layout="Q", mixers={"Q": options}, **SMALL)
+    with pytest.raises(ValueError, match=r"Bare\.ramp: expected .* init_parameters"):
+        load(config, hybrid.HybridForCausalLM(config).state_dict())
