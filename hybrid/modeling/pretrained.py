@@ -116,11 +116,14 @@ class HybridPreTrainedModel(PreTrainedModel):
 
     def _initialize_missing_keys(self, *args: Any, **kwargs: Any) -> None:
         """As transformers': what a checkpoint lacks has no value yet, whatever constructors set."""
-        self._is_loading = True
+        models = [m for m in self.modules() if isinstance(m, HybridPreTrainedModel)]
+        for model in models:
+            model._is_loading = True
         try:
             super()._initialize_missing_keys(*args, **kwargs)
         finally:
-            self._is_loading = False
+            for model in models:
+                model._is_loading = False
 
     def save_pretrained(
         self, save_directory: Any, is_main_process: bool = True, *args: Any, **kwargs: Any
