@@ -58,8 +58,6 @@ IGNORED_ARGUMENTS = {
     "cache_position": "exporters and PEFT hand it over; the cache knows its length",
     "num_items_in_batch": "transformers' Trainer hands it to every model; the classification models"
     " pass it on to the stack, which has no loss",
-    "seq_idx": "collators of packed documents hand it over beside position_ids that restart, which say"
-    " the same; without those it is refused",
     "return_dict": "read by transformers' decorators before forward",
 }
 """What callers hand over and a stack may ignore, and why."""
