@@ -6,7 +6,6 @@ asked for what it alone knows: the FLOPs of its mixing, what its cache grows by,
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from hybrid.config.hybrid_config import HybridConfig
 from hybrid.config.options import ConfigError, did_you_mean
 from hybrid.ffn import FeedForward
 from hybrid.ffn.moe import MoEOptions
+from hybrid.files import read_json
 from hybrid.mixers import Mixer, ShortConvolution
 from hybrid.modeling.canon import Canon
 from hybrid.modeling.model import HybridForCausalLM, HybridModel
@@ -183,7 +183,9 @@ def _mixers(stack: nn.Module) -> list[Mixer]:
     return [m for m in stack.modules() if isinstance(m, Mixer)]
 
 
-def load_model_config(path: str, overrides: Sequence[str] = ()) -> HybridConfig:
+def load_model_config(
+    path: str, overrides: Sequence[str] = (), seen: tuple[Path, ...] = ()
+) -> HybridConfig:
     """The model of a training YAML, of a YAML with the model's own keys, or of a checkpoint.
 
     A checkpoint may be ours or of a published family.
@@ -191,6 +193,7 @@ def load_model_config(path: str, overrides: Sequence[str] = ()) -> HybridConfig:
     Args:
         path: a YAML file, a folder with a config.json, or a config.json.
         overrides: `key=value`, for YAML files.
+        seen: files whose `model.path` led here.
 
     Raises:
         ValueError: no such file, or a config with mistakes; each is named.
@@ -201,7 +204,7 @@ def load_model_config(path: str, overrides: Sequence[str] = ()) -> HybridConfig:
         file = Path(path) / "config.json" if Path(path).is_dir() else Path(path)
         if not file.is_file():
             raise ConfigError([f"no such file: {file}"], path)
-        values = json.loads(file.read_text(encoding="utf-8"))
+        values = read_json(file)
         if values.get("model_type") == HybridConfig.model_type:
             return HybridConfig(**values)
         from hybrid.convert.configs import read_published, to_ours
@@ -212,7 +215,10 @@ def load_model_config(path: str, overrides: Sequence[str] = ()) -> HybridConfig:
         return HybridConfig(**values)
     model = dict(values["model"])
     if "path" in model:
-        return load_model_config(str(model["path"]))
+        here = Path(path).resolve()
+        if here in seen:
+            raise ConfigError([f"model.path: {path} leads back to itself"], path)
+        return load_model_config(str(model["path"]), (), (*seen, here))
     if "vocab_size" not in model:
         from hybrid.tokenizer import load_tokenizer
 

@@ -57,6 +57,8 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     Raises:
         ConfigError: nothing of that name can be loaded, or it is `bytes` misspelt.
     """
+    if not isinstance(name, str):
+        raise ConfigError([f"tokenizer: expected a name, found {type(name).__name__} {name!r}"])
     if name == BYTES:
         return byte_tokenizer()
     near = difflib.get_close_matches(name.lower(), [BYTES], cutoff=0.75)

@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
 T = TypeVar("T")
+
+LARGEST = 1 << 32  # of any number in a config
 
 
 def option(default: Any = dataclasses.MISSING, *, help: str, **kwargs: Any) -> Any:
@@ -70,7 +73,7 @@ def build(cls: type[T], values: Any, path: str, mistakes: list[str]) -> T | None
         if key not in fields:
             mistakes.append(f"{where}: unknown key, {did_you_mean(str(key), fields)}")
             continue
-        if problem := type_problem(value, hints[key]):
+        if problem := type_problem(value, hints[key]) or number_problem(value):
             mistakes.append(f"{where}: {problem}")
             continue
         checked[key] = coerce(value, hints[key])
@@ -79,6 +82,15 @@ def build(cls: type[T], values: Any, path: str, mistakes: list[str]) -> T | None
         if required and name not in values:
             mistakes.append(f"{path + '.' if path else ''}{name}: required, and not given")
     return cls(**checked) if len(mistakes) == before else None
+
+
+def number_problem(value: Any) -> str | None:
+    """What is wrong with a number that nobody can mean, or None."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return f"expected a finite number, found {value}"
+    if isinstance(value, int) and abs(value) > LARGEST:
+        return f"expected a whole number of at most {LARGEST}, found {value}"
+    return None
 
 
 def coerce(value: Any, hint: Any) -> Any:

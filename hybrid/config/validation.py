@@ -14,7 +14,7 @@ from transformers import GenerationConfig, PreTrainedConfig
 
 from hybrid.config import block_validation as around_checks
 from hybrid.config import loss_validation as objective_checks
-from hybrid.config.options import build, did_you_mean, type_problem
+from hybrid.config.options import build, did_you_mean, number_problem, type_problem
 from hybrid.config.registry import Registry, feed_forwards, mixers
 from hybrid.layout import (
     FFN,
@@ -41,6 +41,13 @@ OTHER_NAMES = {
 
 # Stands in for a hidden_size that is itself a mistake: whatever head count is asked for divides it.
 ANY_SIZE = 64 * 2**4 * 3**2 * 5 * 7 * 11 * 13
+
+# Beyond these nobody can mean it, and building would take all memory before it failed.
+LARGEST_SIZES = {
+    "vocab_size": 1 << 26, "hidden_size": 1 << 20, "num_hidden_layers": 1 << 14,
+    "max_position_embeddings": 1 << 40,
+}  # fmt: skip
+LARGEST_OPTION = 1 << 24  # heads, widths, windows of a mixer or a feed-forward
 
 # Keys that config.json may hold beside the fields, all of them transformers' own.
 STANDARD_KEYS = {
@@ -144,20 +151,29 @@ def _options(config: HybridConfig, field: str, registry: Registry) -> Iterator[t
 def _wrong_types(config: HybridConfig, hints: Mapping[str, Any]) -> list[str]:
     lines = []
     for name, hint in hints.items():
-        if problem := type_problem(getattr(config, name), hint):
+        value = getattr(config, name)
+        if problem := type_problem(value, hint) or number_problem(value):
             lines.append(f"{name}: {problem}")
     if isinstance(config.dtype, str) and not _is_dtype(config.dtype):
         known = [name for name in vars(torch) if _is_dtype(name)]
         lines.append(f"dtype: unknown {config.dtype!r}, {did_you_mean(config.dtype, known)}")
+    if isinstance(config.dtype, torch.dtype) and not config.dtype.is_floating_point:
+        lines.append(f"dtype: weights are floating-point numbers, found {config.dtype}")
     return lines
 
 
 def _wrong_sizes(config: HybridConfig) -> list[str]:
     lines = []
-    for name in ("vocab_size", "hidden_size", "num_hidden_layers", "max_position_embeddings"):
+    for name, most in LARGEST_SIZES.items():
         value = getattr(config, name)
         if _is_number(value) and value < 1:
             lines.append(f"{name}: must be at least 1, found {value}")
+        if _is_number(value) and value > most:
+            lines.append(f"{name}: must be at most {most}, found {value}")
+    for name, most in (("num_mtp_layers", 1 << 10), ("canon_width", 1 << 10)):
+        value = getattr(config, name)
+        if _is_number(value) and value > most:
+            lines.append(f"{name}: must be at most {most}, found {value}")
     for name in ("norm_eps", "initializer_range"):
         value = getattr(config, name)
         if _is_number(value) and not 0 < value < float("inf"):
@@ -210,6 +226,11 @@ def _wrong_options(
         built = build(cls.Options, right, path, [])
     if built is None:
         return lines
+    lines += [
+        f"{path}.{f.name}: must be at most {LARGEST_OPTION}, found {getattr(built, f.name)}"
+        for f in dataclasses.fields(cls.Options)
+        if type(getattr(built, f.name)) is int and getattr(built, f.name) > LARGEST_OPTION
+    ]
     return lines + [f"{path}.{problem}" for problem in built.problems(_sized(config, path))]
 
 
@@ -307,4 +328,5 @@ def _is_number(value: Any) -> bool:
 
 
 def _is_dtype(name: str) -> bool:
-    return isinstance(getattr(torch, name.removeprefix("torch."), None), torch.dtype)
+    found = getattr(torch, name.removeprefix("torch."), None)
+    return isinstance(found, torch.dtype) and found.is_floating_point

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 from torch.utils.data import Dataset
 
-from hybrid.data.packing import Row
+from hybrid.data.packing import IGNORE, Row
 from hybrid.data.rows import Rows
 
 BLOCK = 1000
@@ -92,25 +92,33 @@ class Mixture(Dataset):
 
 
 def check_ids(row: Row, vocabulary: int) -> None:
-    """Refuse ids that no embedding has; an accelerator would only say that an assertion failed.
+    """Refuse ids and labels that no embedding has: an accelerator would only report an assertion.
 
     Raises:
-        ValueError: naming the largest id.
+        ValueError: naming the one that is furthest out.
     """
-    largest = int(row["input_ids"].max())
-    if largest >= vocabulary:
-        raise ValueError(f"it has the token id {largest}, the model's vocab_size is {vocabulary}")
+    labels = row["labels"]
+    for what, ids in (("token id", row["input_ids"]), ("label", labels[labels != IGNORE])):
+        if not ids.size:
+            continue
+        for found in (int(ids.min()), int(ids.max())):
+            if not 0 <= found < vocabulary:
+                raise ValueError(
+                    f"it has the {what} {found}, the model's vocab_size is {vocabulary}"
+                    + (f"; set model.vocab_size to at least {found + 1}" if found > 0 else "")
+                )
 
 
 def shares(weights: Sequence[float]) -> np.ndarray:
     """(len(weights),) int64, rows of each source in a block; they add up to `BLOCK`."""
-    exact = np.asarray(weights, np.float64) / np.sum(weights) * BLOCK
+    exact = np.asarray(weights, np.float64) / max(weights)  # whose sum might overflow
+    exact *= BLOCK / exact.sum()
     counts = np.floor(exact).astype(np.int64)
     largest = np.argsort(counts - exact, kind="stable")
     counts[largest[: BLOCK - counts.sum()]] += 1
     if len(weights) > 1 and (small := np.flatnonzero(counts == 0)).size:
         raise ValueError(
-            f"data[{small[0]}].weight: {weights[small[0]]} of {float(np.sum(weights)):g} in all is"
+            f"data[{small[0]}].weight: {weights[small[0]]} of {sum(map(float, weights)):g} in all is"
             f" less than one row in {BLOCK}; raise it or leave the source out"
         )
     return counts

@@ -8,6 +8,7 @@ None.
 from __future__ import annotations
 
 import bisect
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import accumulate, islice
 from typing import Any, Protocol
@@ -63,6 +64,11 @@ class ShuffledRows:
         place = int(self._order[1][place])
         part = bisect.bisect_right(self.ends, place)
         return self.parts[part][place - (self.ends[part - 1] if part else 0)]
+
+    def checksum(self) -> int:
+        """CRC-32 of all documents."""
+        values = [part.documents.checksum() for part in self.parts]
+        return zlib.crc32(np.asarray(values, np.uint32).tobytes())
 
 
 class StreamedRows:
@@ -129,11 +135,20 @@ def complete(row: Any, length: int, pad_id: int) -> Row:
             " expected one"
             f" shape (T,) with 1 <= T <= sequence_length {length}"
         )
+    for name, values in (("input_ids", ids), ("labels", labels)):
+        if values.dtype.kind not in "iu":
+            raise ValueError(f"a row has {name} of {values.dtype}; expected integers")
     full = row_from_spans([ids], length, pad_id)
     full["labels"] = np.full(length, IGNORE, np.int64)
     full["labels"][: len(labels)] = labels
     if "position_ids" in row:
-        full["position_ids"][: len(ids)] = row["position_ids"]
+        positions = np.asarray(row["position_ids"])
+        if positions.shape != ids.shape or positions.dtype.kind not in "iu":
+            raise ValueError(
+                f"a row has position_ids of shape {positions.shape} and {positions.dtype}; expected"
+                f" integers of shape {ids.shape}"
+            )
+        full["position_ids"][: len(ids)] = positions
     return full
 
 

@@ -16,6 +16,7 @@ from accelerate import Accelerator, DistributedType
 from accelerate.utils import patch_environment
 from transformers import TrainingArguments
 from transformers.integrations import integration_utils
+from transformers.training_args import trainer_log_levels
 from transformers.utils.import_utils import is_liger_kernel_available
 
 from hybrid.config.options import ConfigError, did_you_mean
@@ -53,8 +54,11 @@ def training_arguments(config: TrainConfig) -> TrainingArguments:
     try:
         with patch_environment(**environment):
             args = TrainingArguments(**_renamed(values))
-    except (ValueError, ImportError) as error:
-        raise ConfigError([f"training: {error}"]) from error
+    except (
+        Exception
+    ) as error:  # whatever kind transformers, accelerate and torch refuse values with
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        raise ConfigError([f"training: {type(error).__name__}: {reason}"]) from error
     trackers: Any = args.report_to  # a list by now
     check_trackers(trackers)
     check_schedule(args)
@@ -63,6 +67,17 @@ def training_arguments(config: TrainConfig) -> TrainingArguments:
         mistakes.append("training.fp16: a CPU does not train in it; set training.bf16: true")
     if args.eval_strategy != "no" and not config.eval_data:
         mistakes.append("training.eval_strategy: there is no eval_data to take the loss of")
+    for key in ("log_level", "log_level_replica"):
+        if getattr(args, key) not in trainer_log_levels:
+            near = did_you_mean(str(getattr(args, key)), trainer_log_levels)
+            mistakes.append(f"training.{key}: no level {getattr(args, key)!r}, {near}")
+    if args.eval_on_start and not config.eval_data:
+        mistakes.append("training.eval_on_start: there is no eval_data to take the loss of")
+    if args.label_smoothing_factor and config.context_parallel > 1:
+        mistakes.append(
+            "training.label_smoothing_factor: not with context_parallel, whose labels are shifted"
+            " ahead; leave one out"
+        )
     if args.use_liger_kernel and not is_liger_kernel_available():
         mistakes.append("training.use_liger_kernel: not installed here; pip install liger-kernel")
     if mistakes:
@@ -77,7 +92,7 @@ def refusals(path: str) -> Iterator[None]:
         yield
     except ConfigError:
         raise
-    except (ValueError, ImportError, OSError) as error:
+    except (ValueError, TypeError, ImportError, OSError) as error:
         raise ConfigError([f"{path}: {error}"]) from error
 
 

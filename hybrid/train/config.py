@@ -15,12 +15,23 @@ from hybrid.config.options import ConfigError, build, option, type_problem
 from hybrid.data.packing import LongDocuments, Packing
 from hybrid.data.sources import SourceConfig, parse_source
 from hybrid.train import yaml
-from hybrid.train.limits import MUON_RULES, RULES, decided, nearest, outside
+from hybrid.train.limits import (
+    MUON_RULES,
+    RULES,
+    decided,
+    nearest,
+    outside,
+    unmeant,
+    without_effect,
+)
 from hybrid.train.model import model_mistakes
 from hybrid.train.schedule import MultiStepConfig
 
 T = TypeVar("T")
 Device = Literal["auto", "cpu", "cuda", "xpu", "mps", "npu"]
+
+# Sizes beyond these are slips of the pen.
+LARGEST = {"sequence_length": 1 << 28, "eval_rows": 1 << 28, "context_parallel": 1 << 16}
 
 # Where we differ from the defaults of transformers.TrainingArguments, and why.
 TRAINING_DEFAULTS: dict[str, Any] = {
@@ -227,7 +238,11 @@ def _parse_training(values: dict[str, Any], mistakes: list[str]) -> dict[str, An
             mistakes.append(f"training.{key}: {problem}")
         else:
             checked[key] = value
-    mistakes += outside(checked, RULES, "training") + decided(checked, known)
+    beyond = outside(checked, RULES, "training")
+    named = {line.split(":")[0] for line in beyond}
+    rest = {key: value for key, value in checked.items() if f"training.{key}" not in named}
+    mistakes += [*beyond, *unmeant(rest, "training"), *without_effect(checked)]
+    mistakes += decided(checked, known)
     return checked
 
 
@@ -239,6 +254,8 @@ def _impossible(values: Mapping[str, Any]) -> list[str]:
         value = values.get(key)
         if type_problem(value, int) is None and value < least:
             mistakes.append(f"{key}: expected at least {least}, found {value}")
+        if type_problem(value, int) is None and value > LARGEST[key]:
+            mistakes.append(f"{key}: expected at most {LARGEST[key]}, found {value}")
     if values.get("data") == []:
         mistakes.append("data: no source; name at least one, e.g. {source: stdlib}")
     model = values.get("model")

@@ -43,8 +43,10 @@ Rule = tuple[str, Callable[[float], bool]]
 POSITIVE: Rule = ("above 0", lambda x: 0 < x < math.inf)
 AT_LEAST_0: Rule = ("at least 0", lambda x: 0 <= x < math.inf)
 AT_LEAST_1: Rule = ("at least 1", lambda x: x >= 1)
+MOST = 1 << 40  # steps and rows: more than any run has
 BELOW_1: Rule = ("at least 0 and below 1", lambda x: 0 <= x < 1)
 STEPS: Rule = ("a number of steps, or a share of them between 0 and 1", lambda x: x > 0)
+SEED: Rule = ("from 0 to 2^32 - 1", lambda x: 0 <= x < 2**32)
 ENDS: Rule = ("at least 1, or -1 for num_train_epochs", lambda x: x >= 1 or x == -1)
 
 RULES: dict[str, Rule] = {
@@ -66,8 +68,8 @@ RULES: dict[str, Rule] = {
     "adam_beta1": BELOW_1,
     "adam_beta2": BELOW_1,
     "label_smoothing_factor": BELOW_1,
-    "seed": AT_LEAST_0,
-    "data_seed": AT_LEAST_0,
+    "seed": SEED,
+    "data_seed": SEED,
 }
 
 MUON_RULES: dict[str, Rule] = {
@@ -83,6 +85,27 @@ def outside(values: Mapping[str, Any], rules: Mapping[str, Rule], path: str) -> 
         f"{path}.{key}: expected {words}, found {values[key]}"
         for key, (words, allowed) in rules.items()
         if isinstance(values.get(key), (int, float)) and not allowed(values[key])
+    ]
+
+
+def unmeant(values: Mapping[str, Any], path: str) -> list[str]:
+    """One line for each number that is not one, or that is beyond anything a run could have."""
+    numbers = {k: v for k, v in values.items() if isinstance(v, (int, float))}
+    return [
+        f"{path}.{key}: expected a number below 2^40, found {value}"
+        for key, value in numbers.items()
+        if value != value or abs(value) > MOST
+    ]
+
+
+def without_effect(values: Mapping[str, Any]) -> list[str]:
+    """One line for each key of `training:` that another one has to go with."""
+    if values.get("dataloader_num_workers"):
+        return []
+    return [
+        f"training.{key}: needs training.dataloader_num_workers above 0"
+        for key in ("dataloader_persistent_workers", "dataloader_prefetch_factor")
+        if values.get(key)
     ]
 
 

@@ -16,6 +16,7 @@ from accelerate.utils import broadcast_object_list
 from transformers import set_seed
 
 from hybrid.data.collate import RowCollator
+from hybrid.data.rows import ShuffledRows
 from hybrid.files import sync, write_json
 from hybrid.terminal import Interrupted
 from hybrid.tokenizer import load_tokenizer
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from hybrid.data.rows import Rows
     from hybrid.data.sources import SourceConfig
 
+CONTENT = "CRC-32 of its content"
 RESULT = "train_result.json"
 DIVERGED = "diverged.json"  # why a run ended without a result
 
@@ -209,6 +211,8 @@ def _seen(configs: Sequence[SourceConfig], opened: Sequence[Rows]) -> dict[str, 
         name = f"data[{number}] ({config.source})"
         found[f"{name}: rows"] = source.per_epoch
         found[f"{name}: CRC-32 of the first row"] = zlib.crc32(source.row(0)["input_ids"].tobytes())
+        if isinstance(source, ShuffledRows):  # what is read as training goes has no whole
+            found[f"{name}: {CONTENT}"] = source.checksum()
     return found
 
 

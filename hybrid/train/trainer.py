@@ -19,6 +19,7 @@ from transformers.trainer import SCHEDULER_NAME
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import EvalLoopOutput
 
+from hybrid.data.mixture import DataError
 from hybrid.data.packing import IGNORE
 from hybrid.files import write_text
 from hybrid.modeling.mup import growths
@@ -199,6 +200,14 @@ class HybridTrainer(Trainer):
         self.step_seconds += seconds
         return steps * self.tokens_per_step / seconds
 
+    def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> Any:
+        """As `Trainer`, with every row: `dataloader_drop_last` is for training."""
+        drop, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
+        try:
+            return super().get_eval_dataloader(*args, **kwargs)
+        finally:
+            self.args.dataloader_drop_last = drop
+
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """As `Trainer`, while the clock stands."""
         with self.clock_stopped():
@@ -211,7 +220,9 @@ class HybridTrainer(Trainer):
         self._held = (0.0, 0)
         found = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         loss, labels = (sum(part) for part in zip(*gather_object([self._held]), strict=True))
-        if labels and found.metrics is not None:
+        if not labels:
+            raise DataError("eval_data: none of its rows has a label; there is no loss to take")
+        if found.metrics is not None:
             found.metrics[f"{metric_key_prefix}_loss"] = loss / labels
         return found
 

@@ -11,13 +11,22 @@ import yaml
 
 from hybrid.config.options import ConfigError
 
+DEEPEST = 50  # mappings and lists within each other
+
 
 class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        seen: set[Any] = set()
+        seen: set[str] = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
-            if isinstance(key, Hashable) and key in seen:
+            if not isinstance(key, str):
+                raise yaml.constructor.ConstructorError(
+                    None,
+                    None,
+                    f"a key is text, found {key!r}; put it in quotes",
+                    key_node.start_mark,
+                )
+            if key in seen:
                 raise yaml.constructor.ConstructorError(
                     None, None, f"key {key!r} is given twice", key_node.start_mark
                 )
@@ -40,11 +49,26 @@ def parse(text: str, where: str) -> Any:
         ConfigError: it is no YAML; `where` says where it stands.
     """
     try:
-        return yaml.load(text, Loader=_Loader)
+        values = yaml.load(text, Loader=_Loader)
+        _refuse_circles(values, ())
+        return values
+    except RecursionError as error:
+        raise ConfigError(["it is nested too deeply, or holds itself"], where) from error
+    except ValueError as error:  # of a date, or of a number with too many digits
+        raise ConfigError([f"not valid YAML: {error}"], where) from error
     except yaml.YAMLError as error:
         # PyYAML's words for text that is in no file; `where` names what it is in
         reason = " ".join(str(error).replace('in "<unicode string>", ', "at ").split())
         raise ConfigError([f"not valid YAML: {reason}"], where) from error
+
+
+def _refuse_circles(values: Any, outer: tuple[int, ...]) -> None:
+    """Refuse what deepens without an end: an alias to something that the alias is in."""
+    if id(values) in outer or len(outer) > DEEPEST:
+        raise RecursionError
+    inner = values.values() if isinstance(values, dict) else values
+    for value in inner if isinstance(values, (dict, list)) else ():
+        _refuse_circles(value, (*outer, id(values)))
 
 
 def read(path: str | Path) -> dict[str, Any]:
