@@ -14,7 +14,7 @@ from transformers import GenerationConfig, PreTrainedConfig
 
 from hybrid.config import block_validation as around_checks
 from hybrid.config import loss_validation as objective_checks
-from hybrid.config.options import build, did_you_mean, number_problem, type_problem
+from hybrid.config.options import build, did_you_mean, type_problem
 from hybrid.config.registry import Registry, feed_forwards, mixers
 from hybrid.layout import (
     FFN,
@@ -152,7 +152,7 @@ def _wrong_types(config: HybridConfig, hints: Mapping[str, Any]) -> list[str]:
     lines = []
     for name, hint in hints.items():
         value = getattr(config, name)
-        if problem := type_problem(value, hint) or number_problem(value):
+        if problem := type_problem(value, hint):
             lines.append(f"{name}: {problem}")
     if isinstance(config.dtype, str) and not _is_dtype(config.dtype):
         known = [name for name in vars(torch) if _is_dtype(name)]
