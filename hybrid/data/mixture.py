@@ -97,8 +97,10 @@ def check_ids(row: Row, vocabulary: int) -> None:
     Raises:
         ValueError: naming the one that is furthest out.
     """
-    labels = row["labels"]
-    for what, ids in (("token id", row["input_ids"]), ("label", labels[labels != IGNORE])):
+    asked = {"token id": row["input_ids"]}
+    if "labels" in row:
+        asked["label"] = row["labels"][row["labels"] != IGNORE]
+    for what, ids in asked.items():
         if not ids.size:
             continue
         for found in (int(ids.min()), int(ids.max())):

@@ -94,7 +94,7 @@ def unmeant(values: Mapping[str, Any], path: str) -> list[str]:
     return [
         f"{path}.{key}: expected a number below 2^40, found {value}"
         for key, value in numbers.items()
-        if value != value or abs(value) > MOST
+        if value != value or (isinstance(value, int) and abs(value) > MOST)
     ]
 
 

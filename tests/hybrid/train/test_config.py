@@ -136,7 +136,7 @@ OUTSIDE = {
     "save_steps": (0, "a number of steps, or a share of them between 0 and 1"),
     "learning_rate": (-1e-3, "at least 0"),
     "adam_beta1": (1.0, "at least 0 and below 1"),
-    "seed": (-1, "at least 0"),
+    "seed": (-1, "from 0 to 2^32 - 1"),
 }
 
 
