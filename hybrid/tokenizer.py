@@ -11,6 +11,7 @@ import difflib
 import os
 from typing import TYPE_CHECKING
 
+from hybrid.checkpoint_paths import check_source
 from hybrid.config.options import ConfigError
 
 if TYPE_CHECKING:
@@ -68,6 +69,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     try:
+        check_source(name)
         return AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().split("\n", 1)[0]

@@ -11,6 +11,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from .checkpoint_paths import check_folder
 from .errors import nearest
 from .tokens import ByteEncoder, Encoder
 
@@ -51,6 +52,7 @@ def split_name(spec: str) -> tuple[str, str]:
 
 
 def _check_folder(path: Path) -> None:
+    check_folder(path)
     config = path / "config.json"
     if not config.is_file():
         found = ", ".join(sorted(p.name for p in path.iterdir())[:8]) or "nothing"
@@ -101,6 +103,8 @@ def _tokenizer(source: str, wanted: str | Encoder | None, **options: Any) -> Enc
         return wanted
     place = source if wanted is None else wanted
     folder = Path(place)
+    if folder.is_dir():
+        check_folder(folder)
     files = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
     gguf = "gguf_file" in options and wanted is None
     if folder.is_dir() and not gguf and not any((folder / name).is_file() for name in files):

@@ -19,6 +19,8 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import SafetensorError, safe_open
 
+from hybrid.checkpoint_paths import inside
+
 logger = logging.getLogger(__name__)
 
 INDEX = "model.safetensors.index.json"
@@ -78,10 +80,13 @@ class Checkpoint:
         self._stack = ExitStack()
         self._places: dict[str, tuple[BufferedReader, int]] = {}
         self._wanted: dict[str, str] = {}  # tensor -> file, as the index has it
+        # tensors that another file has than the index names: name -> file, offset, spec
+        self._copies: list[tuple[str, BufferedReader, int, Spec]] = []
         self.specs: dict[str, Spec] = {}
         try:
             for name in self._files():
                 self._open(name)
+            self._check_copies()
         except BaseException:
             self._stack.close()
             raise
@@ -99,14 +104,7 @@ class Checkpoint:
 
     def read(self, name: str) -> torch.Tensor:
         """One tensor, in the dtype of the file."""
-        file, start = self._places[name]
-        spec = self.specs[name]
-        made = torch.empty(spec.shape, dtype=spec.dtype)
-        file.seek(start)
-        found = file.readinto(made.view(-1).view(torch.uint8).numpy().data)
-        if found != spec.nbytes:
-            raise ValueError(f"{file.name}: ends within {name}; it was cut while being read")
-        return made
+        return _read_tensor(name, *self._places[name], self.specs[name])
 
     def _files(self) -> list[str]:
         """Names of the files with weights; what the index says of them goes to `_wanted`."""
@@ -119,7 +117,7 @@ class Checkpoint:
         if not isinstance(weight_map, dict) or not all(map(_is_text, weight_map.values())):
             raise ValueError(f"{index}: expected an object 'weight_map' of tensor names to files")
         shards = sorted(set(weight_map.values()))
-        missing = [name for name in shards if not (self.folder / name).is_file()]
+        missing = [x for x in shards if not inside(self.folder, x, INDEX).is_file()]
         if single and SINGLE not in shards:
             if missing != shards:  # transformers would take the one file, others take the index
                 raise ValueError(
@@ -145,7 +143,7 @@ class Checkpoint:
         return f"found {some(others)}" if others else "the folder is empty"
 
     def _open(self, shard: str) -> None:
-        path = self.folder / shard
+        path = inside(self.folder, shard)
         try:
             with safe_open(str(path), framework="pt") as checked:
                 specs = {name: _spec(checked, name, path) for name in checked.keys()}  # noqa: SIM118
@@ -167,17 +165,43 @@ class Checkpoint:
         size = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(size))
         for name, spec in specs.items():
+            start = 8 + size + header[name]["data_offsets"][0]
             if self._wanted.get(name, shard) != shard:
-                place = self._wanted[name]
-                logger.warning("%s of %s left out: %s names %s", name, path, INDEX, place)
+                self._copies.append((name, file, start, spec))
                 continue
             if name in self._places:
                 raise ValueError(
                     f"{name} is in {self._places[name][0].name} and in {path}, and {INDEX} does not"
                     " say which is meant"
                 )
-            self._places[name] = (file, 8 + size + header[name]["data_offsets"][0])
+            self._places[name] = (file, start)
             self.specs[name] = spec
+
+    def _check_copies(self) -> None:
+        """Refuse a tensor that two files hold with different values: readers take one or the other."""
+        for name, file, start, spec in self._copies:
+            place = self.folder / self._wanted[name]
+            same = spec == self.specs[name] and torch.equal(
+                _bytes(_read_tensor(name, file, start, spec)), _bytes(self.read(name))
+            )
+            if not same:
+                raise ValueError(
+                    f"{name} is in {place} and, with other values, in {file.name}; remove the file or"
+                    " the tensor that is not meant"
+                )
+            logger.warning("%s of %s left out: it is the same in %s", name, file.name, place)
+
+
+def _read_tensor(name: str, file: BufferedReader, start: int, spec: Spec) -> torch.Tensor:
+    made = torch.empty(spec.shape, dtype=spec.dtype)
+    file.seek(start)
+    if file.readinto(_bytes(made).numpy().data) != spec.nbytes:
+        raise ValueError(f"{file.name}: ends within {name}; it was cut while being read")
+    return made
+
+
+def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.view(-1).view(torch.uint8)
 
 
 def _is_text(value: object) -> bool:
@@ -307,8 +331,8 @@ def parse_size(size: str | int) -> int:
 def copy_companions(source: Path, out: Path) -> None:
     """Copy the tokenizer and the generation config, where there are any."""
     for name in COMPANIONS:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, out / name)
+        if (path := inside(source, name)).is_file():
+            shutil.copyfile(path, out / name)
 
 
 def read_json(path: Path, unique: bool = False) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from hybrid import hub
+from hybrid.checkpoint_paths import check_folder, inside
 from hybrid.config.hybrid_config import HybridConfig
 from hybrid.convert.checkpoint import (
     COMPANIONS,
@@ -94,6 +95,8 @@ def from_published(
             weights whose names or shapes do not fit; each is named.
     """
     if gguf_file is not None:
+        if Path(str(source)).is_dir():
+            inside(Path(str(source)), gguf_file)
         source = AutoModelForCausalLM.from_pretrained(str(source), gguf_file=gguf_file)
     cast = _dtype(dtype)
     with _opened(source, hub_options, cast) as (family, theirs, weights, folder):
@@ -338,6 +341,7 @@ def on_disk(model: PreTrainedModel) -> dict[str, torch.Tensor]:
 def _folder(source: str | Path, hub_options: Mapping[str, Any]) -> Path:
     path = Path(source)
     if path.is_dir():
+        check_folder(path)
         return path
     if path.is_file():
         raise ValueError(f"{source}: is a file; give the folder that it is in")
@@ -345,12 +349,14 @@ def _folder(source: str | Path, hub_options: Mapping[str, Any]) -> Path:
         raise ValueError(f"{source}: no such folder")
     patterns = ["*.safetensors", "*.json", *(name for name in COMPANIONS if "json" not in name)]
     try:
-        return Path(snapshot_download(str(source), allow_patterns=patterns, **hub_options))
+        path = Path(snapshot_download(str(source), allow_patterns=patterns, **hub_options))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(
             f"{source}: no such folder, and not to be had from the hub: {reason}"
         ) from error
+    check_folder(path)
+    return path
 
 
 @contextmanager
@@ -364,6 +370,7 @@ def _ours(
     folder = Path(source)
     if not folder.is_dir():
         raise ValueError(f"{source}: no such folder")
+    check_folder(folder)
     config = read_json(folder / "config.json")
     if config.get("model_type") != HybridConfig.model_type:
         raise ValueError(f"{folder}: no hybrid of ours, model_type is {config.get('model_type')!r}")

@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from hybrid.config.hybrid_config import HybridConfig
+from hybrid.checkpoint_paths import check_source
 from hybrid.config.options import ConfigError, did_you_mean, first_few
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ def model_config(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> Pre
     if "path" in config.model:
         keys = {k: v for k, v in config.model.items() if k != "path"}
         path = config.model["path"]
-        base = _make(lambda: AutoConfig.from_pretrained(path))
+        base = _make(lambda: AutoConfig.from_pretrained(check_source(path)))
         _refuse_unknown(type(base), keys)
         made = _make(lambda: AutoConfig.from_pretrained(path, **keys))
     else:

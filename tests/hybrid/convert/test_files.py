@@ -168,18 +168,39 @@ def test_a_tensor_in_two_shards_is_refused_where_the_index_names_neither(theirs)
         files.Checkpoint(theirs)
 
 
-@pytest.mark.parametrize("place", [0, -1])
-def test_a_tensor_in_two_shards_is_read_from_the_one_that_the_index_names(theirs, caplog, place):
+def twice(theirs, place, change):
+    """Give a second shard a tensor of the first, or the other way round; its name and that shard."""
     index = json.loads((theirs / files.INDEX).read_text())["weight_map"]
-    right = hybrid.HybridForCausalLM.from_published(theirs).state_dict()
     shards = sorted(theirs.glob("*.safetensors"))
     name = next(n for n, file in index.items() if file == shards[place].name)
     other = shards[-1 - place]
-    save_file(load_file(other) | {name: torch.full((3,), 9.0)}, other)
+    tensor = load_file(shards[place])[name]
+    save_file(load_file(other) | {name: change(tensor)}, other)
+    return name, theirs / index[name], other
+
+
+@pytest.mark.parametrize("place", [0, -1])
+@pytest.mark.parametrize(
+    "change",
+    [lambda tensor: tensor + 1, lambda tensor: tensor[:1], lambda tensor: tensor.bfloat16()],
+    ids=["values", "shape", "dtype"],
+)
+def test_a_tensor_that_two_shards_have_differently_is_refused(theirs, change, place):
+    """transformers takes the last, others the one that the index names."""
+    name, right, other = twice(theirs, place, change)
+    message = f"{name} is in {right} and, with other values, in {other}; remove"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        import_published(theirs, theirs.parent / "ours")
+
+
+@pytest.mark.parametrize("place", [0, -1])
+def test_a_tensor_that_two_shards_have_alike(theirs, caplog, place):
+    right = hybrid.HybridForCausalLM.from_published(theirs).state_dict()
+    name, first, other = twice(theirs, place, torch.clone)
     with caplog.at_level(logging.WARNING, "hybrid"):
         found = hybrid.HybridForCausalLM.from_published(theirs).state_dict()
     assert all(torch.equal(found[key], right[key]) for key in right)
-    said = f"{name} of {other} left out: {files.INDEX} names {index[name]}"
+    said = f"{name} of {other} left out: it is the same in {first}"
     assert [record.getMessage() for record in caplog.records] == [said]
 
 

@@ -1,0 +1,136 @@
+"""Paths that the files of a checkpoint name; none may leave its folder.
+
+A checkpoint is somebody else's: an index, a tokenizer's config or a symbolic link in it must not make
+this machine read, or copy into a new folder, what was never part of it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
+
+CHAT_TEMPLATES = "additional_chat_templates"
+
+
+def inside(folder: str | Path, name: str, named_by: str = "") -> Path:
+    """Path of a file of a checkpoint, from its name relative to the folder.
+
+    Args:
+        folder: the checkpoint.
+        name: as a file of the checkpoint gives it; it may be in a folder below, not above.
+        named_by: the file that gives it, for the message.
+
+    Raises:
+        ValueError: an absolute path, one with `..`, or a symbolic link that leaves the folder. Links of
+            a hub cache may lead to the blobs of the same repository.
+    """
+    where = f"{Path(folder) / named_by}: " if named_by else f"{folder}: "
+    parts = (PurePosixPath(name), PureWindowsPath(name))
+    if (
+        any(part.is_absolute() or part.drive or ".." in part.parts for part in parts)
+        or "\0" in name
+    ):
+        raise ValueError(
+            f"{where}names {name!r}, which leaves the checkpoint's folder; expected the name of a file"
+            " in it"
+        )
+    path = Path(folder) / name
+    try:
+        target = path.resolve()
+    except (OSError, RuntimeError) as error:  # a circle of links; a name that is too long
+        raise ValueError(f"{where}{name!r} cannot be followed: {error}") from error
+    if not target.is_relative_to(_root(Path(folder).resolve())):
+        raise ValueError(
+            f"{path}: a symbolic link to {target}, which leaves the checkpoint's folder; put the file"
+            " itself there"
+        )
+    return path
+
+
+def check_folder(folder: str | Path, _seen: frozenset[Path] = frozenset()) -> None:
+    """Refuse a checkpoint of which a file leaves its folder, before other code loads it.
+
+    Checks symbolic links, and the names in indexes, in `tokenizer_config.json`, in `auto_map`; and in
+    the same way the folder of the model that an adapter belongs to.
+
+    Raises:
+        ValueError: the first such link or name.
+    """
+    folder = Path(folder)
+    for path in sorted(folder.iterdir()):
+        if path.is_symlink() and (path.name == CHAT_TEMPLATES or not path.is_dir()):
+            inside(folder, path.name)
+    if (folder / CHAT_TEMPLATES).is_dir():
+        for path in sorted((folder / CHAT_TEMPLATES).iterdir()):
+            inside(folder, f"{CHAT_TEMPLATES}/{path.name}")
+    for file, name in _names(folder):
+        inside(folder, name, file)
+    base = _read(folder / "adapter_config.json").get("base_model_name_or_path")
+    seen = _seen | {folder.resolve()}
+    if isinstance(base, str) and _is_dir(base) and Path(base).resolve() not in seen:
+        check_folder(base, seen)
+
+
+def check_source(source: str) -> str:
+    """The name of a model or tokenizer, after `check_folder` where it is a folder."""
+    if _is_dir(source):
+        check_folder(source)
+    return source
+
+
+def _root(folder: Path) -> Path:
+    """The folder that links may not leave: the checkpoint, or its repository in a hub cache."""
+    for parent in folder.parents:
+        if parent.name == "snapshots" and parent.parent.name.startswith("models--"):
+            return parent.parent
+    return folder
+
+
+def _names(folder: Path) -> Iterator[tuple[str, str]]:
+    """File that names, and what it names."""
+    for path in sorted(folder.glob("*.index.json")):
+        shards = _read(path).get("weight_map")
+        for name in sorted(_texts(shards)):
+            yield path.name, name
+    for file in ("config.json", "tokenizer_config.json"):
+        values = _read(folder / file)
+        for name in sorted(_texts(values.get("auto_map"))):
+            # "repository--module.Class"; a module of this folder has no repository
+            yield file, name.rpartition("--")[2].rpartition(".")[0]
+        for key, value in values.items():
+            if key == "fast_tokenizer_files" or key.endswith("_file"):
+                # published files name paths of their author's machine, which nobody reads here
+                yield from ((file, name) for name in _texts(value) if _is_file(folder, name))
+
+
+def _texts(value: Any) -> set[str]:
+    """Every string in a value of JSON, but for keys."""
+    if isinstance(value, str):
+        return {value}
+    within = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return {text for item in within for text in _texts(item)}
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """A JSON object, empty where there is none: who needs the file says what is wrong with it."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except (ValueError, RecursionError):
+        return {}
+    return values if isinstance(values, dict) else {}
+
+
+def _is_file(folder: Path, name: str) -> bool:
+    try:
+        return (folder / name).is_file()
+    except (OSError, ValueError):
+        return False
+
+
+def _is_dir(name: str) -> bool:
+    try:
+        return Path(name).is_dir()
+    except (OSError, ValueError):
+        return False
