@@ -100,7 +100,7 @@ def _names(folder: Path) -> Iterator[tuple[str, str]]:
             # "repository--module.Class"; a module of this folder has no repository
             yield file, name.rpartition("--")[2].rpartition(".")[0]
         for key, value in values.items():
-            if key == "fast_tokenizer_files" or key.endswith("_file"):
+            if key.endswith(("_file", "_tokenizer_files")):
                 # published files name paths of their author's machine, which nobody reads here
                 yield from ((file, name) for name in _texts(value) if _is_file(folder, name))
 

@@ -50,10 +50,9 @@ def _names(folder: Path) -> Iterator[tuple[str, str]]:
             for name in _texts(value):
                 if key == "auto_map":  # "repository--module.Class"
                     yield file, name.rpartition("--")[2].rpartition(".")[0]
-                elif key == "fast_tokenizer_files" or key.endswith("_file"):
-                    # published files name paths of their author's machine, which nobody reads here
-                    if _is_file(folder / name):
-                        yield file, name
+                # published files name paths of their author's machine, which nobody reads here
+                elif key.endswith(("_file", "_tokenizer_files")) and _is_file(folder / name):
+                    yield file, name
 
 
 def _texts(value: Any) -> set[str]:

@@ -329,9 +329,15 @@ def parse_size(size: str | int) -> int:
 
 
 def copy_companions(source: Path, out: Path) -> None:
-    """Copy the tokenizer and the generation config, where there are any."""
+    """Copy the tokenizer and the generation config, where there are any.
+
+    Raises:
+        ValueError: one that leaves the folder, or a damaged one, with which the copy would not load.
+    """
     for name in COMPANIONS:
         if (path := inside(source, name)).is_file():
+            if path.suffix == ".json":
+                read_json(path)
             shutil.copyfile(path, out / name)
 
 
@@ -357,8 +363,8 @@ def read_json(path: Path, unique: bool = False) -> dict[str, Any]:
 
     try:
         found = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=join)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: no JSON: {error}") from error
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ValueError(f"{path}: not JSON: {error}") from error
     if not isinstance(found, dict):
         raise ValueError(f"{path}: expected a JSON object, found {type(found).__name__}")
     return found

@@ -24,6 +24,9 @@ AROUND = ("norm_position", "residuals", "canon", "shared")
 # Keys of theirs that say how weights are stored, not what is computed with them.
 QUANTIZED = ("quantization_config", "compression_config")
 STORED = (*QUANTIZED, "dtype", "torch_dtype")
+# Their classes build a list of as many layers before anything can be checked.
+LAYER_COUNTS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "num_blocks")
+MOST_LAYERS = 100_000
 # Keys of theirs that no family has to mention.
 BOOKKEEPING = {
     "use_cache", "transformers_version", "architectures", "dtype", "torch_dtype", "auto_map",
@@ -54,6 +57,9 @@ def read_published(values: Mapping[str, Any], where: str | Path) -> tuple[Family
         values = outer | inner
     if values.get("model_type") in family.aliases:
         values = family.aliases[values["model_type"]](values)
+    for name, value in values.items():
+        if name in LAYER_COUNTS and isinstance(value, int) and value > MOST_LAYERS:
+            raise ValueError(f"{where}: {name}: {value} layers; expected at most {MOST_LAYERS}")
     return family, family.their_config({k: v for k, v in values.items() if k not in STORED})
 
 

@@ -279,7 +279,8 @@ class Family:
             return getattr(transformers, name).from_dict(known)
         except StrictDataclassError as error:
             raise ValueError(" ".join(str(error).split())) from error
-        except (KeyError, AttributeError) as error:  # of rotary positions; of what is no field
+        # of rotary positions; of what is not a field; of a value that their class reads unchecked
+        except (KeyError, AttributeError, TypeError, ArithmeticError) as error:
             raise ValueError(f"{name} of transformers refuses this config: {error}") from error
 
     @property

@@ -11,8 +11,8 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from hybrid.config.hybrid_config import HybridConfig
 from hybrid.checkpoint_paths import check_source
+from hybrid.config.hybrid_config import HybridConfig
 from hybrid.config.options import ConfigError, did_you_mean, first_few
 
 if TYPE_CHECKING:

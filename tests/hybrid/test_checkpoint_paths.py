@@ -4,18 +4,18 @@ import json
 import os
 import shutil
 
-import hybrid_eval.models
 import pytest
 import torch
 import transformers
-from hybrid_eval import checkpoint_paths as eval_paths
 
 import hybrid
+import hybrid_eval.models
 from hybrid import checkpoint_paths
 from hybrid.cli import main
 from hybrid.config.options import ConfigError
 from hybrid.convert import checkpoint, export, import_published
 from hybrid.tokenizer import load_tokenizer
+from hybrid_eval import checkpoint_paths as eval_paths
 
 SECRET = "TOP SECRET"
 
@@ -23,8 +23,13 @@ SECRET = "TOP SECRET"
 @pytest.fixture
 def theirs(tmp_path):
     torch.manual_seed(0)
-    sizes = dict(vocab_size=61, hidden_size=24, intermediate_size=28, num_attention_heads=4)
-    config = transformers.LlamaConfig(num_hidden_layers=2, **sizes)
+    config = transformers.LlamaConfig(
+        vocab_size=61,
+        hidden_size=24,
+        intermediate_size=28,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+    )
     transformers.LlamaForCausalLM(config).save_pretrained(
         tmp_path / "theirs", max_shard_size="15KB"
     )

@@ -298,6 +298,46 @@ def test_other_files_are_named(name, text, message, tmp_path):
         files.Checkpoint(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("file", "text", "message"),
+    [
+        ("config.json", "[" * 100_000, r"config\.json: not JSON"),
+        ("config.json", "[]", r"config\.json: expected a JSON object, found list"),
+        (files.INDEX, '{"a":' * 100_000, rf"{files.INDEX}: not JSON"),
+        (files.INDEX, "3", rf"{files.INDEX}: expected a JSON object, found int"),
+        ("generation_config.json", '{"eos_token_id": 2', r"generation_config\.json: not JSON"),
+        ("tokenizer.json", "", r"tokenizer\.json: not JSON"),
+        ("tokenizer_config.json", "[]", r"tokenizer_config\.json: expected a JSON object"),
+    ],
+)
+def test_damaged_json_is_named(theirs, tmp_path, file, text, message):
+    (theirs / file).write_text(text)
+    with pytest.raises(ValueError, match=message):
+        import_published(theirs, tmp_path / "ours")
+    assert not (tmp_path / "ours").exists()
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (
+            {"num_attention_heads": 0},
+            "Qwen3Config of transformers refuses this config: integer mod",
+        ),
+        ({"layer_types": 3}, "Qwen3Config of transformers refuses this config: 'int' object"),
+        (
+            {"num_hidden_layers": 10**12},
+            "num_hidden_layers: 1000000000000 layers; expected at most",
+        ),
+    ],
+)
+def test_a_config_of_impossible_values_is_named(theirs, tmp_path, values, message):
+    path = theirs / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+    with pytest.raises(ValueError, match=message):
+        import_published(theirs, tmp_path / "ours")
+
+
 def test_a_tensor_that_was_read_does_not_change_with_its_file(theirs):
     ours = hybrid.HybridForCausalLM.from_published(theirs)
     before = ours.lm_head.weight.clone()
