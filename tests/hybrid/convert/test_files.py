@@ -321,10 +321,10 @@ def test_damaged_json_is_named(theirs, tmp_path, file, text, message):
     ("values", "message"),
     [
         (
-            {"num_attention_heads": 0},
-            "Qwen3Config of transformers refuses this config: integer mod",
+            {"model_type": "llama", "num_attention_heads": 0},
+            "LlamaConfig of transformers refuses this config: integer modulo by zero",
         ),
-        ({"layer_types": 3}, "Qwen3Config of transformers refuses this config: 'int' object"),
+        ({"model_type": "llama", "layer_types": 3}, "LlamaConfig of .* refuses .*: .int. object"),
         (
             {"num_hidden_layers": 10**12},
             "num_hidden_layers: 1000000000000 layers; expected at most",
