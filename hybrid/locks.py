@@ -30,6 +30,7 @@ def sole_writer(folder: str | Path) -> Iterator[None]:
         FolderInUse: another process is in there; it is named.
     """
     folder = Path(folder)
+    new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / LOCK)
     try:
@@ -49,6 +50,9 @@ def sole_writer(folder: str | Path) -> Iterator[None]:
         with suppress(OSError):
             (folder / OWNER).unlink(missing_ok=True)
         lock.release()
+        if new and [path.name for path in folder.iterdir()] == [LOCK]:  # nothing came of it
+            (folder / LOCK).unlink()
+            folder.rmdir()
 
 
 def _owner(folder: Path) -> str:

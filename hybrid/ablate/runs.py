@@ -26,6 +26,7 @@ from hybrid.ablate.design import Design, Variant
 from hybrid.ablate.statistics import Score
 from hybrid.config.options import ConfigError
 from hybrid.files import write_text
+from hybrid.locks import sole_writer
 from hybrid.quickstart import training_command
 from hybrid.train.config import parse_config
 from hybrid.train.runner import DIVERGED, RESULT, run
@@ -100,6 +101,16 @@ def run_design(
     Raises:
         ConfigError: a folder holds a run of another configuration.
     """
+    with sole_writer(design.out):
+        return _run_design(design, evaluator, launch, report)
+
+
+def _run_design(
+    design: Design,
+    evaluator: Evaluator | None,
+    launch: Launcher,
+    report: Callable[[str], None],
+) -> list[Measured]:
     refuse_other_runs(design)
     measured = []
     runs = list(design.runs())

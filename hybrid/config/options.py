@@ -28,10 +28,20 @@ def option(default: Any = dataclasses.MISSING, *, help: str, **kwargs: Any) -> A
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """The tail of an error message: the nearest right name, or the list of right names."""
     known = sorted(str(k) for k in known)
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
     if near:
+        # num_layer: num_hidden_layers has both words, mixers has letters
+        near.sort(key=lambda k: -_common_words(name, k))
         return f"did you mean {near[0]!r}?"
     return f"known: {', '.join(known)}" if known else "none are known here"
+
+
+def _common_words(name: str, known: str) -> int:
+    """Words that two names share; a plural is the same word."""
+    first, second = (
+        {word.rstrip("s") for word in text.lower().split("_")} for text in (name, known)
+    )
+    return len(first & second)
 
 
 def first_few(lines: list[str], most: int = 8) -> list[str]:

@@ -36,6 +36,9 @@ FULL = "full_attention"
 OTHER_NAMES = {
     "num_attention_heads": "num_heads", "num_key_value_heads": "num_kv_heads",
     "rope_theta": "rope_parameters", "rope_scaling": "rope_parameters",
+    "num_layer": "num_hidden_layers", "num_layers": "num_hidden_layers",
+    "n_layer": "num_hidden_layers", "n_layers": "num_hidden_layers",
+    "d_model": "hidden_size", "n_embd": "hidden_size",
     "hidden_act": "activation", "attention_bias": "bias", "attention_dropout": "dropout",
 }  # fmt: skip
 

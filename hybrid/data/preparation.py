@@ -11,10 +11,13 @@ from hybrid.config.options import ConfigError
 from hybrid.data.documents import FORMAT, INDEX, encode, fingerprint, write_shard
 from hybrid.data.sources import open_texts, parse_source, plugins
 from hybrid.files import write_json
+from hybrid.locks import sole_writer
 from hybrid.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
+
+    from transformers import PreTrainedTokenizerBase
 
 EVERY = 256  # documents between two reports of progress
 
@@ -62,11 +65,22 @@ def prepare(
         raise ValueError(f"{folder} holds prepared data already; remove it or name another folder")
     texts = open_texts(config)
     loaded = load_tokenizer(tokenizer)
-    folder.mkdir(parents=True, exist_ok=True)
+    with sole_writer(folder):
+        return _prepare(folder, texts(0), tokenizer, loaded, shard_tokens, progress)
+
+
+def _prepare(
+    folder: Path,
+    texts: Iterable[str],
+    tokenizer: str,
+    loaded: PreTrainedTokenizerBase,
+    shard_tokens: int,
+    progress: Callable[[int, int], None] | None,
+) -> dict:
     shards: list[dict] = []
     batch: list[np.ndarray] = []
     held = documents = tokens = 0
-    for ids in encode(texts(0), loaded):
+    for ids in encode(texts, loaded):
         batch.append(ids)
         held, documents, tokens = held + len(ids), documents + 1, tokens + len(ids)
         if held >= shard_tokens:

@@ -29,6 +29,7 @@ from hybrid.distill.config import DistillConfig, LogitsStage, OutputsStage, Teac
 from hybrid.distill.measure import knock_outs, output_errors, row_losses
 from hybrid.distill.parts import replaced_layers
 from hybrid.distill.stages import LanguageModelling, MatchLogits, MatchOutputs
+from hybrid.locks import sole_writer
 from hybrid.modeling.model import HybridForCausalLM
 from hybrid.tokenizer import load_tokenizer
 from hybrid.train import TrainConfig, build, run
@@ -57,8 +58,8 @@ def distill(config: DistillConfig) -> dict[str, Any]:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError(["a distillation runs in one process; start it without a launcher"])
     out = Path(config.output_dir)
-    _refuse_other_run(out, config)
-    with torch.random.fork_rng():
+    with sole_writer(out), torch.random.fork_rng():
+        _refuse_other_run(out, config)
         teacher = load_teacher(config.teacher)
         start = _start(config, teacher, out)
         write_json(out / CONFIG, config.as_dict())

@@ -97,6 +97,12 @@ def test_a_folder_in_use_names_the_other_process(tmp_path):
         pass
 
 
+def test_a_new_folder_in_which_nothing_was_written_is_gone(tmp_path):
+    with sole_writer(tmp_path / "a" / "b"):
+        pass
+    assert not (tmp_path / "a" / "b").exists()
+
+
 def test_the_lock_of_a_killed_process_is_taken_over(tmp_path):
     code = f"""
         import time
@@ -115,3 +121,12 @@ def test_the_lock_of_a_killed_process_is_taken_over(tmp_path):
     assert json.loads((tmp_path / ".lock.json").read_text())["pid"] == other.pid  # left behind
     with sole_writer(tmp_path):
         pass
+
+
+def test_prepared_data_has_one_writer(tmp_path):
+    from hybrid.data import prepare
+
+    (tmp_path / "a.txt").write_text("some text")
+    with sole_writer(tmp_path / "out"), pytest.raises(FolderInUse):
+        prepare(str(tmp_path / "a.txt"), tmp_path / "out")
+    assert not (tmp_path / "out" / "index.json").exists()

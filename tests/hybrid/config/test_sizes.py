@@ -35,3 +35,9 @@ BASE = {
 def test_a_size_that_nobody_can_mean_is_refused(change, words):
     with pytest.raises(ValueError, match=words):
         hybrid.HybridConfig(**{**BASE, **change})
+
+
+@pytest.mark.parametrize("key", ["num_layer", "num_layers", "n_layer"])
+def test_the_usual_name_of_the_depth_leads_to_ours(key):
+    with pytest.raises(ValueError, match=f"{key}: unknown key, did you mean 'num_hidden_layers'"):
+        hybrid.HybridConfig(**BASE, **{key: 4})
