@@ -84,9 +84,7 @@ def linear_attention(
     gates = (log_decay, value_log_decay, beta, bonus, write_scale)
     tensors = (q, k, v, *gates, initial_state, cu_seqlens)
     request = (backends.LINEAR_ATTENTION, backend, overwrite_state, chunk_size)
-    run = backends.known(request, tensors)
-    if run is None:
-        run = backends.checked(request, tensors, validation.check_linear_attention)
+    run = backends.resolve(request, tensors, validation.check_linear_attention)
     try:
         scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     except (TypeError, ValueError) as error:
@@ -147,9 +145,7 @@ def causal_conv1d(
     """
     tensors = (x, weight, bias, initial_state, cu_seqlens)
     request = (backends.CAUSAL_CONV1D, backend, False, activation)
-    run = backends.known(request, tensors)
-    if run is None:
-        run = backends.checked(request, tensors, validation.check_causal_conv1d)
+    run = backends.resolve(request, tensors, validation.check_causal_conv1d)
     y, final_state = run(
         x=x,
         weight=weight,
@@ -209,9 +205,7 @@ def selective_scan(
     """
     tensors = (u, delta, A, B, C, D, initial_state, cu_seqlens)
     request = (backends.SELECTIVE_SCAN, backend, overwrite_state)
-    run = backends.known(request, tensors)
-    if run is None:
-        run = backends.checked(request, tensors, validation.check_selective_scan)
+    run = backends.resolve(request, tensors, validation.check_selective_scan)
     y, final_state = run(
         u=u,
         delta=delta,

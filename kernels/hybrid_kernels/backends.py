@@ -22,6 +22,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hybrid_kernels.transforms import (
+    autocast_is_on,
+    refuse_transforms,
+    transformed,
+    without_autocast,
+)
+
 logger = logging.getLogger("hybrid_kernels")
 
 LINEAR_ATTENTION = "linear_attention"
@@ -159,6 +166,33 @@ def known(request: tuple, tensors: tuple[Tensor | None, ...]) -> Callable | None
     except (AttributeError, TypeError):
         # Some input is no tensor or cannot be hashed: the check will say.
         return None
+
+
+def resolve(
+    request: tuple, tensors: tuple[Tensor | None, ...], check: Callable[..., None]
+) -> Callable:
+    """Return the function that computes an op, once its inputs have been checked.
+
+    Args:
+        request: as in ``known``.
+        tensors: as in ``known``.
+        check: raises a ValueError if an input is wrong.
+
+    Raises:
+        ValueError: an input is wrong, or ``choose`` says so.
+        ImportError: ``choose`` says so.
+        TransformError: the inputs are under a transform that the backend does not support.
+    """
+    run = known(request, tensors)
+    if run is None:
+        run = checked(request, tensors, check)
+    op, name, *_ = request
+    if name != "reference" and transformed():
+        refuse_transforms(op, tensors)
+    first = tensors[0]
+    if first is not None and autocast_is_on(first.device):
+        run = without_autocast(run)
+    return run
 
 
 def _form(request: tuple, tensors: tuple[Tensor | None, ...]) -> tuple:

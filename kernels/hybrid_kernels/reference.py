@@ -49,15 +49,23 @@ def linear_attention(
             state = state * decay[:, t] if decay is not None else state
             if beta is not None:
                 # The delta rule writes only what the decayed state does not already answer.
-                v_t = beta[:, t, :, None] * (v_t - torch.einsum("bhk,bhkv->bhv", k_t, state))
+                v_t = beta[:, t, :, None] * (v_t - _read(k_t, state))
             state = state + k_t[..., :, None] * v_t[..., None, :]
             read = state
             if bonus is not None:
                 read = previous + (bonus.to(dtype) * k_t)[..., :, None] * v_t[..., None, :]
-            outputs.append(scale * torch.einsum("bhk,bhkv->bhv", q[:, t], read))
+            outputs.append(scale * _read(q[:, t], read))
         states.append(state)
     o = torch.stack(outputs, dim=1) if outputs else values
     return o.to(v.dtype), torch.cat(states)
+
+
+def _read(x: Tensor, state: Tensor) -> Tensor:
+    """Return x^T S for (B, H, K) and (B, H, K, V).
+
+    Not as a matrix product, which autocast would round, in ``backward()`` as well.
+    """
+    return (x[..., :, None] * state).sum(-2)
 
 
 def _each_head(x: Tensor, heads: int) -> Tensor:
@@ -106,10 +114,17 @@ def causal_conv1d(
             window = window[..., 1:]
             if bias is not None:
                 y_t = y_t + bias.to(dtype)
-            outputs.append(torch.nn.functional.silu(y_t) if activation == "silu" else y_t)
+            outputs.append(_silu(y_t) if activation == "silu" else y_t)
         states.append(window)
     y = torch.stack(outputs, dim=1) if outputs else inputs
     return y.to(x.dtype), torch.cat(states).to(x.dtype)
+
+
+def _silu(x: Tensor) -> Tensor:
+    """SiLU without a gradient where x is not finite, which would make NaN of a gradient of 0."""
+    finite = torch.isfinite(x)
+    y = torch.nn.functional.silu(torch.where(finite, x, 0))
+    return torch.where(finite, y, torch.nn.functional.silu(x.detach()))
 
 
 def selective_scan(

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from hybrid_kernels.chunked.decode import causal_conv1d_step, is_single_step
 from hybrid_kernels.packing import document_lengths
+from hybrid_kernels.transforms import first_derivatives_only, without_autocast
 from hybrid_kernels.validation import state_dtype
 
 # Elements that one stretch of time holds over all rows and channels.
@@ -89,6 +90,7 @@ def _(cu_seqlens, time, history, device):
 
 
 @torch.library.custom_op("hybrid_kernels::chunked_conv1d", mutates_args=())
+@without_autocast
 def _forward(
     x: Tensor, past: Tensor, weight: Tensor, bias: Tensor | None, activation: str
 ) -> Tensor:
@@ -102,10 +104,32 @@ def _forward(
 
 
 @torch.library.custom_op("hybrid_kernels::chunked_conv1d_backward", mutates_args=())
+@without_autocast
 def _backward(
     x: Tensor, past: Tensor, weight: Tensor, bias: Tensor | None, activation: str, dy: Tensor
 ) -> list[Tensor]:
     """Return the gradients of x, past, weight and, if there is one, bias."""
+    grads = _gradients(x, past, weight, bias, activation, dy, careful=False)
+    # The weight's gradient sums over all tokens, so it shows whether any number is not finite.
+    if activation and not torch.isfinite(grads[2].sum()):
+        return _gradients(x, past, weight, bias, activation, dy, careful=True)
+    return grads
+
+
+def _gradients(
+    x: Tensor,
+    past: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: str,
+    dy: Tensor,
+    careful: bool,
+) -> list[Tensor]:
+    """Do as ``_backward`` does.
+
+    With ``careful``, the activation has no gradient where its input is not finite: 0 * NaN would
+    reach the tokens before, and those of the document before.
+    """
     taps = _taps(weight, x)
     history = len(taps) - 1
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)
@@ -120,7 +144,10 @@ def _backward(
         window = _window(x, past, start, stop).to(taps[0].dtype)
         dz = dy[:, start:stop].to(taps[0].dtype)
         if activation:
-            dz = torch.ops.aten.silu_backward(dz, _convolve(window, taps, bias))
+            z = _convolve(window, taps, bias)
+            dz = torch.ops.aten.silu_backward(dz, z)
+            if careful:
+                dz.masked_fill_(~torch.isfinite(z), 0)
         for tap in range(len(taps)):
             dtaps[tap, :, :size].addcmul_(window[:, tap : tap + size], dz)
         if bias is not None:
@@ -197,3 +224,4 @@ def _differentiate(ctx, dy):
 
 
 _forward.register_autograd(_differentiate, setup_context=_keep)
+first_derivatives_only("causal_conv1d", _forward, _backward)

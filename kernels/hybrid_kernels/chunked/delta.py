@@ -20,7 +20,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hybrid_kernels.chunked.gates import triangle, triangles
 from hybrid_kernels.chunked.gradient import Gradients
 from hybrid_kernels.chunked.inverse import unit_lower_inverse
 from hybrid_kernels.chunked.kept import Kept
@@ -63,7 +62,6 @@ class DeltaRun:
         self.all_beta = load(p.beta, p.dtype)
         # Without d. One element with a dimension: a number would take a product to bfloat16 first.
         self.scale = self.all_beta.new_full((1,), p.scale)
-        self.lower = triangle(self.chunk, 0, p.dtype, p.q.device)
         self.sizes: tuple[int, ...] = ()
 
     def begin(self, segment: Segment) -> None:
@@ -167,7 +165,7 @@ class DeltaRun:
             self._make_exact_pairs()
             return
         torch.bmm(self.read, self.write_columns, out=self.both_pairs)
-        self.query_pairs = self.upper_pairs.mul_(self.lower)
+        self.query_pairs = self.upper_pairs.tril_()
         torch.mul(self.erasing_pairs, self.beta, out=self.weights)
 
     def _make_query_pairs(self) -> None:
@@ -175,7 +173,7 @@ class DeltaRun:
             self._make_exact_pairs()
             return
         torch.bmm(self.queries, self.write_columns, out=self.single_pairs)
-        self.query_pairs = self.single_pairs.mul_(self.lower)
+        self.query_pairs = self.single_pairs.tril_()
 
     def _make_exact_pairs(self) -> None:
         assert self.key_gate is not None
@@ -219,7 +217,6 @@ class DeltaPass:
     def __init__(self, run: DeltaRun, grads: Gradients):
         self.run, self.p, self.chunk, self.grads = run, run.p, run.chunk, grads
         self.decays_wanted = grads.of_decays
-        self.mask = triangles(run.chunk, run.p.dtype, run.p.q.device)
         self.sizes: tuple[int, ...] = ()
 
     def begin(self, o: Tensor | None, do: Tensor) -> None:
@@ -307,7 +304,8 @@ class DeltaPass:
         if self.p.exact and run.key_gate:
             self._pass_exact_pairs()
             return
-        self.dpairs.mul_(self.mask)
+        self.dpairs.unflatten(1, (2, -1)).tril_()
+        self.dpairs_below.diagonal(dim1=1, dim2=2).zero_()
         self.dread.baddbmm_(self.dpairs, run.write)
         self.dpairs_below.mul_(-run.beta)
         self.dwrite.baddbmm_(self.dpairs.mT, run.read)

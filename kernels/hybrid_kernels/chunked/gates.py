@@ -37,12 +37,6 @@ def triangle(size: int, diagonal: int, dtype: torch.dtype, device: torch.device)
     return torch.ones(size, size, dtype=dtype, device=device).tril(diagonal)
 
 
-@lru_cache(maxsize=64)
-def triangles(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return the triangle with its diagonal above that without, (2 size, size)."""
-    return torch.cat([triangle(size, d, dtype, device) for d in (0, -1)])
-
-
 def running_sum(g: Tensor, diagonal: int = 0) -> Tensor:
     """Sum rows up to and including each (diagonal 0) or before each (-1); as a product, for speed.
 

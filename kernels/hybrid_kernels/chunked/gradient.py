@@ -138,7 +138,7 @@ class Pass:
                 self.p.bonus is not None,
             )
         else:
-            self.dpairs = dpairs.mul_(run.mask)
+            self.dpairs = dpairs.tril_(run.diagonal)
 
     def _exact_value_pairs(self) -> Tensor:
         run = self.run

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from hybrid_kernels.chunked import stepwise
 from hybrid_kernels.chunked.decode import is_single_step, linear_attention_step
 from hybrid_kernels.chunked.gradient import Gradients
 from hybrid_kernels.chunked.inputs import DECAYS, DIFFERENTIABLE, SCHEMA, TENSORS, Inputs
@@ -17,6 +18,7 @@ from hybrid_kernels.chunked.layout import Layout
 from hybrid_kernels.chunked.passes import backward, forward
 from hybrid_kernels.chunked.segment import Problem
 from hybrid_kernels.joint import places
+from hybrid_kernels.transforms import first_derivatives_only, without_autocast
 
 # What the gradient of a write's scale may be divided by.
 NEAR_ZERO = 2.0**-60
@@ -58,6 +60,9 @@ def _forward(*arguments) -> tuple[Tensor, Tensor, Tensor]:
     kept = state.new_empty(inputs.kept_size(p.layout))
     o = o.unflatten(3, (p.heads, -1)).transpose(2, 3)
     forward(p, state, o, _kept(p, kept) if inputs.keep else None)
+    if not stepwise.is_finite(state):
+        # Tells the backward pass.
+        return *stepwise.forward(inputs), kept.fill_(torch.nan)
     final_state = p.layout.unsort_states(_unfold(state, p))
     return p.layout.result(whole), final_state, kept
 
@@ -72,6 +77,8 @@ def _backward(*arguments) -> list[Tensor]:
     """
     *given, kept, o, do, dfinal, decays_wanted, together = arguments
     inputs = Inputs(*given)
+    if kept.numel() and bool(kept[0].isnan()):
+        return _backward_by_steps(inputs, do, dfinal, decays_wanted, together)
     if inputs.write_scale is not None and _near_zero(inputs.write_scale):
         return _backward_of_scaled(inputs, *arguments[len(given) :])
     p = inputs.problem()
@@ -95,6 +102,8 @@ def _backward(*arguments) -> list[Tensor]:
 
     backward(p, _kept(p, kept), None if o is None else cut(o), cut(do), dstate, grads)
 
+    if not stepwise.is_finite(dstate):
+        return _backward_by_steps(inputs, do, dfinal, decays_wanted, together)
     # A scalar decay went with the values or with the keys.
     dlog_decay = dvalue if dkey is None else dkey
     found: list[tuple[Tensor | None, _Memory | Tensor | None]] = []
@@ -104,6 +113,27 @@ def _backward(*arguments) -> list[Tensor]:
     found += [(inputs.beta, dbeta), (inputs.bonus, dbonus)]
     found += [(inputs.write_scale, dscale), (inputs.initial_state, dinitial)]
     return rows.results() + [_like(x, grad) for x, grad in found if x is not None]
+
+
+def _backward_by_steps(
+    inputs: Inputs, do: Tensor, dfinal: Tensor | None, decays_wanted: bool, together: bool
+) -> list[Tensor]:
+    """Do as ``_backward`` does where something is not finite."""
+    grads = stepwise.backward(inputs, do, dfinal)
+    if not decays_wanted:
+        grads = {
+            name: x for name, x in grads.items() if name not in ("log_decay", "value_log_decay")
+        }
+    rows = [grads[name] for name in ("q", "k", "v")]
+    if together:
+        found = places(*inputs[:3])
+        assert found is not None
+        whole = inputs.q.new_empty(*inputs.q.shape[:2], found.row)
+        for part, grad in zip(found.cut(whole), rows, strict=True):
+            part.copy_(grad)
+        rows = [whole]
+    others = inputs._fields[3:DIFFERENTIABLE]
+    return rows + [grads[name] for name in others if name in grads]
 
 
 def _near_zero(write_scale: Tensor) -> bool:
@@ -203,13 +233,13 @@ def _kept(p: Problem, memory: Tensor) -> Kept:
 
 _op = torch.library.custom_op(
     "hybrid_kernels::chunked_linear_attention",
-    _forward,
+    without_autocast(_forward),
     mutates_args=(),
     schema=f"({SCHEMA}) -> (Tensor, Tensor, Tensor)",
 )
 _backward_op = torch.library.custom_op(
     "hybrid_kernels::chunked_linear_attention_backward",
-    _backward,
+    without_autocast(_backward),
     mutates_args=(),
     schema=f"({SCHEMA}, Tensor kept, Tensor? o, Tensor do, Tensor? dfinal, bool decays_wanted,"
     " bool together) -> Tensor[]",
@@ -283,3 +313,4 @@ def _differentiate(ctx, do, dfinal, _):
 
 
 _op.register_autograd(_differentiate, setup_context=_keep)
+first_derivatives_only("linear_attention", _op, _backward_op)

@@ -17,6 +17,7 @@ from hybrid_kernels.chunked.decode import is_single_step, selective_scan_step
 from hybrid_kernels.chunked.layout import Carried, Layout, Segment, accumulate
 from hybrid_kernels.chunked.memory import Scratch
 from hybrid_kernels.packing import document_lengths
+from hybrid_kernels.transforms import first_derivatives_only, without_autocast
 from hybrid_kernels.validation import state_dtype
 
 # Elements of state x steps that a segment holds: its matrices should stay in a core's cache.
@@ -46,6 +47,7 @@ def selective_scan(
 
 
 @torch.library.custom_op("hybrid_kernels::chunked_selective_scan", mutates_args=())
+@without_autocast
 def _forward(
     u: Tensor,
     delta: Tensor,
@@ -78,6 +80,7 @@ def _forward(
 
 
 @torch.library.custom_op("hybrid_kernels::chunked_selective_scan_backward", mutates_args=())
+@without_autocast
 def _backward(
     u: Tensor,
     delta: Tensor,
@@ -250,3 +253,4 @@ def _differentiate(ctx, dy, dfinal, _):
 
 
 _forward.register_autograd(_differentiate, setup_context=_keep)
+first_derivatives_only("selective_scan", _forward, _backward)

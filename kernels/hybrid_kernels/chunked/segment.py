@@ -19,7 +19,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from hybrid_kernels.chunked.gates import Gate, triangle
+from hybrid_kernels.chunked.gates import Gate
 from hybrid_kernels.chunked.kept import Kept
 from hybrid_kernels.chunked.layout import Carried, Layout, Segment, accumulate, load, store
 from hybrid_kernels.chunked.memory import Scratch
@@ -123,7 +123,7 @@ class Run:
         write: (C, K) keys times their write factor.
         values: (C, r V) times their write factor.
         pairs: (C, C) decayed products, masked; ``make_pairs`` finds them when they are needed.
-        mask: (C, C) ones and zeros.
+        diagonal: the first one of ``pairs`` that is not zero.
         starts: (K, r V) states before each chunk; ``ends`` those after it.
         total: (K or 1, r V or 1) decay of the state over each chunk, or None; ``totals`` by step.
     """
@@ -132,8 +132,7 @@ class Run:
         self.p, self.scratch, self.kept = p, scratch, kept
         self.exact_keys = p.exact and p.key_decay is not None
         self.exact_values = p.exact and p.value_decay is not None
-        diagonal = 0 if p.bonus is None else -1
-        self.mask = triangle(p.layout.chunk, diagonal, p.dtype, p.q.device)
+        self.diagonal = 0 if p.bonus is None else -1
         self.sizes: tuple[int, ...] = ()
         self.gates: tuple[Gate | None, Gate | None] | None = None
 
@@ -203,7 +202,7 @@ class Run:
             self.output_factor = self.value_gate.output.view(shape)
         elif p.scale != 1.0:
             # One element with a dimension: a plain number would take a product to bfloat16 first.
-            self.output_factor = self.mask.new_full((1,), p.scale)
+            self.output_factor = self.p.q.new_full((1,), p.scale, dtype=p.dtype)
         self.write_scale = None
         if p.write_scale is not None:
             self.write_scale = scale = p.write_scale[self.segment.lead].to(p.dtype)
@@ -222,7 +221,8 @@ class Run:
             ).flatten(1, 2)
         else:
             torch.bmm(self.read, self.write.mT, out=self.pairs)
-            self.pairs.mul_(self.mask)
+            # Not as a product with zeros, which would keep NaN and inf of later keys.
+            self.pairs.tril_(self.diagonal)
         if self.own_diagonal():
             q, k = self._diagonal_rows()
             self.pairs.diagonal(dim1=1, dim2=2).copy_((q * k).sum(-1))

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hybrid_kernels.transforms import first_derivatives_only, without_autocast
 from hybrid_kernels.triton.blocks import kernel, load_rows, locate, row_mask, store_rows
 from hybrid_kernels.triton.launch import Config, block, config, launch
 from hybrid_kernels.triton.layout import Chunks, chunks
@@ -103,7 +104,9 @@ def convolution_kernel(
         b_dy = load_rows(p_dy, row, rows, 0, 1, D, d0, C, BD)
         if SILU:
             b_gate = tl.sigmoid(b_y)
-            b_dy *= b_gate * (1.0 + b_y * (1.0 - b_gate))
+            # No gradient where the input is not finite: 0 * NaN would reach the tokens before.
+            b_slope = b_gate * (1.0 + b_y * (1.0 - b_gate))
+            b_dy *= tl.where(tl.abs(b_y) < float("inf"), b_slope, 0.0)
         store_rows(p_y, b_dy, row, rows, 0, 1, D, d0, C, BD)
         i_part = i_tile.to(tl.int64) * D + o_d
         tl.store(p_dbias + i_part, tl.sum(b_dy, axis=0), mask=o_d < D)
@@ -302,9 +305,11 @@ def _state_gradient(
     return grad.to(initial_state.dtype)
 
 
-_forward = torch.library.custom_op("hybrid_kernels::triton_causal_conv1d", forward, mutates_args=())
+_forward = torch.library.custom_op(
+    "hybrid_kernels::triton_causal_conv1d", without_autocast(forward), mutates_args=()
+)
 _backward = torch.library.custom_op(
-    "hybrid_kernels::triton_causal_conv1d_backward", backward, mutates_args=()
+    "hybrid_kernels::triton_causal_conv1d_backward", without_autocast(backward), mutates_args=()
 )
 
 
@@ -332,3 +337,4 @@ def _gradient(ctx, dy):
 torch.library.register_autograd(
     "hybrid_kernels::triton_causal_conv1d", _gradient, setup_context=_setup_context
 )
+first_derivatives_only("causal_conv1d", _forward, _backward)

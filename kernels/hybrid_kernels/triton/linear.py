@@ -11,6 +11,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from hybrid_kernels.transforms import first_derivatives_only, without_autocast
 from hybrid_kernels.triton import problem as run
 from hybrid_kernels.triton.decode import decode
 from hybrid_kernels.triton.launch import default_chunk, inverse_parts, kept, operands
@@ -99,7 +100,7 @@ def _exclusive(
     q, k, v = (x.repeat_interleave(heads // x.shape[2], dim=2).float() for x in (q, k, v))
     before = torch.cat([torch.zeros_like(o[:, :1]), o[:, :-1]], dim=1).float()
     if cu_seqlens is None:
-        first = torch.einsum("bthk,bhkv->bthv", q[:, :1], initial_state) * scale
+        first = (q[:, :1, ..., None] * initial_state[:, None]).sum(-2) * scale
         before = torch.cat([first, before[:, 1:]], dim=1)
     elif q.shape[1]:
         offsets = cu_seqlens.to(q.device).long()
@@ -108,7 +109,7 @@ def _exclusive(
         starts = (offsets[owner] == index)[None, :, None, None]
         # One row per document: an empty one has no first token, its row is not used.
         row = offsets[:-1].clamp(max=q.shape[1] - 1)
-        first = torch.einsum("nhk,nhkv->nhv", q[0, row], initial_state) * scale
+        first = (q[0, row][..., None] * initial_state).sum(-2) * scale
         before = torch.where(starts, first[owner][None], before)
     own = (q * bonus.float() * k).sum(-1, keepdim=True) * scale
     return (before + own * v).to(o.dtype)
@@ -203,13 +204,13 @@ _SCHEMA = (
 )
 _forward = torch.library.custom_op(
     "hybrid_kernels::triton_linear_attention",
-    forward,
+    without_autocast(forward),
     mutates_args=(),
     schema=f"({_SCHEMA}) -> (Tensor, Tensor, Tensor)",
 )
 _backward = torch.library.custom_op(
     "hybrid_kernels::triton_linear_attention_backward",
-    backward,
+    without_autocast(backward),
     mutates_args=(),
     schema=f"({_SCHEMA}, Tensor inverse, Tensor do, Tensor dfinal) -> Tensor[]",
 )
@@ -251,3 +252,4 @@ def _gradient(ctx, do, dfinal, _):
 torch.library.register_autograd(
     "hybrid_kernels::triton_linear_attention", _gradient, setup_context=_setup_context
 )
+first_derivatives_only("linear_attention", _forward, _backward)

@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hybrid_kernels.transforms import first_derivatives_only, without_autocast
 from hybrid_kernels.triton.blocks import (
     kernel,
     load_rows,
@@ -363,13 +364,13 @@ _SCHEMA = (
 )
 _forward = torch.library.custom_op(
     "hybrid_kernels::triton_selective_scan",
-    forward,
+    without_autocast(forward),
     mutates_args=(),
     schema=f"({_SCHEMA}, bool keep) -> (Tensor, Tensor, Tensor)",
 )
 _backward = torch.library.custom_op(
     "hybrid_kernels::triton_selective_scan_backward",
-    backward,
+    without_autocast(backward),
     mutates_args=(),
     schema=f"({_SCHEMA}, Tensor states, Tensor dy, Tensor dfinal) -> Tensor[]",
 )
@@ -404,3 +405,4 @@ def _gradient(ctx, dy, dfinal, _):
 torch.library.register_autograd(
     "hybrid_kernels::triton_selective_scan", _gradient, setup_context=_setup_context
 )
+first_derivatives_only("selective_scan", _forward, _backward)

@@ -1,0 +1,117 @@
+"""``linear_attention`` one step at a time, for inputs that hold NaN or inf.
+
+Products over whole chunks multiply the rows of later tokens by zeros, and 0 * NaN is NaN: one bad
+token would reach the tokens before it, and one bad gradient the tokens after it. So where the
+final states, or the gradients of the initial ones, are not finite, a pass is made again by the
+reference loop, in which every number goes only where the recurrence sends it.
+
+Legend: B batch, T time, H heads, K key dim, V value dim.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hybrid_kernels import reference
+from hybrid_kernels.chunked.inputs import Inputs
+from hybrid_kernels.packing import document_bounds
+
+# Steps whose states are held in memory at a time in the backward pass.
+PIECE = 64
+BY_TOKEN = ("q", "k", "v", "log_decay", "value_log_decay", "beta", "write_scale")
+FIXED = ("log_decay", "bonus")
+
+
+def is_finite(states: Tensor) -> bool:
+    """Whether all states are finite. The states collect whatever is not, of every token.
+
+    A sum that overflows counts as not finite, which costs time but is not wrong.
+    """
+    return bool(torch.isfinite(states.sum()))
+
+
+def forward(inputs: Inputs) -> tuple[Tensor, Tensor]:
+    """Return the output and the final states."""
+    return _run(inputs, _tensors(inputs), inputs.initial_state, inputs.cu_seqlens)
+
+
+def backward(inputs: Inputs, do: Tensor, dfinal: Tensor | None) -> dict[str, Tensor]:
+    """Return the gradients of the floating inputs, by name."""
+    tensors = _tensors(inputs)
+    grads = {name: torch.zeros_like(x) for name, x in tensors.items()}
+    (batch, time, _, keys), values = inputs.q.shape, inputs.v.shape[3]
+    dstates = []
+    for rows, start, stop in document_bounds(inputs.cu_seqlens, batch, time):
+        if inputs.initial_state is None:
+            shape = (batch, inputs.heads, keys, values)
+            state = inputs.q.new_zeros(shape, dtype=inputs.dtype)
+        else:
+            state = inputs.initial_state[rows].to(inputs.dtype)
+        dstate = None if dfinal is None else dfinal[rows].to(inputs.dtype)
+        pieces = [slice(t, min(t + PIECE, stop)) for t in range(start, stop, PIECE)]
+        states = [state]
+        for piece in pieces[:-1]:
+            states.append(_run(inputs, _cut(tensors, piece), states[-1])[1])
+        # An empty document has a state but no pieces.
+        for piece, state in zip(reversed(pieces), reversed(states), strict=False):
+            dparts, dstate = _piece_backward(inputs, tensors, state, piece, do, dstate)
+            for name, grad in dparts.items():
+                if _by_token(name, tensors[name]):
+                    grads[name][:, piece] = grad
+                else:
+                    grads[name] += grad
+        dstates.append(torch.zeros_like(state) if dstate is None else dstate)
+    if inputs.initial_state is not None:
+        grads["initial_state"] = torch.cat(dstates).to(inputs.initial_state.dtype)
+    return grads
+
+
+def _piece_backward(
+    inputs: Inputs,
+    tensors: dict[str, Tensor],
+    state: Tensor,
+    piece: slice,
+    do: Tensor,
+    dstate: Tensor | None,
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Return the gradients of the tensors in a piece of time and of the state before it."""
+
+    def outputs(parts: dict[str, Tensor], state: Tensor):
+        o, after = _run(inputs, parts, state)
+        # A final state without a gradient is left out: zeros would make NaN of what it holds.
+        return o if dstate is None else (o, after)
+
+    _, differentiate = torch.func.vjp(outputs, _cut(tensors, piece), state)
+    return differentiate(do[:, piece] if dstate is None else (do[:, piece], dstate))
+
+
+def _tensors(inputs: Inputs) -> dict[str, Tensor]:
+    """Return the inputs that are floating tensors, but for the states."""
+    named = ((name, getattr(inputs, name)) for name in dict.fromkeys(BY_TOKEN + FIXED))
+    return {name: x for name, x in named if x is not None}
+
+
+def _by_token(name: str, x: Tensor) -> bool:
+    return name in BY_TOKEN and x.dim() > 1
+
+
+def _cut(tensors: dict[str, Tensor], piece: slice) -> dict[str, Tensor]:
+    return {name: x[:, piece] if _by_token(name, x) else x for name, x in tensors.items()}
+
+
+def _run(
+    inputs: Inputs,
+    tensors: dict[str, Tensor],
+    state: Tensor | None,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Run the reference on some of the time."""
+    absent = dict.fromkeys(BY_TOKEN + FIXED)
+    return reference.linear_attention(
+        **{**absent, **tensors},  # pyright: ignore[reportArgumentType]
+        scale=inputs.scale,
+        initial_state=state,
+        cu_seqlens=cu_seqlens,
+        chunk_size=None,
+    )

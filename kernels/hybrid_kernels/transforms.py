@@ -1,0 +1,104 @@
+"""How the ops behave under autocast and under differentiation other than ``backward()``.
+
+Autocast: the ops compute in the dtypes of their arguments and in float32, forward and backward;
+inside them autocast is off.
+
+Forward-mode AD, ``torch.func`` and second derivatives: custom ops have a backward formula only, and
+PyTorch would return tangents of zero, or an internal error. They are refused with the alternative,
+``backend="reference"``, which consists of plain tensor operations.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+_REFERENCE = (
+    'pass backend="reference", which supports it (a loop over time, slow), or use first derivatives '
+    "by backward()"
+)
+
+
+_LIBRARY = torch.library.Library("hybrid_kernels", "FRAGMENT")
+
+
+class TransformError(NotImplementedError):
+    """A differentiation or batching transform that a backend does not support."""
+
+
+def autocast_is_on(device: torch.device) -> bool:
+    """Whether autocast is enabled for a device, which may be one that has no autocast."""
+    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+
+
+def without_autocast(function: Callable) -> Callable:
+    """Run a function with autocast off on the device of its first tensor."""
+
+    @functools.wraps(function)
+    def wrapped(*args: Any, **kwargs: Any):
+        device = next(x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)).device
+        if not autocast_is_on(device):
+            return function(*args, **kwargs)
+        with torch.autocast(device.type, enabled=False):
+            return function(*args, **kwargs)
+
+    return wrapped
+
+
+def transformed() -> bool:
+    """Whether forward-mode AD or a ``torch.func`` transform is in progress."""
+    return (
+        forward_ad._current_level >= 0  # pyright: ignore[reportPrivateUsage]
+        or torch._C._functorch.maybe_current_level() is not None  # pyright: ignore
+    )
+
+
+def refuse_transforms(op: str, tensors: Sequence[Tensor | None]) -> None:
+    """Raise if a tensor carries a tangent or is wrapped by a ``torch.func`` transform.
+
+    Raises:
+        TransformError: one does.
+    """
+    present = [x for x in tensors if x is not None]
+    wrapped = torch._C._functorch.is_functorch_wrapped_tensor  # pyright: ignore
+    # A compiler cannot tell one tensor from the other.
+    if torch.compiler.is_compiling() or any(wrapped(x) for x in present):
+        raise TransformError(
+            f"{op}: torch.func transforms (vmap, grad, jvp, jacrev, ...) are not supported by this "
+            f"backend; {_REFERENCE}"
+        )
+    if forward_ad._current_level < 0:  # pyright: ignore[reportPrivateUsage]
+        return
+    if any(forward_ad.unpack_dual(x).tangent is not None for x in present):
+        raise TransformError(
+            f"{op}: forward-mode AD is not supported by this backend; {_REFERENCE}"
+        )
+
+
+def first_derivatives_only(op: str, forward: Any, backward: Any) -> None:
+    """Register clear errors for what the custom ops of a backend do not support.
+
+    Args:
+        op: name of the public op.
+        forward: the custom op.
+        backward: the custom op that computes its gradients.
+    """
+
+    def second(ctx: Any, *grads: Any):
+        raise TransformError(
+            f"{op}: second derivatives are not supported by this backend; {_REFERENCE}"
+        )
+
+    def batched(*args: Any):
+        raise TransformError(f"{op}: vmap is not supported by this backend; {_REFERENCE}")
+
+    backward.register_autograd(second)
+    for custom in (forward, backward):
+        custom.register_vmap(batched)
+        # What ``torch.autograd.grad(..., is_grads_batched=True)`` meets.
+        _LIBRARY.impl(custom._qualname, batched, "Batched")
