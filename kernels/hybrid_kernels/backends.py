@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from hybrid_kernels.transforms import (
-    autocast_is_on,
+    any_autocast,
     refuse_transforms,
     transformed,
     without_autocast,
@@ -189,10 +189,7 @@ def resolve(
     op, name, *_ = request
     if name != "reference" and transformed():
         refuse_transforms(op, tensors)
-    first = tensors[0]
-    if first is not None and autocast_is_on(first.device):
-        run = without_autocast(run)
-    return run
+    return without_autocast(run) if any_autocast() else run
 
 
 def _form(request: tuple, tensors: tuple[Tensor | None, ...]) -> tuple:

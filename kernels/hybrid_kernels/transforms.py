@@ -24,6 +24,8 @@ _REFERENCE = (
 )
 
 
+_functorch_level = torch._C._functorch.maybe_current_level  # pyright: ignore
+any_autocast = torch._C._is_any_autocast_enabled  # pyright: ignore[reportPrivateUsage]
 _LIBRARY = torch.library.Library("hybrid_kernels", "FRAGMENT")
 
 
@@ -31,20 +33,16 @@ class TransformError(NotImplementedError):
     """A differentiation or batching transform that a backend does not support."""
 
 
-def autocast_is_on(device: torch.device) -> bool:
-    """Whether autocast is enabled for a device, which may be one that has no autocast."""
-    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
-
-
 def without_autocast(function: Callable) -> Callable:
     """Run a function with autocast off on the device of its first tensor."""
 
     @functools.wraps(function)
     def wrapped(*args: Any, **kwargs: Any):
-        device = next(x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)).device
-        if not autocast_is_on(device):
+        device = next(x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)).device.type
+        # Some devices, as "meta", have no autocast.
+        if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
             return function(*args, **kwargs)
-        with torch.autocast(device.type, enabled=False):
+        with torch.autocast(device, enabled=False):
             return function(*args, **kwargs)
 
     return wrapped
@@ -54,7 +52,7 @@ def transformed() -> bool:
     """Whether forward-mode AD or a ``torch.func`` transform is in progress."""
     return (
         forward_ad._current_level >= 0  # pyright: ignore[reportPrivateUsage]
-        or torch._C._functorch.maybe_current_level() is not None  # pyright: ignore
+        or _functorch_level() is not None
     )
 
 

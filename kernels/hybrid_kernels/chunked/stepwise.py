@@ -82,7 +82,7 @@ def _piece_backward(
         # A final state without a gradient is left out: zeros would make NaN of what it holds.
         return o if dstate is None else (o, after)
 
-    _, differentiate = torch.func.vjp(outputs, _cut(tensors, piece), state)
+    differentiate = torch.func.vjp(outputs, _cut(tensors, piece), state)[1]
     return differentiate(do[:, piece] if dstate is None else (do[:, piece], dstate))
 
 
