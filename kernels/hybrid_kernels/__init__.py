@@ -18,7 +18,11 @@ inputs on the same backend, device and thread count give the same bits; chunk si
 packing and the rest of the batch change results by rounding only; backends agree with the reference
 in float64 to a relative RMS error of 1e-5 from float32 inputs and 5e-3 from half-precision ones
 (`hybrid_kernels.testing`). Where a backend chooses its way from the data, as "torch" does from how
-strong the decays are, a later token may move earlier outputs by rounding, not by more.
+strong the decays are, a later token may move earlier outputs by rounding, not by more; NaN and inf
+included, which reach only what they reach in the reference ("triton": within a chunk they may reach
+earlier tokens). Under autocast the ops compute as without it. First derivatives by ``backward()``
+work in every backend; forward-mode AD, ``torch.func`` and second derivatives in "reference" only,
+the others refuse them.
 """
 
 from hybrid_kernels.api import causal_conv1d, linear_attention, selective_scan
