@@ -1,12 +1,14 @@
 """The tasks of this package, and how each is run on a model under test."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 from .corpus import load_corpus
 from .cost import evaluate_cost
 from .heldout import evaluate_heldout
+from .hub import revision
+from .mmlu import HUB as MMLU_HUB
 from .mmlu import Form, evaluate_mmlu
 from .models import Subject
 from .mqar import KEY_IDS, VALUE_IDS, evaluate_mqar, mqar
@@ -17,8 +19,9 @@ from .speed import evaluate_speed
 from .synthetic import evaluate_hops, evaluate_icl, evaluate_state_tracking
 from .text.completion import COMPLETIONS, evaluate_completion
 from .text.evaluate import evaluate_text
+from .text.material import ESSAYS_HUB
 from .text.tasks import NAMES as TEXT_TASKS
-from .text.tasks import RULER, Material
+from .text.tasks import RULER, Material, needs_essays
 from .tokens import ByteEncoder, Haystack
 
 
@@ -65,6 +68,11 @@ def _run_heldout(subject: Subject, settings: Settings, options: dict[str, Any], 
         corpus=settings.corpus,
         **{**arguments, **options},
     )
+
+
+def _from_hub(name: str, option: str, options: Mapping[str, Any]) -> str | None:
+    """Return the revision of a data set on the hub, None where the user's own data replace it."""
+    return None if options.get(option) is not None else revision(name)
 
 
 def _run_cost(subject: Subject, settings: Settings, options: dict[str, Any], progress=None):
@@ -149,6 +157,7 @@ for _name in TEXT_TASKS:
             evaluate_text,
             partial(_run_text, _name),
             _WORDS[_name],
+            data=partial(_from_hub, ESSAYS_HUB, "essays") if needs_essays(_name) else None,
         )
     )
 
@@ -214,6 +223,7 @@ for _name in COMPLETIONS:
             evaluate_completion,
             partial(_run_on_questions, evaluate_completion, {"task": _name}),
             f"a fact completed from a long document, from the hub or --set {_name}.path=FILE",
+            data=partial(_from_hub, COMPLETIONS[_name], "path"),
         )
     )
 _FORMS: tuple[tuple[Form, str], ...] = (
@@ -229,6 +239,7 @@ for _form, _words in _FORMS:
             evaluate_mmlu,
             partial(_run_on_questions, evaluate_mmlu, {"form": _form}),
             _words,
+            data=partial(_from_hub, MMLU_HUB, "path"),
         )
     )
 

@@ -1,6 +1,11 @@
-"""``python -m hybrid_eval MODEL [MODEL ...] --out DIR``; ``hybrid eval`` forwards here."""
+"""``python -m hybrid_eval MODEL [MODEL ...] --out DIR``; ``hybrid eval`` forwards here.
+
+The table goes to standard output, progress bars to standard error. Names and paths are printed as
+they are: brackets in them are not markup, colons not emoji.
+"""
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,22 +14,33 @@ from typing import Any
 import yaml
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
+from rich.table import Column, Table
 from transformers.utils.logging import disable_progress_bar
 
 from .corpus import load_corpus
+from .errors import NotFiniteError
 from .registry import TASKS, Settings
 from .report import table_columns, write_report
 from .runner import evaluate
+
+# of tokens, samples or rows: more than any machine measures
+_MOST = 10**9
 
 
 def parse_tokens(word: str) -> int:
     """Read a number of tokens: ``512``, ``4k`` (4096), ``1m``."""
     scale = {"k": 1024, "m": 1024**2}.get(word[-1:].lower(), 1)
     digits = word[:-1] if scale > 1 else word
-    if not digits.isdigit() or int(digits) == 0:
-        raise argparse.ArgumentTypeError(f"{word!r} is no number of tokens; write 512, 4k or 1m")
+    if not _is_count(digits):
+        raise argparse.ArgumentTypeError(
+            f"{word!r} is not a number of tokens from 1 to {_MOST:,}; write 512, 4k or 1m"
+        )
     return int(digits) * scale
+
+
+def _is_count(digits: str) -> bool:
+    """Whether these are ASCII digits of a number that somebody can mean."""
+    return digits.isascii() and digits.isdigit() and len(digits) < 13 and 0 < int(digits) <= _MOST
 
 
 def _lengths(text: str) -> tuple[int, ...]:
@@ -35,20 +51,23 @@ def _depths(text: str) -> tuple[float, ...]:
     try:
         values = tuple(float(word) for word in text.split(","))
     except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} are no depths; write 0,0.5,1") from error
+        raise argparse.ArgumentTypeError(f"{text!r} are not depths; write 0,0.5,1") from error
     if any(not 0 <= value <= 1 for value in values):
         raise argparse.ArgumentTypeError(f"depths lie in [0, 1], got {text}")
     return values
 
 
 def _positive(text: str) -> int:
-    if not text.isdigit() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is no positive whole number")
+    if not _is_count(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 to {_MOST:,}")
     return int(text)
 
 
 def _names(text: str) -> list[str]:
-    return [name for name in (part.strip() for part in text.split(",")) if name]
+    names = [name for name in (part.strip() for part in text.split(",")) if name]
+    if not names:
+        raise argparse.ArgumentTypeError(f"no name in {text!r}; --list prints the tasks")
+    return names
 
 
 def build_parser(prog: str) -> argparse.ArgumentParser:
@@ -148,17 +167,19 @@ class _Bars:
 
 
 def _print_tasks(console: Console) -> None:
-    table = Table("task", "axis", "what it measures", "options (--set TASK.OPTION=VALUE)")
+    headings = ("task", "axis", "what it measures", "options (--set TASK.OPTION=VALUE)")
+    table = Table(*(Column(words, overflow="fold") for words in headings))
     for task in TASKS.values():
         table.add_row(task.name, task.axis, task.words, ", ".join(task.options))
     console.print(table)
 
 
 def print_table(results: dict[str, Any], console: Console) -> None:
-    """Print the table of the report, one column per model so that it fits a terminal."""
+    """Print the table of the report, one column per model, names folded and never cut."""
     headings, *rest = table_columns(results)
     models = results["models"]
-    table = Table("", *(headings.cell(record) for record in models))
+    names = ["", *(headings.cell(record) for record in models)]
+    table = Table(*(Column(words, overflow="fold") for words in names))
     for column in rest:
         table.add_row(column.heading, *(column.cell(record) for record in models))
     console.print(table)
@@ -179,12 +200,13 @@ def _run(arguments: argparse.Namespace, console: Console) -> None:
     # one bar per task is enough: transformers draws one per checkpoint of its own
     disable_progress_bar()
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
     )
-    with Progress(*columns, console=console) as progress:
+    bars = Console(stderr=True, markup=False, emoji=False, highlight=False)
+    with Progress(*columns, console=bars, disable=not bars.is_terminal) as progress:
         results = evaluate(
             arguments.models,
             list(dict.fromkeys(names)) or None,
@@ -202,22 +224,34 @@ def _run(arguments: argparse.Namespace, console: Console) -> None:
     words = {} if arguments.title is None else {"title": arguments.title}
     path = write_report(results, arguments.out, **words)
     print_table(results, console)
-    console.print(f"report: {path}", highlight=False, soft_wrap=True)
+    console.print(f"report: {path}", soft_wrap=True)
 
 
 def main(argv: Sequence[str] | None = None, *, prog: str = "hybrid-eval") -> int:
     """Run the command line; return the exit status."""
     parser = build_parser(prog)
     arguments = parser.parse_args(argv)
-    console = Console()
-    if arguments.list:
-        _print_tasks(console)
-        return 0
-    if not arguments.models:
+    if not arguments.models and not arguments.list:
         parser.error("no model given")
     try:
-        _run(arguments, console)
-    except ValueError as error:
+        console = Console(markup=False, emoji=False, highlight=False)
+        if arguments.list:
+            _print_tasks(console)
+        else:
+            _run(arguments, console)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # whoever read the table has seen enough: the report is written already
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except NotFiniteError as error:
+        print(f"{prog}: {error}", file=sys.stderr)
+        return 1
+    except (ValueError, OSError) as error:
         print(f"{prog}: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        kept = arguments.out / "cache"
+        print(f"{prog}: interrupted; finished tasks are kept in {kept}", file=sys.stderr)
+        return 130
     return 0

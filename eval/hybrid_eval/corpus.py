@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 Split = Literal["heldout", "train", "all"]
 
@@ -70,15 +70,43 @@ def _python_files(root: Path) -> Iterator[str]:
         yield from ((base / name).as_posix() for name in names if name.endswith(".py"))
 
 
-def _jsonl(path: Path) -> Iterator[Document]:
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+def read_text(path: Path) -> str:
+    """Return the text of a UTF-8 file.
+
+    Raises:
+        ValueError: it is not UTF-8; the message names the file and the byte.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path}: not UTF-8 text (byte {error.start}); convert it first"
+        ) from error
+
+
+def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield the objects of a .jsonl file with their line numbers; blank lines are skipped.
+
+    Raises:
+        ValueError: a line that is not a JSON object; the message names file and line.
+    """
+    # str.splitlines would also cut at U+2028 and the like, which JSON allows inside of a text
+    for number, line in enumerate(read_text(path).split("\n"), 1):
         if not line.strip():
             continue
         try:
             record = json.loads(line)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}, line {number}: not JSON ({error})") from error
-        if not isinstance(record, dict) or not isinstance(record.get("text"), str):
+        if not isinstance(record, dict):
+            kind = type(record).__name__
+            raise ValueError(f"{path}, line {number}: expected a JSON object, got a {kind}")
+        yield number, record
+
+
+def _jsonl(path: Path) -> Iterator[Document]:
+    for number, record in read_jsonl(path):
+        if not isinstance(record.get("text"), str):
             raise ValueError(f'{path}, line {number}: expected an object with a string "text"')
         yield Document(f"{path.name}:{number}", record["text"])
 
@@ -100,7 +128,7 @@ def read_documents(path: str | Path) -> tuple[Document, ...]:
     if path.suffix == ".jsonl":
         documents = tuple(_jsonl(path))
     else:
-        documents = (Document(path.name, path.read_text(encoding="utf-8")),)
+        documents = (Document(path.name, read_text(path)),)
     if not any(document.text.strip() for document in documents):
         raise ValueError(f"{path}: no text in it")
     return documents

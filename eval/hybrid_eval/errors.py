@@ -22,3 +22,7 @@ def id_range(name: str, ids: Sequence[int]) -> tuple[int, int]:
     if len(ids) != 2 or ids[0] < 0 or ids[1] <= ids[0]:
         raise ValueError(f"{name} must be (first, last + 1) with 0 <= first < last + 1, got {ids}")
     return int(ids[0]), int(ids[1])
+
+
+class NotFiniteError(ValueError):
+    """A model's logits are NaN or infinite: there is nothing to measure."""

@@ -1,5 +1,6 @@
 """Data sets by name from the hub, and the one refusal where it cannot be reached."""
 
+from pathlib import Path
 from typing import Any
 
 
@@ -42,3 +43,16 @@ def load_hub(
         raise unreachable(what, name, way_out) from error
     assert isinstance(rows, Dataset)
     return rows.to_list()
+
+
+def revision(name: str) -> str | None:
+    """Return the commit of a data set: the hub's, or offline that of the local copy, if any."""
+    from huggingface_hub import HfApi, constants
+
+    try:
+        return HfApi().dataset_info(name, timeout=10).sha
+    # offline, not found, no such name: the local copy decides, and loading says what is wrong
+    except (OSError, ValueError, RuntimeError):
+        folder = Path(constants.HF_HUB_CACHE) / f"datasets--{name.replace('/', '--')}"
+        head = folder / "refs" / "main"
+        return head.read_text(encoding="utf-8").strip() if head.is_file() else None

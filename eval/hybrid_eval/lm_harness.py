@@ -12,11 +12,12 @@ from typing import Any
 
 import numpy as np
 
-from .errors import nearest
-from .hub import unreachable
+from .errors import NotFiniteError, nearest
+from .hub import revision, unreachable
+from .identity import content, path_digest
 from .models import Subject
 from .registry import TASKS, Settings, Task, tokenizer_of
-from .scoring import batch_size_for, evaluating
+from .scoring import batch_size_for, evaluating, finite_logits, position_limit
 from .stats import above_chance, t_interval, weighted_interval, wilson
 from .tokens import Encoder
 
@@ -75,8 +76,37 @@ def resolve(name: str, include_path: str | Path | None = None) -> list[Task]:
             evaluate_lm_eval,
             partial(_run, name, manager),
             "a task of lm-eval's",
+            data=partial(_data, name, manager, include_path),
         )
     ]
+
+
+def _texts(value: Any) -> set[str]:
+    """Return every text in a task's config."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list | tuple | set):
+        return set().union(*map(_texts, value))
+    return {value} if isinstance(value, str) else set()
+
+
+def _data(name: str, manager, include_path: str | Path | None, options: Any) -> list[Any]:
+    """Return what tells a task's definition and data from any other: files, and hub revisions."""
+    names, waiting, found = set(), [name], []
+    while waiting:
+        name = waiting.pop()
+        if name in names or name not in manager.task_index:
+            continue
+        names.add(name)
+        config = manager.task_index[name].cfg or {}
+        waiting += _texts(config.get("task"))
+        remote = config.get("dataset_path")
+        if isinstance(remote, str) and remote.count("/") == 1 and not Path(remote).exists():
+            found.append([remote, revision(remote)])
+        found += [content(text) for text in sorted(_texts(config.get("dataset_kwargs")))]
+        found.append(content(remote))
+    own = None if include_path is None else path_digest(include_path)
+    return [own, sorted(map(repr, found))]
 
 
 def _run(
@@ -196,11 +226,10 @@ def evaluate_lm_eval(
     """
     from lm_eval import simple_evaluate
 
-    config = getattr(model, "config", None)
-    limit = getattr(config, "max_position_embeddings", None) or _NO_LIMIT
+    limit = position_limit(model) or _NO_LIMIT
     language_model = _language_model(model, tokenizer, batch_size, limit)
     try:
-        with evaluating(model):
+        with evaluating(model), finite_logits(model):
             found: Any = simple_evaluate(
                 language_model,
                 tasks=[task],
@@ -216,6 +245,8 @@ def evaluate_lm_eval(
         raise unreachable(f"lm-eval's {task}", "of that task", way_out) from error
     scores = found.get("groups", {}).get(task) or found["results"].get(task, {})
     metric, filtered = _headline(scores, task)
+    if math.isnan(float(scores[f"{metric},{filtered}"])):
+        raise NotFiniteError(f"lm-eval's {metric} is NaN; there is nothing to measure")
     samples = [
         sample
         for group in found["samples"].values()

@@ -11,7 +11,7 @@ original's ``dev`` and ``test`` subfolders: then examples come from ``dev``, fiv
 """
 
 import csv
-import json
+import io
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -20,6 +20,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from .corpus import read_jsonl, read_text
 from .hub import load_hub
 from .scoring import IGNORE, Progress, score
 from .seeding import generator
@@ -45,29 +46,45 @@ def _item(record: dict[str, Any], where: str) -> Item:
     missing = {"question", "choices", "answer"} - set(record)
     if missing:
         raise ValueError(f"{where}: no {sorted(missing)[0]!r}; found {', '.join(sorted(record))}")
+    if not isinstance(record["choices"], list | tuple):
+        raise ValueError(f"{where}: choices must be a list, got {record['choices']!r}")
     choices = tuple(str(choice) for choice in record["choices"])
     answer = record["answer"]
-    if isinstance(answer, str) and not answer.isdigit():
-        answer = _LETTERS.find(answer.strip().upper())
-    answer = int(answer)
-    if not 2 <= len(choices) <= len(_LETTERS) or not 0 <= answer < len(choices):
-        raise ValueError(f"{where}: answer {record['answer']!r} is none of {len(choices)} choices")
+    if isinstance(answer, str):
+        letter = answer.strip().upper()
+        digits = letter.isascii() and letter.isdigit()
+        answer = int(letter) if digits else _LETTERS.find(letter) if len(letter) == 1 else -1
+    if (
+        not 2 <= len(choices) <= len(_LETTERS)
+        or not isinstance(answer, int)
+        or not 0 <= answer < len(choices)
+    ):
+        raise ValueError(
+            f"{where}: answer {record['answer']!r} is not one of {len(choices)} choices (at least "
+            f"2, at most {len(_LETTERS)})"
+        )
     subject = str(record.get("subject") or Path(where.split(",")[0]).stem)
     return Item(str(record["question"]), choices, answer, subject)
+
+
+def _read_parquet(path: Path) -> list[dict[str, Any]]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        return pyarrow.parquet.read_table(path).to_pylist()
+    except pyarrow.ArrowException as error:
+        raise ValueError(f"{path}: not a parquet file that can be read ({error})") from error
 
 
 def _read(path: Path) -> list[Item]:
     subject = path.stem.removesuffix("_test").removesuffix("_dev").removesuffix("_val")
     if path.suffix == ".jsonl":
-        lines = path.read_text(encoding="utf-8").splitlines()
-        records = [json.loads(line) for line in lines if line.strip()]
+        records: Iterable[dict[str, Any]] = [record for _, record in read_jsonl(path)]
     elif path.suffix == ".parquet":
-        from datasets import Dataset
-
-        records = Dataset.from_parquet(str(path)).to_list()  # type: ignore[union-attr]
+        records = _read_parquet(path)
     else:
-        with path.open(encoding="utf-8", newline="") as file:
-            rows = list(csv.reader(file))
+        rows = csv.reader(io.StringIO(read_text(path), newline=""))
         records = [{"question": r[0], "choices": r[1:-1], "answer": r[-1]} for r in rows if r]
     return _items(({"subject": subject, **record} for record in records), str(path))
 

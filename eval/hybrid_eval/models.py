@@ -1,7 +1,7 @@
 """From what a user names to a model that can be measured."""
 
-import hashlib
-import json
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -9,11 +9,19 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.utils import logging as transformers_logging
 
-from .checkpoint_paths import check_folder
+from .checkpoint import check_folder, check_loaded
+from .checkpoint_paths import check_folder as check_paths
 from .errors import nearest
 from .tokens import ByteEncoder, Encoder
+
+_DTYPES = {
+    "float64": torch.float64,
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
 
 
 @dataclass
@@ -25,14 +33,12 @@ class Subject:
         model: the causal language model, in evaluation mode.
         tokenizer: its tokenizer, or None if none was found and none was asked for.
         source: path, hub name or "object".
-        fingerprint: changes when the weights or the config change; keys the result cache.
     """
 
     name: str
     model: Any
     tokenizer: Encoder | None
     source: str
-    fingerprint: str
 
     @property
     def layout(self) -> str | None:
@@ -51,40 +57,12 @@ def split_name(spec: str) -> tuple[str, str]:
     return Path(spec.rstrip("/")).name or spec, spec
 
 
-def _check_folder(path: Path) -> None:
-    check_folder(path)
-    config = path / "config.json"
-    if not config.is_file():
-        found = ", ".join(sorted(p.name for p in path.iterdir())[:8]) or "nothing"
-        raise ValueError(f"{path} is no checkpoint: no config.json in it (found: {found})")
-    weights = [*path.glob("*.safetensors"), *path.glob("*.bin")]
-    if not weights:
-        raise ValueError(f"{path} is no checkpoint: a config.json but no *.safetensors or *.bin")
-
-
-def _check_code(path: Path, trust_remote_code: bool) -> None:
-    config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    kind = config.get("model_type", "")
-    if kind in CONFIG_MAPPING or trust_remote_code:
-        return
-    if "auto_map" in config:
-        raise ValueError(
-            f"{path}: model type {kind!r} runs code from its own folder; allow it with "
-            "trust_remote_code=True (--trust-remote-code), or import the package that registers it"
-        )
-    raise ValueError(
-        f"{path}: transformers knows no model type {kind!r}; import the package that registers it "
-        "before evaluating (`hybrid eval` does so for its own models)"
-    )
-
-
 def _resolve(source: str) -> tuple[str, dict[str, str]]:
     """Return the place to load from and extra arguments of from_pretrained."""
     path = Path(source).expanduser()
     if path.is_file() and path.suffix == ".gguf":
         return str(path.parent), {"gguf_file": path.name}
     if path.is_dir():
-        _check_folder(path)
         return str(path), {}
     if path.exists():
         raise ValueError(f"{source} is a file; give a checkpoint folder or a .gguf file")
@@ -104,7 +82,7 @@ def _tokenizer(source: str, wanted: str | Encoder | None, **options: Any) -> Enc
     place = source if wanted is None else wanted
     folder = Path(place)
     if folder.is_dir():
-        check_folder(folder)
+        check_paths(folder)
     files = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
     gguf = "gguf_file" in options and wanted is None
     if folder.is_dir() and not gguf and not any((folder / name).is_file() for name in files):
@@ -117,45 +95,61 @@ def _tokenizer(source: str, wanted: str | Encoder | None, **options: Any) -> Enc
         near = get_close_matches(wanted.lower(), ["bytes"], cutoff=0.75)
         if near and "/" not in wanted and not folder.exists():
             raise ValueError(f"no tokenizer {wanted!r}; did you mean 'bytes'?")
-    try:
+    with _naming(f"{place}: no tokenizer that could be loaded"):
         return AutoTokenizer.from_pretrained(place, **options)
-    except OSError as error:
-        raise ValueError(f"{place}: no tokenizer that could be loaded ({error})") from error
-
-
-def _file_fingerprint(source: str, extra: dict[str, str]) -> str:
-    """Hash the config and the names, sizes and times of the weight files."""
-    digest = hashlib.sha256(source.encode())
-    folder = Path(source)
-    if folder.is_dir():
-        for path in sorted(folder.iterdir()):
-            wanted = extra.get("gguf_file")
-            if path.is_file() and (wanted is None or path.name == wanted):
-                stat = path.stat()
-                digest.update(f"{path.name} {stat.st_size} {stat.st_mtime_ns}".encode())
-    return digest.hexdigest()[:16]
-
-
-def _object_fingerprint(model: torch.nn.Module) -> str:
-    """Hash names, shapes and sums of the parameters."""
-    digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        # two moments tell trained weights apart without hashing every byte
-        values = parameter.detach().double()
-        digest.update(
-            f"{name} {tuple(values.shape)} {values.sum()} {values.square().sum()}".encode()
-        )
-    return digest.hexdigest()[:16]
 
 
 def _dtype(dtype: str | torch.dtype) -> str | torch.dtype:
-    if isinstance(dtype, torch.dtype) or dtype == "auto":
+    if dtype == "auto" or dtype in _DTYPES.values():
         return dtype
-    found = getattr(torch, dtype, None)
-    if not isinstance(found, torch.dtype):
-        known = ("auto", "float32", "bfloat16", "float16")
-        raise ValueError(f"no dtype {dtype!r}{nearest(dtype, known)}")
-    return found
+    if dtype not in _DTYPES:
+        raise ValueError(f"no dtype {str(dtype)!r}{nearest(str(dtype), ['auto', *_DTYPES])}")
+    return _DTYPES[str(dtype)]
+
+
+@contextlib.contextmanager
+def _naming(what: str) -> Iterator[None]:
+    """Turn whatever a damaged or foreign checkpoint makes a library raise into one line."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{what} ({error})") from error
+    # KeyError, TypeError, RuntimeError, OverflowError ...: each file is damaged in its own way
+    except Exception as error:
+        words = str(error).strip().splitlines() or [""]
+        raise ValueError(f"{what} ({type(error).__name__}: {words[0]})") from error
+
+
+@contextlib.contextmanager
+def _without_report() -> Iterator[None]:
+    """Hold back transformers' table of missing and unexpected tensors: ours is one line."""
+    before = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(before)
+
+
+def _weights(place: str, gguf_file: str | None = None) -> str:
+    """Return the names of the files that weights come from, for a message."""
+    names = [gguf_file] if gguf_file else []
+    for pattern in ("*.safetensors", "*.bin"):
+        names = names or sorted(path.name for path in Path(place).glob(pattern))
+    shown = ", ".join(names[:3]) + (" ..." if len(names) > 3 else "")
+    return f" from {shown}" if names else ""
+
+
+def _load_model(source: str, place: str, **options: Any) -> torch.nn.Module:
+    files = _weights(place, options.get("gguf_file"))
+    with _naming(f"{source}: cannot be loaded as a checkpoint{files}"), _without_report():
+        # what does not fit is named by check_loaded
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            place, output_loading_info=True, ignore_mismatched_sizes=True, **options
+        )
+    model, loading = loaded
+    check_loaded(source, loading)
+    return model
 
 
 def _device(device: str | None) -> str:
@@ -192,14 +186,15 @@ def load(
         device: None takes a GPU if there is one.
 
     Raises:
-        ValueError: nothing there, no checkpoint, no such tokenizer, a model type that needs code of
-            its own, or a dtype or device that is not here.
+        ValueError: nothing there, no checkpoint, a damaged one, one that lacks weights, no such
+            tokenizer, a model type that needs code of its own, or a dtype or device that is not
+            here.
     """
     device, dtype = _device(device), _dtype(dtype)
     if isinstance(spec, torch.nn.Module):
         label = name or type(spec).__name__
         encoder = None if tokenizer is None else _tokenizer("", tokenizer)
-        return Subject(label, spec.eval(), encoder, "object", _object_fingerprint(spec))
+        return Subject(label, spec.eval(), encoder, "object")
     if isinstance(spec, Path):
         spec = str(spec)
     if not isinstance(spec, str):
@@ -209,15 +204,14 @@ def load(
     place, extra = _resolve(source)
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code, **extra}
     if Path(place).is_dir() and not extra:
-        _check_code(Path(place), trust_remote_code)
-    try:
+        check_folder(Path(place), trust_remote_code)
+        wrong = f"{Path(place) / 'config.json'}: not a config that can be read"
+    else:
+        wrong = f"{source}: no checkpoint folder here and no model that could be reached"
+    with _naming(wrong):
         AutoConfig.from_pretrained(place, **options)
-    except OSError as error:
-        raise ValueError(
-            f"{source}: no checkpoint folder here and no model that could be reached ({error})"
-        ) from error
     encoder = _tokenizer(place, tokenizer, **options)
-    model: Any = AutoModelForCausalLM.from_pretrained(place, dtype=dtype, **options)
-    return Subject(
-        name or label, model.eval().to(device), encoder, source, _file_fingerprint(place, extra)
-    )
+    model = _load_model(source, place, dtype=dtype, **options)
+    with _naming(f"{source}: cannot be moved to {device}"):
+        model = model.eval().to(device)
+    return Subject(name or label, model, encoder, source)

@@ -52,6 +52,8 @@ class Task:
         words: one line for ``--list``.
         higher_is_better: direction of the headline figure.
         more: a function to which ``function`` hands on what it does not know itself.
+        data: from options to what tells the task's data from any other, where they come from
+            neither the options nor this package.
     """
 
     name: str
@@ -62,6 +64,7 @@ class Task:
     words: str
     higher_is_better: bool = True
     more: Callable[..., Any] | None = None
+    data: Callable[[Mapping[str, Any]], Any] | None = None
 
     @property
     def options(self) -> tuple[str, ...]:

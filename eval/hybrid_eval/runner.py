@@ -1,7 +1,5 @@
 """Run tasks on models, keep each result on disk, resume where a run was cut off."""
 
-import hashlib
-import json
 import math
 import platform
 import time
@@ -12,13 +10,17 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Protocol
 
+from . import stored
 from .ablate import ablated, select
 from .catalogue import default_tasks
+from .errors import NotFiniteError
+from .identity import content, digest, model_digest, tokenizer_digest
 from .lm_harness import resolve
 from .models import Subject, load
 from .registry import Settings, Task, check_options, find
+from .scoring import device_of
 
-# a cached result of another version is not reused
+# of the layout of results.json
 RESULT_VERSION = 2
 
 
@@ -50,27 +52,53 @@ def _setting_words(settings: Settings) -> dict[str, Any]:
     words = asdict(replace(settings, corpus=None))
     words["corpus"] = None
     if settings.corpus is not None:
-        text = settings.corpus.text.encode("utf-8")
-        words["corpus"] = f"{settings.corpus.description} {hashlib.sha256(text).hexdigest()[:16]}"
+        documents = settings.corpus.documents
+        text = digest(*(part for d in documents for part in (d.name, d.text)))
+        words["corpus"] = f"{settings.corpus.description} {text[:16]}"
     # how many rows go through the model at once does not belong to the result
     words.pop("batch_size")
-    return words
+    return plain(words)
 
 
-def _cache_path(out: Path, subject: Subject, task: Task, words: dict[str, Any]) -> Path:
-    tokenizer = getattr(subject.tokenizer, "name_or_path", None)
-    key = json.dumps([RESULT_VERSION, task.name, words, tokenizer], sort_keys=True)
-    digest = hashlib.sha256(key.encode()).hexdigest()[:16]
-    safe = "".join(c if c.isalnum() or c in "-_." else "_" for c in subject.name)
-    return out / "cache" / f"{safe}-{subject.fingerprint}" / f"{task.name}-{digest}.json"
+def _key(
+    subject: Subject,
+    task: Task,
+    settings: Settings,
+    options: dict[str, Any],
+    knocked_out: str | None,
+) -> dict[str, Any]:
+    """Return what a result depends on beside the model, in JSON's terms."""
+    branches = [] if knocked_out is None else select(subject.model, knocked_out)
+    return {
+        "task": task.name,
+        "settings": _setting_words(settings),
+        "options": content(options),
+        "data": None if task.data is None else task.data(options),
+        "tokenizer": tokenizer_digest(subject.tokenizer),
+        "without": [[branch.layer, branch.name] for branch in branches],
+        "device": str(device_of(subject.model)) if task.axis == "speed" else None,
+        "versions": versions(),
+    }
 
 
-def _write_json(path: Path, value: Any) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # written aside and moved: a run that is cut off leaves no half result
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    part.replace(path)
+def _measure(
+    subject: Subject,
+    task: Task,
+    settings: Settings,
+    options: dict[str, Any],
+    watcher: Watcher | None,
+    knocked_out: str | None,
+) -> dict[str, Any]:
+    began = time.perf_counter()
+    advance = None if watcher is None else watcher.advance
+    try:
+        with ablated(subject.model, knocked_out):
+            result = task.run(subject, settings, options, advance)
+    except NotFiniteError as error:
+        raise NotFiniteError(f"{subject.name}, {task.name}: {error}") from error
+    result["seconds"] = time.perf_counter() - began
+    result = {"task": task.name, "axis": task.axis, "metric": task.metric, **result}
+    return plain({**result, "options": options})
 
 
 def _run_task(
@@ -78,40 +106,44 @@ def _run_task(
     task: Task,
     settings: Settings,
     options: dict[str, Any],
-    out: Path | None,
+    path: Path | None,
     watcher: Watcher | None,
     knocked_out: str | None,
 ) -> dict[str, Any]:
-    words: dict[str, Any] = {"settings": _setting_words(settings), "options": options}
-    if knocked_out is not None:
-        words["ablate"] = knocked_out
-    path = None if out is None else _cache_path(out, subject, task, words)
+    """Return the result of one task, from ``path`` if it is there."""
     if watcher is not None:
         watcher.start(subject.name, task.name)
-    cached = path is not None and path.is_file()
+    cached = path is not None and path.exists()
     if path is not None and cached:
-        result = json.loads(path.read_text(encoding="utf-8"))
+        result = stored.read(path)
     else:
-        began = time.perf_counter()
-        advance = None if watcher is None else watcher.advance
-        with ablated(subject.model, knocked_out):
-            result = task.run(subject, settings, options, advance)
-        result["seconds"] = time.perf_counter() - began
-        result = {"task": task.name, "axis": task.axis, "metric": task.metric, **result}
-        result = plain({**result, "options": options})
+        result = _measure(subject, task, settings, options, watcher, knocked_out)
         if path is not None:
-            _write_json(path, result)
+            stored.write(path, result)
     if watcher is not None:
         watcher.finish(subject.name, task.name, cached=cached)
     return result
 
 
-def _describe(subject: Subject) -> dict[str, Any]:
+def _fingerprint(subject: Subject, folder: Path | None) -> str | None:
+    """Return the hash of the model as it is now: its owner may have trained it since it was named.
+
+    None where it cannot be hashed and nothing is kept.
+    """
+    try:
+        return model_digest(subject.model)
+    except ValueError:
+        if folder is not None:
+            raise
+        return None
+
+
+def _describe(subject: Subject, fingerprint: str | None) -> dict[str, Any]:
     config = subject.model.config
     return {
         "name": subject.name,
         "source": subject.source,
-        "fingerprint": subject.fingerprint,
+        "fingerprint": fingerprint,
         "model_type": getattr(config, "model_type", None),
         "layout": subject.layout,
         "layer_types": list(getattr(config, "layer_types", None) or []),
@@ -205,23 +237,27 @@ def evaluate(
         chosen = [find(name) for name in default_tasks(subjects)]
     records = []
     for subject in subjects:
+        fingerprint = _fingerprint(subject, folder)
         for knocked_out in (None, *ablate):
             shown = subject
             if knocked_out is not None:
                 shown = replace(subject, name=f"{subject.name} without {knocked_out}")
-            record = _describe(shown)
+            record = _describe(shown, fingerprint)
             record["ablate"] = knocked_out
-            record["results"] = {
-                task.name: _run_task(
-                    shown, task, settings, given.get(task.name, {}), folder, watcher, knocked_out
+            record["results"] = {}
+            for task in chosen:
+                own, path = given.get(task.name, {}), None
+                if folder is not None and fingerprint is not None:
+                    key = _key(shown, task, settings, own, knocked_out)
+                    path = stored.place(folder, shown.name, fingerprint, task.name, key)
+                record["results"][task.name] = _run_task(
+                    shown, task, settings, own, path, watcher, knocked_out
                 )
-                for task in chosen
-            }
             records.append(record)
     return {
         "schema": RESULT_VERSION,
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "versions": versions(),
-        "settings": plain(_setting_words(settings)),
+        "settings": _setting_words(settings),
         "models": records,
     }

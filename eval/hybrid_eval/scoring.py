@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from .errors import NotFiniteError
+
 Row = Mapping[str, Any]
 Progress = Callable[[int, int], None]
 
@@ -59,9 +61,42 @@ def evaluating(model: torch.nn.Module) -> Iterator[None]:
         model.train(was_training)
 
 
+@contextlib.contextmanager
+def finite_logits(model: torch.nn.Module) -> Iterator[None]:
+    """Raise as soon as a forward ends in NaN: a greedy choice among NaN is a token like another.
+
+    Looks at the last position, which decoding reads, so that padding on the left is left alone.
+    """
+
+    def check(module: torch.nn.Module, inputs: Any, output: Any) -> None:
+        logits = getattr(output, "logits", None)
+        if isinstance(logits, torch.Tensor) and logits[:, -1:].isnan().any():
+            raise NotFiniteError("the model's logits are NaN; there is nothing to measure")
+
+    handle = model.register_forward_hook(check)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
 def device_of(model: torch.nn.Module) -> torch.device:
     """Return the device that the model's inputs must be on."""
     return next(model.parameters()).device
+
+
+def position_limit(model: torch.nn.Module) -> int | None:
+    """Return the number of positions that a model was made for, None where it has no limit.
+
+    Of a config with a text model in it (vision, audio), the text model's counts.
+    """
+    config = getattr(model, "config", None)
+    for part in (getattr(config, "text_config", None), config):
+        for name in ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len"):
+            found = getattr(part, name, None)
+            if isinstance(found, int) and found > 0:
+                return found
+    return None
 
 
 def check_length(model: torch.nn.Module, length: int, *, allow_longer: bool = False) -> None:
@@ -70,8 +105,7 @@ def check_length(model: torch.nn.Module, length: int, *, allow_longer: bool = Fa
     Raises:
         ValueError: ``length`` exceeds the config's ``max_position_embeddings``.
     """
-    config = getattr(model, "config", None)
-    limit = getattr(config, "max_position_embeddings", None)
+    limit = position_limit(model)
     if limit is not None and length > limit and not allow_longer:
         raise ValueError(
             f"length {length} is beyond this model's max_position_embeddings = {limit}; ask for at "
@@ -134,6 +168,11 @@ def _score_batch(model, batch: Sequence[Row]) -> list[Scored]:
     nll_BP = (logits_BPC.logsumexp(-1) - gathered).cpu().double().numpy()
     right_BP = (logits_BPC.argmax(-1) == targets_BP).cpu().numpy()
     asked = asked_BP.cpu().numpy()
+    if not np.isfinite(nll_BP[asked]).all():
+        raise NotFiniteError(
+            f"the loss of {int((~np.isfinite(nll_BP[asked])).sum())} of {int(asked.sum())} tokens "
+            "is NaN or infinite, as the model's logits are; there is nothing to measure"
+        )
     where = positions_P.cpu().numpy() + 1
     return [
         Scored(right_BP[i][asked[i]], nll_BP[i][asked[i]], where[asked[i]])
@@ -171,6 +210,7 @@ def score(
 
     Raises:
         ValueError: a row is too long for the model, has ids it does not know, or asks nothing.
+        NotFiniteError: the model's logits are NaN or infinite.
     """
     for number, row in enumerate(rows):
         if len(row["input_ids"]) != len(row["labels"]):

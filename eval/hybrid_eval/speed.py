@@ -1,5 +1,6 @@
 """Prefill and decoding speed against length, measured."""
 
+import inspect
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -21,13 +22,15 @@ def _decode(model, cache: Any, length: int, steps: int) -> float:
     """Return the seconds that ``steps`` tokens after ``length`` take."""
     device = device_of(model)
     token = torch.ones(1, 1, dtype=torch.long, device=device)
+    # transformers from 5.24 on calls it `cache`, and so does the output
+    taken = inspect.signature(model.forward).parameters
+    name = "cache" if "cache" in taken else "past_key_values"
     with evaluating(model):
         began = _now(device)
         for step in range(steps):
             place = torch.tensor([[length + step]], device=device)
-            cache = model(
-                token, past_key_values=cache, position_ids=place, use_cache=True
-            ).past_key_values
+            output = model(token, **{name: cache}, position_ids=place, use_cache=True)
+            cache = getattr(output, name, None) or output.past_key_values
         return _now(device) - began
 
 
@@ -43,7 +46,7 @@ def evaluate_speed(
     """Time one sequence: the median of ``repeats`` runs after one that is not counted.
 
     Args:
-        model: a causal language model that takes ``past_key_values``.
+        model: a causal language model that takes ``cache`` or ``past_key_values``.
         lengths: tokens of the prefill.
         steps: tokens decoded after it.
         repeats: timed runs per length.

@@ -94,7 +94,7 @@ def test_results_hold_what_the_footer_needs(tiny_llama):
     ("arguments", "words"),
     [
         (["{tmp}/absent"], "no such checkpoint folder"),
-        (["{tmp}"], "no checkpoint: no config.json"),
+        (["{tmp}"], "is not a checkpoint: no config.json"),
         (
             ["{tmp}/tiny", "--tasks", "mqarr"],
             "unknown task 'mqarr', neither ours nor lm-eval's; did you mean 'mqar'?",

@@ -5,11 +5,11 @@ word for word. Scored as there: greedy decoding to the end of the line, right if
 answer, whatever its case. The documents come from the hub, or from a local file of their schema.
 """
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..corpus import read_jsonl
 from ..errors import nearest
 from ..hub import load_hub
 from ..scoring import Progress
@@ -36,8 +36,7 @@ def _records(task: str, path: str | None) -> tuple[list[dict[str, Any]], str]:
     file = Path(path).expanduser()
     if not file.is_file():
         raise ValueError(f"{task}: no file {path}")
-    lines = file.read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines if line.strip()], file.name
+    return [record for _, record in read_jsonl(file)], file.name
 
 
 def completions(

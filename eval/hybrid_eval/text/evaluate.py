@@ -6,7 +6,15 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from ..scoring import IGNORE, Progress, check_length, device_of, evaluating, score
+from ..scoring import (
+    IGNORE,
+    Progress,
+    check_length,
+    device_of,
+    evaluating,
+    finite_logits,
+    score,
+)
 from ..stats import above_chance, mean_and_error, wilson
 from ..tokens import Encoder, prompt_ids
 from .sample import TextSample, string_match
@@ -30,7 +38,7 @@ def generate(model, tokenizer: Encoder, sample: TextSample) -> str:
     """Return the greedy continuation of a sample's prompt."""
     ids = torch.as_tensor([prompt_ids(tokenizer, sample.text)], device=device_of(model))
     pad = getattr(tokenizer, "pad_token_id", None)
-    with evaluating(model):
+    with evaluating(model), finite_logits(model):
         output = model.generate(
             ids,
             attention_mask=torch.ones_like(ids),

@@ -15,6 +15,8 @@ from ..hub import load_hub
 # filler of RULER's "repeat" haystack and of its variable tracking
 NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
 
+ESSAYS_HUB = "baber/paul_graham_essays"
+
 # Draws so many things: all at once, which costs a tenth of drawing them one by one
 Draw = Callable[[np.random.Generator, int], list[str]]
 
@@ -184,7 +186,7 @@ def essays() -> Filler:
         ValueError: the hub cannot be reached.
     """
     rows = load_hub(
-        "baber/paul_graham_essays",
+        ESSAYS_HUB,
         split="train",
         what="RULER's haystack of Paul Graham's essays",
         way_out="run the task under its own name, long_..., with text that is at hand",

@@ -5,11 +5,13 @@ questions are generated, and the task carries a name of its own.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
+from ..corpus import read_text
 from ..seeding import generator
 from .counter import Counter
 from .fill import cumulate, fill
@@ -47,12 +49,20 @@ def _read_json(path: str | Path):
     if not path.is_file():
         raise ValueError(f"{path}: no such file of questions")
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
+        return json.loads(read_text(path))
+    except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"{path}: not JSON ({error})") from error
 
 
-@lru_cache(maxsize=2)
+@contextmanager
+def _format(path: str, name: str) -> Iterator[None]:
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+        why = f"no {error}" if isinstance(error, KeyError) else error
+        raise ValueError(f"{path}: not {name}'s format ({why})") from error
+
+
 def read_squad(path: str) -> Library:
     """Read SQuAD 2.0 (dev-v2.0.json); questions without an answer are left out.
 
@@ -60,21 +70,21 @@ def read_squad(path: str) -> Library:
         ValueError: no such file, or not SQuAD's format.
     """
     data = _read_json(path)
-    if not isinstance(data, Mapping) or "data" not in data:
-        raise ValueError(f'{path}: not SQuAD\'s format, no "data" in it')
-    paragraphs = [p for article in data["data"] for p in article["paragraphs"]]
-    documents = sorted({p["context"] for p in paragraphs})
-    place = {text: i for i, text in enumerate(documents)}
-    questions = [
-        Question(q["question"], tuple(a["text"] for a in q["answers"]), (place[p["context"]],))
-        for p in paragraphs
-        for q in p["qas"]
-        if not q.get("is_impossible", False)
-    ]
+    with _format(path, "SQuAD"):
+        paragraphs = [p for article in data["data"] for p in article["paragraphs"]]
+        documents = sorted({p["context"] for p in paragraphs})
+        place = {text: i for i, text in enumerate(documents)}
+        questions = [
+            Question(q["question"], tuple(a["text"] for a in q["answers"]), (place[p["context"]],))
+            for p in paragraphs
+            for q in p["qas"]
+            if not q.get("is_impossible", False)
+        ]
+        if not questions:
+            raise ValueError("no question with an answer")
     return Library(tuple(documents), tuple(questions), f"SQuAD ({Path(path).name})", True)
 
 
-@lru_cache(maxsize=2)
 def read_hotpot(path: str) -> Library:
     """Read HotpotQA (hotpot_dev_distractor_v1.json).
 
@@ -82,15 +92,16 @@ def read_hotpot(path: str) -> Library:
         ValueError: no such file, or not HotpotQA's format.
     """
     data = _read_json(path)
-    if not isinstance(data, list) or not data or "context" not in data[0]:
-        raise ValueError(f'{path}: not HotpotQA\'s format, expected a list with "context"')
-    texts = [[f"{title}\n{''.join(lines)}" for title, lines in row["context"]] for row in data]
-    documents = sorted({text for group in texts for text in group})
-    place = {text: i for i, text in enumerate(documents)}
-    questions = [
-        Question(row["question"], (row["answer"],), tuple(place[text] for text in group))
-        for row, group in zip(data, texts, strict=True)
-    ]
+    with _format(path, "HotpotQA"):
+        texts = [[f"{title}\n{''.join(lines)}" for title, lines in row["context"]] for row in data]
+        documents = sorted({text for group in texts for text in group})
+        place = {text: i for i, text in enumerate(documents)}
+        questions = [
+            Question(row["question"], (row["answer"],), tuple(place[text] for text in group))
+            for row, group in zip(data, texts, strict=True)
+        ]
+        if not questions:
+            raise ValueError("no question")
     return Library(tuple(documents), tuple(questions), f"HotpotQA ({Path(path).name})", True)
 
 

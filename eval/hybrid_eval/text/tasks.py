@@ -74,6 +74,11 @@ def _bare(name: str) -> str:
     return name.removeprefix("ruler_").removeprefix("long_")
 
 
+def needs_essays(name: str) -> bool:
+    """Whether a task hides its needles in RULER's essays."""
+    return name.startswith("ruler_") and _bare(name) in _ESSAY_TASKS
+
+
 def maker(name: str, material: Material, counter: Counter) -> Callable[..., TextSample]:
     """Return the function that makes samples of a task: called with length, depth, index, seed.
 
