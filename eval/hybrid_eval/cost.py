@@ -14,7 +14,7 @@ import torch
 
 from .scoring import device_of, evaluating, takes_logits_to_keep
 
-_CACHE_FIELDS = ("past_key_values", "cache_params", "state", "mems")
+_CACHE_FIELDS = ("past_key_values", "cache", "cache_params", "state", "mems")
 # short enough for any laptop, long enough that a short convolution's state is full
 _FIRST, _STEP = 32, 16
 
@@ -55,7 +55,15 @@ def prefill(model, tokens: int) -> Any:
     ids = torch.ones(1, tokens, dtype=torch.long, device=device_of(model))
     options = {"logits_to_keep": 1} if takes_logits_to_keep(model) else {}
     with evaluating(model):
-        output = model(ids, use_cache=True, **options)
+        return kept_cache(model(ids, use_cache=True, **options), model)
+
+
+def kept_cache(output: Any, model: torch.nn.Module) -> Any:
+    """Return the cache in a model's output.
+
+    Raises:
+        ValueError: there is none.
+    """
     for field in _CACHE_FIELDS:
         cache = getattr(output, field, None)
         if cache is not None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from .cost import prefill
+from .cost import kept_cache, prefill
 from .scoring import Progress, check_length, device_of, evaluating
 
 
@@ -22,7 +22,7 @@ def _decode(model, cache: Any, length: int, steps: int) -> float:
     """Return the seconds that ``steps`` tokens after ``length`` take."""
     device = device_of(model)
     token = torch.ones(1, 1, dtype=torch.long, device=device)
-    # transformers from 5.24 on calls it `cache`, and so does the output
+    # transformers from 5.24 on calls it `cache`
     taken = inspect.signature(model.forward).parameters
     name = "cache" if "cache" in taken else "past_key_values"
     with evaluating(model):
@@ -30,7 +30,7 @@ def _decode(model, cache: Any, length: int, steps: int) -> float:
         for step in range(steps):
             place = torch.tensor([[length + step]], device=device)
             output = model(token, **{name: cache}, position_ids=place, use_cache=True)
-            cache = getattr(output, name, None) or output.past_key_values
+            cache = kept_cache(output, model)
         return _now(device) - began
 
 
