@@ -30,13 +30,13 @@ section() {  # NAME SECONDS COMMAND...
 check() {  # NAME SECONDS BUDGET ARGUMENTS...
     local name=$1 seconds=$2 budget=$3
     shift 3
-    section "$name" "$seconds" python3 -m hybrid_kernels.gpu_check "$name" --out "$out" --budget "$budget" "$@"
+    section "$name" "$seconds" python3 kernels/benchmarks/gpu_check.py "$name" --out "$out" --budget "$budget" "$@"
 }
 
 case $part in
 1)
     check correctness 300 260 --jobs 12
-    section sanitize 260 python3 -m hybrid_kernels.gpu_check sanitize
+    section sanitize 260 python3 kernels/benchmarks/gpu_check.py sanitize
     ;;
 2)
     check bench 385 360 --jobs 8

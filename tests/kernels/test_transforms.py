@@ -9,7 +9,9 @@ from hybrid_kernels.testing import FORMS, evaluate, relative_rms, sample, sample
 from hybrid_kernels.transforms import TransformError
 
 # PyTorch's own, on the first use of forward-mode AD.
-pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.torch.jit.script. is deprecated:DeprecationWarning"
+)
 
 LOW = [torch.float16, torch.bfloat16]
 

@@ -45,7 +45,7 @@ def test_every_file_is_found():
 @pytest.mark.slow
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
 def test_compiles_within_bounds(target, tmp_path):
-    command = ("-m", "hybrid_kernels.triton.resources", "--quick", "--target", target)
+    command = ("kernels/benchmarks/resources.py", "--quick", "--target", target)
     done = run(*command, TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(tmp_path))
     print(done.stdout)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]

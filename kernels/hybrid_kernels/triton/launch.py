@@ -2,7 +2,7 @@
 
 Configurations are shipped, never searched for at run time, and depend on nothing but the device
 class, the kernel, the form and the width of the operands: a new sequence length compiles nothing.
-``python -m hybrid_kernels.gpu_check tune`` is the opt-in search; what it finds is written here.
+``python kernels/benchmarks/gpu_check.py tune`` is the opt-in search; what it finds is written here.
 They have not been tuned on a device yet: they are tiles that compile with next to no spills.
 """
 

@@ -1,6 +1,6 @@
 """What ``bench.py`` compares: for each op, our call and the fallback in transformers.
 
-One decoded token is in ``rival_steps.py``.
+One decoded token is in ``baseline_steps.py``.
 
 Functions of transformers are imported when they are called: the package itself does not need it.
 They are unwrapped, since where an optional kernel package is installed transformers puts its

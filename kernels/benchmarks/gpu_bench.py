@@ -1,4 +1,4 @@
-"""What ``python -m hybrid_kernels.gpu_check bench`` times: subjects, contestants, goals.
+"""What ``python kernels/benchmarks/gpu_check.py bench`` times: subjects, contestants, goals.
 
 Each subject is drawn once for a size and given to every contestant in its own layout; contestants
 take turns in one process, each on several sets of random inputs, and medians are compared.

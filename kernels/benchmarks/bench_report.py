@@ -187,8 +187,8 @@ def write_markdown(
     lines = [
         "# CPU: measured",
         "",
-        "Written by `python -m hybrid_kernels.bench --markdown`; what is measured and how stands at",
-        "the head of `kernels/hybrid_kernels/bench.py`. One run of "
+        "Written by `python kernels/benchmarks/bench.py --markdown`; what is measured and how stands at",
+        "the head of `kernels/benchmarks/bench.py`. One run of "
         + ", ".join(f"{name} {value}" for name, value in run.items())
         + ".",
         "",

@@ -1,7 +1,7 @@
 """Time the CPU backend against the PyTorch code that transformers falls back to without a GPU.
 
-    python -m hybrid_kernels.bench                    # T = 1024, 4096, 16384, every op and step
-    python -m hybrid_kernels.bench --ops ssd kda --lengths 4096 --json out.json
+    python kernels/benchmarks/bench.py                    # T = 1024, 4096, 16384, every op and step
+    python kernels/benchmarks/bench.py --ops ssd kda --lengths 4096 --json out.json
 
 Both sides run in one process on one thread, in turns, and process CPU time is what counts; medians
 are printed. Peak memory is the growth of the resident set over one call, the median of five where
@@ -30,15 +30,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from hybrid_kernels import bench_report, rival_steps, rivals
-from hybrid_kernels.bench_report import Growth, Result
+import baseline_steps
+import baselines
+import bench_report
+from bench_report import Growth, Result
 
 AGREEMENT = 1e-3
 # How many seconds of CPU a call of the other side may take before it is timed once only.
 SLOW_CALL = 5.0
 GROWTH_LENGTHS = (4096, 16384)
 
-PAIRS = {**rivals.PAIRS, **rival_steps.STEPS}
+PAIRS = {**baselines.PAIRS, **baseline_steps.STEPS}
 
 
 def main() -> None:
@@ -199,7 +201,8 @@ def _call(
     if direction == "forward":
         return functools.partial(op, **inputs)
     leaves = {
-        name: x.clone().requires_grad_(name not in rivals.CONSTANTS) for name, x in inputs.items()
+        name: x.clone().requires_grad_(name not in baselines.CONSTANTS)
+        for name, x in inputs.items()
     }
     wanted = [x for x in leaves.values() if x.requires_grad]
 

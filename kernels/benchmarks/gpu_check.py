@@ -1,13 +1,13 @@
 """What to run when a GPU is at hand, in this order; ``kernels/benchmarks/gpu.sh`` runs all of it.
 
-``python -m hybrid_kernels.gpu_check sanitize``
+``python kernels/benchmarks/gpu_check.py sanitize``
     compute-sanitizer over one launch of each kernel: memory, then races
-``python -m hybrid_kernels.gpu_check correctness --out DIR --jobs 12``
+``python kernels/benchmarks/gpu_check.py correctness --out DIR --jobs 12``
     every form, forward, all gradients and final state, packed too, against the reference in float64
-``python -m hybrid_kernels.gpu_check bench --out DIR --jobs 8``
+``python kernels/benchmarks/gpu_check.py bench --out DIR --jobs 8``
     milliseconds against flash-linear-attention and mamba-ssm, where installed, taking turns in this
     process, with the goals beside them (``gpu_bench.py``)
-``python -m hybrid_kernels.gpu_check tune --out DIR --jobs 12``
+``python kernels/benchmarks/gpu_check.py tune --out DIR --jobs 12``
     a bounded search of block sizes, printed in the form in which ``triton/launch.py`` keeps them
 
 All but the first write DIR/<name>.json, row by row, with the device, the versions, what failed and
@@ -44,7 +44,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hybrid_kernels import gpu_bench
+import gpu_bench
 from hybrid_kernels.api import causal_conv1d, linear_attention, selective_scan
 from hybrid_kernels.testing import (
     FORMS,
@@ -304,7 +304,7 @@ def sanitize(dry: bool) -> int:
     tool = shutil.which("compute-sanitizer") or "compute-sanitizer"
     for name in SANITIZERS:
         command = [tool, "--tool", name, "--error-exitcode", "1", "--target-processes", "all"]
-        command += [sys.executable, "-m", "hybrid_kernels.gpu_check", "once"]
+        command += [sys.executable, __file__, "once"]
         print(" ".join(command), flush=True)
         if dry:
             continue
@@ -443,7 +443,7 @@ def in_parts(
     words: list[str], parts: int, jobs: int, folder: Path, deadline: float
 ) -> Iterator[Path]:
     """Run a section in ``parts`` processes, ``jobs`` at a time; yield their folders as they end."""
-    # What they find for rivals' kernels while they disturb each other must not be kept.
+    # What they find for baselines' kernels while they disturb each other must not be kept.
     inherited = {**os.environ, "FLA_CACHE_RESULTS": "0"}
 
     def run(index: int) -> Path:
@@ -451,7 +451,7 @@ def in_parts(
         left = deadline - time.monotonic()
         part = ["--part", str(index), str(parts), "--jobs", "1", "--out", str(out)]
         limit = [] if left == float("inf") else ["--budget", str(left)]
-        command = [sys.executable, "-m", "hybrid_kernels.gpu_check", *words, *part, *limit]
+        command = [sys.executable, __file__, *words, *part, *limit]
         subprocess.run(command, env=inherited, check=False)
         return out
 

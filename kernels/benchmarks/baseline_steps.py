@@ -20,8 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hybrid_kernels.api import causal_conv1d, linear_attention, selective_scan
-from hybrid_kernels.rivals import (
+from baselines import (
     CONV_CHANNELS,
     D,
     H,
@@ -36,6 +35,7 @@ from hybrid_kernels.rivals import (
     scan_inputs,
     ssd_inputs,
 )
+from hybrid_kernels.api import causal_conv1d, linear_attention, selective_scan
 
 
 def _states(*shape: int) -> dict[str, Tensor]:
@@ -151,7 +151,7 @@ def _ssd_theirs(
     return step(their_state, x[:, 0], steps, wide.expand(H, V, K), B[:, 0], C[:, 0])[:, None]
 
 
-# Lightning: MiniMax's layer as in ``rivals.py``, with a cache that holds one state.
+# Lightning: MiniMax's layer as in ``baselines.py``, with a cache that holds one state.
 
 
 class _OneState:

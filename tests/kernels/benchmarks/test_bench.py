@@ -7,8 +7,9 @@ import sys
 import pytest
 import torch
 
-from hybrid_kernels import bench, bench_report
-from hybrid_kernels.rival_steps import STEPS
+import bench
+import bench_report
+from baseline_steps import STEPS
 
 
 @pytest.mark.slow
@@ -21,7 +22,7 @@ def test_it_runs_and_writes_its_figures(tmp_path):
     options = ["--ops", "conv1d", *STEPS, "--lengths", "64", "--repeats", "1"]
     options += ["--json", str(out), "--markdown", str(table)]
     done = subprocess.run(
-        [sys.executable, "-m", "hybrid_kernels.bench", *options],
+        [sys.executable, bench.__file__, *options],
         capture_output=True,
         text=True,
     )
@@ -40,16 +41,18 @@ def test_it_runs_and_writes_its_figures(tmp_path):
 
 def test_a_pair_that_disagrees_is_refused(monkeypatch):
     """No speed-up is reported for a wrong answer."""
-    pair = bench.rivals.Pair(lambda length: {"x": torch.ones(length)}, lambda x: 2 * x, lambda x: x)
+    pair = bench.baselines.Pair(
+        lambda length: {"x": torch.ones(length)}, lambda x: 2 * x, lambda x: x
+    )
     monkeypatch.setitem(bench.PAIRS, "wrong", pair)
     with pytest.raises(AssertionError, match="the two sides differ"):
         bench.measure("wrong", 8, 1, True, 1.0, [])
 
 
-def test_a_rival_that_would_take_too_long_is_left_out(monkeypatch):
+def test_a_baseline_that_would_take_too_long_is_left_out(monkeypatch):
     """And what only it would tell is said to be unknown."""
     calls = []
-    pair = bench.rivals.Pair(
+    pair = bench.baselines.Pair(
         lambda length: {"x": torch.ones(length)},
         lambda x: 2 * x,
         lambda x: calls.append(len(x)) or 2 * x,

@@ -1,6 +1,6 @@
 """Registers, shared memory and spills of every kernel, compiled without a device.
 
-``python -m hybrid_kernels.triton.resources [--target sm_90 ...]`` prints a table and fails if a
+``python kernels/benchmarks/resources.py [--target sm_90 ...]`` prints a table and fails if a
 kernel spills more than ``SPILL_BOUND`` bytes per thread. What is compiled is what the host code
 launches: launches are recorded, there is no second list of kernels.
 
