@@ -57,11 +57,16 @@ def cheaper_from(model: Record, full: Record) -> int | None:
 
 
 def attention_share(record: Record) -> float | None:
-    """Return the share of layers with full softmax attention, None if the config states none."""
-    types = record.get("layer_types")
-    if not types:
+    """Return the share of token-mixing layers with softmax attention of full reach.
+
+    None where the model's mixers are not known.
+    """
+    branches = record.get("branches")
+    if not branches:
         return None
-    return sum(kind in ("full_attention", "hybrid") for kind in types) / len(types)
+    layers = {branch["layer"] for branch in branches}
+    full = {b["layer"] for b in branches if b["kind"] == "attention" and not b["local"]}
+    return len(full) / len(layers)
 
 
 def corrected(result: Record) -> tuple[float, float, float]:

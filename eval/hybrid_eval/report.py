@@ -173,6 +173,17 @@ def _notes(ran: dict[str, Any]) -> list[str]:
     return notes
 
 
+def _knocked_out(models: Sequence[Record]) -> list[str]:
+    """Say which layers of which model were zeroed."""
+    notes = []
+    for record in models:
+        if not record.get("ablate"):
+            continue
+        gone = ", ".join(f"{b['layer']} ({b['name']})" for b in record["without"])
+        notes.append(f"{record['name']}: the output of these layers' mixers is zero: {gone}.")
+    return notes
+
+
 def build(results: dict[str, Any], title: str) -> Page:
     """Turn the results of :func:`hybrid_eval.evaluate` into a page."""
     ran = results["models"][0]["results"]
@@ -182,7 +193,7 @@ def build(results: dict[str, Any], title: str) -> Page:
         models=results["models"],
         pictures=list(figures(results)),
         differences=_differences(results),
-        notes=_notes(ran),
+        notes=[*_notes(ran), *_knocked_out(results["models"])],
         footer=_footer(results),
     )
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from . import stored
-from .ablate import ablated, select
+from .ablate import ablated, describe, select
 from .catalogue import default_tasks
 from .errors import NotFiniteError
 from .identity import content, digest, model_digest, tokenizer_digest
@@ -68,14 +68,13 @@ def _key(
     knocked_out: str | None,
 ) -> dict[str, Any]:
     """Return what a result depends on beside the model, in JSON's terms."""
-    branches = [] if knocked_out is None else select(subject.model, knocked_out)
     return {
         "task": task.name,
         "settings": _setting_words(settings),
         "options": content(options),
         "data": None if task.data is None else task.data(options),
         "tokenizer": tokenizer_digest(subject.tokenizer),
-        "without": [[branch.layer, branch.name] for branch in branches],
+        "without": [] if knocked_out is None else _without(subject, knocked_out),
         "device": str(device_of(subject.model)) if task.axis == "speed" else None,
         "versions": versions(),
     }
@@ -138,6 +137,14 @@ def _fingerprint(subject: Subject, folder: Path | None) -> str | None:
         return None
 
 
+def _without(subject: Subject, knocked_out: str) -> list[dict[str, Any]]:
+    """Return the branches that a knock-out zeroes, in JSON's terms."""
+    return [
+        {"layer": branch.layer, "name": branch.name, "kind": branch.kind}
+        for branch in select(subject.model, knocked_out)
+    ]
+
+
 def _describe(subject: Subject, fingerprint: str | None) -> dict[str, Any]:
     config = subject.model.config
     return {
@@ -147,6 +154,7 @@ def _describe(subject: Subject, fingerprint: str | None) -> dict[str, Any]:
         "model_type": getattr(config, "model_type", None),
         "layout": subject.layout,
         "layer_types": list(getattr(config, "layer_types", None) or []),
+        "branches": describe(subject.model),
         "parameters": sum(p.numel() for p in subject.model.parameters()),
         "tokenizer": getattr(subject.tokenizer, "name_or_path", None),
     }
@@ -244,6 +252,7 @@ def evaluate(
                 shown = replace(subject, name=f"{subject.name} without {knocked_out}")
             record = _describe(shown, fingerprint)
             record["ablate"] = knocked_out
+            record["without"] = [] if knocked_out is None else _without(subject, knocked_out)
             record["results"] = {}
             for task in chosen:
                 own, path = given.get(task.name, {}), None

@@ -37,6 +37,7 @@ class FullAttention(Mixer):
     """
 
     layer_type = "full_attention"
+    attends = "full"
     is_causal = True
     num_key_value_groups: int = 1
     scaling: float

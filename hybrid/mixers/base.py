@@ -52,6 +52,9 @@ class Mixer(nn.Module, ABC):
         Options: the options dataclass.
         layer_type: the mask it wants, by transformers' name: `full_attention` (keys and values are
             cached) or `linear_attention` (only states are).
+        attends: "full" or "local" (a window, a chunk) if it weighs keys of earlier tokens by softmax, ""
+            if what it knows of them is a state. `hybrid_eval` knocks out branches by it; None lets it
+            go by `layer_type`.
         paper: where it comes from.
         formula: one line, in the notation S_t = G_t * S_{t-1} + v_t k_t^T.
         used_by: published models that have it.
@@ -63,6 +66,7 @@ class Mixer(nn.Module, ABC):
     symbol: ClassVar[str | None]
     Options: ClassVar[type[MixerOptions]] = MixerOptions
     layer_type: ClassVar[str] = "linear_attention"
+    attends: ClassVar[str | None] = None
     paper: ClassVar[str] = ""
     formula: ClassVar[str] = ""
     used_by: ClassVar[str] = ""
@@ -213,6 +217,7 @@ class StateMixer(Mixer):
     """
 
     layer_type = "linear_attention"
+    attends = ""
 
     def forward(
         self,

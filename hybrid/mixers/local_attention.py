@@ -48,6 +48,8 @@ class LocalAttention(GroupedHeads, StateMixer):
     Queries go in blocks of about W, so that time and memory grow with T W.
     """
 
+    attends = "local"
+
     def build_local(self, options: GroupedHeadOptions, width: int) -> None:
         """Create the projections, and the rotary embedding; `width` is W."""
         self.build(options)

@@ -111,6 +111,7 @@ class NativeSparseAttention(Mixer):
 
     Options = NativeSparseAttentionOptions
     layer_type = "full_attention"
+    attends = "full"
     paper = "arXiv 2502.11089"
     formula = "o_t = sum_b g_b softmax(q_t K_b^T) V_b, b of compressed, selected and last tokens"
     used_by = "DeepSeek's NSA 27B"

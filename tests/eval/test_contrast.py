@@ -50,8 +50,15 @@ def test_chance_is_taken_off_the_whole_interval():
 
 
 def test_the_share_of_attention():
-    assert attention_share({"layer_types": ["linear_attention"] * 3 + ["full_attention"]}) == 0.25
-    assert attention_share({"layer_types": []}) is None
+    def branch(layer, kind, local=False):
+        return {"layer": layer, "name": "Any", "kind": kind, "local": local}
+
+    linear = [branch(layer, "linear") for layer in range(3)]
+    assert attention_share({"branches": [*linear, branch(3, "attention")]}) == 0.25
+    # a window does not reach everything; two branches side by side are one layer
+    assert attention_share({"branches": [*linear, branch(3, "attention", local=True)]}) == 0
+    assert attention_share({"branches": [branch(0, "linear"), branch(0, "attention")]}) == 1
+    assert attention_share({"branches": []}) is None
 
 
 def test_the_report_shows_every_comparison(tiny_llama, tmp_path):
@@ -62,8 +69,8 @@ def test_the_report_shows_every_comparison(tiny_llama, tmp_path):
         settings=Settings(limit=4),
         options={"speed": {"lengths": [8, 16], "steps": 2, "repeats": 1}},
     )
-    for model, kind in zip(results["models"], ("full_attention", "linear_attention"), strict=True):
-        model["layer_types"] = [kind]
+    for model, kind in zip(results["models"], ("attention", "linear"), strict=True):
+        model["branches"] = [{"layer": 0, "name": "Any", "kind": kind, "local": False}]
     html = write_report(results, tmp_path).read_text()
     assert "Paired differences" in html
     assert "two - one" in html
@@ -80,7 +87,7 @@ def test_the_report_shows_every_comparison(tiny_llama, tmp_path):
 
 def test_an_axis_names_settings_and_no_paths(monkeypatch):
     def model(name, **results):
-        return {"name": name, "layer_types": [], "results": results}
+        return {"name": name, "branches": [], "results": results}
 
     def result(axis, accuracy, **options):
         return {

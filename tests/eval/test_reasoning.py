@@ -2,10 +2,7 @@ import json
 
 import numpy as np
 import pytest
-import torch
 
-from hybrid_eval import Settings, evaluate, load
-from hybrid_eval.ablate import ablated, branches, select
 from hybrid_eval.mmlu import Item, choose, evaluate_mmlu, read_items
 from hybrid_eval.speed import evaluate_speed
 from hybrid_eval.synthetic import (
@@ -167,67 +164,6 @@ def test_the_original_csv_is_read(tmp_path):
         read_items(tmp_path)
     with pytest.raises(ValueError, match=r"no .jsonl, .parquet or .csv"):
         read_items(tmp_path / "nothing")
-
-
-def test_knocking_out_every_mixer_leaves_a_model_without_context(tiny_llama):
-    ids = torch.randint(0, 256, (1, 12))
-    other = torch.cat([torch.randint(0, 256, (1, 11)), ids[:, -1:]], dim=1)
-    with torch.no_grad():
-        before = tiny_llama(ids).logits
-        with ablated(tiny_llama, "attention") as gone:
-            assert [branch.layer for branch in gone] == [0, 1]
-            a, b = tiny_llama(ids).logits[:, -1], tiny_llama(other).logits[:, -1]
-        with ablated(tiny_llama, "1"):
-            assert not torch.equal(tiny_llama(ids).logits, before)
-        after = tiny_llama(ids).logits
-    torch.testing.assert_close(a, b)
-    assert torch.equal(before, after)
-
-
-def test_a_hybrid_has_branches_of_both_kinds():
-    from transformers import AutoModelForCausalLM, FalconH1Config
-
-    config = FalconH1Config(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        mamba_d_ssm=32,
-        mamba_n_heads=2,
-        mamba_d_head=16,
-        mamba_d_state=8,
-        mamba_n_groups=1,
-    )
-    model = AutoModelForCausalLM.from_config(config)
-    kinds = [(branch.layer, branch.kind) for branch in branches(model)]
-    assert sorted(kinds) == [(i, kind) for i in (0, 1) for kind in ("attention", "linear")]
-    assert len(select(model, "0")) == 2
-
-
-def test_a_knock_out_that_names_nothing_is_refused(tiny_llama):
-    for what, words in (
-        ("linear", "no linear branch"),
-        ("7", "no token mixer in layer 7; layers are 0 to 1"),
-        ("softmax", "attention, linear or layers"),
-    ):
-        with pytest.raises(ValueError, match=words):
-            select(tiny_llama, what)
-
-
-def test_knock_outs_are_measured_beside_the_model(tiny_llama, tmp_path):
-    results = evaluate(
-        load(tiny_llama, name="tiny", tokenizer="bytes"),
-        ("mqar", "heldout"),
-        settings=Settings(limit=2),
-        ablate=("attention", "0"),
-        out=tmp_path,
-    )
-    names = [model["name"] for model in results["models"]]
-    assert names == ["tiny", "tiny without attention", "tiny without 0"]
-    losses = {model["results"]["heldout"]["loss"] for model in results["models"]}
-    assert len(losses) == 3
 
 
 def test_speed_is_measured_at_every_length(tiny_llama):
