@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hybrid_kernels.api import causal_conv1d, linear_attention, selective_scan
-from hybrid_kernels.joint import split
+from hybrid_kernels.fused_qkv_grad import split
 
 H, K, V, D, N = 4, 64, 64, 256, 16
 CONV_CHANNELS = 768

@@ -191,7 +191,7 @@ def _can_walk(name: str, dtype: torch.dtype, dim: int, device: torch.device) -> 
     op, inputs = _drawn(name, "mild", None, dtype, 2, dim)
     with launch.walk_from(0):
         taken = kernels_of(lambda: evaluate(op, inputs, backend="triton"), device)
-    return "walk_forward" in taken
+    return "fused_chunk_forward" in taken
 
 
 def _lengths(time: int) -> list[int]:

@@ -103,7 +103,7 @@ def linear_calls(
     state = torch.zeros(batch, heads, key_dim, value_dim)
     dot = tl.bfloat16 if dtype == torch.bfloat16 else tl.float32
     chunk = launch.default_chunk(dot, rule == "delta", key_dim)
-    width = launch.kept(q, k, v)
+    width = launch.stored_dtype(q, k, v)
     parts = launch.inverse_parts(rule == "delta", g is not None, key_dim, width)
     inverse = torch.zeros(batch * time // chunk * heads, parts, chunk, chunk, dtype=width)
     inputs = (q, k, v, g, value_g, beta, state, None, 1.0, chunk)

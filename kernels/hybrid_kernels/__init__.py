@@ -27,6 +27,6 @@ the others refuse them.
 
 from hybrid_kernels.api import causal_conv1d, linear_attention, selective_scan
 from hybrid_kernels.backends import available_backends
-from hybrid_kernels.joint import split
+from hybrid_kernels.fused_qkv_grad import split
 
 __all__ = ["available_backends", "causal_conv1d", "linear_attention", "selective_scan", "split"]

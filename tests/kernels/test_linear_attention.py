@@ -80,7 +80,7 @@ def test_agrees_on_any_shape(form, backend, data):
 def test_many_segments(form, lengths, monkeypatch):
     """The chunked backend works segment by segment; here every one is as short as it gets."""
     monkeypatch.setattr(chunked_inputs, "SEGMENT_ROWS", 1)
-    monkeypatch.setattr(chunked_inputs, "SEGMENT_ROWS_KEPT", 1)
+    monkeypatch.setattr(chunked_inputs, "SEGMENT_ROWS_TRAINING", 1)
     for gates in ("mild", "closed"):
         compare(form, "torch", torch.float32, time=130, lengths=lengths, gates=gates)
 
@@ -106,7 +106,7 @@ def gradients(inputs, losses, **options):
 @pytest.mark.parametrize("constant", [False, True], ids=["all", "constant_decay"])
 def test_gradients_of_parts(form, lengths, losses, constant, monkeypatch):
     """Of the output or of the final state alone; with decays that ask for no gradient."""
-    monkeypatch.setattr(chunked_inputs, "SEGMENT_ROWS_KEPT", 256)
+    monkeypatch.setattr(chunked_inputs, "SEGMENT_ROWS_TRAINING", 256)
     inputs = sample(form, time=200, lengths=lengths)
     for name, x in inputs.items():
         x.requires_grad_(x.is_floating_point() and not (constant and "decay" in name))
@@ -149,7 +149,7 @@ def test_the_output_may_be_written_in_place(time, lengths):
 def test_nothing_is_kept_without_a_gradient(monkeypatch):
     inputs = sample(FORMS[0], time=200)
     expected = linear_attention(**inputs, backend="torch")[0]
-    monkeypatch.setattr(chunked_linear, "Kept", None)
+    monkeypatch.setattr(chunked_linear, "Saved", None)
     assert torch.equal(linear_attention(**inputs, backend="torch")[0], expected)
     with torch.no_grad():
         asking = {name: x.requires_grad_() for name, x in inputs.items()}

@@ -1,4 +1,4 @@
-"""The delta rule in chunks, forward and backward, one segment at a time like ``segment.py``.
+"""The delta rule in chunks, forward and backward, one segment at a time like ``additive.py``.
 
 Within a chunk, with e the keys that erase and w the keys that write (one and the same unless keys
 decay), S the state before the chunk, D its decay over the chunk and d the decay of the values::
@@ -12,7 +12,7 @@ Beta is put on C x C matrices, which are half as large as rows of keys or values
 
 All segments but the last are of one shape, for which memory and its views are laid out once.
 
-Legend: as in ``segment.py``; r is 1.
+Legend: as in ``additive.py``; r is 1.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hybrid_kernels.chunked.gradient import Gradients
-from hybrid_kernels.chunked.inverse import unit_lower_inverse
-from hybrid_kernels.chunked.kept import Kept
-from hybrid_kernels.chunked.layout import (
-    Carried,
-    Segment,
+from hybrid_kernels.chunked.additive import InputChunks
+from hybrid_kernels.chunked.chunk_plan import (
+    ChunkSpan,
+    StateCarry,
     accumulate,
     load,
     store,
     walk,
     walk_back,
 )
+from hybrid_kernels.chunked.gradient import Gradients
+from hybrid_kernels.chunked.inverse import unit_lower_inverse
 from hybrid_kernels.chunked.memory import Scratch
 from hybrid_kernels.chunked.pairs import key_pairs, key_pairs_backward
-from hybrid_kernels.chunked.segment import Problem
+from hybrid_kernels.chunked.saved import Saved
 
 
 class DeltaRun:
@@ -55,16 +55,16 @@ class DeltaRun:
         total: (K or 1, 1) decay of the state over each chunk, or None.
     """
 
-    def __init__(self, p: Problem, scratch: Scratch, kept: Kept | None):
+    def __init__(self, p: InputChunks, scratch: Scratch, saved: Saved | None):
         assert p.beta is not None
-        self.p, self.scratch, self.kept, self.chunk = p, scratch, kept, p.layout.chunk
+        self.p, self.scratch, self.saved, self.chunk = p, scratch, saved, p.plan.chunk
         self.v = p.v.squeeze(4)
         self.all_beta = load(p.beta, p.dtype)
         # Without d. One element with a dimension: a number would take a product to bfloat16 first.
         self.scale = self.all_beta.new_full((1,), p.scale)
         self.sizes: tuple[int, ...] = ()
 
-    def begin(self, segment: Segment) -> None:
+    def begin(self, segment: ChunkSpan) -> None:
         """Load a segment's rows."""
         p, lead, heads = self.p, segment.lead, self.p.heads
         self.segment = segment
@@ -95,7 +95,7 @@ class DeltaRun:
         self.single_pairs = take("pairs", rows, chunk, chunk)
         self.weights = take("weights", rows, chunk, chunk)
         self.erase = take("erase", rows, chunk, key)
-        if self.kept is None:
+        if self.saved is None:
             self.written = take("written", rows, chunk, value)
             self.inverse = take("inverse", rows, chunk, chunk)
             self.step_written = self.written.split_with_sizes(self.sizes)
@@ -127,11 +127,11 @@ class DeltaRun:
             # Rescaled rows are relative to the chunk's start; what they write decays to its end.
             torch.mul(self.write, self.total.mT, out=self.carry)
 
-    def pass_states(self, carried: Carried) -> None:
+    def pass_states(self, carried: StateCarry) -> None:
         """Walk the states through the segment."""
-        if self.kept is not None:
-            carried.enter(self.kept.before(self.segment))
-            self.written, self.inverse = self.kept.delta(self.segment)
+        if self.saved is not None:
+            carried.enter(self.saved.before(self.segment))
+            self.written, self.inverse = self.saved.delta(self.segment)
             self.step_written = self.written.split_with_sizes(self.sizes)
         self._make_pairs()
         unit_lower_inverse(self.weights, self.inverse)
@@ -150,11 +150,11 @@ class DeltaRun:
 
     def recall(self) -> None:
         """Bring the segment's states back, once all have been passed on."""
-        assert self.kept is not None
-        self.written, self.inverse = self.kept.delta(self.segment)
+        assert self.saved is not None
+        self.written, self.inverse = self.saved.delta(self.segment)
         self._make_query_pairs()
         self._weigh()
-        carried = Carried.again(self.kept.before(self.segment), self.p.layout)
+        carried = StateCarry.again(self.saved.before(self.segment), self.p.plan)
         carried.enter(self.step_starts[0])
         torch.bmm(self.carry.mT, self.written, out=self.ends)
         accumulate(self.step_starts, self.step_ends, carried, self.totals)
@@ -257,7 +257,7 @@ class DeltaPass:
             for x in (self.befores, self.dends, self.dwritten, run.carry, run.erase.mT)
         )
 
-    def pass_states(self, carried: Carried) -> None:
+    def pass_states(self, carried: StateCarry) -> None:
         """Walk the states' gradient backwards."""
         run, dwritten = self.run, self.step_dwritten
         carried.enter(self.step_afters[-1])

@@ -1,4 +1,4 @@
-"""Backward pass of chunked linear attention; the formulas are those of ``segment.py`` transposed.
+"""Backward pass of chunked linear attention; the formulas are those of ``additive.py`` transposed.
 
 Legend: as there.
 """
@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hybrid_kernels.chunked.layout import Carried, load, store, walk_back
+from hybrid_kernels.chunked.additive import Run
+from hybrid_kernels.chunked.chunk_plan import StateCarry, load, store, walk_back
 from hybrid_kernels.chunked.pairs import apply_pairs_backward, key_pairs_backward
-from hybrid_kernels.chunked.segment import Run
 
 
 @dataclass
@@ -87,7 +87,7 @@ class Pass:
         self.step_befores = self.befores.split_with_sizes(self.sizes)
         self.step_dends = self.dends.split_with_sizes(self.sizes)
 
-    def pass_states(self, carried: Carried) -> None:
+    def pass_states(self, carried: StateCarry) -> None:
         """Walk the states' gradient backwards."""
         run, totals = self.run, self.run.totals
         carried.enter(self.step_dends[-1])
@@ -198,7 +198,7 @@ class Pass:
 
     def _store_keys(self) -> None:
         run, gate = self.run, self.run.key_gate
-        # Without a gate over keys nothing of the queries' gradient is kept.
+        # Without a gate over keys nothing of the queries' gradient is saved.
         dwrite = self._row_memory(1, "dwrite" if gate else "dread", run.write)
         torch.bmm(run.values, self.dends.mT, out=dwrite)
         if not run.exact_keys:

@@ -11,9 +11,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from hybrid_kernels.chunked.additive import InputChunks
+from hybrid_kernels.chunked.chunk_plan import ChunkPlan
 from hybrid_kernels.chunked.gates import RESCALE_LIMIT, RESCALE_LIMIT_PER_TOKEN
-from hybrid_kernels.chunked.layout import Layout
-from hybrid_kernels.chunked.segment import Problem
 from hybrid_kernels.packing import document_lengths
 from hybrid_kernels.validation import state_dtype
 
@@ -22,7 +22,7 @@ SMALLEST_CHUNK = 16
 # Tokens x heads that one segment works on at a time: its matrices should stay in a core's cache.
 # The backward pass of additive forms makes so many calls that fewer and longer ones pay.
 SEGMENT_ROWS = 1024
-SEGMENT_ROWS_KEPT = 2048
+SEGMENT_ROWS_TRAINING = 2048
 
 # The tensors come first, of which all but the offsets have gradients.
 DIFFERENTIABLE, TENSORS = 9, 10
@@ -74,7 +74,7 @@ class Inputs(NamedTuple):
         """Return how many tokens of each sequence a segment holds; known before the chunk size is."""
         heads, rows = self.heads, SEGMENT_ROWS
         if self.beta is None and self.keep:
-            rows = SEGMENT_ROWS_KEPT
+            rows = SEGMENT_ROWS_TRAINING
         elif self.beta is None:
             # Forward, half of the matrices are of queries and keys, which heads may share.
             heads = (heads + max(self.q.shape[2], self.k.shape[2])) // 2
@@ -91,14 +91,14 @@ class Inputs(NamedTuple):
             chunk //= 2
         return chunk
 
-    def kept_size(self, layout: Layout | None = None) -> int:
-        """Return how many numbers are kept; of packed documents, their layout tells."""
+    def saved_size(self, plan: ChunkPlan | None = None) -> int:
+        """Return how many numbers are saved for the backward pass."""
         (batch, time, _, keys), values = self.q.shape, self.v.shape[3]
         if not self.keep:
             return 0
-        if layout is not None and layout.tokens is not None:
-            chunk, chunks = layout.chunk, layout.starts[-1]
-            states = sum(segment.width for segment in layout.segments)
+        if plan is not None and plan.tokens is not None:
+            chunk, chunks = plan.chunk, plan.starts[-1]
+            states = sum(segment.width for segment in plan.segments)
         else:
             # Of chunks that are not halved.
             chunk = self.first_chunk(time)
@@ -109,13 +109,13 @@ class Inputs(NamedTuple):
         size = states * self.heads * keys * values
         return size if self.beta is None else size + chunks * self.heads * chunk * (values + chunk)
 
-    def problem(self) -> Problem:
+    def problem(self) -> InputChunks:
         """Choose the way and the chunk size; cut the inputs into chunks."""
         (batch, time), heads, q, k = self.q.shape[:2], self.heads, self.q, self.k
         log_decay, value_decay = self.log_decay, self.value_log_decay
         if log_decay is not None and log_decay.dim() == 1:
             log_decay = log_decay.expand(batch, time, heads)
-        layout, exact = self._choose([g for g in (log_decay, value_decay) if g is not None])
+        plan, exact = self._choose([g for g in (log_decay, value_decay) if g is not None])
         # A scalar decay goes with the values, which leaves queries and keys to be shared by heads;
         # but pairs of rows decay on the key side where they do so exactly.
         key_decay = log_decay
@@ -132,9 +132,9 @@ class Inputs(NamedTuple):
             """Cut (B, T, any heads, ...) into chunks of G, or G x ``shared``, heads."""
             if x.shape[2] < groups:
                 x = x.repeat_interleave(heads // x.shape[2], dim=2)
-            return layout.chunks(x.unflatten(2, (groups, *shared))).transpose(2, 3)
+            return plan.chunks(x.unflatten(2, (groups, *shared))).transpose(2, 3)
 
-        return Problem(
+        return InputChunks(
             q=cut(q),
             k=cut(k),
             v=cut(self.v, (-1,)),
@@ -147,7 +147,7 @@ class Inputs(NamedTuple):
             else cut(self.write_scale[..., None], (-1,)),
             scale=self.scale,
             exact=exact,
-            layout=layout,
+            plan=plan,
             dtype=self.dtype,
         )
 
@@ -163,23 +163,23 @@ class Inputs(NamedTuple):
         scalar = self.log_decay is not None and self.log_decay.dim() == 3
         return self.value_log_decay is not None or (shared and scalar)
 
-    def _choose(self, decays: list[Tensor]) -> tuple[Layout, bool]:
+    def _choose(self, decays: list[Tensor]) -> tuple[ChunkPlan, bool]:
         """Halve the chunk until rescaling is safe; if it never is, or is not wanted: exactly."""
         time, packed = self.q.shape[1], self.cu_seqlens
         lengths = None if packed is None else document_lengths(packed, time)
         longest = time if lengths is None else max(lengths)
         chunk = self.first_chunk(longest)
 
-        def layout_of(chunk: int) -> Layout:
-            return Layout(self.q.shape[0], time, chunk, self.span, lengths, self.q.device)
+        def plan_of(chunk: int) -> ChunkPlan:
+            return ChunkPlan(self.q.shape[0], time, chunk, self.span, lengths, self.q.device)
 
-        first = layout = layout_of(chunk)
-        while decays and not _bounded([layout.chunks(g) for g in decays], longest):
+        first = plan = plan_of(chunk)
+        while decays and not _bounded([plan.chunks(g) for g in decays], longest):
             if chunk <= SMALLEST_CHUNK:
                 return first, True
             chunk //= 2
-            layout = layout_of(chunk)
-        return layout, self.exactly
+            plan = plan_of(chunk)
+        return plan, self.exactly
 
 
 def _bounded(decays: list[Tensor], longest: int) -> bool:

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from hybrid_kernels.chunked import stepwise
+from hybrid_kernels.chunked.additive import InputChunks
+from hybrid_kernels.chunked.chunk_plan import ChunkPlan
 from hybrid_kernels.chunked.decode import is_single_step, linear_attention_step
 from hybrid_kernels.chunked.gradient import Gradients
 from hybrid_kernels.chunked.inputs import DECAYS, DIFFERENTIABLE, SCHEMA, TENSORS, Inputs
-from hybrid_kernels.chunked.kept import Kept
-from hybrid_kernels.chunked.layout import Layout
 from hybrid_kernels.chunked.passes import backward, forward
-from hybrid_kernels.chunked.segment import Problem
-from hybrid_kernels.joint import places
+from hybrid_kernels.chunked.saved import Saved
+from hybrid_kernels.fused_qkv_grad import places
 from hybrid_kernels.transforms import first_derivatives_only, without_autocast
 
 # What the gradient of a write's scale may be divided by.
@@ -52,55 +52,55 @@ def linear_attention(
 
 
 def _forward(*arguments) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the output, the final states, and what is kept for the backward pass (``Kept``)."""
+    """Return the output, the final states, and what is saved for the backward pass (``Saved``)."""
     inputs = Inputs(*arguments)
     p = inputs.problem()
-    whole, o = p.layout.empty((inputs.heads, p.v.shape[5]), p.v.dtype, p.v.device)
+    whole, o = p.plan.empty((inputs.heads, p.v.shape[5]), p.v.dtype, p.v.device)
     state = _first_states(p, inputs.initial_state)
-    kept = state.new_empty(inputs.kept_size(p.layout))
+    saved = state.new_empty(inputs.saved_size(p.plan))
     o = o.unflatten(3, (p.heads, -1)).transpose(2, 3)
-    forward(p, state, o, _kept(p, kept) if inputs.keep else None)
+    forward(p, state, o, _saved(p, saved) if inputs.keep else None)
     if not stepwise.is_finite(state):
         # Tells the backward pass.
-        return *stepwise.forward(inputs), kept.fill_(torch.nan)
-    final_state = p.layout.unsort_states(_unfold(state, p))
-    return p.layout.result(whole), final_state, kept
+        return *stepwise.forward(inputs), saved.fill_(torch.nan)
+    final_state = p.plan.unsort_states(_unfold(state, p))
+    return p.plan.result(whole), final_state, saved
 
 
 def _backward(*arguments) -> list[Tensor]:
     """Return the gradients of the tensors that are not None, in order.
 
-    Beside the op's own arguments, it takes what was kept; the output, or None, whereupon what of it
+    Beside the op's own arguments, it takes what was saved; the output, or None, whereupon what of it
     the gradients need is computed again; the gradient of the output; that of the final states, or
     None; whether that of the decays is wanted; and whether those of q, k and v are to lie as these
     do in the rows of one tensor, which is then returned in their place.
     """
-    *given, kept, o, do, dfinal, decays_wanted, together = arguments
+    *given, saved, o, do, dfinal, decays_wanted, together = arguments
     inputs = Inputs(*given)
-    if kept.numel() and bool(kept[0].isnan()):
+    if saved.numel() and bool(saved[0].isnan()):
         return _backward_by_steps(inputs, do, dfinal, decays_wanted, together)
     if inputs.write_scale is not None and _near_zero(inputs.write_scale):
         return _backward_of_scaled(inputs, *arguments[len(given) :])
     p = inputs.problem()
-    layout = p.layout
+    plan = p.plan
     rows = _Rows(inputs, p, together)
-    dbeta = None if p.beta is None else _Memory(layout, p.beta)
+    dbeta = None if p.beta is None else _Memory(plan, p.beta)
     dkey = dvalue = None
     if decays_wanted and p.key_decay is not None:
-        dkey = _Memory(layout, p.key_decay, p.dtype)
+        dkey = _Memory(plan, p.key_decay, p.dtype)
     if decays_wanted and p.value_decay is not None:
-        dvalue = _Memory(layout, p.value_decay, p.dtype)
+        dvalue = _Memory(plan, p.value_decay, p.dtype)
     dbonus = None if p.bonus is None else torch.zeros_like(p.bonus, dtype=p.dtype)
-    dscale = None if p.write_scale is None else _Memory(layout, p.write_scale, p.dtype)
+    dscale = None if p.write_scale is None else _Memory(plan, p.write_scale, p.dtype)
     by_token = (dkey, dvalue, dbeta, dscale)
     *optional, scale = (None if memory is None else memory.chunks for memory in by_token)
     grads = Gradients(*rows.chunks, *optional, dbonus, scale, rows.stacked)
     dstate = _first_states(p, dfinal)
 
     def cut(x: Tensor) -> Tensor:
-        return layout.chunks(x.unflatten(2, (p.heads, -1))).transpose(2, 3)
+        return plan.chunks(x.unflatten(2, (p.heads, -1))).transpose(2, 3)
 
-    backward(p, _kept(p, kept), None if o is None else cut(o), cut(do), dstate, grads)
+    backward(p, _saved(p, saved), None if o is None else cut(o), cut(do), dstate, grads)
 
     if not stepwise.is_finite(dstate):
         return _backward_by_steps(inputs, do, dfinal, decays_wanted, together)
@@ -109,7 +109,7 @@ def _backward(*arguments) -> list[Tensor]:
     found: list[tuple[Tensor | None, _Memory | Tensor | None]] = []
     if decays_wanted:
         found = [(inputs.log_decay, dlog_decay), (inputs.value_log_decay, dvalue)]
-    dinitial = layout.unsort_states(_unfold(dstate, p))
+    dinitial = plan.unsort_states(_unfold(dstate, p))
     found += [(inputs.beta, dbeta), (inputs.bonus, dbonus)]
     found += [(inputs.write_scale, dscale), (inputs.initial_state, dinitial)]
     return rows.results() + [_like(x, grad) for x, grad in found if x is not None]
@@ -162,15 +162,15 @@ class _Rows:
         stacked: (3, ...) the three in one view, or None.
     """
 
-    def __init__(self, inputs: Inputs, p: Problem, together: bool):
-        self.given, self.layout, self.stacked = inputs[:3], p.layout, None
-        self.memory = [] if together else [_Memory(p.layout, x) for x in (p.q, p.k, p.v)]
+    def __init__(self, inputs: Inputs, p: InputChunks, together: bool):
+        self.given, self.plan, self.stacked = inputs[:3], p.plan, None
+        self.memory = [] if together else [_Memory(p.plan, x) for x in (p.q, p.k, p.v)]
         if not together:
             self.chunks = [memory.chunks for memory in self.memory]
             return
         found = places(*self.given)
         assert found is not None
-        self.whole, rows = p.layout.empty((found.row,), inputs.q.dtype, inputs.q.device)
+        self.whole, rows = p.plan.empty((found.row,), inputs.q.dtype, inputs.q.device)
         dq, dk, dv = (x.transpose(2, 3) for x in found.cut(rows))
         self.chunks = [dq, dk, dv.unsqueeze(4)]
         stacked = found.stack(rows)
@@ -179,17 +179,17 @@ class _Rows:
     def results(self) -> list[Tensor]:
         """Return the one tensor (B, T, row), or the three."""
         if not self.memory:
-            return [self.layout.result(self.whole)]
+            return [self.plan.result(self.whole)]
         return [_like(x, memory) for x, memory in zip(self.given, self.memory, strict=True)]
 
 
 class _Memory:
     """A result to be filled chunk by chunk, as the input ``like`` is cut."""
 
-    def __init__(self, layout: Layout, like: Tensor, dtype: torch.dtype | None = None):
-        self.layout = layout
+    def __init__(self, plan: ChunkPlan, like: Tensor, dtype: torch.dtype | None = None):
+        self.plan = plan
         shape = like.shape[2:3] + like.shape[4:]
-        self.whole, chunks = layout.empty(shape, dtype or like.dtype, like.device)
+        self.whole, chunks = plan.empty(shape, dtype or like.dtype, like.device)
         self.chunks = chunks.transpose(2, 3)
 
 
@@ -197,7 +197,7 @@ def _like(x: Tensor, grad: _Memory | Tensor | None) -> Tensor:
     """Bring a gradient per token and per head to the shape and dtype of its input."""
     assert grad is not None
     if isinstance(grad, _Memory):
-        grad = grad.layout.result(grad.whole)
+        grad = grad.plan.result(grad.whole)
     if x.dim() == 1:
         grad = grad.reshape(-1, x.shape[0]).sum(0)
     elif x.dim() == 4 and grad.numel() != x.numel():
@@ -205,13 +205,13 @@ def _like(x: Tensor, grad: _Memory | Tensor | None) -> Tensor:
     return grad.reshape(x.shape).to(x.dtype)
 
 
-def _fold(states: Tensor, p: Problem) -> Tensor:
+def _fold(states: Tensor, p: InputChunks) -> Tensor:
     """Bring (N, G r, K, V) to (N G, K, r V)."""
     grouped = states.unflatten(1, (p.heads, -1)).transpose(2, 3)
     return grouped.reshape(-1, grouped.shape[2], p.v.shape[4] * p.v.shape[5])
 
 
-def _unfold(states: Tensor, p: Problem) -> Tensor:
+def _unfold(states: Tensor, p: InputChunks) -> Tensor:
     """Undo ``_fold``."""
     groups, shared, size = p.heads, *p.v.shape[4:]
     count = states.shape[0] // groups
@@ -219,16 +219,16 @@ def _unfold(states: Tensor, p: Problem) -> Tensor:
     return grouped.transpose(2, 3).flatten(1, 2).contiguous()
 
 
-def _first_states(p: Problem, states: Tensor | None) -> Tensor:
+def _first_states(p: InputChunks, states: Tensor | None) -> Tensor:
     """Bring (N, H, K, V), or zeros for None, into the form of ``passes.py`` (a copy)."""
     if states is None:
-        rows = p.layout.sequences * p.heads
+        rows = p.plan.sequences * p.heads
         return torch.zeros(rows, *p.state_shape, dtype=p.dtype, device=p.q.device)
-    return _fold(p.layout.sort_states(states.to(p.dtype)), p)
+    return _fold(p.plan.sort_states(states.to(p.dtype)), p)
 
 
-def _kept(p: Problem, memory: Tensor) -> Kept:
-    return Kept(p.layout, p.heads, p.state_shape, p.beta is not None, memory)
+def _saved(p: InputChunks, memory: Tensor) -> Saved:
+    return Saved(p.plan, p.heads, p.state_shape, p.beta is not None, memory)
 
 
 _op = torch.library.custom_op(
@@ -241,7 +241,7 @@ _backward_op = torch.library.custom_op(
     "hybrid_kernels::chunked_linear_attention_backward",
     without_autocast(_backward),
     mutates_args=(),
-    schema=f"({SCHEMA}, Tensor kept, Tensor? o, Tensor do, Tensor? dfinal, bool decays_wanted,"
+    schema=f"({SCHEMA}, Tensor saved, Tensor? o, Tensor do, Tensor? dfinal, bool decays_wanted,"
     " bool together) -> Tensor[]",
 )
 
@@ -252,7 +252,7 @@ def _(*arguments):
     (batch, time, _, key), value = inputs.q.shape, inputs.v.shape[3]
     rows = batch
     if inputs.cu_seqlens is None:
-        size = inputs.kept_size()
+        size = inputs.saved_size()
     else:
         rows = inputs.cu_seqlens.shape[0] - 1
         size = torch.library.get_ctx().new_dynamic_size() if inputs.keep else 0
@@ -278,17 +278,17 @@ def _(*arguments):
 
 
 def _keep(ctx, inputs, output) -> None:
-    o, _, kept = output
+    o, _, saved = output
     wanted = any(ctx.needs_input_grad[i] for i in DECAYS)
     helps = wanted and Inputs(*inputs).output_helps()
-    ctx.save_for_backward(*inputs[:TENSORS], kept, o if helps else None)
+    ctx.save_for_backward(*inputs[:TENSORS], saved, o if helps else None)
     ctx.options, ctx.output = inputs[TENSORS:], (o.shape, o.dtype)
-    # No zeros for what was kept, nor for final states that nothing was made of.
+    # No zeros for what was saved, nor for final states that nothing was made of.
     ctx.set_materialize_grads(False)
 
 
 def _differentiate(ctx, do, dfinal, _):
-    *tensors, kept, o = ctx.saved_tensors
+    *tensors, saved, o = ctx.saved_tensors
     inputs = Inputs(*tensors, *ctx.options)
     if do is None:
         shape, dtype = ctx.output
@@ -300,7 +300,7 @@ def _differentiate(ctx, do, dfinal, _):
     alone = alone or not all(ctx.needs_input_grad[:3])
     rows = None if alone else places(*tensors[:3])
     together = rows is not None
-    found = _backward_op(*tensors, *ctx.options, kept, o, do, dfinal, wanted, together)
+    found = _backward_op(*tensors, *ctx.options, saved, o, do, dfinal, wanted, together)
     if rows is not None:
         found[:1] = rows.hand_out(found[0])
     found = iter(found)

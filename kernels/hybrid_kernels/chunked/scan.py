@@ -13,8 +13,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from hybrid_kernels.chunked.chunk_plan import ChunkPlan, ChunkSpan, StateCarry, accumulate
 from hybrid_kernels.chunked.decode import is_single_step, selective_scan_step
-from hybrid_kernels.chunked.layout import Carried, Layout, Segment, accumulate
 from hybrid_kernels.chunked.memory import Scratch
 from hybrid_kernels.packing import document_lengths
 from hybrid_kernels.transforms import first_derivatives_only, without_autocast
@@ -22,7 +22,7 @@ from hybrid_kernels.validation import state_dtype
 
 # Elements of state x steps that a segment holds: its matrices should stay in a core's cache.
 SEGMENT_ELEMENTS = 1 << 17
-# At least this many steps, so that the states kept stay small beside the inputs.
+# At least this many steps, so that the states saved stay small beside the inputs.
 SEGMENT_STEPS = 16
 
 
@@ -60,14 +60,14 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the output, the final states, and the states that the backward pass starts from."""
     scan = _Scan(u, delta, A, B, C, cu_seqlens)
-    layout = scan.layout
-    whole, y = layout.empty(u.shape[2:], u.dtype, u.device)
+    plan = scan.plan
+    whole, y = plan.empty(u.shape[2:], u.dtype, u.device)
     state = scan.new_state(initial_state)
-    segments = layout.segments
+    segments = plan.segments
     saved = state.new_empty(sum(segment.width for segment in segments), *state.shape[1:])
-    kept = saved.split([segment.width for segment in segments])
-    carried = Carried(state, layout)
-    for segment, start in zip(segments, kept, strict=True):
+    starts = saved.split([segment.width for segment in segments])
+    carried = StateCarry(state, plan)
+    for segment, start in zip(segments, starts, strict=True):
         carried.enter(start)
         part = _Part(scan, segment, carried)
         out = torch.bmm(part.C[:, None], part.after)[:, 0]
@@ -75,8 +75,8 @@ def _forward(
             out = torch.addcmul(out, part.u, D.to(out.dtype))
         y[segment.lead].copy_(out.view_as(y[segment.lead]))
     carried.finish()
-    final_state = layout.unsort_states(state).transpose(1, 2).contiguous()
-    return layout.result(whole), final_state, saved
+    final_state = plan.unsort_states(state).transpose(1, 2).contiguous()
+    return plan.result(whole), final_state, saved
 
 
 @torch.library.custom_op("hybrid_kernels::chunked_selective_scan_backward", mutates_args=())
@@ -96,16 +96,16 @@ def _backward(
 ) -> list[Tensor]:
     """Return the gradients of the tensors that are not None, in order."""
     scan = _Scan(u, delta, A, B, C, cu_seqlens)
-    layout = scan.layout
-    memory = [layout.empty(x.shape[2:], x.dtype, x.device) for x in (u, delta, B, C)]
+    plan = scan.plan
+    memory = [plan.empty(x.shape[2:], x.dtype, x.device) for x in (u, delta, B, C)]
     dA = torch.zeros_like(scan.A)
     dD = None if D is None else torch.zeros_like(D, dtype=scan.dtype)
     dstate = scan.new_state(dfinal)
-    dy_chunks = layout.chunks(dy)
+    dy_chunks = plan.chunks(dy)
     end = saved.shape[0]
-    for segment in reversed(layout.segments):
+    for segment in reversed(plan.segments):
         start = saved[end - segment.width : end]
-        part = _Part(scan, segment, Carried.again(start, layout))
+        part = _Part(scan, segment, StateCarry.again(start, plan))
         dy_rows = dy_chunks[segment.lead].flatten(0, 2).to(scan.dtype)
         found = part.backward(dy_rows, dstate, dA)
         if D is not None:
@@ -115,8 +115,8 @@ def _backward(
         for (_, chunks), grad in zip(memory, found, strict=True):
             chunks[segment.lead].copy_(grad.view_as(chunks[segment.lead]))
         end -= segment.width
-    du, ddelta, dB, dC = (layout.result(whole) for whole, _ in memory)
-    dinitial = layout.unsort_states(dstate).transpose(1, 2)
+    du, ddelta, dB, dC = (plan.result(whole) for whole, _ in memory)
+    dinitial = plan.unsort_states(dstate).transpose(1, 2)
     found = [(u, du), (delta, ddelta), (A, dA.T), (B, dB), (C, dC), (D, dD)]
     found.append((initial_state, dinitial))
     return [grad.to(x.dtype).contiguous() for x, grad in found if x is not None]
@@ -128,20 +128,20 @@ class _Scan:
     def __init__(self, u, delta, A, B, C, cu_seqlens):
         self.dtype = state_dtype(u, delta, A, B, C)
         lengths = None if cu_seqlens is None else document_lengths(cu_seqlens, u.shape[1])
-        # With chunks of one token a layout's steps are the steps of time.
-        self.layout = Layout(
+        # With chunks of one token a plan's steps are the steps of time.
+        self.plan = ChunkPlan(
             u.shape[0], u.shape[1], 1, lambda n: _segment_steps(n, A), lengths, u.device
         )
-        self.u, self.delta, self.B, self.C = (self.layout.chunks(x) for x in (u, delta, B, C))
+        self.u, self.delta, self.B, self.C = (self.plan.chunks(x) for x in (u, delta, B, C))
         self.A = A.to(self.dtype).T.contiguous()
         self.scratch = Scratch(self.dtype, u.device)
 
     def new_state(self, states: Tensor | None) -> Tensor:
-        """Bring (S, D, N), or zeros for None, to (S, N, D) in the order of the layout."""
+        """Bring (S, D, N), or zeros for None, to (S, N, D) in the order of the plan."""
         if states is None:
-            return self.A.new_zeros(self.layout.sequences, *self.A.shape)
+            return self.A.new_zeros(self.plan.sequences, *self.A.shape)
         states = states.to(self.dtype).transpose(1, 2)
-        return self.layout.sort_states(states).contiguous()
+        return self.plan.sort_states(states).contiguous()
 
 
 class _Part:
@@ -154,7 +154,7 @@ class _Part:
         before, after: (N, D) the states around each step; the two may overlap.
     """
 
-    def __init__(self, scan: _Scan, segment: Segment, carried: Carried):
+    def __init__(self, scan: _Scan, segment: ChunkSpan, carried: StateCarry):
         self.A, self.scratch, self.widths = scan.A, scan.scratch, tuple(segment.widths)
         self.u, self.delta, self.B, self.C = (
             x[segment.lead].flatten(0, 2).to(scan.dtype)

@@ -5,10 +5,10 @@ does not need is not compiled)::
 
     form of linear_attention          forward                         backward adds
     --------------------------------  ------------------------------  -----------------------------
-    additive: no decay, per head,     walk.py    walk_forward, or     states.py  states_backward
-      scalar per token                states.py  states_forward and   outputs.py values_backward
-                                      outputs.py outputs_forward      pairs.py   pairs_backward
-                                                                      keys.py    keys_backward
+    additive: no decay, per head,     fused_chunks.py fused_chunk_    states.py  states_backward
+      scalar per token                  forward, or                   outputs.py values_backward
+                                      states.py  states_forward and   pairs.py   pairs_backward
+                                      outputs.py outputs_forward      keys.py    keys_backward
     additive, decay over keys         + pairs.py pairs                as above
     additive, decay over values       states.py  states_forward       states.py  states_backward
       or over both (DFW)              outputs.py outputs_forward      pairs.py   pairs
@@ -26,7 +26,7 @@ does not need is not compiled)::
 The forward pass is one walk where sequences times heads are many (``launch.walks``), else two
 kernels of which the second is parallel over time. The backward pass makes states again.
 
-``linear.py`` has the order of the kernels, ``problem.py`` each launch, ``launch.py`` the block
+``linear.py`` has the order of the kernels, ``launches.py`` each launch, ``launch.py`` the block
 sizes, ``blocks.py`` what all kernels share. Nothing here imports triton until an op runs.
 
 No atomics are used: the same inputs give the same bits, run after run on one device. The host

@@ -49,7 +49,7 @@ class Config:
 # that needs other blocks: "wide_delta_" (K above 128), "fine_" (see ``fine``), "delta_vector_",
 # "delta_", "value_" or "vector_", the first that is there counts.
 _CUDA: dict[str, tuple[Config, Config]] = {
-    "walk_forward": (Config(128, 32, 8, 1), Config(128, 16, 4, 1)),
+    "fused_chunk_forward": (Config(128, 32, 8, 1), Config(128, 16, 4, 1)),
     "states_forward": (Config(64, 64, 4, 2), Config(32, 32, 4, 1)),
     "states_backward": (Config(64, 64, 4, 2), Config(32, 32, 4, 1)),
     "delta_states_forward": (Config(256, 16, 4, 2), Config(256, 16, 8, 1)),
@@ -80,14 +80,14 @@ def _narrow(config: Config, kernel: str) -> tuple[Config, Config]:
 # Four times the shared memory of the least device, and products of whole groups of warps.
 _HOPPER = {
     **_CUDA,
-    "walk_forward": _narrow(Config(128, 32, 4, 2), "walk_forward"),
-    "vector_walk_forward": _narrow(Config(128, 64, 4, 2), "walk_forward"),
-    "delta_walk_forward": _narrow(Config(128, 64, 4, 2), "walk_forward"),
+    "fused_chunk_forward": _narrow(Config(128, 32, 4, 2), "fused_chunk_forward"),
+    "vector_fused_chunk_forward": _narrow(Config(128, 64, 4, 2), "fused_chunk_forward"),
+    "delta_fused_chunk_forward": _narrow(Config(128, 64, 4, 2), "fused_chunk_forward"),
     "states_forward": _narrow(Config(64, 64, 4, 3), "states_forward"),
     "states_backward": _narrow(Config(64, 64, 4, 3), "states_backward"),
     "delta_states_forward": _narrow(Config(256, 64, 4, 2), "delta_states_forward"),
     "delta_states_backward": _narrow(Config(256, 64, 4, 2), "delta_states_backward"),
-    "fine_walk_forward": _narrow(Config(128, 32, 4, 2), "walk_forward"),
+    "fine_fused_chunk_forward": _narrow(Config(128, 32, 4, 2), "fused_chunk_forward"),
     "fine_states_forward": _narrow(Config(256, 32, 4, 2), "delta_states_forward"),
     "fine_states_backward": _narrow(Config(256, 32, 4, 2), "delta_states_backward"),
     "wide_delta_states_forward": _CUDA["delta_states_forward"],
@@ -108,12 +108,15 @@ _TABLE: dict[str, dict[str, tuple[Config, Config]]] = {
     "sm_80": _CUDA,
     "sm_90": _HOPPER,
     "sm_100": _HOPPER,
-    "gfx942": {**_CUDA, "walk_forward": _narrow(Config(128, 32, 4, 1), "walk_forward")},
+    "gfx942": {
+        **_CUDA,
+        "fused_chunk_forward": _narrow(Config(128, 32, 4, 1), "fused_chunk_forward"),
+    },
     "interpreter": _INTERPRETER,
 }
 
-# From how many pairs of a sequence and a head on the forward pass is one walk (``walk.py``): half
-# as many as a large GPU has multiprocessors, two blocks of V each.
+# From how many pairs of a sequence and a head on the forward pass is one walk (``fused_chunks.py``):
+# half as many as a large GPU has multiprocessors, two blocks of V each.
 _WALKERS = {**dict.fromkeys(_TABLE, 64), "interpreter": 3}
 WALK_KEYS = 128
 
@@ -154,8 +157,8 @@ def operands(device: torch.device, *inputs: Tensor) -> tuple[tl.dtype, str]:
     return tl.float32, "tf32" if all(x.dtype in narrow for x in inputs) else "tf32x3"
 
 
-def kept(*inputs: Tensor) -> torch.dtype:
-    """Return the dtype of what is kept between kernels: as precise as the next product takes it."""
+def stored_dtype(*inputs: Tensor) -> torch.dtype:
+    """Return the dtype of what is stored between kernels: as precise as the next product takes it."""
     narrow = all(x.dtype == torch.bfloat16 for x in inputs)
     return torch.bfloat16 if narrow else torch.float32
 

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from hybrid_kernels.transforms import first_derivatives_only, without_autocast
-from hybrid_kernels.triton import problem as run
+from hybrid_kernels.triton import launches as run
 from hybrid_kernels.triton.decode import decode
-from hybrid_kernels.triton.launch import default_chunk, inverse_parts, kept, operands
+from hybrid_kernels.triton.launch import default_chunk, inverse_parts, operands, stored_dtype
+from hybrid_kernels.triton.launches import Across, ChunkedInputs, Inputs, Rows, chunk_inputs
 from hybrid_kernels.triton.layout import counts
-from hybrid_kernels.triton.problem import Across, Inputs, Problem, Rows, make_problem
 
 FEW_KEYS = 64
 
@@ -45,7 +45,7 @@ def linear_attention(
     if q.shape[1] == 1 and cu_seqlens is None and not learning:
         return decode(*tensors, scale)
     dtype = v.dtype
-    if kept(q, k, v) == torch.bfloat16 and _needs_float32(q, log_decay, beta, learning):
+    if stored_dtype(q, k, v) == torch.bfloat16 and _needs_float32(q, log_decay, beta, learning):
         q, k, v = q.float(), k.float(), v.float()
     dot, _ = operands(q.device, q, k, v)
     chunk = chunk_size or default_chunk(dot, beta is not None, q.shape[3])
@@ -121,11 +121,11 @@ def forward(*arguments) -> tuple[Tensor, Tensor, Tensor]:
     Args:
         arguments: the fields of ``Inputs``.
     """
-    p = make_problem(Inputs(*arguments))
+    p = chunk_inputs(Inputs(*arguments))
     rows = run.make_rows(p)
     inverse = rows.inverse if p.delta else p.empty(0)
     if run.walks(p):
-        return *run.walk_forward(p, rows), inverse
+        return *run.fused_chunk_forward(p, rows), inverse
     states, final, u = run.states_forward(p, rows)
     return run.outputs_forward(p, rows, u, states), final, inverse
 
@@ -138,7 +138,7 @@ def backward(*arguments) -> list[Tensor]:
     """
     *given, inverse, do, dfinal = arguments
     inputs = Inputs(*given)
-    p = make_problem(inputs, backward=True)
+    p = chunk_inputs(inputs, backward=True)
     rows = run.make_rows(p, inverse)
     do, dfinal = do.contiguous(), dfinal.contiguous()
     if p.delta:
@@ -150,7 +150,7 @@ def backward(*arguments) -> list[Tensor]:
     return [_like(x, grads[name]) for name, x in inputs.differentiable()]
 
 
-def _additive_backward(p: Problem, rows: Rows, do: Tensor, dfinal: Tensor) -> Gradients:
+def _additive_backward(p: ChunkedInputs, rows: Rows, do: Tensor, dfinal: Tensor) -> Gradients:
     states, _, _ = run.states_forward(p, rows)
     dstates, dinitial = run.states_backward(p, rows, do, p.q, p.q, dfinal)
     dv = p.like(p.v)
@@ -160,25 +160,25 @@ def _additive_backward(p: Problem, rows: Rows, do: Tensor, dfinal: Tensor) -> Gr
     return {"q": dq, "k": dk, "v": dv, "log_decay": dg, "initial_state": dinitial}
 
 
-def _value_backward(p: Problem, rows: Rows, do: Tensor, dfinal: Tensor) -> Gradients:
-    """With a decay over values the second half is the first with keys and values in turned roles."""
+def _value_backward(p: ChunkedInputs, rows: Rows, do: Tensor, dfinal: Tensor) -> Gradients:
+    """With a decay over values the second half is the first with keys and values swapped."""
     states, _, _ = run.states_forward(p, rows)
     dstates, dinitial = run.states_backward(p, rows, do, p.q, p.q, dfinal)
-    turned = run.turned(p, do)
-    columns = run.make_rows(turned)
+    swapped = run.swap_kv(p, do)
+    columns = run.make_rows(swapped)
     across = Across(columns.k, columns.q, columns.pairs * p.scale, total=columns.total)
     dq, dk, dg, _ = run.keys_backward(p, states, dstates, across)
     if p.vector:
-        across = Across(rows.k, rows.q, rows.pairs * p.scale, total=rows.total, turned=True)
+        across = Across(rows.k, rows.q, rows.pairs * p.scale, total=rows.total, swapped=True)
     else:
         q = p.q.repeat_interleave(p.heads // p.q.shape[2], dim=2)
-        across = replace(run.pairs_backward(turned, p.k, q), turned=True)
-    _, dv, dvalue_g, _ = run.keys_backward(turned, states, dstates, across)
+        across = replace(run.pairs_backward(swapped, p.k, q), swapped=True)
+    _, dv, dvalue_g, _ = run.keys_backward(swapped, states, dstates, across)
     grads = {"q": dq, "k": dk, "v": dv, "log_decay": dg, "value_log_decay": dvalue_g}
     return {**grads, "initial_state": dinitial}
 
 
-def _delta_backward(p: Problem, rows: Rows, do: Tensor, dfinal: Tensor) -> Gradients:
+def _delta_backward(p: ChunkedInputs, rows: Rows, do: Tensor, dfinal: Tensor) -> Gradients:
     states, _, u = run.states_forward(p, rows)
     dx, dv = torch.empty_like(u), p.like(p.v)
     # What u gains of the chunk's own outputs; the rest is known once the states' gradients are.
@@ -223,7 +223,7 @@ def _(*arguments):
     sequences, count = counts(q, inputs.cu_seqlens, inputs.chunk)
     o = v.new_empty(*q.shape[:2], heads, v.shape[3])
     final = q.new_empty(sequences, heads, q.shape[3], v.shape[3], dtype=torch.float32)
-    shape, width = (0,), kept(q, k, v)
+    shape, width = (0,), stored_dtype(q, k, v)
     if inputs.beta is not None:
         parts = inverse_parts(True, inputs.log_decay is not None, q.shape[3], width)
         shape = (count * heads, parts, inputs.chunk, inputs.chunk)

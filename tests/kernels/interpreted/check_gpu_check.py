@@ -119,7 +119,7 @@ def test_neighbours_of_shipped_blocks():
     assert launch.Config(32, 32, 4, 3) in found
     assert launch.Config(32, 32, 8, 1) not in found
     assert len(found) == len(set(found)) <= 14
-    whole = gpu_check.candidates("walk_forward", launch.Config(128, 64, 4, 2))
+    whole = gpu_check.candidates("fused_chunk_forward", launch.Config(128, 64, 4, 2))
     assert {config.keys for config in whole} == {128}
 
 

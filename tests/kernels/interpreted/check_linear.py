@@ -166,7 +166,7 @@ def test_heads_sequences_and_width_decide_the_way():
             with torch.no_grad():
                 linear_attention(tokens, tokens, tokens, backend="triton")
     steps = ["states_forward_kernel", "outputs_forward_kernel"]
-    walk = "walk_forward_kernel"
+    walk = "fused_chunk_forward_kernel"
     assert taken == [walk, *steps, *steps, walk, *steps, walk]
 
 

@@ -13,13 +13,13 @@ import triton
 from torch import Tensor
 
 from hybrid_kernels.triton import launch as shipped
+from hybrid_kernels.triton.fused_chunks import fused_chunk_forward_kernel
 from hybrid_kernels.triton.keys import keys_backward_kernel
 from hybrid_kernels.triton.launch import Config, block, launch
 from hybrid_kernels.triton.layout import Chunks, chunks
 from hybrid_kernels.triton.outputs import outputs_forward_kernel, values_backward_kernel
 from hybrid_kernels.triton.pairs import pairs_backward_kernel, pairs_kernel
 from hybrid_kernels.triton.states import states_backward_kernel, states_forward_kernel
-from hybrid_kernels.triton.walk import walk_forward_kernel
 
 
 class Inputs(NamedTuple):
@@ -47,7 +47,7 @@ class Inputs(NamedTuple):
 
 
 @dataclass
-class Problem:
+class ChunkedInputs:
     """One call with contiguous inputs, and what follows from their form."""
 
     q: Tensor
@@ -73,12 +73,12 @@ class Problem:
         self.value_g = _or(self.value_log_decay, self.q)
         self.device = self.q.device
         self.dot, self.precision = shipped.operands(self.device, self.q, self.k, self.v)
-        self.kept = shipped.kept(self.q, self.k, self.v)
+        self.stored = shipped.stored_dtype(self.q, self.k, self.v)
         # The gradient of gated delta's decay rests on the product of two states, which may cancel.
         whole = self.backward and self.delta and self.scalar
-        self.kept_states = torch.float32 if whole else self.kept
+        self.stored_states = torch.float32 if whole else self.stored
         self.counts = (self.chunks.time, self.chunks.per_row)
-        form = (self.delta, self.log_decay is not None, self.key_dim, self.kept)
+        form = (self.delta, self.log_decay is not None, self.key_dim, self.stored)
         fine, self.parts = shipped.fine(*form, self.backward), shipped.inverse_parts(*form)
         self.decays = {"SCALAR": self.scalar, "VECTOR": self.vector}
         self.rule = {"DELTA": self.delta, "FINE": fine, "PARTS": self.parts}
@@ -97,8 +97,8 @@ class Problem:
         return self.chunk.bit_length() - 1
 
     def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-        """Return uninitialised memory, in ``kept`` unless told otherwise."""
-        return torch.empty(shape, dtype=dtype or self.kept, device=self.device)
+        """Return uninitialised memory, in ``stored`` unless told otherwise."""
+        return torch.empty(shape, dtype=dtype or self.stored, device=self.device)
 
     def like(self, x: Tensor) -> Tensor:
         """Return memory for the gradient of q, k or v per head of the state."""
@@ -125,15 +125,15 @@ class Problem:
         return self.chunks.count * self.heads
 
 
-def make_problem(inputs: Inputs, backward: bool = False) -> Problem:
+def chunk_inputs(inputs: Inputs, backward: bool = False) -> ChunkedInputs:
     """Bring the inputs of a call into the form in which kernels take them."""
     q, k, v, *optional, cu_seqlens, scale, chunk = inputs
     g, value_g, beta, initial = (None if x is None else x.contiguous() for x in optional)
     q, k, v, cut = q.contiguous(), k.contiguous(), v.contiguous(), chunks(q, cu_seqlens, chunk)
-    return Problem(q, k, v, g, value_g, beta, initial, scale, chunk, cut, backward)
+    return ChunkedInputs(q, k, v, g, value_g, beta, initial, scale, chunk, cut, backward)
 
 
-def turned(p: Problem, do: Tensor) -> Problem:
+def swap_kv(p: ChunkedInputs, do: Tensor) -> ChunkedInputs:
     """Return the problem with (do, v, decay over values) in the place of (q, k, decay over keys).
 
     The loss, a sum over pairs of rows of q_i k_j do_i v_j and both decays, treats them alike.
@@ -165,7 +165,7 @@ class Rows:
     inverse: Tensor
 
 
-def make_rows(p: Problem, inverse: Tensor | None = None) -> Rows:
+def make_rows(p: ChunkedInputs, inverse: Tensor | None = None) -> Rows:
     """Decay rows and pairs of rows; make the delta rule's inverse unless it is ``inverse``."""
     square = (p.per_chunk(), p.chunk, p.chunk)
     solving = p.delta and inverse is None
@@ -207,21 +207,21 @@ def make_rows(p: Problem, inverse: Tensor | None = None) -> Rows:
     return rows
 
 
-def walks(p: Problem) -> bool:
+def walks(p: ChunkedInputs) -> bool:
     """Say whether the forward pass is one walk; a decay over values needs outputs level by level."""
     walkers = p.chunks.sequences * p.heads
     return not p.value and shipped.walks(p.device, walkers, p.key_dim, p.precision)
 
 
-def walk_forward(p: Problem, rows: Rows) -> tuple[Tensor, Tensor]:
+def fused_chunk_forward(p: ChunkedInputs, rows: Rows) -> tuple[Tensor, Tensor]:
     """Return o (B, T, H, V) and the final states (N, H, K, V)."""
     o = p.empty(*p.q.shape[:2], p.heads, p.value_dim, dtype=p.v.dtype)
     shape = (p.chunks.sequences, p.heads, p.key_dim, p.value_dim)
     final = p.empty(*shape, dtype=torch.float32)
-    config, sizes = p.sizes("walk_forward")
+    config, sizes = p.sizes("fused_chunk_forward")
     sizes["BK"] = block(p.key_dim, shipped.WALK_KEYS)
     launch(
-        walk_forward_kernel,
+        fused_chunk_forward_kernel,
         (p.chunks.sequences * p.heads * triton.cdiv(p.value_dim, sizes["BV"]),),
         config,
         *(rows.q, rows.k, p.v, p.g, rows.total, rows.erase, _or(p.beta, p.q), rows.inverse),
@@ -241,7 +241,9 @@ def walk_forward(p: Problem, rows: Rows) -> tuple[Tensor, Tensor]:
     return o, final
 
 
-def _state_sizes(p: Problem, direction: str) -> tuple[Config, dict[str, int], tuple[int, ...]]:
+def _state_sizes(
+    p: ChunkedInputs, direction: str
+) -> tuple[Config, dict[str, int], tuple[int, ...]]:
     config, sizes = p.sizes(f"states_{direction}")
     if p.delta:
         sizes["BK"] = block(p.key_dim, 256)
@@ -249,13 +251,13 @@ def _state_sizes(p: Problem, direction: str) -> tuple[Config, dict[str, int], tu
     return config, sizes, (p.chunks.sequences * p.heads * tiles,)
 
 
-def states_forward(p: Problem, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
+def states_forward(p: ChunkedInputs, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
     """Return the states before each chunk (R, H, K, V), the final ones, and what is written to them.
 
     That is u (B, T, H, V) for the delta rule, else v.
     """
     u = p.empty(*p.q.shape[:2], p.heads, p.value_dim) if p.delta else p.v
-    states = p.empty(p.chunks.count, p.heads, p.key_dim, p.value_dim, dtype=p.kept_states)
+    states = p.empty(p.chunks.count, p.heads, p.key_dim, p.value_dim, dtype=p.stored_states)
     shape = (p.chunks.sequences, p.heads, p.key_dim, p.value_dim)
     final = p.empty(*shape, dtype=torch.float32)
     config, sizes, grid = _state_sizes(p, "forward")
@@ -278,13 +280,13 @@ def states_forward(p: Problem, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def states_backward(
-    p: Problem, rows: Rows, do: Tensor, dv: Tensor, dx: Tensor, dfinal: Tensor
+    p: ChunkedInputs, rows: Rows, do: Tensor, dv: Tensor, dx: Tensor, dfinal: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Return the gradients of the states after each chunk and of the initial ones.
 
     For the delta rule, fills dv and turns du so far into dx; else both are dummies.
     """
-    dstates = p.empty(p.chunks.count, p.heads, p.key_dim, p.value_dim, dtype=p.kept_states)
+    dstates = p.empty(p.chunks.count, p.heads, p.key_dim, p.value_dim, dtype=p.stored_states)
     dinitial = torch.empty_like(dfinal)
     config, sizes, grid = _state_sizes(p, "backward")
     launch(
@@ -305,7 +307,7 @@ def states_backward(
     return dstates, dinitial
 
 
-def outputs_forward(p: Problem, rows: Rows, v: Tensor, states: Tensor) -> Tensor:
+def outputs_forward(p: ChunkedInputs, rows: Rows, v: Tensor, states: Tensor) -> Tensor:
     """Return o (B, T, H, V) in the dtype of v."""
     o = p.empty(*p.q.shape[:2], p.heads, p.value_dim, dtype=p.v.dtype)
     config, sizes = p.sizes("outputs_forward")
@@ -329,7 +331,9 @@ def outputs_forward(p: Problem, rows: Rows, v: Tensor, states: Tensor) -> Tensor
     return o
 
 
-def values_backward(p: Problem, rows: Rows, do: Tensor, dv: Tensor, dstates: Tensor | None) -> None:
+def values_backward(
+    p: ChunkedInputs, rows: Rows, do: Tensor, dv: Tensor, dstates: Tensor | None
+) -> None:
     """Fill dv (B, T, H, V) with the gradient of what the additive form writes."""
     config, sizes = p.sizes("values_backward")
     launch(
@@ -361,7 +365,7 @@ class Across:
         dg: with a scalar decay, its gradient (B, T, H) from pairs of rows.
         dbeta: for the delta rule, its gradient (B, T, H) from v.
         total: decay over values of whole chunks (R, H, V), or None.
-        turned: whether keys and values have changed places, all but the states.
+        swapped: whether keys and values have changed places, all but the states.
     """
 
     v: Tensor
@@ -372,10 +376,10 @@ class Across:
     dg: Tensor | None = None
     dbeta: Tensor | None = None
     total: Tensor | None = None
-    turned: bool = False
+    swapped: bool = False
 
 
-def pairs_backward(p: Problem, u: Tensor, do: Tensor, dx: Tensor | None = None) -> Across:
+def pairs_backward(p: ChunkedInputs, u: Tensor, do: Tensor, dx: Tensor | None = None) -> Across:
     """Return the gradients of both kinds of pairs, with what they were made of.
 
     Args:
@@ -417,7 +421,7 @@ def _or(x: Tensor | None, dummy: Tensor) -> Tensor:
 
 
 def keys_backward(
-    p: Problem, states: Tensor, dstates: Tensor, across: Across
+    p: ChunkedInputs, states: Tensor, dstates: Tensor, across: Across
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Return dq, dk (B, T, H, K), dg in the shape of the decay, and dbeta (B, T, H)."""
     config, sizes = p.sizes("keys_backward")
@@ -446,7 +450,7 @@ def keys_backward(
         LEVELS=p.levels,
         DELTA=p.delta,
         TOTAL=across.total is not None,
-        TURNED=across.turned,
+        TURNED=across.swapped,
         **sizes,
         **p.decays,
         **p.common,

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import hybrid_kernels
-from hybrid_kernels import joint, linear_attention
+from hybrid_kernels import fused_qkv_grad, linear_attention
 from hybrid_kernels.testing import FORMS, assert_agrees, sample
 
 EVEN = [form for form in FORMS if len(set(form.heads)) == 1]
@@ -17,14 +17,14 @@ HEADS, SIZE = 2, 8
 def rejoined(monkeypatch):
     """Whether each gradient was found in one piece."""
     found = []
-    original = joint._rejoined
+    original = fused_qkv_grad._rejoined
 
     def spy(*arguments):
         whole = original(*arguments)
         found.append(whole is not None)
         return whole
 
-    monkeypatch.setattr(joint, "_rejoined", spy)
+    monkeypatch.setattr(fused_qkv_grad, "_rejoined", spy)
     return found
 
 
@@ -225,12 +225,12 @@ BUFFER = torch.zeros(2, 9, 3, 10)
     ids=["gap", "same", "turned", "sparse", "by_time", "apart", "one_token", "expanded"],
 )
 def test_tensors_that_do_not_fill_rows(tensors):
-    assert joint.places(*tensors) is None
+    assert fused_qkv_grad.places(*tensors) is None
 
 
 def test_what_places_say():
     tensors = BUFFER.split([3, 5, 2], -1)
-    found = joint.places(*tensors)
+    found = fused_qkv_grad.places(*tensors)
     assert found.row == 30
     for x, part in zip(tensors, found.cut(BUFFER.flatten(2)), strict=True):
         assert (part.data_ptr(), part.shape, part.stride()) == (x.data_ptr(), x.shape, x.stride())

@@ -19,16 +19,23 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from hybrid_kernels.chunked.chunk_plan import (
+    ChunkPlan,
+    ChunkSpan,
+    StateCarry,
+    accumulate,
+    load,
+    store,
+)
 from hybrid_kernels.chunked.gates import Gate
-from hybrid_kernels.chunked.kept import Kept
-from hybrid_kernels.chunked.layout import Carried, Layout, Segment, accumulate, load, store
 from hybrid_kernels.chunked.memory import Scratch
 from hybrid_kernels.chunked.pairs import apply_pairs, key_pairs
+from hybrid_kernels.chunked.saved import Saved
 
 
 @dataclass(frozen=True)
-class Problem:
-    """Checked inputs in chunks: views of (leading, sequences, G, C, ...), see ``Layout``.
+class InputChunks:
+    """Checked inputs in chunks: views of (leading, sequences, G, C, ...), see ``ChunkPlan``.
 
     Attributes:
         q: (..., K).
@@ -41,7 +48,7 @@ class Problem:
         write_scale: (..., r, 1), or None; a factor on values.
         scale: of the output.
         exact: which way of decaying pairs.
-        layout: of the chunks.
+        plan: of the chunks.
         dtype: to compute in.
     """
 
@@ -55,7 +62,7 @@ class Problem:
     write_scale: Tensor | None
     scale: float
     exact: bool
-    layout: Layout
+    plan: ChunkPlan
     dtype: torch.dtype
 
     @property
@@ -97,7 +104,7 @@ class Problem:
         return self._scalar_gates[key]
 
     def _cut(self, name: str, gate: Gate) -> None:
-        leads = [segment.lead for segment in self.layout.segments]
+        leads = [segment.lead for segment in self.plan.segments]
         rows = gate.g.shape[0] // leads[-1].stop
         parts = gate.split([rows * (lead.stop - lead.start) for lead in leads])
         for lead, part in zip(leads, parts, strict=True):
@@ -128,15 +135,15 @@ class Run:
         total: (K or 1, r V or 1) decay of the state over each chunk, or None; ``totals`` by step.
     """
 
-    def __init__(self, p: Problem, scratch: Scratch, kept: Kept | None):
-        self.p, self.scratch, self.kept = p, scratch, kept
+    def __init__(self, p: InputChunks, scratch: Scratch, saved: Saved | None):
+        self.p, self.scratch, self.saved = p, scratch, saved
         self.exact_keys = p.exact and p.key_decay is not None
         self.exact_values = p.exact and p.value_decay is not None
         self.diagonal = 0 if p.bonus is None else -1
         self.sizes: tuple[int, ...] = ()
         self.gates: tuple[Gate | None, Gate | None] | None = None
 
-    def begin(self, segment: Segment) -> None:
+    def begin(self, segment: ChunkSpan) -> None:
         """Load a segment's rows."""
         p = self.p
         self.segment = segment
@@ -158,19 +165,19 @@ class Run:
 
     def _lay_out(self) -> None:
         """Lay out memory and its views, once for all segments but the last."""
-        p, take, rows, chunk = self.p, self.scratch.take, sum(self.sizes), self.p.layout.chunk
+        p, take, rows, chunk = self.p, self.scratch.take, sum(self.sizes), self.p.plan.chunk
         # By name, the rows of a segment as products take them, and as they are cut.
         self.places: dict[str, tuple[Tensor, Tensor]] = {}
         self.pairs = take("pairs", rows, chunk, chunk)
-        if self.kept is None or not self.kept.every_chunk:
+        if self.saved is None or not self.saved.every_chunk:
             states = take("states", self.segment.states(p.heads), *p.state_shape)
             self.starts, self.ends = self.segment.before_and_after(states, p.heads)
             self.step_starts = self.starts.split_with_sizes(self.sizes)
             self.step_ends = self.ends.split_with_sizes(self.sizes)
 
-    def _take_kept(self, kept: Kept) -> None:
-        """Take the memory of the states from what is kept, where that is those of every chunk."""
-        states, steps = kept.states(self.segment)
+    def _take_saved(self, saved: Saved) -> None:
+        """Take the memory of the states from what is saved, where that is those of every chunk."""
+        states, steps = saved.states(self.segment)
         self.starts, self.ends = self.segment.before_and_after(states, self.p.heads)
         self.step_starts, self.step_ends = steps[:-1], steps[1:]
 
@@ -252,24 +259,24 @@ class Run:
             total = columns if total is None else total * columns
         return total
 
-    def pass_states(self, carried: Carried) -> None:
+    def pass_states(self, carried: StateCarry) -> None:
         """Walk the states through the segment."""
-        if self.kept is not None:
-            if self.kept.every_chunk:
-                self._take_kept(self.kept)
+        if self.saved is not None:
+            if self.saved.every_chunk:
+                self._take_saved(self.saved)
             else:
-                carried.enter(self.kept.before(self.segment))
+                carried.enter(self.saved.before(self.segment))
         self._walk(carried)
 
     def recall(self) -> None:
         """Bring the segment's states back, once all have been passed on."""
-        assert self.kept is not None
-        if self.kept.every_chunk:
-            self._take_kept(self.kept)
+        assert self.saved is not None
+        if self.saved.every_chunk:
+            self._take_saved(self.saved)
         else:
-            self._walk(Carried.again(self.kept.before(self.segment), self.p.layout))
+            self._walk(StateCarry.again(self.saved.before(self.segment), self.p.plan))
 
-    def _walk(self, carried: Carried) -> None:
+    def _walk(self, carried: StateCarry) -> None:
         carried.enter(self.step_starts[0])
         # What each chunk adds lies where the state after it will.
         torch.bmm(self.write.mT, self.values, out=self.ends)

@@ -32,7 +32,7 @@ from hybrid_kernels.triton.delta import new_values
 
 
 @kernel
-def walk_forward_kernel(
+def fused_chunk_forward_kernel(
     p_q,
     p_k,
     p_v,

@@ -20,11 +20,11 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Segment:
+class ChunkSpan:
     """A run of consecutive steps that is computed together.
 
     Attributes:
-        lead: slice of the leading axis of ``Layout.chunks``.
+        lead: slice of the leading axis of ``ChunkPlan.chunks``.
         offsets: first chunk of each step, counted from the segment's own first, and their total.
         widths: number of sequences that run at each step.
     """
@@ -54,7 +54,7 @@ class Segment:
         return states[:rows], states[self.width * heads if self.dense else rows :]
 
 
-class Layout:
+class ChunkPlan:
     """The chunks of one batch or of one row of packed documents.
 
     Args:
@@ -117,7 +117,7 @@ class Layout:
         self.padding = empty.nonzero().flatten()
 
     @cached_property
-    def segments(self) -> list[Segment]:
+    def segments(self) -> list[ChunkSpan]:
         """The steps cut into segments; none where there is no sequence."""
         found, step = [], 0
         while step < len(self.widths) and self.widths[step]:
@@ -127,7 +127,7 @@ class Layout:
             lead = slice(step, stop)
             if self.tokens is not None:
                 lead = slice(self.starts[step], self.starts[stop])
-            found.append(Segment(lead, offsets, self.widths[step:stop]))
+            found.append(ChunkSpan(lead, offsets, self.widths[step:stop]))
             step = stop
         return found
 
@@ -218,24 +218,24 @@ def _by_chunk(factor: Tensor, chunks: Tensor) -> Tensor:
     return factor.view(chunks.shape[:3] + factor.shape[1:])
 
 
-class Carried:
+class StateCarry:
     """The states that go from one segment to the next, or their gradient, the other way.
 
     Args:
         states: (N G, K, r V) those before the first segment; filled with those after the last.
-        layout: of the chunks.
+        plan: of the chunks.
     """
 
-    def __init__(self, states: Tensor, layout: Layout):
+    def __init__(self, states: Tensor, plan: ChunkPlan):
         self._states = self._now = states
         # Then all sequences outlast every segment, and their states can stay where a step put them.
-        self._plain = layout.tokens is None
+        self._plain = plan.tokens is None
 
     @classmethod
-    def again(cls, states: Tensor, layout: Layout) -> Carried:
+    def again(cls, states: Tensor, plan: ChunkPlan) -> StateCarry:
         """Carry ``states`` through one segment once more; they stay as they are."""
         # Of packed documents, those that end in the segment would be written over.
-        return cls(states if layout.tokens is None else states.clone(), layout)
+        return cls(states if plan.tokens is None else states.clone(), plan)
 
     def enter(self, memory: Tensor) -> None:
         """Put the states where a segment wants them, before anything else is written there.
@@ -264,13 +264,13 @@ class Carried:
 
 
 def walk(
-    starts: tuple[Tensor, ...], ends: tuple[Tensor, ...], carried: Carried
+    starts: tuple[Tensor, ...], ends: tuple[Tensor, ...], carried: StateCarry
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
     """Walk states forward through the steps of a segment.
 
     Args:
         starts, ends: memory for the states before and after each step; the first of the former has
-            been filled (``Carried.enter``).
+            been filled (``StateCarry.enter``).
         carried: takes those of sequences that end in the segment or outlast it.
 
     Yields:
@@ -291,7 +291,7 @@ def walk(
 def accumulate(
     starts: tuple[Tensor, ...],
     ends: tuple[Tensor, ...],
-    carried: Carried,
+    carried: StateCarry,
     totals: tuple[Tensor, ...] | None,
 ) -> None:
     """Walk states forward, adding to what ``ends`` hold the states before, decayed by ``totals``.
@@ -308,13 +308,13 @@ def accumulate(
 
 
 def walk_back(
-    befores: tuple[Tensor, ...], afters: tuple[Tensor, ...], carried: Carried
+    befores: tuple[Tensor, ...], afters: tuple[Tensor, ...], carried: StateCarry
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
     """Walk the gradient of states backward through the steps of a segment.
 
     Args:
         befores, afters: memory for the gradients of the states before and after each step; the last
-            of the latter has been filled (``Carried.enter``).
+            of the latter has been filled (``StateCarry.enter``).
         carried: gradient of every sequence's state after the segment, or after its end if that
             comes first; takes the gradient before the segment.
 
