@@ -132,12 +132,14 @@ def _run_text(name: str, subject: Subject, settings: Settings, options, progress
         None if essays is None else load_corpus(essays),
         arguments.pop("squad", None),
         arguments.pop("hotpot", None),
+        arguments.pop("words", None),
     )
     return evaluate_text(
         subject.model,
         task=name,
         tokenizer=tokenizer_of(subject),
         material=material,
+        chat=settings.chat,
         **arguments,
     )
 
@@ -145,7 +147,11 @@ def _run_text(name: str, subject: Subject, settings: Settings, options, progress
 _WORDS = {
     "niah_grid": "one sentence hidden in text, every depth and length exact",
     "kv_recall": "a phone book, one entry looked up",
-    **{f"ruler_{name}": f"RULER's {name}, on RULER's own material" for name in RULER},
+    **{
+        name: f"RULER's {name.removeprefix('ruler_')}, on RULER's own material"
+        for name in TEXT_TASKS
+        if name.startswith("ruler_")
+    },
     **{f"long_{name}": f"RULER's {name} generator on material at hand" for name in RULER},
 }
 for _name in TEXT_TASKS:

@@ -95,6 +95,7 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
     add("--device", help="cpu, cuda, cuda:1 ... (default: a GPU if there is one)")
     add("--trust-remote-code", action="store_true", help="run code that a checkpoint brings along")
     add("--allow-longer", action="store_true", help="permit lengths beyond the model's positions")
+    add("--chat", action="store_true", help="prompts in the tokenizer's chat template")
     add(
         "--set",
         action="append",
@@ -196,6 +197,7 @@ def _run(arguments: argparse.Namespace, console: Console) -> None:
         corpus=None if arguments.text is None else load_corpus(arguments.text),
         context=arguments.context,
         allow_longer=arguments.allow_longer,
+        chat=arguments.chat,
     )
     # one bar per task is enough: transformers draws one per checkpoint of its own
     disable_progress_bar()

@@ -27,6 +27,7 @@ class Settings:
         corpus: text for haystacks and held-out loss.
         context: tokens at which the cache's size is stated.
         allow_longer: permit lengths beyond ``max_position_embeddings``.
+        chat: put prompts of tasks in words into the tokenizer's chat template.
     """
 
     lengths: tuple[int, ...] | None = None
@@ -37,6 +38,7 @@ class Settings:
     corpus: Corpus | None = None
     context: int = 32768
     allow_longer: bool = False
+    chat: bool = False
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,7 @@ class Task:
     def options(self) -> tuple[str, ...]:
         """Names that ``--set TASK.NAME=VALUE`` may set."""
         given = {"model", "progress", "haystack", "tokenizer", "corpus", "allow_longer"}
-        given |= {"task", "material", "form", "manager"}
+        given |= {"task", "material", "form", "manager", "chat"}
         own = [
             p.name
             for p in inspect.signature(self.function).parameters.values()
@@ -80,7 +82,11 @@ class Task:
 
 
 _TEXT_OPTIONS = ("essays", "squad", "hotpot")
-_OWN_TEXT_OPTIONS = {"kv_recall": ("pairs",)}
+_OWN_TEXT_OPTIONS = {
+    "kv_recall": ("pairs",),
+    "ruler_common_words": ("words",),
+    "long_cwe": ("words",),
+}
 _MORE_OPTIONS = {
     **{name: (*_TEXT_OPTIONS, *_OWN_TEXT_OPTIONS.get(name, ())) for name in TEXT_TASKS},
     "mqar": (

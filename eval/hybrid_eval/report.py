@@ -12,7 +12,7 @@ import jinja2
 
 from .contrast import cheaper_from, comparisons
 from .pictures import human_bytes, human_tokens
-from .report_figures import Picture, Record, figures, interval_of, tasks_on
+from .report_figures import Picture, Record, figures, how, interval_of, named, tasks_on
 
 
 @dataclass
@@ -68,7 +68,8 @@ def table_columns(results: dict[str, Any]) -> list[Column]:
     for axis in ("retrieval", "reasoning", "language"):
         for task in tasks_on(results, axis):
             metric = results["models"][0]["results"][task]["metric"].replace("_", " ")
-            columns.append(Column(f"{task}: {metric}", _interval_cell(task), note="95% interval"))
+            heading = f"{named(results, task)}: {metric}"
+            columns.append(Column(heading, _interval_cell(task), note="95% interval"))
     if "cost" in results["models"][0]["results"]:
         context = results["models"][0]["results"]["cost"]["context"]
 
@@ -100,7 +101,13 @@ def _differences(results: dict[str, Any]) -> list[list[str]]:
             f"{found.difference:+.3f} [{found.interval.low:+.3f}, {found.interval.high:+.3f}]"
         )
         rows.append(
-            [f"{model} - {reference}", f"{task}: {metric}", interval, *ps, str(found.items)]
+            [
+                f"{model} - {reference}",
+                f"{named(results, task)}: {metric}",
+                interval,
+                *ps,
+                str(found.items),
+            ]
         )
     return rows
 
@@ -113,7 +120,7 @@ def _footer(results: dict[str, Any]) -> list[tuple[str, str]]:
             continue
         per_model = [model["results"][name] for model in results["models"]]
         tokens = [r["tokens"] for r in per_model if "tokens" in r]
-        words = f"n = {result['n']}"
+        words = ", ".join([f"n = {result['n']}", *how(result)])
         if tokens:
             low, high = min(t["min"] for t in tokens), max(t["max"] for t in tokens)
             words += f", {low:,} tokens" if low == high else f", {low:,} to {high:,} tokens"
@@ -162,6 +169,16 @@ def _notes(ran: dict[str, Any]) -> list[str]:
         notes.append(
             "long_...: generated as RULER (arXiv 2404.06654) generates, but from other words, texts "
             "and documents than RULER's. These are not RULER scores."
+        )
+    if any(result.get("mode") == "generate" and "cells" in result for result in ran.values()):
+        notes.append(
+            "RULER's tasks, ruler_... and long_...: the model writes as many tokens as RULER lets it, and "
+            "scores the share of the right answers that its words contain (qa: whether one is there)."
+        )
+    if any(result.get("mode") == "forced" for result in ran.values()):
+        notes.append(
+            "(forced): whether greedy decoding would give exactly the reference answer, scored in one "
+            "forward; not comparable with figures of generated answers."
         )
     for task, result in ran.items():
         if "lm_eval" in result:

@@ -12,7 +12,7 @@ from .pictures import Point, human_tokens
 
 Record = dict[str, Any]
 # where a task's material comes from is in the footer, not on an axis
-_SOURCES = ("path", "essays", "squad", "hotpot")
+_SOURCES = ("path", "essays", "squad", "hotpot", "words")
 
 
 @dataclass
@@ -62,8 +62,25 @@ def _task_words(results: dict[str, Any], task: str) -> str:
     """Name a task with the settings that a reader must know."""
     result = results["models"][0]["results"][task]
     options = result.get("options", {})
-    chosen = ", ".join(f"{k} {v}" for k, v in options.items() if k not in _SOURCES)
-    return f"{task} ({chosen})" if chosen else task
+    chosen = [f"{k} {v}" for k, v in options.items() if k not in (*_SOURCES, "mode")]
+    chosen = [*how(result), *chosen]
+    return f"{task} ({', '.join(chosen)})" if chosen else task
+
+
+def named(results: dict[str, Any], task: str) -> str:
+    """Return the name of a task, and how it was scored."""
+    words = how(results["models"][0]["results"][task])
+    return f"{task} ({', '.join(words)})" if words else task
+
+
+def how(result: Record) -> list[str]:
+    """Say how a task in words was scored, where it is not as its definition has it.
+
+    RULER's tasks are defined by what a model writes; whether it would have written exactly the
+    answer in one order is another figure.
+    """
+    words = ["forced"] if result.get("mode") == "forced" else []
+    return [*words, "chat"] if result.get("chat") else words
 
 
 def _label(words: str) -> str:
@@ -85,12 +102,12 @@ def _contrast(results: dict[str, Any], across: str, up: str, file: str) -> Pictu
         points,
         x_label=_label(f"{_task_words(results, across)}: {metric}{better}"),
         y_label=_label(f"{_task_words(results, up)}: accuracy"),
-        title=f"{up} against {across}",
+        title=f"{named(results, up)} against {named(results, across)}",
         chance=chance,
         context=_context(results),
     )
     caption = (
-        f"Accuracy on {up} against {metric} on {across}, one point per model; bars are 95% "
+        f"Accuracy on {named(results, up)} against {metric} on {named(results, across)}, one point per model; bars are 95% "
         "intervals, marker area and colour the cache of one sequence."
     )
     return Picture(file, caption, pictures.to_png(figure))
@@ -106,21 +123,21 @@ def _against_cache(results: dict[str, Any], task: str) -> Picture:
         points,
         x_label=f"cache of one sequence at {context} tokens (log scale)",
         y_label=_label(f"{_task_words(results, task)}: accuracy"),
-        title=f"{task} against memory",
+        title=f"{named(results, task)} against memory",
         chance=results["models"][0]["results"][task].get("chance"),
         log_x=True,
     )
-    caption = f"Accuracy on {task} (95% intervals) against the measured cache at {context} tokens."
+    caption = f"Accuracy on {named(results, task)} (95% intervals) against the measured cache at {context} tokens."
     return Picture("retrieval_vs_cache.png", caption, pictures.to_png(figure))
 
 
 def _heat_map(results: dict[str, Any], task: str) -> Picture:
     grids = {model["name"]: model["results"][task]["cells"] for model in results["models"]}
     n = results["models"][0]["results"][task]["cells"][0]["n"]
-    figure = pictures.heat_maps(grids, title=f"{task}: accuracy by depth and length")
-    caption = (
-        f"{task}: accuracy for every depth and length, {n} samples per cell; depth 0 is the start."
+    figure = pictures.heat_maps(
+        grids, title=f"{named(results, task)}: accuracy by depth and length"
     )
+    caption = f"{named(results, task)}: accuracy for every depth and length, {n} samples per cell; depth 0 is the start."
     return Picture(f"{task}_heatmap.png", caption, pictures.to_png(figure))
 
 
@@ -174,13 +191,13 @@ def _two_axes(results: dict[str, Any], reasoning: str, retrieval: str) -> Pictur
         points,
         x_label=_label(f"{_task_words(results, reasoning)}: (accuracy - chance) / (1 - chance)"),
         y_label=_label(f"{_task_words(results, retrieval)}: above chance"),
-        title=f"{retrieval} against {reasoning}",
+        title=f"{named(results, retrieval)} against {named(results, reasoning)}",
         context=_context(results),
         y_limits=_around([point.y for point in points]),
         x_limits=_around([point.x for point in points]),
     )
     caption = (
-        f"{retrieval} against {reasoning}, both as (accuracy - chance) / (1 - chance) with 95% "
+        f"{named(results, retrieval)} against {named(results, reasoning)}, both as (accuracy - chance) / (1 - chance) with 95% "
         "Wilson intervals: 0 is a guesser, 1 makes no error."
     )
     return Picture("retrieval_vs_reasoning.png", caption, pictures.to_png(figure))
@@ -196,10 +213,10 @@ def _against_share(results: dict[str, Any], task: str) -> Picture:
         x_label="share of layers with full softmax attention",
         x_limits=(-0.06, 1.18),
         y_label=_label(f"{_task_words(results, task)}: accuracy"),
-        title=f"{task} against attention share",
+        title=f"{named(results, task)} against attention share",
         chance=results["models"][0]["results"][task].get("chance"),
     )
-    caption = f"Accuracy on {task} (95% intervals) against the share of softmax attention layers."
+    caption = f"Accuracy on {named(results, task)} (95% intervals) against the share of softmax attention layers."
     return Picture(f"{task}_vs_attention_share.png", caption, pictures.to_png(figure))
 
 

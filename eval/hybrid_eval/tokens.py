@@ -64,6 +64,49 @@ def prompt_ids(tokenizer: Encoder, text: str) -> list[int]:
     return ids[:-1] if ends_with_special(tokenizer, ids) else ids
 
 
+def continuation_ids(
+    tokenizer: Encoder, context: str, continuation: str, *, special: bool = True
+) -> tuple[list[int], int]:
+    """Tokenise a context and what follows it as one text.
+
+    What a tokenizer makes of the continuation alone is not what stands there in a text: a
+    normaliser may put a mark before it, a merge may reach across the seam. Spaces at the end of the
+    context belong to the continuation, as in lm-eval; where a token reaches across the seam, it is
+    counted to the continuation.
+
+    Args:
+        tokenizer: the model's.
+        context: what is not scored.
+        continuation: what is.
+        special: let the tokenizer put its special tokens in front; False where the context has them.
+
+    Returns:
+        The ids of the whole, and the index of the first that is scored.
+
+    Raises:
+        ValueError: nothing is left to condition on.
+    """
+
+    def encoded(text: str) -> list[int]:
+        if special:
+            return prompt_ids(tokenizer, text)
+        return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+    stripped = context.rstrip()
+    whole = encoded(context + continuation)
+    before = encoded(stripped)
+    shared = next(
+        (i for i, (a, b) in enumerate(zip(before, whole, strict=False)) if a != b), len(before)
+    )
+    start = min(shared, len(whole) - 1)
+    if start < 1:
+        raise ValueError(
+            f"no token before the answer {continuation[:40]!r} to condition it on; the prompt is "
+            f"{context[-40:]!r}"
+        )
+    return whole, start
+
+
 class Haystack:
     """A long stream of tokens of real text, without the ids that a task has taken for itself.
 

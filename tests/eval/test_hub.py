@@ -135,14 +135,14 @@ def test_forced_mode_asks_for_exactly_the_answer(hub, rule_model):
         firm = f" Firm-{number}"
         return ord(firm[len(begun)]) if len(begun) < len(firm) else None
 
-    arguments = {"task": "fda", "tokenizer": ByteEncoder(), "mode": "forced"}
+    arguments = {"task": "based_fda", "tokenizer": ByteEncoder(), "mode": "forced"}
     assert evaluate_completion(rule_model(exact), **arguments)["accuracy"] == 1.0
     assert evaluate_completion(rule_model(reader), **arguments)["accuracy"] == 0.0
 
 
 def test_more_documents_keep_the_fewer(hub):
-    few = completions("swde", tokenizer=ByteEncoder(), n=4)
-    more = completions("swde", tokenizer=ByteEncoder(), n=9)
+    few = completions("based_swde", tokenizer=ByteEncoder(), n=4)
+    more = completions("based_swde", tokenizer=ByteEncoder(), n=9)
     assert more[:4] == few
     assert len({sample.index for sample in more}) == 9
 
@@ -153,11 +153,11 @@ def test_completions_run_by_name_from_a_file(tiny_llama, tmp_path):
     subject = load(tiny_llama, name="tiny", tokenizer="bytes")
     results = evaluate(
         subject,
-        ["fda"],
+        ["based_fda"],
         settings=Settings(limit=3),
-        options={"fda": {"path": str(path), "mode": "forced"}},
+        options={"based_fda": {"path": str(path), "mode": "forced"}},
     )
-    found = results["models"][0]["results"]["fda"]
+    found = results["models"][0]["results"]["based_fda"]
     assert (found["n"], found["haystack"], found["axis"]) == (3, "papers.jsonl", "retrieval")
     assert found["nll"] > 0
 
@@ -166,10 +166,10 @@ def test_a_document_that_does_not_fit_is_refused(tiny_llama, tmp_path):
     path = tmp_path / "long.jsonl"
     path.write_text(json.dumps({"text": "word " * 100, "value": "word"}))
     with pytest.raises(ValueError, match="max_position_embeddings = 512"):
-        evaluate_completion(tiny_llama, task="fda", tokenizer=ByteEncoder(), path=str(path))
+        evaluate_completion(tiny_llama, task="based_fda", tokenizer=ByteEncoder(), path=str(path))
     path.write_text(json.dumps({"text": "word", "answer": "word"}))
     with pytest.raises(ValueError, match=r"long.jsonl, item 1: no 'value'; found answer, text"):
-        completions("fda", tokenizer=ByteEncoder(), path=str(path))
+        completions("based_fda", tokenizer=ByteEncoder(), path=str(path))
 
 
 @pytest.mark.parametrize(
@@ -177,9 +177,15 @@ def test_a_document_that_does_not_fit_is_refused(tiny_llama, tmp_path):
     [
         ("mmlu_cloze", "MMLU needs the data set cais/mmlu from the hub.*--mmlu-dir FOLDER"),
         ("mmlu_letters", "MMLU needs the data set cais/mmlu from the hub.*--mmlu-dir FOLDER"),
-        ("fda", "fda needs the data set hazyresearch/based-fda .*--set fda.path=FILE"),
-        ("swde", "swde needs the data set hazyresearch/based-swde .*--set swde.path=FILE"),
-        ("squad_completion", "hazyresearch/based-squad .*--set squad_completion.path=FILE"),
+        (
+            "based_fda",
+            "based_fda needs the data set hazyresearch/based-fda .*--set based_fda.path=FILE",
+        ),
+        (
+            "based_swde",
+            "based_swde needs the data set hazyresearch/based-swde .*--set based_swde.path=FILE",
+        ),
+        ("based_squad", "hazyresearch/based-squad .*--set based_squad.path=FILE"),
     ],
 )
 def test_offline_there_is_one_refusal(no_hub, tiny_llama, task, words):

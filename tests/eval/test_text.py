@@ -179,7 +179,7 @@ def test_rulers_definitions(tokenizer):
     tracked = made("vt")
     assert len(tracked.outputs) == 5
     assert tracked.prompt.count("Memorize and track") == 2
-    assert "5 variables are assgined the value" in tracked.answer_prefix
+    assert "5 variables are assigned the value" in tracked.answer_prefix
     common = made("cwe")
     assert common.prompt.count("Below is a numbered list") == 2
     counted = Tally(re.findall(r"\d+\. (\S+)", common.prompt[common.prompt.rindex("Below") :]))
@@ -242,7 +242,7 @@ def test_nothing_is_called_ruler_without_rulers_material(tokenizer, tmp_path):
             one(name, tokenizer)
     with pytest.raises(ValueError, match="did you mean 'niah_grid'"):
         one("niah_gird", tokenizer)
-    for name in ("ruler_vt", "ruler_fwe"):
+    for name in ("ruler_variable_tracking", "ruler_frequent_words"):
         assert one(name, tokenizer).task == name
     squad = tmp_path / "dev.json"
     squad.write_text(

@@ -19,10 +19,11 @@ from .counter import Counter
 from .evaluate import Mode, measure
 from .sample import TextSample
 
+# lm-eval has tasks of its own called fda, swde and squad_completion
 COMPLETIONS = {
-    "fda": "hazyresearch/based-fda",
-    "swde": "hazyresearch/based-swde",
-    "squad_completion": "hazyresearch/based-squad",
+    "based_fda": "hazyresearch/based-fda",
+    "based_swde": "hazyresearch/based-swde",
+    "based_squad": "hazyresearch/based-squad",
 }
 _ROOM = 48
 

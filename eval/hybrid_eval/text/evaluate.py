@@ -16,27 +16,34 @@ from ..scoring import (
     score,
 )
 from ..stats import above_chance, mean_and_error, wilson
-from ..tokens import Encoder, prompt_ids
+from ..tokens import Encoder, continuation_ids, prompt_ids
+from .chat import chat_ids
 from .sample import TextSample, string_match
-from .tasks import DEPTHS, Material, cells, samples
+from .tasks import DEPTHS, Material, cells, generates, samples
 
 Mode = Literal["forced", "generate"]
 
 
 def forced_row(sample: TextSample, tokenizer: Encoder) -> dict[str, np.ndarray]:
     """Return the row that scores a sample's answer in one forward."""
-    prompt = prompt_ids(tokenizer, sample.text)
-    answer = tokenizer(sample.answer, add_special_tokens=False, verbose=False)["input_ids"]
-    ids = np.asarray([*prompt, *answer], dtype=np.int64)
+    found, start = continuation_ids(
+        tokenizer, sample.text, sample.answer, special=sample.chat is None
+    )
+    ids = np.asarray(found, dtype=np.int64)
     labels = ids.copy()
-    labels[: len(prompt)] = IGNORE
+    labels[:start] = IGNORE
     return {"input_ids": ids, "labels": labels}
 
 
 @torch.inference_mode()
 def generate(model, tokenizer: Encoder, sample: TextSample) -> str:
     """Return the greedy continuation of a sample's prompt."""
-    ids = torch.as_tensor([prompt_ids(tokenizer, sample.text)], device=device_of(model))
+    found = (
+        prompt_ids(tokenizer, sample.text)
+        if sample.chat is None
+        else chat_ids(tokenizer, sample.text)
+    )
+    ids = torch.as_tensor([found], device=device_of(model))
     pad = getattr(tokenizer, "pad_token_id", None)
     with evaluating(model), finite_logits(model):
         output = model.generate(
@@ -142,6 +149,7 @@ def measure(
         "truncated": 0,
         "haystack": made[0].haystack,
         "mode": mode,
+        "chat": made[0].chat is not None,
         "items": scores,
         "nlls": nlls,
     }
@@ -160,7 +168,8 @@ def evaluate_text(
     lengths: Sequence[int] = (512, 1024, 2048, 4096),
     depths: Sequence[float] = DEPTHS,
     n: int = 20,
-    mode: Mode = "forced",
+    mode: Mode | None = None,
+    chat: bool = False,
     material: Material | None = None,
     seed: int = 0,
     batch_size: int | None = None,
@@ -177,9 +186,11 @@ def evaluate_text(
         lengths: tokens per sample; prompt, answer prefix and room for generation.
         depths: of the needle, for grids.
         n: samples per cell.
-        mode: "forced" scores the reference answer in one forward: accuracy is whether greedy
-            decoding would give exactly it, nll its negative log-likelihood in nats; "generate"
-            decodes greedily and looks for the answers, as RULER does.
+        mode: "generate" decodes greedily and looks for the answers, as RULER does; "forced" scores
+            the reference answer in one forward: accuracy is whether greedy decoding would give
+            exactly it, its parts in one order and joined by commas, and nll its negative
+            log-likelihood in nats. None is "generate" for RULER's tasks and "forced" for grids.
+        chat: put each prompt into the tokenizer's chat template.
         material: texts and questions of the user.
         seed: of the samples.
         batch_size: rows per forward; None chooses.
@@ -196,6 +207,8 @@ def evaluate_text(
             take.
     """
     check_length(model, max(lengths), allow_longer=allow_longer)
+    if mode is None:
+        mode = "generate" if generates(task) else "forced"
     made = samples(
         task,
         tokenizer=tokenizer,
@@ -204,6 +217,7 @@ def evaluate_text(
         n=n,
         seed=seed,
         material=material,
+        chat=chat,
         **options,
     )
     measured = measure(

@@ -1,15 +1,17 @@
 """What prompts are made of: words for keys, and filler. Each part says where it came from."""
 
+import json
 import re
 import string
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
+from pathlib import Path
 from uuid import UUID
 
 import numpy as np
 
-from ..corpus import Corpus, load_corpus, stdlib_documents
+from ..corpus import Corpus, load_corpus, read_text, stdlib_documents
 from ..hub import load_hub
 
 # filler of RULER's "repeat" haystack and of its variable tracking
@@ -124,6 +126,32 @@ def wonder_words() -> Words:
         "wonderwords",
         official=True,
     )
+
+
+def with_single(words: Words, path: str) -> Words:
+    """Return word lists with other words to count: one a line, or the values of a JSON object.
+
+    Raises:
+        ValueError: no such file, or no words in it.
+    """
+    file = Path(path).expanduser()
+    if not file.is_file():
+        raise ValueError(f"words: no file {path}")
+    text = read_text(file)
+    if file.suffix == ".json":
+        try:
+            found = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path}: not JSON ({error})") from error
+        listed = list(found.values()) if isinstance(found, dict) else found
+    else:
+        listed = text.split("\n")
+    if not isinstance(listed, list):
+        raise ValueError(f"{path}: expected words in a list or an object")
+    single = tuple(dict.fromkeys(str(word).strip() for word in listed if str(word).strip()))
+    if len(single) < 100:
+        raise ValueError(f"{path}: {len(single)} different words, at least 100 are needed")
+    return replace(words, single=single, source=f"{len(single)} words of {file.name}")
 
 
 @dataclass(frozen=True, eq=False)

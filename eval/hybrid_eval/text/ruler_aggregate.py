@@ -11,6 +11,7 @@ from ..seeding import generator
 from .counter import Counter
 from .fill import alike, cumulate, fill
 from .material import NOISE, Filler, Words, distinct, letters
+from .ruler_niah import line_context
 from .sample import TextSample
 
 _VT_ROOM, _CWE_ROOM, _FWE_ROOM = 30, 120, 50
@@ -21,11 +22,13 @@ _VT_PROMPT = (
     "{context}\n"
     "Question: Find all variables that are assigned the value {query} in the text above."
 )
-# "assgined" is RULER's own spelling: the prompt is part of the definition
+# the space at its end is RULER's
 _VT_PREFIX = (
     "Answer: According to the chain(s) of variable assignment in the text above, {count} variables "
-    "are assgined the value {query}, they are:"
+    "are assigned the value {query}, they are: "
 )
+# noise sentences of the solved example: what RULER's 500 tokens hold, and what a short length allows
+_VT_EXAMPLE, _VT_SHORT_EXAMPLE = 14, 2
 _CWE_PROMPT = (
     "Below is a numbered list of words. In these words, some appear more often than others. "
     "Memorize the ones that appear most often.\n{context}\n"
@@ -52,18 +55,21 @@ def _chain(rng: np.random.Generator, length: int, taken=()) -> tuple[list[str], 
     return names, lines, value
 
 
-def _hide(lines: list[str], spots: list[float], noises: int) -> str:
-    """Put the lines, in order, between noise sentences."""
-    sentences = [NOISE + "\n"] * noises
-    for offset, (line, spot) in enumerate(zip(lines, spots, strict=True)):
-        sentences.insert(int(spot * noises) + offset, line)
-    return " ".join(sentences).replace(". \n", ".\n")
+def _short_context(lines: list[str], noises: int) -> str:
+    """Put the lines among fewer noise sentences than there are lines, evenly."""
+    text = [NOISE] * noises
+    for number, line in enumerate(lines):
+        text.insert(number + number * noises // len(lines), line)
+    return "\n".join(text)
 
 
 def vt(
     *, length: int, index: int, seed: int, counter: Counter, filler: Filler, words: Words
 ) -> TextSample:
     """Variable tracking: one chain of four hops in noise, with a one-shot example before it.
+
+    Each statement and each noise sentence stands on a line of its own. RULER starts at 4096 tokens;
+    below 1024 the example is shortened to two noise sentences.
 
     Raises:
         ValueError: a length that cannot hold the example and the chain.
@@ -75,29 +81,26 @@ def vt(
     example_spots = sorted(rng.random(len(lines)).tolist())
     spots = sorted(rng.random(len(lines)).tolist())
     count = _HOPS + 1
-    # two noise sentences in the example: RULER's takes up to 500 tokens, which at a length of 512
-    # would leave no room for the question
-    example_noises = 5 if length >= 2048 else 2
+    if length >= 1024:
+        hidden = line_context([NOISE] * _VT_EXAMPLE, shown_lines, example_spots)
+    else:
+        hidden = _short_context(shown_lines, _VT_SHORT_EXAMPLE)
     example = (
-        _VT_PROMPT.format(
-            context=_hide(shown_lines, example_spots, example_noises), query=shown_value
-        )
-        + " "
-        + _VT_PREFIX.format(count=count, query=shown_value)
-        + "  "
-        + " ".join(shown)
-        + "\n\n\n\n"
+        f"{_VT_PROMPT.format(context=hidden, query=shown_value)} "
+        f"{_VT_PREFIX.format(count=count, query=shown_value)} {' '.join(shown)}\n\n"
     )
     prefix = _VT_PREFIX.format(count=count, query=value)
 
     def build(noises: int) -> str:
-        return example + _VT_PROMPT.format(context=_hide(lines, spots, noises), query=value)
+        hidden = line_context([NOISE] * noises, lines, spots)
+        return example + _VT_PROMPT.format(context=hidden, query=value)
 
     filled = fill(
         lambda noises: counter.text(f"{build(noises)} {prefix}"),
-        alike(counter.piece(f" {NOISE}\n"), length // 8 + 1),
+        alike(counter.piece(f"\n{NOISE}"), length // 8 + 1),
         length - _VT_ROOM,
-        minimum=0,
+        # no two statements without a noise sentence between them
+        minimum=count,
         what=f"vt at length {length}",
     )
     prompt = build(filled.units)
@@ -138,7 +141,7 @@ def cwe(
     rng = generator("cwe", seed, length, index)
     often, rarely = (30, 3) if length >= 4096 else (6, 1)
     shown_often, shown_rarely, shown_size = (10, 3, 40) if length >= 4096 else (3, 1, 20)
-    most = min(len(words.single), length // (3 * rarely) + 11)
+    most = length // (3 * rarely) + 11
     order = [words.single[i] for i in rng.permutation(len(words.single))[: most + shown_size]]
     shown, chosen = order[:shown_size], order[shown_size:]
     shown_list = shown[:10] * shown_often + shown[10:] * shown_rarely
@@ -168,6 +171,12 @@ def cwe(
         minimum=1,
         what=f"cwe at length {length}",
     )
+    if filled.units == len(chosen) - 10 < most - 10:
+        raise ValueError(
+            f"cwe at length {length}: {len(words.single):,} words ({words.source}) do not fill it, "
+            f"only {filled.tokens:,} tokens; give a longer list as a text file, one word a line (the "
+            "option words), or ask for a smaller length"
+        )
     return TextSample(
         task="cwe",
         index=index,
@@ -196,7 +205,7 @@ def fwe(
         ValueError: a length at which the third and the fourth word would be equally frequent.
     """
     rng = generator("fwe", seed, length, index)
-    size = max(length // 50, 6)
+    size = max((length - _FWE_ROOM) // 50, 6)
     vocabulary = distinct(rng, partial(letters, length=6, alphabet=string.ascii_lowercase), size)
     vocabulary[0] = "..."
     share = np.arange(1, size + 1, dtype=np.float64) ** -2.0 / (math.pi**2 / 6)

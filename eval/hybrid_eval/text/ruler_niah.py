@@ -73,7 +73,7 @@ def _essay_context(
     return " ".join([*pieces, *sentences[last:]])
 
 
-def _line_context(lines: Sequence[str], needles: Sequence[str], spots: Sequence[float]) -> str:
+def line_context(lines: Sequence[str], needles: Sequence[str], spots: Sequence[float]) -> str:
     """Put each needle before another line; ``spots`` in [0, 1) choose the lines."""
     text = list(lines)
     lowest = -1
@@ -169,7 +169,7 @@ def ruler_niah(
     def build(units: int) -> str:
         if kind.haystack == "essay":
             return start + _essay_context(filler, units, needles, depths) + end
-        return start + _line_context(lines[:units], needles, spots) + end
+        return start + line_context(lines[:units], needles, spots) + end
 
     filled = fill(
         lambda units: counter.text(f"{build(units)} {prefix}"),

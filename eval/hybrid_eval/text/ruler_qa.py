@@ -27,11 +27,19 @@ _INSTRUCTION = (
 
 @dataclass(frozen=True)
 class Question:
-    """A question, the answers that count, and the documents that hold them."""
+    """A question about a library.
+
+    Attributes:
+        text: the question.
+        answers: those that count.
+        gold: the documents that hold the answer.
+        related: other documents of the same article, the first to distract.
+    """
 
     text: str
     answers: tuple[str, ...]
     gold: tuple[int, ...]
+    related: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -71,15 +79,22 @@ def read_squad(path: str) -> Library:
     """
     data = _read_json(path)
     with _format(path, "SQuAD"):
-        paragraphs = [p for article in data["data"] for p in article["paragraphs"]]
-        documents = sorted({p["context"] for p in paragraphs})
+        articles = [article["paragraphs"] for article in data["data"]]
+        documents = sorted({p["context"] for article in articles for p in article})
         place = {text: i for i, text in enumerate(documents)}
-        questions = [
-            Question(q["question"], tuple(a["text"] for a in q["answers"]), (place[p["context"]],))
-            for p in paragraphs
-            for q in p["qas"]
-            if not q.get("is_impossible", False)
-        ]
+        questions = []
+        for article in articles:
+            whole = dict.fromkeys(place[p["context"]] for p in article)
+            for paragraph in article:
+                gold = place[paragraph["context"]]
+                related = tuple(i for i in whole if i != gold)
+                questions += [
+                    Question(
+                        q["question"], tuple(a["text"] for a in q["answers"]), (gold,), related
+                    )
+                    for q in paragraph["qas"]
+                    if not q.get("is_impossible", False)
+                ]
         if not questions:
             raise ValueError("no question with an answer")
     return Library(tuple(documents), tuple(questions), f"SQuAD ({Path(path).name})", True)
@@ -157,6 +172,8 @@ def qa(
 ) -> TextSample:
     """Ask one question of the library, its gold documents hidden among as many others as fit.
 
+    Others of the same article come first, as they distract most; the rest are any.
+
     Raises:
         ValueError: a length that cannot hold the gold documents.
     """
@@ -164,8 +181,11 @@ def qa(
     question = library.questions[int(rng.integers(len(library.questions)))]
     gold = set(question.gold)
     most = min(len(library.documents) - len(gold), length // 16 + 1)
-    drawn = rng.permutation(len(library.documents))[: most + len(gold)].tolist()
-    others = [i for i in drawn if i not in gold][:most]
+    near = rng.permutation(len(question.related)).tolist()
+    nearest = [question.related[i] for i in near]
+    taken = {*gold, *nearest}
+    drawn = rng.permutation(len(library.documents))[: most + len(taken)].tolist()
+    others = [*nearest, *(i for i in drawn if i not in taken)][:most]
     rank = dict(zip([*question.gold, *others], rng.random(most + len(gold)), strict=True))
 
     def build(units: int) -> tuple[str, list[int]]:

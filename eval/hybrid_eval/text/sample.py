@@ -1,9 +1,11 @@
 """One sample of a task in words, and how its answer is scored."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+_CONTROL = re.compile(r"[\x00-\x1f]")
 Match = Literal["all", "any"]
 
 
@@ -17,6 +19,8 @@ class TextSample:
         length: tokens the sample may take: prompt, answer prefix and generation.
         prompt: what the model reads, without ``answer_prefix``.
         answer_prefix: how the answer begins; the model continues it.
+        chat: prompt and prefix in the model's chat template, special tokens included; None reads
+            the plain text.
         outputs: the right answers.
         match: "all" scores the share of outputs found in the answer, "any" whether one is.
         max_new_tokens: room kept for generation.
@@ -45,18 +49,22 @@ class TextSample:
     depth: float | None = None
     needle_positions: tuple[int, ...] = ()
     stop: str | None = None
+    chat: str | None = None
     details: dict[str, Any] = field(default_factory=dict)
 
     @property
     def text(self) -> str:
         """Prompt and answer prefix: what the model continues."""
+        if self.chat is not None:
+            return self.chat
         return f"{self.prompt} {self.answer_prefix}" if self.answer_prefix else self.prompt
 
     @property
     def answer(self) -> str:
         """The reference continuation for teacher forcing."""
         wanted = self.outputs if self.match == "all" else self.outputs[:1]
-        return " " + ", ".join(wanted)
+        space = "" if self.text[-1:].isspace() else " "
+        return space + ", ".join(wanted)
 
     def as_dict(self) -> dict[str, Any]:
         """Return the sample as a flat record, as a data set row."""
@@ -64,6 +72,13 @@ class TextSample:
 
 
 def string_match(sample_outputs: Sequence[str], answer: str, match: Match) -> float:
-    """Score an answer as RULER does, ignoring case: share of the outputs in it, or any of them."""
-    found = [output.lower() in answer.lower() for output in sample_outputs]
+    """Score an answer as RULER does, ignoring case.
+
+    Args:
+        sample_outputs: the right answers.
+        answer: what the model wrote; control characters count as line breaks.
+        match: "all" gives the share of outputs found in the answer, "any" whether one is.
+    """
+    text = _CONTROL.sub("\n", answer.strip()).strip().lower()
+    found = [output.lower() in text for output in sample_outputs]
     return float(any(found)) if match == "any" else sum(found) / len(found)

@@ -1,8 +1,10 @@
 """The tasks in words by name, and the names that they may carry.
 
 ``ruler_X`` is RULER's task X, with RULER's own words, essays and questions; it refuses to run
-without them. ``long_X`` is the same generator on material that is at hand: the standard library's
-words and text, generated documents. A result therefore cannot be mistaken for RULER.
+without them. Three of them carry long names, since lm-eval has taken the short ones:
+ruler_variable_tracking, ruler_common_words, ruler_frequent_words. ``long_X`` is the same generator
+on material that is at hand: the standard library's words and text, generated documents. A result
+therefore cannot be mistaken for RULER.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,9 +14,19 @@ from typing import Any
 
 from ..corpus import Corpus
 from ..errors import nearest
+from .chat import in_chat, template_tokens
 from .counter import Counter
 from .grid import kv_recall, niah_grid
-from .material import Filler, Words, essays, filler_from, python_filler, python_words, wonder_words
+from .material import (
+    Filler,
+    Words,
+    essays,
+    filler_from,
+    python_filler,
+    python_words,
+    with_single,
+    wonder_words,
+)
 from .ruler_aggregate import cwe, fwe, vt
 from .ruler_niah import NIAH, ruler_niah
 from .ruler_qa import Library, generated_library, qa, read_hotpot, read_squad
@@ -23,7 +35,10 @@ from .sample import TextSample
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 RULER = (*NIAH, "vt", "cwe", "fwe", "qa_1", "qa_2")
 GRIDS = ("niah_grid", "kv_recall")
-NAMES = (*GRIDS, *(f"ruler_{name}" for name in RULER), *(f"long_{name}" for name in RULER))
+# lm-eval has tasks of its own called ruler_vt, ruler_cwe and ruler_fwe
+_LONG_NAMES = {"vt": "variable_tracking", "cwe": "common_words", "fwe": "frequent_words"}
+_RULER_NAMES = {f"ruler_{_LONG_NAMES.get(name, name)}": name for name in RULER}
+NAMES = (*GRIDS, *_RULER_NAMES, *(f"long_{name}" for name in RULER))
 
 _ESSAY_TASKS = frozenset(name for name, kind in NIAH.items() if kind.haystack == "essay")
 _WORD_TASKS = frozenset({"cwe", *(name for name, kind in NIAH.items() if kind.key == "words")})
@@ -38,12 +53,14 @@ class Material:
         essays: Paul Graham's essays as a file, for ruler_ tasks.
         squad: path of SQuAD's dev-v2.0.json.
         hotpot: path of HotpotQA's hotpot_dev_distractor_v1.json.
+        words: path of words to count, one a line or RULER's english_words.json, for cwe.
     """
 
     corpus: Corpus | None = None
     essays: Corpus | None = None
     squad: str | None = None
     hotpot: str | None = None
+    words: str | None = None
 
 
 def _filler(material: Material, official: bool) -> Filler:
@@ -71,7 +88,13 @@ def _library(name: str, material: Material, official: bool) -> Library:
 
 
 def _bare(name: str) -> str:
-    return name.removeprefix("ruler_").removeprefix("long_")
+    """Return RULER's own name of a task."""
+    return _RULER_NAMES.get(name, name.removeprefix("long_"))
+
+
+def generates(name: str) -> bool:
+    """Whether a task is defined by what the model writes: RULER's are, our grids are not."""
+    return name not in GRIDS
 
 
 def needs_essays(name: str) -> bool:
@@ -89,6 +112,8 @@ def maker(name: str, material: Material, counter: Counter) -> Callable[..., Text
         raise ValueError(f"unknown task {name!r}{nearest(name, NAMES)}")
     bare, official = _bare(name), name.startswith("ruler_")
     words: Words = wonder_words() if official and bare in _WORD_TASKS else python_words()
+    if bare == "cwe" and material.words is not None:
+        words = with_single(words, material.words)
     if name in GRIDS:
         filler = _filler(material, official=False)
         grid = {"niah_grid": niah_grid, "kv_recall": kv_recall}[name]
@@ -127,6 +152,7 @@ def samples(
     n: int,
     seed: int = 0,
     material: Material | None = None,
+    chat: bool = False,
     **options: Any,
 ) -> list[TextSample]:
     """Make ``n`` samples for every cell of a task, cell by cell.
@@ -139,18 +165,24 @@ def samples(
         n: samples per cell.
         seed: of the run.
         material: texts and questions of the user.
+        chat: put each prompt into the tokenizer's chat template; its tokens count as well.
         options: of the task (``pairs`` of kv_recall).
 
     Raises:
         ValueError: an unknown task, missing material, or a length that is too short.
     """
 
+    taken = template_tokens(tokenizer) if chat else 0
+
+    def one(make: Callable[..., TextSample], index: int, cell: dict[str, Any]) -> TextSample:
+        fitting = {**cell, "length": cell["length"] - taken}
+        sample = make(index=index, seed=seed, **fitting, **options)
+        return in_chat(sample, tokenizer, cell["length"]) if chat else sample
+
     def made(counter: Counter) -> list[TextSample]:
         make = maker(name, material or Material(), counter)
         return [
-            make(index=index, seed=seed, **cell, **options)
-            for cell in cells(name, lengths, depths)
-            for index in range(n)
+            one(make, index, cell) for cell in cells(name, lengths, depths) for index in range(n)
         ]
 
     counter = Counter(tokenizer)
