@@ -107,8 +107,8 @@ def _contrast(results: dict[str, Any], across: str, up: str, file: str) -> Pictu
         context=_context(results),
     )
     caption = (
-        f"Accuracy on {named(results, up)} against {metric} on {named(results, across)}, one point per model; bars are 95% "
-        "intervals, marker area and colour the cache of one sequence."
+        f"Accuracy on {named(results, up)} against {metric} on {named(results, across)}, one point "
+        "per model; bars are 95% intervals, marker area and colour the cache of one sequence."
     )
     return Picture(file, caption, pictures.to_png(figure))
 
@@ -127,7 +127,10 @@ def _against_cache(results: dict[str, Any], task: str) -> Picture:
         chance=results["models"][0]["results"][task].get("chance"),
         log_x=True,
     )
-    caption = f"Accuracy on {named(results, task)} (95% intervals) against the measured cache at {context} tokens."
+    caption = (
+        f"Accuracy on {named(results, task)} (95% intervals) against the measured cache at {context} "
+        "tokens."
+    )
     return Picture("retrieval_vs_cache.png", caption, pictures.to_png(figure))
 
 
@@ -137,7 +140,8 @@ def _heat_map(results: dict[str, Any], task: str) -> Picture:
     figure = pictures.heat_maps(
         grids, title=f"{named(results, task)}: accuracy by depth and length"
     )
-    caption = f"{named(results, task)}: accuracy for every depth and length, {n} samples per cell; depth 0 is the start."
+    caption = f"{named(results, task)}: accuracy for every depth and length, {n} samples per cell; depth 0 "
+        "is the start."
     return Picture(f"{task}_heatmap.png", caption, pictures.to_png(figure))
 
 
@@ -197,8 +201,8 @@ def _two_axes(results: dict[str, Any], reasoning: str, retrieval: str) -> Pictur
         x_limits=_around([point.x for point in points]),
     )
     caption = (
-        f"{named(results, retrieval)} against {named(results, reasoning)}, both as (accuracy - chance) / (1 - chance) with 95% "
-        "Wilson intervals: 0 is a guesser, 1 makes no error."
+        f"{named(results, retrieval)} against {named(results, reasoning)}, both as (accuracy - chance) / "
+        "(1 - chance) with 95% Wilson intervals: 0 is a guesser, 1 makes no error."
     )
     return Picture("retrieval_vs_reasoning.png", caption, pictures.to_png(figure))
 
@@ -216,7 +220,10 @@ def _against_share(results: dict[str, Any], task: str) -> Picture:
         title=f"{named(results, task)} against attention share",
         chance=results["models"][0]["results"][task].get("chance"),
     )
-    caption = f"Accuracy on {named(results, task)} (95% intervals) against the share of softmax attention layers."
+    caption = (
+        f"Accuracy on {named(results, task)} (95% intervals) against the share of softmax attention "
+        "layers."
+    )
     return Picture(f"{task}_vs_attention_share.png", caption, pictures.to_png(figure))
 
 
