@@ -173,7 +173,8 @@ def _notes(ran: dict[str, Any]) -> list[str]:
     if any(result.get("mode") == "generate" and "cells" in result for result in ran.values()):
         notes.append(
             "RULER's tasks, ruler_... and long_...: the model writes as many tokens as RULER lets it, "
-            "and scores the share of the right answers that its words contain (qa: whether one is there)."
+            "and scores the share of the right answers that its words contain (qa: whether one is "
+            "there)."
         )
     if any(result.get("mode") == "forced" for result in ran.values()):
         notes.append(

@@ -140,8 +140,10 @@ def _heat_map(results: dict[str, Any], task: str) -> Picture:
     figure = pictures.heat_maps(
         grids, title=f"{named(results, task)}: accuracy by depth and length"
     )
-    caption = f"{named(results, task)}: accuracy for every depth and length, {n} samples per cell; depth 0 "
-        "is the start."
+    caption = (
+        f"{named(results, task)}: accuracy for every depth and length, {n} samples per cell; "
+        "depth 0 is the start."
+    )
     return Picture(f"{task}_heatmap.png", caption, pictures.to_png(figure))
 
 
@@ -201,8 +203,8 @@ def _two_axes(results: dict[str, Any], reasoning: str, retrieval: str) -> Pictur
         x_limits=_around([point.x for point in points]),
     )
     caption = (
-        f"{named(results, retrieval)} against {named(results, reasoning)}, both as (accuracy - chance) / "
-        "(1 - chance) with 95% Wilson intervals: 0 is a guesser, 1 makes no error."
+        f"{named(results, retrieval)} against {named(results, reasoning)}, both as (accuracy - "
+        "chance) / (1 - chance) with 95% Wilson intervals: 0 is a guesser, 1 makes no error."
     )
     return Picture("retrieval_vs_reasoning.png", caption, pictures.to_png(figure))
 
