@@ -2,7 +2,7 @@
 
 Only shapes, dtypes and devices are looked at here, never values, so that the checks cost nothing
 on a GPU and trace under ``torch.compile``. The values of ``cu_seqlens`` are checked where they are
-read (``packing.document_lengths``).
+read (``packing.documents``).
 """
 
 from __future__ import annotations

@@ -18,6 +18,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from hybrid_kernels.packing import Documents
+
 
 @dataclass(frozen=True)
 class ChunkSpan:
@@ -172,6 +174,26 @@ class ChunkPlan:
         if self.order is None:
             return states
         return torch.empty_like(states).index_copy_(0, self.order, states)
+
+
+def chunk_plan(
+    x: Tensor, chunk: int, span: Callable[[int], int], packed: Documents | None
+) -> ChunkPlan:
+    """Return the plan for an input (B, T, ...); of packed documents, one for all calls alike.
+
+    Args:
+        x: any input of the op.
+        chunk: C.
+        span: as ``ChunkPlan`` takes it; compared by value.
+        packed: the documents, or None for a plain batch.
+    """
+    batch, time = x.shape[:2]
+    if packed is None:
+        return ChunkPlan(batch, time, chunk, span, None, x.device)
+    return packed.plan(
+        (chunk, span, x.device),
+        lambda: ChunkPlan(batch, time, chunk, span, packed.lengths, x.device),
+    )
 
 
 def load(

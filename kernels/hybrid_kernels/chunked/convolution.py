@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from hybrid_kernels.chunked.decode import causal_conv1d_step, is_single_step
-from hybrid_kernels.packing import document_lengths
+from hybrid_kernels.packing import documents
 from hybrid_kernels.transforms import first_derivatives_only, without_autocast
 from hybrid_kernels.validation import state_dtype
 
@@ -55,9 +55,7 @@ def _packed(
 ) -> tuple[Tensor, Tensor]:
     """Lay every document behind its own state in one longer row, and convolve that."""
     history, rows, channels = weight.shape[1] - 1, cu_seqlens.shape[0] - 1, x.shape[2]
-    tokens, before, after = torch.ops.hybrid_kernels.conv1d_places(
-        cu_seqlens, x.shape[1], history, x.device
-    )
+    tokens, before, after = _known_places(cu_seqlens, x.shape[1], history, x.device)
     row = x.new_zeros(1, x.shape[1] + rows * history, channels).index_copy(1, tokens, x)
     if initial_state is not None:
         past = initial_state.to(x.dtype).transpose(1, 2).reshape(1, -1, channels)
@@ -68,12 +66,34 @@ def _packed(
     return y.index_select(1, tokens), final.transpose(1, 2).contiguous()
 
 
+def _known_places(
+    cu_seqlens: Tensor, time: int, history: int, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the places, made once for all layers.
+
+    Not where they are made by an op: a compiler may write over what an op returns.
+    """
+    arguments = (cu_seqlens, time, history, device)
+    traced = torch.compiler.is_compiling() or type(cu_seqlens) is not Tensor
+    if traced or cu_seqlens.is_meta:
+        return torch.ops.hybrid_kernels.conv1d_places(*arguments)
+    return documents(cu_seqlens, time).plan(
+        ("conv1d", history, device), lambda: _find_places(*arguments)
+    )
+
+
 @torch.library.custom_op("hybrid_kernels::conv1d_places", mutates_args=())
 def _places(
     cu_seqlens: Tensor, time: int, history: int, device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor]:
+    return _find_places(cu_seqlens, time, history, device)
+
+
+def _find_places(
+    cu_seqlens: Tensor, time: int, history: int, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
     """Return where in the longer row the tokens, the initial and the final states lie."""
-    lengths = torch.tensor(document_lengths(cu_seqlens, time), device=device)
+    lengths = torch.tensor(documents(cu_seqlens, time).lengths, device=device)
     shift = history * torch.arange(1, lengths.shape[0] + 1, device=device)
     tokens = torch.arange(time, device=device) + shift.repeat_interleave(lengths)
     ends = lengths.cumsum(0) + shift

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from hybrid_kernels.chunked.additive import InputChunks
-from hybrid_kernels.chunked.chunk_plan import ChunkPlan
+from hybrid_kernels.chunked.chunk_plan import ChunkPlan, chunk_plan
 from hybrid_kernels.chunked.gates import RESCALE_LIMIT, RESCALE_LIMIT_PER_TOKEN
-from hybrid_kernels.packing import document_lengths
+from hybrid_kernels.packing import documents
 from hybrid_kernels.validation import state_dtype
 
 SMALLEST_CHUNK = 16
@@ -32,6 +32,24 @@ SCHEMA = (
     "Tensor? bonus, Tensor? write_scale, Tensor? initial_state, Tensor? cu_seqlens, float scale, "
     "int chunk_size, bool exactly, bool keep"
 )
+
+
+class SpanSize(NamedTuple):
+    """The rule for how many tokens of each sequence a segment holds.
+
+    Attributes:
+        heads: that share the segment's memory.
+        rows: tokens x heads of a segment.
+        unit: tokens; a segment holds a multiple.
+    """
+
+    heads: int
+    rows: int
+    unit: int
+
+    def __call__(self, sequences: int) -> int:
+        """Return the number of tokens for so many sequences."""
+        return self.unit * max(1, self.rows // (max(1, sequences) * self.heads * self.unit))
 
 
 class Inputs(NamedTuple):
@@ -70,16 +88,16 @@ class Inputs(NamedTuple):
         """What is computed in, and the state is."""
         return state_dtype(self.q, self.k, self.v)
 
-    def span(self, sequences: int) -> int:
-        """Return how many tokens of each sequence a segment holds; known before the chunk size is."""
+    @property
+    def span(self) -> SpanSize:
+        """How many tokens of each sequence a segment holds; known before the chunk size is."""
         heads, rows = self.heads, SEGMENT_ROWS
         if self.beta is None and self.keep:
             rows = SEGMENT_ROWS_TRAINING
         elif self.beta is None:
             # Forward, half of the matrices are of queries and keys, which heads may share.
             heads = (heads + max(self.q.shape[2], self.k.shape[2])) // 2
-        unit = max(64, self.chunk_size)
-        return unit * max(1, rows // (max(1, sequences) * heads * unit))
+        return SpanSize(heads, rows, max(64, self.chunk_size))
 
     def first_chunk(self, longest: int) -> int:
         """Return the chunk size to try first, for sequences of at most ``longest`` tokens."""
@@ -166,12 +184,12 @@ class Inputs(NamedTuple):
     def _choose(self, decays: list[Tensor]) -> tuple[ChunkPlan, bool]:
         """Halve the chunk until rescaling is safe; if it never is, or is not wanted: exactly."""
         time, packed = self.q.shape[1], self.cu_seqlens
-        lengths = None if packed is None else document_lengths(packed, time)
-        longest = time if lengths is None else max(lengths)
+        found = None if packed is None else documents(packed, time)
+        longest = time if found is None else max(found.lengths)
         chunk = self.first_chunk(longest)
 
         def plan_of(chunk: int) -> ChunkPlan:
-            return ChunkPlan(self.q.shape[0], time, chunk, self.span, lengths, self.q.device)
+            return chunk_plan(self.q, chunk, self.span, found)
 
         first = plan = plan_of(chunk)
         while decays and not _bounded([plan.chunks(g) for g in decays], longest):

@@ -10,13 +10,15 @@ sequences of a segment.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-from hybrid_kernels.chunked.chunk_plan import ChunkPlan, ChunkSpan, StateCarry, accumulate
+from hybrid_kernels.chunked.chunk_plan import ChunkSpan, StateCarry, accumulate, chunk_plan
 from hybrid_kernels.chunked.decode import is_single_step, selective_scan_step
 from hybrid_kernels.chunked.memory import Scratch
-from hybrid_kernels.packing import document_lengths
+from hybrid_kernels.packing import documents
 from hybrid_kernels.transforms import first_derivatives_only, without_autocast
 from hybrid_kernels.validation import state_dtype
 
@@ -127,11 +129,9 @@ class _Scan:
 
     def __init__(self, u, delta, A, B, C, cu_seqlens):
         self.dtype = state_dtype(u, delta, A, B, C)
-        lengths = None if cu_seqlens is None else document_lengths(cu_seqlens, u.shape[1])
+        packed = None if cu_seqlens is None else documents(cu_seqlens, u.shape[1])
         # With chunks of one token a plan's steps are the steps of time.
-        self.plan = ChunkPlan(
-            u.shape[0], u.shape[1], 1, lambda n: _segment_steps(n, A), lengths, u.device
-        )
+        self.plan = chunk_plan(u, 1, SegmentSteps(A.numel()), packed)
         self.u, self.delta, self.B, self.C = (self.plan.chunks(x) for x in (u, delta, B, C))
         self.A = A.to(self.dtype).T.contiguous()
         self.scratch = Scratch(self.dtype, u.device)
@@ -214,15 +214,25 @@ class _Part:
         torch.mul(decays[0], pieces[0], out=dstate[: widths[0]])
 
 
-def _segment_steps(sequences: int, A: Tensor) -> int:
-    return max(SEGMENT_STEPS, SEGMENT_ELEMENTS // (sequences * A.numel()))
+class SegmentSteps(NamedTuple):
+    """The rule for how many steps a segment holds.
+
+    Attributes:
+        state: elements of the state of one sequence.
+    """
+
+    state: int
+
+    def __call__(self, sequences: int) -> int:
+        """Return the number of steps for so many sequences."""
+        return max(SEGMENT_STEPS, SEGMENT_ELEMENTS // (sequences * self.state))
 
 
 @_forward.register_fake
 def _(u, delta, A, B, C, D, initial_state, cu_seqlens):
     if cu_seqlens is None:
         rows = u.shape[0]
-        count = rows * -(-u.shape[1] // _segment_steps(rows, A))
+        count = rows * -(-u.shape[1] // SegmentSteps(A.numel())(rows))
     else:
         rows = cu_seqlens.shape[0] - 1
         count = torch.library.get_ctx().new_dynamic_size()

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hybrid_kernels.packing import document_lengths
+from hybrid_kernels.packing import documents
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def chunks(x: Tensor, cu_seqlens: Tensor | None, size: int) -> Chunks:
 
 def _check(cu_seqlens: Tensor, time: int) -> None:
     if cu_seqlens.device.type == "cpu":
-        document_lengths(cu_seqlens, time)
+        documents(cu_seqlens, time)
         return
     good = (cu_seqlens[0] == 0) & (cu_seqlens[-1] == time) & (cu_seqlens.diff() >= 0).all()
     words = f"cu_seqlens must rise from 0 to T = {time} and never fall"
