@@ -131,6 +131,12 @@ def _parser(every: argparse.ArgumentParser) -> argparse.ArgumentParser:
     writing.add_argument("--as", dest="family", help=words)
     writing.add_argument("--max-shard-size", default="5GB", help="of one file, e.g. 500MB")
 
+    same = command("parity", _parity, "compare greedy tokens and log-probabilities with a server's")
+    same.add_argument("model", metavar="MODEL", help="folder of a hybrid, or of an export")
+    same.add_argument("--server", required=True, help="mlx, or the URL of an OpenAI-like server")
+    same.add_argument("--python", help="interpreter that has the server; default: this one")
+    same.add_argument("--tokens", type=int, default=32, help="to decode after each prompt")
+
     student = command(
         "distill", _distill, "teach a model with another layout what the original does"
     )
@@ -369,6 +375,16 @@ def _export(arguments: argparse.Namespace) -> int:
         family = export(arguments.source, arguments.out, arguments.family, max_shard_size=size)
     print(f"{arguments.out}: {family}")
     return 0
+
+
+def _parity(arguments: argparse.Namespace) -> int:
+    from hybrid.serve.parity import parity
+
+    found = parity(
+        arguments.model, arguments.server, python=arguments.python, tokens=arguments.tokens
+    )
+    print(found)
+    return 0 if found.identical else 1
 
 
 @contextmanager

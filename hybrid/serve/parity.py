@@ -1,0 +1,163 @@
+"""Parity with a server: the same greedy tokens, and log-probabilities to a tolerance.
+
+Both sides decode the same prompts in float32. While the tokens agree their log-probabilities are
+compared; after the first difference nothing is.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from hybrid.checkpoint_paths import check_source
+from hybrid.config.hybrid_config import HybridConfig
+from hybrid.convert import export, from_published
+from hybrid.convert.checkpoint import read_json
+from hybrid.modeling.model import HybridForCausalLM
+from hybrid.serve.servers import Server, get_server
+
+LENGTHS = (3, 9, 17, 40, 75, 130)
+TOKENS = 32
+
+
+class Decoded(NamedTuple):
+    """What one side decoded after a prompt: token ids and their log-probabilities."""
+
+    tokens: list[int]
+    logprobs: list[float]
+
+
+@dataclass(frozen=True)
+class Parity:
+    """The verdict on one model in one server.
+
+    Attributes:
+        family: the published architecture that was served.
+        server: its name and version.
+        tolerance: of log-probabilities.
+        differences: one line for each prompt whose tokens or log-probabilities differ.
+        largest: the largest difference of log-probabilities where the tokens agree.
+    """
+
+    family: str
+    server: str
+    tolerance: float
+    differences: tuple[str, ...]
+    largest: float
+
+    @property
+    def identical(self) -> bool:
+        """Whether all tokens are equal, and all log-probabilities to the tolerance."""
+        return not self.differences
+
+    def __str__(self) -> str:
+        """The verdict, a line for each prompt that differs."""
+        head = (
+            f"{self.family} in {self.server}: {'identical' if self.identical else 'differs'}"
+            f" (largest difference of log-probabilities {self.largest:.1e},"
+            f" tolerance {self.tolerance:.0e})"
+        )
+        return "\n".join([head, *(f"  {line}" for line in self.differences)])
+
+
+def parity(
+    model: str | Path,
+    server: str,
+    *,
+    python: str | None = None,
+    tokens: int = TOKENS,
+    lengths: Sequence[int] = LENGTHS,
+    seed: int = 0,
+) -> Parity:
+    """Decode the same prompts here and in a server, and compare.
+
+    Args:
+        model: the folder of a hybrid, which is exported for the server, or of an export. For a URL
+            it has to be what that server serves.
+        server: `mlx`, or the URL of an OpenAI-compatible server.
+        python: the interpreter of the environment that has the server; default: this one.
+        tokens: how many to decode.
+        lengths: of the prompts, random token ids.
+        seed: of the prompts.
+
+    Raises:
+        ValueError: a model that cannot be exported, or a server that cannot be run; with its message.
+    """
+    chosen = get_server(server, python)
+    with tempfile.TemporaryDirectory() as scratch:
+        ours, folder, family = _both_sides(Path(model), Path(scratch), chosen)
+        prompts = random_prompts(ours.config.vocab_size, lengths, seed)
+        expected = [greedy(ours, prompt, tokens) for prompt in prompts]
+        version, answers = chosen.decode(folder, prompts, tokens)
+    found = [Decoded(answer["tokens"], answer["logprobs"]) for answer in answers]
+    lines, largest = compare(prompts, expected, found, chosen.tolerance)
+    return Parity(family, version, chosen.tolerance, tuple(lines), largest)
+
+
+def _both_sides(
+    model: Path, scratch: Path, server: Server
+) -> tuple[HybridForCausalLM, Path, str]:
+    """Our model, the folder that the server reads, and the family."""
+    config = read_json(Path(check_source(str(model))) / "config.json")
+    if config.get("model_type") != HybridConfig.model_type:
+        ours = from_published(model, dtype=torch.float32)
+        return ours, model, str(ours.config.imported_from)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    if not server.reads_exports:
+        return loaded.eval(), model, "hybrid"
+    return loaded.eval(), scratch / "export", export(model, scratch / "export")
+
+
+def random_prompts(vocab_size: int, lengths: Sequence[int], seed: int) -> list[list[int]]:
+    """Prompts of random token ids, which need no tokenizer."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(vocab_size, (n,), generator=generator).tolist() for n in lengths]
+
+
+@torch.inference_mode()
+def greedy(model: HybridForCausalLM, prompt: list[int], count: int) -> Decoded:
+    """Greedy tokens of our model, past end-of-sequence tokens, and their log-probabilities."""
+    given, past, tokens, scores = torch.tensor([prompt]), None, [], []
+    for _ in range(count):
+        out: Any = model(given, past_key_values=past, use_cache=True)
+        logprobs = out.logits[0, -1].float().log_softmax(-1)
+        token = int(logprobs.argmax())
+        tokens.append(token)
+        scores.append(float(logprobs[token]))
+        given, past = torch.tensor([[token]]), out.past_key_values
+    return Decoded(tokens, scores)
+
+
+def compare(
+    prompts: Sequence[Sequence[int]],
+    expected: Sequence[Decoded],
+    found: Sequence[Decoded],
+    tolerance: float,
+) -> tuple[list[str], float]:
+    """One line for each prompt that differs, and the largest difference where tokens agree."""
+    lines, largest = [], 0.0
+    for prompt, ours, theirs in zip(prompts, expected, found, strict=True):
+        pairs = list(zip(ours.tokens, theirs.tokens, strict=False))
+        agree = next((i for i, (a, b) in enumerate(pairs) if a != b), len(pairs))
+        gaps = [
+            abs(a - b)
+            for a, b in zip(ours.logprobs[:agree], theirs.logprobs[:agree], strict=False)
+        ]
+        # not max, which passes NaN over
+        worst = next((gap for gap in gaps if gap != gap), max(gaps, default=0.0))
+        largest = worst if worst != worst else max(largest, worst)
+        where = f"prompt of {len(prompt)} tokens: "
+        if agree < len(pairs):
+            a, b = pairs[agree]
+            lines.append(f"{where}token {agree + 1} is {a} here and {b} there ({worst:.1e} before)")
+        elif len(ours.tokens) != len(theirs.tokens):
+            lines.append(f"{where}{len(theirs.tokens)} tokens there, {len(ours.tokens)} here")
+        elif not worst <= tolerance:
+            lines.append(f"{where}log-probabilities differ by {worst:.1e}")
+    return lines, largest

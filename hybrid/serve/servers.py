@@ -1,0 +1,131 @@
+"""Servers that `hybrid parity` compares with: each decodes prompts of token ids greedily."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Any, ClassVar
+
+from hybrid.config.options import did_you_mean
+
+Prompts = list[list[int]]
+Answer = tuple[str, list[dict[str, Any]]]
+
+
+class Server(ABC):
+    """A server that decodes.
+
+    Attributes:
+        name: on the command line.
+        tolerance: of log-probabilities between two right implementations.
+        reads_exports: whether a hybrid is exported for it.
+    """
+
+    name: ClassVar[str]
+    tolerance: ClassVar[float] = 1e-4
+    reads_exports: ClassVar[bool] = True
+
+    @abstractmethod
+    def decode(self, folder: Path, prompts: Prompts, tokens: int) -> Answer:
+        """The server's name and version; for each prompt `tokens` and `logprobs`.
+
+        Raises:
+            ValueError: it cannot be run, or does not take the model; with what it said last.
+        """
+
+
+class MLX(Server):
+    """mlx-lm, in a process of its own."""
+
+    name = "mlx"
+
+    def __init__(self, python: str | None) -> None:
+        self.python = python or sys.executable
+
+    def decode(self, folder: Path, prompts: Prompts, tokens: int) -> Answer:
+        """Run `mlx_worker.py` with the interpreter that has mlx-lm."""
+        request = {"folder": str(folder), "prompts": prompts, "tokens": tokens}
+        worker = Path(__file__).with_name("mlx_worker.py")
+        try:
+            done = subprocess.run(
+                [self.python, str(worker)],
+                input=json.dumps(request),
+                capture_output=True,
+                text=True,
+            )
+        except OSError as error:
+            raise ValueError(f"python: {self.python} cannot be run: {error.strerror}") from error
+        if done.returncode:
+            last = (done.stderr.strip().splitlines() or ["nothing"])[-1]
+            if "No module named 'mlx" in last:
+                raise ValueError(
+                    f"{self.python} does not have mlx-lm; pip install mlx-lm (with 'mlx[cpu]' on"
+                    " Linux), or name the interpreter that has it with --python"
+                )
+            raise ValueError(f"mlx-lm does not run this model: {last}")
+        answer = json.loads(done.stdout)
+        return f"mlx-lm {answer['version']}", answer["answers"]
+
+
+class OpenAI(Server):
+    """Any server with OpenAI's `/v1/completions` that takes prompts of token ids, such as vLLM's."""
+
+    name = "URL"
+    reads_exports = False
+
+    def __init__(self, url: str) -> None:
+        base = url.rstrip("/")
+        self.base = base if base.endswith("/v1") else f"{base}/v1"
+
+    def decode(self, folder: Path, prompts: Prompts, tokens: int) -> Answer:
+        """One request for each prompt, of the first model that the server lists."""
+        models = self._call("/models")
+        try:
+            model = models["data"][0]["id"]
+            answers = [self._one(model, prompt, tokens) for prompt in prompts]
+        except (KeyError, IndexError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"{self.base}: expected token ids in an answer of OpenAI's form, found {error!r}"
+            ) from error
+        return f"{self.base} ({model})", answers
+
+    def _one(self, model: str, prompt: list[int], tokens: int) -> dict[str, Any]:
+        body = {
+            "model": model, "prompt": prompt, "max_tokens": tokens, "temperature": 0, "logprobs": 1,
+            "ignore_eos": True, "return_tokens_as_token_ids": True,
+        }  # fmt: skip
+        found = self._call("/completions", body)["choices"][0]["logprobs"]
+        ids = [int(token.removeprefix("token_id:")) for token in found["tokens"]]
+        return {"tokens": ids, "logprobs": [float(value) for value in found["token_logprobs"]]}
+
+    def _call(self, path: str, body: dict[str, Any] | None = None) -> Any:
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(
+            self.base + path, data, {"Content-Type": "application/json"}
+        )
+        try:
+            with urllib.request.urlopen(request, timeout=600) as answer:
+                return json.loads(answer.read())
+        except urllib.error.HTTPError as error:
+            said = error.read().decode(errors="replace")[:300]
+            raise ValueError(f"{self.base}{path}: {error.code}: {said}") from error
+        except (urllib.error.URLError, json.JSONDecodeError, OSError) as error:
+            raise ValueError(f"{self.base}{path}: no answer: {error}") from error
+
+
+def get_server(name: str, python: str | None = None) -> Server:
+    """The server of a name or a URL.
+
+    Raises:
+        ValueError: neither.
+    """
+    if name.startswith(("http://", "https://")):
+        return OpenAI(name)
+    if name == MLX.name:
+        return MLX(python)
+    raise ValueError(f"server: {name!r} is not known, {did_you_mean(name, [MLX.name, 'URL'])}")
