@@ -17,7 +17,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from rich.console import Console
 from rich.progress import Progress
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
@@ -38,6 +38,7 @@ from hybrid.convert.checkpoint import (
 )
 from hybrid.convert.configs import read_published, to_ours, to_theirs
 from hybrid.convert.family import FAMILIES, Family, NotExpressible, get_family
+from hybrid.convert.published import alias_words, wrap
 from hybrid.convert.quantized import plain
 from hybrid.convert.relayout import Relayout
 from hybrid.convert.stack import blocks, fill, on_meta
@@ -48,6 +49,7 @@ from hybrid.convert.steps import (
     Step,
     Without,
     as_filed,
+    as_published,
     check_copies,
     check_modules,
     check_ours,
@@ -195,7 +197,7 @@ def export(
     with _ours(source) as (model, weights, folder):
         chosen = get_family(family) if family is not None else _only_fit(model)
         config, again = to_theirs(chosen, model)
-        planned = steps(chosen, model, again)
+        planned = as_published(chosen, steps(chosen, model, again))
         specs = their_specs(planned, weights)
         with new_folder(out) as made:
             write_weights(
@@ -210,10 +212,20 @@ def export(
                 source.generation_config.save_pretrained(made)
             config.dtype = _main_dtype(weights.specs)
             config.architectures = [chosen.architecture]
-            values = json.loads(config.to_json_string(use_diff=False))
-            values |= {"torch_dtype": values["dtype"]} | chosen.older(values)
-            write_json(made / "config.json", values)
+            write_json(made / "config.json", published_config(chosen, config))
     return chosen.name
+
+
+def published_config(family: Family, config: PreTrainedConfig) -> dict[str, Any]:
+    """Their config as an export has it: in the words of transformers, and in the published ones."""
+    values = json.loads(config.to_json_string(use_diff=False))
+    values["torch_dtype"] = values["dtype"]
+    for line in family.limits(values):
+        logger.warning("%s: %s", family.name, line)
+    values |= family.older(values)
+    values |= family.published(values)
+    values |= alias_words(values, config.attribute_map)
+    return dict(wrap(values, family.wrap_as)) if family.wrap_as else values
 
 
 def fitting(model: HybridForCausalLM) -> tuple[list[str], dict[str, NotExpressible]]:

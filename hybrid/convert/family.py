@@ -8,6 +8,7 @@ family has no place for needs no rule: an export is read back and compared (see 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -23,6 +24,7 @@ from transformers.models.auto.configuration_auto import (
 from hybrid.config.options import did_you_mean
 from hybrid.convert.mtp import MTPMap
 from hybrid.convert.older import rope_words
+from hybrid.convert.published import nothing
 from hybrid.convert.weights import Rule
 
 Flat = Mapping[str, Any]
@@ -220,6 +222,13 @@ class Family:
             shared block and the Mamba-2 that it feeds). In names of tensors `{depth}` is the number
             of such a layer among them, and `{block}` their index of the one whose weights it has.
         mtp: where its multi-token prediction modules are; None for a family without.
+        published: a config of theirs as it is written -> the published keys that are written beside,
+            for servers (see `published`).
+        wrap_as: model type under which an export is written, the text model as its `text_config`.
+        filed: (pattern, replacement) of `re.sub`: names of tensors that were published otherwise than
+            transformers writes them. `spellings` reads both.
+        stacked: whether experts were published as one tensor of all.
+        limits: a config of theirs as it is written -> what servers ignore or cannot do, a line each.
         older: a config of theirs as it is written -> the words of transformers 4 that are written
             beside, for servers (see `older`).
         defaults: their config's defaults, for a family that transformers has no config class for.
@@ -241,9 +250,20 @@ class Family:
     literal: bool = False
     joins_next: str = ""
     mtp: MTPMap | None = None
+    published: Callable[[Flat], Flat] = nothing
+    wrap_as: str = ""
+    filed: tuple[tuple[str, str], ...] = ()
+    stacked: bool = False
+    limits: Callable[[Flat], list[str]] = lambda values: []
     older: Callable[[Flat], Flat] = rope_words
     defaults: Mapping[str, Any] = field(default_factory=dict)
     notes: str = ""
+
+    def file_name(self, name: str) -> str:
+        """The name under which a tensor of transformers' class was published."""
+        for pattern, replacement in self.filed:
+            name = re.sub(pattern, replacement, name)
+        return name
 
     def letter(self, mixer: str, options: Any) -> str:
         """The letter of a mixer. Raises Inexpressible where the family has no such mixer."""

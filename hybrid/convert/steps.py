@@ -191,6 +191,16 @@ def as_filed(planned: Sequence[Step], source: Source) -> list[Step]:
     ]
 
 
+def as_published(family: Family, planned: Sequence[Step]) -> list[Step]:
+    """The steps by the names under which tensors were published, experts stacked where they were."""
+    found = []
+    for step in planned:
+        if family.stacked and step.whole:
+            step = step._replace(theirs=(step.whole,), operations=())
+        found.append(step._replace(theirs=tuple(map(family.file_name, step.theirs))))
+    return found
+
+
 class Site(NamedTuple):
     """One layer of ours, or none, and where it is in theirs.
 

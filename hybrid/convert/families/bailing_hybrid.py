@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from hybrid.convert import published
 from hybrid.convert.families.common import (
     DENSE_WEIGHTS,
     FFN,
@@ -85,6 +86,7 @@ BAILING_HYBRID = register_family(
     Family(
         name="bailing_hybrid",
         architecture="BailingHybridForCausalLM",
+        published=published.bailing_hybrid,
         letters={"K": "kimi_delta_attention", "A": "multi_head_latent_attention"},
         config=(
             *(found for found in SIZES if found.keys != ("tie_word_embeddings",)),

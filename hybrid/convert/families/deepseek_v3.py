@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from hybrid.convert import published
 from hybrid.convert.families.common import (
     DENSE_WEIGHTS,
     FFN,
@@ -127,6 +128,7 @@ DEEPSEEK_V3 = register_family(
     Family(
         name="deepseek_v3",
         architecture="DeepseekV3ForCausalLM",
+        published=published.deepseek_v3,
         aliases={"kimi_k2": lambda config: config},
         letters={"A": "multi_head_latent_attention"},
         config=(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from hybrid.convert import published
 from hybrid.convert.families.common import (
     ATTENTION_WEIGHTS,
     DENSE_WEIGHTS,
@@ -82,6 +83,7 @@ GEMMA3 = register_family(
     Family(
         name="gemma3_text",
         architecture="Gemma3ForCausalLM",
+        published=published.sliding_pattern,
         letters=LETTERS,
         config=(
             *GEMMA,

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+from hybrid.convert import published
 from hybrid.convert.families.common import (
     ATTENTION_WEIGHTS,
     FFN,
@@ -72,6 +73,7 @@ GRANITE = register_family(
     Family(
         name="granitemoehybrid",
         architecture="GraniteMoeHybridForCausalLM",
+        published=published.granite,
         letters={"M": "mamba2", "S": "softmax_attention"},
         config=(
             *SIZES,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from hybrid.convert import published
 from hybrid.convert.families.common import (
     ATTENTION_WEIGHTS,
     FFN,
@@ -47,6 +48,7 @@ JAMBA = register_family(
     Family(
         name="jamba",
         architecture="JambaForCausalLM",
+        published=published.jamba,
         letters={"m": "mamba", "S": "softmax_attention"},
         config=(
             *SIZES,

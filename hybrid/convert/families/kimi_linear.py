@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from hybrid.convert import published
 from hybrid.convert.families.common import (
     FFN,
     LAYER,
@@ -27,6 +28,9 @@ KIMI_LINEAR = register_family(
     Family(
         name="kimi_linear",
         architecture="KimiLinearForCausalLM",
+        published=published.kimi_linear,
+        # what was published has the dense layers' feed-forwards elsewhere than transformers writes them
+        filed=((r"\.block_sparse_moe\.((?:gate|up|down)_proj\.)", r".mlp.\1"),),
         letters={"K": "kimi_delta_attention", "A": "multi_head_latent_attention"},
         config=(
             *(found for found in SIZES if found.keys != ("tie_word_embeddings",)),

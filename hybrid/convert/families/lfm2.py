@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from hybrid.convert import published
 from hybrid.convert.families.common import (
     FFN,
     LAYER,
@@ -77,6 +78,7 @@ LFM2 = register_family(
     Family(
         name="lfm2",
         architecture="Lfm2ForCausalLM",
+        published=published.lfm2,
         letters={"C": "gated_short_convolution", "S": "softmax_attention"},
         config=(
             *SHARED,
@@ -95,6 +97,7 @@ LFM2_MOE = register_family(
     Family(
         name="lfm2_moe",
         architecture="Lfm2MoeForCausalLM",
+        published=published.lfm2,
         letters={"C": "gated_short_convolution", "S": "softmax_attention"},
         config=(
             *SHARED,

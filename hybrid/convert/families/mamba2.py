@@ -1,5 +1,6 @@
 """Mamba-2: layout M, no feed-forwards, no positions."""
 
+from hybrid.convert import published
 from hybrid.convert.families.common import LAYER, SIZES, mamba2_options, mamba2_weights
 from hybrid.convert.family import (
     Family,
@@ -17,6 +18,7 @@ MAMBA2 = register_family(
     Family(
         name="mamba2",
         architecture="Mamba2ForCausalLM",
+        published=published.mamba2,
         letters={"M": "mamba2"},
         config=(
             *(found for found in SIZES if found.keys != ("max_position_embeddings",)),

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 
+from hybrid.convert import published
 from hybrid.convert.families.common import (
     ATTENTION_WEIGHTS,
     FFN,
@@ -95,6 +96,7 @@ MINIMAX = register_family(
     Family(
         name="minimax",
         architecture="MiniMaxForCausalLM",
+        published=published.minimax,
         letters={"L": "lightning_attention", "S": "softmax_attention"},
         aliases={"minimax_text_01": _own_words, "minimax_m1": _own_words},
         config=(

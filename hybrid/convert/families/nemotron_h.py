@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from hybrid.convert import published
 from hybrid.convert.families.common import (
     FFN,
     MIXER,
@@ -76,6 +77,7 @@ NEMOTRON_H = register_family(
     Family(
         name="nemotron_h",
         architecture="NemotronHForCausalLM",
+        published=published.nemotron_h,
         letters={"M": "mamba2", "S": "softmax_attention"},
         config=(
             *SIZES,

@@ -39,6 +39,10 @@ OLMO_HYBRID = register_family(
     Family(
         name="olmo_hybrid",
         architecture="OlmoHybridForCausalLM",
+        filed=(
+            (r"\.attention_layer_norm\.", ".input_layernorm."),
+            (r"\.feedforward_layer_norm\.", ".post_attention_layernorm."),
+        ),
         letters={"D": "gated_delta_net", "S": "softmax_attention"},
         config=(
             *SIZES,

@@ -1,5 +1,6 @@
 """Qwen3.5, dense and MoE: Qwen3-Next with the linear projections less fused, text part only."""
 
+from hybrid.convert import published
 from hybrid.convert.families.common import (
     DENSE_WEIGHTS,
     MIXER,
@@ -52,6 +53,8 @@ QWEN3_5 = register_family(
     Family(
         name="qwen3_5_text",
         architecture="Qwen3_5ForCausalLM",
+        published=published.interval,
+        wrap_as="qwen3_5",
         letters=LETTERS,
         config=(*QWEN_HYBRID, DENSE_WIDTH),
         mixers=LAYERS,
@@ -69,6 +72,9 @@ QWEN3_5_MOE = register_family(
     Family(
         name="qwen3_5_moe_text",
         architecture="Qwen3_5MoeForCausalLM",
+        published=published.interval,
+        wrap_as="qwen3_5_moe",
+        stacked=True,
         letters=LETTERS,
         config=(*QWEN_HYBRID, *QWEN_EXPERTS),
         mixers=LAYERS,

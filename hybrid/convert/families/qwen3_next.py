@@ -1,5 +1,6 @@
 """Qwen3-Next: DDDS, an output gate on softmax, partial rotary, zero-centred norms, shared experts."""
 
+from hybrid.convert import published
 from hybrid.convert.families.common import (
     DELTA_NET,
     DENSE_WEIGHTS,
@@ -59,6 +60,7 @@ QWEN3_NEXT = register_family(
     Family(
         name="qwen3_next",
         architecture="Qwen3NextForCausalLM",
+        published=published.interval,
         letters={"D": "gated_delta_net", "S": "softmax_attention"},
         config=(
             *QWEN_HYBRID,
