@@ -18,6 +18,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from rich.console import Console
 from rich.progress import Progress
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
@@ -213,6 +214,8 @@ def export(
             config.dtype = _main_dtype(weights.specs)
             config.architectures = [chosen.architecture]
             write_json(made / "config.json", published_config(chosen, config))
+            for line in _limits(model, made):
+                logger.warning("%s: %s", chosen.name, line)
     return chosen.name
 
 
@@ -226,6 +229,21 @@ def published_config(family: Family, config: PreTrainedConfig) -> dict[str, Any]
     values |= family.published(values)
     values |= alias_words(values, config.attribute_map)
     return dict(wrap(values, family.wrap_as)) if family.wrap_as else values
+
+
+def _limits(model: HybridForCausalLM, out: Path) -> list[str]:
+    """What servers cannot do with an export of any family."""
+    lines = []
+    if model.config.num_mtp_layers:
+        lines.append(
+            "num_mtp_layers: the modules for multi-token prediction are written; mlx-lm leaves them"
+            " out, and llama.cpp's converter may refuse them (import with --no-mtp leaves them out)"
+        )
+    if (out / "tokenizer.json").is_file():
+        vocabulary = (read_json(out / "tokenizer.json").get("model") or {}).get("vocab") or {}
+        if vocabulary.keys() == set(bytes_to_unicode().values()):
+            lines.append("tokenizer: bytes; llama.cpp does not know it, and needs a published one")
+    return lines
 
 
 def fitting(model: HybridForCausalLM) -> tuple[list[str], dict[str, NotExpressible]]:

@@ -24,7 +24,7 @@ from transformers.models.auto.configuration_auto import (
 from hybrid.config.options import did_you_mean
 from hybrid.convert.mtp import MTPMap
 from hybrid.convert.older import rope_words
-from hybrid.convert.published import nothing
+from hybrid.convert.published import no_limits, nothing
 from hybrid.convert.weights import Rule
 
 Flat = Mapping[str, Any]
@@ -227,7 +227,8 @@ class Family:
         wrap_as: model type under which an export is written, the text model as its `text_config`.
         filed: (pattern, replacement) of `re.sub`: names of tensors that were published otherwise than
             transformers writes them. `spellings` reads both.
-        stacked: whether experts were published as one tensor of all.
+        filed_whole: parts of the names of tensors that were published under the `whole` name of their
+            rule (experts stacked into one).
         limits: a config of theirs as it is written -> what servers ignore or cannot do, a line each.
         older: a config of theirs as it is written -> the words of transformers 4 that are written
             beside, for servers (see `older`).
@@ -253,8 +254,8 @@ class Family:
     published: Callable[[Flat], Flat] = nothing
     wrap_as: str = ""
     filed: tuple[tuple[str, str], ...] = ()
-    stacked: bool = False
-    limits: Callable[[Flat], list[str]] = lambda values: []
+    filed_whole: tuple[str, ...] = ()
+    limits: Callable[[Flat], list[str]] = no_limits
     older: Callable[[Flat], Flat] = rope_words
     defaults: Mapping[str, Any] = field(default_factory=dict)
     notes: str = ""

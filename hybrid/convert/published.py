@@ -7,10 +7,13 @@ writes it and returns the keys to add. What they say is the same, so reading the
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 Words = Mapping[str, Any]
+
+# a time step so small that it writes nothing; not 0, for their classes take its logarithm
+NO_CLAMP = 1e-20
 
 FULL, LINEAR = "full_attention", "linear_attention"
 LEGACY_TYPES = {LINEAR: "mamba", FULL: "attention"}
@@ -35,9 +38,10 @@ def period(values: Words) -> int | None:
 
 
 def interval(values: Words) -> Words:
-    """Qwen3-Next and Qwen3.5: `full_attention_interval`."""
+    """Qwen3-Next and Qwen3.5: `full_attention_interval`, and what their class always has."""
     size = period(values)
-    return {} if size is None else {"full_attention_interval": size}
+    found = {} if size is None else {"full_attention_interval": size}
+    return {**found, "attn_output_gate": True, "mamba_ssm_dtype": "float32"}
 
 
 def wrap(values: Words, model_type: str) -> Words:
@@ -59,6 +63,7 @@ def nemotron_h(values: Words) -> Words:
         "hybrid_override_pattern": "".join(PATTERN[kind] for kind in values["layers_block_type"]),
         "num_hidden_layers": len(values["layers_block_type"]),
         "rms_norm_eps": values["layer_norm_epsilon"],
+        "attention_head_dim": values["head_dim"],
     }
     if values.get("num_nextn_predict_layers"):
         types = values["mtp_layers_block_type"]
@@ -94,6 +99,7 @@ def lfm2(values: Words) -> Words:
     words["full_attn_idxs"] = [i for i, kind in enumerate(values["layer_types"]) if kind == FULL]
     if values["model_type"] == "lfm2":
         words |= {"block_ff_dim": values["intermediate_size"], "block_use_swiglu": True}
+    words["num_heads"] = values["num_attention_heads"]
     return words | {"block_norm_eps": values["norm_eps"], "use_pos_enc": True}
 
 
@@ -110,11 +116,11 @@ def kimi_linear(values: Words) -> Words:
         },
         "mla_use_nope": True,
         "rope_theta": 10000.0,  # servers want one, and without positions do not use it
-        "rope_scaling": None,
         "first_k_dense_replace": dense_first(values),
         "moe_layer_freq": 1,
         "moe_router_activation_func": "sigmoid",
         "use_grouped_topk": True,
+        "num_nextn_predict_layers": 0,
     }
 
 
@@ -129,6 +135,8 @@ def bailing_hybrid(values: Words) -> Words:
     rope = values.get("rope_parameters") or {}
     return {
         "architectures": ["BailingMoeV3ForCausalLM"],
+        # their class reads it from here, and then writes another size
+        "head_dim": values["linear_head_dim"],
         "no_kda_lora": True,
         "gated_attention_proj_granularity_type": "head_wise",
         "score_function": "sigmoid",
@@ -166,6 +174,103 @@ def minimax(values: Words) -> Words:
         "shared_moe_mode": "sigmoid",
         "rotary_dim": values.get("rotary_dim") or values["head_dim"],
     }
+
+
+def gpt_oss(values: Words) -> Words:
+    """The number of experts of a token by its other name."""
+    return {"experts_per_token": values["num_experts_per_tok"]}
+
+
+def falcon_h1(values: Words) -> Words:
+    """Both halves of each layer, which transformers' class always has."""
+    return {"attn_layer_indices": None, "mamba_use_mlp": True}
+
+
+# What servers ignore or cannot do: a config as it is written -> a line for each
+
+
+def irregular(values: Words) -> list[str]:
+    """Layouts that a period cannot say (Qwen3-Next, Qwen3.5, Gemma 3)."""
+    if period(values) is not None:
+        return []
+    return [
+        "layer_types: a softmax layer does not end every group of equal size; transformers and vLLM"
+        " read the list, SGLang, llama.cpp and mlx-lm read a period and would run another layout"
+    ]
+
+
+def clamped(values: Words) -> list[str]:
+    """Time steps that are clamped."""
+    low, high = values.get("time_step_limit") or (0.0, None)
+    # transformers writes an infinity as an object, for JSON has none
+    unbounded = not isinstance(high, (int, float)) or high == float("inf")
+    if low <= 0 and unbounded:
+        return []
+    return [
+        f"time_step_limit: time steps are clamped to [{low}, {'inf' if unbounded else high}]; vLLM,"
+        " mlx-lm and llama.cpp do not clamp them"
+    ]
+
+
+def clamped_below(values: Words) -> list[str]:
+    """Time steps that are clamped from below by what others only initialise with (Nemotron-H)."""
+    if values["time_step_min"] <= NO_CLAMP:
+        return []
+    return [
+        f"time_step_min: time steps are at least {values['time_step_min']}, as in transformers' class;"
+        " vLLM, mlx-lm and llama.cpp do not clamp them"
+    ]
+
+
+def untied(values: Words) -> list[str]:
+    """LFM2 with a head of its own."""
+    if values["tie_word_embeddings"]:
+        return []
+    return ["tie_word_embeddings: False; vLLM, mlx-lm and llama.cpp tie the head all the same"]
+
+
+def windowed(*servers: str) -> Callable[[Words], list[str]]:
+    """Sliding windows that some servers ignore."""
+
+    def lines(values: Words) -> list[str]:
+        window = values.get("sliding_window")
+        if not window or window >= (values.get("max_position_embeddings") or float("inf")):
+            return []
+        return [f"sliding_window: {window}; {' and '.join(servers)} attend to all tokens"]
+
+    return lines
+
+
+def renormalized(values: Words) -> list[str]:
+    """Jamba's experts."""
+    if values["expert_layer_offset"] >= values["num_hidden_layers"]:
+        return []
+    return ["num_experts_per_tok: mlx-lm renormalises the weights of the chosen experts"]
+
+
+def scattered_experts(values: Words) -> list[str]:
+    """Dense feed-forwards after the first layer with experts (Kimi Linear, Ling 3)."""
+    if "dense" not in values["mlp_layer_types"][dense_first(values) :]:
+        return []
+    return [
+        "mlp_layer_types: dense feed-forwards after the first experts; servers read"
+        " first_k_dense_replace, and would want experts there"
+    ]
+
+
+def other_minimax(values: Words) -> list[str]:
+    """mlx-lm's `minimax`."""
+    return ["mlx-lm's minimax is MiniMax-M2, which is another architecture"]
+
+
+def all_of(*limits: Callable[[Words], list[str]]) -> Callable[[Words], list[str]]:
+    """The lines of several."""
+    return lambda values: [line for limit in limits for line in limit(values)]
+
+
+def no_limits(values: Words) -> list[str]:
+    """For a family that every server runs as it is."""
+    return []
 
 
 def nothing(values: Words) -> Words:

@@ -192,10 +192,10 @@ def as_filed(planned: Sequence[Step], source: Source) -> list[Step]:
 
 
 def as_published(family: Family, planned: Sequence[Step]) -> list[Step]:
-    """The steps by the names under which tensors were published, experts stacked where they were."""
+    """The steps by the names under which tensors were published."""
     found = []
     for step in planned:
-        if family.stacked and step.whole:
+        if any(part in step.whole for part in family.filed_whole):
             step = step._replace(theirs=(step.whole,), operations=())
         found.append(step._replace(theirs=tuple(map(family.file_name, step.theirs))))
     return found

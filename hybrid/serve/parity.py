@@ -100,9 +100,7 @@ def parity(
     return Parity(family, version, chosen.tolerance, tuple(lines), largest)
 
 
-def _both_sides(
-    model: Path, scratch: Path, server: Server
-) -> tuple[HybridForCausalLM, Path, str]:
+def _both_sides(model: Path, scratch: Path, server: Server) -> tuple[HybridForCausalLM, Path, str]:
     """Our model, the folder that the server reads, and the family."""
     config = read_json(Path(check_source(str(model))) / "config.json")
     if config.get("model_type") != HybridConfig.model_type:
@@ -146,8 +144,7 @@ def compare(
         pairs = list(zip(ours.tokens, theirs.tokens, strict=False))
         agree = next((i for i, (a, b) in enumerate(pairs) if a != b), len(pairs))
         gaps = [
-            abs(a - b)
-            for a, b in zip(ours.logprobs[:agree], theirs.logprobs[:agree], strict=False)
+            abs(a - b) for a, b in zip(ours.logprobs[:agree], theirs.logprobs[:agree], strict=False)
         ]
         # not max, which passes NaN over
         worst = next((gap for gap in gaps if gap != gap), max(gaps, default=0.0))

@@ -86,7 +86,9 @@ BAILING_HYBRID = register_family(
     Family(
         name="bailing_hybrid",
         architecture="BailingHybridForCausalLM",
+        limits=published.scattered_experts,
         published=published.bailing_hybrid,
+        filed_whole=(".attention.o_proj.",),
         letters={"K": "kimi_delta_attention", "A": "multi_head_latent_attention"},
         config=(
             *(found for found in SIZES if found.keys != ("tie_word_embeddings",)),
@@ -121,10 +123,15 @@ BAILING_HYBRID = register_family(
                 THEIRS,
                 MIXER,
                 {
-                    "q_proj": "q_proj", "k_proj": "k_proj", "v_proj": "v_proj", "dense": "o_proj",
+                    "q_proj": "q_proj", "k_proj": "k_proj", "v_proj": "v_proj",
                     "b_proj": "beta_proj", "f_proj": "decay_proj", "o_norm": "norm",
                 },
                 mixer="K",
+            ),
+            # published as `o_proj`; transformers writes `dense` as in the softmax layers
+            rule(
+                f"{THEIRS}dense.weight", f"{MIXER}o_proj.weight", mixer="K",
+                whole=f"{THEIRS}o_proj.weight",
             ),
             three_convolutions(THEIRS, "K"),
             *(rule(f"{THEIRS}{n}", f"{MIXER}{n}", mixer="K") for n in ("A_log", "dt_bias")),

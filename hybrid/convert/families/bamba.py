@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+from hybrid.convert import published
 from hybrid.convert.families.common import (
     ATTENTION_WEIGHTS,
     FFN,
@@ -49,6 +50,7 @@ BAMBA = register_family(
     Family(
         name="bamba",
         architecture="BambaForCausalLM",
+        limits=published.clamped,
         letters={"M": "mamba2", "S": "softmax_attention"},
         config=(
             *SIZES,

@@ -18,6 +18,7 @@ from hybrid.convert.family import (
     rope,
 )
 from hybrid.convert.mtp import MTPMap
+from hybrid.convert.published import NO_CLAMP
 from hybrid.convert.weights import Fuse, Reorder, Rule, Split, Squeeze, Stack, renames, rule
 
 # their activation -> ours
@@ -219,10 +220,6 @@ def mamba2_expand(expand: str, read: Callable[[Any], Flat] = lambda config: {}) 
         return {expand: inner // flat["hidden_size"]}
 
     return both(expand, read=read, write=write)
-
-
-# a time step so small that it writes nothing; not 0, for their classes take its logarithm
-NO_CLAMP = 1e-20
 
 
 def mamba2_clamp() -> tuple[ConfigRule, ...]:

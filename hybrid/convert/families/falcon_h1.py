@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from hybrid.convert import published
 from hybrid.convert.families.common import (
     FFN,
     LAYER,
@@ -101,6 +102,8 @@ FALCON_H1 = register_family(
     Family(
         name="falcon_h1",
         architecture="FalconH1ForCausalLM",
+        published=published.falcon_h1,
+        limits=published.clamped,
         letters={"M": "mamba2", "S": "softmax_attention"},
         config=(
             *SIZES,

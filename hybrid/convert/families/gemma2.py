@@ -1,5 +1,6 @@
 """Gemma 2: sliding and full layers by turns, caps on the logits of attention and of the head."""
 
+from hybrid.convert import published
 from hybrid.convert.families.gemma3_text import GEMMA, GEMMA_WEIGHTS, LETTERS, TYPES
 from hybrid.convert.family import Family, by_type, everywhere, key, register_family, rope
 
@@ -7,6 +8,7 @@ GEMMA2 = register_family(
     Family(
         name="gemma2",
         architecture="Gemma2ForCausalLM",
+        limits=published.windowed("mlx-lm"),
         letters=LETTERS,
         config=(
             *GEMMA,

@@ -83,6 +83,7 @@ GEMMA3 = register_family(
     Family(
         name="gemma3_text",
         architecture="Gemma3ForCausalLM",
+        limits=published.irregular,
         published=published.sliding_pattern,
         letters=LETTERS,
         config=(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from hybrid.convert import published
 from hybrid.convert.families.common import (
     ATTENTION_WEIGHTS,
     FFN,
@@ -31,6 +32,7 @@ GPT_OSS = register_family(
     Family(
         name="gpt_oss",
         architecture="GptOssForCausalLM",
+        published=published.gpt_oss,
         letters={"W": "sliding_window_attention", "S": "softmax_attention"},
         config=(
             *SIZES,

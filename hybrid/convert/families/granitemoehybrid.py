@@ -73,6 +73,7 @@ GRANITE = register_family(
     Family(
         name="granitemoehybrid",
         architecture="GraniteMoeHybridForCausalLM",
+        limits=published.clamped,
         published=published.granite,
         letters={"M": "mamba2", "S": "softmax_attention"},
         config=(

@@ -48,6 +48,7 @@ JAMBA = register_family(
     Family(
         name="jamba",
         architecture="JambaForCausalLM",
+        limits=published.renormalized,
         published=published.jamba,
         letters={"m": "mamba", "S": "softmax_attention"},
         config=(

@@ -28,6 +28,7 @@ KIMI_LINEAR = register_family(
     Family(
         name="kimi_linear",
         architecture="KimiLinearForCausalLM",
+        limits=published.scattered_experts,
         published=published.kimi_linear,
         # what was published has the dense layers' feed-forwards elsewhere than transformers writes them
         filed=((r"\.block_sparse_moe\.((?:gate|up|down)_proj\.)", r".mlp.\1"),),

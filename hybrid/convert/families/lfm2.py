@@ -78,6 +78,7 @@ LFM2 = register_family(
     Family(
         name="lfm2",
         architecture="Lfm2ForCausalLM",
+        limits=published.untied,
         published=published.lfm2,
         letters={"C": "gated_short_convolution", "S": "softmax_attention"},
         config=(
@@ -97,6 +98,7 @@ LFM2_MOE = register_family(
     Family(
         name="lfm2_moe",
         architecture="Lfm2MoeForCausalLM",
+        limits=published.untied,
         published=published.lfm2,
         letters={"C": "gated_short_convolution", "S": "softmax_attention"},
         config=(

@@ -18,6 +18,7 @@ MAMBA2 = register_family(
     Family(
         name="mamba2",
         architecture="Mamba2ForCausalLM",
+        limits=published.clamped,
         published=published.mamba2,
         letters={"M": "mamba2"},
         config=(

@@ -96,6 +96,7 @@ MINIMAX = register_family(
     Family(
         name="minimax",
         architecture="MiniMaxForCausalLM",
+        limits=published.other_minimax,
         published=published.minimax,
         letters={"L": "lightning_attention", "S": "softmax_attention"},
         aliases={"minimax_text_01": _own_words, "minimax_m1": _own_words},

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from hybrid.convert import published
 from hybrid.convert.families.common import (
     ATTENTION_WEIGHTS,
     DENSE_WEIGHTS,
@@ -53,6 +54,7 @@ MISTRAL = register_family(
     Family(
         name="mistral",
         architecture="MistralForCausalLM",
+        limits=published.windowed("mlx-lm", "llama.cpp"),
         letters=LETTERS,
         config=(*SHARED, *dense()),
         mixers=LAYERS,
@@ -64,6 +66,7 @@ MIXTRAL = register_family(
     Family(
         name="mixtral",
         architecture="MixtralForCausalLM",
+        limits=published.windowed("mlx-lm", "llama.cpp"),
         letters=LETTERS,
         config=(
             *SHARED,

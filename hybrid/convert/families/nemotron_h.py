@@ -77,6 +77,7 @@ NEMOTRON_H = register_family(
     Family(
         name="nemotron_h",
         architecture="NemotronHForCausalLM",
+        limits=published.clamped_below,
         published=published.nemotron_h,
         letters={"M": "mamba2", "S": "softmax_attention"},
         config=(

@@ -53,6 +53,7 @@ QWEN3_5 = register_family(
     Family(
         name="qwen3_5_text",
         architecture="Qwen3_5ForCausalLM",
+        limits=published.irregular,
         published=published.interval,
         wrap_as="qwen3_5",
         letters=LETTERS,
@@ -72,9 +73,10 @@ QWEN3_5_MOE = register_family(
     Family(
         name="qwen3_5_moe_text",
         architecture="Qwen3_5MoeForCausalLM",
+        limits=published.irregular,
         published=published.interval,
         wrap_as="qwen3_5_moe",
-        stacked=True,
+        filed_whole=(".experts.",),
         letters=LETTERS,
         config=(*QWEN_HYBRID, *QWEN_EXPERTS),
         mixers=LAYERS,

@@ -60,6 +60,7 @@ QWEN3_NEXT = register_family(
     Family(
         name="qwen3_next",
         architecture="Qwen3NextForCausalLM",
+        limits=published.irregular,
         published=published.interval,
         letters={"D": "gated_delta_net", "S": "softmax_attention"},
         config=(

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from hybrid.convert import published
 from hybrid.convert.families.common import (
     FFN,
     GATED,
@@ -87,6 +88,7 @@ ZAMBA2 = register_family(
     Family(
         name="zamba2",
         architecture="Zamba2ForCausalLM",
+        limits=published.clamped_below,
         letters={"M": "mamba2", "Z": "softmax_attention"},
         config=(
             *(found for found in SIZES if found.keys != ("tie_word_embeddings",)),

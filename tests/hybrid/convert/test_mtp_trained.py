@@ -45,7 +45,8 @@ def test_a_module_that_was_trained_here(tmp_path, layout, assert_close_to_roundi
     torch.manual_seed(0)
     ours = of_ours(mtp_layout=layout)
     export(ours, tmp_path / "out", "qwen3_5_text")
-    assert json.loads((tmp_path / "out" / "config.json").read_text())["mtp_num_hidden_layers"] == 1
+    values = json.loads((tmp_path / "out" / "config.json").read_text())["text_config"]
+    assert values["mtp_num_hidden_layers"] == 1
     again = hybrid.HybridForCausalLM.from_published(tmp_path / "out")
     ids = tokens(1, 12)
     assert_same_tensors(again, ours)

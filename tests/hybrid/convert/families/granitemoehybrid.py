@@ -18,4 +18,5 @@ CASES = {
 NEEDS = {
     "dense": "granitemoehybrid.modeling_granitemoehybrid.GraniteMoeHybridRMSNormGated.group_size"
 }
-RESPELT = {"num_experts_per_tok", "intermediate_size"}
+# None is "nope" in published files
+RESPELT = {"num_experts_per_tok", "intermediate_size", "position_embedding_type"}
