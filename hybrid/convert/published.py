@@ -73,7 +73,9 @@ def nemotron_h(values: Words) -> Words:
 
 def granite(values: Words) -> Words:
     """Layers and missing positions in their words, sizes of a model without experts."""
-    words = {"layer_types": [LEGACY_TYPES.get(kind, kind) for kind in values["layer_types"]]}
+    words: dict[str, Any] = {
+        "layer_types": [LEGACY_TYPES.get(kind, kind) for kind in values["layer_types"]]
+    }
     words["layers_block_type"] = words["layer_types"]
     if values.get("position_embedding_type") is None:
         words["position_embedding_type"] = "nope"
