@@ -8,11 +8,11 @@ from .corpus import load_corpus
 from .cost import evaluate_cost
 from .heldout import evaluate_heldout
 from .hub import revision
-from .mmlu import HUB as MMLU_HUB
 from .mmlu import Form, evaluate_mmlu
 from .models import Subject
 from .mqar import KEY_IDS, VALUE_IDS, evaluate_mqar, mqar
 from .needle import evaluate_needle
+from .questions import HUB as MMLU_HUB
 from .registry import Axis, Settings, Task, register, tokenizer_of
 from .scoring import Progress
 from .speed import evaluate_speed

@@ -10,152 +10,36 @@ optionally subject; or the original CSV (question, A, B, C, D, letter). A folder
 original's ``dev`` and ``test`` subfolders: then examples come from ``dev``, five per subject.
 """
 
-import csv
-import io
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
-from .corpus import read_jsonl, read_text
-from .hub import load_hub
-from .scoring import IGNORE, Progress, score
-from .seeding import generator
+from .questions import HUB, LETTERS, Item, choose, hub_items, read_items
+from .scoring import IGNORE, Progress, position_limit, score
 from .stats import above_chance, mean_and_error, wilson
-from .tokens import Encoder, prompt_ids
+from .tokens import Encoder, continuation_ids
 
 Form = Literal["letters", "cloze"]
-_LETTERS = "ABCDEFGHIJ"
-HUB = "cais/mmlu"
-
-
-@dataclass(frozen=True)
-class Item:
-    """One question."""
-
-    question: str
-    choices: tuple[str, ...]
-    answer: int
-    subject: str
-
-
-def _item(record: dict[str, Any], where: str) -> Item:
-    missing = {"question", "choices", "answer"} - set(record)
-    if missing:
-        raise ValueError(f"{where}: no {sorted(missing)[0]!r}; found {', '.join(sorted(record))}")
-    if not isinstance(record["choices"], list | tuple):
-        raise ValueError(f"{where}: choices must be a list, got {record['choices']!r}")
-    choices = tuple(str(choice) for choice in record["choices"])
-    answer = record["answer"]
-    if isinstance(answer, str):
-        letter = answer.strip().upper()
-        digits = letter.isascii() and letter.isdigit()
-        answer = int(letter) if digits else _LETTERS.find(letter) if len(letter) == 1 else -1
-    if (
-        not 2 <= len(choices) <= len(_LETTERS)
-        or not isinstance(answer, int)
-        or not 0 <= answer < len(choices)
-    ):
-        raise ValueError(
-            f"{where}: answer {record['answer']!r} is not one of {len(choices)} choices (at least "
-            f"2, at most {len(_LETTERS)})"
-        )
-    subject = str(record.get("subject") or Path(where.split(",")[0]).stem)
-    return Item(str(record["question"]), choices, answer, subject)
-
-
-def _read_parquet(path: Path) -> list[dict[str, Any]]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        return pyarrow.parquet.read_table(path).to_pylist()
-    except pyarrow.ArrowException as error:
-        raise ValueError(f"{path}: not a parquet file that can be read ({error})") from error
-
-
-def _read(path: Path) -> list[Item]:
-    subject = path.stem.removesuffix("_test").removesuffix("_dev").removesuffix("_val")
-    if path.suffix == ".jsonl":
-        records: Iterable[dict[str, Any]] = [record for _, record in read_jsonl(path)]
-    elif path.suffix == ".parquet":
-        records = _read_parquet(path)
-    else:
-        rows = csv.reader(io.StringIO(read_text(path), newline=""))
-        records = [{"question": r[0], "choices": r[1:-1], "answer": r[-1]} for r in rows if r]
-    return _items(({"subject": subject, **record} for record in records), str(path))
-
-
-def _items(records: Iterable[dict[str, Any]], where: str) -> list[Item]:
-    return [_item(record, f"{where}, item {number}") for number, record in enumerate(records, 1)]
-
-
-def _by_subject(items: Iterable[Item]) -> dict[str, list[Item]]:
-    found: dict[str, list[Item]] = {}
-    for item in items:
-        found.setdefault(item.subject, []).append(item)
-    return found
-
-
-def hub_items() -> tuple[list[Item], dict[str, list[Item]]]:
-    """Return MMLU's questions from the hub, and its worked examples by subject.
-
-    Raises:
-        ValueError: the hub cannot be reached, or an item is not in the schema.
-    """
-    splits = [
-        _items(
-            load_hub(
-                HUB,
-                config="all",
-                split=split,
-                what="MMLU",
-                way_out="give questions in its schema as local files, --mmlu-dir FOLDER",
-            ),
-            f"{HUB} {split}",
-        )
-        for split in ("test", "dev")
-    ]
-    return splits[0], _by_subject(splits[1])
-
-
-def read_items(folder: str | Path) -> tuple[list[Item], dict[str, list[Item]]]:
-    """Return the questions of a folder or file, and the worked examples by subject.
-
-    Raises:
-        ValueError: nothing there, or an item that is not in the schema.
-    """
-    root = Path(folder).expanduser()
-    places = {"test": root / "test", "dev": root / "dev"}
-
-    def files(place: Path) -> list[Path]:
-        if place.is_file():
-            return [place]
-        return sorted(p for p in place.rglob("*") if p.suffix in (".jsonl", ".parquet", ".csv"))
-
-    split = places["test"].is_dir()
-    found = [item for path in files(places["test"] if split else root) for item in _read(path)]
-    if not found:
-        raise ValueError(f"{root}: no .jsonl, .parquet or .csv file with questions")
-    dev = files(places["dev"]) if places["dev"].is_dir() else []
-    shots = _by_subject(item for path in dev for item in _read(path))
-    return found, shots
+# what is left of a prompt without a question: the measure of how likely a text is anyway
+_UNCONDITIONED = "Answer:"
 
 
 def _block(item: Item, form: Form) -> str:
     if form == "cloze":
         return f"Question: {item.question.strip()}\nAnswer:"
-    listed = "".join(f"\n{_LETTERS[i]}. {text}" for i, text in enumerate(item.choices))
+    listed = "".join(f"\n{LETTERS[i]}. {text}" for i, text in enumerate(item.choices))
     return f"{item.question.strip()}{listed}\nAnswer:"
 
 
 def _continuations(item: Item, form: Form) -> list[str]:
     if form == "cloze":
         return [f" {choice.strip()}" for choice in item.choices]
-    return [f" {_LETTERS[i]}" for i in range(len(item.choices))]
+    return [f" {LETTERS[i]}" for i in range(len(item.choices))]
 
 
 def prompt(item: Item, examples: Sequence[Item], form: Form) -> str:
@@ -169,17 +53,81 @@ def prompt(item: Item, examples: Sequence[Item], form: Form) -> str:
     return head + shown + _block(item, form)
 
 
-def choose(items: Sequence[Item], n: int | None, seed: int) -> list[Item]:
-    """Return ``n`` items at random, each subject keeping its share; more items keep the fewer."""
-    if n is None or n >= len(items):
-        return list(items)
-    ranked = []
-    for subject, found in _by_subject(items).items():
-        rng = generator("mmlu", seed, subject)
-        # every subject is spread over (0, 1) in a random order: a prefix has its share of each
-        ranks = (rng.permutation(len(found)) + rng.random()) / len(found)
-        ranked += zip(ranks.tolist(), found, strict=True)
-    return [item for _, item in sorted(ranked, key=lambda pair: pair[0])[:n]]
+def _examples(item: Item, worked: dict[str, list[Item]], shots: int, source: str) -> list[Item]:
+    """Return the worked examples of a question's own subject.
+
+    Raises:
+        ValueError: examples were asked for and there are none.
+    """
+    found = worked.get(item.subject, [])[:shots]
+    if shots and not found:
+        have = ", ".join(sorted(worked)[:5]) or "none at all"
+        raise ValueError(
+            f"{source}: {shots} worked example(s) asked for, but none of subject {item.subject!r} in "
+            f"a dev folder (found: {have}); add dev/, or ask for none with the option shots=0"
+        )
+    return found
+
+
+def _row(tokenizer: Encoder, context: str, text: str) -> dict[str, np.ndarray]:
+    ids, start = continuation_ids(tokenizer, context, text)
+    row = np.asarray(ids, dtype=np.int64)
+    labels = row.copy()
+    labels[:start] = IGNORE
+    return {"input_ids": row, "labels": labels}
+
+
+def _rows(
+    item: Item, examples: Sequence[Item], form: Form, tokenizer: Encoder, limit: int | None
+) -> tuple[list[dict[str, np.ndarray]], int]:
+    """Return a row for each choice, and how many examples fitted the model's length."""
+    for count in range(len(examples), -1, -1):
+        context = prompt(item, examples[:count], form)
+        rows = [_row(tokenizer, context, text) for text in _continuations(item, form)]
+        longest = max(len(row["input_ids"]) for row in rows)
+        if limit is None or longest <= limit or count == 0:
+            return rows, count
+    raise AssertionError("the loop ends at no examples")
+
+
+def _accuracies(
+    chosen: Sequence[Item],
+    likelihoods: Sequence[Sequence[float]],
+    unconditioned: Sequence[Sequence[float]] | None,
+    form: Form,
+) -> dict[str, list[float]]:
+    """Return, for each way to compare choices, whether each question is right."""
+    found: dict[str, list[float]] = {"accuracy": [], "accuracy_norm": [], "accuracy_norm_chars": []}
+    if unconditioned is not None:
+        found["accuracy_pmi"] = []
+    for number, (item, lls) in enumerate(zip(chosen, likelihoods, strict=True)):
+        texts = [text.strip() for text in _continuations(item, form)]
+        scores = {
+            "accuracy": lls,
+            "accuracy_norm": [v / len(t.encode("utf-8")) for v, t in zip(lls, texts, strict=True)],
+            "accuracy_norm_chars": [v / len(t) for v, t in zip(lls, texts, strict=True)],
+        }
+        if unconditioned is not None:
+            alone = unconditioned[number]
+            scores["accuracy_pmi"] = [a - b for a, b in zip(lls, alone, strict=True)]
+        for name, values in scores.items():
+            found[name].append(float(int(np.argmax(values)) == item.answer))
+    return found
+
+
+def _subjects(chosen: Sequence[Item], right: Sequence[float]) -> dict[str, dict[str, Any]]:
+    """Return accuracy, interval and number of questions of each subject."""
+    grouped: dict[str, list[float]] = {}
+    for item, value in zip(chosen, right, strict=True):
+        grouped.setdefault(item.subject, []).append(value)
+    return {
+        name: {
+            "accuracy": sum(values) / len(values),
+            "interval": wilson(sum(values), len(values)),
+            "n": len(values),
+        }
+        for name, values in sorted(grouped.items())
+    }
 
 
 def evaluate_mmlu(
@@ -190,6 +138,7 @@ def evaluate_mmlu(
     path: str | None = None,
     n: int | None = None,
     shots: int = 5,
+    unconditioned: bool = False,
     seed: int = 0,
     batch_size: int | None = None,
     progress: Progress | None = None,
@@ -203,52 +152,76 @@ def evaluate_mmlu(
         tokenizer: the model's.
         path: file or folder in MMLU's schema; None takes MMLU itself from the hub.
         n: number of questions, each subject keeping its share; None takes all.
-        shots: worked examples per question, where there is a ``dev`` part.
+        shots: worked examples per question, from the ``dev`` part. A prompt that is longer than the
+            model takes fewer, which the result says.
+        unconditioned: also compare choices by what the question adds to their likelihood (PMI).
         seed: of the choice of questions.
         batch_size: rows per forward; None chooses.
         progress: called with the number of continuations done and of all.
         allow_longer: permit prompts beyond ``max_position_embeddings``.
 
     Returns:
-        accuracy (largest log-likelihood) with standard error and Wilson interval, accuracy_norm
-        (log-likelihood per byte of the choice), gold_bits_per_byte, chance, per-question scores.
+        accuracy (largest log-likelihood; over all questions) with standard error and Wilson
+        interval, accuracy_macro (mean over subjects), accuracy_norm and accuracy_norm_chars
+        (log-likelihood per byte and per character of the choice), accuracy_pmi if asked for,
+        gold_bits_per_byte, chance, subjects, shots (asked for; how many questions had how many),
+        per-question scores.
+
+    Raises:
+        ValueError: no questions, or no worked examples where some were asked for.
     """
     questions, worked = hub_items() if path is None else read_items(path)
     chosen = choose(questions, n, seed)
-    rows, owners = [], []
-    for number, item in enumerate(chosen):
-        ids = prompt_ids(tokenizer, prompt(item, worked.get(item.subject, [])[:shots], form))
-        for text in _continuations(item, form):
-            answer = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-            row = np.asarray([*ids, *answer], dtype=np.int64)
-            labels = row.copy()
-            labels[: len(ids)] = IGNORE
-            rows.append({"input_ids": row, "labels": labels})
-            owners.append((number, len(text.strip().encode("utf-8"))))
-    scored = score(model, rows, batch_size=batch_size, progress=progress, allow_longer=allow_longer)
-    totals: list[list[tuple[float, int]]] = [[] for _ in chosen]
-    for (number, size), row in zip(owners, scored, strict=True):
-        totals[number].append((-float(row.nll.sum()), size))
-    right, normed, bits = [], [], []
-    for item, found in zip(chosen, totals, strict=True):
-        right.append(float(int(np.argmax([ll for ll, _ in found])) == item.answer))
-        normed.append(float(int(np.argmax([ll / size for ll, size in found])) == item.answer))
-        gold, size = found[item.answer]
-        bits.append(-gold / size / math.log(2))
+    limit = None if allow_longer else position_limit(model)
+    rows, sizes, used = [], [], []
+    for item in chosen:
+        examples = _examples(item, worked, shots, HUB if path is None else str(path))
+        own, count = _rows(item, examples, form, tokenizer, limit)
+        rows += own
+        sizes.append(len(own))
+        used.append(count)
+    alone = [
+        _row(tokenizer, _UNCONDITIONED, text)
+        for item in chosen
+        for text in (_continuations(item, form) if unconditioned else ())
+    ]
+    scored = score(
+        model, [*rows, *alone], batch_size=batch_size, progress=progress, allow_longer=allow_longer
+    )
+    totals = [-float(row.nll.sum()) for row in scored]
+    edges = np.cumsum([0, *sizes])
+    likelihoods = [totals[a:b] for a, b in pairwise(edges)]
+    after = edges + len(rows)
+    anyway = [totals[a:b] for a, b in pairwise(after)]
+    found = _accuracies(chosen, likelihoods, anyway if unconditioned else None, form)
+    right = found["accuracy"]
     accuracy, error = mean_and_error(right)
+    subjects = _subjects(chosen, right)
+    bits = [
+        -lls[item.answer] / len(_continuations(item, form)[item.answer].strip().encode("utf-8"))
+        for item, lls in zip(chosen, likelihoods, strict=True)
+    ]
     lengths = [len(row["input_ids"]) for row in rows]
     chance = float(np.mean([1 / len(item.choices) for item in chosen]))
+    others = [name for name in found if name != "accuracy"]
     return {
         "accuracy": accuracy,
         "accuracy_stderr": error,
         "interval": wilson(sum(right), len(right)),
-        "accuracy_norm": mean_and_error(normed)[0],
-        "accuracy_norm_interval": wilson(sum(normed), len(normed)),
-        "gold_bits_per_byte": mean_and_error(bits)[0],
+        "accuracy_macro": mean_and_error([s["accuracy"] for s in subjects.values()])[0],
+        **{name: mean_and_error(found[name])[0] for name in others},
+        **{f"{name}_interval": wilson(sum(found[name]), len(chosen)) for name in others},
+        "also": ["accuracy_macro", *others],
+        "gold_bits_per_byte": mean_and_error(bits)[0] / math.log(2),
         "chance": chance,
         "above_chance": above_chance(accuracy, chance),
         "n": len(chosen),
         "form": form,
+        "subjects": subjects,
+        "shots": {
+            "asked": shots,
+            "used": {str(count): times for count, times in sorted(Counter(used).items())},
+        },
         "tokens": {"min": min(lengths), "max": max(lengths)},
         "truncated": 0,
         "haystack": f"questions of {HUB if path is None else Path(path).name}",

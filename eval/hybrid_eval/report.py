@@ -59,6 +59,10 @@ def _interval_cell(task: str) -> Callable[[Record], str]:
     return cell
 
 
+def _plain_cell(task: str, key: str) -> Callable[[Record], str]:
+    return lambda record: _number(record["results"][task].get(key))
+
+
 def table_columns(results: dict[str, Any]) -> list[Column]:
     """Return the columns of the table: one line of it is a model."""
     columns = [Column("model", lambda record: record["name"])]
@@ -70,6 +74,9 @@ def table_columns(results: dict[str, Any]) -> list[Column]:
             metric = results["models"][0]["results"][task]["metric"].replace("_", " ")
             heading = f"{named(results, task)}: {metric}"
             columns.append(Column(heading, _interval_cell(task), note="95% interval"))
+            for key in results["models"][0]["results"][task].get("also", ()):
+                words = key.removeprefix("accuracy_").replace("_", " ")
+                columns.append(Column(f"{named(results, task)}: {words}", _plain_cell(task, key)))
     if "cost" in results["models"][0]["results"]:
         context = results["models"][0]["results"]["cost"]["context"]
 
@@ -112,6 +119,15 @@ def _differences(results: dict[str, Any]) -> list[list[str]]:
     return rows
 
 
+def _shots(shots: Record) -> str:
+    """Say how many worked examples the prompts had."""
+    used = {int(count): times for count, times in shots["used"].items()}
+    if set(used) == {shots["asked"]}:
+        return f"{shots['asked']}-shot"
+    fewer = ", ".join(f"{times} with {count}" for count, times in used.items())
+    return f"{shots['asked']}-shot asked for, fewer where they did not fit or exist: {fewer}"
+
+
 def _footer(results: dict[str, Any]) -> list[tuple[str, str]]:
     settings, first = results["settings"], results["models"][0]["results"]
     lines = [("seed", str(settings["seed"]))]
@@ -126,6 +142,8 @@ def _footer(results: dict[str, Any]) -> list[tuple[str, str]]:
             words += f", {low:,} tokens" if low == high else f", {low:,} to {high:,} tokens"
             words += " per sample (true counts)"
         words += f", {sum(r.get('truncated', 0) for r in per_model)} truncated"
+        if "shots" in result:
+            words += f", {_shots(result['shots'])}"
         if result.get("haystack"):
             words += f", text: {result['haystack']}"
         lines.append((name, words))

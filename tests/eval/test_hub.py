@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from hybrid_eval import Settings, evaluate, load
-from hybrid_eval.mmlu import evaluate_mmlu, hub_items
+from hybrid_eval.mmlu import evaluate_mmlu
+from hybrid_eval.questions import hub_items
 from hybrid_eval.text.completion import COMPLETIONS, completions, evaluate_completion
 from hybrid_eval.text.material import essays
 from hybrid_eval.tokens import ByteEncoder

@@ -40,7 +40,9 @@ def test_a_small_model_knows_answers_that_it_cannot_name_by_letter():
     results = evaluate(
         subject,
         ["mmlu_letters", "mmlu_cloze"],
-        options={f"mmlu_{form}": {"path": str(QUESTIONS)} for form in ("letters", "cloze")},
+        options={
+            f"mmlu_{form}": {"path": str(QUESTIONS), "shots": 0} for form in ("letters", "cloze")
+        },
     )
     found = results["models"][0]["results"]
     letters, cloze = (found[f"mmlu_{form}"]["items"] for form in ("letters", "cloze"))

@@ -3,7 +3,8 @@ import json
 import numpy as np
 import pytest
 
-from hybrid_eval.mmlu import Item, choose, evaluate_mmlu, read_items
+from hybrid_eval.mmlu import evaluate_mmlu, prompt
+from hybrid_eval.questions import Item, choose, read_items
 from hybrid_eval.speed import evaluate_speed
 from hybrid_eval.synthetic import (
     Hops,
@@ -128,9 +129,61 @@ def test_cloze_and_letters_are_different_questions(questions, rule_model):
     assert letters["chance"] == 0.25
 
 
-def test_the_prompt_has_worked_examples_and_cloze_hides_the_choices(questions):
-    from hybrid_eval.mmlu import prompt
+def test_mmlu_says_its_shots_and_its_subjects(questions, rule_model, tmp_path):
+    encoder = ByteEncoder()
+    extra = {"question": "Hot?", "choices": ["yes", "no"], "answer": 0, "subject": "heat"}
+    (questions / "test" / "heat.jsonl").write_text(json.dumps(extra))
+    (questions / "dev" / "heat.jsonl").write_text(json.dumps(extra))
 
+    def yes(ids):
+        begun = bytes(ids).decode().rpartition("Answer:")[2]
+        return ord(" yes"[len(begun)]) if len(begun) < 4 else None
+
+    found = evaluate_mmlu(
+        rule_model(yes), form="cloze", tokenizer=encoder, path=str(questions), unconditioned=True
+    )
+    assert found["shots"] == {"asked": 5, "used": {"1": 1, "5": 20}}
+    assert list(found["subjects"]) == ["colours", "heat"]
+    assert (found["subjects"]["heat"]["accuracy"], found["subjects"]["heat"]["n"]) == (1.0, 1)
+    assert found["accuracy"] == pytest.approx(
+        (20 * found["subjects"]["colours"]["accuracy"] + 1) / 21
+    )
+    assert found["accuracy_macro"] == pytest.approx(
+        (found["subjects"]["colours"]["accuracy"] + 1) / 2
+    )
+    # " yes" is as likely without its question: what the question adds is nothing
+    assert "accuracy_pmi" in found
+    assert found["also"] == [
+        "accuracy_macro",
+        "accuracy_norm",
+        "accuracy_norm_chars",
+        "accuracy_pmi",
+    ]
+
+
+def test_mmlu_without_examples_is_refused_unless_none_were_asked_for(questions, rule_model):
+    import shutil
+
+    shutil.rmtree(questions / "dev")
+    arguments = {"form": "cloze", "tokenizer": ByteEncoder(), "path": str(questions)}
+    with pytest.raises(ValueError, match=r"none of subject 'colours' in a dev folder .* shots=0"):
+        evaluate_mmlu(rule_model(lambda ids: None), **arguments)
+    found = evaluate_mmlu(rule_model(lambda ids: None), shots=0, **arguments)
+    assert found["shots"] == {"asked": 0, "used": {"0": 20}}
+
+
+def test_a_prompt_that_is_too_long_has_fewer_shots(questions, rule_model):
+    items, worked = read_items(questions)
+    whole = len(prompt(items[0], worked["colours"][:5], "cloze")) + len(" green")
+    arguments = {"form": "cloze", "tokenizer": ByteEncoder(), "path": str(questions)}
+    model = rule_model(lambda ids: None, positions=whole - 30)
+    found = evaluate_mmlu(model, **arguments)
+    assert set(found["shots"]["used"]) <= {"3", "4"}
+    assert sum(found["shots"]["used"].values()) == 20
+    assert found["tokens"]["max"] <= whole - 30
+
+
+def test_the_prompt_has_worked_examples_and_cloze_hides_the_choices(questions):
     items, shots = read_items(questions)
     letters = prompt(items[0], shots["colours"], "letters")
     assert letters.count("Answer: ") == 5
