@@ -81,8 +81,8 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
     add("models", nargs="*", metavar="MODEL", help="checkpoint folder, .gguf, hub name, NAME=PATH")
     add("--out", type=Path, default=Path("runs/eval"), help="folder of report and cached results")
     add("--tasks", type=_names, help="tasks, separated by commas: ours (see --list) or lm-eval's")
-    add("--retrieval", type=_names, help="retrieval tasks, added to --tasks")
-    add("--reasoning", type=_names, help="reasoning tasks, added to --tasks")
+    add("--retrieval", type=_names, help="more tasks, shown on the axis of retrieval")
+    add("--reasoning", type=_names, help="more tasks, shown on the axis of reasoning")
     add("--lengths", type=_lengths, help="tokens per sample, e.g. 1k,2k,4k")
     add("--depths", type=_depths, help="depths of the needle, e.g. 0,0.5,1")
     add("--limit", type=_positive, help="samples per cell, or in all where there are no cells")
@@ -217,6 +217,10 @@ def _run(arguments: argparse.Namespace, console: Console) -> None:
             options=_options(arguments),
             ablate=arguments.ablate,
             include_path=arguments.include_path,
+            axes={
+                **dict.fromkeys(arguments.retrieval or (), "retrieval"),
+                **dict.fromkeys(arguments.reasoning or (), "reasoning"),
+            },
             watcher=_Bars(progress),
             tokenizer=arguments.tokenizer,
             trust_remote_code=arguments.trust_remote_code,

@@ -5,6 +5,7 @@ lm-eval is optional: nothing here is imported before a name is asked for that is
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import lru_cache, partial
 from importlib import metadata
 from pathlib import Path
@@ -16,7 +17,7 @@ from .errors import NotFiniteError, nearest
 from .hub import revision, unreachable
 from .identity import content, path_digest
 from .models import Subject
-from .registry import TASKS, Settings, Task, tokenizer_of
+from .registry import TASKS, Axis, Settings, Task, tokenizer_of
 from .scoring import batch_size_for, evaluating, finite_logits, position_limit
 from .stats import above_chance, t_interval, weighted_interval, wilson
 from .tokens import Encoder
@@ -25,6 +26,30 @@ from .tokens import Encoder
 _NO_LIMIT = 2**20
 # lm-eval's own seed of few-shot examples; ours is added, so that seed 0 is lm-eval's choice
 _FEWSHOT_SEED = 1234
+
+
+# what lm-eval's tasks measure, by the beginning of their names; the others reason
+_AXES: tuple[tuple[Axis, tuple[str, ...]], ...] = (
+    (
+        "retrieval",
+        (
+            *("niah", "ruler", "babilong", "longbench", "helmet", "nolima", "mrcr", "fda", "swde"),
+            *("squad_completion", "squadv2", "qasper", "scrolls_", "phonebook", "evalita-sp_qa"),
+        ),
+    ),
+    (
+        "language",
+        ("wikitext", "pile", "paloma", "c4", "lambada", "bits_per_byte", "blimp", "wsc_ppl"),
+    ),
+)
+
+
+def axis_of(name: str) -> Axis:
+    """Return what a task of lm-eval's measures, by a table of names."""
+    for axis, beginnings in _AXES:
+        if name.lower().startswith(beginnings):
+            return axis
+    return "reasoning"
 
 
 @lru_cache(maxsize=4)
@@ -39,12 +64,16 @@ def _manager(include_path: str | None):
     return TaskManager(include_path=include_path)
 
 
-def resolve(name: str, include_path: str | Path | None = None) -> list[Task]:
+def resolve(
+    name: str, include_path: str | Path | None = None, axis: Axis | None = None
+) -> list[Task]:
     """Return the task of this name: one of ours, else lm-eval's; a tag gives each of its tasks.
 
     Args:
         name: of a task, of a group of lm-eval's that has a figure of its own, or of a tag.
         include_path: folder of lm-eval YAML files of the user's.
+        axis: what the task is taken to measure; None is our task's own, and of lm-eval's what
+            :func:`axis_of` says.
 
     Raises:
         ValueError: nobody knows it; the message has the nearest name, or how to get lm-eval. Or
@@ -53,7 +82,7 @@ def resolve(name: str, include_path: str | Path | None = None) -> list[Task]:
     if include_path is not None and not Path(include_path).is_dir():
         raise ValueError(f"include_path {include_path}: no such folder of lm-eval YAML files")
     if name in TASKS:
-        return [TASKS[name]]
+        return [TASKS[name] if axis is None else replace(TASKS[name], axis=axis)]
     manager = _manager(None if include_path is None else str(include_path))
     if manager is None:
         raise ValueError(
@@ -62,7 +91,7 @@ def resolve(name: str, include_path: str | Path | None = None) -> list[Task]:
         )
     if name in manager.all_tags:
         members = sorted(manager.task_index[name].tags)
-        return [task for member in members for task in resolve(member, include_path)]
+        return [task for member in members for task in resolve(member, include_path, axis)]
     if name not in manager.all_tasks:
         hint = nearest(name, [*TASKS, *manager.all_tasks])
         hint = hint if "did you mean" in hint else ""
@@ -71,10 +100,10 @@ def resolve(name: str, include_path: str | Path | None = None) -> list[Task]:
     return [
         Task(
             name,
-            "reasoning",
+            axis or axis_of(name),
             "accuracy",
             evaluate_lm_eval,
-            partial(_run, name, manager),
+            partial(_run, name, manager, axis),
             "a task of lm-eval's",
             data=partial(_data, name, manager, include_path),
         )
@@ -110,15 +139,25 @@ def _data(name: str, manager, include_path: str | Path | None, options: Any) -> 
 
 
 def _run(
-    name: str, manager, subject: Subject, settings: Settings, options: dict[str, Any], progress=None
+    name: str,
+    manager,
+    axis: Axis | None,
+    subject: Subject,
+    settings: Settings,
+    options: dict[str, Any],
+    progress=None,
 ) -> dict[str, Any]:
     arguments: dict[str, Any] = {"seed": settings.seed, "batch_size": settings.batch_size}
     if settings.limit is not None:
         arguments["n"] = settings.limit
     encoder = tokenizer_of(subject)
-    return evaluate_lm_eval(
+    found = evaluate_lm_eval(
         subject.model, task=name, tokenizer=encoder, manager=manager, **{**arguments, **options}
     )
+    if axis is not None:
+        return {**found, "axis": axis}
+    # a perplexity is a figure of language, whatever its task is called
+    return found if found["axis"] == "language" else {**found, "axis": axis_of(name)}
 
 
 def _language_model(model, tokenizer: Encoder, batch_size: int | None, max_length: int):

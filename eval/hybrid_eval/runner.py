@@ -17,7 +17,7 @@ from .errors import NotFiniteError
 from .identity import content, digest, model_digest, tokenizer_digest
 from .lm_harness import resolve
 from .models import Subject, load
-from .registry import Settings, Task, check_options, find
+from .registry import Axis, Settings, Task, check_options, find
 from .scoring import device_of
 
 # of the layout of results.json
@@ -70,6 +70,7 @@ def _key(
     """Return what a result depends on beside the model, in JSON's terms."""
     return {
         "task": task.name,
+        "axis": task.axis,
         "settings": _setting_words(settings),
         "options": content(options),
         "data": None if task.data is None else task.data(options),
@@ -180,9 +181,11 @@ def _check_names(names: Sequence[str]) -> None:
             raise ValueError(f"two models are called {name!r}; give them names: NAME=PATH")
 
 
-def _resolve_all(names: Sequence[str], include_path: str | Path | None) -> list[Task]:
+def _resolve_all(
+    names: Sequence[str], include_path: str | Path | None, axes: Mapping[str, Axis]
+) -> list[Task]:
     """Return the tasks of these names, each once."""
-    found = [task for name in names for task in resolve(name, include_path)]
+    found = [task for name in names for task in resolve(name, include_path, axes.get(name))]
     return list({task.name: task for task in found}.values())
 
 
@@ -196,6 +199,7 @@ def evaluate(
     watcher: Watcher | None = None,
     ablate: Sequence[str] = (),
     include_path: str | Path | None = None,
+    axes: Mapping[str, Axis] | None = None,
     **loading: Any,
 ) -> dict[str, Any]:
     """Measure models on tasks.
@@ -212,6 +216,7 @@ def evaluate(
         ablate: knock-outs, each measured beside the whole model: "attention", "linear" or layer
             numbers such as "0,3" (see :mod:`hybrid_eval.ablate`).
         include_path: folder of lm-eval YAML files of your own, whose tasks may then be named.
+        axes: what tasks are taken to measure, by name, where it is not what they say themselves.
         loading: arguments of :func:`hybrid_eval.models.load`.
 
     Returns:
@@ -230,7 +235,7 @@ def evaluate(
     if folder is not None and folder.exists() and not folder.is_dir():
         raise ValueError(f"out: {folder} is a file; results go to a folder")
     # every name is checked before the first model is loaded
-    chosen = None if tasks is None else _resolve_all(tasks, include_path)
+    chosen = None if tasks is None else _resolve_all(tasks, include_path, axes or {})
     given: dict[str, dict[str, Any]] = {}
     for name, values in (options or {}).items():
         for task in resolve(name, include_path):

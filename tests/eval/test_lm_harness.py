@@ -5,6 +5,7 @@ import json
 
 import pytest
 
+import hybrid
 from hybrid_eval import Settings, evaluate, lm_harness, load, write_report
 from hybrid_eval.lm_harness import resolve
 
@@ -102,6 +103,66 @@ def test_a_task_of_lm_evals_gives_lm_evals_figures(lm_checkpoint, folder, tmp_pa
     html = write_report(results, tmp_path / "report").read_text()
     for words in ("colour_choice: accuracy", "colour_text: bits per byte", "1-shot"):
         assert words in html
+
+
+@pytest.mark.parametrize(
+    ("name", "axis"),
+    [
+        ("niah_single_1", "retrieval"),
+        ("ruler_vt", "retrieval"),
+        ("babilong_qa1", "retrieval"),
+        ("longbench2_code", "retrieval"),
+        ("fda", "retrieval"),
+        ("lambada_openai", "language"),
+        ("wikitext", "language"),
+        ("arc_easy", "reasoning"),
+        ("gsm8k", "reasoning"),
+    ],
+)
+def test_the_axis_of_lm_evals_tasks(name, axis):
+    assert lm_harness.axis_of(name) == axis
+
+
+def test_the_axis_that_is_asked_for_wins(lm_checkpoint, folder):
+    arguments = {"include_path": folder, "settings": Settings(limit=2)}
+    for asked, found in ((None, "reasoning"), ("retrieval", "retrieval")):
+        axes = {} if asked is None else {"colours": asked}
+        results = evaluate(lm_checkpoint, ["colours"], axes=axes, **arguments)
+        results = results["models"][0]["results"]
+        assert results["colour_choice"]["axis"] == found
+        assert results["colour_text"]["axis"] == (asked or "language")
+    ours = evaluate(
+        lm_checkpoint,
+        ["mqar"],
+        axes={"mqar": "reasoning"},
+        settings=Settings(limit=2),
+        options={"mqar": {"pairs": 4}},
+    )
+    assert ours["models"][0]["results"]["mqar"]["axis"] == "reasoning"
+
+
+def test_a_model_without_a_limit_is_given_whole_prompts(lm_checkpoint, folder, monkeypatch):
+    from lm_eval.models.huggingface import HFLM
+
+    mixers = {"L": {"num_heads": 2}}
+    config = hybrid.HybridConfig(layout="LL", hidden_size=32, vocab_size=256, mixers=mixers)
+    model = hybrid.HybridForCausalLM(config)
+    assert getattr(config, "max_position_embeddings", None) is None
+    subject = load(model, tokenizer=lm_checkpoint)
+    seen = []
+    build = lm_harness._language_model
+
+    def language_model(*arguments):
+        seen.append(build(*arguments))
+        return seen[-1]
+
+    monkeypatch.setattr(lm_harness, "_language_model", language_model)
+    rows = [{"question": "word " * 700, "choices": ["ruby", "blue"], "answer": 0}]
+    (folder / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    found = evaluate(subject, ["colour_choice"])["models"][0]["results"]["colour_choice"]
+    assert isinstance(seen[0], HFLM)
+    assert seen[0].max_length > 3500
+    assert (found["truncated"], found["tokens"]["max"]) == (0, 3505)
 
 
 def test_results_of_lm_eval_are_kept(lm_checkpoint, folder, tmp_path, monkeypatch):
