@@ -5,8 +5,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from hybrid_eval import bench_generators
-from hybrid_eval.bench_generators import (
+import bench_generators
+from bench_generators import (
     Timing,
     compare,
     main,

@@ -1,6 +1,6 @@
 """What it costs to generate samples, ours beside lm-eval's own RULER generators.
 
-``python -m hybrid_eval.bench_generators`` runs the two in turn (A B A B ...), in one process, on
+``python eval/benchmarks/bench_generators.py`` runs the two in turn (A B A B ...), in one process, on
 one thread, with one tokenizer and the same haystack words, and prints the median process time of
 each. Timed is all that it takes to get the samples, true token counts and needle positions
 included. The two question answering tasks are left out: lm-eval downloads what it asks.
@@ -23,11 +23,11 @@ from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from .corpus import Corpus, Document
-from .errors import nearest
-from .text.material import NOISE, filler_from, sentence_ends
-from .text.ruler_niah import NIAH
-from .text.tasks import Material, samples
+from hybrid_eval.corpus import Corpus, Document
+from hybrid_eval.errors import nearest
+from hybrid_eval.text.material import NOISE, filler_from, sentence_ends
+from hybrid_eval.text.ruler_niah import NIAH
+from hybrid_eval.text.tasks import Material, samples
 
 TASKS = (*NIAH, "vt", "cwe", "fwe")
 
@@ -210,7 +210,7 @@ def compare(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the comparison; return 1 where ours costs more on a task."""
-    parser = argparse.ArgumentParser(prog="python -m hybrid_eval.bench_generators")
+    parser = argparse.ArgumentParser(prog="python eval/benchmarks/bench_generators.py")
     parser.add_argument("--samples", type=int, default=500, help="per task and round")
     parser.add_argument("--length", type=int, default=4096, help="tokens per sample")
     parser.add_argument("--rounds", type=int, default=3, help="of A and B each")
