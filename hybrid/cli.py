@@ -115,7 +115,9 @@ def _parser(every: argparse.ArgumentParser) -> argparse.ArgumentParser:
     cost.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. model.layout=SSSL")
 
     reading = command("import", _import, "convert a published checkpoint into a layout")
-    reading.add_argument("source", metavar="PATH", help="a folder of safetensors, or a hub name")
+    reading.add_argument(
+        "source", metavar="PATH", help="a folder of safetensors, a hub name, or a .gguf file"
+    )
     reading.add_argument("out", metavar="OUT", help="folder to write; must be new or empty")
     reading.add_argument(
         "--dtype", help="of the weights; default: as they are (quantized: bfloat16)"
@@ -126,7 +128,11 @@ def _parser(every: argparse.ArgumentParser) -> argparse.ArgumentParser:
 
     writing = command("export", _export, "write a model as a published architecture's checkpoint")
     writing.add_argument("source", metavar="PATH", help="folder of a model of ours")
-    writing.add_argument("out", metavar="OUT", help="folder to write; must be new or empty")
+    words = "folder to write; must be new or empty; may be left out with --gguf"
+    writing.add_argument("out", metavar="OUT", nargs="?", help=words)
+    writing.add_argument(
+        "--gguf", metavar="FILE", help="GGUF file to write, by llama.cpp's converter"
+    )
     words = "e.g. qwen3_next; default: the one it was imported from, else the one that fits"
     writing.add_argument("--as", dest="family", help=words)
     writing.add_argument("--max-shard-size", default="5GB", help="of one file, e.g. 500MB")
@@ -368,12 +374,19 @@ def _import(arguments: argparse.Namespace) -> int:
 
 
 def _export(arguments: argparse.Namespace) -> int:
-    from hybrid.convert import export
+    from hybrid.convert import export, export_gguf
 
-    size = arguments.max_shard_size
-    with _writing(arguments.out):
-        family = export(arguments.source, arguments.out, arguments.family, max_shard_size=size)
-    print(f"{arguments.out}: {family}")
+    size, out, gguf = arguments.max_shard_size, arguments.out, arguments.gguf
+    if out is None and gguf is None:
+        raise ValueError("export: name the folder to write, OUT, or a GGUF file with --gguf")
+    with _writing(out or gguf):
+        if gguf is None:
+            family = export(arguments.source, out, arguments.family, max_shard_size=size)
+        else:
+            family = export_gguf(
+                arguments.source, gguf, arguments.family, folder=out, max_shard_size=size
+            )
+    print(f"{', '.join(name for name in (out, gguf) if name)}: {family}")
     return 0
 
 

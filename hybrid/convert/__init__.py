@@ -3,11 +3,13 @@
 from hybrid.convert import families as _families  # noqa: F401  (registers them)
 from hybrid.convert.engine import export, fitting, from_published, import_published
 from hybrid.convert.family import FAMILIES, Family, get_family, register_family
+from hybrid.convert.llama_cpp import export_gguf
 
 __all__ = [
     "FAMILIES",
     "Family",
     "export",
+    "export_gguf",
     "fitting",
     "from_published",
     "get_family",

@@ -29,7 +29,7 @@ SINGLE = "model.safetensors"
 NOT_READ = {
     (".safetensors",): "which an index has to list",
     (".bin", ".pt", ".pth"): "and pickled weights are never loaded",
-    (".gguf",): "which from_published reads if given as gguf_file",
+    (".gguf",): "which is read if given itself, as FOLDER/NAME.gguf",
 }
 DEFAULT_SHARD_SIZE = "5GB"
 

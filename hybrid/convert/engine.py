@@ -7,7 +7,7 @@ import logging
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from copy import copy
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from rich.console import Console
 from rich.progress import Progress
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
@@ -39,6 +39,8 @@ from hybrid.convert.checkpoint import (
 )
 from hybrid.convert.configs import read_published, to_ours, to_theirs
 from hybrid.convert.family import FAMILIES, Family, NotExpressible, get_family
+from hybrid.convert.gguf import SUFFIX as GGUF
+from hybrid.convert.gguf import read_gguf, save_tokenizer
 from hybrid.convert.published import alias_words, wrap
 from hybrid.convert.quantized import plain
 from hybrid.convert.relayout import Relayout
@@ -81,8 +83,8 @@ def from_published(
     """Read a published model into a hybrid, of the equal layout or of another.
 
     Args:
-        source: a folder with `config.json` and safetensors, the hub name of one, or a model of
-            transformers. The weights are copied: nothing is shared with a model given.
+        source: a folder with `config.json` and safetensors, the hub name of one, a GGUF file, or a
+            model of transformers. The weights are copied: nothing is shared with a model given.
         dtype: of the floating weights, such as `torch.bfloat16` or its name; None keeps each
             tensor's own. What is quantized (`mxfp4`, or `fp8` in blocks) becomes bfloat16 then.
         gguf_file: a GGUF file of the folder, which transformers reads.
@@ -97,11 +99,10 @@ def from_published(
         ValueError: a family without a map, options that cannot be expressed (all are listed), or
             weights whose names or shapes do not fit; each is named.
     """
-    if gguf_file is not None:
-        if Path(str(source)).is_dir():
-            inside(Path(str(source)), gguf_file)
-        source = AutoModelForCausalLM.from_pretrained(str(source), gguf_file=gguf_file)
     cast = _dtype(dtype)
+    source, gguf_file = _gguf(source, gguf_file)
+    if gguf_file is not None:
+        source = read_gguf(str(source), gguf_file, cast)
     with _opened(source, hub_options, cast) as (family, theirs, weights, folder):
         weights, mtp = _modules(family, theirs, weights, mtp)
         model = on_meta(to_ours(family, theirs, mtp))
@@ -130,7 +131,7 @@ def import_published(
     """Convert a published checkpoint into one of ours, tensor by tensor, without building a model.
 
     Args:
-        source: a folder, or a hub name.
+        source: a folder, a hub name, or a GGUF file, which is read whole, with its tokenizer.
         out: the new folder; it must not exist, or be empty. It appears when all went well.
         dtype, layout, mixers, mtp, hub_options: as of `from_published`.
         max_shard_size: bytes of one file, such as `5GB`.
@@ -142,10 +143,11 @@ def import_published(
         ValueError: as `from_published`; or `out` exists.
     """
     cast = _dtype(dtype)
-    with (
-        _opened(source, hub_options, cast) as (family, theirs, weights, folder),
-        new_folder(out) as made,
-    ):
+    path, gguf_file = _gguf(source, None)
+    with ExitStack() as stack:
+        made = stack.enter_context(new_folder(out))  # first, for a GGUF file is read whole
+        opened: Any = path if gguf_file is None else read_gguf(str(path), gguf_file, cast)
+        family, theirs, weights, folder = stack.enter_context(_opened(opened, hub_options, cast))
         weights, mtp = _modules(family, theirs, weights, mtp)
         model = on_meta(to_ours(family, theirs, mtp))
         planned = _planned_import(family, theirs, model, weights)
@@ -165,6 +167,9 @@ def import_published(
         config.save_pretrained(made)
         if folder is not None:
             copy_companions(folder, made)
+        elif gguf_file is not None:
+            save_tokenizer(str(path), gguf_file, made)
+            opened.generation_config.save_pretrained(made)
         hub.add_loading_files(made)
     return config
 
@@ -366,6 +371,22 @@ def on_disk(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     anew = copy(model)
     anew.__dict__.pop("_weight_conversions", None)
     return revert_weight_conversion(anew, held)
+
+
+def _gguf(
+    source: str | Path | PreTrainedModel, gguf_file: str | None
+) -> tuple[str | Path | PreTrainedModel, str | None]:
+    """The folder and the name of a GGUF file, however it is named; else as they are."""
+    if isinstance(source, PreTrainedModel):
+        return source, gguf_file
+    path = Path(source)
+    if gguf_file is None and path.suffix == GGUF:
+        if not path.is_file():
+            raise ValueError(f"{path}: no such file")
+        return path.parent, path.name
+    if gguf_file is not None and path.is_dir():
+        inside(path, gguf_file)
+    return source, gguf_file
 
 
 def _folder(source: str | Path, hub_options: Mapping[str, Any]) -> Path:

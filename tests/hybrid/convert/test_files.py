@@ -281,7 +281,7 @@ def test_a_damaged_file_is_named(theirs):
         (
             "model.gguf",
             "GGUF",
-            "found model.gguf, which from_published reads if given as gguf_file",
+            "found model.gguf, which is read if given itself, as FOLDER/NAME.gguf",
         ),
         (
             "model-00001-of-00002.safetensors",
