@@ -27,92 +27,65 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hybrid_kernels.arguments import Arguments, CausalConv1d, LinearAttention, SelectiveScan
+
 CONV_WIDTHS = (2, 3, 4)
 CONV_CHANNELS = 8
-# Of each op, an input of shape (B, T, ...).
-SEQUENCE = {"linear_attention": "q", "selective_scan": "u", "causal_conv1d": "x"}
 
 
-def unsupported(op: str, **arguments: Any) -> str | None:
+def unsupported(arguments: Arguments) -> str | None:
     """Return why these inputs cannot be taken, or None."""
-    if any(isinstance(x, Tensor) and x.dtype == torch.float64 for x in arguments.values()):
+    if any(x.dtype == torch.float64 for x in arguments.floating().values()):
         return "it does not compute in float64"
-    if arguments[SEQUENCE[op]].shape[1] == 0:
+    if arguments.first.shape[1] == 0:
         return "it does not take an empty sequence"
-    if op == "linear_attention":
-        return _unsupported_by_fla(**arguments)
-    if arguments.get("cu_seqlens") is not None:
+    if isinstance(arguments, LinearAttention):
+        return _unsupported_by_fla(arguments)
+    if arguments.cu_seqlens is not None:
         return "it does not take packed documents (cu_seqlens)"
-    if op == "selective_scan" and arguments.get("initial_state") is not None:
-        return "it does not take an initial state"
-    if op == "causal_conv1d":
-        channels, width = arguments["weight"].shape
-        if width not in CONV_WIDTHS:
-            return f"its filters are 2 to 4 wide, got {width}"
-        if channels % CONV_CHANNELS:
-            return f"its channels are a multiple of {CONV_CHANNELS}, got {channels}"
+    if isinstance(arguments, SelectiveScan):
+        return None if arguments.initial_state is None else "it does not take an initial state"
+    assert isinstance(arguments, CausalConv1d)
+    channels, width = arguments.weight.shape
+    if width not in CONV_WIDTHS:
+        return f"its filters are 2 to 4 wide, got {width}"
+    if channels % CONV_CHANNELS:
+        return f"its channels are a multiple of {CONV_CHANNELS}, got {channels}"
     return None
 
 
-def _unsupported_by_fla(
-    *,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor | None,
-    value_log_decay: Tensor | None,
-    beta: Tensor | None,
-    bonus: Tensor | None,
-    chunk_size: int | None,
-    **_: Any,
-) -> str | None:
-    if not q.dtype == k.dtype == v.dtype:
-        return f"it takes q, k and v of one dtype, got {q.dtype}, {k.dtype} and {v.dtype}"
-    if beta is not None and log_decay is None and q.dtype == torch.float32:
+def _unsupported_by_fla(a: LinearAttention) -> str | None:
+    if not a.q.dtype == a.k.dtype == a.v.dtype:
+        return f"it takes q, k and v of one dtype, got {a.q.dtype}, {a.k.dtype} and {a.v.dtype}"
+    if a.beta is not None and a.log_decay is None and a.q.dtype == torch.float32:
         return "its delta rule without decay does not take float32"
-    if value_log_decay is not None:
-        return "it has no kernel for a decay over values (value_log_decay)"
-    if bonus is not None and (log_decay is None or log_decay.dim() != 4):
+    if a.bonus is not None and (a.log_decay is None or a.log_decay.dim() != 4):
         return "its kernel with a bonus needs log_decay of shape (B, T, H, K)"
-    if chunk_size is not None:
+    if a.value_log_decay is not None:
+        return "it has no kernel for a decay over values (value_log_decay)"
+    if a.chunk_size is not None:
         return "its chunk size cannot be chosen"
     return None
 
 
-def linear_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    log_decay: Tensor | None,
-    value_log_decay: Tensor | None,
-    beta: Tensor | None,
-    bonus: Tensor | None,
-    scale: float,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    chunk_size: int | None,
-) -> tuple[Tensor, Tensor]:
+def linear_attention(a: LinearAttention) -> tuple[Tensor, Tensor]:
     """Compute ``hybrid_kernels.linear_attention`` with flash-linear-attention's kernels.
 
     Chunked ones, or, for one token without gradients, those that its models decode with.
     """
-    heads = max(q.shape[2], k.shape[2], v.shape[2])
-    q, k, v = (x.repeat_interleave(heads // x.shape[2], dim=2) for x in (q, k, v))
+    log_decay, initial_state, cu_seqlens = a.log_decay, a.initial_state, a.cu_seqlens
+    q, k, v = (x.repeat_interleave(a.heads // x.shape[2], dim=2) for x in (a.q, a.k, a.v))
     if log_decay is not None and log_decay.dim() == 1:
         # Their own argument for a fixed decay has no gradient.
         log_decay = log_decay.expand(*q.shape[:3])
     options: dict[str, Any] = {
-        "scale": scale,
+        "scale": a.scale,
         "initial_state": None if initial_state is None else initial_state.float(),
         "output_final_state": True,
         "cu_seqlens": None if cu_seqlens is None else cu_seqlens.to(q.device, torch.int64),
     }
-    name, gates = _their_form(log_decay, beta, bonus)
-    learning = torch.is_grad_enabled() and any(
-        x is not None and x.requires_grad for x in (q, k, v, initial_state, *gates.values())
-    )
-    one = q.shape[1] == 1 and cu_seqlens is None and not learning
+    name, gates = _their_form(log_decay, a.beta, a.bonus)
+    one = q.shape[1] == 1 and cu_seqlens is None and not a.wants_gradient()
     if one and name == "gla":
         gates = {"gk": log_decay}
     run = getattr(
@@ -136,43 +109,28 @@ def _their_form(
     return "kda" if vector else "gated_delta_rule", {"g": log_decay, "beta": beta}
 
 
-def selective_scan(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    *,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+def selective_scan(a: SelectiveScan) -> tuple[Tensor, Tensor]:
     """Compute ``hybrid_kernels.selective_scan`` with mamba-ssm's kernel."""
     from mamba_ssm.ops.selective_scan_interface import (  # pyright: ignore[reportMissingImports]
         selective_scan_fn,
     )
 
     # Sequences of one dtype there, time innermost; parameters in float32.
-    dtype = functools.reduce(torch.promote_types, (x.dtype for x in (u, delta, B, C)))
-    u_, delta_, B_, C_ = (x.to(dtype).transpose(1, 2).contiguous() for x in (u, delta, B, C))
-    skip = None if D is None else D.float()
-    y, state = selective_scan_fn(u_, delta_, A.float(), B_, C_, skip, return_last_state=True)
+    dtype = functools.reduce(torch.promote_types, (x.dtype for x in (a.u, a.delta, a.B, a.C)))
+    u_, delta_, B_, C_ = (
+        x.to(dtype).transpose(1, 2).contiguous() for x in (a.u, a.delta, a.B, a.C)
+    )
+    skip = None if a.D is None else a.D.float()
+    y, state = selective_scan_fn(u_, delta_, a.A.float(), B_, C_, skip, return_last_state=True)
     # It would pass no gradient on; better none at all than a wrong one.
-    return y.transpose(1, 2).to(u.dtype), state.detach()
+    return y.transpose(1, 2).to(a.u.dtype), state.detach()
 
 
-def causal_conv1d(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    *,
-    activation: str | None,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+def causal_conv1d(a: CausalConv1d) -> tuple[Tensor, Tensor]:
     """Compute ``hybrid_kernels.causal_conv1d`` with the kernel of the package of that name."""
     from causal_conv1d import causal_conv1d_fn  # pyright: ignore[reportMissingImports]
 
+    x, weight, bias, initial_state = a.x, a.weight, a.bias, a.initial_state
     history = weight.shape[1] - 1
     past = x.new_zeros(x.shape[0], history, x.shape[2])
     if initial_state is not None:
@@ -183,7 +141,7 @@ def causal_conv1d(
         weight,
         None if bias is None else bias.to(weight.dtype),
         initial_states=None if initial_state is None else past.transpose(1, 2),
-        activation=activation,
+        activation=a.activation,
     )
     inputs = torch.cat([past, x], dim=1)
     return y.transpose(1, 2), inputs[:, inputs.shape[1] - history :].transpose(1, 2)

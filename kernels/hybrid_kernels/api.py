@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from hybrid_kernels import backends, validation
+from hybrid_kernels import backends
+from hybrid_kernels.arguments import CausalConv1d, LinearAttention, SelectiveScan
 
 
 def linear_attention(
@@ -81,30 +82,34 @@ def linear_attention(
             cannot take this input, or ``overwrite_state`` meets no state or a gradient.
         ImportError: the backend asked for needs a package that is not installed.
     """
-    gates = (log_decay, value_log_decay, beta, bonus, write_scale)
-    tensors = (q, k, v, *gates, initial_state, cu_seqlens)
-    request = (backends.LINEAR_ATTENTION, backend, overwrite_state, chunk_size)
-    run = backends.resolve(request, tensors, validation.check_linear_attention)
-    try:
-        scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    except (TypeError, ValueError) as error:
-        raise validation.wrong_scale(scale) from error
-    # Written out: to unpack a dict of so many costs as much as a tensor operation.
-    o, final_state = run(
-        q=q,
-        k=k,
-        v=v,
-        log_decay=log_decay,
-        value_log_decay=value_log_decay,
-        beta=beta,
-        bonus=bonus,
-        write_scale=write_scale,
-        scale=scale,
-        initial_state=initial_state,
-        cu_seqlens=cu_seqlens,
-        chunk_size=chunk_size,
+    arguments = LinearAttention(
+        q,
+        k,
+        v,
+        log_decay,
+        value_log_decay,
+        beta,
+        bonus,
+        write_scale,
+        initial_state,
+        cu_seqlens,
+        _scale(scale, q),
+        chunk_size,
     )
+    o, final_state = backends.resolve(arguments, backend, overwrite_state)(arguments)
     return o, final_state if output_final_state else None
+
+
+def _scale(scale: float | None, q: Tensor) -> float:
+    """Return the factor on the output; what is wrong with q, the checks will say."""
+    try:
+        return q.shape[-1] ** -0.5 if scale is None else float(scale)
+    except (AttributeError, IndexError, ZeroDivisionError):
+        return 1.0
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"scale must be a number or None, got {type(scale).__name__} {scale!r}"
+        ) from error
 
 
 def causal_conv1d(
@@ -143,17 +148,8 @@ def causal_conv1d(
         ValueError: an argument has the wrong shape, dtype or device, or the backend is unknown.
         ImportError: the backend asked for needs a package that is not installed.
     """
-    tensors = (x, weight, bias, initial_state, cu_seqlens)
-    request = (backends.CAUSAL_CONV1D, backend, False, activation)
-    run = backends.resolve(request, tensors, validation.check_causal_conv1d)
-    y, final_state = run(
-        x=x,
-        weight=weight,
-        bias=bias,
-        activation=activation,
-        initial_state=initial_state,
-        cu_seqlens=cu_seqlens,
-    )
+    arguments = CausalConv1d(x, weight, bias, initial_state, cu_seqlens, activation)
+    y, final_state = backends.resolve(arguments, backend)(arguments)
     return y, final_state if output_final_state else None
 
 
@@ -203,17 +199,6 @@ def selective_scan(
             ``overwrite_state`` meets no state or a gradient.
         ImportError: the backend asked for needs a package that is not installed.
     """
-    tensors = (u, delta, A, B, C, D, initial_state, cu_seqlens)
-    request = (backends.SELECTIVE_SCAN, backend, overwrite_state)
-    run = backends.resolve(request, tensors, validation.check_selective_scan)
-    y, final_state = run(
-        u=u,
-        delta=delta,
-        A=A,
-        B=B,
-        C=C,
-        D=D,
-        initial_state=initial_state,
-        cu_seqlens=cu_seqlens,
-    )
+    arguments = SelectiveScan(u, delta, A, B, C, D, initial_state, cu_seqlens)
+    y, final_state = backends.resolve(arguments, backend, overwrite_state)(arguments)
     return y, final_state if output_final_state else None

@@ -1,11 +1,11 @@
 """Which implementation computes an op: one table, one rule of choice, no silent fallback.
 
-A backend is a module with one function per op it implements. That function takes the op's own
-keyword arguments, already validated, and returns ``(output, final_state)``. A backend that covers
-only some inputs also has ``unsupported(op, **arguments) -> str | None``: the reason why it cannot
-take these, or None. One that has something quicker for some inputs has
-``prepare(op, overwrite_state, **arguments) -> Callable | None``: a function for inputs of just that
-form, which may be kept, or None.
+A backend is a module with one function per op it implements. That function takes the op's arguments
+(``arguments.py``), already validated, and returns ``(output, final_state)``. A backend that covers
+only some inputs also has ``unsupported(arguments) -> str | None``: the reason why it cannot take
+these, or None. One that has something quicker for some inputs has
+``prepare(arguments, overwrite_state) -> Callable | None``: a function for inputs of just that form,
+which may be kept, or None.
 """
 
 from __future__ import annotations
@@ -17,11 +17,17 @@ import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from hybrid_kernels import validation
+from hybrid_kernels.arguments import (
+    Arguments,
+    CausalConv1d,
+    LinearAttention,
+    SelectiveScan,
+)
 from hybrid_kernels.transforms import (
     any_autocast,
     refuse_transforms,
@@ -31,29 +37,10 @@ from hybrid_kernels.transforms import (
 
 logger = logging.getLogger("hybrid_kernels")
 
-LINEAR_ATTENTION = "linear_attention"
-SELECTIVE_SCAN = "selective_scan"
-CAUSAL_CONV1D = "causal_conv1d"
+LINEAR_ATTENTION = LinearAttention.OP
+SELECTIVE_SCAN = SelectiveScan.OP
+CAUSAL_CONV1D = CausalConv1d.OP
 OPS = (LINEAR_ATTENTION, SELECTIVE_SCAN, CAUSAL_CONV1D)
-
-# What the check of each op takes, in that order: first tensors, then what else there is.
-INPUTS: dict[str, tuple[str, ...]] = {
-    LINEAR_ATTENTION: (
-        "q",
-        "k",
-        "v",
-        "log_decay",
-        "value_log_decay",
-        "beta",
-        "bonus",
-        "write_scale",
-        "initial_state",
-        "cu_seqlens",
-        "chunk_size",
-    ),
-    SELECTIVE_SCAN: ("u", "delta", "A", "B", "C", "D", "initial_state", "cu_seqlens"),
-    CAUSAL_CONV1D: ("x", "weight", "bias", "initial_state", "cu_seqlens", "activation"),
-}
 
 
 @dataclass(frozen=True)
@@ -151,120 +138,84 @@ _KNOWN: dict[tuple, Callable] = {}
 _KNOWN_LIMIT = 4096
 
 
-def known(request: tuple, tensors: tuple[Tensor | None, ...]) -> Callable | None:
-    """Return the function kept for inputs of this form, which were checked before, or None.
+def resolve(arguments: Arguments, name: str | None, overwrite_state: bool = False) -> Callable:
+    """Return the function that computes an op from its arguments, which have been checked.
 
     Args:
-        request: the op, the backend asked for, whether the final state is to be written where the
-            initial state is, and those of the inputs that are no tensors.
-        tensors: the other inputs, in the order of ``INPUTS``.
-    """
-    if torch.compiler.is_compiling():
-        return None
-    try:
-        return _KNOWN.get(_form(request, tensors))
-    except (AttributeError, TypeError):
-        # Some input is no tensor or cannot be hashed: the check will say.
-        return None
-
-
-def resolve(
-    request: tuple, tensors: tuple[Tensor | None, ...], check: Callable[..., None]
-) -> Callable:
-    """Return the function that computes an op, once its inputs have been checked.
-
-    Args:
-        request: as in ``known``.
-        tensors: as in ``known``.
-        check: raises a ValueError if an input is wrong.
+        arguments: of the op.
+        name: the backend asked for, or None for the best one present.
+        overwrite_state: the function is to write the final state where the initial state is.
 
     Raises:
-        ValueError: an input is wrong, or ``choose`` says so.
+        ValueError: an argument is wrong, or ``choose`` says so.
         ImportError: ``choose`` says so.
         TransformError: the inputs are under a transform that the backend does not support.
     """
-    run = known(request, tensors)
+    run = form = None
+    if not torch.compiler.is_compiling():
+        try:
+            form = _form(arguments, name, overwrite_state)
+            run = _KNOWN.get(form)
+        except TypeError:
+            # Some argument cannot be hashed: the check will say.
+            form = None
     if run is None:
-        run = checked(request, tensors, check)
-    op, name, *_ = request
+        validation.check(arguments)
+        run = choose(arguments, name, overwrite_state)
+        if form is not None:
+            if len(_KNOWN) >= _KNOWN_LIMIT:
+                _KNOWN.clear()
+            _KNOWN[form] = run
     if name != "reference" and transformed():
-        refuse_transforms(op, tensors)
+        refuse_transforms(arguments)
     return without_autocast(run) if any_autocast() else run
 
 
-def _form(request: tuple, tensors: tuple[Tensor | None, ...]) -> tuple:
-    """Return what a check and a choice may depend on."""
+def _form(arguments: Arguments, name: str | None, overwrite_state: bool) -> tuple:
+    """Return what a check and a choice may depend on; of numbers, that is not the value."""
     grad = torch.is_grad_enabled()
-    form: list = [request, grad]
-    for x in tensors:
-        if x is None:
-            form.append(None)
-        else:
+    form: list = [arguments.OP, name, overwrite_state, grad]
+    for x in type(arguments).get(arguments):
+        if isinstance(x, Tensor):
             form += x.shape, x.dtype, x.device
             if grad:
                 form.append(x.requires_grad)
+        else:
+            form.append(None if type(x) is float else x)
     return tuple(form)
 
 
-def checked(
-    request: tuple, tensors: tuple[Tensor | None, ...], check: Callable[..., None]
-) -> Callable:
-    """Check inputs that are not ``known``; keep and return the function that computes the op.
+def choose(arguments: Arguments, name: str | None, overwrite_state: bool = False) -> Callable:
+    """Return the function that computes an op.
 
     Args:
-        request: as in ``known``.
-        tensors: as in ``known``.
-        check: raises a ValueError if an input is wrong.
-
-    Raises:
-        ValueError: an input is wrong, or ``choose`` says so.
-        ImportError: ``choose`` says so.
-    """
-    op, name, overwrite_state, *others = request
-    check(*tensors, *others)
-    arguments = dict(zip(INPUTS[op], (*tensors, *others), strict=True))
-    run = choose(op, name, arguments, overwrite_state)
-    if not torch.compiler.is_compiling():
-        if len(_KNOWN) >= _KNOWN_LIMIT:
-            _KNOWN.clear()
-        _KNOWN[_form(request, tensors)] = run
-    return run
-
-
-def choose(
-    op: str, name: str | None, arguments: dict[str, Any], overwrite_state: bool = False
-) -> Callable:
-    """Return the function that computes ``op``.
-
-    Args:
-        op: one of ``OPS``.
+        arguments: of the op, checked.
         name: the backend asked for, or None for the best one present.
-        arguments: the op's keyword arguments, the first of them a tensor.
         overwrite_state: the function is to write the final state where the initial state is.
 
     Raises:
         ValueError: ``name`` is unknown, or that backend cannot take these inputs.
         ImportError: ``name`` needs a package that is not installed.
     """
-    device = next(iter(arguments.values())).device
+    op, device = arguments.OP, arguments.first.device
     if overwrite_state:
-        _check_overwriting(op, arguments)
+        _check_overwriting(arguments)
     if name is not None:
-        backend = _by_name(op, name, device, arguments)
-        return _function(backend, op, arguments, overwrite_state)
+        return _function(_by_name(name, device, arguments), arguments, overwrite_state)
     passed_over: list[str] = []
     for backend in BACKENDS:
         if op not in backend.ops or not backend.automatic:
             continue
-        reason = _why_not(backend, op, device, arguments, automatic=True)
+        reason = _why_not(backend, device, arguments, automatic=True)
         if reason is None:
             _announce(op, backend.name, device.type, passed_over)
-            return _function(backend, op, arguments, overwrite_state)
+            return _function(backend, arguments, overwrite_state)
         passed_over.append(f"{backend.name}: {reason}")
     raise AssertionError("the torch backend takes every input")
 
 
-def _by_name(op: str, name: str, device: torch.device, arguments: dict[str, Any]) -> Backend:
+def _by_name(name: str, device: torch.device, arguments: Arguments) -> Backend:
+    op = arguments.OP
     candidates = {b.name: b for b in BACKENDS if op in b.ops}
     backend = candidates.get(name)
     if backend is None:
@@ -279,7 +230,7 @@ def _by_name(op: str, name: str, device: torch.device, arguments: dict[str, Any]
             f"{op}: backend {name!r} needs the package {package!r}, which is not installed. "
             f"Install it with `{backend.pip}`, or pass backend=None for the best one present."
         )
-    reason = _why_not(backend, op, device, arguments, automatic=False)
+    reason = _why_not(backend, device, arguments, automatic=False)
     if reason is not None:
         raise ValueError(
             f"{op}: backend {name!r} cannot take this input: {reason}. "
@@ -288,11 +239,11 @@ def _by_name(op: str, name: str, device: torch.device, arguments: dict[str, Any]
     return backend
 
 
-def _check_overwriting(op: str, arguments: dict[str, Any]) -> None:
-    if arguments["initial_state"] is None:
+def _check_overwriting(arguments: Arguments) -> None:
+    op, floating = arguments.OP, arguments.floating()
+    if "initial_state" not in floating:
         raise ValueError(f"{op}: overwrite_state needs an initial_state to overwrite")
-    tensors = {name: x for name, x in arguments.items() if isinstance(x, Tensor)}
-    wanting = [name for name, x in tensors.items() if x.requires_grad]
+    wanting = [name for name, x in floating.items() if x.requires_grad]
     if torch.is_grad_enabled() and wanting:
         raise ValueError(
             f"{op}: overwrite_state cannot go with gradients, which need the initial state as it "
@@ -300,33 +251,32 @@ def _check_overwriting(op: str, arguments: dict[str, Any]) -> None:
         )
 
 
-def _function(
-    backend: Backend, op: str, arguments: dict[str, Any], overwrite_state: bool
-) -> Callable:
+def _function(backend: Backend, arguments: Arguments, overwrite_state: bool) -> Callable:
     """Return what computes an op in a backend that has been loaded, quickest for these inputs."""
     functions = _FUNCTIONS[backend.name]
-    prepare, run = functions.get("prepare"), functions[op]
+    prepare, run = functions.get("prepare"), functions[arguments.OP]
     # A compiler traces the function itself: to it, nothing is gained by keeping another.
     if prepare is not None and not torch.compiler.is_compiling():
-        prepared = prepare(op, overwrite_state, **arguments)
+        prepared = prepare(arguments, overwrite_state)
         if prepared is not None:
             return prepared
-    if op == LINEAR_ATTENTION and not backend.scales_writes:
+    if arguments.OP == LINEAR_ATTENTION and not backend.scales_writes:
         run = _scaling(run)
     return _overwriting(run) if overwrite_state else run
 
 
 def _scaling(run: Callable) -> Callable:
-    def scaling(*, v: Tensor, write_scale: Tensor | None, **others: Any):
-        return run(v=scaled_values(v, write_scale), **others)
+    def scaling(arguments: LinearAttention):
+        if arguments.write_scale is not None:
+            v = scaled_values(arguments.v, arguments.write_scale)
+            arguments = arguments.replace(v=v, write_scale=None)
+        return run(arguments)
 
     return scaling
 
 
-def scaled_values(v: Tensor, write_scale: Tensor | None) -> Tensor:
+def scaled_values(v: Tensor, write_scale: Tensor) -> Tensor:
     """Return v (B, T, H_v, V), or each of its heads for H / H_v, times write_scale (B, T, H)."""
-    if write_scale is None:
-        return v
     dtype, heads = v.dtype, write_scale.shape[2]
     if v.shape[2] != heads:
         v = v.repeat_interleave(heads // v.shape[2], dim=2)
@@ -334,19 +284,16 @@ def scaled_values(v: Tensor, write_scale: Tensor | None) -> Tensor:
 
 
 def _overwriting(run: Callable) -> Callable:
-    def overwriting(*, initial_state: Tensor, **others: Any):
-        o, final_state = run(initial_state=initial_state, **others)
-        return o, initial_state.copy_(final_state)
+    def overwriting(arguments: Arguments):
+        o, final_state = run(arguments)
+        assert arguments.initial_state is not None
+        return o, arguments.initial_state.copy_(final_state)
 
     return overwriting
 
 
 def _why_not(
-    backend: Backend,
-    op: str,
-    device: torch.device,
-    arguments: dict[str, Any],
-    automatic: bool,
+    backend: Backend, device: torch.device, arguments: Arguments, automatic: bool
 ) -> str | None:
     """Return why a backend cannot take an input; triton's interpreter runs only by name."""
     package = _missing(backend.name)
@@ -357,9 +304,7 @@ def _why_not(
         return f"it needs a GPU, the tensors are on {device.type!r}"
     _load(backend.name)
     unsupported = _FUNCTIONS[backend.name].get("unsupported")
-    if unsupported is None:
-        return None
-    return unsupported(op, **{n: x for n, x in arguments.items() if n != "write_scale"})
+    return None if unsupported is None else unsupported(arguments)
 
 
 def _announce(op: str, name: str, device: str, passed_over: list[str]) -> None:

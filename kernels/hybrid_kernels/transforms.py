@@ -11,12 +11,14 @@ PyTorch would return tangents of zero, or an internal error. They are refused wi
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+
+from hybrid_kernels.arguments import Arguments
 
 _REFERENCE = (
     'pass backend="reference", which supports it (a loop over time, slow), or use first derivatives '
@@ -34,16 +36,18 @@ class TransformError(NotImplementedError):
 
 
 def without_autocast(function: Callable) -> Callable:
-    """Run a function with autocast off on the device of its first tensor."""
+    """Run a function of tensors, or of arguments, with autocast off on the first tensor's device."""
 
     @functools.wraps(function)
-    def wrapped(*args: Any, **kwargs: Any):
-        device = next(x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)).device.type
+    def wrapped(*args: Any):
+        first = args[0]
+        tensor = first if isinstance(first, Tensor) else first.first
+        device = tensor.device.type
         # Some devices, as "meta", have no autocast.
         if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
-            return function(*args, **kwargs)
+            return function(*args)
         with torch.autocast(device, enabled=False):
-            return function(*args, **kwargs)
+            return function(*args)
 
     return wrapped
 
@@ -56,13 +60,13 @@ def transformed() -> bool:
     )
 
 
-def refuse_transforms(op: str, tensors: Sequence[Tensor | None]) -> None:
+def refuse_transforms(arguments: Arguments) -> None:
     """Raise if a tensor carries a tangent or is wrapped by a ``torch.func`` transform.
 
     Raises:
         TransformError: one does.
     """
-    present = [x for x in tensors if x is not None]
+    op, present = arguments.OP, arguments.floating().values()
     wrapped = torch._C._functorch.is_functorch_wrapped_tensor  # pyright: ignore
     # A compiler cannot tell one tensor from the other.
     if torch.compiler.is_compiling() or any(wrapped(x) for x in present):

@@ -8,37 +8,31 @@ read (``packing.documents``).
 from __future__ import annotations
 
 import difflib
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from hybrid_kernels.arguments import (
+    Arguments,
+    CausalConv1d,
+    LinearAttention,
+    SelectiveScan,
+)
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 MAX_DIM = 256
 ACTIVATIONS = ("silu",)
 
 
-def state_dtype(*inputs: Tensor) -> torch.dtype:
-    """Return the dtype of the state: float64 if any input is float64, else float32."""
-    for x in inputs:
-        if x.dtype == torch.float64:
-            return torch.float64
-    return torch.float32
+def check(arguments: Arguments) -> None:
+    """Raise a ValueError that names the first argument that is wrong."""
+    _CHECKS[arguments.OP](arguments)
 
 
-def check_linear_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor | None,
-    value_log_decay: Tensor | None,
-    beta: Tensor | None,
-    bonus: Tensor | None,
-    write_scale: Tensor | None,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    chunk_size: int | None,
-) -> None:
-    """Raise a ValueError that names the first argument of ``linear_attention`` that is wrong."""
+def _check_linear_attention(a: LinearAttention) -> None:
+    q, k, v, log_decay, beta, bonus = a.q, a.k, a.v, a.log_decay, a.beta, a.bonus
     for name, x in (("q", q), ("k", k), ("v", v)):
         _floating(name, x)
         if x.dim() != 4:
@@ -71,56 +65,25 @@ def check_linear_attention(
                 "log_decay must be (H,), (B, T, H) or (B, T, H, K), that is "
                 f"{' or '.join(str(s) for s in allowed)}, got {_shape(log_decay)}"
             )
-    _optional("value_log_decay", value_log_decay, (*token, v.shape[3]), "(B, T, H, V)")
-    _optional("beta", beta, token, "(B, T, H)")
-    _optional("bonus", bonus, (heads, q.shape[3]), "(H, K)")
-    _optional("write_scale", write_scale, token, "(B, T, H)")
-    if beta is not None and write_scale is not None:
+    if beta is not None and a.write_scale is not None:
         raise ValueError(
             "write_scale is for the additive form, it cannot go with beta, which has its part there"
         )
-    if beta is not None and value_log_decay is not None:
+    if beta is not None and a.value_log_decay is not None:
         raise ValueError("value_log_decay is for the additive form, it cannot go with beta")
     if beta is not None and bonus is not None:
         raise ValueError("bonus is for the additive form, it cannot go with beta")
-    if bonus is not None and value_log_decay is not None:
+    if bonus is not None and a.value_log_decay is not None:
         raise ValueError("bonus cannot go with value_log_decay")
+    chunk_size = a.chunk_size
     if chunk_size is not None and (chunk_size < 16 or chunk_size & (chunk_size - 1)):
         raise ValueError(f"chunk_size must be a power of two and at least 16, got {chunk_size}")
-    rows = _documents(cu_seqlens, batch)
-    state = (rows, heads, q.shape[3], v.shape[3])
-    _optional("initial_state", initial_state, state, "(B or N, H, K, V)")
-    _same_device(
-        ("q", q),
-        ("k", k),
-        ("v", v),
-        ("log_decay", log_decay),
-        ("value_log_decay", value_log_decay),
-        ("beta", beta),
-        ("bonus", bonus),
-        ("write_scale", write_scale),
-        ("initial_state", initial_state),
-    )
+    letters = {"B": batch, "T": time, "H": heads, "K": q.shape[3], "V": v.shape[3]}
+    _check_optional(a, letters)
 
 
-def wrong_scale(scale: object) -> ValueError:
-    """Return what to raise for a ``scale`` that ``float`` refuses.
-
-    Made only where that failed: the checks above are for arguments that a decode loop repeats in one
-    form, and a scale may differ at each step.
-    """
-    return ValueError(f"scale must be a number or None, got {type(scale).__name__} {scale!r}")
-
-
-def check_causal_conv1d(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    activation: str | None,
-) -> None:
-    """Raise a ValueError that names the first argument of ``causal_conv1d`` that is wrong."""
+def _check_causal_conv1d(a: CausalConv1d) -> None:
+    x, weight, activation = a.x, a.weight, a.activation
     _floating("x", x)
     _floating("weight", weight)
     if x.dim() != 3:
@@ -129,28 +92,15 @@ def check_causal_conv1d(
         raise ValueError(
             f"weight must be (D, W) with D = {x.shape[2]} and W >= 1, got {_shape(weight)}"
         )
-    _optional("bias", bias, (x.shape[2],), "(D,)")
     if activation is not None and activation not in ACTIVATIONS:
         near = difflib.get_close_matches(str(activation), ACTIVATIONS, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise ValueError(f"activation must be None or 'silu', got {activation!r}{hint}")
-    rows = _documents(cu_seqlens, x.shape[0])
-    state = (rows, x.shape[2], weight.shape[1] - 1)
-    _optional("initial_state", initial_state, state, "(B or N, D, W-1)")
-    _same_device(("x", x), ("weight", weight), ("bias", bias), ("initial_state", initial_state))
+    _check_optional(a, {"B": x.shape[0], "D": x.shape[2], "W-1": weight.shape[1] - 1})
 
 
-def check_selective_scan(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-) -> None:
-    """Raise a ValueError that names the first argument of ``selective_scan`` that is wrong."""
+def _check_selective_scan(a: SelectiveScan) -> None:
+    u, delta, A, B, C = a.u, a.delta, a.A, a.B, a.C
     for name, x in (("u", u), ("delta", delta), ("A", A), ("B", B), ("C", C)):
         _floating(name, x)
     if u.dim() != 3:
@@ -164,18 +114,28 @@ def check_selective_scan(
     _optional("delta", delta, (batch, time, channels), "(B, T, D)")
     _optional("B", B, (batch, time, size), "(B, T, N)")
     _optional("C", C, (batch, time, size), "(B, T, N)")
-    _optional("D", D, (channels,), "(D,)")
-    rows = _documents(cu_seqlens, batch)
-    _optional("initial_state", initial_state, (rows, channels, size), "(B or documents, D, N)")
-    _same_device(
-        ("u", u),
-        ("delta", delta),
-        ("A", A),
-        ("B", B),
-        ("C", C),
-        ("D", D),
-        ("initial_state", initial_state),
-    )
+    _check_optional(a, {"B": batch, "D": channels, "N": size})
+
+
+_CHECKS: dict[str, Callable[[Any], None]] = {
+    LinearAttention.OP: _check_linear_attention,
+    CausalConv1d.OP: _check_causal_conv1d,
+    SelectiveScan.OP: _check_selective_scan,
+}
+
+
+def _check_optional(arguments: Arguments, letters: dict[str, int]) -> None:
+    """Check the optional tensors against the shapes of their fields, and where all tensors are.
+
+    Args:
+        arguments: the record.
+        letters: sizes by letter, B among them; R, the rows of the state, is found here.
+    """
+    letters = {**letters, "R": _documents(arguments.cu_seqlens, letters["B"])}
+    for name, words in arguments.SHAPES.items():
+        shape = tuple(letters[letter] for letter in words.strip("(),").split(", "))
+        _optional(name, getattr(arguments, name), shape, words.replace("R,", "B or N,"))
+    _same_device(*[(name, getattr(arguments, name)) for name in arguments.DIFFERENTIABLE])
 
 
 def _documents(cu_seqlens: Tensor | None, batch: int) -> int:

@@ -12,8 +12,10 @@ import pytest
 import torch
 
 from hybrid_kernels import adapters, reference
+from hybrid_kernels.arguments import CausalConv1d, LinearAttention, SelectiveScan
 from hybrid_kernels.testing import TOLERANCE, assert_agrees, evaluate
 
+RECORDS = {record.OP: record for record in (LinearAttention, SelectiveScan, CausalConv1d)}
 NARROW = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -40,7 +42,7 @@ def selective_scan_fn(
     assert all(x.stride(-1) == 1 for x in (u, delta, B, C))
     rows = (x.transpose(1, 2) for x in (u, delta))
     columns = (x.transpose(1, 2) for x in (B, C))
-    y, state = reference.selective_scan(*rows, A, *columns, D, initial_state=None, cu_seqlens=None)
+    y, state = reference.selective_scan(SelectiveScan(*rows, A, *columns, D))
     y = y.transpose(1, 2)
     return (y, state) if return_last_state else y
 
@@ -73,12 +75,7 @@ def causal_conv1d_fn(
         assert initial_states.shape == (*x.shape[:2], weight.shape[1] - 1)
         assert initial_states.stride(1) == 1
     y, _ = reference.causal_conv1d(
-        x.transpose(1, 2),
-        weight,
-        bias,
-        activation=activation,
-        initial_state=initial_states,
-        cu_seqlens=None,
+        CausalConv1d(x.transpose(1, 2), weight, bias, initial_states, activation=activation)
     )
     return y.transpose(1, 2)
 
@@ -99,16 +96,16 @@ def adapted(op, **optional):
     """Return an op that takes tensors by name, and checks that the adapter takes them."""
 
     def run(output_final_state=True, **inputs):
-        arguments = {**optional, **inputs}
-        assert adapters.unsupported(op, **arguments) is None
-        return getattr(adapters, op)(**arguments)
+        arguments = RECORDS[op](**{**optional, **inputs})
+        assert adapters.unsupported(arguments) is None
+        return getattr(adapters, op)(arguments)
 
     return run
 
 
 def ours(op, **optional):
     def run(output_final_state=True, **inputs):
-        return getattr(reference, op)(**{**optional, **inputs})
+        return getattr(reference, op)(RECORDS[op](**{**optional, **inputs}))
 
     return run
 
@@ -131,7 +128,7 @@ def test_selective_scan(skip, dtypes):
     inputs = {name: x.requires_grad_() for name, x in inputs.items()}
     fixed = {"D": None, "initial_state": None, "cu_seqlens": None}
     y, state = adapted("selective_scan", **fixed)(**inputs)
-    expected, last = reference.selective_scan(**{**fixed, **inputs})
+    expected, last = reference.selective_scan(SelectiveScan(**{**fixed, **inputs}))
     assert y.dtype == inputs["u"].dtype
     assert torch.equal(y, expected)
     assert torch.equal(state, last)
@@ -203,4 +200,4 @@ def attention(**changes):
     ],
 )
 def test_what_an_adapter_cannot_take_is_named(op, inputs, words):
-    assert words in adapters.unsupported(op, **inputs)
+    assert words in adapters.unsupported(RECORDS[op](**inputs))

@@ -8,12 +8,18 @@ import torch
 
 import hybrid_kernels
 from hybrid_kernels import (
+    arguments,
     available_backends,
     backends,
     causal_conv1d,
     linear_attention,
     selective_scan,
 )
+
+RECORDS = {
+    record.OP: record
+    for record in (arguments.LinearAttention, arguments.SelectiveScan, arguments.CausalConv1d)
+}
 
 
 def rows(**changes):
@@ -67,7 +73,7 @@ def test_a_gpu_backend_refuses_a_cpu_by_name():
         if backend.gpu_only and backends._missing(backend.name) is None:
             op = backend.ops[0]
             with pytest.raises(ValueError, match="GPU"):
-                backends.choose(op, backend.name, {"x": torch.zeros(1)})
+                backends.choose(RECORDS[op](*[torch.zeros(1)] * 5), backend.name)
 
 
 def scan(**changes):

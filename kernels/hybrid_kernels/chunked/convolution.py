@@ -10,50 +10,36 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from hybrid_kernels.arguments import CausalConv1d, state_dtype
 from hybrid_kernels.chunked.decode import causal_conv1d_step, is_single_step
 from hybrid_kernels.packing import documents
 from hybrid_kernels.transforms import first_derivatives_only, without_autocast
-from hybrid_kernels.validation import state_dtype
 
 # Elements that one stretch of time holds over all rows and channels.
 STRETCH_ELEMENTS = 1 << 16
 STRETCH_STEPS = 16
 
 
-def causal_conv1d(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    *,
-    activation: str | None,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+def causal_conv1d(a: CausalConv1d) -> tuple[Tensor, Tensor]:
     """Compute ``hybrid_kernels.causal_conv1d`` stretch by stretch, on any device."""
-    if is_single_step(x.shape[1], cu_seqlens, x, weight, bias, initial_state):
-        return causal_conv1d_step(x, weight, bias, activation, initial_state)
-    if cu_seqlens is not None:
-        return _packed(x, weight, bias, activation, initial_state, cu_seqlens)
-    history = weight.shape[1] - 1
-    if initial_state is None:
+    if is_single_step(a):
+        return causal_conv1d_step(a)
+    if a.cu_seqlens is not None:
+        return _packed(a, a.cu_seqlens)
+    x, history = a.x, a.weight.shape[1] - 1
+    if a.initial_state is None:
         past = x.new_zeros(x.shape[0], history, x.shape[2])
     else:
-        past = initial_state.to(x.dtype).transpose(1, 2)
-    y = torch.ops.hybrid_kernels.chunked_conv1d(x, past, weight, bias, activation or "")
+        past = a.initial_state.to(x.dtype).transpose(1, 2)
+    y = torch.ops.hybrid_kernels.chunked_conv1d(x, past, a.weight, a.bias, a.activation or "")
     if x.shape[1] < history:
         x = torch.cat([past, x], dim=1)
     return y, x[:, x.shape[1] - history :].transpose(1, 2).contiguous()
 
 
-def _packed(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    activation: str | None,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor,
-) -> tuple[Tensor, Tensor]:
+def _packed(a: CausalConv1d, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
     """Lay every document behind its own state in one longer row, and convolve that."""
+    x, weight, initial_state = a.x, a.weight, a.initial_state
     history, rows, channels = weight.shape[1] - 1, cu_seqlens.shape[0] - 1, x.shape[2]
     tokens, before, after = _known_places(cu_seqlens, x.shape[1], history, x.device)
     row = x.new_zeros(1, x.shape[1] + rows * history, channels).index_copy(1, tokens, x)
@@ -61,7 +47,7 @@ def _packed(
         past = initial_state.to(x.dtype).transpose(1, 2).reshape(1, -1, channels)
         row = row.index_copy(1, before, past)
     nothing = x.new_zeros(1, history, channels)
-    y = torch.ops.hybrid_kernels.chunked_conv1d(row, nothing, weight, bias, activation or "")
+    y = torch.ops.hybrid_kernels.chunked_conv1d(row, nothing, weight, a.bias, a.activation or "")
     final = row[0].index_select(0, after).view(rows, history, channels)
     return y.index_select(1, tokens), final.transpose(1, 2).contiguous()
 

@@ -2,7 +2,7 @@
 
 A call here costs more than the arithmetic that it does. So what shapes and dtypes alone decide is
 found once, when a step is made for inputs of one form; ``prepare`` makes it, and
-``backends.checked`` keeps it. Nothing the size of a state is allocated but the new state itself,
+``backends.resolve`` keeps it. Nothing the size of a state is allocated but the new state itself,
 and of ``linear_attention`` not even that where the old one may be overwritten. These are plain
 tensor operations, which a compiler can fuse.
 
@@ -12,36 +12,30 @@ Legend: B batch, H heads, K key dim, V value dim, D channels, N state size, W fi
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from hybrid_kernels.validation import state_dtype
+from hybrid_kernels.arguments import Arguments, CausalConv1d, LinearAttention, SelectiveScan
 
 
-def prepare(op: str, overwrite_state: bool, **inputs: Any) -> Callable | None:
+def prepare(arguments: Arguments, overwrite_state: bool) -> Callable | None:
     """Return what computes an op for inputs of this form, or None if they are no single step.
 
     Args:
-        op: name of a public op.
+        arguments: of the op, validated.
         overwrite_state: the final state goes where the initial state is.
-        inputs: the op's validated keyword arguments.
     """
-    tensors = [x for x in inputs.values() if isinstance(x, Tensor)]
-    time = tensors[0].shape[1]
-    if op not in _STEPS or not is_single_step(time, inputs["cu_seqlens"], *tensors):
+    step = _STEPS.get(arguments.OP)
+    if step is None or not is_single_step(arguments):
         return None
-    return _STEPS[op](overwrite_state=overwrite_state, **inputs).run
+    return step(arguments, overwrite_state).run
 
 
-def is_single_step(time: int, cu_seqlens: Tensor | None, *inputs: Tensor | None) -> bool:
+def is_single_step(arguments: Arguments) -> bool:
     """Whether this module applies: one token per row and no gradient asked for."""
-    if time != 1 or cu_seqlens is not None:
-        return False
-    if not torch.is_grad_enabled():
-        return True
-    return not any(x is not None and x.requires_grad for x in inputs)
+    one = arguments.time == 1 and arguments.cu_seqlens is None
+    return one and not arguments.wants_gradient()
 
 
 class LinearAttentionStep:
@@ -51,47 +45,25 @@ class LinearAttentionStep:
     allocated: exp of the decay, and what of the inputs has to be cast or repeated.
     """
 
-    def __init__(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        log_decay: Tensor | None,
-        value_log_decay: Tensor | None,
-        beta: Tensor | None,
-        write_scale: Tensor | None,
-        initial_state: Tensor | None,
-        overwrite_state: bool = False,
-        **_: Any,
-    ):
+    def __init__(self, a: LinearAttention, overwrite_state: bool = False):
+        q, k, v, log_decay = a.q, a.k, a.v, a.log_decay
         self.overwrite = overwrite_state
         self.batch, self.keys, self.values = q.shape[0], q.shape[3], v.shape[3]
-        self.heads = max(x.shape[2] for x in (q, k, v))
+        self.heads = a.heads
         self.rows = self.batch * self.heads
-        self.dtype, self.output_dtype = state_dtype(q, k, v), v.dtype
-        given = (q, k, v, log_decay, value_log_decay, beta, write_scale, initial_state)
-        self.cast = any(x is not None and x.dtype != self.dtype for x in given)
+        self.dtype, self.output_dtype = a.dtype, v.dtype
+        given = a.replace(bonus=None).floating().values()
+        self.cast = any(x.dtype != self.dtype for x in given)
         self.grouped = any(x.shape[2] != self.heads for x in (q, k, v))
         # What the decay of a head spans: one number, or one for each key.
         self.span = self.keys if log_decay is not None and log_decay.dim() == 4 else 1
 
-    def run(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        log_decay: Tensor | None,
-        value_log_decay: Tensor | None,
-        beta: Tensor | None,
-        bonus: Tensor | None,
-        write_scale: Tensor | None,
-        scale: float,
-        initial_state: Tensor | None,
-        cu_seqlens: None = None,
-        chunk_size: int | None = None,
-    ) -> tuple[Tensor, Tensor]:
+    def run(self, a: LinearAttention) -> tuple[Tensor, Tensor]:
         """Return the output and the new state."""
-        rows, keys, values, state = self.rows, self.keys, self.values, initial_state
+        q, k, v, log_decay, value_log_decay = a.q, a.k, a.v, a.log_decay, a.value_log_decay
+        beta, bonus, write_scale, scale = a.beta, a.bonus, a.write_scale, a.scale
+        initial_state = state = a.initial_state
+        rows, keys, values = self.rows, self.keys, self.values
         if self.cast:
             q, k, v = (x.to(self.dtype) for x in (q, k, v))
             given = (log_decay, value_log_decay, beta, write_scale, state)
@@ -135,8 +107,8 @@ class LinearAttentionStep:
             o = value.baddbmm_(query, after, beta=0, alpha=scale)
         o = o.view(self.batch, 1, self.heads, values)
         if self.overwrite and state is not initial_state:
+            assert initial_state is not None
             state = initial_state.copy_(state)
-        # Autocast may have chosen another dtype for the products.
         return _cast(o, self.output_dtype), state
 
     def _each_head(self, x: Tensor) -> Tensor:
@@ -149,58 +121,26 @@ class LinearAttentionStep:
         return x.unsqueeze(3).expand(-1, -1, -1, self.heads // own, -1).flatten(2, 3)
 
 
-def linear_attention_step(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor | None,
-    value_log_decay: Tensor | None,
-    beta: Tensor | None,
-    bonus: Tensor | None,
-    write_scale: Tensor | None,
-    scale: float,
-    state: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """Compute ``linear_attention`` for one token; ``state`` is left as it is."""
-    gates = (log_decay, value_log_decay, beta)
-    step = LinearAttentionStep(q, k, v, *gates, write_scale, state)
-    return step.run(q, k, v, *gates, bonus, write_scale, scale, state)
+def linear_attention_step(a: LinearAttention) -> tuple[Tensor, Tensor]:
+    """Compute ``linear_attention`` for one token; the initial state is left as it is."""
+    return LinearAttentionStep(a).run(a)
 
 
 class SelectiveScanStep:
     """``selective_scan`` for one token, for inputs with the dtypes of these."""
 
-    def __init__(
-        self,
-        u: Tensor,
-        delta: Tensor,
-        A: Tensor,
-        B: Tensor,
-        C: Tensor,
-        initial_state: Tensor | None,
-        overwrite_state: bool = False,
-        **_: Any,
-    ):
-        self.overwrite = overwrite_state
-        self.dtype, self.output_dtype = state_dtype(u, delta, A, B, C), u.dtype
-        self.cast = any(x.dtype != self.dtype for x in (u, delta, A, B, C))
+    def __init__(self, a: SelectiveScan, overwrite_state: bool = False):
+        self.overwrite, initial_state = overwrite_state, a.initial_state
+        self.dtype, self.output_dtype = a.dtype, a.u.dtype
+        self.cast = any(x.dtype != self.dtype for x in (a.u, a.delta, a.A, a.B, a.C))
         # A state of another dtype cannot be computed in.
         self.in_place = (
             overwrite_state and initial_state is not None and initial_state.dtype == self.dtype
         )
 
-    def run(
-        self,
-        u: Tensor,
-        delta: Tensor,
-        A: Tensor,
-        B: Tensor,
-        C: Tensor,
-        D: Tensor | None,
-        initial_state: Tensor | None,
-        cu_seqlens: None = None,
-    ) -> tuple[Tensor, Tensor]:
+    def run(self, a: SelectiveScan) -> tuple[Tensor, Tensor]:
         """Return the output and the new state."""
+        u, delta, A, B, C, D, initial_state = a.u, a.delta, a.A, a.B, a.C, a.D, a.initial_state
         if self.cast:
             u, delta, A, B, C = (x.to(self.dtype) for x in (u, delta, A, B, C))
         # (B, 1, D) turned is (B, D, 1), and (B, 1, N) is what a row of the state is multiplied by.
@@ -216,21 +156,14 @@ class SelectiveScanStep:
         if D is not None:
             y.addcmul_(u, _cast(D, self.dtype))
         if self.overwrite and not self.in_place:
+            assert initial_state is not None
             after = initial_state.copy_(after)
         return _cast(y, self.output_dtype), after
 
 
-def selective_scan_step(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    state: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """Compute ``selective_scan`` for one token; ``state`` is left as it is."""
-    return SelectiveScanStep(u, delta, A, B, C, state).run(u, delta, A, B, C, D, state)
+def selective_scan_step(a: SelectiveScan) -> tuple[Tensor, Tensor]:
+    """Compute ``selective_scan`` for one token; the initial state is left as it is."""
+    return SelectiveScanStep(a).run(a)
 
 
 def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -238,18 +171,16 @@ def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x if x.dtype == dtype else x.to(dtype)
 
 
-def causal_conv1d_step(
-    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, state: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Compute ``causal_conv1d`` for one token; ``state`` is left as it is."""
-    dtype = state_dtype(x, weight)
+def causal_conv1d_step(a: CausalConv1d) -> tuple[Tensor, Tensor]:
+    """Compute ``causal_conv1d`` for one token; the initial state is left as it is."""
+    x, weight, bias, state, dtype = a.x, a.weight, a.bias, a.initial_state, a.dtype
     if state is None:
         state = x.new_zeros(x.shape[0], x.shape[2], weight.shape[1] - 1)
     window = torch.cat([state.to(x.dtype), x.transpose(1, 2)], dim=2)
     y = (window.to(dtype) * weight.to(dtype)).sum(-1)
     if bias is not None:
         y = y + bias.to(dtype)
-    if activation == "silu":
+    if a.activation == "silu":
         y = torch.nn.functional.silu(y)
     return y[:, None].to(x.dtype), window[..., 1:]
 

@@ -11,11 +11,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from hybrid_kernels.arguments import LinearAttention, record
 from hybrid_kernels.chunked.additive import InputChunks
 from hybrid_kernels.chunked.chunk_plan import ChunkPlan, chunk_plan
 from hybrid_kernels.chunked.gates import RESCALE_LIMIT, RESCALE_LIMIT_PER_TOKEN
 from hybrid_kernels.packing import documents
-from hybrid_kernels.validation import state_dtype
 
 SMALLEST_CHUNK = 16
 
@@ -24,14 +24,7 @@ SMALLEST_CHUNK = 16
 SEGMENT_ROWS = 1024
 SEGMENT_ROWS_TRAINING = 2048
 
-# The tensors come first, of which all but the offsets have gradients.
-DIFFERENTIABLE, TENSORS = 9, 10
-DECAYS = (3, 4)
-SCHEMA = (
-    "Tensor q, Tensor k, Tensor v, Tensor? log_decay, Tensor? value_log_decay, Tensor? beta, "
-    "Tensor? bonus, Tensor? write_scale, Tensor? initial_state, Tensor? cu_seqlens, float scale, "
-    "int chunk_size, bool exactly, bool keep"
-)
+DECAYS = ("log_decay", "value_log_decay")
 
 
 class SpanSize(NamedTuple):
@@ -52,41 +45,17 @@ class SpanSize(NamedTuple):
         return self.unit * max(1, self.rows // (max(1, sequences) * self.heads * self.unit))
 
 
-class Inputs(NamedTuple):
-    """The arguments of the op, as ``SCHEMA`` lists them.
+@record
+class Inputs(LinearAttention):
+    """The arguments of the op, and what else its custom op takes.
 
     Attributes:
-        q, k, v, log_decay, value_log_decay, beta, bonus, write_scale, initial_state, cu_seqlens,
-            scale: as ``hybrid_kernels.linear_attention`` has them.
-        chunk_size: tokens, or 0 to choose.
         exactly: decay pairs in the exact way, whatever the decays are (``gates.py``).
         keep: a backward pass follows.
     """
 
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    log_decay: Tensor | None
-    value_log_decay: Tensor | None
-    beta: Tensor | None
-    bonus: Tensor | None
-    write_scale: Tensor | None
-    initial_state: Tensor | None
-    cu_seqlens: Tensor | None
-    scale: float
-    chunk_size: int
-    exactly: bool
-    keep: bool
-
-    @property
-    def heads(self) -> int:
-        """H."""
-        return max(x.shape[2] for x in (self.q, self.k, self.v))
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """What is computed in, and the state is."""
-        return state_dtype(self.q, self.k, self.v)
+    exactly: bool = False
+    keep: bool = False
 
     @property
     def span(self) -> SpanSize:
@@ -97,7 +66,7 @@ class Inputs(NamedTuple):
         elif self.beta is None:
             # Forward, half of the matrices are of queries and keys, which heads may share.
             heads = (heads + max(self.q.shape[2], self.k.shape[2])) // 2
-        return SpanSize(heads, rows, max(64, self.chunk_size))
+        return SpanSize(heads, rows, max(64, self.chunk_size or 0))
 
     def first_chunk(self, longest: int) -> int:
         """Return the chunk size to try first, for sequences of at most ``longest`` tokens."""
@@ -168,6 +137,10 @@ class Inputs(NamedTuple):
             plan=plan,
             dtype=self.dtype,
         )
+
+    def gradient_names(self, decays_wanted: bool) -> list[str]:
+        """Return the names of the gradients that the backward pass finds, in order."""
+        return [name for name in self.floating() if decays_wanted or name not in DECAYS]
 
     def output_helps(self) -> bool:
         """Whether the backward pass is spared two products by the output, at the full precision.

@@ -6,15 +6,18 @@ break although the way is chosen from the data (``inputs.py``); its backward is 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from hybrid_kernels.arguments import LinearAttention
 from hybrid_kernels.chunked import stepwise
 from hybrid_kernels.chunked.additive import InputChunks
 from hybrid_kernels.chunked.chunk_plan import ChunkPlan
 from hybrid_kernels.chunked.decode import is_single_step, linear_attention_step
 from hybrid_kernels.chunked.gradient import Gradients
-from hybrid_kernels.chunked.inputs import DECAYS, DIFFERENTIABLE, SCHEMA, TENSORS, Inputs
+from hybrid_kernels.chunked.inputs import DECAYS, Inputs
 from hybrid_kernels.chunked.passes import backward, forward
 from hybrid_kernels.chunked.saved import Saved
 from hybrid_kernels.fused_qkv_grad import places
@@ -24,30 +27,15 @@ from hybrid_kernels.transforms import first_derivatives_only, without_autocast
 NEAR_ZERO = 2.0**-60
 
 
-def linear_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    log_decay: Tensor | None,
-    value_log_decay: Tensor | None,
-    beta: Tensor | None,
-    bonus: Tensor | None,
-    write_scale: Tensor | None,
-    scale: float,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    chunk_size: int | None,
-) -> tuple[Tensor, Tensor]:
+def linear_attention(a: LinearAttention) -> tuple[Tensor, Tensor]:
     """Compute ``hybrid_kernels.linear_attention`` in chunks, on any device."""
-    inputs = (q, k, v, log_decay, value_log_decay, beta, bonus, write_scale, initial_state)
-    if is_single_step(q.shape[1], cu_seqlens, *inputs):
-        return linear_attention_step(*inputs[:-1], scale, initial_state)
-    keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
+    if is_single_step(a):
+        return linear_attention_step(a)
+    keep, log_decay = a.wants_gradient(), a.log_decay
     # The gradient of a decay that is fixed per head is a sum over all tokens of terms of either
     # sign, in which the rounding of rescaled ones would show.
     exactly = keep and log_decay is not None and log_decay.dim() == 1 and log_decay.requires_grad
-    o, final_state, _ = _op(*inputs, cu_seqlens, scale, chunk_size or 0, exactly, keep)
+    o, final_state, _ = _op(*a.values(), exactly, keep)
     return o, final_state
 
 
@@ -68,19 +56,36 @@ def _forward(*arguments) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _backward(*arguments) -> list[Tensor]:
-    """Return the gradients of the tensors that are not None, in order.
+    """Return the gradients named by ``Inputs.gradient_names``, in that order.
 
-    Beside the op's own arguments, it takes what was saved; the output, or None, whereupon what of it
-    the gradients need is computed again; the gradient of the output; that of the final states, or
-    None; whether that of the decays is wanted; and whether those of q, k and v are to lie as these
-    do in the rows of one tensor, which is then returned in their place.
+    Args:
+        arguments: the fields of ``Inputs``; what was saved; the output, or None, whereupon what of
+            it the gradients need is computed again; the gradient of the output; that of the final
+            states, or None; whether that of the decays is wanted; and whether dq, dk and dv are
+            returned as one tensor, laid out like q, k and v.
     """
-    *given, saved, o, do, dfinal, decays_wanted, together = arguments
-    inputs = Inputs(*given)
+    inputs = Inputs(*arguments[: len(Inputs.NAMES)])
+    rest = arguments[len(Inputs.NAMES) :]
+    decays_wanted, together = rest[-2:]
+    grads = _gradients(inputs, *rest)
+    found = [grads[name] for name in inputs.gradient_names(decays_wanted) if name in grads]
+    return [grads["qkv"], *found] if together else found
+
+
+def _gradients(
+    inputs: Inputs,
+    saved: Tensor,
+    o: Tensor | None,
+    do: Tensor,
+    dfinal: Tensor | None,
+    decays_wanted: bool,
+    together: bool,
+) -> dict[str, Tensor]:
+    """Return the gradients by name; with ``together`` "qkv" for those of q, k and v."""
     if saved.numel() and bool(saved[0].isnan()):
-        return _backward_by_steps(inputs, do, dfinal, decays_wanted, together)
+        return _gradients_by_steps(inputs, do, dfinal, together)
     if inputs.write_scale is not None and _near_zero(inputs.write_scale):
-        return _backward_of_scaled(inputs, *arguments[len(given) :])
+        return _gradients_of_scaled(inputs, saved, o, do, dfinal, decays_wanted, together)
     p = inputs.problem()
     plan = p.plan
     rows = _Rows(inputs, p, together)
@@ -103,37 +108,33 @@ def _backward(*arguments) -> list[Tensor]:
     backward(p, _saved(p, saved), None if o is None else cut(o), cut(do), dstate, grads)
 
     if not stepwise.is_finite(dstate):
-        return _backward_by_steps(inputs, do, dfinal, decays_wanted, together)
+        return _gradients_by_steps(inputs, do, dfinal, together)
     # A scalar decay went with the values or with the keys.
-    dlog_decay = dvalue if dkey is None else dkey
-    found: list[tuple[Tensor | None, _Memory | Tensor | None]] = []
-    if decays_wanted:
-        found = [(inputs.log_decay, dlog_decay), (inputs.value_log_decay, dvalue)]
-    dinitial = plan.unsort_states(_unfold(dstate, p))
-    found += [(inputs.beta, dbeta), (inputs.bonus, dbonus)]
-    found += [(inputs.write_scale, dscale), (inputs.initial_state, dinitial)]
-    return rows.results() + [_like(x, grad) for x, grad in found if x is not None]
+    named = {
+        "log_decay": dvalue if dkey is None else dkey,
+        "value_log_decay": dvalue,
+        "beta": dbeta,
+        "bonus": dbonus,
+        "write_scale": dscale,
+        "initial_state": plan.unsort_states(_unfold(dstate, p)),
+    }
+    given = inputs.floating()
+    found = {n: _like(given[n], x) for n, x in named.items() if n in given and x is not None}
+    return {**rows.results(), **found}
 
 
-def _backward_by_steps(
-    inputs: Inputs, do: Tensor, dfinal: Tensor | None, decays_wanted: bool, together: bool
-) -> list[Tensor]:
-    """Do as ``_backward`` does where something is not finite."""
+def _gradients_by_steps(
+    inputs: Inputs, do: Tensor, dfinal: Tensor | None, together: bool
+) -> dict[str, Tensor]:
+    """Do as ``_gradients`` does where something is not finite."""
     grads = stepwise.backward(inputs, do, dfinal)
-    if not decays_wanted:
-        grads = {
-            name: x for name, x in grads.items() if name not in ("log_decay", "value_log_decay")
-        }
-    rows = [grads[name] for name in ("q", "k", "v")]
     if together:
-        found = places(*inputs[:3])
+        found = places(inputs.q, inputs.k, inputs.v)
         assert found is not None
-        whole = inputs.q.new_empty(*inputs.q.shape[:2], found.row)
-        for part, grad in zip(found.cut(whole), rows, strict=True):
-            part.copy_(grad)
-        rows = [whole]
-    others = inputs._fields[3:DIFFERENTIABLE]
-    return rows + [grads[name] for name in others if name in grads]
+        grads["qkv"] = inputs.q.new_empty(*inputs.q.shape[:2], found.row)
+        for part, name in zip(found.cut(grads["qkv"]), "qkv", strict=True):
+            part.copy_(grads.pop(name))
+    return grads
 
 
 def _near_zero(write_scale: Tensor) -> bool:
@@ -141,17 +142,16 @@ def _near_zero(write_scale: Tensor) -> bool:
     return write_scale.numel() > 0 and not bool(write_scale.abs().amin() > NEAR_ZERO)
 
 
-def _backward_of_scaled(inputs: Inputs, *rest) -> list[Tensor]:
-    """Do as ``_backward`` does, with the values multiplied beforehand."""
+def _gradients_of_scaled(inputs: Inputs, *rest: Any) -> dict[str, Tensor]:
+    """Do as ``_gradients`` does, with the values multiplied beforehand."""
     assert inputs.write_scale is not None
     v, scale = inputs.v.to(inputs.dtype), inputs.write_scale.to(inputs.dtype)[..., None]
     v = v.repeat_interleave(inputs.heads // v.shape[2], dim=2)
-    found = _backward(*inputs._replace(v=v * scale, write_scale=None), *rest)
-    dv = found[2]
-    found[2] = _like(inputs.v, dv * scale)
-    dscale = _like(inputs.write_scale, (dv * v).sum(-1))
-    found.insert(len(found) - (inputs.initial_state is not None), dscale)
-    return found
+    grads = _gradients(inputs.replace(v=v * scale, write_scale=None), *rest)
+    dv = grads["v"]
+    grads["v"] = _like(inputs.v, dv * scale)
+    grads["write_scale"] = _like(inputs.write_scale, (dv * v).sum(-1))
+    return grads
 
 
 class _Rows:
@@ -163,7 +163,7 @@ class _Rows:
     """
 
     def __init__(self, inputs: Inputs, p: InputChunks, together: bool):
-        self.given, self.plan, self.stacked = inputs[:3], p.plan, None
+        self.given, self.plan, self.stacked = (inputs.q, inputs.k, inputs.v), p.plan, None
         self.memory = [] if together else [_Memory(p.plan, x) for x in (p.q, p.k, p.v)]
         if not together:
             self.chunks = [memory.chunks for memory in self.memory]
@@ -176,11 +176,12 @@ class _Rows:
         stacked = found.stack(rows)
         self.stacked = None if stacked is None else stacked.transpose(3, 4)
 
-    def results(self) -> list[Tensor]:
-        """Return the one tensor (B, T, row), or the three."""
+    def results(self) -> dict[str, Tensor]:
+        """Return the one tensor (B, T, row) as "qkv", or the three by name."""
         if not self.memory:
-            return [self.plan.result(self.whole)]
-        return [_like(x, memory) for x, memory in zip(self.given, self.memory, strict=True)]
+            return {"qkv": self.plan.result(self.whole)}
+        found = zip("qkv", self.given, self.memory, strict=True)
+        return {name: _like(x, memory) for name, x, memory in found}
 
 
 class _Memory:
@@ -235,13 +236,13 @@ _op = torch.library.custom_op(
     "hybrid_kernels::chunked_linear_attention",
     without_autocast(_forward),
     mutates_args=(),
-    schema=f"({SCHEMA}) -> (Tensor, Tensor, Tensor)",
+    schema=f"({Inputs.SCHEMA}) -> (Tensor, Tensor, Tensor)",
 )
 _backward_op = torch.library.custom_op(
     "hybrid_kernels::chunked_linear_attention_backward",
     without_autocast(_backward),
     mutates_args=(),
-    schema=f"({SCHEMA}, Tensor saved, Tensor? o, Tensor do, Tensor? dfinal, bool decays_wanted,"
+    schema=f"({Inputs.SCHEMA}, Tensor saved, Tensor? o, Tensor do, Tensor? dfinal, bool decays_wanted,"
     " bool together) -> Tensor[]",
 )
 
@@ -265,24 +266,26 @@ def _(*arguments):
 
 @_backward_op.register_fake
 def _(*arguments):
-    *_, decays_wanted, together = arguments
-    found = [
-        x
-        for i, x in enumerate(arguments[:DIFFERENTIABLE])
-        if x is not None and (decays_wanted or i not in DECAYS)
-    ]
+    inputs = Inputs(*arguments[: len(Inputs.NAMES)])
+    decays_wanted, together = arguments[-2:]
+    given = inputs.floating()
+    found = {name: given[name] for name in inputs.gradient_names(decays_wanted)}
     if together:
-        q, k, v = found[:3]
-        found[:3] = [torch.cat([x.flatten(2) for x in (q, k, v)], dim=2)]
-    return [torch.empty_like(x, memory_format=torch.contiguous_format) for x in found]
+        rows = torch.cat([found.pop(name).flatten(2) for name in "qkv"], dim=2)
+        found = {"qkv": rows, **found}
+    return [torch.empty_like(x, memory_format=torch.contiguous_format) for x in found.values()]
+
+
+def _decays_wanted(ctx) -> bool:
+    return any(ctx.needs_input_grad[Inputs.NAMES.index(name)] for name in DECAYS)
 
 
 def _keep(ctx, inputs, output) -> None:
     o, _, saved = output
-    wanted = any(ctx.needs_input_grad[i] for i in DECAYS)
-    helps = wanted and Inputs(*inputs).output_helps()
-    ctx.save_for_backward(*inputs[:TENSORS], saved, o if helps else None)
-    ctx.options, ctx.output = inputs[TENSORS:], (o.shape, o.dtype)
+    helps = _decays_wanted(ctx) and Inputs(*inputs).output_helps()
+    count = len(Inputs.TENSORS)
+    ctx.save_for_backward(*inputs[:count], saved, o if helps else None)
+    ctx.options, ctx.output = inputs[count:], (o.shape, o.dtype)
     # No zeros for what was saved, nor for final states that nothing was made of.
     ctx.set_materialize_grads(False)
 
@@ -292,24 +295,18 @@ def _differentiate(ctx, do, dfinal, _):
     inputs = Inputs(*tensors, *ctx.options)
     if do is None:
         shape, dtype = ctx.output
-        do = tensors[0].new_zeros(shape, dtype=dtype)
-    wanted = any(ctx.needs_input_grad[i] for i in DECAYS)
+        do = inputs.q.new_zeros(shape, dtype=dtype)
+    wanted = _decays_wanted(ctx)
     # A compiler has its own mind about memory; values that are scaled may have to be copied; and a
     # gradient that is wanted by itself would hold the memory of three.
     alone = torch.compiler.is_compiling() or inputs.write_scale is not None
     alone = alone or not all(ctx.needs_input_grad[:3])
-    rows = None if alone else places(*tensors[:3])
-    together = rows is not None
-    found = _backward_op(*tensors, *ctx.options, saved, o, do, dfinal, wanted, together)
+    rows = None if alone else places(inputs.q, inputs.k, inputs.v)
+    found = _backward_op(*inputs.values(), saved, o, do, dfinal, wanted, rows is not None)
     if rows is not None:
         found[:1] = rows.hand_out(found[0])
-    found = iter(found)
-    absent = () if wanted else DECAYS
-    grads = [
-        None if x is None or i in absent else next(found)
-        for i, x in enumerate(tensors[:DIFFERENTIABLE])
-    ]
-    return (*grads, *[None] * (len(ctx.needs_input_grad) - DIFFERENTIABLE))
+    grads = dict(zip(inputs.gradient_names(wanted), found, strict=True))
+    return tuple([grads.get(name) for name in Inputs.NAMES])
 
 
 _op.register_autograd(_differentiate, setup_context=_keep)

@@ -15,12 +15,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from hybrid_kernels.arguments import SelectiveScan, state_dtype
 from hybrid_kernels.chunked.chunk_plan import ChunkSpan, StateCarry, accumulate, chunk_plan
 from hybrid_kernels.chunked.decode import is_single_step, selective_scan_step
 from hybrid_kernels.chunked.memory import Scratch
 from hybrid_kernels.packing import documents
 from hybrid_kernels.transforms import first_derivatives_only, without_autocast
-from hybrid_kernels.validation import state_dtype
 
 # Elements of state x steps that a segment holds: its matrices should stay in a core's cache.
 SEGMENT_ELEMENTS = 1 << 17
@@ -28,23 +28,11 @@ SEGMENT_ELEMENTS = 1 << 17
 SEGMENT_STEPS = 16
 
 
-def selective_scan(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    *,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+def selective_scan(a: SelectiveScan) -> tuple[Tensor, Tensor]:
     """Compute ``hybrid_kernels.selective_scan`` segment by segment, on any device."""
-    if is_single_step(u.shape[1], cu_seqlens, u, delta, A, B, C, D, initial_state):
-        return selective_scan_step(u, delta, A, B, C, D, initial_state)
-    y, final_state, _ = torch.ops.hybrid_kernels.chunked_selective_scan(
-        u, delta, A, B, C, D, initial_state, cu_seqlens
-    )
+    if is_single_step(a):
+        return selective_scan_step(a)
+    y, final_state, _ = torch.ops.hybrid_kernels.chunked_selective_scan(*a.values())
     return y, final_state
 
 

@@ -19,8 +19,6 @@ from hybrid_kernels.packing import document_bounds
 
 # Steps whose states are held in memory at a time in the backward pass.
 PIECE = 64
-BY_TOKEN = ("q", "k", "v", "log_decay", "value_log_decay", "beta", "write_scale")
-FIXED = ("log_decay", "bonus")
 
 
 def is_finite(states: Tensor) -> bool:
@@ -33,7 +31,7 @@ def is_finite(states: Tensor) -> bool:
 
 def forward(inputs: Inputs) -> tuple[Tensor, Tensor]:
     """Return the output and the final states."""
-    return _run(inputs, _tensors(inputs), inputs.initial_state, inputs.cu_seqlens)
+    return reference.linear_attention(inputs)
 
 
 def backward(inputs: Inputs, do: Tensor, dfinal: Tensor | None) -> dict[str, Tensor]:
@@ -57,7 +55,7 @@ def backward(inputs: Inputs, do: Tensor, dfinal: Tensor | None) -> dict[str, Ten
         for piece, state in zip(reversed(pieces), reversed(states), strict=False):
             dparts, dstate = _piece_backward(inputs, tensors, state, piece, do, dstate)
             for name, grad in dparts.items():
-                if _by_token(name, tensors[name]):
+                if _by_token(tensors[name]):
                     grads[name][:, piece] = grad
                 else:
                     grads[name] += grad
@@ -87,31 +85,21 @@ def _piece_backward(
 
 
 def _tensors(inputs: Inputs) -> dict[str, Tensor]:
-    """Return the inputs that are floating tensors, but for the states."""
-    named = ((name, getattr(inputs, name)) for name in dict.fromkeys(BY_TOKEN + FIXED))
-    return {name: x for name, x in named if x is not None}
+    """Return the floating tensors but for the states, by name."""
+    return {name: x for name, x in inputs.floating().items() if name != "initial_state"}
 
 
-def _by_token(name: str, x: Tensor) -> bool:
-    return name in BY_TOKEN and x.dim() > 1
+def _by_token(x: Tensor) -> bool:
+    """Whether a tensor has a row for each token; (H,) and (H, K) have not."""
+    return x.dim() > 2
 
 
 def _cut(tensors: dict[str, Tensor], piece: slice) -> dict[str, Tensor]:
-    return {name: x[:, piece] if _by_token(name, x) else x for name, x in tensors.items()}
+    return {name: x[:, piece] if _by_token(x) else x for name, x in tensors.items()}
 
 
-def _run(
-    inputs: Inputs,
-    tensors: dict[str, Tensor],
-    state: Tensor | None,
-    cu_seqlens: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Run the reference on some of the time."""
-    absent = dict.fromkeys(BY_TOKEN + FIXED)
+def _run(inputs: Inputs, tensors: dict[str, Tensor], state: Tensor) -> tuple[Tensor, Tensor]:
+    """Run the reference on a piece of one document, or of all rows of a batch."""
     return reference.linear_attention(
-        **{**absent, **tensors},  # pyright: ignore[reportArgumentType]
-        scale=inputs.scale,
-        initial_state=state,
-        cu_seqlens=cu_seqlens,
-        chunk_size=None,
+        inputs.replace(**tensors, initial_state=state, cu_seqlens=None)
     )

@@ -36,43 +36,44 @@ the device. Another sequence length compiles nothing; another number of heads do
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
+from torch import Tensor
+
+from hybrid_kernels.arguments import Arguments, CausalConv1d, LinearAttention, SelectiveScan
 
 MAX_CHUNK = 64
 MAX_WIDTH = 16  # taps of causal_conv1d; its loop over them is unrolled
 
 
-def linear_attention(*args: Any, **kwargs: Any):
+def linear_attention(arguments: LinearAttention) -> tuple[Tensor, Tensor]:
     """Compute ``hybrid_kernels.linear_attention``."""
     from hybrid_kernels.triton.linear import linear_attention as run
 
-    return run(*args, **kwargs)
+    return run(arguments)
 
 
-def causal_conv1d(*args: Any, **kwargs: Any):
+def causal_conv1d(arguments: CausalConv1d) -> tuple[Tensor, Tensor]:
     """Compute ``hybrid_kernels.causal_conv1d``."""
     from hybrid_kernels.triton.convolution import causal_conv1d as run
 
-    return run(*args, **kwargs)
+    return run(arguments)
 
 
-def selective_scan(*args: Any, **kwargs: Any):
+def selective_scan(arguments: SelectiveScan) -> tuple[Tensor, Tensor]:
     """Compute ``hybrid_kernels.selective_scan``."""
     from hybrid_kernels.triton.scan import selective_scan as run
 
-    return run(*args, **kwargs)
+    return run(arguments)
 
 
-def unsupported(op: str, **arguments: Any) -> str | None:
+def unsupported(arguments: Arguments) -> str | None:
     """Return why these inputs cannot be taken, or None."""
-    if any(isinstance(x, torch.Tensor) and x.dtype == torch.float64 for x in arguments.values()):
+    if any(x.dtype == torch.float64 for x in arguments.floating().values()):
         return "it computes in float32, not in float64"
-    if op == "linear_attention":
-        chunk = arguments.get("chunk_size")
+    if isinstance(arguments, LinearAttention):
+        chunk = arguments.chunk_size
         if chunk is not None and chunk > MAX_CHUNK:
             return f"its chunk_size is at most {MAX_CHUNK}, got {chunk}"
-    if op == "causal_conv1d" and arguments["weight"].shape[1] > MAX_WIDTH:
-        return f"its filters have at most {MAX_WIDTH} taps, got {arguments['weight'].shape[1]}"
+    if isinstance(arguments, CausalConv1d) and arguments.weight.shape[1] > MAX_WIDTH:
+        return f"its filters have at most {MAX_WIDTH} taps, got {arguments.weight.shape[1]}"
     return None

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hybrid_kernels.arguments import CausalConv1d
 from hybrid_kernels.transforms import first_derivatives_only, without_autocast
 from hybrid_kernels.triton.blocks import kernel, load_rows, locate, row_mask, store_rows
 from hybrid_kernels.triton.launch import Config, block, config, launch
@@ -146,18 +147,11 @@ def convolution_inputs_kernel(
     store_rows(p_dx, b_dx, row, rows, 0, 1, D, d0, C, BD)
 
 
-def causal_conv1d(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    *,
-    activation: str | None,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+def causal_conv1d(a: CausalConv1d) -> tuple[Tensor, Tensor]:
     """Compute ``hybrid_kernels.causal_conv1d``."""
-    y = _forward(x, weight, bias, initial_state, cu_seqlens, activation == "silu")
-    return y, _last_inputs(x, weight.shape[1] - 1, initial_state, cu_seqlens)
+    states = (a.initial_state, a.cu_seqlens)
+    y = _forward(a.x, a.weight, a.bias, *states, a.activation == "silu")
+    return y, _last_inputs(a.x, a.weight.shape[1] - 1, *states)
 
 
 def _bounds(x: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:

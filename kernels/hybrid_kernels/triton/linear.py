@@ -11,6 +11,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from hybrid_kernels.arguments import LinearAttention
 from hybrid_kernels.transforms import first_derivatives_only, without_autocast
 from hybrid_kernels.triton import launches as run
 from hybrid_kernels.triton.decode import decode
@@ -23,33 +24,20 @@ FEW_KEYS = 64
 Gradients = dict[str, Tensor | None]
 
 
-def linear_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    log_decay: Tensor | None,
-    value_log_decay: Tensor | None,
-    beta: Tensor | None,
-    bonus: Tensor | None,
-    scale: float,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    chunk_size: int | None,
-) -> tuple[Tensor, Tensor]:
+def linear_attention(a: LinearAttention) -> tuple[Tensor, Tensor]:
     """Compute ``hybrid_kernels.linear_attention``; ``unsupported`` says for which inputs."""
-    if initial_state is not None:
-        initial_state = initial_state.float()
-    tensors = (q, k, v, log_decay, value_log_decay, beta, bonus, initial_state)
-    learning = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
-    if q.shape[1] == 1 and cu_seqlens is None and not learning:
-        return decode(*tensors, scale)
+    q, k, v, log_decay, value_log_decay = a.q, a.k, a.v, a.log_decay, a.value_log_decay
+    beta, bonus, scale, cu_seqlens = a.beta, a.bonus, a.scale, a.cu_seqlens
+    initial_state = None if a.initial_state is None else a.initial_state.float()
+    learning = a.wants_gradient()
+    if a.time == 1 and cu_seqlens is None and not learning:
+        return decode(q, k, v, log_decay, value_log_decay, beta, bonus, initial_state, scale)
     dtype = v.dtype
     if stored_dtype(q, k, v) == torch.bfloat16 and _needs_float32(q, log_decay, beta, learning):
         q, k, v = q.float(), k.float(), v.float()
     dot, _ = operands(q.device, q, k, v)
-    chunk = chunk_size or default_chunk(dot, beta is not None, q.shape[3])
-    heads = max(q.shape[2], k.shape[2], v.shape[2])
+    chunk = a.chunk_size or default_chunk(dot, beta is not None, q.shape[3])
+    heads = a.heads
     if log_decay is not None and log_decay.dim() == 1:
         log_decay = log_decay.expand(*q.shape[:2], heads)
     if value_log_decay is not None and log_decay is not None and log_decay.dim() == 3:

@@ -14,13 +14,12 @@ a block in registers, ``p_`` a pointer, ``m_`` a mask.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from hybrid_kernels.arguments import SelectiveScan
 from hybrid_kernels.transforms import first_derivatives_only, without_autocast
 from hybrid_kernels.triton.blocks import (
     kernel,
@@ -227,28 +226,9 @@ def scan_backward_kernel(
         store_rows(p_dskip, b_dskip[None, :], i_state, 1, 0, 1, D, d0, 1, BD)
 
 
-class Inputs(NamedTuple):
-    """What both custom ops take, in this order; the names are those of ``selective_scan``."""
-
-    u: Tensor
-    delta: Tensor
-    A: Tensor
-    B: Tensor
-    C: Tensor
-    D: Tensor | None
-    initial_state: Tensor | None
-    cu_seqlens: Tensor | None
-
-    def differentiable(self) -> list[Tensor]:
-        """Return the tensors that have a gradient, in order."""
-        return [x for x in self[:-1] if x is not None]
-
-
-def selective_scan(**arguments: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Compute ``hybrid_kernels.selective_scan`` from all of its keyword arguments."""
-    inputs = Inputs(**arguments)  # pyright: ignore[reportArgumentType]
-    learning = torch.is_grad_enabled() and any(x.requires_grad for x in inputs.differentiable())
-    y, final, _ = _forward(*inputs, learning)
+def selective_scan(a: SelectiveScan) -> tuple[Tensor, Tensor]:
+    """Compute ``hybrid_kernels.selective_scan``."""
+    y, final, _ = _forward(*a.values(), a.wants_gradient())
     return y, final
 
 
@@ -260,8 +240,8 @@ def chunk_rows(u: Tensor) -> int:
 class Scan:
     """What both passes share: contiguous inputs, block sizes, chunks, the grid."""
 
-    def __init__(self, kernel: str, inputs: Inputs):
-        self.inputs = [x.contiguous() for x in inputs[:5]]
+    def __init__(self, kernel: str, inputs: SelectiveScan):
+        self.inputs = [x.contiguous() for x in inputs.values()[:5]]
         u, _, a, _, _ = self.inputs
         self.u, self.a = u, a
         self.config = found = config(kernel, u.device, tl.float32)
@@ -300,10 +280,10 @@ def forward(*arguments) -> tuple[Tensor, Tensor, Tensor]:
     """Return y, the final states and, if so told, the states before each chunk (or none).
 
     Args:
-        arguments: the fields of ``Inputs``, and whether to keep states.
+        arguments: the fields of ``SelectiveScan``, and whether to keep states.
     """
     *given, keep = arguments
-    inputs = Inputs(*given)
+    inputs = SelectiveScan(*given)
     u, D, initial_state = inputs.u, inputs.D, inputs.initial_state
     scan = Scan("scan_forward", inputs)
     y = scan.parts(scan.u, scan.blocks_n)
@@ -329,11 +309,11 @@ def backward(*arguments) -> list[Tensor]:
     """Return the gradients of the tensors that are not None, in order.
 
     Args:
-        arguments: the fields of ``Inputs``, the states kept, the gradients of y and final states.
+        arguments: the fields of ``SelectiveScan``, the states kept, the gradients of y and final states.
     """
     *given, states, dy, dfinal = arguments
-    inputs = Inputs(*given)
-    u, delta, A, B, C, D, initial_state, _ = inputs
+    inputs = SelectiveScan(*given)
+    u, delta, A, B, C, D, initial_state, _ = inputs.values()
     scan = Scan("scan_backward", inputs)
     du, ddelta = (scan.parts(x, scan.blocks_n) for x in scan.inputs[:2])
     db, dc = (scan.parts(x, scan.blocks_d) for x in scan.inputs[3:])
@@ -358,28 +338,25 @@ def backward(*arguments) -> list[Tensor]:
     return grads
 
 
-_SCHEMA = (
-    "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? initial_state, "
-    "Tensor? cu_seqlens"
-)
 _forward = torch.library.custom_op(
     "hybrid_kernels::triton_selective_scan",
     without_autocast(forward),
     mutates_args=(),
-    schema=f"({_SCHEMA}, bool keep) -> (Tensor, Tensor, Tensor)",
+    schema=f"({SelectiveScan.SCHEMA}, bool keep) -> (Tensor, Tensor, Tensor)",
 )
 _backward = torch.library.custom_op(
     "hybrid_kernels::triton_selective_scan_backward",
     without_autocast(backward),
     mutates_args=(),
-    schema=f"({_SCHEMA}, Tensor states, Tensor dy, Tensor dfinal) -> Tensor[]",
+    schema=f"({SelectiveScan.SCHEMA}, Tensor states, Tensor dy, Tensor dfinal) -> Tensor[]",
 )
 
 
 @_forward.register_fake
 def _(*arguments):
     *given, keep = arguments
-    u, _, A, *_ = inputs = Inputs(*given)
+    inputs = SelectiveScan(*given)
+    u, A = inputs.u, inputs.A
     sequences, count = counts(u, inputs.cu_seqlens, chunk_rows(u))
     kept = count if keep else 0
     final, states = (u.new_empty(n, *A.shape, dtype=torch.float32) for n in (sequences, kept))
@@ -389,7 +366,7 @@ def _(*arguments):
 @_backward.register_fake
 def _(*arguments):
     *given, _, _, _ = arguments
-    return [x.new_empty(x.shape) for x in Inputs(*given).differentiable()]
+    return [x.new_empty(x.shape) for x in SelectiveScan(*given).floating().values()]
 
 
 def _setup_context(ctx, inputs, output):

@@ -14,6 +14,7 @@ import torch
 from triton.runtime.autotuner import Autotuner
 
 from hybrid_kernels import adapters, linear_attention
+from hybrid_kernels.arguments import LinearAttention
 from hybrid_kernels.testing import FORMS, TOLERANCE, assert_agrees, evaluate, relative_rms, sample
 
 with warnings.catch_warnings():
@@ -24,7 +25,6 @@ with warnings.catch_warnings():
 
 # An adapter sees values that have been multiplied.
 NAMED = {form.name: form for form in FORMS if not form.write_scale}
-OPTIONAL = ("log_decay", "value_log_decay", "beta", "bonus", "initial_state", "cu_seqlens")
 SMALL = {"batch": 1, "time": 20, "key_dim": 16, "value_dim": 16}
 
 
@@ -57,9 +57,9 @@ def interpretable(monkeypatch):
 
 def adapted(output_final_state=True, **inputs):
     """Call the adapter as ``linear_attention`` would."""
-    arguments = {**dict.fromkeys((*OPTIONAL, "chunk_size")), **inputs}
-    assert adapters.unsupported("linear_attention", **arguments) is None
-    return adapters.linear_attention(**arguments, scale=0.3)
+    arguments = LinearAttention(**inputs, scale=0.3)
+    assert adapters.unsupported(arguments) is None
+    return adapters.linear_attention(arguments)
 
 
 def compare(form, dtype, **sizes):
@@ -73,8 +73,7 @@ def taken(dtype):
     """Return the forms that the adapter takes in a dtype."""
     found = []
     for form in NAMED.values():
-        arguments = {**dict.fromkeys((*OPTIONAL, "chunk_size")), **sample(form, dtype=dtype)}
-        if adapters.unsupported("linear_attention", **arguments) is None:
+        if adapters.unsupported(LinearAttention(**sample(form, dtype=dtype))) is None:
             found.append(form)
     return found
 
