@@ -6,6 +6,7 @@ knows nothing of how a model was made.
 
 from .cost import evaluate_cost, measure_cache
 from .heldout import evaluate_heldout
+from .merge import merge
 from .models import Subject, load
 from .mqar import evaluate_mqar, mqar
 from .needle import evaluate_needle, needle
@@ -24,6 +25,7 @@ __all__ = [
     "evaluate_needle",
     "load",
     "measure_cache",
+    "merge",
     "mqar",
     "needle",
     "write_report",

@@ -19,6 +19,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from .corpus import load_corpus
 from .errors import NotFiniteError
+from .merge import merge
 from .registry import TASKS, Settings
 from .report import table_columns, write_report
 from .runner import evaluate
@@ -112,6 +113,11 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
     )
     add("--mmlu-dir", type=Path, help="your own questions in MMLU's schema (default: the hub's)")
     add("--include-path", type=Path, help="folder of lm-eval YAML files with tasks of your own")
+    add(
+        "--merge",
+        action="store_true",
+        help="the arguments are folders of earlier runs: join their results into one report",
+    )
     add("--title", help="heading of the report")
     add("--list", action="store_true", help="print the tasks and stop")
     return parser
@@ -227,6 +233,10 @@ def _run(arguments: argparse.Namespace, console: Console) -> None:
             dtype=arguments.dtype,
             device=arguments.device,
         )
+    _report(results, arguments, console)
+
+
+def _report(results: dict[str, Any], arguments: argparse.Namespace, console: Console) -> None:
     words = {} if arguments.title is None else {"title": arguments.title}
     path = write_report(results, arguments.out, **words)
     print_table(results, console)
@@ -243,6 +253,8 @@ def main(argv: Sequence[str] | None = None, *, prog: str = "hybrid-eval") -> int
         console = Console(markup=False, emoji=False, highlight=False)
         if arguments.list:
             _print_tasks(console)
+        elif arguments.merge:
+            _report(merge(arguments.models), arguments, console)
         else:
             _run(arguments, console)
         sys.stdout.flush()

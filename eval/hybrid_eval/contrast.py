@@ -1,5 +1,7 @@
 """Comparisons between the models of one run: paired differences, memory crossings, shares."""
 
+import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from .stats import PairedDifference, above_chance, holm, paired_difference
@@ -74,3 +76,16 @@ def corrected(result: Record) -> tuple[float, float, float]:
     ends = (result["accuracy"], *result["interval"])
     value, low, high = (above_chance(end, result["chance"]) for end in ends)
     return value, low, high
+
+
+def aggregate(record: Record, tasks: Sequence[str]) -> tuple[float, float, float]:
+    """Return the mean of several tasks above chance, each with the same weight, and its interval.
+
+    The tasks' samples are drawn independently, so the half-widths add up in squares, downwards and
+    upwards on their own.
+    """
+    parts = [corrected(record["results"][task]) for task in tasks]
+    value = sum(part[0] for part in parts) / len(parts)
+    below = math.sqrt(sum((v - low) ** 2 for v, low, _ in parts)) / len(parts)
+    above = math.sqrt(sum((high - v) ** 2 for v, _, high in parts)) / len(parts)
+    return value, value - below, min(1.0, value + above)

@@ -20,6 +20,8 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from .labels import place_labels
 
 _STYLE: dict[Any, Any] = {
+    # names are printed as they are: a dollar sign begins no formula
+    "text.parse_math": False,
     "font.size": 10,
     "axes.titlesize": 11,
     "axes.labelsize": 10,
@@ -76,6 +78,15 @@ def to_png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
     with mpl.rc_context(_STYLE):
         figure.savefig(buffer, format="png", dpi=_STYLE["savefig.dpi"])
+    return buffer.getvalue()
+
+
+def to_vectors(figure: Figure, kind: str) -> bytes:
+    """Return a figure as "svg" or "pdf": the same bytes for the same figure."""
+    buffer = io.BytesIO()
+    with mpl.rc_context({**_STYLE, "svg.hashsalt": "hybrid_eval", "svg.fonttype": "none"}):
+        dated = {"Date": None} if kind == "svg" else {"CreationDate": None}
+        figure.savefig(buffer, format=kind, metadata=dated)
     return buffer.getvalue()
 
 

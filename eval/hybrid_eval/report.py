@@ -11,8 +11,9 @@ from typing import Any
 import jinja2
 
 from .contrast import cheaper_from, comparisons
-from .pictures import human_bytes, human_tokens
-from .report_figures import Picture, Record, figures, how, interval_of, named, tasks_on
+from .pictures import human_bytes, human_tokens, to_vectors
+from .report_figures import Picture, Record, figures, how, interval_of, named
+from .tables import Table, tables
 
 
 @dataclass
@@ -38,6 +39,7 @@ class Page:
     columns: list[Column]
     models: list[Record]
     pictures: list[Picture] = field(default_factory=list)
+    tables: list[Table] = field(default_factory=list)
     differences: list[list[str]] = field(default_factory=list)
     compared: tuple[str, Sequence[tuple[str, str]]] = (
         "Paired differences on identical items",
@@ -53,14 +55,25 @@ def _number(value: float | None, digits: int = 3) -> str:
 
 def _interval_cell(task: str) -> Callable[[Record], str]:
     def cell(record: Record) -> str:
+        if task not in record["results"]:
+            return "-"
         value, low, high = interval_of(record, task)
         return f"{_number(value)} [{_number(low)}, {_number(high)}]"
 
     return cell
 
 
+def ran(results: dict[str, Any]) -> dict[str, Record]:
+    """Return every task of the run with the result of the first model that has it."""
+    found: dict[str, Record] = {}
+    for model in results["models"]:
+        for task, result in model["results"].items():
+            found.setdefault(task, result)
+    return found
+
+
 def _plain_cell(task: str, key: str) -> Callable[[Record], str]:
-    return lambda record: _number(record["results"][task].get(key))
+    return lambda record: _number(record["results"].get(task, {}).get(key))
 
 
 def table_columns(results: dict[str, Any]) -> list[Column]:
@@ -70,14 +83,16 @@ def table_columns(results: dict[str, Any]) -> list[Column]:
         columns.append(Column("layout", lambda record: record.get("layout") or "-"))
     columns.append(Column("parameters", lambda record: f"{record['parameters']:,}"))
     for axis in ("retrieval", "reasoning", "language"):
-        for task in tasks_on(results, axis):
-            metric = results["models"][0]["results"][task]["metric"].replace("_", " ")
+        for task, result in ran(results).items():
+            if result["axis"] != axis:
+                continue
+            metric = result["metric"].replace("_", " ")
             heading = f"{named(results, task)}: {metric}"
             columns.append(Column(heading, _interval_cell(task), note="95% interval"))
-            for key in results["models"][0]["results"][task].get("also", ()):
+            for key in result.get("also", ()):
                 words = key.removeprefix("accuracy_").replace("_", " ")
                 columns.append(Column(f"{named(results, task)}: {words}", _plain_cell(task, key)))
-    if "cost" in results["models"][0]["results"]:
+    if all("cost" in model["results"] for model in results["models"]):
         context = results["models"][0]["results"]["cost"]["context"]
 
         def cost(key: str) -> Callable[[Record], str]:
@@ -97,6 +112,13 @@ def table_columns(results: dict[str, Any]) -> list[Column]:
 
             columns.append(Column(f"smaller cache than {name} from", cheaper))
     return columns
+
+
+def summary_table(results: dict[str, Any]) -> Table:
+    """Return the headline figures: one row is a model."""
+    columns = table_columns(results)
+    rows = [[column.cell(record) for column in columns] for record in results["models"]]
+    return Table("Summary", [(column.heading, column.note) for column in columns], rows)
 
 
 def _differences(results: dict[str, Any]) -> list[list[str]]:
@@ -128,13 +150,40 @@ def _shots(shots: Record) -> str:
     return f"{shots['asked']}-shot asked for, fewer where they did not fit or exist: {fewer}"
 
 
+def _models(models: Sequence[Record]) -> list[tuple[str, str]]:
+    """Return a line for each model: dtype, hashes, where it came from."""
+    lines = []
+    for record in models:
+        if record.get("ablate"):
+            continue
+        parts = [
+            record.get("dtype"),
+            record.get("fingerprint") and f"hash {record['fingerprint'][:16]}",
+            record.get("tokenizer_hash") and f"tokenizer {record['tokenizer_hash'][:16]}",
+            record.get("source"),
+        ]
+        lines.append((record["name"], ", ".join(part for part in parts if part)))
+    return lines
+
+
+def _grid(result: Record) -> str:
+    """Return the lengths and depths of a task's cells."""
+    cells = [cell for cell in result.get("cells", ()) if "length" in cell]
+    lengths = sorted({cell["length"] for cell in cells})
+    depths = sorted({cell["depth"] for cell in cells if "depth" in cell})
+    words = f", lengths {', '.join(map(human_tokens, lengths))}" if lengths else ""
+    return words + (f", depths {', '.join(f'{depth:g}' for depth in depths)}" if depths else "")
+
+
 def _footer(results: dict[str, Any]) -> list[tuple[str, str]]:
-    settings, first = results["settings"], results["models"][0]["results"]
+    settings = results["settings"]
     lines = [("seed", str(settings["seed"]))]
-    for name, result in first.items():
+    for name, result in ran(results).items():
         if "n" not in result:
             continue
-        per_model = [model["results"][name] for model in results["models"]]
+        per_model = [
+            model["results"][name] for model in results["models"] if name in model["results"]
+        ]
         tokens = [r["tokens"] for r in per_model if "tokens" in r]
         words = ", ".join([f"n = {result['n']}", *how(result)])
         if tokens:
@@ -142,11 +191,15 @@ def _footer(results: dict[str, Any]) -> list[tuple[str, str]]:
             words += f", {low:,} tokens" if low == high else f", {low:,} to {high:,} tokens"
             words += " per sample (true counts)"
         words += f", {sum(r.get('truncated', 0) for r in per_model)} truncated"
+        words += _grid(result)
         if "shots" in result:
             words += f", {_shots(result['shots'])}"
         if result.get("haystack"):
             words += f", text: {result['haystack']}"
         lines.append((name, words))
+    lines += _models(results["models"])
+    for entry in results.get("merged", ()):
+        lines.append(("merged", f"{entry['path']}, made {entry['created']}"))
     lines.append(("versions", ", ".join(f"{k} {v}" for k, v in results["versions"].items())))
     lines.append(("made", results["created"]))
     return lines
@@ -222,14 +275,14 @@ def _knocked_out(models: Sequence[Record]) -> list[str]:
 
 def build(results: dict[str, Any], title: str) -> Page:
     """Turn the results of :func:`hybrid_eval.evaluate` into a page."""
-    ran = results["models"][0]["results"]
     return Page(
         title=title,
-        columns=table_columns(results),
+        columns=[],
         models=results["models"],
+        tables=[summary_table(results), *tables(results)],
         pictures=list(figures(results)),
         differences=_differences(results),
-        notes=[*_notes(ran), *_knocked_out(results["models"])],
+        notes=[*_notes(ran(results)), *_knocked_out(results["models"])],
         footer=_footer(results),
     )
 
@@ -241,13 +294,23 @@ def render(page: Page) -> str:
     return environment.from_string(source).render(page=page)
 
 
+def _write_tables(page: Page, folder: Path) -> None:
+    """Write every table as CSV and as LaTeX."""
+    folder.mkdir(exist_ok=True)
+    title, headings = page.compared
+    compared = [Table(title, list(headings), page.differences)] if page.differences else []
+    for table in [*page.tables, *compared]:
+        (folder / f"{table.file}.csv").write_text(table.csv(), encoding="utf-8")
+        (folder / f"{table.file}.tex").write_text(table.latex(), encoding="utf-8")
+
+
 def write_report(
     results: dict[str, Any],
     out: str | Path,
     *,
     title: str = "Retrieval, language and memory of each layout",
 ) -> Path:
-    """Write report.html, its pictures as PNG, and results.json.
+    """Write report.html, results.json, pictures as PNG, SVG and PDF, tables as CSV and LaTeX.
 
     Args:
         results: what :func:`hybrid_eval.evaluate` returned.
@@ -267,6 +330,11 @@ def write_report(
     page = build(results, title)
     for picture in page.pictures:
         (folder / picture.file).write_bytes(picture.png)
+        if picture.figure is not None:
+            for kind in ("svg", "pdf"):
+                vectors = to_vectors(picture.figure, kind)
+                (folder / picture.file).with_suffix(f".{kind}").write_bytes(vectors)
+    _write_tables(page, folder / "tables")
     (folder / "results.json").write_text(
         json.dumps(results, indent=1, allow_nan=False) + "\n", encoding="utf-8"
     )

@@ -6,8 +6,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from matplotlib.figure import Figure
+
 from . import pictures
-from .contrast import attention_share, corrected
+from .contrast import aggregate, attention_share
 from .pictures import Point, human_tokens
 
 Record = dict[str, Any]
@@ -17,11 +19,12 @@ _SOURCES = ("path", "essays", "squad", "hotpot", "words")
 
 @dataclass
 class Picture:
-    """A picture with its file name and caption."""
+    """A picture with its file name and caption; with its figure, it can be saved as vectors."""
 
     file: str
     caption: str
     png: bytes
+    figure: Figure | None = None
 
     @property
     def data_uri(self) -> str:
@@ -69,7 +72,8 @@ def _task_words(results: dict[str, Any], task: str) -> str:
 
 def named(results: dict[str, Any], task: str) -> str:
     """Return the name of a task, and how it was scored."""
-    words = how(results["models"][0]["results"][task])
+    having = (model["results"][task] for model in results["models"] if task in model["results"])
+    words = how(next(having))
     return f"{task} ({', '.join(words)})" if words else task
 
 
@@ -110,7 +114,7 @@ def _contrast(results: dict[str, Any], across: str, up: str, file: str) -> Pictu
         f"Accuracy on {named(results, up)} against {metric} on {named(results, across)}, one point "
         "per model; bars are 95% intervals, marker area and colour the cache of one sequence."
     )
-    return Picture(file, caption, pictures.to_png(figure))
+    return Picture(file, caption, pictures.to_png(figure), figure)
 
 
 def _against_cache(results: dict[str, Any], task: str) -> Picture:
@@ -131,7 +135,7 @@ def _against_cache(results: dict[str, Any], task: str) -> Picture:
         f"Accuracy on {named(results, task)} (95% intervals) against the measured cache at {context} "
         "tokens."
     )
-    return Picture("retrieval_vs_cache.png", caption, pictures.to_png(figure))
+    return Picture("retrieval_vs_cache.png", caption, pictures.to_png(figure), figure)
 
 
 def _heat_map(results: dict[str, Any], task: str) -> Picture:
@@ -144,7 +148,7 @@ def _heat_map(results: dict[str, Any], task: str) -> Picture:
         f"{named(results, task)}: accuracy for every depth and length, {n} samples per cell; "
         "depth 0 is the start."
     )
-    return Picture(f"{task}_heatmap.png", caption, pictures.to_png(figure))
+    return Picture(f"{task}_heatmap.png", caption, pictures.to_png(figure), figure)
 
 
 def figures(results: dict[str, Any]) -> Iterator[Picture]:
@@ -156,8 +160,11 @@ def figures(results: dict[str, Any]) -> Iterator[Picture]:
     reasoning.sort(key=lambda task: task == "mmlu_letters")
     if retrieval and language:
         yield _contrast(results, language[0], retrieval[0], "retrieval_vs_loss.png")
-    if retrieval and reasoning:
-        yield _two_axes(results, reasoning[0], retrieval[0])
+    retrieving = [task for task in retrieval if _has_chance(results, task)]
+    if retrieving and reasoning:
+        # naming a letter is symbol binding: it counts only where nothing else was run
+        meaning = [task for task in reasoning if task != "mmlu_letters"] or reasoning
+        yield _two_axes(results, meaning, retrieving)
     shares = [attention_share(model) for model in results["models"]]
     if None not in shares and len(set(shares)) > 1:
         for task in [*retrieval[:1], *reasoning[:1]]:
@@ -169,7 +176,7 @@ def figures(results: dict[str, Any]) -> Iterator[Picture]:
     sizes = [_cache(model) for model in results["models"]]
     if retrieval and all(sizes):
         yield _against_cache(results, retrieval[0])
-    if "speed" in results["models"][0]["results"]:
+    if all("speed" in model["results"] for model in results["models"]):
         yield from _speeds(results)
 
 
@@ -182,31 +189,41 @@ def _around(values: list[tuple[float, float, float]]) -> tuple[float, float]:
     return min(-0.1, *(low - 0.04 for _, low, _ in values)), 1.08
 
 
-def _two_axes(results: dict[str, Any], reasoning: str, retrieval: str) -> Picture:
-    """Draw retrieval against reasoning, both corrected for chance."""
+def _axis_words(results: dict[str, Any], tasks: list[str]) -> tuple[str, str]:
+    """Return how a title and how a label name tasks taken together."""
+    if len(tasks) == 1:
+        return named(results, tasks[0]), _task_words(results, tasks[0])
+    axis = results["models"][0]["results"][tasks[0]]["axis"]
+    return axis, f"{axis}, mean of {', '.join(named(results, task) for task in tasks)}"
+
+
+def _two_axes(results: dict[str, Any], reasoning: list[str], retrieval: list[str]) -> Picture:
+    """Draw retrieval against reasoning, each the mean of its tasks, corrected for chance."""
     points = [
         Point(
             model["name"],
-            corrected(model["results"][reasoning]),
-            corrected(model["results"][retrieval]),
+            aggregate(model, reasoning),
+            aggregate(model, retrieval),
             _cache(model),
         )
         for model in results["models"]
     ]
+    across, x_words = _axis_words(results, reasoning)
+    up, y_words = _axis_words(results, retrieval)
     figure = pictures.scatter(
         points,
-        x_label=_label(f"{_task_words(results, reasoning)}: (accuracy - chance) / (1 - chance)"),
-        y_label=_label(f"{_task_words(results, retrieval)}: above chance"),
-        title=f"{named(results, retrieval)} against {named(results, reasoning)}",
+        x_label=_label(f"{x_words}: (accuracy - chance) / (1 - chance)"),
+        y_label=_label(f"{y_words}: above chance"),
+        title=f"{up} against {across}",
         context=_context(results),
         y_limits=_around([point.y for point in points]),
         x_limits=_around([point.x for point in points]),
     )
     caption = (
-        f"{named(results, retrieval)} against {named(results, reasoning)}, both as (accuracy - "
-        "chance) / (1 - chance) with 95% Wilson intervals: 0 is a guesser, 1 makes no error."
+        f"{y_words} against {x_words}, both as (accuracy - chance) / (1 - chance) with 95% intervals: "
+        "0 is a guesser, 1 makes no error."
     )
-    return Picture("retrieval_vs_reasoning.png", caption, pictures.to_png(figure))
+    return Picture("retrieval_vs_reasoning.png", caption, pictures.to_png(figure), figure)
 
 
 def _against_share(results: dict[str, Any], task: str) -> Picture:
@@ -226,7 +243,7 @@ def _against_share(results: dict[str, Any], task: str) -> Picture:
         f"Accuracy on {named(results, task)} (95% intervals) against the share of softmax attention "
         "layers."
     )
-    return Picture(f"{task}_vs_attention_share.png", caption, pictures.to_png(figure))
+    return Picture(f"{task}_vs_attention_share.png", caption, pictures.to_png(figure), figure)
 
 
 def _speeds(results: dict[str, Any]) -> Iterator[Picture]:
@@ -245,4 +262,4 @@ def _speeds(results: dict[str, Any]) -> Iterator[Picture]:
             title=f"{phase} speed, one sequence, {machine}",
         )
         caption = f"{phase.capitalize()} speed against length: median of {first['repeats']} runs."
-        yield Picture(f"{phase}_speed.png", caption, pictures.to_png(figure))
+        yield Picture(f"{phase}_speed.png", caption, pictures.to_png(figure), figure)

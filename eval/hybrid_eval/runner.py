@@ -138,6 +138,14 @@ def _fingerprint(subject: Subject, folder: Path | None) -> str | None:
         return None
 
 
+def _tokenizer_hash(subject: Subject) -> str | None:
+    try:
+        return tokenizer_digest(subject.tokenizer)
+    # an encoder of one's own that cannot be hashed; where results are kept, that is refused
+    except ValueError:
+        return None
+
+
 def _without(subject: Subject, knocked_out: str) -> list[dict[str, Any]]:
     """Return the branches that a knock-out zeroes, in JSON's terms."""
     return [
@@ -152,6 +160,8 @@ def _describe(subject: Subject, fingerprint: str | None) -> dict[str, Any]:
         "name": subject.name,
         "source": subject.source,
         "fingerprint": fingerprint,
+        "dtype": str(next(subject.model.parameters()).dtype).removeprefix("torch."),
+        "tokenizer_hash": _tokenizer_hash(subject),
         "model_type": getattr(config, "model_type", None),
         "layout": subject.layout,
         "layer_types": list(getattr(config, "layer_types", None) or []),

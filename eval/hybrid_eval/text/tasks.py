@@ -87,7 +87,7 @@ def _library(name: str, material: Material, official: bool) -> Library:
     return reader(path)
 
 
-def _bare(name: str) -> str:
+def bare(name: str) -> str:
     """Return RULER's own name of a task."""
     return _RULER_NAMES.get(name, name.removeprefix("long_"))
 
@@ -99,7 +99,7 @@ def generates(name: str) -> bool:
 
 def needs_essays(name: str) -> bool:
     """Whether a task hides its needles in RULER's essays."""
-    return name.startswith("ruler_") and _bare(name) in _ESSAY_TASKS
+    return name.startswith("ruler_") and bare(name) in _ESSAY_TASKS
 
 
 def maker(name: str, material: Material, counter: Counter) -> Callable[..., TextSample]:
@@ -110,23 +110,23 @@ def maker(name: str, material: Material, counter: Counter) -> Callable[..., Text
     """
     if name not in NAMES:
         raise ValueError(f"unknown task {name!r}{nearest(name, NAMES)}")
-    bare, official = _bare(name), name.startswith("ruler_")
-    words: Words = wonder_words() if official and bare in _WORD_TASKS else python_words()
-    if bare == "cwe" and material.words is not None:
+    own, official = bare(name), name.startswith("ruler_")
+    words: Words = wonder_words() if official and own in _WORD_TASKS else python_words()
+    if own == "cwe" and material.words is not None:
         words = with_single(words, material.words)
     if name in GRIDS:
         filler = _filler(material, official=False)
         grid = {"niah_grid": niah_grid, "kv_recall": kv_recall}[name]
         return partial(grid, counter=counter, filler=filler, words=words)
-    needs_text = bare in _ESSAY_TASKS
+    needs_text = own in _ESSAY_TASKS
     filler = _filler(material, official) if needs_text else Filler((), "none")
     arguments: dict[str, Any] = {"counter": counter, "filler": filler, "words": words}
-    if bare in NIAH:
-        make = partial(ruler_niah, bare, **arguments)
-    elif bare in ("qa_1", "qa_2"):
-        make = partial(qa, bare, _library(bare, material, official), **arguments)
+    if own in NIAH:
+        make = partial(ruler_niah, own, **arguments)
+    elif own in ("qa_1", "qa_2"):
+        make = partial(qa, own, _library(own, material, official), **arguments)
     else:
-        make = partial({"vt": vt, "cwe": cwe, "fwe": fwe}[bare], **arguments)
+        make = partial({"vt": vt, "cwe": cwe, "fwe": fwe}[own], **arguments)
 
     def named(*, depth: float | None = None, **key: Any) -> TextSample:
         if depth is not None:
