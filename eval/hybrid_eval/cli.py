@@ -139,6 +139,8 @@ def parse_options(words: Sequence[str]) -> dict[str, dict[str, Any]]:
             options.setdefault(task, {})[option] = yaml.safe_load(value)
         except yaml.YAMLError as error:
             raise ValueError(f"--set {word}: the value is not YAML ({error})") from error
+        except RecursionError as error:
+            raise ValueError(f"--set {left}: the value is nested too deeply") from error
     return options
 
 

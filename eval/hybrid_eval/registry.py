@@ -1,9 +1,13 @@
 """What a task is, and the tasks by name (:mod:`hybrid_eval.catalogue` fills them in)."""
 
 import inspect
+import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin
+
+from pydantic import TypeAdapter, ValidationError
 
 from .corpus import Corpus
 from .errors import nearest
@@ -125,8 +129,62 @@ def find(name: str) -> Task:
     return TASKS[name]
 
 
+# options that count things: at least one; the other whole numbers may be zero
+_POSITIVE = frozenset(
+    {"n", "batch_size", "pairs", "queries", "needles", "length", "lengths", "repeats", "steps"}
+    | {"sequence_length", "context", "inputs"}
+)
+# of tasks in words, which hand them on
+_OPTION_TYPES: dict[str, Any] = {
+    "pairs": int | None,
+    **dict.fromkeys(("essays", "squad", "hotpot", "words"), str | None),
+}
+
+
+def _wanted(kind: Any) -> str:
+    """Say what an annotation asks for."""
+    parts = get_args(kind)
+    if get_origin(kind) is Literal:
+        return f"one of {', '.join(map(repr, parts))}"
+    if type(None) in parts:
+        return _wanted(next(part for part in parts if part is not type(None)))
+    if kind in _KINDS:
+        return _KINDS[kind]
+    inner = _KINDS.get(parts[0], "values").removeprefix("a ") + "s" if parts else "values"
+    return f"a list of {inner}" if get_origin(kind) is not tuple else f"two {inner}"
+
+
+_KINDS: dict[Any, str] = {
+    int: "a whole number",
+    float: "a number",
+    str: "a text",
+    bool: "true or false",
+}
+
+
+def _numbers(value: Any) -> list[float]:
+    values = value if isinstance(value, list | tuple) else [value]
+    return [v for v in values if isinstance(v, int | float) and not isinstance(v, bool)]
+
+
+def _check_value(task: str, name: str, kind: Any, value: Any) -> None:
+    try:
+        # of JSON, whose lists are tuples where tuples are wanted
+        TypeAdapter(kind).validate_json(json.dumps(value), strict=True)
+    except (ValidationError, TypeError, RecursionError) as error:
+        raise ValueError(f"{task}.{name} must be {_wanted(kind)}, got {value!r}") from error
+    least = 1 if name in _POSITIVE else 0
+    for number in _numbers(value):
+        if not math.isfinite(number):
+            raise ValueError(f"{task}.{name} must be finite, got {value!r}")
+        if name != "seed" and number < least:
+            raise ValueError(f"{task}.{name} must be at least {least}, got {value!r}")
+    if isinstance(value, list | tuple) and not value:
+        raise ValueError(f"{task}.{name} must be {_wanted(kind)}, got an empty list")
+
+
 def check_options(task: Task, options: Mapping[str, Any]) -> None:
-    """Refuse options that the task does not have, and words where it wants a whole number.
+    """Refuse options that the task does not have, and values that it cannot use.
 
     Raises:
         ValueError: names the option, and the nearest right one or what it takes.
@@ -138,10 +196,8 @@ def check_options(task: Task, options: Mapping[str, Any]) -> None:
         if name not in task.options:
             hint = nearest(name, task.options)
             raise ValueError(f"task {task.name!r} has no option {name!r}{hint}")
-        wanted = parameters[name].annotation if name in parameters else None
-        whole = wanted is int or (wanted == int | None and value is not None)
-        if whole and (not isinstance(value, int) or isinstance(value, bool)):
-            raise ValueError(f"{task.name}.{name} must be a whole number, got {value!r}")
+        kind = parameters[name].annotation if name in parameters else _OPTION_TYPES[name]
+        _check_value(task.name, name, kind, value)
 
 
 def tokenizer_of(subject: Subject) -> Encoder:

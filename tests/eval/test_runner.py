@@ -106,6 +106,19 @@ def test_results_hold_what_the_footer_needs(tiny_llama):
         (["a={tmp}/tiny", "a={tmp}/tiny", "--tasks", "cost"], "two models are called 'a'"),
         (["{tmp}/tiny", "--set", "mqar.pairs=many"], "mqar.pairs must be a whole number"),
         (["{tmp}/tiny", "--set", "mqar.n=1.5"], "mqar.n must be a whole number, got 1.5"),
+        (["{tmp}/tiny", "--set", "mqar.key_ids=5"], "mqar.key_ids must be two whole numbers, got 5"),
+        (["{tmp}/tiny", "--set", "mqar.key_ids=[1, b]"], "mqar.key_ids must be two whole numbers"),
+        (["{tmp}/tiny", "--set", "mqar.power=.nan"], "mqar.power must be finite, got nan"),
+        (["{tmp}/tiny", "--set", "mqar.gap=x"], "mqar.gap must be one of 'power', 'uniform'"),
+        (["{tmp}/tiny", "--set", "mqar.n=0"], "mqar.n must be at least 1, got 0"),
+        (["{tmp}/tiny", "--set", "needle.depths=3"], "needle.depths must be a list of numbers"),
+        (["{tmp}/tiny", "--set", "needle.lengths=[]"], "needle.lengths must be a list of whole"),
+        (["{tmp}/tiny", "--set", "speed.repeats=0"], "speed.repeats must be at least 1"),
+        (["{tmp}/tiny", "--set", "heldout.buckets=-1"], "heldout.buckets must be at least 0"),
+        (["{tmp}/tiny", "--set", "kv_recall.pairs=x"], "kv_recall.pairs must be a whole number"),
+        (["{tmp}/tiny", "--set", "based_fda.path=3"], "based_fda.path must be a text, got 3"),
+        (["{tmp}/tiny", "--set", "ruler_qa_1.squad=3"], "ruler_qa_1.squad must be a text, got 3"),
+        (["{tmp}/tiny", "--set", "mqar.pairs=" + "[" * 3000], "nested too deeply"),
         (["{tmp}/tiny", "--set", "mqar.pairs=[1"], "--set mqar.pairs=[1: the value is not YAML"),
         (["{tmp}/tiny", "--dtype", "float31"], "no dtype 'float31'; did you mean 'float32'?"),
         (["{tmp}/tiny", "--tokenizer", "bytse"], "no tokenizer 'bytse'; did you mean 'bytes'?"),
@@ -125,6 +138,46 @@ def test_mistakes_are_named(checkpoint, tmp_path, capsys, arguments, words):
     status = main([a.format(tmp=tmp_path) for a in arguments] + ["--out", str(tmp_path / "o")])
     assert status == 2
     assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--lengths", "0"),
+        ("--lengths", ""),
+        ("--lengths", "\u00b2"),
+        ("--limit", "9" * 20),
+        ("--batch-size", "0"),
+        ("--depths", "nan"),
+        ("--context", "-4"),
+        ("--tasks", ","),
+    ],
+)
+def test_a_setting_that_nobody_can_mean_is_refused(checkpoint, capsys, arguments):
+    with pytest.raises(SystemExit) as caught:
+        main([str(checkpoint), *arguments])
+    assert caught.value.code == 2
+    assert f"argument {arguments[0]}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "data"),
+    [
+        ("text.txt", b"\xff\xfe\x00"),
+        ("text.txt", b""),
+        ("text.jsonl", b'{"text": 3}'),
+        ("text.jsonl", b"[" * 100_000),
+        ("text.jsonl", b"[]"),
+    ],
+)
+def test_a_text_that_cannot_be_read_is_named(checkpoint, tmp_path, capsys, name, data):
+    path = tmp_path / name
+    path.write_bytes(data)
+    arguments = [str(checkpoint), "--tasks", "heldout", "--tokenizer", "bytes"]
+    assert main([*arguments, "--text", str(path), "--out", str(tmp_path / "o")]) == 2
+    err = capsys.readouterr().err.strip()
+    assert str(path) in err
+    assert len(err.splitlines()) == 1
 
 
 def test_results_do_not_go_to_a_file(checkpoint, capsys):
