@@ -106,7 +106,10 @@ def test_results_hold_what_the_footer_needs(tiny_llama):
         (["a={tmp}/tiny", "a={tmp}/tiny", "--tasks", "cost"], "two models are called 'a'"),
         (["{tmp}/tiny", "--set", "mqar.pairs=many"], "mqar.pairs must be a whole number"),
         (["{tmp}/tiny", "--set", "mqar.n=1.5"], "mqar.n must be a whole number, got 1.5"),
-        (["{tmp}/tiny", "--set", "mqar.key_ids=5"], "mqar.key_ids must be two whole numbers, got 5"),
+        (
+            ["{tmp}/tiny", "--set", "mqar.key_ids=5"],
+            "mqar.key_ids must be two whole numbers, got 5",
+        ),
         (["{tmp}/tiny", "--set", "mqar.key_ids=[1, b]"], "mqar.key_ids must be two whole numbers"),
         (["{tmp}/tiny", "--set", "mqar.power=.nan"], "mqar.power must be finite, got nan"),
         (["{tmp}/tiny", "--set", "mqar.gap=x"], "mqar.gap must be one of 'power', 'uniform'"),
