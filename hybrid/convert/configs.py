@@ -47,7 +47,7 @@ def read_published(values: Mapping[str, Any], where: str | Path) -> tuple[Family
     """
     if "model_type" not in values:
         raise ValueError(f"{where}: no model_type, so the family is unknown")
-    family = get_family(str(values["model_type"]))
+    family = get_family(str(values["model_type"]), values.get("architectures"))
     if values["model_type"] in family.wrapped_in:
         # the outer config may hold what the inner one leaves out, such as whether weights are tied
         outer = {k: values[k] for k in ("tie_word_embeddings",) if k in values}

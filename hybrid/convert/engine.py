@@ -227,7 +227,7 @@ def export(
 def published_config(family: Family, config: PreTrainedConfig) -> dict[str, Any]:
     """Their config as an export has it: in the words of transformers, and in the published ones."""
     values = json.loads(config.to_json_string(use_diff=False))
-    values["torch_dtype"] = values["dtype"]
+    values |= {"torch_dtype": values["dtype"], "model_type": family.model_type or family.name}
     for line in family.limits(values):
         logger.warning("%s: %s", family.name, line)
     values |= family.older(values)

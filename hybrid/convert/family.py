@@ -203,7 +203,8 @@ class Family:
     """One published architecture.
 
     Attributes:
-        name: its `model_type`.
+        name: its `model_type`, or its own where two architectures share one.
+        model_type: that one.
         architecture: the class that `config.json` names, such as `LlamaForCausalLM`.
         letters: letter -> mixer; the family's own alphabet, whatever letters a layout uses for them.
         config: config rules.
@@ -251,6 +252,7 @@ class Family:
     literal: bool = False
     joins_next: str = ""
     mtp: MTPMap | None = None
+    model_type: str = ""
     published: Callable[[Flat], Flat] = nothing
     wrap_as: str = ""
     filed: tuple[tuple[str, str], ...] = ()
@@ -336,13 +338,20 @@ def register_family(family: Family) -> Family:
     return family
 
 
-def get_family(name: str) -> Family:
+def get_family(name: str, architectures: object = None) -> Family:
     """The family of a model type, its own or one of its others (`aliases`, `wrapped_in`).
+
+    Args:
+        name: the model type.
+        architectures: of the config, where two families share the model type.
 
     Raises:
         ValueError: there is none; with the nearest right name.
     """
     for family in FAMILIES.values():
+        named = isinstance(architectures, list) and family.architecture in architectures
+        if named and name == family.model_type:
+            return family
         if name in family.wrapped_in or name in family.aliases:
             return family
     if name not in FAMILIES:

@@ -75,7 +75,7 @@ def _write_head_dim(flat: Flat) -> Flat:
     return {} if dim is None else {"head_dim": dim, "linear_head_dim": dim}
 
 
-def _latent(found: Rule) -> Rule:
+def latent_of_ling(found: Rule) -> Rule:
     """A rule of DeepSeek's by the names of Ling's files."""
     (name,) = found.their_names
     name = name.replace(".self_attn.", ".attention.").replace(".o_proj.", ".dense.")
@@ -117,7 +117,7 @@ BAILING_HYBRID = register_family(
             *renames("model.", "model.", ["norm"]),
             rule("lm_head.weight"),
             *PRE_NORMS,
-            *map(_latent, latent_weights(rotated=True)),
+            *map(latent_of_ling, latent_weights(rotated=True)),
             rule(f"{THEIRS}g_proj.weight", f"{MIXER}gate_proj.weight", mixer="AK"),
             *renames(
                 THEIRS,

@@ -36,7 +36,7 @@ THEIRS = f"{LAYER}attention."
 QKV = ["q_proj", "k_proj", "v_proj"]
 
 
-def _read_layers(config: Any) -> Sequence[str]:
+def read_layers(config: Any) -> Sequence[str]:
     """A softmax layer ends each group, and what is left over at the end is softmax too."""
     size, count = config.layer_group_size, config.num_hidden_layers
     whole = count // size * size
@@ -139,7 +139,7 @@ BAILING_MOE_LINEAR = register_family(
                 "output_router_logits", "num_nextn_predict_layers",
             ),
         ),
-        mixers=LayerRule(("layer_group_size",), _read_layers, _write_layers),
+        mixers=LayerRule(("layer_group_size",), read_layers, _write_layers),
         ffn=DENSE_FIRST,
         weights=(
             rule("model.word_embeddings.weight", "model.embed_tokens.weight"),
