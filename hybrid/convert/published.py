@@ -260,6 +260,11 @@ def scattered_experts(values: Words) -> list[str]:
     ]
 
 
+def first_decays(values: Words) -> list[str]:
+    """Ring-linear's first layer."""
+    return ["mlx-lm gives the first layer the decays of the second, unlike the published code"]
+
+
 def other_minimax(values: Words) -> list[str]:
     """mlx-lm's `minimax`."""
     return ["mlx-lm's minimax is MiniMax-M2, which is another architecture"]

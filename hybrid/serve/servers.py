@@ -73,7 +73,7 @@ class MLX(Server):
 
 
 class OpenAI(Server):
-    """Any server with OpenAI's `/v1/completions` that takes prompts of token ids, such as vLLM's."""
+    """Any server with OpenAI's `/v1/completions` that takes token ids: vLLM's, SGLang's, llama.cpp's."""
 
     name = "URL"
     reads_exports = False
@@ -100,6 +100,12 @@ class OpenAI(Server):
             "ignore_eos": True, "return_tokens_as_token_ids": True,
         }  # fmt: skip
         found = self._call("/completions", body)["choices"][0]["logprobs"]
+        if "content" in found:  # llama.cpp's server
+            content = found["content"]
+            return {
+                "tokens": [int(token["id"]) for token in content],
+                "logprobs": [float(token["logprob"]) for token in content],
+            }
         ids = [int(token.removeprefix("token_id:")) for token in found["tokens"]]
         return {"tokens": ids, "logprobs": [float(value) for value in found["token_logprobs"]]}
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from hybrid.convert import published
 from hybrid.convert.families.common import (
     DENSE_WEIGHTS,
     FFN,
@@ -89,6 +90,7 @@ BAILING_MOE_LINEAR = register_family(
     Family(
         name="bailing_moe_linear",
         architecture="BailingMoeLinearV2ForCausalLM",
+        limits=published.first_decays,
         letters={"L": "lightning_attention", "S": "softmax_attention"},
         config=(
             *SIZES,

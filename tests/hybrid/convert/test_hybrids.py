@@ -200,8 +200,41 @@ def rotated_half(x, theta):
     return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], dim=-1)
 
 
-def ring_linear(config, weights, ids):
-    """Logits (T, V) of ids (T,) in float64."""
+def latent_attention(config, w, at, h):
+    """Ling 2.5's, (T, D) to (T, D): keys and values from a latent, neighbours rotated together."""
+    heads, theta = config["num_attention_heads"], config["rope_theta"]
+    nope, turned = config["qk_nope_head_dim"], config["qk_rope_head_dim"]
+    time = len(h)
+    angle = torch.arange(time).double()[:, None] * theta ** -(
+        torch.arange(0, turned, 2).double() / turned
+    )
+    turn = torch.polar(torch.ones_like(angle), angle)[:, None]
+
+    def rotate(x):
+        pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous())
+        return torch.view_as_real(pairs * turn).flatten(-2)
+
+    q = rms(h @ w[f"{at}q_a_proj.weight"].T, w[f"{at}q_a_layernorm.weight"])
+    q = (q @ w[f"{at}q_b_proj.weight"].T).unflatten(-1, (heads, -1))
+    latent, shared = (h @ w[f"{at}kv_a_proj_with_mqa.weight"].T).split(
+        [config["kv_lora_rank"], turned], dim=-1
+    )
+    latent = rms(latent, w[f"{at}kv_a_layernorm.weight"])
+    keys, v = (
+        (latent @ w[f"{at}kv_b_proj.weight"].T)
+        .unflatten(-1, (heads, -1))
+        .split([nope, config["v_head_dim"]], dim=-1)
+    )
+    q = torch.cat([q[..., :nope], rotate(q[..., nope:])], dim=-1)
+    k = torch.cat([keys, rotate(shared[:, None]).expand(-1, heads, -1)], dim=-1)
+    logits = torch.einsum("thk,shk->hts", q, k) * (nope + turned) ** -0.5
+    logits = logits.masked_fill(~torch.ones(time, time).tril().bool(), float("-inf"))
+    o = torch.einsum("hts,shv->thv", logits.softmax(-1), v).flatten(1)
+    return o @ w[f"{at}dense.weight"].T
+
+
+def ring_linear(config, weights, ids, first=-1):
+    """Logits (T, V) of ids (T,) in float64; `first`: number of the first layer in its decays."""
     w = {name: tensor.double() for name, tensor in weights.items()}
     heads, dim, layers = (
         config["num_attention_heads"],
@@ -215,6 +248,11 @@ def ring_linear(config, weights, ids):
         at = f"model.layers.{i}."
         h = rms(x, w[f"{at}input_layernorm.weight"])
         softmax = (i + 1) % config["layer_group_size"] == 0
+        if softmax and "kv_lora_rank" in config:
+            x = x + latent_attention(config, w, f"{at}attention.", h)
+            h = rms(x, w[f"{at}post_attention_layernorm.weight"])
+            x = x + ring_feed_forward(config, w, f"{at}mlp.", h)
+            continue
         shared = kv_heads if softmax else heads
         qkv = h @ w[f"{at}attention.query_key_value.weight"].T
         q, k, v = qkv.unflatten(-1, (-1, dim)).split([heads, shared, shared], dim=1)
@@ -227,7 +265,7 @@ def ring_linear(config, weights, ids):
             o = torch.einsum("hts,shv->thv", logits.softmax(-1), v).flatten(1)
         else:
             slope = 2.0 ** (-8 * (torch.arange(heads).double() + 1) / heads)
-            decay = torch.exp(-slope * (1 - (i - 1) / (layers - 1) + 1e-5))[:, None, None]
+            decay = torch.exp(-slope * (1 - (i + first) / (layers - 1) + 1e-5))[:, None, None]
             state, outputs = 0, []
             for t in range(time):
                 state = decay * state + k[t][:, :, None] * v[t][:, None, :]
@@ -291,5 +329,42 @@ def test_ring_linear_by_the_published_formulas(tmp_path):
     written = json.loads((tmp_path / "out" / "config.json").read_text())
     assert {key: written[key] for key in config} == config
     assert found.config.layout == "LLSLLS"
+    for name, tensor in ours.state_dict().items():
+        assert torch.equal(found.state_dict()[name].to(tensor.dtype), tensor), name
+
+
+@torch.no_grad()
+def test_ling_2_5_by_the_published_formulas(tmp_path):
+    """Its model type is Ling 3's; the class in its config says which of the two it is."""
+    config = {
+        "hidden_size": 24, "intermediate_size": 28, "num_hidden_layers": 6, "layer_group_size": 3,
+        "vocab_size": 61, "head_dim": 8, "num_attention_heads": 4, "num_key_value_heads": 4,
+        "group_norm_size": 2, "n_group": 3, "topk_group": 2, "num_experts": 6,
+        "num_experts_per_tok": 2, "moe_intermediate_size": 12, "first_k_dense_replace": 1,
+        "routed_scaling_factor": 2.5, "rope_theta": 100.0, "q_lora_rank": 10, "kv_lora_rank": 6,
+        "qk_nope_head_dim": 6, "qk_rope_head_dim": 4, "v_head_dim": 5, "pad_token_id": 0,
+        "eos_token_id": 2,
+    }  # fmt: skip
+    family = get_family("bailing_hybrid", ["BailingMoeV2_5ForCausalLM"])
+    assert family.name == "bailing_moe_v2_5"
+    assert get_family("bailing_hybrid", ["BailingMoeV3ForCausalLM"]).name == "bailing_hybrid"
+    assert get_family("bailing_hybrid").name == "bailing_hybrid"
+    torch.manual_seed(0)
+    ours = hybrid.HybridForCausalLM(to_ours(family, family.their_config(config))).eval()
+    for tensor in ours.state_dict().values():
+        tensor.copy_(tensor + 0.3 * torch.randn_like(tensor))
+    assert export(ours, tmp_path / "out") == "bailing_moe_v2_5"
+    with Checkpoint(tmp_path / "out") as published:
+        weights = {name: published.read(name) for name in published.specs}
+    ids = torch.randint(3, 61, (11,))
+    expected = ring_linear(config, weights, ids, first=0)
+    found = hybrid.HybridForCausalLM.from_published(tmp_path / "out", dtype=torch.float64)
+    # the decays here end at 1e-5 of the depth from theirs
+    assert ((found(ids[None]).logits[0] - expected).abs().max() / expected.std()) < 2e-5
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert {key: written[key] for key in config} == config
+    assert written["model_type"] == "bailing_hybrid"
+    assert written["architectures"] == ["BailingMoeV2_5ForCausalLM"]
+    assert found.config.layout == "LLALLA"
     for name, tensor in ours.state_dict().items():
         assert torch.equal(found.state_dict()[name].to(tensor.dtype), tensor), name

@@ -134,6 +134,20 @@ def test_an_openai_server_that_agrees(model, capsys):
     assert f"hybrid in {url}/v1 (tiny): identical" in capsys.readouterr().out
 
 
+def test_the_form_of_llama_cpp(model):
+    plain = ours_answers(model)
+
+    def answer(request):
+        status, value = plain(request)
+        found = value["choices"][0]["logprobs"]
+        pairs = zip(found["tokens"], found["token_logprobs"], strict=True)
+        content = [{"id": int(token[9:]), "logprob": score} for token, score in pairs]
+        return status, {"choices": [{"logprobs": {"content": content}}]}
+
+    with serving(answer) as (url, _):
+        assert parity(model, url, tokens=3).identical
+
+
 def test_an_openai_server_that_differs(model, capsys):
     def change(tokens, scores):
         scores[-1] += 0.25
