@@ -64,6 +64,14 @@ def _positive(text: str) -> int:
     return int(text)
 
 
+def _folder(text: str) -> Path:
+    if not text.strip():
+        raise argparse.ArgumentTypeError(
+            "expected a folder, got an empty name; write . for this one"
+        )
+    return Path(text)
+
+
 def _names(text: str) -> list[str]:
     names = [name for name in (part.strip() for part in text.split(",")) if name]
     if not names:
@@ -80,7 +88,9 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("models", nargs="*", metavar="MODEL", help="checkpoint folder, .gguf, hub name, NAME=PATH")
-    add("--out", type=Path, default=Path("runs/eval"), help="folder of report and cached results")
+    add(
+        "--out", type=_folder, default=Path("runs/eval"), help="folder of report and cached results"
+    )
     add("--tasks", type=_names, help="tasks, separated by commas: ours (see --list) or lm-eval's")
     add("--retrieval", type=_names, help="more tasks, shown on the axis of retrieval")
     add("--reasoning", type=_names, help="more tasks, shown on the axis of reasoning")

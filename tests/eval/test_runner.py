@@ -154,6 +154,7 @@ def test_mistakes_are_named(checkpoint, tmp_path, capsys, arguments, words):
         ("--depths", "nan"),
         ("--context", "-4"),
         ("--tasks", ","),
+        ("--out", ""),
     ],
 )
 def test_a_setting_that_nobody_can_mean_is_refused(checkpoint, capsys, arguments):
