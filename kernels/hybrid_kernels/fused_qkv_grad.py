@@ -112,17 +112,6 @@ class Places(NamedTuple):
         setattr(rows, _MARK, True)
         return self.cut(rows)
 
-    def stack(self, rows: Tensor) -> Tensor | None:
-        """View (..., row) as (tensors, ..., heads, size), if they are alike and evenly apart."""
-        starts, shapes = [block[0] for block in self.blocks], {block[1:] for block in self.blocks}
-        # Of falling offsets there is none: strides cannot be negative.
-        step = abs(starts[1] - starts[0])
-        if len(shapes) > 1 or starts != [starts[0] + step * i for i in range(len(starts))]:
-            return None
-        first = self.cut(rows)[0]
-        shape, strides = (len(starts), *first.shape), (step, *first.stride())
-        return first.as_strided(shape, strides, first.storage_offset())
-
 
 def _have_memory(tensors: Sequence[Tensor]) -> bool:
     """Whether one may ask where tensors lie: not of those that are traced, or spread."""

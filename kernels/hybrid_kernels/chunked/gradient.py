@@ -17,12 +17,7 @@ from hybrid_kernels.chunked.pairs import apply_pairs_backward, key_pairs_backwar
 
 @dataclass
 class Gradients:
-    """Memory for the gradients, in the same chunks as the inputs; None where none is wanted.
-
-    Attributes:
-        rows: (3, ...) those of q, k and v, if they lie in one stretch of memory; it is written in
-            larger pieces than one of them by itself.
-    """
+    """Memory for the gradients, in the same chunks as the inputs; None where none is wanted."""
 
     q: Tensor
     k: Tensor
@@ -32,7 +27,6 @@ class Gradients:
     beta: Tensor | None
     bonus: Tensor | None
     write_scale: Tensor | None = None
-    rows: Tensor | None = None
 
     @property
     def of_decays(self) -> bool:
@@ -47,12 +41,11 @@ class Pass:
         do: (C, r V) the output's gradient times scale and the values' read factor.
         dends: (K, r V) gradient of the states after each chunk; then, of what rows write there.
         dpairs: (C, C) gradient of the pairs.
-        drows: (3, b, C, K) gradients of q, k and v before they are written at once, or None.
     """
 
     def __init__(self, run: Run, grads: Gradients):
         self.run, self.p, self.take, self.grads = run, run.p, run.scratch.take, grads
-        self.decays_wanted, self.drows = grads.of_decays, None
+        self.decays_wanted = grads.of_decays
         self.scalar = run.p.value_decay is not None and run.p.value_decay.shape[5] == 1
         self.sizes: tuple[int, ...] = ()
 
@@ -77,10 +70,6 @@ class Pass:
         self.do = self.take("do", *run.values.shape)
         # Pairs are made once this has served.
         self.dpairs = self.take("pairs", *run.pairs.shape)
-        # What the decays need of rows takes the place of their gradients (``store_rows``).
-        if self.grads.rows is not None and not self.decays_wanted:
-            self.drows = self.take("drows", 3, *run.read.shape)
-            self.each_drows = self.drows.unbind()
         heads = self.p.heads
         states = self.take("dstates", run.segment.states(heads), *self.p.state_shape)
         self.befores, self.dends = run.segment.before_and_after(states, heads)
@@ -162,25 +151,12 @@ class Pass:
         self._store_queries()
         self._store_keys()
         self._store_values()
-        if self.drows is not None:
-            chunks = self.grads.rows[:, self.lead]
-            chunks.copy_(self.drows.view(chunks.shape))
         if self.p.bonus is not None:
             self._add_bonus()
 
-    def _row_memory(self, index: int, name: str, like: Tensor) -> Tensor:
-        return self.take(name, *like.shape) if self.drows is None else self.each_drows[index]
-
-    def _store(self, index: int, chunks: Tensor, x: Tensor, factor: Tensor | None) -> None:
-        """Write the gradient of q, k or v; first to ``drows``, where there is one."""
-        if self.drows is None:
-            store(chunks[self.lead], x, factor)
-        elif factor is not None or x is not self.each_drows[index]:
-            store(self.each_drows[index].view(chunks[self.lead].shape), x, factor)
-
     def _store_queries(self) -> None:
         run, gate = self.run, self.run.key_gate
-        dread = self._row_memory(0, "dread", run.read)
+        dread = self.take("dread", *run.read.shape)
         torch.bmm(self.do, run.starts.mT, out=dread)
         if not run.exact_keys:
             dread.baddbmm_(self.dpairs, run.write)
@@ -190,7 +166,7 @@ class Pass:
             if run.exact_keys:
                 dq = dq + self.dpair_read[:, 0]
             dq = torch.addcmul(dq, self.ddiagonal, self._through_bonus(self.p.k))
-        self._store(0, self.grads.q, dq, factor)
+        store(self.grads.q[self.lead], dq, factor)
         if self.decays_wanted and (gate or self.p.v.shape[4] == 1):
             self.reads = dread.mul_(run.read)
             if gate is None:
@@ -199,7 +175,7 @@ class Pass:
     def _store_keys(self) -> None:
         run, gate = self.run, self.run.key_gate
         # Without a gate over keys nothing of the queries' gradient is saved.
-        dwrite = self._row_memory(1, "dwrite" if gate else "dread", run.write)
+        dwrite = self.take("dwrite" if gate else "dread", *run.write.shape)
         torch.bmm(run.values, self.dends.mT, out=dwrite)
         if not run.exact_keys:
             dwrite.baddbmm_(self.dpairs.mT, run.read)
@@ -209,7 +185,7 @@ class Pass:
             if run.exact_keys:
                 dk = dk + self.dpair_write
             dk = torch.addcmul(dk, self.ddiagonal, self._through_bonus(self.p.q))
-        self._store(1, self.grads.k, dk, factor)
+        store(self.grads.k[self.lead], dk, factor)
         if gate and self.decays_wanted:
             self.writes = dwrite.mul_(run.write)
 
@@ -227,7 +203,7 @@ class Pass:
     def _store_values(self) -> None:
         run = self.run
         # The decay's gradient has been summed; its memory is warm.
-        self.dvalues = self._row_memory(2, "dtotal", run.values)
+        self.dvalues = self.take("dtotal", *run.values.shape)
         torch.bmm(run.write, self.dends, out=self.dvalues)
         dv, factor = self.dvalues, run.write_factor
         if run.exact_values:
@@ -237,7 +213,7 @@ class Pass:
         else:
             run.make_pairs()
             self.dvalues.baddbmm_(run.pairs.mT, self.do)
-        self._store(2, self.grads.v, dv, factor)
+        store(self.grads.v[self.lead], dv, factor)
 
     def store_decays(self) -> None:
         """Write the gradients of the log decays: every factor times its own gradient, summed."""

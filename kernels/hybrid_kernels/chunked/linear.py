@@ -99,7 +99,7 @@ def _gradients(
     dscale = None if p.write_scale is None else _Memory(plan, p.write_scale, p.dtype)
     by_token = (dkey, dvalue, dbeta, dscale)
     *optional, scale = (None if memory is None else memory.chunks for memory in by_token)
-    grads = Gradients(*rows.chunks, *optional, dbonus, scale, rows.stacked)
+    grads = Gradients(*rows.chunks, *optional, dbonus, scale)
     dstate = _first_states(p, dfinal)
 
     def cut(x: Tensor) -> Tensor:
@@ -159,11 +159,10 @@ class _Rows:
 
     Attributes:
         chunks: of each, to be filled.
-        stacked: (3, ...) the three in one view, or None.
     """
 
     def __init__(self, inputs: Inputs, p: InputChunks, together: bool):
-        self.given, self.plan, self.stacked = (inputs.q, inputs.k, inputs.v), p.plan, None
+        self.given, self.plan = (inputs.q, inputs.k, inputs.v), p.plan
         self.memory = [] if together else [_Memory(p.plan, x) for x in (p.q, p.k, p.v)]
         if not together:
             self.chunks = [memory.chunks for memory in self.memory]
@@ -173,8 +172,6 @@ class _Rows:
         self.whole, rows = p.plan.empty((found.row,), inputs.q.dtype, inputs.q.device)
         dq, dk, dv = (x.transpose(2, 3) for x in found.cut(rows))
         self.chunks = [dq, dk, dv.unsqueeze(4)]
-        stacked = found.stack(rows)
-        self.stacked = None if stacked is None else stacked.transpose(3, 4)
 
     def results(self) -> dict[str, Tensor]:
         """Return the one tensor (B, T, row) as "qkv", or the three by name."""
