@@ -234,10 +234,26 @@ def scalar_factors(p_g, start, rows, i_h, H, C: tl.constexpr):
 
 
 @triton.jit
-def scalar_pairs(b_sums, b_rests, C: tl.constexpr):
-    """Return exp(g_{j+1} + ... + g_i) for i >= j, 0 above the diagonal."""
+def decayed_pairs(b_pairs, b_sums, b_rests, C: tl.constexpr):
+    """Return the pairs (i, j) times exp(g_{j+1} + ... + g_i) for i >= j, 0 above the diagonal.
+
+    Selected, not multiplied by zeros, which would keep NaN and inf of later rows.
+    """
     b_between = b_sums[:, None] - b_sums[None, :] + (b_rests[:, None] - b_rests[None, :])
-    return tl.exp(tl.where(lower(C), b_between, -float("inf")))
+    b_decay = tl.exp(tl.where(lower(C), b_between, -float("inf")))
+    return tl.where(lower(C), b_pairs * b_decay, 0.0)
+
+
+@triton.jit
+def causal_product(b_pairs, b_v, DOT: tl.constexpr, PRECISION: tl.constexpr):
+    """Multiply lower triangular pairs by rows of which none reaches an earlier one.
+
+    NaN or inf in a row of v makes that row and the later ones of the chunk NaN; in a plain product,
+    zeros above the diagonal would carry it to the earlier ones.
+    """
+    b_zeros = b_v * 0.0
+    b_product = product(b_pairs, tl.where(b_zeros == 0.0, b_v, 0.0), DOT, PRECISION)
+    return b_product + tl.cumsum(tl.sum(b_zeros, axis=1), axis=0)[:, None]
 
 
 @triton.jit

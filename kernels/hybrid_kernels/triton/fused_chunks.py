@@ -13,6 +13,8 @@ Legend: see ``blocks.py``; N sequences, R chunks in all.
 import triton.language as tl
 
 from hybrid_kernels.triton.blocks import (
+    causal_product,
+    decayed_pairs,
     fine_product,
     kernel,
     load_rows,
@@ -22,7 +24,6 @@ from hybrid_kernels.triton.blocks import (
     place,
     product,
     scalar_factors,
-    scalar_pairs,
     sequence,
     store_rows,
     store_tile,
@@ -99,7 +100,7 @@ def fused_chunk_forward_kernel(
         else:
             b_pairs = product(b_q, transposed(b_k, DOT), DOT, PRECISION)
             if SCALAR:
-                b_pairs *= scalar_pairs(b_sums, b_rests, C)
+                b_pairs = decayed_pairs(b_pairs, b_sums, b_rests, C)
             else:
                 b_pairs = tl.where(lower(C), b_pairs, 0.0)
         # Before the other products, so that it is in half as many registers by then.
@@ -112,7 +113,7 @@ def fused_chunk_forward_kernel(
         b_o = product(b_q, b_state, DOT, PRECISION)
         if SCALAR:
             b_o *= b_read[:, None]
-        b_o += product(b_pairs, b_v, DOT, PRECISION)
+        b_o += causal_product(b_pairs, b_v, DOT, PRECISION)
         store_rows(p_o, b_o * scale, row, rows, i_h, H, V, v0, C, BV)
         if SCALAR:
             b_state *= total

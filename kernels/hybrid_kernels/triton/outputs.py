@@ -8,6 +8,8 @@ Legend: see ``blocks.py``; R chunks in all.
 import triton.language as tl
 
 from hybrid_kernels.triton.blocks import (
+    causal_product,
+    decayed_pairs,
     kernel,
     load_rows,
     load_tile,
@@ -16,7 +18,6 @@ from hybrid_kernels.triton.blocks import (
     place,
     product,
     scalar_factors,
-    scalar_pairs,
     store_rows,
     straddle,
     transposed,
@@ -85,7 +86,7 @@ def outputs_forward_kernel(
     elif SCALAR:
         b_sums, b_rests, b_read, _, _ = scalar_factors(p_g, row, rows, i_h, H, C)
         b_o *= b_read[:, None]
-        b_pairs *= scalar_pairs(b_sums, b_rests, C)
+        b_pairs = decayed_pairs(b_pairs, b_sums, b_rests, C)
     else:
         b_pairs = tl.where(lower(C), b_pairs, 0.0)
     b_v = load_rows(p_v, row, rows, i_h // (H // HV), HV, V, v0, C, BV)
@@ -102,7 +103,7 @@ def outputs_forward_kernel(
             b_o += product(b_across, b_v * b_up, DOT, PRECISION) * b_low
             b_low, b_up, b_all = widen(b_low, b_up, b_all, 1 << level, C, BV)
     else:
-        b_o += product(b_pairs, b_v, DOT, PRECISION)
+        b_o += causal_product(b_pairs, b_v, DOT, PRECISION)
     b_o *= scale
     store_rows(p_o, b_o, row, rows, i_h, H, V, v0, C, BV)
 
@@ -164,7 +165,7 @@ def values_backward_kernel(
     elif SCALAR:
         b_sums, b_rests, _, b_write, _ = scalar_factors(p_g, row, rows, i_h, H, C)
         b_dv *= b_write[:, None]
-        b_pairs *= scalar_pairs(b_sums, b_rests, C)
+        b_pairs = decayed_pairs(b_pairs, b_sums, b_rests, C)
     else:
         b_pairs = tl.where(lower(C), b_pairs, 0.0)
     b_do = load_rows(p_do, row, rows, i_h, H, V, v0, C, BV)

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from hybrid_kernels.triton.blocks import (
+    decayed_pairs,
     kernel,
     load_column,
     load_rows,
@@ -21,7 +22,6 @@ from hybrid_kernels.triton.blocks import (
     lower,
     product,
     scalar_factors,
-    scalar_pairs,
     store_column,
     store_rows,
     store_tile,
@@ -117,9 +117,8 @@ def pairs_kernel(
         b_pairs = tl.where(m_diagonal, b_diagonal[:, None], b_pairs)
     elif SCALAR:
         b_sums, b_rests, _, _, _ = scalar_factors(p_g, row, rows, i_h, H, C)
-        b_decay = scalar_pairs(b_sums, b_rests, C)
-        b_pairs *= b_decay
-        b_strict *= b_decay
+        b_pairs = decayed_pairs(b_pairs, b_sums, b_rests, C)
+        b_strict = decayed_pairs(b_strict, b_sums, b_rests, C)
     else:
         b_pairs = tl.where(lower(C), b_pairs, 0.0)
     if PAIRS:
@@ -203,9 +202,8 @@ def pairs_backward_kernel(
         b_dpairs += product(b_do, b_u, DOT, PRECISION)
     if SCALAR:
         b_sums, b_rests, _, _, _ = scalar_factors(p_g, row, rows, i_h, H, C)
-        b_decay = scalar_pairs(b_sums, b_rests, C)
-        b_dpairs *= b_decay * scale
-        b_dstrict *= b_decay
+        b_dpairs = decayed_pairs(b_dpairs * scale, b_sums, b_rests, C)
+        b_dstrict = decayed_pairs(b_dstrict, b_sums, b_rests, C)
     else:
         b_dpairs = tl.where(lower(C), b_dpairs, 0.0) * scale
     store_tile(p_dpairs, b_dpairs, i_pair, C, C, 0, 0, C, C)

@@ -291,3 +291,21 @@ def test_wrong_offsets_are_refused(offsets):
     inputs["initial_state"] = inputs["initial_state"].expand(len(offsets) - 1, -1, -1, -1)
     with pytest.raises(ValueError, match="cu_seqlens"):
         linear_attention(**inputs, backend="triton")
+
+
+# NumPy's, on products of what is not finite.
+@pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
+@pytest.mark.parametrize("heads", [1, 4])
+@pytest.mark.parametrize("name", ["k", "v"])
+@pytest.mark.parametrize("form", ["additive", "additive_scalar", "additive_vector"])
+def test_what_is_not_finite_reaches_no_earlier_token(form, name, heads):
+    """In the fused pass, which many heads take, and in the two kernels."""
+    inputs = sample(next(f for f in FORMS if f.name == form), time=40, batch=2 * heads)
+    for value in (torch.nan, torch.inf):
+        inputs[name][0, 21, 0, -1] = value
+        with torch.no_grad():
+            found, _ = linear_attention(**inputs, backend="triton")
+            right, _ = linear_attention(**inputs, backend="reference")
+        torch.testing.assert_close(found[0, :21], right[0, :21], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(found[1:], right[1:], rtol=1e-4, atol=1e-4)
+        assert not found[0, 21:, 0].isfinite().all(-1).any()
