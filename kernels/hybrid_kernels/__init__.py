@@ -17,12 +17,14 @@ What is promised, strongest first: no output and no gradient depends on a later 
 inputs on the same backend, device and thread count give the same bits; chunk size, splitting,
 packing and the rest of the batch change results by rounding only; backends agree with the reference
 in float64 to a relative RMS error of 1e-5 from float32 inputs and 5e-3 from half-precision ones
-(`hybrid_kernels.testing`). Where a backend chooses its way from the data, as "torch" does from how
-strong the decays are, a later token may move earlier outputs by rounding, not by more; NaN and inf
-included, which reach only what they reach in the reference ("triton": within a chunk they may reach
-earlier tokens). Under autocast the ops compute as without it. First derivatives by ``backward()``
-work in every backend; forward-mode AD, ``torch.func`` and second derivatives in "reference" only,
-the others refuse them.
+(`hybrid_kernels.testing`). Where a backend chooses its path from the data, as "torch" does from the strength of the decays, a
+later token may change earlier outputs by rounding only. NaN and inf reach the tokens and gradients
+that they reach in the reference, no others; "triton" keeps this for outputs of the additive form,
+while in its delta rule and its gradients they may spread within a chunk.
+
+Autocast does not change what the ops compute. Every backend supports first derivatives by
+``backward()``. Forward-mode AD, ``torch.func`` transforms and second derivatives are supported by
+"reference" only; the other backends raise an error that says so.
 """
 
 from hybrid_kernels.api import causal_conv1d, linear_attention, selective_scan
