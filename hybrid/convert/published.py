@@ -260,6 +260,11 @@ def scattered_experts(values: Words) -> list[str]:
     ]
 
 
+def quantized_only(values: Words) -> list[str]:
+    """gpt-oss."""
+    return ["mlx-lm reads gpt-oss in MXFP4 only, and exports are not quantized"]
+
+
 def first_decays(values: Words) -> list[str]:
     """Ring-linear's first layer."""
     return ["mlx-lm gives the first layer the decays of the second, unlike the published code"]

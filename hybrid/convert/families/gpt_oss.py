@@ -33,6 +33,7 @@ GPT_OSS = register_family(
         name="gpt_oss",
         architecture="GptOssForCausalLM",
         published=published.gpt_oss,
+        limits=published.quantized_only,
         letters={"W": "sliding_window_attention", "S": "softmax_attention"},
         config=(
             *SIZES,

@@ -296,6 +296,7 @@ WARNED = {
     "renormalised": ("jamba", {}, "mlx-lm renormalises the weights of the chosen experts"),
     "scattered": ("kimi_linear", {"mlp_layer_types": ["dense", "sparse", "dense"]},
                   "mlp_layer_types: dense feed-forwards after the first experts"),
+    "unquantized": ("gpt_oss", {}, "mlx-lm reads gpt-oss in MXFP4 only"),
     "minimax": ("minimax", {}, "mlx-lm's minimax is MiniMax-M2"),
 }  # fmt: skip
 SILENT = {
