@@ -13,12 +13,12 @@ floating input. ``backend=`` asks for an implementation by name: "reference" (th
 over time), "torch" (chunked, any device), "triton" (GPU), or another package's kernels
 (`hybrid_kernels.adapters`); None takes the best one present and logs which, once.
 
-What is promised, strongest first: no output and no gradient depends on a later token; the same
+Promises, strongest first: no output and no gradient depends on a later token; the same
 inputs on the same backend, device and thread count give the same bits; chunk size, splitting,
 packing and the rest of the batch change results by rounding only; backends agree with the reference
 in float64 to a relative RMS error of 1e-5 from float32 inputs and 5e-3 from half-precision ones
-(`hybrid_kernels.testing`). Where a backend chooses its path from the data, as "torch" does from the strength of the decays, a
-later token may change earlier outputs by rounding only. NaN and inf reach the tokens and gradients
+(`hybrid_kernels.testing`). Where a backend chooses its path from the data, as "torch" does from the
+strength of the decays, a later token may change earlier outputs by rounding only. NaN and inf reach the tokens and gradients
 that they reach in the reference, no others; "triton" keeps this for outputs of the additive form,
 while in its delta rule and its gradients they may spread within a chunk.
 

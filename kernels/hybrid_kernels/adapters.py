@@ -12,7 +12,7 @@ backend            covers                        limits
                                                  documents
 =================  ============================  =================================================
 
-They need a GPU, and have not been run on one. What the tests do without: the kernels of
+They need a GPU and have not been run on one. Tests without a GPU: the kernels of
 flash-linear-attention 0.6 are run in triton's interpreter, forward and backward, and held against
 the reference. mamba-ssm 2.2 and causal-conv1d 1.5 do not install without CUDA: doubles with their
 signatures, checks of dtypes and layouts included, stand in for them.

@@ -1,8 +1,8 @@
-"""Tensors that lie side by side in one, and gradients that do as well.
+"""Gradients of q, k and v in one tensor.
 
-A joint projection, or one convolution over all channels, gives q, k and v as parts of one tensor.
-Autograd copies the gradients of such parts into one; where they were laid out that way from the
-start, as ``linear_attention`` does, ``split`` spares that copy and its memory.
+One projection, or one convolution over all channels, returns q, k and v as parts of one tensor.
+Autograd copies the gradients of such parts into one tensor. ``linear_attention`` writes them into
+one tensor from the start, and ``split`` then needs no copy.
 
 Legend: B batch, T time, H heads, K key dim or any other size of a head.
 """
@@ -56,7 +56,7 @@ class _Split(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        # What a second derivative is to go through has to be a copy.
+        # A gradient that will be differentiated again has to be a copy.
         copied = torch.is_grad_enabled() or torch.compiler.is_compiling()
         whole = None if copied else _rejoined(grads, ctx.shape, ctx.dim)
         return torch.cat(grads, ctx.dim) if whole is None else whole, None, None
@@ -114,7 +114,7 @@ class Places(NamedTuple):
 
 
 def _have_memory(tensors: Sequence[Tensor]) -> bool:
-    """Whether one may ask where tensors lie: not of those that are traced, or spread."""
+    """Whether tensors have an address: traced and distributed ones have none."""
     return all(type(x) in (Tensor, torch.nn.Parameter) for x in tensors)
 
 

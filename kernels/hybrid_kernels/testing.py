@@ -1,4 +1,4 @@
-"""What every backend is tested with: the forms of the op, inputs drawn to hurt, and the error.
+"""Test inputs and error measures for backends: forms of the op, difficult inputs, tolerances.
 
 A new form is covered by a row in ``FORMS``; a new backend by a row in ``BACKENDS_UNDER_TEST``.
 Usable from outside: whoever writes a backend of their own can hold it against the reference.
@@ -99,7 +99,7 @@ def _uniform(rate: float) -> Callable[[tuple[int, ...], torch.Generator], Tensor
     return draw
 
 
-# Log decays by name; all but the first two are there to hurt.
+# Log decays by name; all but the first two are difficult cases.
 GATES: dict[str, Callable[[tuple[int, ...], torch.Generator], Tensor]] = {
     "mild": _uniform(0.1),
     "strong": _uniform(5.0),
@@ -173,7 +173,7 @@ def sample(
     return found
 
 
-# Sizes of A for ``sample_scan``, with step sizes up to 1; all but the first are there to hurt.
+# Sizes of A for ``sample_scan``, with step sizes up to 1; all but the first are difficult cases.
 RATES = {"mild": 0.2, "strong": 20.0, "closed": 1e4, "open": 0.0}
 
 

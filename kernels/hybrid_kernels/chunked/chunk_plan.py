@@ -120,7 +120,7 @@ class ChunkPlan:
 
     @cached_property
     def segments(self) -> list[ChunkSpan]:
-        """The steps cut into segments; none where there is no sequence."""
+        """The steps cut into segments; empty without sequences."""
         found, step = [], 0
         while step < len(self.widths) and self.widths[step]:
             span = self.span(self.widths[step])

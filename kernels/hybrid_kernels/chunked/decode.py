@@ -20,7 +20,7 @@ from hybrid_kernels.arguments import Arguments, CausalConv1d, LinearAttention, S
 
 
 def prepare(arguments: Arguments, overwrite_state: bool) -> Callable | None:
-    """Return what computes an op for inputs of this form, or None if they are no single step.
+    """Return what computes an op for inputs of this form, or None if they are not a single step.
 
     Args:
         arguments: of the op, validated.
@@ -55,7 +55,7 @@ class LinearAttentionStep:
         given = a.replace(bonus=None).floating().values()
         self.cast = any(x.dtype != self.dtype for x in given)
         self.grouped = any(x.shape[2] != self.heads for x in (q, k, v))
-        # What the decay of a head spans: one number, or one for each key.
+        # Numbers that decay one head: one, or one for each key.
         self.span = self.keys if log_decay is not None and log_decay.dim() == 4 else 1
 
     def run(self, a: LinearAttention) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""What the chunked op is given, and how it goes about it: which way, which chunks, which segments.
+"""Inputs of the chunked op, and the choice of algorithm, chunk size and segments.
 
 Legend: B batch, T time, H heads, K key dim, V value dim; G heads of q and k, r value heads per G;
 N sequences.

@@ -23,7 +23,7 @@ from hybrid_kernels.chunked.saved import Saved
 from hybrid_kernels.fused_qkv_grad import places
 from hybrid_kernels.transforms import first_derivatives_only, without_autocast
 
-# What the gradient of a write's scale may be divided by.
+# Smallest ``write_scale`` that its gradient may be divided by.
 NEAR_ZERO = 2.0**-60
 
 
@@ -59,8 +59,8 @@ def _backward(*arguments) -> list[Tensor]:
     """Return the gradients named by ``Inputs.gradient_names``, in that order.
 
     Args:
-        arguments: the fields of ``Inputs``; what was saved; the output, or None, whereupon what of
-            it the gradients need is computed again; the gradient of the output; that of the final
+        arguments: the fields of ``Inputs``; what was saved; the output, or None to compute it
+            again where the gradients need it; the gradient of the output; that of the final
             states, or None; whether that of the decays is wanted; and whether dq, dk and dv are
             returned as one tensor, laid out like q, k and v.
     """

@@ -1,4 +1,4 @@
-"""What the forward pass keeps for the backward pass, in one stretch of memory.
+"""Tensors saved for the backward pass, in one block of memory.
 
 Of the additive form, the states before each chunk: found again, they would cost a product and a
 walk. Of the delta rule, what was written (u) and the inverse, from which the states follow without

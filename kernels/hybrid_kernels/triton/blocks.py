@@ -1,4 +1,4 @@
-"""What every kernel shares: where a chunk lies, how its rows are loaded, and its decay factors.
+"""Functions shared by all kernels: position of a chunk, loads and stores, decay factors.
 
 Legend: C rows of a chunk, K key dim, V value dim, H heads, D any row width, BD a block of it.
 Names: ``b_`` a block in registers, ``p_`` a pointer or block of pointers, ``m_`` a mask.
