@@ -18,9 +18,10 @@ inputs on the same backend, device and thread count give the same bits; chunk si
 packing and the rest of the batch change results by rounding only; backends agree with the reference
 in float64 to a relative RMS error of 1e-5 from float32 inputs and 5e-3 from half-precision ones
 (`hybrid_kernels.testing`). Where a backend chooses its path from the data, as "torch" does from the
-strength of the decays, a later token may change earlier outputs by rounding only. NaN and inf reach the tokens and gradients
-that they reach in the reference, no others; "triton" keeps this for outputs of the additive form,
-while in its delta rule and its gradients they may spread within a chunk.
+strength of the decays, a later token may change earlier outputs by rounding only. NaN and inf reach
+the tokens and gradients that they reach in the reference, no others; "triton" keeps this for
+outputs of the additive form, while in its delta rule and its gradients they may spread within a
+chunk.
 
 Autocast does not change what the ops compute. Every backend supports first derivatives by
 ``backward()``. Forward-mode AD, ``torch.func`` transforms and second derivatives are supported by
