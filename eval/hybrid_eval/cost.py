@@ -14,7 +14,7 @@ import torch
 
 from .scoring import device_of, evaluating, takes_logits_to_keep
 
-_CACHE_FIELDS = ("past_key_values", "cache", "cache_params", "state", "mems")
+_CACHE_FIELDS = ("cache", "past_key_values", "cache_params", "state", "mems")
 # short enough for any laptop, long enough that a short convolution's state is full
 _FIRST, _STEP = 32, 16
 
