@@ -18,7 +18,7 @@ from hybrid.config.hybrid_config import HybridConfig
 from hybrid.ffn.moe import MixtureOfExperts
 from hybrid.ffn.router import BiasedRouter, Router
 from hybrid.mixers.attention import FullAttention
-from hybrid.modeling import initialization, mup
+from hybrid.modeling import initialization, mup, parallel_plans
 from hybrid.modeling.layer import HybridLayer
 
 logger = logging.get_logger(__name__)
@@ -66,6 +66,14 @@ class HybridPreTrainedModel(PreTrainedModel):
             self._keep_in_fp32_modules_strict = ["score_correction_bias"]
         mup.mark(self)
         super().post_init()
+        if self.base_model is self and hasattr(PreTrainedModel, "_resolve_parallel_plans"):
+            self._tp_plan = parallel_plans.tensor_plan(self.config)
+
+    def _resolve_parallel_plans(self, distributed_config: Any) -> Any:
+        """As transformers', but sizes that the processes cannot split are refused by name."""
+        if distributed_config.tp_size > 1 and not isinstance(distributed_config.tp_plan, dict):
+            parallel_plans.check_world(self.config, distributed_config.tp_size)
+        return super()._resolve_parallel_plans(distributed_config)
 
     def get_expanded_tied_weights_keys(self, all_submodels: bool = False) -> dict[str, str]:
         """As transformers', but a head of its own does not part layers that share their weights."""

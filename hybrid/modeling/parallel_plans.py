@@ -1,0 +1,75 @@
+"""Tensor parallel plans: which Linear layers of a layout transformers may split over processes.
+
+What has no entry is replicated, so that the logits are those of one process.
+"""
+
+from __future__ import annotations
+
+from hybrid.config.hybrid_config import HybridConfig
+from hybrid.ffn.dense import Dense
+from hybrid.mixers.softmax_attention import SoftmaxAttention
+
+
+def tensor_plan(config: HybridConfig) -> dict[str, str]:
+    """The plan of the stack, with `*` for every layer; empty where nothing can be split.
+
+    transformers' plans do not tell layers apart, so softmax mixers are split only where all mixers
+    are plain softmax attention, and feed-forwards only where no canon layer reads their channels.
+    """
+    layers = config.layers
+    shared = any(config.shared_at(*layer.mixers) is not None for layer in layers)
+    if shared or any(map(config.canon_of, layers)):
+        return {}
+    plan: dict[str, str] = {}
+    if all(
+        len(layer.mixers) < 2 and all(_splits(config, s) for s in layer.mixers) for layer in layers
+    ):
+        for name in ("q_proj", "k_proj", "v_proj", "gate_proj"):
+            plan[f"layers.*.mixer.{name}"] = "colwise"
+        plan["layers.*.mixer.o_proj"] = "rowwise"
+        options = [config.mixer(s)[1] for layer in layers for s in layer.mixers]
+        gates = any(o.output_gate for o in options)
+        if not gates:
+            del plan["layers.*.mixer.gate_proj"]
+        if not options:
+            plan = {}
+        if any(o.qk_norm for o in options):
+            plan["layers.*.mixer.q_norm"] = "replicated_with_grad_allreduce"
+            plan["layers.*.mixer.k_norm"] = "replicated_with_grad_allreduce"
+    dense = [m for m in _dense(config).values()]
+    if dense:
+        plan["layers.*.ffn.up_proj"] = "colwise"
+        plan["layers.*.ffn.down_proj"] = "rowwise"
+        if any(o.activation.endswith("glu") or "geglu" in o.activation for o in dense):
+            plan["layers.*.ffn.gate_proj"] = "colwise"
+    return plan
+
+
+def check_world(config: HybridConfig, size: int) -> None:
+    """Raise ValueError by the name of what `size` processes cannot split evenly."""
+    plan = tensor_plan(config)
+    wrong = []
+    if "layers.*.mixer.q_proj" in plan:
+        for symbol in dict.fromkeys(s for layer in config.layers for s in layer.mixers):
+            kv_heads = config.mixer(symbol)[1].sizes[1]
+            if kv_heads % size:
+                wrong.append(f"mixer {symbol!r} has num_kv_heads {kv_heads}")
+    for symbol, options in _dense(config).items():
+        if plan and options.width % size:
+            wrong.append(f"feed-forward {symbol!r} has intermediate_size {options.width}")
+    if wrong:
+        raise ValueError(
+            f"tensor parallelism over {size} processes: {'; '.join(wrong)}, which {size} does not"
+            " divide; choose a tp_size that divides them"
+        )
+
+
+def _splits(config: HybridConfig, symbol: str) -> bool:
+    """Whether the heads of a mixer are independent of each other up to its output projection."""
+    cls, options = config.mixer(symbol)
+    return cls is SoftmaxAttention and cls.fits_paged(options) and options.qk_norm != "layer"
+
+
+def _dense(config: HybridConfig) -> dict:
+    found = {s: config.feed_forward(s) for s in {x.ffn for x in config.layers if x.ffn}}
+    return {s: options for s, (cls, options) in sorted(found.items()) if issubclass(cls, Dense)}
