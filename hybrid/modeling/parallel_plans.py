@@ -6,7 +6,7 @@ What has no entry is replicated, so that the logits are those of one process.
 from __future__ import annotations
 
 from hybrid.config.hybrid_config import HybridConfig
-from hybrid.ffn.dense import Dense
+from hybrid.ffn.dense import ACTIVATIONS, Dense, DenseOptions
 from hybrid.mixers.softmax_attention import SoftmaxAttention
 
 
@@ -36,11 +36,11 @@ def tensor_plan(config: HybridConfig) -> dict[str, str]:
         if any(o.qk_norm for o in options):
             plan["layers.*.mixer.q_norm"] = "replicated_with_grad_allreduce"
             plan["layers.*.mixer.k_norm"] = "replicated_with_grad_allreduce"
-    dense = [m for m in _dense(config).values()]
+    dense = list(_dense(config).values())
     if dense:
         plan["layers.*.ffn.up_proj"] = "colwise"
         plan["layers.*.ffn.down_proj"] = "rowwise"
-        if any(o.activation.endswith("glu") or "geglu" in o.activation for o in dense):
+        if any(ACTIVATIONS[o.activation][0] for o in dense):
             plan["layers.*.ffn.gate_proj"] = "colwise"
     return plan
 
@@ -48,6 +48,12 @@ def tensor_plan(config: HybridConfig) -> dict[str, str]:
 def check_world(config: HybridConfig, size: int) -> None:
     """Raise ValueError by the name of what `size` processes cannot split evenly."""
     plan = tensor_plan(config)
+    if not plan:
+        raise ValueError(
+            f"tensor parallelism: layout {config.layout!r} has nothing to split; it takes plain softmax"
+            " attention in every mixer or dense feed-forwards, without canon layers and shared"
+            " layers. Leave tp_plan and tp_size out, and use data parallelism"
+        )
     wrong = []
     if "layers.*.mixer.q_proj" in plan:
         for symbol in dict.fromkeys(s for layer in config.layers for s in layer.mixers):
@@ -70,6 +76,6 @@ def _splits(config: HybridConfig, symbol: str) -> bool:
     return cls is SoftmaxAttention and cls.fits_paged(options) and options.qk_norm != "layer"
 
 
-def _dense(config: HybridConfig) -> dict:
+def _dense(config: HybridConfig) -> dict[str, DenseOptions]:
     found = {s: config.feed_forward(s) for s in {x.ffn for x in config.layers if x.ffn}}
     return {s: options for s, (cls, options) in sorted(found.items()) if issubclass(cls, Dense)}

@@ -71,8 +71,13 @@ class HybridPreTrainedModel(PreTrainedModel):
 
     def _resolve_parallel_plans(self, distributed_config: Any) -> Any:
         """As transformers', but sizes that the processes cannot split are refused by name."""
-        if distributed_config.tp_size > 1 and not isinstance(distributed_config.tp_plan, dict):
+        if distributed_config.tp_size > 1 and distributed_config.tp_plan != {}:
             parallel_plans.check_world(self.config, distributed_config.tp_size)
+        if distributed_config.ep_size > 1 and not distributed_config.ep_plan:
+            raise ValueError(
+                "expert parallelism: hybrid models have no plan for it; set ep_size=1 and leave"
+                " the experts whole in every process"
+            )
         return super()._resolve_parallel_plans(distributed_config)
 
     def get_expanded_tied_weights_keys(self, all_submodels: bool = False) -> dict[str, str]:

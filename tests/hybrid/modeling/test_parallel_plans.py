@@ -20,7 +20,9 @@ for folder in sys.argv[1:]:
     config = DistributedConfig(tp_size=2)
     model = HybridForCausalLM.from_pretrained(folder, distributed_config=config).eval()
     widths = {n: list(p.to_local().shape) for n, p in model.named_parameters() if hasattr(p, "to_local")}
-    assert widths, "nothing was split"
+    split = {n.split(".")[-2] for n in widths}
+    assert ("q_proj" in split) == ("L" not in folder[-2:]), split
+    assert ("down_proj" in split) == (not folder.endswith("/S")), split
     expected = torch.load(folder + "/expected.pt")
     with torch.no_grad():
         logits = model(expected["ids"]).logits
@@ -29,7 +31,7 @@ for folder in sys.argv[1:]:
 torch.distributed.destroy_process_group()
 """
 
-LAYOUTS = [("SS", "-"), ("LS", "-")]
+LAYOUTS = [("SS", "-"), ("LS", "-"), ("S", "E")]
 
 
 def build(layout, **more):
@@ -65,7 +67,7 @@ def test_logits_of_two_processes(tmp_path):
 
 def test_heads_that_do_not_divide():
     config = build("SS", ffn="-", mixers={"S": {"num_heads": 4, "num_kv_heads": 1}})
-    with pytest.raises(ValueError, match="mixer 'S' has num_kv_heads 1.*tp_size"):
+    with pytest.raises(ValueError, match=r"mixer 'S' has num_kv_heads 1.*tp_size"):
         check_world(config, 2)
 
 
@@ -74,3 +76,8 @@ def test_mixers_are_whole_where_heads_meet():
         plan = tensor_plan(build("SS", ffn="-", mixers={"S": {"num_heads": 4, **options}}))
         assert not any("mixer" in name for name in plan)
         assert plan["layers.*.ffn.down_proj"] == "rowwise"
+
+
+def test_nothing_to_split():
+    with pytest.raises(ValueError, match="layout 'L' has nothing to split"):
+        check_world(build("L", ffn="E"), 2)
