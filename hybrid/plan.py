@@ -127,10 +127,10 @@ def plan(config: HybridConfig, context: int = 8192, dtype: torch.dtype = torch.b
 
 def expert_plans(config: HybridConfig) -> dict[str, ExpertPlan]:
     """Symbol -> its experts, for the feed-forwards of the stack that have any."""
-    used = Counter(layer.ffn for layer in config.layers if layer.ffn)
+    used = Counter(layer.ffn.symbol for layer in config.stack if layer.ffn is not None)
     found = {}
     for symbol, layers in used.items():
-        options = config.feed_forward(symbol)[1]
+        options = config.stack.feed_forwards[symbol].options
         if isinstance(options, MoEOptions):
             found[symbol] = ExpertPlan(
                 layers=layers,

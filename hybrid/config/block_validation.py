@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, get_args
+from typing import Any, get_args
 
+from hybrid.config import lookup
 from hybrid.config.block_options import POSITIONS, NormPosition, ResidualOptions, SharedOptions
+from hybrid.config.fields import StackFields
 from hybrid.config.options import build, did_you_mean, type_problem
 from hybrid.config.registry import mixers
+from hybrid.config.spec import default_skip_multiplier, num_residual_branches
 from hybrid.layout import DEFAULT, FFN, Layer
 
-if TYPE_CHECKING:
-    from hybrid.config.hybrid_config import HybridConfig
 
-
-def find_mistakes(config: HybridConfig, layers: tuple[Layer, ...]) -> list[str]:
+def find_mistakes(config: StackFields, layers: tuple[Layer, ...]) -> list[str]:
     """All that is wrong; `layers` is the stack, or () where the layout is wrong."""
     lines = _multipliers(config)
     lines += _norm_positions(config)
@@ -28,7 +29,7 @@ def find_mistakes(config: HybridConfig, layers: tuple[Layer, ...]) -> list[str]:
     return lines + _canon_without_room(config, layers) + _unlike_blocks(config, layers)
 
 
-def by_symbol(config: HybridConfig, field: str, lines: list[str]) -> Iterator[tuple[str, Any]]:
+def by_symbol(config: StackFields, field: str, lines: list[str]) -> Iterator[tuple[str, Any]]:
     """Path and value of each entry of a setting by symbol; a line for each key that is no symbol."""
     setting = getattr(config, field)
     if not isinstance(setting, Mapping):
@@ -44,7 +45,7 @@ def by_symbol(config: HybridConfig, field: str, lines: list[str]) -> Iterator[tu
             lines.append(f"{path}: no mixer and no feed-forward has this symbol, {near}")
 
 
-def _multipliers(config: HybridConfig) -> list[str]:
+def _multipliers(config: StackFields) -> list[str]:
     return [
         f"{name}: must be finite, found {value}"
         for name in ("embedding_multiplier", "logits_multiplier")
@@ -52,7 +53,7 @@ def _multipliers(config: HybridConfig) -> list[str]:
     ]
 
 
-def _norm_positions(config: HybridConfig) -> list[str]:
+def _norm_positions(config: StackFields) -> list[str]:
     lines: list[str] = []
     for path, value in by_symbol(config, "norm_position", lines):
         if problem := type_problem(value, NormPosition):
@@ -60,7 +61,7 @@ def _norm_positions(config: HybridConfig) -> list[str]:
     return lines
 
 
-def _residuals(config: HybridConfig) -> list[str]:
+def _residuals(config: StackFields) -> list[str]:
     lines: list[str] = []
     for path, values in by_symbol(config, "residuals", lines):
         options = build(ResidualOptions, values, path, lines)
@@ -76,16 +77,16 @@ def _is_finite(value: Any) -> bool:
     return not isinstance(value, (int, float)) or math.isfinite(value)
 
 
-def _unlike_side_by_side(config: HybridConfig, layers: Iterable[Layer]) -> list[str]:
+def _unlike_side_by_side(config: StackFields, layers: tuple[Layer, ...]) -> list[str]:
     """Mixers of one layer have one residual between them."""
     lines = []
     for layer in dict.fromkeys(layers):
         asked = {
-            "norm_position": [config.norm_position_at(s) for s in layer.mixers],
+            "norm_position": [lookup.norm_position_at(config, s) for s in layer.mixers],
             "residuals, skip_multiplier": [
-                config.residual_at(s).skip_multiplier for s in layer.mixers
+                _skip_multiplier(config, s, layers) for s in layer.mixers
             ],
-            "canon A": ["A" in config.canon_at(s) for s in layer.mixers],
+            "canon A": ["A" in lookup.canon_at(config, s) for s in layer.mixers],
         }
         for name, values in asked.items():
             if len(set(values)) > 1:
@@ -97,25 +98,36 @@ def _unlike_side_by_side(config: HybridConfig, layers: Iterable[Layer]) -> list[
     return lines
 
 
-def _deepnorm_without_norms(config: HybridConfig, layers: Iterable[Layer]) -> list[str]:
+def _skip_multiplier(config: StackFields, symbol: str, layers: tuple[Layer, ...]) -> float:
+    skip = lookup.residual_at(config, symbol).skip_multiplier
+    return (
+        default_skip_multiplier(config.init, num_residual_branches(layers))
+        if skip is None
+        else skip
+    )
+
+
+def _deepnorm_without_norms(config: StackFields, layers: tuple[Layer, ...]) -> list[str]:
     """A stream that nothing normalises would grow by alpha at every branch."""
     if config.init != "deepnorm":
         return []
     branches = [layer.mixers for layer in layers if layer.mixers]
     branches += [(layer.ffn, *layer.mixers) for layer in layers if layer.ffn]
     good = ("post", "normed")
-    found = {config.norm_position_at(*symbols) for symbols in branches} - set(good)
+    found = {lookup.norm_position_at(config, *symbols) for symbols in branches} - set(good)
+    count = num_residual_branches(layers)
+    alpha = default_skip_multiplier(config.init, count)
     unscaled = [p for p in get_args(NormPosition) if p in found]
     if not unscaled:
         return []
     return [
-        f"init: deepnorm multiplies the stream by {config.deepnorm_alpha:.3g} at each of"
-        f" {config.num_residual_branches} branches, and norm_position {unscaled[0]!r} does not"
+        f"init: deepnorm multiplies the stream by {alpha:.3g} at each of {count} branches,"
+        f" and norm_position {unscaled[0]!r} does not"
         f" bring it back; the positions that do are {' and '.join(map(repr, good))}"
     ]
 
 
-def _canon(config: HybridConfig) -> list[str]:
+def _canon(config: StackFields) -> list[str]:
     lines: list[str] = []
     asked = list(by_symbol(config, "canon", lines))
     if isinstance(config.canon, (str, list)):
@@ -134,16 +146,16 @@ def _canon(config: HybridConfig) -> list[str]:
     return lines
 
 
-def _canon_without_room(config: HybridConfig, layers: Iterable[Layer]) -> list[str]:
+def _canon_without_room(config: StackFields, layers: Iterable[Layer]) -> list[str]:
     """Mixers with no q, k, v to convolve, or that do so already; feed-forwards that cannot take one."""
     lines = []
     for symbol in dict.fromkeys(s for layer in layers for s in layer.mixers):
-        if "B" in config.canon_at(symbol) and (problem := config.canon_problem(symbol)):
-            rest = "".join(at for at in config.canon_at(symbol) if at != "B")
+        if "B" in lookup.canon_at(config, symbol) and (problem := _canon_problem(config, symbol)):
+            rest = "".join(at for at in lookup.canon_at(config, symbol) if at != "B")
             lines.append(f"canon: {problem}, or leave B out: canon: {{{symbol}: {rest!r}, ...}}")
     for layer in dict.fromkeys(layers):
-        if layer.ffn and "D" in config.canon_of(layer):
-            cls = config.feed_forward(layer.ffn)[0]
+        if layer.ffn and "D" in lookup.canon_of(config, layer):
+            cls = lookup.feed_forward_of(config, layer.ffn)[0]
             if not cls.takes_canon:
                 lines.append(
                     f"canon: D convolves within a feed-forward, and {cls.name} of {layer.ffn!r} takes"
@@ -152,7 +164,22 @@ def _canon_without_room(config: HybridConfig, layers: Iterable[Layer]) -> list[s
     return list(dict.fromkeys(lines))
 
 
-def _shared(config: HybridConfig) -> list[str]:
+def _canon_problem(config: StackFields, symbol: str) -> str | None:
+    """Why the mixer of a symbol cannot have a canon layer on q, k, v; None where it can."""
+    cls = lookup.bound_class(config, "mixers", mixers, symbol)
+    given = lookup.bindings(config, "mixers").get(symbol, {})
+    fields = {f.name: f.default for f in dataclasses.fields(cls.Options)}
+    if "conv_size" not in fields:
+        return f"{cls.name} of {symbol!r} has no convolution that B could be; take another mixer"
+    if given.get("conv_size", fields["conv_size"]) is None:
+        return None
+    return (
+        f"{cls.name} of {symbol!r} has a convolution of its own that B would be; set"
+        f" mixers.{symbol}.conv_size to null"
+    )
+
+
+def _shared(config: StackFields) -> list[str]:
     lines: list[str] = []
     for path, values in by_symbol(config, "shared", lines):
         symbol = path.removeprefix("shared.")
@@ -169,11 +196,11 @@ def _shared(config: HybridConfig) -> list[str]:
     return lines
 
 
-def _unlike_blocks(config: HybridConfig, layers: tuple[Layer, ...]) -> list[str]:
+def _unlike_blocks(config: StackFields, layers: tuple[Layer, ...]) -> list[str]:
     """Layers that cannot have the same weights, or have no layer to feed."""
     lines = []
     for symbol in config.shared or {}:
-        options = config.shared_at(symbol)
+        options = lookup.shared_at(config, symbol)
         assert options is not None
         path = f"shared.{symbol}"
         for layer in dict.fromkeys(layers):
@@ -198,7 +225,7 @@ def _unlike_blocks(config: HybridConfig, layers: tuple[Layer, ...]) -> list[str]
                 )
         if options.output == "next" and places and places[-1] == len(layers) - 1:
             lines.append(f"{path}.output: the last layer has no next one to feed")
-        if options.concat_embeddings and config.norm_position_at(symbol) == "normed":
+        if options.concat_embeddings and lookup.norm_position_at(config, symbol) == "normed":
             lines.append(
                 f"{path}.concat_embeddings: norm_position 'normed' takes the stream from what the"
                 " mixer reads, which is twice as wide; the other positions do not"

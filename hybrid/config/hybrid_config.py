@@ -1,21 +1,18 @@
 """HybridConfig: a layout string, what its letters mean, and the sizes around them."""
 
+import copy
 import dataclasses
 import inspect
 from typing import Any, Literal
 
 from transformers import PreTrainedConfig
 
-from hybrid import ffn as _ffn  # noqa: F401  (registers the feed-forwards)
-from hybrid import mixers as _mixers  # noqa: F401  (registers the mixers)
-from hybrid.config.block_options import NormPosition, ResidualOptions, SharedOptions, pick
-from hybrid.config.options import ConfigError, build
-from hybrid.config.registry import Registry, feed_forwards, mixers
-from hybrid.config.validation import bound, bound_class, find_mistakes, resolved, standard_keys
+from hybrid.config.block_options import NormPosition
+from hybrid.config.fields import Combine, Init, LossBackend, NormName, StackFields, width_ratio
+from hybrid.config.options import ConfigError
+from hybrid.config.spec import LINEAR, StackSpec, resolve_stack
+from hybrid.config.validation import find_mistakes, standard_keys
 from hybrid.layout import Layer
-from hybrid.modeling.losses import LossBackend
-from hybrid.modeling.mup import attention_scale, width_ratio
-from hybrid.nn.norms import NormName
 
 UNLIMITED = 2**31 - 1
 """The context length of a model that has none, where a number is asked for."""
@@ -128,9 +125,9 @@ class HybridConfig(PreTrainedConfig):
     embedding_multiplier: float | Literal["sqrt_hidden_size"] = 1.0
     embedding_norm: bool = False
     logits_multiplier: float = 1.0
-    init: Literal["fixed", "depth_scaled", "xavier", "deepnorm"] = "depth_scaled"
+    init: Init = "depth_scaled"
     initializer_range: float = 0.02
-    parallel_combine: Literal["mean", "sum", "concat", "learned", "learned_scalar"] = "mean"
+    parallel_combine: Combine = "mean"
     canon: str | list[str] | dict[str, str] | None = None
     canon_width: int = 4
     shared: dict[str, dict] | None = None
@@ -154,7 +151,7 @@ class HybridConfig(PreTrainedConfig):
         mistakes = find_mistakes(self, hints, kwargs)
         if mistakes:
             raise ConfigError(mistakes, "the model config")
-        self.num_hidden_layers = len(self.layers)
+        self.num_hidden_layers = len(self.stack)
         super().__post_init__(**kwargs)
 
     @classmethod
@@ -170,12 +167,32 @@ class HybridConfig(PreTrainedConfig):
         values = {key: value for key, value in super().to_dict().items() if key in known}
         return Values(values, {name: getattr(self, name) for name in DERIVED})
 
-    # What the rest of the package asks.
+    def changed(self, **fields: Any) -> "HybridConfig":
+        """A copy with other fields, which are taken as they are."""
+        other = copy.copy(self)
+        for name, value in fields.items():
+            setattr(other, name, value)
+        return other
+
+    @property
+    def stack(self) -> StackSpec:
+        """The stack, resolved: one `LayerSpec` for each layer.
+
+        It is resolved once, and again only if a field has been assigned since.
+        """
+        fields = {name: getattr(self, name) for name in _STACK_FIELDS}
+        known = vars(self).get("_resolved")
+        if known is None or known[0] != fields:
+            known = copy.deepcopy(fields), resolve_stack(self)
+            vars(self)["_resolved"] = known
+        return known[1]
 
     @property
     def layers(self) -> tuple[Layer, ...]:
-        """The stack, layer by layer."""
-        return resolved(self.layout, self.ffn, self.num_hidden_layers)
+        """The symbols of the stack, layer by layer."""
+        return tuple(spec.layer for spec in self.stack)
+
+    # Names that transformers' caches and masks read.
 
     @property
     def layer_types(self) -> list[str]:
@@ -184,31 +201,22 @@ class HybridConfig(PreTrainedConfig):
         A stack without keys has one layer of type `hybrid_sliding`, whose window stays empty: `generate`
         asks a cache how many tokens it has seen, and layers of states alone cannot answer.
         """
-        kinds = {layer: self._layer_type(layer) for layer in set(self.layers)}
-        types = [kinds[layer] for layer in self.layers]
-        if self.counting_layer is not None:
-            types[self.counting_layer] = "hybrid_sliding"
+        types = [layer.layer_type for layer in self.stack]
+        if self.stack.counting_layer is not None:
+            types[self.stack.counting_layer] = "hybrid_sliding"
         return types
-
-    @property
-    def counting_layer(self) -> int | None:
-        """The layer that counts tokens in the cache of a stack without keys; None where keys do."""
-        kinds = {self._layer_type(layer) for layer in set(self.layers)}
-        if kinds - {"linear_attention", "moe"}:
-            return None
-        return next(i for i, layer in enumerate(self.layers) if layer.mixers)
 
     @property
     def sliding_window(self) -> int:
         """For the layer that counts tokens: a window that never fills. No other stack has one."""
-        if self.counting_layer is None:
+        if self.stack.counting_layer is None:
             raise AttributeError("no layer of this stack has a sliding window for all layers")
         return 2
 
     @sliding_window.setter
     def sliding_window(self, value: int | None) -> None:
         """Accept what changes nothing: any value where no layer has keys, None elsewhere."""
-        if value is not None and self.counting_layer is None:
+        if value is not None and self.stack.counting_layer is None:
             raise ValueError(
                 f"sliding_window: a hybrid model has a window per symbol, got {value} for all; try"
                 " a symbol of type 'sliding_window_attention' with mixers.SYMBOL.window"
@@ -217,100 +225,7 @@ class HybridConfig(PreTrainedConfig):
     @property
     def number_of_conv_states(self) -> int:
         """States that a layer of transformers' cache must hold, of mixers and of canon layers."""
-        return max(1, *map(self.states_of, set(self.layers)))
-
-    @property
-    def num_residual_branches(self) -> int:
-        """Sublayers that add to the residual stream."""
-        return sum(bool(layer.mixers) + bool(layer.ffn) for layer in self.layers)
-
-    @property
-    def deepnorm_alpha(self) -> float:
-        """The skip multiplier of DeepNorm for a decoder: (2 N)^(1/4), N layers of two branches."""
-        return self.num_residual_branches**0.25
-
-    @property
-    def deepnorm_beta(self) -> float:
-        """The gain of its initialisation: (8 N)^(-1/4)."""
-        return (4 * self.num_residual_branches) ** -0.25
-
-    def norm_position_at(self, *symbols: str) -> str:
-        """Where the norms of a residual branch are, for the first of its symbols that is named."""
-        return pick(self.norm_position, symbols, "pre")
-
-    def residual_at(self, *symbols: str) -> ResidualOptions:
-        """The multipliers of a residual branch, likewise."""
-        options = ResidualOptions(**pick(self.residuals, symbols, {}))
-        if options.skip_multiplier is not None:
-            return options
-        skip = self.deepnorm_alpha if self.init == "deepnorm" else 1.0
-        return dataclasses.replace(options, skip_multiplier=skip)
-
-    @property
-    def ends_normed(self) -> bool:
-        """Whether the last branch leaves the stream normalised, so that the head needs no norm."""
-        last = self.layers[-1]
-        symbols = (last.ffn, *last.mixers) if last.ffn else last.mixers
-        return self.norm_position_at(*symbols) == "post"
-
-    def canon_at(self, *symbols: str) -> str:
-        """The positions of canon layers, for the first of the symbols that is named."""
-        return "".join(sorted(pick(self.canon, symbols, "")))
-
-    def canon_of(self, layer: Layer) -> str:
-        """The positions at which a layer has a convolution of its own: A, C, D."""
-        before = self.canon_at(*layer.mixers) if layer.mixers else ""
-        around = self.canon_at(layer.ffn, *layer.mixers) if layer.ffn else ""
-        return "".join(at for at in "ACD" if at in (before if at == "A" else around))
-
-    def canon_problem(self, symbol: str) -> str | None:
-        """Why the mixer of a symbol cannot have a canon layer on q, k, v; None where it can."""
-        cls, options = self._binding("mixers", mixers, symbol, self.input_size(symbol))
-        if not hasattr(options, "conv_size"):
-            return (
-                f"{cls.name} of {symbol!r} has no convolution that B could be; take another mixer"
-            )
-        if options.conv_size is None:
-            return None
-        return (
-            f"{cls.name} of {symbol!r} has a convolution of its own that B would be; set"
-            f" mixers.{symbol}.conv_size to null"
-        )
-
-    def shared_at(self, *symbols: str) -> SharedOptions | None:
-        """How the layers of a symbol share weights; None where each has its own."""
-        values = pick(self.shared, symbols, None)
-        return None if values is None else SharedOptions(**values)
-
-    def shared_source(self, layer_idx: int) -> int:
-        """The layer whose weights a layer has: itself, or the first of its block."""
-        layer = self.layers[layer_idx]
-        shared = self.shared_at(*layer.mixers)
-        if shared is None:
-            return layer_idx
-        places = [i for i, other in enumerate(self.layers) if other.mixers == layer.mixers]
-        return places[places.index(layer_idx) % shared.blocks]
-
-    def input_size(self, *symbols: str) -> int:
-        """Channels that a mixer reads: D, or 2 D with the embeddings beside."""
-        shared = self.shared_at(*symbols)
-        return self.hidden_size * (2 if shared is not None and shared.concat_embeddings else 1)
-
-    def uses_state(self, symbol: str) -> bool:
-        """Whether the mixer of a symbol keeps a recurrent or a convolution state."""
-        cls, options = self.mixer(symbol)
-        return cls.uses_state(options)
-
-    def mixer(self, symbol: str) -> tuple[type, Any]:
-        """The mixer class of a symbol, and its completed options."""
-        cls, options = self._binding("mixers", mixers, symbol, self.input_size(symbol))
-        if "B" in self.canon_at(symbol):
-            options = dataclasses.replace(options, conv_size=self.canon_width)
-        return cls, attention_scale(self, symbol, options)
-
-    def feed_forward(self, symbol: str) -> tuple[type, Any]:
-        """The feed-forward class of a symbol, and its completed options."""
-        return self._binding("feed_forwards", feed_forwards, symbol, self.hidden_size)
+        return max(1, *(layer.num_states for layer in self.stack))
 
     # Names that code around transformers reads.
 
@@ -332,8 +247,8 @@ class HybridConfig(PreTrainedConfig):
     @property
     def intermediate_size(self) -> int:
         """Inner width of the first feed-forward; 0 where there is none."""
-        symbols = [layer.ffn for layer in self.layers if layer.ffn]
-        return self.feed_forward(symbols[0])[1].intermediate_size if symbols else 0
+        parts = [*self.stack.feed_forwards.values()]
+        return parts[0].options.intermediate_size if parts else 0
 
     @property
     def num_experts(self) -> int:
@@ -378,37 +293,21 @@ class HybridConfig(PreTrainedConfig):
         return self.logit_softcap
 
     def _first_option(self, *names: str) -> int | None:
-        symbols = list(dict.fromkeys(s for layer in self.layers for s in layer.mixers))
-        symbols.sort(key=lambda s: self.mixer(s)[0].layer_type == "linear_attention")
-        for symbol in symbols:
-            options = self.mixer(symbol)[1]
+        specs = sorted(self.stack.mixers.values(), key=lambda m: m.cls.layer_type == LINEAR)
+        for spec in specs:
             for name in names:
-                if getattr(options, name, None) is not None:
-                    return getattr(options, name)
+                if getattr(spec.options, name, None) is not None:
+                    return getattr(spec.options, name)
         return None
 
     def _expert_option(self, name: str) -> int:
-        for symbol in dict.fromkeys(layer.ffn for layer in self.layers if layer.ffn):
-            options = self.feed_forward(symbol)[1]
-            if hasattr(options, "num_experts"):
-                return getattr(options, name)
+        for part in self.stack.feed_forwards.values():
+            if hasattr(part.options, "num_experts"):
+                return getattr(part.options, name)
         raise AttributeError(f"no layer of layout {self.layout!r} has experts")
 
-    def states_of(self, layer: Layer) -> int:
-        """States that a layer keeps, each with a slot of its own in the cache."""
-        return sum(map(self.uses_state, layer.mixers)) + len(self.canon_of(layer))
 
-    def _layer_type(self, layer: Layer) -> str:
-        kinds = [self.mixer(symbol)[0].layer_type for symbol in layer.mixers]
-        softmax = [kind for kind in kinds if kind != "linear_attention"]
-        if self.states_of(layer):
-            return "hybrid" if softmax else "linear_attention"
-        # "moe" is transformers' name for a layer without a mixer: nothing is cached
-        return softmax[0] if softmax else "moe"
-
-    def _binding(self, field: str, registry: Registry, symbol: str, width: int) -> tuple[type, Any]:
-        values = dict(bound(self, field).get(symbol, {}))
-        values.pop("type", None)
-        cls = bound_class(self, field, registry, symbol)
-        options = build(cls.Options, values, f"{field}.{symbol}", [])
-        return cls, options.complete(width)
+# What resolution reads.
+_STACK_FIELDS = tuple(
+    name for name in inspect.get_annotations(StackFields) if name not in ("model_type", "dtype")
+)

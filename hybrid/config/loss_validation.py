@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import inspect
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from hybrid.config.fields import StackFields
+from hybrid.config.options import ConfigError
 from hybrid.config.registry import feed_forwards, mixers
 from hybrid.layout import Layer, LayoutError, check_bound, parse
-from hybrid.modeling.mup import base_problems
 
-if TYPE_CHECKING:
-    from hybrid.config.hybrid_config import HybridConfig
+MUP_INITS = ("fixed", "depth_scaled")
+"""The initialisations that take the std from the config, which muP then scales."""
 
 
-def find_mistakes(config: HybridConfig, layers: tuple[Layer, ...]) -> list[str]:
+def find_mistakes(config: StackFields, layers: tuple[Layer, ...]) -> list[str]:
     """All that is wrong; `layers` is the stack, or () where the rest of the config is wrong."""
     lines = []
     for name, least in (("z_loss", 0), ("mtp_loss_weight", 0), ("num_mtp_layers", 0)):
@@ -26,11 +28,11 @@ def find_mistakes(config: HybridConfig, layers: tuple[Layer, ...]) -> list[str]:
     if isinstance(config.mtp_layout, str) and layers:
         lines += _wrong_mtp_layout(config)
     if not lines and layers:
-        lines += base_problems(config)
+        lines += _mup_base_problems(config)
     return lines
 
 
-def _wrong_mtp_layout(config: HybridConfig) -> list[str]:
+def _wrong_mtp_layout(config: StackFields) -> list[str]:
     if not config.num_mtp_layers:
         return ["mtp_layout: set, but num_mtp_layers is 0"]
     bound = config.mixers if isinstance(config.mixers, dict) else {}
@@ -45,6 +47,25 @@ def _wrong_mtp_layout(config: HybridConfig) -> list[str]:
     known = {*feed_forwards.symbols(), *fed}
     used = {layer.ffn for layer in layout.layers if layer.ffn}
     return [f"mtp_layout: {s!r} stands for no feed-forward" for s in sorted(used - known)]
+
+
+def _mup_base_problems(config: StackFields) -> list[str]:
+    """Why a config cannot be scaled from its `mup_base_width`: it has to be right at that width, too."""
+    base = config.mup_base_width
+    if base is None:
+        return []
+    if base < 1:
+        return [f"mup_base_width: must be at least 1, found {base}"]
+    if config.init not in MUP_INITS:
+        known = " or ".join(map(repr, MUP_INITS))
+        return [f"mup_base_width: scales the std of init {known}, and init is {config.init!r}"]
+    cls: Any = type(config)
+    values = {name: getattr(config, name) for name in inspect.get_annotations(cls)}
+    try:
+        cls(**{**values, "hidden_size": base, "mup_base_width": None})
+    except ConfigError as error:
+        return [f"mup_base_width: at hidden_size {base}, {line}" for line in error.mistakes]
+    return []
 
 
 def _is_number(value: Any) -> bool:

@@ -8,14 +8,12 @@ it in the entry-point group `hybrid.mixers`) and its name works in every layout.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from importlib.metadata import entry_points
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from hybrid.config.options import did_you_mean
-
-if TYPE_CHECKING:
-    from hybrid.mixers.base import Mixer
 
 C = TypeVar("C", bound=type)
 
@@ -23,8 +21,9 @@ C = TypeVar("C", bound=type)
 class Registry(Generic[C]):
     """Classes by name and by symbol; duplicates are refused, misses name the nearest right name."""
 
-    def __init__(self, kind: str, entry_point_group: str) -> None:
+    def __init__(self, kind: str, home: str, entry_point_group: str) -> None:
         self.kind = kind
+        self.home = home
         self.entry_point_group = entry_point_group
         self._by_name: dict[str, C] = {}
         self._by_symbol: dict[str, str] = {}
@@ -51,6 +50,7 @@ class Registry(Generic[C]):
                     f" {name!r} without a symbol and bind a letter to it in the config"
                 )
             cls.name, cls.symbol = name, symbol
+            cls.kind = getattr(cls, "kind", name)
             self._by_name[name] = cls
             if symbol:
                 self._by_symbol[symbol] = name
@@ -90,6 +90,7 @@ class Registry(Generic[C]):
         if self._plugins_loaded:
             return
         self._plugins_loaded = True
+        importlib.import_module(self.home)
         for point in entry_points(group=self.entry_point_group):
             point.load()
 
@@ -98,8 +99,8 @@ def _origin(cls: type) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
-mixers: Registry[type[Mixer]] = Registry("mixer", "hybrid.mixers")
-feed_forwards: Registry[type] = Registry("feed-forward", "hybrid.feed_forwards")
+mixers: Registry[Any] = Registry("mixer", "hybrid.mixers", "hybrid.mixers")
+feed_forwards: Registry[Any] = Registry("feed-forward", "hybrid.ffn", "hybrid.feed_forwards")
 
 register_mixer = mixers.register
 register_feed_forward = feed_forwards.register

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import difflib
 from collections.abc import Iterable, Iterator, Mapping
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from transformers import GenerationConfig, PreTrainedConfig
 
-from hybrid.config import block_validation as around_checks
-from hybrid.config import loss_validation as objective_checks
+from hybrid.config import block_validation, lookup, loss_validation
+from hybrid.config.fields import StackFields
 from hybrid.config.options import build, did_you_mean, type_problem
 from hybrid.config.registry import Registry, feed_forwards, mixers
+from hybrid.config.sizes import Sizes
 from hybrid.layout import (
     FFN,
     Layer,
@@ -26,9 +26,6 @@ from hybrid.layout import (
     parse_ffn,
     resolve,
 )
-
-if TYPE_CHECKING:
-    from hybrid.config.hybrid_config import HybridConfig
 
 FULL = "full_attention"
 
@@ -61,7 +58,7 @@ STANDARD_KEYS = {
 
 
 def find_mistakes(
-    config: HybridConfig, hints: Mapping[str, Any], kwargs: Mapping[str, Any]
+    config: StackFields, hints: Mapping[str, Any], kwargs: Mapping[str, Any]
 ) -> list[str]:
     """All that is wrong with a config.
 
@@ -76,36 +73,9 @@ def find_mistakes(
     lines += _wrong_bindings(config, "mixers", mixers)
     lines += _wrong_bindings(config, "feed_forwards", feed_forwards)
     lines += _wrong_layout(config)
-    lines += around_checks.find_mistakes(config, () if lines else config.layers)
-    return lines + objective_checks.find_mistakes(config, () if lines else config.layers)
-
-
-def bound(config: HybridConfig, field: str) -> dict[str, dict]:
-    """What the config binds in `mixers` or `feed_forwards`, as far as it is well-formed."""
-    bindings = getattr(config, field)
-    bindings = bindings if isinstance(bindings, dict) else {}
-    return {s: v for s, v in bindings.items() if isinstance(s, str) and isinstance(v, dict)}
-
-
-def bound_class(config: HybridConfig, field: str, registry: Registry, symbol: str) -> type:
-    """The class that a symbol stands for."""
-    name = bound(config, field).get(symbol, {}).get("type")
-    return registry.get(name or registry.symbols()[symbol])
-
-
-def resolved(
-    layout: str, ffn: str | Mapping[str, str] | None, depth: int | None
-) -> tuple[Layer, ...]:
-    """`resolve`, remembered: a config is asked for its layers often."""
-    frozen = tuple(ffn.items()) if isinstance(ffn, Mapping) else ffn or ""
-    return _resolved(layout, frozen, depth)
-
-
-@lru_cache(maxsize=256)
-def _resolved(
-    layout: str, ffn: str | tuple[tuple[str, str], ...], depth: int | None
-) -> tuple[Layer, ...]:
-    return resolve(layout, ffn=ffn if isinstance(ffn, str) else dict(ffn), num_hidden_layers=depth)
+    layers = () if lines else lookup.layers_of(config)
+    lines += block_validation.find_mistakes(config, layers)
+    return lines + loss_validation.find_mistakes(config, () if lines else layers)
 
 
 @lru_cache(maxsize=1)
@@ -115,7 +85,7 @@ def standard_keys() -> frozenset[str]:
     return frozenset(STANDARD_KEYS | set(PreTrainedConfig().__dict__) | set(generation))
 
 
-def _unknown_keys(config: HybridConfig, kwargs: Mapping[str, Any], names: list[str]) -> list[str]:
+def _unknown_keys(config: StackFields, kwargs: Mapping[str, Any], names: list[str]) -> list[str]:
     lines = []
     model_type = kwargs.get("model_type", config.model_type)
     if model_type != config.model_type:
@@ -124,7 +94,7 @@ def _unknown_keys(config: HybridConfig, kwargs: Mapping[str, Any], names: list[s
     return lines + [f"{key}: unknown key, {_hint(config, key, names)}" for key in unknown]
 
 
-def _hint(config: HybridConfig, key: str, names: list[str]) -> str:
+def _hint(config: StackFields, key: str, names: list[str]) -> str:
     """Where a key that is not the model's belongs: to a mixer or a feed-forward, by its options."""
     key = OTHER_NAMES.get(key, key)
     nested = {f"mixers: {{{s}: {{{o}: ...}}}}": o for s, o in _options(config, "mixers", mixers)}
@@ -138,11 +108,13 @@ def _hint(config: HybridConfig, key: str, names: list[str]) -> str:
     return did_you_mean(key, names)
 
 
-def _options(config: HybridConfig, field: str, registry: Registry) -> Iterator[tuple[str, str]]:
+def _options(config: StackFields, field: str, registry: Registry) -> Iterator[tuple[str, str]]:
     """Symbol and option, for every symbol that the layout seems to use; softmax's first."""
     patterns = config.ffn.values() if isinstance(config.ffn, dict) else [config.ffn]
     text = "".join(map(str, (config.layout, *patterns))) if isinstance(config.layout, str) else ""
-    names = registry.symbols() | {s: v.get("type") for s, v in bound(config, field).items()}
+    names = registry.symbols() | {
+        s: v.get("type") for s, v in lookup.bindings(config, field).items()
+    }
     known = {s: registry.get(n) for s, n in names.items() if n in registry.names()}
     used = sorted(set(known) & set(text), key=text.index)
     used.sort(key=lambda s: getattr(known[s], "layer_type", FULL) != FULL)
@@ -151,7 +123,7 @@ def _options(config: HybridConfig, field: str, registry: Registry) -> Iterator[t
             yield symbol, f.name
 
 
-def _wrong_types(config: HybridConfig, hints: Mapping[str, Any]) -> list[str]:
+def _wrong_types(config: StackFields, hints: Mapping[str, Any]) -> list[str]:
     lines = []
     for name, hint in hints.items():
         value = getattr(config, name)
@@ -165,7 +137,7 @@ def _wrong_types(config: HybridConfig, hints: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def _wrong_sizes(config: HybridConfig) -> list[str]:
+def _wrong_sizes(config: StackFields) -> list[str]:
     lines = []
     for name, most in LARGEST_SIZES.items():
         value = getattr(config, name)
@@ -190,7 +162,7 @@ def _wrong_sizes(config: HybridConfig) -> list[str]:
     return lines
 
 
-def _wrong_bindings(config: HybridConfig, field: str, registry: Registry) -> list[str]:
+def _wrong_bindings(config: StackFields, field: str, registry: Registry) -> list[str]:
     lines: list[str] = []
     bindings = getattr(config, field)
     for symbol, values in (bindings if isinstance(bindings, dict) else {}).items():
@@ -217,9 +189,7 @@ def _wrong_bindings(config: HybridConfig, field: str, registry: Registry) -> lis
     return lines
 
 
-def _wrong_options(
-    config: HybridConfig, cls: type, options: dict[str, Any], path: str
-) -> list[str]:
+def _wrong_options(config: StackFields, cls: type, options: dict[str, Any], path: str) -> list[str]:
     """Mistakes in each option, and in how those that are right in themselves fit together."""
     lines: list[str] = []
     built = build(cls.Options, options, path, lines)
@@ -234,11 +204,11 @@ def _wrong_options(
         for f in dataclasses.fields(cls.Options)
         if type(getattr(built, f.name)) is int and getattr(built, f.name) > LARGEST_OPTION
     ]
-    return lines + [f"{path}.{problem}" for problem in built.problems(_sized(config, path))]
+    return lines + [f"{path}.{problem}" for problem in built.problems(_sizes(config, path))]
 
 
-def _sized(config: HybridConfig, path: str) -> HybridConfig:
-    """This config with the hidden size that a part reads, or a stand-in where that is a mistake."""
+def _sizes(config: StackFields, path: str) -> Sizes:
+    """The sizes that a part is checked with; a stand-in for a hidden size that is a mistake itself."""
     size = config.hidden_size
     if type(size) is not int or size < 1:
         size = ANY_SIZE
@@ -247,14 +217,10 @@ def _sized(config: HybridConfig, path: str) -> HybridConfig:
         values = shared.get(path.removeprefix("mixers."))
         if isinstance(values, dict) and values.get("concat_embeddings") is True:
             size *= 2
-    if size == config.hidden_size:
-        return config
-    sized = copy.copy(config)
-    sized.hidden_size = size
-    return sized
+    return Sizes(size, max_position_embeddings=config.max_position_embeddings)
 
 
-def _wrong_layout(config: HybridConfig) -> list[str]:
+def _wrong_layout(config: StackFields) -> list[str]:
     if not isinstance(config.layout, str):
         return []
     depth = config.num_hidden_layers if _is_number(config.num_hidden_layers) else None
@@ -262,11 +228,13 @@ def _wrong_layout(config: HybridConfig) -> list[str]:
     lines: list[str] = []
     layers: tuple[Layer, ...] = ()
     try:
-        check_bound(parse(config.layout), {*mixers.symbols(), *bound(config, "mixers")} - set(FFN))
+        check_bound(
+            parse(config.layout), {*mixers.symbols(), *lookup.bindings(config, "mixers")} - set(FFN)
+        )
     except LayoutError as error:
         lines.append(str(error))
     try:
-        layers = resolved(config.layout, ffn, depth if depth and depth > 0 else None)
+        layers = resolve(config.layout, ffn, depth if depth and depth > 0 else None)
     except LayoutError as error:
         lines.append(str(error))
     for pattern in ffn.values() if isinstance(ffn, dict) else [ffn]:
@@ -281,8 +249,8 @@ def _wrong_layout(config: HybridConfig) -> list[str]:
     return lines or _defaults_that_do_not_fit(config, layers) + _crowded(config, layers)
 
 
-def _unbound_feed_forwards(config: HybridConfig, layers: Iterable[Layer]) -> list[str]:
-    known = set(feed_forwards.symbols()) | set(bound(config, "feed_forwards"))
+def _unbound_feed_forwards(config: StackFields, layers: Iterable[Layer]) -> list[str]:
+    known = set(feed_forwards.symbols()) | set(lookup.bindings(config, "feed_forwards"))
     return [
         f"ffn: {symbol!r} ({FFN[symbol]}) stands for no feed-forward yet; bound:"
         f" {', '.join(sorted(known))}. Bind it in feed_forwards: {{{symbol}: ...}}"
@@ -298,24 +266,26 @@ def _check_symbol(symbol: str, registry: Registry) -> None:
         raise ValueError(f"{symbol!r} is no feed-forward symbol; they are {', '.join(FFN)}")
 
 
-def _defaults_that_do_not_fit(config: HybridConfig, layers: Iterable[Layer]) -> list[str]:
+def _defaults_that_do_not_fit(config: StackFields, layers: Iterable[Layer]) -> list[str]:
     """Symbols used by the layout but not bound by the config, whose defaults clash with D."""
     if not isinstance(config.hidden_size, int) or config.hidden_size < 1:
         return []
     lines = []
     for symbol in dict.fromkeys(s for layer in layers for s in layer.mixers):
-        if symbol not in bound(config, "mixers"):
+        if symbol not in lookup.bindings(config, "mixers"):
             options, path = mixers.get(mixers.symbols()[symbol]).Options(), f"mixers.{symbol}"
-            sized = _sized(config, path)
-            lines += [f"{path}.{problem}" for problem in options.problems(sized)]
+            sizes = _sizes(config, path)
+            lines += [f"{path}.{problem}" for problem in options.problems(sizes)]
     return lines
 
 
-def _crowded(config: HybridConfig, layers: Iterable[Layer]) -> list[str]:
+def _crowded(config: StackFields, layers: Iterable[Layer]) -> list[str]:
     lines = []
     for layer in dict.fromkeys(layers):
         try:
-            kinds = [bound_class(config, "mixers", mixers, s).layer_type for s in layer.mixers]
+            kinds = [
+                lookup.bound_class(config, "mixers", mixers, s).layer_type for s in layer.mixers
+            ]
         except (ValueError, TypeError):
             continue  # a binding with a mistake of its own, reported already
         if len(kinds) - kinds.count("linear_attention") > 1:

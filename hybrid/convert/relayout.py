@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from hybrid.config import lookup
 from hybrid.config.hybrid_config import HybridConfig
 from hybrid.config.options import did_you_mean
 from hybrid.config.registry import mixers as registered
@@ -142,10 +143,10 @@ class Relayout:
 
     def _fresh(self, layer: int) -> Mixer:
         """A new mixer on the CPU with its gates where they start; the same in every process."""
-        cls, options = self.config.mixer(self._letter(layer))
+        spec = self.config.stack[layer].mixers[0]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(layer)
-            made = cls(options, self.config, layer)
+            made = spec.build(layer)
             made.apply(self.model._init_weights)
         self._rules[self._letter(layer)].open(made)
         return made
@@ -177,7 +178,7 @@ class Relayout:
             lost.setdefault(self._letter(i), set()).update(found)
         for letter, names in lost.items():
             if names:
-                name, words = self.config.mixer(letter)[0].name, ", ".join(sorted(names))
+                name, words = self.config.stack.mixers[letter].cls.name, ", ".join(sorted(names))
                 logger.warning(
                     "%s (%s) goes without what the layers it replaces had: %s", letter, name, words
                 )
@@ -222,7 +223,7 @@ def _refuse_kept(old: HybridConfig, layers: tuple[Layer, ...], given: Options) -
     for letter in sorted(kept):
         if letter in given:
             lines.append(f"mixers.{letter}: its layers stay as they are; take another letter")
-        if getattr(old.mixer(letter)[1], "nope_every", None) is not None:
+        if getattr(old.stack.mixers[letter].options, "nope_every", None) is not None:
             lines.append(
                 f"mixers.{letter}.nope_every: counts the softmax layers, which become fewer; bind a"
                 " letter of its own to the layers without positions first"
@@ -238,8 +239,8 @@ def _rules(
     rules: dict[str, Inherit] = {}
     for i in replaced:
         was, letter = old.layers[i].mixers[0], layers[i].mixers[0]
-        cls, name = old.mixer(was)[0], _mixer_name(old, letter, given)
-        shared = old.shared_at(was) is not None
+        cls, name = old.stack.mixers[was].cls, _mixer_name(old, letter, given)
+        shared = lookup.shared_at(old, was) is not None
         if shared or not issubclass(cls, GroupedHeads):
             why = "shares its weights" if shared else "has no queries, keys and values to hand on"
             text = f"layer {i} ({was}, {cls.name}) {why}; layers that can be replaced are those of"
@@ -274,7 +275,7 @@ def _new_config(
     for i in reversed(replaced):  # the first layer of a letter has the last word
         was, letter = old.layers[i].mixers[0], layers[i].mixers[0]
         own = dict(given.get(letter) or (old.mixers or {}).get(letter, {}))
-        bound[letter] = {**rules[letter].options(old.mixer(was)[1]), **own}
+        bound[letter] = {**rules[letter].options(old.stack.mixers[was].options), **own}
         for setting in SETTINGS:
             by_letter = values.get(setting)
             if isinstance(by_letter, dict) and was in by_letter:

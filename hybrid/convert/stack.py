@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from hybrid.config.hybrid_config import HybridConfig
+from hybrid.config.spec import BranchSpec, LayerSpec, MixerSpec
 from hybrid.layout import Layer, parse_ffn
 from hybrid.layout.shortest import shortest
 from hybrid.layout.types import Layout
@@ -83,14 +84,14 @@ def mtp_blocks(model: HybridForCausalLM, literal: bool = False) -> list[list[Blo
 
 def _blocks(stack: HybridModel, literal: bool) -> list[Block]:
     found: list[Block] = []
-    config = stack.config
-    for i, (layer, module) in enumerate(zip(config.layers, stack.layers, strict=True)):
-        mixers = tuple(_mixers(config, layer, module))
+    for i, (layer, module) in enumerate(zip(stack.config.stack, stack.layers, strict=True)):
+        mixers = tuple(_mixers(layer, module))
         if mixers:
             found.append(Block(mixers, None, i, i))
-        if layer.ffn:
-            around = _around(config, layer, layer.ffn, *layer.mixers)
-            ffn = Part(type(module.ffn).name, module.ffn.options, layer.ffn, around)
+        if layer.ffn is not None and layer.ffn_branch is not None:
+            symbol = layer.ffn.symbol
+            around = _around(layer, symbol, layer.ffn_branch, layer.ffn_branch)
+            ffn = Part(type(module.ffn).name, module.ffn.options, symbol, around)
             if not literal and found and found[-1].ffn is None and found[-1].mixers:
                 found[-1] = found[-1]._replace(ffn=ffn, ffn_layer=i)
             else:
@@ -98,14 +99,17 @@ def _blocks(stack: HybridModel, literal: bool) -> list[Block]:
     return found
 
 
-def _around(config: HybridConfig, layer: Layer, symbol: str, *rest: str) -> dict[str, Any]:
+def _around(
+    layer: LayerSpec, symbol: str, branch: BranchSpec, part: BranchSpec | MixerSpec
+) -> dict[str, Any]:
     """Norms, multipliers, canon layers and sharing of one branch, by the paths of a config."""
-    residual = config.residual_at(symbol, *rest)
-    shared = config.shared_at(*layer.mixers)
+    shared = layer.shared
     return {
-        f"norm_position.{symbol}": config.norm_position_at(symbol, *rest),
-        f"canon.{symbol}": config.canon_of(layer),
-        **{f"residuals.{symbol}.{name}": value for name, value in vars(residual).items()},
+        f"norm_position.{symbol}": branch.norm_position,
+        f"canon.{symbol}": layer.canon,
+        f"residuals.{symbol}.input_multiplier": part.input_multiplier,
+        f"residuals.{symbol}.output_multiplier": part.output_multiplier,
+        f"residuals.{symbol}.skip_multiplier": branch.skip_multiplier,
         **({f"shared.{symbol}.{n}": _plain(v) for n, v in vars(shared).items()} if shared else {}),
     }
 
@@ -115,15 +119,17 @@ def _plain(value: Any) -> Any:
     return sorted(value) if isinstance(value, list | tuple) else value
 
 
-def _mixers(config: HybridConfig, layer: Layer, module: Any) -> Iterator[Part]:
+def _mixers(layer: LayerSpec, module: Any) -> Iterator[Part]:
     branches = module.mixer.branches if len(layer.mixers) > 1 else [module.mixer]
-    for letter, mixer in zip(layer.mixers, branches, strict=False):
+    for spec, mixer in zip(layer.mixers, branches, strict=False):
+        assert layer.mixer_branch is not None
         options = mixer.options
         if getattr(options, "nope_every", None) is not None:
             # by then it is known which layers go without
             positions = {} if mixer.has_positions else {"rope_parameters": None, "alibi": False}
             options = dataclasses.replace(options, nope_every=None, **positions)
-        yield Part(type(mixer).name, options, letter, _around(config, layer, letter))
+        around = _around(layer, spec.symbol, layer.mixer_branch, spec)
+        yield Part(type(mixer).name, options, spec.symbol, around)
 
 
 def layout_of(mixers: Sequence[str], ffns: Sequence[str]) -> dict[str, Any]:

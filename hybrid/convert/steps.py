@@ -238,7 +238,8 @@ def _sites(
     joins = [bool(word) and word in family.joins_next for word in letters]
     index = [i - sum(joins[:i]) for i in range(len(stack))]
     number = {block.mixer_layer: i for block, i in zip(stack, index, strict=True) if block.mixers}
-    source = [model.config.shared_source(b.mixer_layer) if b.mixers else 0 for b in stack]
+    specs = model.config.stack
+    source = [specs[b.mixer_layer].source if b.mixers else 0 for b in stack]
     return [
         Site(
             block,

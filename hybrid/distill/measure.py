@@ -144,5 +144,6 @@ def knock_outs(
 def _mixers(model: Any, layers: Sequence[int]) -> str:
     letters = dict.fromkeys("".join(model.config.layers[i].mixers) for i in layers)
     return ", ".join(
-        f"{word} {' + '.join(model.config.mixer(s)[0].name for s in word)}" for word in letters
+        f"{word} {' + '.join(model.config.stack.mixers[s].cls.name for s in word)}"
+        for word in letters
     )

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
-if TYPE_CHECKING:
-    from hybrid.config.hybrid_config import HybridConfig
+from hybrid.config.sizes import Sizes
 
 
 @dataclass(frozen=True)
@@ -21,7 +20,7 @@ class FeedForwardOptions:
         """These options with every default that depends on the model dim D filled in."""
         return self
 
-    def problems(self, config: HybridConfig) -> list[str]:
+    def problems(self, sizes: Sizes) -> list[str]:
         """What is wrong with the completed options, a line each."""
         return []
 
@@ -37,10 +36,10 @@ class FeedForward(nn.Module, ABC):
     paper: ClassVar[str] = ""
     formula: ClassVar[str] = ""
 
-    def __init__(self, options: Any, config: HybridConfig, layer_idx: int) -> None:
+    def __init__(self, options: Any, sizes: Sizes, layer_idx: int) -> None:
         super().__init__()
         self.options = options
-        self.config = config
+        self.sizes = sizes
         self.layer_idx = layer_idx
 
     @abstractmethod

@@ -19,6 +19,7 @@ from transformers.models.qwen3_moe import Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
 
 from hybrid.config.hybrid_config import HybridConfig
+from hybrid.modeling.backends import use_backends_of
 
 
 def build_pair(arguments: argparse.Namespace) -> tuple[nn.Module, nn.Module]:
@@ -47,8 +48,8 @@ def build_pair(arguments: argparse.Namespace) -> tuple[nn.Module, nn.Module]:
     theirs = Qwen3MoeSparseMoeBlock(theirs_config)
     for parameter in theirs.parameters():
         nn.init.normal_(parameter, std=0.05)
-    cls, options = config.feed_forward("E")
-    ours = cls(options, config, 0)
+    ours = config.stack.feed_forwards["E"].build(0)
+    use_backends_of(config, ours)
     weights = {name.replace("gate.", "router."): t for name, t in theirs.state_dict().items()}
     ours.load_state_dict(weights)
     return ours, theirs

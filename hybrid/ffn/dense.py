@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 from torch import nn
@@ -12,11 +12,9 @@ from transformers.activations import ACT2FN
 
 from hybrid.config.block_options import scaled
 from hybrid.config.registry import register_feed_forward
+from hybrid.config.sizes import Sizes
 from hybrid.ffn.base import FeedForward, FeedForwardOptions
 from hybrid.mixers.base import residual_projection
-
-if TYPE_CHECKING:
-    from hybrid.config.hybrid_config import HybridConfig
 
 # name -> (gated, activation by transformers' name)
 ACTIVATIONS = {
@@ -65,7 +63,7 @@ class DenseOptions(FeedForwardOptions):
         assert self.intermediate_size is not None
         return self.intermediate_size
 
-    def problems(self, config: HybridConfig) -> list[str]:
+    def problems(self, sizes: Sizes) -> list[str]:
         """A width below 1; a multiplier of nothing."""
         lines = []
         if self.intermediate_size is not None and self.intermediate_size < 1:
@@ -84,10 +82,10 @@ class Dense(FeedForward):
     paper = "arXiv 2002.05202"
     formula = "W_down(act(W_gate x) * W_up x)"
 
-    def __init__(self, options: DenseOptions, config: HybridConfig, layer_idx: int) -> None:
-        super().__init__(options, config, layer_idx)
+    def __init__(self, options: DenseOptions, sizes: Sizes, layer_idx: int) -> None:
+        super().__init__(options, sizes, layer_idx)
         gated, activation = ACTIVATIONS[options.activation]
-        d_model, inner = config.hidden_size, options.width
+        d_model, inner = sizes.hidden_size, options.width
         self.gate_proj = nn.Linear(d_model, inner, bias=options.bias) if gated else None
         self.up_proj = nn.Linear(d_model, inner, bias=options.bias)
         self.down_proj = residual_projection(inner, d_model, bias=options.bias)

@@ -6,23 +6,22 @@ Shapes: B batch, T time, N tokens, D model dim, E experts, k experts of a token,
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
 from torch.nn import functional as F
+from transformers import PreTrainedConfig
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, use_experts_implementation
 
 from hybrid.config.registry import register_feed_forward
+from hybrid.config.sizes import Sizes
 from hybrid.ffn.base import FeedForward, FeedForwardOptions
 from hybrid.ffn.dense import ACTIVATIONS, Dense, DenseOptions
 from hybrid.ffn.router import build_router
 from hybrid.mixers.base import residual_projection
-
-if TYPE_CHECKING:
-    from hybrid.config.hybrid_config import HybridConfig
 
 
 @dataclass(frozen=True)
@@ -151,7 +150,7 @@ class MoEOptions(FeedForwardOptions):
         assert self.intermediate_size is not None
         return 2 * hidden_size / self.intermediate_size
 
-    def problems(self, config: HybridConfig) -> list[str]:
+    def problems(self, sizes: Sizes) -> list[str]:
         """Numbers that cannot be, and groups that do not fit."""
         lines = []
         for name in ("num_experts", "top_k", "num_groups", "top_k_groups"):
@@ -222,16 +221,18 @@ class Experts(nn.Module):
     gated: bool
     has_bias: bool
     down_proj: torch.Tensor
+    config: PreTrainedConfig
+    """The model's; the back-end is looked up in it when the module runs."""
 
-    def __init__(self, config: HybridConfig, options: MoEOptions) -> None:
+    def __init__(self, sizes: Sizes, options: MoEOptions) -> None:
         super().__init__()
-        self.config = config
+        self.sizes = sizes
         inner = options.intermediate_size
         assert inner is not None
         self.options = options
         self.num_experts = options.num_experts
         # names that the back-ends read
-        self.hidden_dim, self.intermediate_dim = options.latent_size or config.hidden_size, inner
+        self.hidden_dim, self.intermediate_dim = options.latent_size or sizes.hidden_size, inner
         self.first = "gate_up_proj" if self.gated else "up_proj"
         self._add(self.first, 2 * inner if self.gated else inner, self.hidden_dim)
         self._add("down_proj", self.hidden_dim, inner)
@@ -275,13 +276,13 @@ class Experts(nn.Module):
 
     def init_parameters(self, std: float) -> None:
         """Each expert as a `dense` of its size would be."""
-        config = self.config
+        sizes = self.sizes
         std_in = std_out = std
-        if config.init in ("xavier", "deepnorm"):
-            gain = config.deepnorm_beta if config.init == "deepnorm" else 1.0
+        if sizes.init in ("xavier", "deepnorm"):
+            gain = sizes.deepnorm_beta if sizes.init == "deepnorm" else 1.0
             std_in = std_out = gain * (2 / (self.hidden_dim + self.intermediate_dim)) ** 0.5
-        elif config.init == "depth_scaled" and self.options.latent_size is None:
-            std_out = std / max(1, config.num_residual_branches) ** 0.5
+        elif sizes.init == "depth_scaled" and self.options.latent_size is None:
+            std_out = std / max(1, sizes.num_residual_branches) ** 0.5
         for name in self.no_weight_decay():
             init.zeros_(getattr(self, name))
         init.normal_(getattr(self, self.first), mean=0.0, std=std_in)
@@ -313,20 +314,20 @@ class MixtureOfExperts(FeedForward):
     paper = "arXiv 1701.06538"
     formula = "sum_{i in top k} w_i FFN_i(x) + FFN_shared(x)"
 
-    def __init__(self, options: MoEOptions, config: HybridConfig, layer_idx: int) -> None:
-        super().__init__(options, config, layer_idx)
+    def __init__(self, options: MoEOptions, sizes: Sizes, layer_idx: int) -> None:
+        super().__init__(options, sizes, layer_idx)
         gated, _ = ACTIVATIONS[options.dense_activation]
-        self.router = build_router(options, config.hidden_size)
-        self.experts = (GatedExperts if gated else PlainExperts)(config, options)
+        self.router = build_router(options, sizes.hidden_size)
+        self.experts = (GatedExperts if gated else PlainExperts)(sizes, options)
         # what the decorator knows of a class, and here hangs on the options
         vars(self.experts)["has_bias"] = options.bias
         self.latent_in = self.latent_out = None
         if options.latent_size is not None:
-            self.latent_in = nn.Linear(config.hidden_size, options.latent_size, bias=False)
-            self.latent_out = residual_projection(options.latent_size, config.hidden_size)
+            self.latent_in = nn.Linear(sizes.hidden_size, options.latent_size, bias=False)
+            self.latent_out = residual_projection(options.latent_size, sizes.hidden_size)
         self.shared_experts = self._build_shared()
         self.shared_gate = (
-            nn.Linear(config.hidden_size, 1, bias=False) if options.shared_gate else None
+            nn.Linear(sizes.hidden_size, 1, bias=False) if options.shared_gate else None
         )
 
     def _build_shared(self) -> FeedForward | None:
@@ -337,7 +338,7 @@ class MixtureOfExperts(FeedForward):
         dense = DenseOptions(
             intermediate_size=width, activation=options.dense_activation, bias=options.bias
         )
-        return Dense(dense, self.config, self.layer_idx)
+        return Dense(dense, self.sizes, self.layer_idx)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, T, D) -> (B, T, D)."""
@@ -359,7 +360,7 @@ class MixtureOfExperts(FeedForward):
     def _run_experts(
         self, x: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor
     ) -> torch.Tensor:
-        grouped = self.config._experts_implementation == "grouped_mm"
+        grouped = self.experts.config._experts_implementation == "grouped_mm"
         if grouped and x.dtype == torch.float64:
             return ALL_EXPERTS_FUNCTIONS["batched_mm"](self.experts, x, indices, weights)
         return self.experts(x, indices, weights)

@@ -6,20 +6,19 @@ Shapes: B batch, T queries, S keys, H heads, H_kv key heads, K head dim, V value
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
+from transformers import PreTrainedConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
+from hybrid.config.sizes import Sizes
 from hybrid.mixers.base import Mixer
 from hybrid.mixers.parts import wide
 from hybrid.nn.rotary import build_rotary
-
-if TYPE_CHECKING:
-    from hybrid.config.hybrid_config import HybridConfig
 
 # Attention functions of transformers that know of sinks and caps themselves.
 CAPPED_FUNCTIONS = ("flex_attention",)
@@ -41,6 +40,8 @@ class FullAttention(Mixer):
     is_causal = True
     num_key_value_groups: int = 1
     scaling: float
+    config: PreTrainedConfig | None = None
+    """The model's, in which the attention function is looked up; None: eager."""
 
     @classmethod
     def rotated_dim(cls, options: Any) -> int:
@@ -48,9 +49,14 @@ class FullAttention(Mixer):
         raise NotImplementedError
 
     @classmethod
-    def rotary(cls, options: Any, config: HybridConfig) -> nn.Module | None:
+    def rotary(cls, options: Any, sizes: Sizes) -> nn.Module | None:
         """The rotary embedding of these options; None without positions."""
-        return build_rotary(options.rope_parameters, cls.rotated_dim(options), config)
+        return build_rotary(options.rope_parameters, cls.rotated_dim(options), sizes)
+
+    @property
+    def attention_name(self) -> str:
+        """The attention function that the config names."""
+        return getattr(self.config, "_attn_implementation", None) or "eager"
 
     @property
     def active_dropout(self) -> float:
@@ -80,7 +86,7 @@ class FullAttention(Mixer):
         Returns:
             o (B, T, H, V), and the weights (B, H, T, S) where the function returns them.
         """
-        name = self.config._attn_implementation or "eager"
+        name = self.attention_name
         dropout = self.active_dropout
         extra: dict[str, Any] = {}
         if sinks is not None or soft_cap is not None:
@@ -100,7 +106,7 @@ class FullAttention(Mixer):
 
     def require_plain(self, what: str) -> None:
         """Raise ValueError where the config's attention function is not one that ours may replace."""
-        name = self.config._attn_implementation or "eager"
+        name = self.attention_name
         if name not in PLAIN_FUNCTIONS:
             raise _unfit(name, what, PLAIN_FUNCTIONS)
 

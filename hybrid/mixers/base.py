@@ -14,21 +14,19 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 from transformers import initialization as init
 
+from hybrid.config.sizes import Sizes
 from hybrid.nn.arguments import MIXER_ARGUMENTS, check_arguments
 from hybrid.nn.cache import LayerCache
 from hybrid.nn.norms import build_norm
 from hybrid.nn.packing import WHOLE_ROWS, Segments
 from hybrid_kernels import causal_conv1d, linear_attention, split
-
-if TYPE_CHECKING:
-    from hybrid.config.hybrid_config import HybridConfig
 
 
 @dataclass(frozen=True)
@@ -39,7 +37,11 @@ class MixerOptions:
         """These options with every default that depends on the model dim D filled in."""
         return self
 
-    def problems(self, config: HybridConfig) -> list[str]:
+    def scaled_from(self, base: Any) -> MixerOptions:
+        """These options under muP, where `base` are those of the same mixer at the base width."""
+        return self
+
+    def problems(self, sizes: Sizes) -> list[str]:
         """What is wrong with the completed options, a line each ('num_heads: ...')."""
         return []
 
@@ -58,12 +60,15 @@ class Mixer(nn.Module, ABC):
         paper: where it comes from.
         formula: one line, in the notation S_t = G_t * S_{t-1} + v_t k_t^T.
         used_by: published models that have it.
+        kind: mixers of one kind are counted together (`Sizes.kind_idx`): the name of the first
+            registered class among the bases.
         shared_by_stack: names of parameters that are one for all layers of the mixer in a stack.
         continues_packed: whether it can go on from a cache with several documents in a row.
     """
 
     name: ClassVar[str]
     symbol: ClassVar[str | None]
+    kind: ClassVar[str]
     Options: ClassVar[type[MixerOptions]] = MixerOptions
     layer_type: ClassVar[str] = "linear_attention"
     attends: ClassVar[str | None] = None
@@ -73,10 +78,10 @@ class Mixer(nn.Module, ABC):
     shared_by_stack: ClassVar[tuple[str, ...]] = ()
     continues_packed: ClassVar[bool] = True
 
-    def __init__(self, options: Any, config: HybridConfig, layer_idx: int) -> None:
+    def __init__(self, options: Any, sizes: Sizes, layer_idx: int) -> None:
         super().__init__()
         self.options = options
-        self.config = config
+        self.sizes = sizes
         self.layer_idx = layer_idx
 
     @abstractmethod
@@ -128,7 +133,7 @@ class Mixer(nn.Module, ABC):
         return [{"num_heads": 2}]
 
     @classmethod
-    def rotary(cls, options: Any, config: HybridConfig) -> nn.Module | None:
+    def rotary(cls, options: Any, sizes: Sizes) -> nn.Module | None:
         """The rotary embedding that this mixer wants for these options, shared per symbol."""
         return None
 
@@ -275,7 +280,7 @@ class LinearMixer(StateMixer):
             conv_bias: a bias on the convolution.
             conv_activation: `silu` or None, after the convolution.
         """
-        d_model = self.config.hidden_size
+        d_model = self.sizes.hidden_size
         self.num_heads, self.key_dim, self.value_dim = num_heads, key_dim, value_dim
         self.key_heads = num_heads if key_heads is None else key_heads
         inner_key, inner = self.key_heads * key_dim, num_heads * value_dim

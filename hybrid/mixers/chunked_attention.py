@@ -6,15 +6,13 @@ Llama 4 has three such layers, with rotary positions, to one full layer without.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from hybrid.config.registry import register_mixer
+from hybrid.config.sizes import Sizes
 from hybrid.mixers.local_attention import LocalAttention, LocalAttentionOptions
-
-if TYPE_CHECKING:
-    from hybrid.config.hybrid_config import HybridConfig
 
 
 @dataclass(frozen=True)
@@ -27,9 +25,9 @@ class ChunkedAttentionOptions(LocalAttentionOptions):
 
     chunk_size: int = 8192
 
-    def problems(self, config: HybridConfig) -> list[str]:
+    def problems(self, sizes: Sizes) -> list[str]:
         """Sizes that do not fit together."""
-        lines = super().problems(config)
+        lines = super().problems(sizes)
         if self.chunk_size < 2:
             lines.append(f"chunk_size: must be at least 2, found {self.chunk_size}")
         return lines
@@ -44,10 +42,8 @@ class ChunkedAttention(LocalAttention):
     formula = "o_t = sum_s softmax_s(scale q_t . k_s) v_s, W floor(t / W) <= s <= t"
     used_by = "Llama 4"
 
-    def __init__(
-        self, options: ChunkedAttentionOptions, config: HybridConfig, layer_idx: int
-    ) -> None:
-        super().__init__(options, config, layer_idx)
+    def __init__(self, options: ChunkedAttentionOptions, sizes: Sizes, layer_idx: int) -> None:
+        super().__init__(options, sizes, layer_idx)
         self.build_local(options, options.chunk_size)
 
     @classmethod

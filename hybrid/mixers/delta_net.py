@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from hybrid.config.registry import register_mixer
+from hybrid.config.sizes import Sizes
 from hybrid.mixers.base import LinearMixer
 from hybrid.mixers.parts import GatedRMSNorm, HeadOptions, divides, l2_normalize, positive, wide
-
-if TYPE_CHECKING:
-    from hybrid.config.hybrid_config import HybridConfig
 
 
 @dataclass(frozen=True)
@@ -48,10 +46,10 @@ class DeltaRuleOptions(HeadOptions):
         keys = done.num_heads if self.num_key_heads is None else self.num_key_heads
         return replace(done, num_key_heads=keys)
 
-    def problems(self, config: HybridConfig) -> list[str]:
+    def problems(self, sizes: Sizes) -> list[str]:
         """Sizes that do not fit together."""
-        lines = super().problems(config) + positive(output_norm_eps=self.output_norm_eps)
-        done = self.complete(config.hidden_size)
+        lines = super().problems(sizes) + positive(output_norm_eps=self.output_norm_eps)
+        done = self.complete(sizes.hidden_size)
         if not lines and done.num_heads and done.num_key_heads is not None:
             lines += divides("num_key_heads", done.num_key_heads, "num_heads", done.num_heads)
         return lines
@@ -66,8 +64,8 @@ class DeltaRuleMixer(LinearMixer):
 
     gate_activation = "silu"
 
-    def __init__(self, options: DeltaRuleOptions, config: HybridConfig, layer_idx: int) -> None:
-        super().__init__(options, config, layer_idx)
+    def __init__(self, options: DeltaRuleOptions, sizes: Sizes, layer_idx: int) -> None:
+        super().__init__(options, sizes, layer_idx)
         heads, key_dim, value_dim = options.sizes
         self.scale = key_dim**-0.5
         self.build(
@@ -78,14 +76,14 @@ class DeltaRuleMixer(LinearMixer):
             key_heads=options.num_key_heads,
             conv_activation="silu",
         )
-        self.beta_proj = nn.Linear(config.hidden_size, heads, bias=False)
+        self.beta_proj = nn.Linear(sizes.hidden_size, heads, bias=False)
         self.gate_proj = self.build_gate() if options.output_gate else None
-        eps = config.norm_eps if options.output_norm_eps is None else options.output_norm_eps
+        eps = sizes.norm_eps if options.output_norm_eps is None else options.output_norm_eps
         self.norm = GatedRMSNorm(value_dim, eps, self.gate_activation)
 
     def build_gate(self) -> nn.Module:
         """The projection of the output gate, D -> H * V."""
-        return nn.Linear(self.config.hidden_size, self.num_heads * self.value_dim, bias=False)
+        return nn.Linear(self.sizes.hidden_size, self.num_heads * self.value_dim, bias=False)
 
     @classmethod
     def samples(cls) -> list[dict[str, Any]]:

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from hybrid.config.registry import register_mixer
+from hybrid.config.sizes import Sizes
 from hybrid.mixers.base import LinearMixer, OutputNorm
 from hybrid.mixers.parts import HeadOptions, wide
-
-if TYPE_CHECKING:
-    from hybrid.config.hybrid_config import HybridConfig
 
 
 @dataclass(frozen=True)
@@ -48,17 +46,15 @@ class DecayingFastWeights(LinearMixer):
     formula = "G_t = alpha_t^T beta_t, both sigmoids of linear maps of x_t"
     used_by = "converted GPT-2 of its paper"
 
-    def __init__(
-        self, options: DecayingFastWeightsOptions, config: HybridConfig, layer_idx: int
-    ) -> None:
-        super().__init__(options, config, layer_idx)
+    def __init__(self, options: DecayingFastWeightsOptions, sizes: Sizes, layer_idx: int) -> None:
+        super().__init__(options, sizes, layer_idx)
         heads, key_dim, value_dim = options.sizes
         self.build(heads, key_dim, value_dim, options.conv_size, options.bias)
-        self.key_decay_proj = nn.Linear(config.hidden_size, heads * key_dim)
-        self.value_decay_proj = nn.Linear(config.hidden_size, heads * value_dim)
+        self.key_decay_proj = nn.Linear(sizes.hidden_size, heads * key_dim)
+        self.value_decay_proj = nn.Linear(sizes.hidden_size, heads * value_dim)
         self.norm = None
         if options.output_norm:
-            self.norm = OutputNorm(options.output_norm, heads, value_dim, config.norm_eps)
+            self.norm = OutputNorm(options.output_norm, heads, value_dim, sizes.norm_eps)
 
     @classmethod
     def samples(cls) -> list[dict[str, Any]]:

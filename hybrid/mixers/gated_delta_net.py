@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
 from hybrid.config.registry import register_mixer
+from hybrid.config.sizes import Sizes
 from hybrid.mixers.delta_net import DeltaRuleMixer, DeltaRuleOptions
 from hybrid.mixers.parts import init_log_uniform, init_time_step, softplus_log_decay
-
-if TYPE_CHECKING:
-    from hybrid.config.hybrid_config import HybridConfig
 
 
 @dataclass(frozen=True)
@@ -34,9 +32,9 @@ class GatedDeltaNet(DeltaRuleMixer):
     formula = "S_t = gamma_t S_{t-1} (I - beta_t k_t k_t^T) + beta_t v_t k_t^T"
     used_by = "Qwen3-Next, Qwen3.5, OLMo Hybrid"
 
-    def __init__(self, options: GatedDeltaNetOptions, config: HybridConfig, layer_idx: int) -> None:
-        super().__init__(options, config, layer_idx)
-        self.decay_proj = nn.Linear(config.hidden_size, self.num_heads, bias=False)
+    def __init__(self, options: GatedDeltaNetOptions, sizes: Sizes, layer_idx: int) -> None:
+        super().__init__(options, sizes, layer_idx)
+        self.decay_proj = nn.Linear(sizes.hidden_size, self.num_heads, bias=False)
         self.A_log = nn.Parameter(torch.empty(self.num_heads))
         self.dt_bias = nn.Parameter(torch.empty(self.num_heads))
 

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from hybrid.config.registry import register_mixer
+from hybrid.config.sizes import Sizes
 from hybrid.mixers.base import FEATURE_MAPS, LinearMixer
 from hybrid.mixers.parts import GatedRMSNorm, HeadOptions, low_rank, positive, wide
-
-if TYPE_CHECKING:
-    from hybrid.config.hybrid_config import HybridConfig
 
 
 @dataclass(frozen=True)
@@ -45,9 +43,9 @@ class GatedLinearAttentionOptions(HeadOptions):
     width = 256
     key_share = 0.5
 
-    def problems(self, config: HybridConfig) -> list[str]:
+    def problems(self, sizes: Sizes) -> list[str]:
         """Sizes that do not fit together."""
-        lines = super().problems(config) + positive(gate_rank=self.gate_rank, tau=self.tau)
+        lines = super().problems(sizes) + positive(gate_rank=self.gate_rank, tau=self.tau)
         if self.min_log_decay is not None and self.min_log_decay >= 0:
             lines.append(f"min_log_decay: must be below 0, found {self.min_log_decay}")
         return lines
@@ -65,22 +63,16 @@ class GatedLinearAttention(LinearMixer):
     formula = "G_t = alpha_t^T 1, alpha_t = sigmoid(x_t W_1 W_2 + b)^(1/tau)"
     used_by = "GLA"
 
-    def __init__(
-        self, options: GatedLinearAttentionOptions, config: HybridConfig, layer_idx: int
-    ) -> None:
-        super().__init__(options, config, layer_idx)
+    def __init__(self, options: GatedLinearAttentionOptions, sizes: Sizes, layer_idx: int) -> None:
+        super().__init__(options, sizes, layer_idx)
         heads, key_dim, value_dim = options.sizes
         self.scale = key_dim**-0.5
         self.build(heads, key_dim, value_dim, options.conv_size, conv_activation="silu")
-        self.decay_proj = low_rank(
-            config.hidden_size, options.gate_rank, heads * key_dim, bias=True
-        )
+        self.decay_proj = low_rank(sizes.hidden_size, options.gate_rank, heads * key_dim, bias=True)
         self.gate_proj = None
         if options.output_gate:
-            self.gate_proj = nn.Linear(
-                config.hidden_size, heads * value_dim, bias=options.gate_bias
-            )
-        self.norm = GatedRMSNorm(value_dim, config.norm_eps)
+            self.gate_proj = nn.Linear(sizes.hidden_size, heads * value_dim, bias=options.gate_bias)
+        self.norm = GatedRMSNorm(value_dim, sizes.norm_eps)
 
     @classmethod
     def samples(cls) -> list[dict[str, Any]]:

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from hybrid.config.registry import register_mixer
+from hybrid.config.sizes import Sizes
 from hybrid.mixers.parts import positive, wide
 from hybrid.mixers.retention import RetentionOptions, RotatedLinearMixer
-
-if TYPE_CHECKING:
-    from hybrid.config.hybrid_config import HybridConfig
 
 
 @dataclass(frozen=True)
@@ -29,9 +27,9 @@ class GatedRetentionOptions(RetentionOptions):
 
     value_share = 1.0
 
-    def problems(self, config: HybridConfig) -> list[str]:
+    def problems(self, sizes: Sizes) -> list[str]:
         """Sizes that do not fit together."""
-        return super().problems(config) + positive(tau=self.tau)
+        return super().problems(sizes) + positive(tau=self.tau)
 
 
 @register_mixer("gated_retention", symbol="Y")
@@ -46,11 +44,9 @@ class GatedRetention(RotatedLinearMixer):
     formula = "G_t = gamma_t e^{i theta} 1^T 1, gamma_t = sigmoid(x_t W_gamma)^(1/tau)"
     used_by = "YOCO"
 
-    def __init__(
-        self, options: GatedRetentionOptions, config: HybridConfig, layer_idx: int
-    ) -> None:
-        super().__init__(options, config, layer_idx)
-        self.decay_proj = nn.Linear(config.hidden_size, self.num_heads, bias=False)
+    def __init__(self, options: GatedRetentionOptions, sizes: Sizes, layer_idx: int) -> None:
+        super().__init__(options, sizes, layer_idx)
+        self.decay_proj = nn.Linear(sizes.hidden_size, self.num_heads, bias=False)
 
     @classmethod
     def samples(cls) -> list[dict[str, Any]]:

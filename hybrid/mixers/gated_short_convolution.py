@@ -6,12 +6,13 @@ Shapes: B batch, T time, D model dim.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
 from hybrid.config.registry import register_mixer
+from hybrid.config.sizes import Sizes
 from hybrid.mixers.base import (
     MixerOptions,
     ShortConvolution,
@@ -20,9 +21,6 @@ from hybrid.mixers.base import (
     residual_projection,
 )
 from hybrid.nn.cache import LayerCache
-
-if TYPE_CHECKING:
-    from hybrid.config.hybrid_config import HybridConfig
 
 
 @dataclass(frozen=True)
@@ -37,7 +35,7 @@ class GatedShortConvolutionOptions(MixerOptions):
     conv_size: int = 3
     bias: bool = False
 
-    def problems(self, config: HybridConfig) -> list[str]:
+    def problems(self, sizes: Sizes) -> list[str]:
         """A convolution too narrow."""
         return conv_problems(self.conv_size)
 
@@ -54,11 +52,9 @@ class GatedShortConvolution(StateMixer):
     formula = "no decay: y_t = C_t * sum_w a_w (B u)_{t-w}, w < W"
     used_by = "LFM2"
 
-    def __init__(
-        self, options: GatedShortConvolutionOptions, config: HybridConfig, layer_idx: int
-    ) -> None:
-        super().__init__(options, config, layer_idx)
-        d_model = config.hidden_size
+    def __init__(self, options: GatedShortConvolutionOptions, sizes: Sizes, layer_idx: int) -> None:
+        super().__init__(options, sizes, layer_idx)
+        d_model = sizes.hidden_size
         self.in_proj = nn.Linear(d_model, 3 * d_model, bias=options.bias)
         self.conv = ShortConvolution(d_model, options.conv_size, options.bias)
         self.o_proj = residual_projection(d_model, d_model, bias=options.bias)
@@ -77,7 +73,7 @@ class GatedShortConvolution(StateMixer):
 
     def mixing_flops(self, context: int) -> float:
         """The two gates."""
-        return 2.0 * self.config.hidden_size
+        return 2.0 * self.sizes.hidden_size
 
     def state_elements(self) -> tuple[int, int]:
         """W - 1 inputs of the convolution."""

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from hybrid.config.registry import register_mixer
+from hybrid.config.sizes import Sizes
 from hybrid.mixers.base import LinearMixer
 from hybrid.mixers.parts import HeadOptions, too_wide, wide
 from hybrid.mixers.rotation import rotate, rotate_state, running_angle
 from hybrid.nn.cache import LayerCache
-
-if TYPE_CHECKING:
-    from hybrid.config.hybrid_config import HybridConfig
 
 
 @dataclass(frozen=True)
@@ -33,10 +31,10 @@ class GateLoopOptions(HeadOptions):
 
     conv_size: int | None = None
 
-    def problems(self, config: HybridConfig) -> list[str]:
+    def problems(self, sizes: Sizes) -> list[str]:
         """Sizes that do not fit together; a complex channel counts twice."""
-        lines = super().problems(config)
-        done = self.complete(config.hidden_size)
+        lines = super().problems(sizes)
+        done = self.complete(sizes.hidden_size)
         if not lines and done.head_dim:
             lines += too_wide(**{"head_dim, twice": 2 * done.head_dim})
         return lines
@@ -55,13 +53,13 @@ class GateLoop(LinearMixer):
     formula = "G_t = alpha_t^T 1, alpha_t = sigmoid(x_t W_1) exp(i x_t W_2)"
     used_by = "GateLoop"
 
-    def __init__(self, options: GateLoopOptions, config: HybridConfig, layer_idx: int) -> None:
-        super().__init__(options, config, layer_idx)
+    def __init__(self, options: GateLoopOptions, sizes: Sizes, layer_idx: int) -> None:
+        super().__init__(options, sizes, layer_idx)
         heads, key_dim, value_dim = options.sizes
         self.build(heads, key_dim, value_dim, options.conv_size, conv_activation="silu")
-        self.decay_proj = nn.Linear(config.hidden_size, heads * key_dim)
-        self.phase_proj = nn.Linear(config.hidden_size, heads * key_dim)
-        self.gate_proj = nn.Linear(config.hidden_size, heads * value_dim)
+        self.decay_proj = nn.Linear(sizes.hidden_size, heads * key_dim)
+        self.phase_proj = nn.Linear(sizes.hidden_size, heads * key_dim)
+        self.gate_proj = nn.Linear(sizes.hidden_size, heads * value_dim)
 
     @classmethod
     def samples(cls) -> list[dict[str, Any]]:

@@ -6,20 +6,19 @@ Shapes: B batch, T time, H query heads, H_kv key heads, K head dim, D model dim.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Literal, TypeVar
+from typing import Literal, TypeVar
 
 import torch
 from torch import nn
 from transformers import initialization as init
 
+from hybrid.config.fields import NormName
+from hybrid.config.sizes import Sizes
 from hybrid.mixers.attention import alibi_slopes
 from hybrid.mixers.base import Mixer, MixerOptions, head_problems, residual_projection
 from hybrid.mixers.parts import positive
-from hybrid.nn.norms import NormName, build_norm
+from hybrid.nn.norms import build_norm
 from hybrid.nn.rotary import rope_problems
-
-if TYPE_CHECKING:
-    from hybrid.config.hybrid_config import HybridConfig
 
 Options = TypeVar("Options", bound="HeadSizeOptions")
 
@@ -70,21 +69,25 @@ class HeadSizeOptions(MixerOptions):
         """Of the logits, of completed options."""
         return self.sizes[2] ** -0.5 if self.scale is None else self.scale
 
-    def problems(self, config: HybridConfig) -> list[str]:
+    def scaled_from(self: Options, base: Options) -> Options:
+        """Logits scaled by 1 / d where the head dim d is not that of the base width (muP)."""
+        return replace(self, scale=base.scaling / (self.sizes[2] / base.sizes[2]))
+
+    def problems(self, sizes: Sizes) -> list[str]:
         """Sizes that do not fit together."""
-        heads, kv_heads, head_dim = self.complete(config.hidden_size).sizes
+        heads, kv_heads, head_dim = self.complete(sizes.hidden_size).sizes
         lines = head_problems(
-            config.hidden_size,
+            sizes.hidden_size,
             heads,
             head_dim=self.head_dim,
             num_kv_heads=self.num_kv_heads,
         )
         if self.head_dim is None and self.num_kv_heads is not None and not lines:
-            lines = head_problems(config.hidden_size, heads)
+            lines = head_problems(sizes.hidden_size, heads)
         if not lines and heads % kv_heads:
             lines.append(f"num_kv_heads: {kv_heads} does not divide num_heads {heads}")
         if self.rope_parameters is not None:
-            rope = rope_problems(self.rope_parameters, max(2, head_dim), config)
+            rope = rope_problems(self.rope_parameters, max(2, head_dim), sizes)
             # with heads that do not fit, what it says of their size would be a second complaint
             lines += [line for line in rope if not lines or line.startswith("rope_parameters.")]
         return lines + positive(scale=self.scale)
@@ -121,9 +124,9 @@ class GroupedHeadOptions(HeadSizeOptions):
     soft_cap: float | None = None
     alibi: bool = False
 
-    def problems(self, config: HybridConfig) -> list[str]:
+    def problems(self, sizes: Sizes) -> list[str]:
         """Sizes that do not fit together, and options that do not."""
-        lines = super().problems(config)
+        lines = super().problems(sizes)
         if not 0.0 <= self.dropout < 1.0:
             lines.append(f"dropout: must be in [0, 1), found {self.dropout}")
         lines += positive(soft_cap=self.soft_cap, qk_norm_eps=self.qk_norm_eps)
@@ -139,7 +142,7 @@ class GroupedHeads(Mixer):
 
     def build(self, options: GroupedHeadOptions) -> None:
         """Create the projections, norms, gate, sinks and slopes that the options ask for."""
-        d_model = self.config.hidden_size
+        d_model = self.sizes.hidden_size
         self.num_heads, self.num_kv_heads, self.head_dim = options.sizes
         self.num_key_value_groups = self.num_heads // self.num_kv_heads
         self.scaling = options.scaling
@@ -157,7 +160,7 @@ class GroupedHeads(Mixer):
         if options.qk_norm:
             sizes = (self.head_dim,) * 2 if options.qk_norm == "head" else (inner, inner_kv)
             kind = options.qk_norm_type
-            eps = self.config.norm_eps if options.qk_norm_eps is None else options.qk_norm_eps
+            eps = self.sizes.norm_eps if options.qk_norm_eps is None else options.qk_norm_eps
             self.q_norm, self.k_norm = (build_norm(kind, size, eps) for size in sizes)
 
     def _slopes(self) -> torch.Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,12 +12,10 @@ from torch.nn import functional as F
 from transformers import initialization as init
 
 from hybrid.config.registry import register_mixer
+from hybrid.config.sizes import Sizes
 from hybrid.mixers.base import LinearMixer, OutputNorm
 from hybrid.mixers.parts import HeadOptions, positive, wide
 from hybrid.nn.cache import LayerCache
-
-if TYPE_CHECKING:
-    from hybrid.config.hybrid_config import HybridConfig
 
 
 @dataclass(frozen=True)
@@ -45,9 +43,9 @@ class HGRN2Options(HeadOptions):
 
     width = 128
 
-    def problems(self, config: HybridConfig) -> list[str]:
+    def problems(self, sizes: Sizes) -> list[str]:
         """Sizes that do not fit together."""
-        return super().problems(config) + positive(
+        return super().problems(sizes) + positive(
             scale=self.scale, output_norm_eps=self.output_norm_eps
         )
 
@@ -67,20 +65,19 @@ class HGRN2(LinearMixer):
     formula = "G_t = alpha_t^T 1, alpha_t = gamma + (1 - gamma) sigmoid(x_t W_a), k_t = 1 - alpha_t"
     used_by = "HGRN-2"
 
-    def __init__(self, options: HGRN2Options, config: HybridConfig, layer_idx: int) -> None:
-        super().__init__(options, config, layer_idx)
+    def __init__(self, options: HGRN2Options, sizes: Sizes, layer_idx: int) -> None:
+        super().__init__(options, sizes, layer_idx)
         heads, key_dim, value_dim = options.sizes
         # k_proj gives the logits of the forget gate, from which the key follows
         self.build(heads, key_dim, value_dim, options.conv_size)
         self.lower_bound_logit = self.lower_bounds = None
         if options.lower_bound and options.bounds_over_depth:
-            mixing = [i for i, layer in enumerate(config.layers) if layer.mixers]
-            self.depth = mixing.index(layer_idx)
-            self.lower_bounds = nn.Parameter(torch.empty(len(mixing), heads * key_dim))
+            self.depth = sizes.mixing_idx
+            self.lower_bounds = nn.Parameter(torch.empty(sizes.num_mixing_layers, heads * key_dim))
         elif options.lower_bound:
             self.lower_bound_logit = nn.Parameter(torch.empty(heads, key_dim))
         self.scale = options.scale
-        eps = config.norm_eps if options.output_norm_eps is None else options.output_norm_eps
+        eps = sizes.norm_eps if options.output_norm_eps is None else options.output_norm_eps
         self.norm = OutputNorm("layer", heads, value_dim, eps)
 
     no_weight_decay = ("lower_bound_logit", "lower_bounds")
@@ -99,7 +96,7 @@ class HGRN2(LinearMixer):
     def init_parameters(self, std: float) -> None:
         """gamma = l / n in layer l of n, but 0.01 in the first: from 0 it would never move."""
         if self.lower_bound_logit is not None:
-            gamma = max(0.01, self.layer_idx / (self.config.num_hidden_layers or 1))
+            gamma = max(0.01, self.layer_idx / (self.sizes.num_hidden_layers or 1))
             init.constant_(self.lower_bound_logit, math.log(gamma / (1 - gamma)))
         if self.lower_bounds is not None:
             init.zeros_(self.lower_bounds)

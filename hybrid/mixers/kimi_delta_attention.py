@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from hybrid.config.registry import register_mixer
+from hybrid.config.sizes import Sizes
 from hybrid.mixers.delta_net import DeltaRuleMixer, DeltaRuleOptions
 from hybrid.mixers.parts import (
     init_log_uniform,
@@ -18,9 +19,6 @@ from hybrid.mixers.parts import (
     softplus_log_decay,
     wide,
 )
-
-if TYPE_CHECKING:
-    from hybrid.config.hybrid_config import HybridConfig
 
 
 @dataclass(frozen=True)
@@ -49,9 +47,9 @@ class KimiDeltaAttentionOptions(DeltaRuleOptions):
             done, gate_rank=done.value_head_dim if self.gate_rank is None else self.gate_rank
         )
 
-    def problems(self, config: HybridConfig) -> list[str]:
+    def problems(self, sizes: Sizes) -> list[str]:
         """Sizes that do not fit together, and a bound that is none."""
-        lines = super().problems(config)
+        lines = super().problems(sizes)
         if self.gate_rank != 0:
             lines += positive(gate_rank=self.gate_rank)
         if self.lower_bound >= 0:
@@ -74,10 +72,8 @@ class KimiDeltaAttention(DeltaRuleMixer):
     used_by = "Kimi Linear, Ling 3.0"
     gate_activation = "sigmoid"
 
-    def __init__(
-        self, options: KimiDeltaAttentionOptions, config: HybridConfig, layer_idx: int
-    ) -> None:
-        super().__init__(options, config, layer_idx)
+    def __init__(self, options: KimiDeltaAttentionOptions, sizes: Sizes, layer_idx: int) -> None:
+        super().__init__(options, sizes, layer_idx)
         inner = self.num_heads * self.key_dim
         self.decay_proj = self._map(inner)
         self.A_log = nn.Parameter(torch.empty(self.num_heads))
@@ -88,7 +84,7 @@ class KimiDeltaAttention(DeltaRuleMixer):
         return self._map(self.num_heads * self.value_dim, self.options.gate_bias)
 
     def _map(self, d_out: int, bias: bool = False) -> nn.Module:
-        d_model, rank = self.config.hidden_size, self.options.gate_rank
+        d_model, rank = self.sizes.hidden_size, self.options.gate_rank
         return (
             low_rank(d_model, rank, d_out, bias) if rank else nn.Linear(d_model, d_out, bias=bias)
         )

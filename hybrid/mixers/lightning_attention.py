@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
 from transformers import initialization as init
 
 from hybrid.config.registry import register_mixer
+from hybrid.config.sizes import Sizes
 from hybrid.mixers.base import FEATURE_MAPS, LinearMixer, OutputNorm
 from hybrid.mixers.parts import GroupedRMSNorm, HeadOptions, divides, positive
 from hybrid.mixers.rotation import positioned, rope_angles
 from hybrid.nn.cache import LayerCache
 from hybrid.nn.norms import build_norm
 from hybrid.nn.precision import Float32Buffers
-
-if TYPE_CHECKING:
-    from hybrid.config.hybrid_config import HybridConfig
 
 
 @dataclass(frozen=True)
@@ -45,25 +43,23 @@ class LinearAttentionOptions(HeadOptions):
     output_gate: bool = True
     bias: bool = False
 
-    def problems(self, config: HybridConfig) -> list[str]:
+    def problems(self, sizes: Sizes) -> list[str]:
         """Sizes that do not fit together."""
-        return super().problems(config) + positive(output_norm_eps=self.output_norm_eps)
+        return super().problems(sizes) + positive(output_norm_eps=self.output_norm_eps)
 
 
 class PlainLinearAttention(LinearMixer):
     """q, k through a feature map; the output normalised and, if asked for, gated."""
 
-    def __init__(
-        self, options: LinearAttentionOptions, config: HybridConfig, layer_idx: int
-    ) -> None:
-        super().__init__(options, config, layer_idx)
+    def __init__(self, options: LinearAttentionOptions, sizes: Sizes, layer_idx: int) -> None:
+        super().__init__(options, sizes, layer_idx)
         heads, key_dim, value_dim = options.sizes
         self.build(heads, key_dim, value_dim, options.conv_size, options.bias)
-        eps = config.norm_eps if options.output_norm_eps is None else options.output_norm_eps
+        eps = sizes.norm_eps if options.output_norm_eps is None else options.output_norm_eps
         self.norm = OutputNorm(options.output_norm, heads, value_dim, eps)
         self.gate_proj = None
         if options.output_gate:
-            self.gate_proj = nn.Linear(config.hidden_size, heads * value_dim, bias=options.bias)
+            self.gate_proj = nn.Linear(sizes.hidden_size, heads * value_dim, bias=options.bias)
 
     @classmethod
     def samples(cls) -> list[dict[str, Any]]:
@@ -118,14 +114,14 @@ class LightningAttentionOptions(LinearAttentionOptions):
         """Channels of K that are rotated, of completed options."""
         return 0 if self.rope_theta is None else int(self.sizes[1] * self.rotary_share)
 
-    def problems(self, config: HybridConfig) -> list[str]:
+    def problems(self, sizes: Sizes) -> list[str]:
         """Sizes that do not fit together."""
-        lines = super().problems(config) + positive(rope_theta=self.rope_theta)
+        lines = super().problems(sizes) + positive(rope_theta=self.rope_theta)
         if not 0 < self.rotary_share <= 1:
             lines.append(f"rotary_share: must be in (0, 1], found {self.rotary_share}")
         if lines:
             return lines
-        done = self.complete(config.hidden_size)
+        done = self.complete(sizes.hidden_size)
         assert isinstance(done, LightningAttentionOptions)
         if done.rotated % 2:
             lines.append(
@@ -156,10 +152,8 @@ class LightningAttention(Float32Buffers, PlainLinearAttention):
     used_by = "MiniMax-01, Ring-linear, HypeNet"
     float32_buffers = ("log_decay", "theta")
 
-    def __init__(
-        self, options: LightningAttentionOptions, config: HybridConfig, layer_idx: int
-    ) -> None:
-        super().__init__(options, config, layer_idx)
+    def __init__(self, options: LightningAttentionOptions, sizes: Sizes, layer_idx: int) -> None:
+        super().__init__(options, sizes, layer_idx)
         heads, key_dim, value_dim = options.sizes
         self.log_decay = nn.Buffer(self._log_decay(), persistent=False)
         self.theta = nn.Buffer(self._theta(), persistent=False)
@@ -167,10 +161,10 @@ class LightningAttention(Float32Buffers, PlainLinearAttention):
         self.q_norm = self.k_norm = None
         if options.qk_norm:
             self.q_norm, self.k_norm = (
-                build_norm("rmsnorm", key_dim, config.norm_eps) for _ in range(2)
+                build_norm("rmsnorm", key_dim, sizes.norm_eps) for _ in range(2)
             )
         if options.output_norm_groups > 1:
-            eps = config.norm_eps if options.output_norm_eps is None else options.output_norm_eps
+            eps = sizes.norm_eps if options.output_norm_eps is None else options.output_norm_eps
             norm = GroupedRMSNorm(options.output_norm_groups, heads * value_dim, eps)
             self.norm = nn.Sequential(nn.Flatten(-2), norm)
 
@@ -191,7 +185,7 @@ class LightningAttention(Float32Buffers, PlainLinearAttention):
         heads = torch.arange(1, self.num_heads + 1, dtype=torch.float32)
         depth = 1.0
         if self.options.depth_scaled_decay:
-            last = max(1, self.config.num_hidden_layers - 1)
+            last = max(1, self.sizes.num_hidden_layers - 1)
             if self.options.depth_offset:
                 depth = 1.0 - (self.layer_idx + self.options.depth_offset) / last + 1e-5
             else:

@@ -8,28 +8,25 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch.nn import functional as F
 
+from hybrid.config.sizes import Sizes
 from hybrid.mixers.attention import add_positions, capped_attention
 from hybrid.mixers.base import StateMixer
 from hybrid.mixers.grouped_heads import GroupedHeadOptions, GroupedHeads
 from hybrid.nn.cache import LayerCache
 from hybrid.nn.rotary import BY_LENGTH, build_rotary, rotate
 
-if TYPE_CHECKING:
-    from hybrid.config.hybrid_config import HybridConfig
-
 
 @dataclass(frozen=True)
 class LocalAttentionOptions(GroupedHeadOptions):
     """Options of softmax mixers with a bounded reach: those of `GroupedHeadOptions`."""
 
-    def problems(self, config: HybridConfig) -> list[str]:
+    def problems(self, sizes: Sizes) -> list[str]:
         """Sizes that do not fit together."""
-        lines = super().problems(config)
+        lines = super().problems(sizes)
         kind = (self.rope_parameters or {}).get("rope_type", "default")
         if kind in BY_LENGTH:
             lines.append(
@@ -54,7 +51,7 @@ class LocalAttention(GroupedHeads, StateMixer):
         """Create the projections, and the rotary embedding; `width` is W."""
         self.build(options)
         self.width = width
-        self.rotary_embedding = build_rotary(options.rope_parameters, self.head_dim, self.config)
+        self.rotary_embedding = build_rotary(options.rope_parameters, self.head_dim, self.sizes)
 
     @abstractmethod
     def reach(self, place: torch.Tensor) -> torch.Tensor:

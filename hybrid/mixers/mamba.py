@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 from transformers import initialization as init
 
+from hybrid.config.fields import NormName
 from hybrid.config.registry import register_mixer
+from hybrid.config.sizes import Sizes
 from hybrid.mixers.base import (
     MixerOptions,
     ShortConvolution,
@@ -24,11 +26,8 @@ from hybrid.mixers.base import (
 )
 from hybrid.mixers.parts import init_time_step, positive, step_problems, wide
 from hybrid.nn.cache import LayerCache
-from hybrid.nn.norms import NormName, build_norm
+from hybrid.nn.norms import build_norm
 from hybrid_kernels import selective_scan
-
-if TYPE_CHECKING:
-    from hybrid.config.hybrid_config import HybridConfig
 
 
 @dataclass(frozen=True)
@@ -68,7 +67,7 @@ class MambaOptions(MixerOptions):
             dt_rank=math.ceil(hidden_size / 16) if self.dt_rank is None else self.dt_rank,
         )
 
-    def problems(self, config: HybridConfig) -> list[str]:
+    def problems(self, sizes: Sizes) -> list[str]:
         """Sizes that must be positive."""
         lines = positive(
             inner_size=self.inner_size, state_size=self.state_size, dt_rank=self.dt_rank
@@ -91,22 +90,22 @@ class Mamba(StateMixer):
     used_by = "Mamba, Falcon-Mamba, Jamba, Samba"
     no_weight_decay = ("A_log",)
 
-    def __init__(self, options: MambaOptions, config: HybridConfig, layer_idx: int) -> None:
-        super().__init__(options, config, layer_idx)
+    def __init__(self, options: MambaOptions, sizes: Sizes, layer_idx: int) -> None:
+        super().__init__(options, sizes, layer_idx)
         inner, rank, states = options.inner_size, options.dt_rank, options.state_size
         assert inner is not None
         assert rank is not None
-        self.in_proj = nn.Linear(config.hidden_size, 2 * inner, bias=options.bias)
+        self.in_proj = nn.Linear(sizes.hidden_size, 2 * inner, bias=options.bias)
         self.conv = ShortConvolution(inner, options.conv_size, options.conv_bias, "silu")
         self.x_proj = nn.Linear(inner, rank + 2 * states, bias=False)
         self.dt_proj = nn.Linear(rank, inner)
         self.A_log = nn.Parameter(torch.empty(inner, states))
         self.D = nn.Parameter(torch.empty(inner))
-        self.o_proj = residual_projection(inner, config.hidden_size, bias=options.bias)
+        self.o_proj = residual_projection(inner, sizes.hidden_size, bias=options.bias)
         self.splits = [rank, states, states]
         self.inner_norms = None
         if options.inner_norm:
-            eps = config.norm_eps if options.inner_norm_eps is None else options.inner_norm_eps
+            eps = sizes.norm_eps if options.inner_norm_eps is None else options.inner_norm_eps
             kind: NormName = "rmsnorm" if options.inner_norm is True else "weightless_rmsnorm"
             norms = [build_norm(kind, size, eps) for size in self.splits]
             self.inner_norms = nn.ModuleList(norms)

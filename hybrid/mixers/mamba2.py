@@ -6,7 +6,7 @@ Shapes: B batch, T time, H heads, G groups, N state size (the key dim), P head d
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -15,6 +15,7 @@ from transformers import initialization as init
 
 from hybrid.config.block_options import scaled
 from hybrid.config.registry import register_mixer
+from hybrid.config.sizes import Sizes
 from hybrid.mixers.base import LinearMixer, MixerOptions, conv_problems
 from hybrid.mixers.parts import (
     GroupedRMSNorm,
@@ -27,9 +28,6 @@ from hybrid.mixers.parts import (
     wide,
 )
 from hybrid.nn.cache import LayerCache
-
-if TYPE_CHECKING:
-    from hybrid.config.hybrid_config import HybridConfig
 
 
 @dataclass(frozen=True)
@@ -82,7 +80,7 @@ class Mamba2Options(MixerOptions):
         groups = self.num_groups if self.norm_groups is None else self.norm_groups
         return replace(self, num_heads=heads, norm_groups=groups)
 
-    def problems(self, config: HybridConfig) -> list[str]:
+    def problems(self, sizes: Sizes) -> list[str]:
         """Sizes that do not fit together."""
         lines = positive(
             num_heads=self.num_heads,
@@ -92,7 +90,7 @@ class Mamba2Options(MixerOptions):
         )
         lines += too_wide(head_dim=self.head_dim, state_size=self.state_size)
         if not lines:
-            done = self.complete(config.hidden_size)
+            done = self.complete(sizes.hidden_size)
             assert done.num_heads is not None
             assert done.norm_groups is not None
             inner = done.num_heads * done.head_dim
@@ -125,8 +123,8 @@ class Mamba2(LinearMixer):
     formula = "G_t = gamma_t 1^T 1, gamma_t = exp(-softplus(x_t W_dt + b) exp(A_log))"
     used_by = "Mamba-2, Nemotron-H, Granite-4.0-H, Bamba, Zamba2, Falcon-H1"
 
-    def __init__(self, options: Mamba2Options, config: HybridConfig, layer_idx: int) -> None:
-        super().__init__(options, config, layer_idx)
+    def __init__(self, options: Mamba2Options, sizes: Sizes, layer_idx: int) -> None:
+        super().__init__(options, sizes, layer_idx)
         heads, head_dim, groups = options.num_heads, options.head_dim, options.num_groups
         assert heads is not None
         assert options.norm_groups is not None
@@ -143,14 +141,14 @@ class Mamba2(LinearMixer):
         parts = options.projection_multipliers or [1.0] * 5
         self.multipliers = dict(zip(("z", "x", "B", "C", "dt"), parts, strict=True))
         inner = heads * head_dim
-        self.gate_proj = nn.Linear(config.hidden_size, inner, bias=options.bias)
-        self.dt_proj = nn.Linear(config.hidden_size, heads, bias=options.bias)
+        self.gate_proj = nn.Linear(sizes.hidden_size, inner, bias=options.bias)
+        self.dt_proj = nn.Linear(sizes.hidden_size, heads, bias=options.bias)
         self.dt_bias = nn.Parameter(torch.empty(heads))
         self.A_log = nn.Parameter(torch.empty(heads))
         self.D = nn.Parameter(torch.empty(heads)) if options.skip else None
         self.norm = None
         if options.output_norm != "none":
-            self.norm = GroupedRMSNorm(options.norm_groups, inner, config.norm_eps)
+            self.norm = GroupedRMSNorm(options.norm_groups, inner, sizes.norm_eps)
 
     @classmethod
     def samples(cls) -> list[dict[str, Any]]:

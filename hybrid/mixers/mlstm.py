@@ -6,7 +6,7 @@ Shapes: B batch, T time, N documents, H heads, K key dim, V value dim.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -14,13 +14,11 @@ from torch.nn import functional as F
 from transformers import initialization as init
 
 from hybrid.config.registry import register_mixer
+from hybrid.config.sizes import Sizes
 from hybrid.mixers.base import LinearMixer
 from hybrid.mixers.parts import GroupedLayerNorm, HeadOptions, positive, value_parts, wide
 from hybrid.nn.cache import LayerCache
 from hybrid_kernels import linear_attention
-
-if TYPE_CHECKING:
-    from hybrid.config.hybrid_config import HybridConfig
 
 
 @dataclass(frozen=True)
@@ -47,9 +45,9 @@ class MLSTMOptions(HeadOptions):
     width = 128
     key_share = 0.5
 
-    def problems(self, config: HybridConfig) -> list[str]:
+    def problems(self, sizes: Sizes) -> list[str]:
         """Sizes that do not fit together, and numbers that cannot be."""
-        lines = super().problems(config) + positive(gate_soft_cap=self.gate_soft_cap)
+        lines = super().problems(sizes) + positive(gate_soft_cap=self.gate_soft_cap)
         if self.normalizer_eps < 0:
             lines.append(f"normalizer_eps: must not be below 0, found {self.normalizer_eps}")
         return lines
@@ -73,15 +71,15 @@ class MLSTM(LinearMixer):
     formula = "G_t = gamma_t 1^T 1, gamma_t = sigmoid(x_t W_g); input gate i_t, normaliser n_t"
     used_by = "xLSTM 7B"
 
-    def __init__(self, options: MLSTMOptions, config: HybridConfig, layer_idx: int) -> None:
-        super().__init__(options, config, layer_idx)
+    def __init__(self, options: MLSTMOptions, sizes: Sizes, layer_idx: int) -> None:
+        super().__init__(options, sizes, layer_idx)
         heads, key_dim, value_dim = options.sizes
         self.scale = key_dim**-0.5
         self.build(heads, key_dim, value_dim, options.conv_size, conv_activation="silu")
-        self.input_gate_proj = nn.Linear(config.hidden_size, heads)
-        self.forget_gate_proj = nn.Linear(config.hidden_size, heads)
-        self.gate_proj = nn.Linear(config.hidden_size, heads * value_dim, bias=False)
-        self.norm = GroupedLayerNorm(heads, heads * value_dim, config.norm_eps)
+        self.input_gate_proj = nn.Linear(sizes.hidden_size, heads)
+        self.forget_gate_proj = nn.Linear(sizes.hidden_size, heads)
+        self.gate_proj = nn.Linear(sizes.hidden_size, heads * value_dim, bias=False)
+        self.norm = GroupedLayerNorm(heads, heads * value_dim, sizes.norm_eps)
         # V + 1 columns of a state are cut into parts that the op takes
         self.parts = value_parts(value_dim + 1)
         self.columns = -(-(value_dim + 1) // self.parts)

@@ -7,12 +7,13 @@ V value dim, D model dim.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
 from hybrid.config.registry import register_mixer
+from hybrid.config.sizes import Sizes
 from hybrid.mixers.attention import FullAttention
 from hybrid.mixers.base import MixerOptions, residual_projection
 from hybrid.mixers.parts import plain_weight, positive, wide
@@ -20,9 +21,6 @@ from hybrid.nn.cache import LayerCache
 from hybrid.nn.norms import build_norm
 from hybrid.nn.packing import WHOLE_ROWS, Segments
 from hybrid.nn.rotary import apply_rotary, rope_problems, yarn_mscale
-
-if TYPE_CHECKING:
-    from hybrid.config.hybrid_config import HybridConfig
 
 
 @dataclass(frozen=True)
@@ -69,7 +67,7 @@ class MultiHeadLatentAttentionOptions(MixerOptions):
             latent_dim=4 * self.value_head_dim if self.latent_dim is None else self.latent_dim,
         )
 
-    def problems(self, config: HybridConfig) -> list[str]:
+    def problems(self, sizes: Sizes) -> list[str]:
         """Sizes that must be positive, and positions that do not fit."""
         lines = positive(
             num_heads=self.num_heads,
@@ -84,7 +82,7 @@ class MultiHeadLatentAttentionOptions(MixerOptions):
         if not 0.0 <= self.dropout < 1.0:
             lines.append(f"dropout: must be in [0, 1), found {self.dropout}")
         if self.rope_parameters is not None and not lines:
-            lines += rope_problems(self.rope_parameters, self.rope_dim, config)
+            lines += rope_problems(self.rope_parameters, self.rope_dim, sizes)
         return lines
 
 
@@ -105,12 +103,12 @@ class MultiHeadLatentAttention(FullAttention):
     used_by = "DeepSeek-V2, V3, Kimi K2, Kimi Linear, Ling 3.0"
 
     def __init__(
-        self, options: MultiHeadLatentAttentionOptions, config: HybridConfig, layer_idx: int
+        self, options: MultiHeadLatentAttentionOptions, sizes: Sizes, layer_idx: int
     ) -> None:
-        super().__init__(options, config, layer_idx)
+        super().__init__(options, sizes, layer_idx)
         assert options.num_heads is not None
         assert options.latent_dim is not None
-        d_model, heads = config.hidden_size, options.num_heads
+        d_model, heads = sizes.hidden_size, options.num_heads
         self.num_heads, self.latent_dim = heads, options.latent_dim
         self.head_dim, self.rope_dim = options.head_dim, options.rope_dim
         self.value_dim = options.value_head_dim
@@ -119,7 +117,7 @@ class MultiHeadLatentAttention(FullAttention):
         if self.scaling is None:
             self.scaling = key_dim**-0.5 * yarn_mscale(options.rope_parameters) ** 2
         query_dim = d_model if options.query_latent_dim is None else options.query_latent_dim
-        eps = config.norm_eps if options.latent_norm_eps is None else options.latent_norm_eps
+        eps = sizes.norm_eps if options.latent_norm_eps is None else options.latent_norm_eps
         self.q_down_proj = self.q_norm = None
         if options.query_latent_dim is not None:
             self.q_down_proj = nn.Linear(d_model, query_dim, bias=False)

@@ -7,7 +7,7 @@ C channels of what is cached.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from transformers import initialization as init
 
 from hybrid.config.registry import register_mixer
+from hybrid.config.sizes import Sizes
 from hybrid.mixers.base import Mixer, residual_projection
 from hybrid.mixers.grouped_heads import HeadSizeOptions
 from hybrid.mixers.local_attention import AlignedRow, Rows, append, banded
@@ -23,9 +24,6 @@ from hybrid.mixers.sparse_blocks import Blocks, sparse_attention
 from hybrid.nn.cache import LayerCache
 from hybrid.nn.packing import WHOLE_ROWS, Segments
 from hybrid.nn.rotary import build_rotary, rotate
-
-if TYPE_CHECKING:
-    from hybrid.config.hybrid_config import HybridConfig
 
 
 @dataclass(frozen=True)
@@ -65,34 +63,34 @@ class NativeSparseAttentionOptions(HeadSizeOptions):
             self.num_local,
         )
 
-    def problems(self, config: HybridConfig) -> list[str]:
+    def problems(self, sizes: Sizes) -> list[str]:
         """Sizes that do not fit together."""
-        sizes = positive(
+        lines = positive(
             block_size=self.block_size,
             block_stride=self.block_stride,
             select_size=self.select_size,
             num_local=self.num_local,
         )
         for name in ("block_size", "select_size"):
-            if not sizes and getattr(self, name) % self.block_stride:
-                sizes.append(
+            if not lines and getattr(self, name) % self.block_stride:
+                lines.append(
                     f"{name}: must be a multiple of block_stride {self.block_stride}, found"
                     f" {getattr(self, name)}"
                 )
         if self.block_size > self.select_size:
             at_most = f"at most select_size {self.select_size}"
-            sizes.append(f"block_size: must be {at_most}, found {self.block_size}")
+            lines.append(f"block_size: must be {at_most}, found {self.block_size}")
         if self.num_initial < 0:
-            sizes.append(f"num_initial: must be at least 0, found {self.num_initial}")
+            lines.append(f"num_initial: must be at least 0, found {self.num_initial}")
         always = self.num_initial + self.num_local
         if self.num_selected < always:
-            sizes.append(
+            lines.append(
                 f"num_selected: must be at least num_initial + num_local = {always}, found"
                 f" {self.num_selected}"
             )
         if self.window < 2:
-            sizes.append(f"window: must be at least 2, found {self.window}")
-        return super().problems(config) + sizes
+            lines.append(f"window: must be at least 2, found {self.window}")
+        return super().problems(sizes) + lines
 
 
 @register_mixer("native_sparse_attention", symbol="V")
@@ -117,11 +115,9 @@ class NativeSparseAttention(Mixer):
     used_by = "DeepSeek's NSA 27B"
     continues_packed = False
 
-    def __init__(
-        self, options: NativeSparseAttentionOptions, config: HybridConfig, layer_idx: int
-    ) -> None:
-        super().__init__(options, config, layer_idx)
-        d_model = config.hidden_size
+    def __init__(self, options: NativeSparseAttentionOptions, sizes: Sizes, layer_idx: int) -> None:
+        super().__init__(options, sizes, layer_idx)
+        d_model = sizes.hidden_size
         self.num_heads, self.num_kv_heads, self.head_dim = options.sizes
         self.scaling, self.blocks, self.window = options.scaling, options.blocks, options.window
         self.past = max(self.window, self.blocks.size) - 1
@@ -163,11 +159,9 @@ class NativeSparseAttention(Mixer):
         ]  # fmt: skip
 
     @classmethod
-    def rotary(
-        cls, options: NativeSparseAttentionOptions, config: HybridConfig
-    ) -> nn.Module | None:
+    def rotary(cls, options: NativeSparseAttentionOptions, sizes: Sizes) -> nn.Module | None:
         """The rotary embedding of these options; None without positions."""
-        return build_rotary(options.rope_parameters, options.sizes[2], config)
+        return build_rotary(options.rope_parameters, options.sizes[2], sizes)
 
     def forward(
         self,

@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import initialization as init
 
+from hybrid.config.sizes import Sizes
 from hybrid.mixers.base import (
     MAX_HEAD_DIM,
     MixerOptions,
@@ -25,7 +26,6 @@ from hybrid.nn.norms import rms_norm
 from hybrid_kernels import causal_conv1d
 
 if TYPE_CHECKING:
-    from hybrid.config.hybrid_config import HybridConfig
     from hybrid.nn.cache import LayerCache
 
 
@@ -80,12 +80,12 @@ class HeadOptions(MixerOptions):
         assert self.value_head_dim is not None
         return self.num_heads, self.head_dim, self.value_head_dim
 
-    def problems(self, config: HybridConfig) -> list[str]:
+    def problems(self, sizes: Sizes) -> list[str]:
         """Sizes that do not fit together, or that the op does not take."""
-        done = self.complete(config.hidden_size)
+        done = self.complete(sizes.hidden_size)
         assert done.num_heads is not None
         lines = head_problems(
-            config.hidden_size,
+            sizes.hidden_size,
             done.num_heads,
             head_dim=self.head_dim,
             value_head_dim=self.value_head_dim,

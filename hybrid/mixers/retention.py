@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -11,15 +11,13 @@ from torch.nn import functional as F
 from transformers import initialization as init
 
 from hybrid.config.registry import register_mixer
+from hybrid.config.sizes import Sizes
 from hybrid.mixers.base import LinearMixer
 from hybrid.mixers.parts import HeadOptions, positive
 from hybrid.mixers.rotation import positioned, rope_angles
 from hybrid.nn.cache import LayerCache
 from hybrid.nn.norms import build_norm
 from hybrid.nn.precision import Float32Buffers
-
-if TYPE_CHECKING:
-    from hybrid.config.hybrid_config import HybridConfig
 
 
 @dataclass(frozen=True)
@@ -42,10 +40,10 @@ class RetentionOptions(HeadOptions):
     width = 128
     value_share = 2.0
 
-    def problems(self, config: HybridConfig) -> list[str]:
+    def problems(self, sizes: Sizes) -> list[str]:
         """Sizes that do not fit together."""
-        lines = super().problems(config) + positive(rope_theta=self.rope_theta)
-        head_dim = self.complete(config.hidden_size).head_dim
+        lines = super().problems(sizes) + positive(rope_theta=self.rope_theta)
+        head_dim = self.complete(sizes.hidden_size).head_dim
         if not lines and self.rope_theta is not None and head_dim is not None and head_dim % 2:
             lines.append(f"head_dim: must be even to be rotated, found {head_dim}")
         return lines
@@ -60,14 +58,14 @@ class RotatedLinearMixer(Float32Buffers, LinearMixer):
 
     float32_buffers = ("theta",)
 
-    def __init__(self, options: Any, config: HybridConfig, layer_idx: int) -> None:
-        super().__init__(options, config, layer_idx)
+    def __init__(self, options: Any, sizes: Sizes, layer_idx: int) -> None:
+        super().__init__(options, sizes, layer_idx)
         heads, key_dim, value_dim = options.sizes
         self.scale = key_dim**-0.5
         self.build(heads, key_dim, value_dim, options.conv_size, conv_activation="silu")
-        self.gate_proj = nn.Linear(config.hidden_size, heads * value_dim, bias=False)
+        self.gate_proj = nn.Linear(sizes.hidden_size, heads * value_dim, bias=False)
         kind = "rmsnorm" if options.output_norm_weight else "weightless_rmsnorm"
-        self.norm = build_norm(kind, value_dim, config.norm_eps)
+        self.norm = build_norm(kind, value_dim, sizes.norm_eps)
         self.theta = nn.Buffer(self._theta(), persistent=False)
 
     def _theta(self) -> torch.Tensor:
@@ -112,8 +110,8 @@ class Retention(RotatedLinearMixer):
     used_by = "RetNet"
     float32_buffers = ("theta", "log_decay")
 
-    def __init__(self, options: RetentionOptions, config: HybridConfig, layer_idx: int) -> None:
-        super().__init__(options, config, layer_idx)
+    def __init__(self, options: RetentionOptions, sizes: Sizes, layer_idx: int) -> None:
+        super().__init__(options, sizes, layer_idx)
         self.log_decay = nn.Buffer(self._log_decay(), persistent=False)
 
     def _log_decay(self) -> torch.Tensor:

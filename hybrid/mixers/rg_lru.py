@@ -6,7 +6,7 @@ Shapes: B batch, T time, N documents, E width of the recurrence, H blocks of the
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from transformers import initialization as init
 
 from hybrid.config.registry import register_mixer
+from hybrid.config.sizes import Sizes
 from hybrid.mixers.base import (
     MixerOptions,
     ShortConvolution,
@@ -24,9 +25,6 @@ from hybrid.mixers.base import (
 from hybrid.mixers.parts import divides, positive, too_wide, wide
 from hybrid.nn.cache import LayerCache
 from hybrid_kernels import linear_attention
-
-if TYPE_CHECKING:
-    from hybrid.config.hybrid_config import HybridConfig
 
 RATE = 8.0  # c in a_t = a^(c r_t)
 
@@ -51,10 +49,10 @@ class RGLRUOptions(MixerOptions):
         heads = max(1, width // 256) if self.num_heads is None else self.num_heads
         return replace(self, width=width, num_heads=heads)
 
-    def problems(self, config: HybridConfig) -> list[str]:
+    def problems(self, sizes: Sizes) -> list[str]:
         """Sizes that do not fit together."""
         lines = positive(width=self.width)
-        done = self.complete(config.hidden_size)
+        done = self.complete(sizes.hidden_size)
         assert done.width is not None
         assert done.num_heads is not None
         if not lines:
@@ -98,21 +96,21 @@ class RGLRU(StateMixer):
     formula = "diagonal: h_t = a_t * h_{t-1} + sqrt(1 - a_t^2) * (i_t * u_t), a_t = a^(8 r_t)"
     used_by = "RecurrentGemma, Griffin"
 
-    def __init__(self, options: RGLRUOptions, config: HybridConfig, layer_idx: int) -> None:
-        super().__init__(options, config, layer_idx)
+    def __init__(self, options: RGLRUOptions, sizes: Sizes, layer_idx: int) -> None:
+        super().__init__(options, sizes, layer_idx)
         width, heads = options.width, options.num_heads
         assert width is not None
         assert heads is not None
         self.width, self.num_heads = width, heads
-        self.x_proj = nn.Linear(config.hidden_size, width)
-        self.gate_proj = nn.Linear(config.hidden_size, width)
+        self.x_proj = nn.Linear(sizes.hidden_size, width)
+        self.gate_proj = nn.Linear(sizes.hidden_size, width)
         self.conv = None
         if options.conv_size:
             self.conv = ShortConvolution(width, options.conv_size, bias=True)
         self.input_gate = BlockDiagonal(heads, width // heads)
         self.recurrence_gate = BlockDiagonal(heads, width // heads)
         self.decay_rate = nn.Parameter(torch.empty(width))
-        self.o_proj = residual_projection(width, config.hidden_size, bias=True)
+        self.o_proj = residual_projection(width, sizes.hidden_size, bias=True)
 
     @classmethod
     def samples(cls) -> list[dict[str, Any]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from transformers import initialization as init
 
 from hybrid.config.registry import register_mixer
+from hybrid.config.sizes import Sizes
 from hybrid.mixers.base import LinearMixer
 from hybrid.mixers.parts import (
     GroupedLayerNorm,
@@ -21,9 +22,6 @@ from hybrid.mixers.parts import (
     wide,
 )
 from hybrid.nn.cache import LayerCache
-
-if TYPE_CHECKING:
-    from hybrid.config.hybrid_config import HybridConfig
 
 MIXED = 5  # inputs of r, k, v, the decay w and the gate g, each shifted in its own way
 
@@ -45,9 +43,9 @@ class RWKV6Options(HeadOptions):
     decay_rank: int = 64
     norm_eps: float = 64e-5
 
-    def problems(self, config: HybridConfig) -> list[str]:
+    def problems(self, sizes: Sizes) -> list[str]:
         """Sizes that do not fit together."""
-        return super().problems(config) + positive(
+        return super().problems(sizes) + positive(
             shift_rank=self.shift_rank, decay_rank=self.decay_rank, norm_eps=self.norm_eps
         )
 
@@ -68,11 +66,11 @@ class RWKV6(LinearMixer):
     used_by = "RWKV-6 (Finch)"
     no_weight_decay = ("bonus", "shift")
 
-    def __init__(self, options: RWKV6Options, config: HybridConfig, layer_idx: int) -> None:
-        super().__init__(options, config, layer_idx)
+    def __init__(self, options: RWKV6Options, sizes: Sizes, layer_idx: int) -> None:
+        super().__init__(options, sizes, layer_idx)
         heads, key_dim, value_dim = options.sizes
         self.build(heads, key_dim, value_dim, None)
-        d_model, rank = config.hidden_size, options.shift_rank
+        d_model, rank = sizes.hidden_size, options.shift_rank
         self.gate_proj = nn.Linear(d_model, heads * value_dim, bias=False)
         self.shift_base = nn.Parameter(torch.empty(d_model))
         self.shift = nn.Parameter(torch.empty(MIXED, d_model))
@@ -93,10 +91,10 @@ class RWKV6(LinearMixer):
 
     def init_parameters(self, std: float) -> None:
         """The published schedule over depth and channels; the data-dependent parts start at zero."""
-        layers = self.config.num_hidden_layers or 1
+        layers = self.sizes.num_hidden_layers or 1
         depth = self.layer_idx / max(1, layers - 1)  # 0 to 1
         rest = 1 - self.layer_idx / layers  # 1 to almost 0
-        channel = torch.arange(self.config.hidden_size) / self.config.hidden_size
+        channel = torch.arange(self.sizes.hidden_size) / self.sizes.hidden_size
         power = channel**rest
         slow = channel ** (0.5 * rest)
         init.copy_(self.shift_base, 1 - power)
@@ -143,4 +141,4 @@ class RWKV6(LinearMixer):
 
     def state_elements(self) -> tuple[int, int]:
         """One K x V state per head, and the token before."""
-        return super().state_elements()[0], self.config.hidden_size
+        return super().state_elements()[0], self.sizes.hidden_size

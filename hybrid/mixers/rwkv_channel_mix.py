@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -11,12 +11,10 @@ from torch.nn import functional as F
 from transformers import initialization as init
 
 from hybrid.config.registry import register_mixer
+from hybrid.config.sizes import Sizes
 from hybrid.mixers.base import MixerOptions, StateMixer, residual_projection
 from hybrid.mixers.parts import positive, token_before
 from hybrid.nn.cache import LayerCache
-
-if TYPE_CHECKING:
-    from hybrid.config.hybrid_config import HybridConfig
 
 
 @dataclass(frozen=True)
@@ -41,7 +39,7 @@ class RWKVChannelMixOptions(MixerOptions):
         assert self.intermediate_size is not None
         return self.intermediate_size
 
-    def problems(self, config: HybridConfig) -> list[str]:
+    def problems(self, sizes: Sizes) -> list[str]:
         """A width below 1."""
         return positive(intermediate_size=self.intermediate_size)
 
@@ -61,11 +59,9 @@ class RWKVChannelMix(StateMixer):
     used_by = "RWKV-6 (Finch)"
     no_weight_decay = ("key_shift", "gate_shift")
 
-    def __init__(
-        self, options: RWKVChannelMixOptions, config: HybridConfig, layer_idx: int
-    ) -> None:
-        super().__init__(options, config, layer_idx)
-        d_model = config.hidden_size
+    def __init__(self, options: RWKVChannelMixOptions, sizes: Sizes, layer_idx: int) -> None:
+        super().__init__(options, sizes, layer_idx)
+        d_model = sizes.hidden_size
         self.key_shift = nn.Parameter(torch.empty(d_model))
         self.gate_shift = nn.Parameter(torch.empty(d_model))
         self.k_proj = nn.Linear(d_model, options.width, bias=False)
@@ -79,8 +75,8 @@ class RWKVChannelMix(StateMixer):
 
     def init_parameters(self, std: float) -> None:
         """The published schedule over depth and channels, the same for both."""
-        rest = 1 - self.layer_idx / (self.config.num_hidden_layers or 1)  # 1 to almost 0
-        channel = torch.arange(self.config.hidden_size) / self.config.hidden_size
+        rest = 1 - self.layer_idx / (self.sizes.num_hidden_layers or 1)  # 1 to almost 0
+        channel = torch.arange(self.sizes.hidden_size) / self.sizes.hidden_size
         for shift in (self.key_shift, self.gate_shift):
             init.copy_(shift, 1 - channel**rest)
 
@@ -94,8 +90,8 @@ class RWKVChannelMix(StateMixer):
 
     def mixing_flops(self, context: int) -> float:
         """The two interpolations and the gate."""
-        return 5.0 * self.config.hidden_size
+        return 5.0 * self.sizes.hidden_size
 
     def state_elements(self) -> tuple[int, int]:
         """The token before."""
-        return 0, self.config.hidden_size
+        return 0, self.sizes.hidden_size

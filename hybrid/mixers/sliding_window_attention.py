@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from hybrid.config.registry import register_mixer
+from hybrid.config.sizes import Sizes
 from hybrid.mixers.local_attention import LocalAttention, LocalAttentionOptions
-
-if TYPE_CHECKING:
-    from hybrid.config.hybrid_config import HybridConfig
 
 
 @dataclass(frozen=True)
@@ -24,9 +22,9 @@ class SlidingWindowAttentionOptions(LocalAttentionOptions):
 
     window: int = 2048
 
-    def problems(self, config: HybridConfig) -> list[str]:
+    def problems(self, sizes: Sizes) -> list[str]:
         """Sizes that do not fit together."""
-        lines = super().problems(config)
+        lines = super().problems(sizes)
         if self.window < 2:
             lines.append(f"window: must be at least 2, found {self.window}")
         return lines
@@ -42,9 +40,9 @@ class SlidingWindowAttention(LocalAttention):
     used_by = "Mistral, Gemma 2 and 3, GPT-OSS, RecurrentGemma, Samba"
 
     def __init__(
-        self, options: SlidingWindowAttentionOptions, config: HybridConfig, layer_idx: int
+        self, options: SlidingWindowAttentionOptions, sizes: Sizes, layer_idx: int
     ) -> None:
-        super().__init__(options, config, layer_idx)
+        super().__init__(options, sizes, layer_idx)
         self.build_local(options, options.window)
 
     @classmethod

@@ -6,12 +6,13 @@ Shapes: B batch, T time, H query heads, H_kv key heads, K head dim, D model dim.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from hybrid.config.registry import register_mixer
+from hybrid.config.sizes import Sizes
 from hybrid.mixers.attention import FullAttention, add_positions, capped_attention
 from hybrid.mixers.base import ShortConvolution, conv_problems
 from hybrid.mixers.dual_chunk import (
@@ -27,9 +28,6 @@ from hybrid.mixers.parts import positive, wide
 from hybrid.nn.cache import LayerCache
 from hybrid.nn.packing import WHOLE_ROWS, Segments
 from hybrid.nn.rotary import BY_LENGTH, apply_rotary
-
-if TYPE_CHECKING:
-    from hybrid.config.hybrid_config import HybridConfig
 
 
 @dataclass(frozen=True)
@@ -69,9 +67,9 @@ class SoftmaxAttentionOptions(GroupedHeadOptions):
         window = self.dual_chunk_window
         return self.dual_chunk_size, max(1, self.dual_chunk_size // 3) if window is None else window
 
-    def problems(self, config: HybridConfig) -> list[str]:
+    def problems(self, sizes: Sizes) -> list[str]:
         """Sizes that do not fit together."""
-        lines = super().problems(config)
+        lines = super().problems(sizes)
         lines += positive(
             nope_every=self.nope_every,
             temperature=self.temperature,
@@ -111,30 +109,17 @@ class SoftmaxAttention(GroupedHeads, FullAttention):
     formula = "o_t = sum_s softmax_s(scale q_t . k_s) v_s, s <= t"
     used_by = "Llama, Qwen3, and a share of the layers of nearly every hybrid"
 
-    def __init__(
-        self, options: SoftmaxAttentionOptions, config: HybridConfig, layer_idx: int
-    ) -> None:
-        super().__init__(options, config, layer_idx)
+    def __init__(self, options: SoftmaxAttentionOptions, sizes: Sizes, layer_idx: int) -> None:
+        super().__init__(options, sizes, layer_idx)
         self.build(options)
         self.conv = None
         if options.conv_size:
             inner = (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
             self.conv = ShortConvolution(inner, options.conv_size)
-        self.has_positions = self._has_positions()
-        self.tuned = options.temperature is not None and not (
-            options.nope_every and self.has_positions
-        )
-
-    def _has_positions(self) -> bool:
-        """Whether this is not one of the every n-th softmax layers that go without."""
-        every = self.options.nope_every
-        if every is None:
-            return True
-        kinds = [
-            any(issubclass(self.config.mixer(s)[0], SoftmaxAttention) for s in layer.mixers)
-            for layer in self.config.layers[: self.layer_idx + 1]
-        ]
-        return sum(kinds) % every != 0
+        # every n-th softmax layer of the stack goes without positions
+        every = options.nope_every
+        self.has_positions = every is None or (sizes.kind_idx + 1) % every != 0
+        self.tuned = options.temperature is not None and not (every and self.has_positions)
 
     @classmethod
     def uses_state(cls, options: SoftmaxAttentionOptions) -> bool:
@@ -168,14 +153,14 @@ class SoftmaxAttention(GroupedHeads, FullAttention):
         return options.sizes[2]
 
     @classmethod
-    def rotary(cls, options: SoftmaxAttentionOptions, config: HybridConfig) -> nn.Module | None:
+    def rotary(cls, options: SoftmaxAttentionOptions, sizes: Sizes) -> nn.Module | None:
         """The rotary embedding of these options, of dual chunks where they ask for it."""
         if options.dual_chunk is None or options.rope_parameters is None:
-            return super().rotary(options, config)
+            return super().rotary(options, sizes)
         return DualChunkRotaryEmbedding(
             options.rope_parameters,
             cls.rotated_dim(options),
-            config.max_position_embeddings,
+            sizes.max_position_embeddings,
             *options.dual_chunk,
         )
 
@@ -207,7 +192,7 @@ class SoftmaxAttention(GroupedHeads, FullAttention):
             q, k = apply_rotary(q, k, *angles)
         if cache is not None:
             k, v = cache.update_kv(k, v)
-        if self.slopes is not None and (self.config._attn_implementation or "eager") == "eager":
+        if self.slopes is not None and self.attention_name == "eager":
             # transformers' eager attention rounds logits to the dtype of q, and positions are large
             q, k = wide(q), wide(k)
             o, weights = capped_attention(

@@ -5,13 +5,10 @@ Shapes: B batch, T time, D model dim, V vocabulary.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import nn
 
-if TYPE_CHECKING:
-    from hybrid.config.hybrid_config import HybridConfig
+from hybrid.config.fields import StackFields
 
 
 class ScaledEmbedding(nn.Embedding):
@@ -35,7 +32,7 @@ class ScaledEmbedding(nn.Embedding):
         return x * torch.tensor(self.multiplier, dtype=x.dtype, device=x.device)
 
 
-def build_embedding(config: HybridConfig) -> nn.Embedding:
+def build_embedding(config: StackFields) -> nn.Embedding:
     """The embedding, ids -> (B, T, D)."""
     sizes = config.vocab_size, config.hidden_size, config.pad_token_id
     multiplier = config.embedding_multiplier

@@ -9,44 +9,43 @@ norms of one).
 from __future__ import annotations
 
 import itertools
-from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 from transformers import initialization as init
 from transformers.utils import logging
 
+from hybrid.config.fields import StackFields
+from hybrid.config.sizes import Sizes
 from hybrid.modeling import mup
-
-if TYPE_CHECKING:
-    from hybrid.config.hybrid_config import HybridConfig
 
 logger = logging.get_logger(__name__)
 
 
-def initialize(module: nn.Module, config: HybridConfig, *, is_head: bool) -> None:
+def initialize(module: nn.Module, config: StackFields, sizes: Sizes, *, is_head: bool) -> None:
     """Initialise one module beyond transformers' defaults.
 
     Args:
         module: any module of the model; its children are done already.
-        config: its `init`, `initializer_range` and depth.
+        config: its `initializer_range`.
+        sizes: of the stack, with `init` and the depth.
         is_head: whether it is the output head, which `xavier` and `deepnorm` leave alone.
     """
     if hasattr(module, "init_parameters"):
         module.init_parameters(config.initializer_range)
     elif isinstance(module, nn.Linear):
-        _initialize_linear(module, config, is_head)
+        _initialize_linear(module, sizes, config.initializer_range, is_head)
     mup.scale_initial(module)
 
 
-def _initialize_linear(linear: nn.Linear, config: HybridConfig, is_head: bool) -> None:
-    if config.init in ("xavier", "deepnorm") and not is_head:
-        gain = config.deepnorm_beta if hasattr(linear, "is_value_path") else 1.0
+def _initialize_linear(linear: nn.Linear, sizes: Sizes, std: float, is_head: bool) -> None:
+    if sizes.init in ("xavier", "deepnorm") and not is_head:
+        gain = sizes.deepnorm_beta if hasattr(linear, "is_value_path") else 1.0
         init.xavier_normal_(linear.weight, gain=gain)
     if hasattr(linear, "starts_at_zero"):
         init.zeros_(linear.weight)
-    elif config.init == "depth_scaled" and hasattr(linear, "is_residual_projection"):
-        scaled = config.initializer_range / max(1, config.num_residual_branches) ** 0.5
+    elif sizes.init == "depth_scaled" and hasattr(linear, "is_residual_projection"):
+        scaled = std / max(1, sizes.num_residual_branches) ** 0.5
         init.normal_(linear.weight, mean=0.0, std=scaled)
 
 

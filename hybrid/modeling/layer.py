@@ -13,17 +13,16 @@ from torch import nn
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from hybrid.config.hybrid_config import HybridConfig
+from hybrid.config.spec import LayerSpec
 from hybrid.ffn import FeedForward
 from hybrid.ffn.dense import Dense
 from hybrid.ffn.router import Router
-from hybrid.layout import Layer
 from hybrid.mixers import Mixer
 from hybrid.mixers.base import residual_projection
 from hybrid.modeling.canon import Canon
 from hybrid.modeling.context_parallel import Neighbours, NeighbourSlot
 from hybrid.modeling.residual import ParallelMixers, Residual
-from hybrid.modeling.weight_sharing import Widened, adapt, narrow_output
+from hybrid.modeling.weight_sharing import adapt, narrow_output
 from hybrid.nn.arguments import MIXER_ARGUMENTS, check_arguments
 from hybrid.nn.cache import LayerCache
 from hybrid.nn.packing import WHOLE_ROWS, Segments
@@ -46,30 +45,24 @@ class Call(NamedTuple):
 class HybridLayer(GradientCheckpointingLayer):
     """One layer of the layout: mixer(s), a feed-forward, or both, each with its own residual."""
 
-    def __init__(self, config: HybridConfig, layer: Layer, layer_idx: int) -> None:
+    def __init__(self, spec: LayerSpec) -> None:
         super().__init__()
-        self.layer_idx = layer_idx
-        self.symbols = layer.mixers
-        self.shared = config.shared_at(*layer.mixers)
-        self.has_state = [config.uses_state(symbol) for symbol in layer.mixers]
-        self.mixer = self._build_mixer(config)
+        self.layer_idx = spec.layer_idx
+        self.symbols = spec.symbols
+        self.shared = spec.shared
+        self.has_state = [mixer.has_state for mixer in spec.mixers]
+        self.mixer = self._build_mixer(spec)
         self.mixer_residual: Residual | None = None
-        if self.mixer is not None:
-            self.mixer_residual = Residual(
-                config,
-                *self.symbols,
-                side_by_side=len(self.symbols) > 1,
-                width=config.input_size(*self.symbols),
-            )
+        if spec.mixer_branch is not None:
+            self.mixer_residual = Residual(spec.mixer_branch)
         self.ffn: FeedForward | None = None
         self.ffn_residual: Residual | None = None
-        if layer.ffn:
-            cls, options = config.feed_forward(layer.ffn)
-            self.ffn = cls(options, config, layer_idx)
-            self.ffn_residual = Residual(config, layer.ffn, *self.symbols)
-        self.canon = self._build_canon(config, layer)
-        self._build_own_depth(config)
-        if config.init == "deepnorm":
+        if spec.ffn is not None and spec.ffn_branch is not None:
+            self.ffn = spec.ffn.build(spec.layer_idx)
+            self.ffn_residual = Residual(spec.ffn_branch)
+        self.canon = self._build_canon(spec)
+        self._build_own_depth(spec)
+        if spec.deepnorm:
             self._mark_value_paths()
 
     @property
@@ -82,32 +75,29 @@ class HybridLayer(GradientCheckpointingLayer):
         """Whether what it returns is for the next layer, and not the stream."""
         return self.shared is not None and self.shared.output == "next"
 
-    def _build_mixer(self, config: HybridConfig) -> Mixer | ParallelMixers | None:
+    def _build_mixer(self, spec: LayerSpec) -> Mixer | ParallelMixers | None:
         built = []
-        for symbol in self.symbols:
-            cls, options = config.mixer(symbol)
-            width = config.input_size(symbol)
-            seen = config if width == config.hidden_size else Widened(config, width)
-            mixer = cls(options, seen, self.layer_idx)
-            if width != config.hidden_size:
-                narrow_output(mixer, config.hidden_size)
-            if "B" in config.canon_at(symbol):
+        for part in spec.mixers:
+            mixer = part.build(spec.layer_idx)
+            if part.sizes.hidden_size != spec.hidden_size:
+                narrow_output(mixer, spec.hidden_size)
+            if part.canon:
                 mixer.conv.residual = True
             built.append(mixer)
         if len(built) > 1:
-            return ParallelMixers(config, self.symbols, built)
+            return ParallelMixers(spec, built)
         return built[0] if built else None
 
-    def _build_canon(self, config: HybridConfig, layer: Layer) -> nn.ModuleDict:
+    def _build_canon(self, spec: LayerSpec) -> nn.ModuleDict:
         """The layer's own canon layers, by position; B is in the mixers."""
-        widths = {"A": config.input_size(*self.symbols), "C": config.hidden_size}
+        widths = {"C": spec.hidden_size}
+        if spec.mixer_branch is not None:
+            widths["A"] = spec.mixer_branch.input_size
         if self.ffn is not None and self.ffn.takes_canon:
             widths["D"] = cast(Dense, self.ffn).hidden_channels
-        return nn.ModuleDict(
-            {at: Canon(widths[at], config.canon_width) for at in config.canon_of(layer)}
-        )
+        return nn.ModuleDict({at: Canon(widths[at], spec.canon_width) for at in spec.canon})
 
-    def _build_own_depth(self, config: HybridConfig) -> None:
+    def _build_own_depth(self, spec: LayerSpec) -> None:
         """What a layer of shared weights has to itself: adapters and a projection."""
         self.depth_projection = None
         if self.shared is None:
@@ -115,7 +105,7 @@ class HybridLayer(GradientCheckpointingLayer):
         if self.shared.lora_rank is not None:
             adapt(self, self.shared.lora_targets, self.shared.lora_rank)
         if self.shared.depth_projection:
-            self.depth_projection = residual_projection(config.hidden_size, config.hidden_size)
+            self.depth_projection = residual_projection(spec.hidden_size, spec.hidden_size)
 
     def _mark_value_paths(self) -> None:
         """What DeepNorm starts smaller: values, outputs and feed-forwards, not queries and keys."""

@@ -17,7 +17,7 @@ Shapes: B batch, T time, N = B * T tokens, m tokens of a chunk, D model dim, V v
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
@@ -25,9 +25,8 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from hybrid.config.block_options import scaled
+from hybrid.config.fields import LossBackend
 from hybrid.mixers.parts import wide
-
-LossBackend = Literal["chunked", "liger", "full"]
 
 IGNORED = -100
 """The label of a position with nothing to predict."""

@@ -24,6 +24,8 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import capture_outputs
 
 from hybrid.config.hybrid_config import HybridConfig
+from hybrid.config.spec import StackSpec
+from hybrid.modeling.backends import use_backends_of
 from hybrid.modeling.context_parallel import ContextGroup, Neighbours
 from hybrid.modeling.embeddings import build_embedding
 from hybrid.modeling.layer import HybridLayer, Masks
@@ -66,37 +68,31 @@ class HybridModel(HybridPreTrainedModel):
 
     def __init__(self, config: HybridConfig, embed: bool = True) -> None:
         super().__init__(config)
+        stack = config.stack
         self.embed_tokens: Any = build_embedding(config) if embed else None
         self.embed_norm: nn.Module | None = None
         if config.embedding_norm and embed:
             self.embed_norm = build_norm(config.norm, config.hidden_size, config.norm_eps)
-        self.layers = nn.ModuleList(
-            [HybridLayer(config, layer, i) for i, layer in enumerate(config.layers)]
-        )
-        self.rotary = self._build_rotary(config)
-        self.counting_layer = config.counting_layer
+        self.layers = nn.ModuleList([HybridLayer(layer) for layer in stack])
+        use_backends_of(config, self.layers)
+        self.rotary = self._build_rotary(stack)
+        self.counting_layer = stack.counting_layer
         self.has_keys = self.counting_layer is None
-        self.has_state = any(map(config.states_of, set(config.layers)))
+        self.has_state = stack.has_state
         self.norm = nn.Identity()
-        if not config.ends_normed:
+        if not stack.ends_normed:
             self.norm = build_norm(config.norm, config.hidden_size, config.norm_eps)
-        self._tied_weights_keys = tied_weights(config, self.layers)
+        self._tied_weights_keys = tied_weights(stack, self.layers)
         self.own_losses = own_losses(config)
         self.gradient_checkpointing = False
         self.context_group: ContextGroup | None = None
         self.post_init()
 
     @staticmethod
-    def _build_rotary(config: HybridConfig) -> nn.ModuleDict:
+    def _build_rotary(stack: StackSpec) -> nn.ModuleDict:
         """One rotary embedding per symbol that has positions."""
-        symbols = dict.fromkeys(s for layer in config.layers for s in layer.mixers)
-        built = {}
-        for symbol in symbols:
-            cls, options = config.mixer(symbol)
-            rotary = cls.rotary(options, config)
-            if rotary is not None:
-                built[symbol] = rotary
-        return nn.ModuleDict(built)
+        built = {s: m.cls.rotary(m.options, m.sizes) for s, m in stack.mixers.items()}
+        return nn.ModuleDict({s: rotary for s, rotary in built.items() if rotary is not None})
 
     @merge_with_config_defaults
     @capture_outputs
@@ -308,11 +304,9 @@ class HybridForCausalLM(Objective, HybridPreTrainedModel, GenerationMixin):
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
         """As transformers', whose paged cache holds the keys of plain softmax attention alone."""
-        symbols = dict.fromkeys(s for layer in self.config.layers for s in layer.mixers)
-        unfit = [
-            s for s in symbols if not self.config.mixer(s)[0].fits_paged(self.config.mixer(s)[1])
-        ]
-        canon = any(map(self.config.canon_of, self.config.layers))
+        mixers = self.config.stack.mixers
+        unfit = [s for s, m in mixers.items() if not m.cls.fits_paged(m.options)]
+        canon = any(layer.canon for layer in self.config.stack)
         if unfit or canon:
             what = f"the mixers {', '.join(map(repr, unfit))}" if unfit else "canon layers"
             raise ValueError(
@@ -320,7 +314,7 @@ class HybridForCausalLM(Objective, HybridPreTrainedModel, GenerationMixin):
                 f" layer, got {what}, which the paged cache of transformers cannot hold; use"
                 " generate() with a left-padded batch"
             )
-        sizes = {self.config.mixer(s)[1].sizes[1:] for s in symbols}
+        sizes = {mixer.options.sizes[1:] for mixer in mixers.values()}
         if len(sizes) > 1:
             raise ValueError(
                 "continuous batching (generate_batch): expected the same num_kv_heads and head_dim in"

@@ -19,7 +19,6 @@ Shapes: B batch, T time, D model dim.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -54,12 +53,11 @@ def module_config(config: HybridConfig) -> MTPConfig:
         mixers = next(layer.mixers for layer in reversed(config.layers) if layer.mixers)
         layout = str(Layer(mixers)) if last.mixers else f"{Layer(mixers)}{last.ffn}"
     # a class of its own: transformers carries a change of back-end over to parts whose class differs
-    made = copy.copy(config)
+    made = config.changed(
+        layout=layout, ffn="-" if parse(layout).names_ffn else ffn, num_hidden_layers=None
+    )
     made.__class__ = MTPConfig
-    made.layout = layout
-    made.ffn = "-" if parse(layout).names_ffn else ffn
-    made.num_hidden_layers = None
-    made.num_hidden_layers = len(made.layers)
+    made.num_hidden_layers = len(made.stack)
     return made  # type: ignore[return-value]
 
 

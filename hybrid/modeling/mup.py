@@ -20,26 +20,15 @@ the authors' package. Muon, whose update has a width-free norm already, is left 
 
 from __future__ import annotations
 
-import copy
-import dataclasses
-import inspect
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import initialization as init
 
-from hybrid.config.options import ConfigError
 from hybrid.ffn.moe import Experts
 from hybrid.ffn.router import Router
-from hybrid.mixers.grouped_heads import HeadSizeOptions
-
-if TYPE_CHECKING:
-    from hybrid.config.hybrid_config import HybridConfig
-
-INITS = ("fixed", "depth_scaled")
-"""The initialisations that take the std from the config, which muP then scales."""
 
 
 @dataclass(frozen=True)
@@ -60,53 +49,14 @@ class Growth:
         return 1 / self.fan_in
 
 
-def width_ratio(config: HybridConfig) -> float:
-    """D / w; 1 where muP is off."""
-    base = config.mup_base_width
-    return 1.0 if base is None else config.hidden_size / base
-
-
-def base_config(config: HybridConfig) -> HybridConfig:
-    """The same config at the base width."""
-    made = copy.copy(config)
-    made.hidden_size, made.mup_base_width = config.mup_base_width, None  # type: ignore[assignment]
-    return made
-
-
-def base_problems(config: HybridConfig) -> list[str]:
-    """Why a config cannot be scaled from its `mup_base_width`."""
-    base = config.mup_base_width
-    if base is None:
-        return []
-    if base < 1:
-        return [f"mup_base_width: must be at least 1, found {base}"]
-    if config.init not in INITS:
-        known = " or ".join(map(repr, INITS))
-        return [f"mup_base_width: scales the std of init {known}, and init is {config.init!r}"]
-    names = inspect.get_annotations(type(config))
-    values = {name: getattr(config, name) for name in names}
-    try:
-        type(config)(**{**values, "hidden_size": base, "mup_base_width": None})
-    except ConfigError as error:
-        return [f"mup_base_width: at hidden_size {base}, {line}" for line in error.mistakes]
-    return []
-
-
-def attention_scale(config: HybridConfig, symbol: str, options: Any) -> Any:
-    """Options of a mixer, its logits scaled by 1 / d where the head dim is not that of the base."""
-    if config.mup_base_width is None or not isinstance(options, HeadSizeOptions):
-        return options
-    before = base_config(config).mixer(symbol)[1]
-    growth = options.sizes[2] / before.sizes[2]
-    return dataclasses.replace(options, scale=before.scaling / growth)
-
-
 def mark(model: Any) -> None:
     """Note on each module of a hybrid model how much its matrices have grown; before initialisation."""
     if model.config.mup_base_width is None:
         return
     with torch.device("meta"):
-        small: Any = type(model)(base_config(model.config))
+        small: Any = type(model)(
+            model.config.changed(hidden_size=model.config.mup_base_width, mup_base_width=None)
+        )
     twins = dict(small.named_modules())
     head = model.get_output_embeddings()
     for name, module in model.named_modules():

@@ -6,6 +6,7 @@ What has no entry is replicated, so that the logits are those of one process.
 from __future__ import annotations
 
 from hybrid.config.hybrid_config import HybridConfig
+from hybrid.config.spec import MixerSpec
 from hybrid.ffn.dense import ACTIVATIONS, Dense, DenseOptions
 from hybrid.mixers.softmax_attention import SoftmaxAttention
 
@@ -16,18 +17,15 @@ def tensor_plan(config: HybridConfig) -> dict[str, str]:
     transformers' plans do not tell layers apart, so softmax mixers are split only where all mixers
     are plain softmax attention, and feed-forwards only where no canon layer reads their channels.
     """
-    layers = config.layers
-    shared = any(config.shared_at(*layer.mixers) is not None for layer in layers)
-    if shared or any(map(config.canon_of, layers)):
+    stack = config.stack
+    if any(layer.shared is not None or layer.canon for layer in stack):
         return {}
     plan: dict[str, str] = {}
-    if all(
-        len(layer.mixers) < 2 and all(_splits(config, s) for s in layer.mixers) for layer in layers
-    ):
+    if all(len(layer.mixers) < 2 for layer in stack) and all(map(_splits, stack.mixers.values())):
         for name in ("q_proj", "k_proj", "v_proj", "gate_proj"):
             plan[f"layers.*.mixer.{name}"] = "colwise"
         plan["layers.*.mixer.o_proj"] = "rowwise"
-        options = [config.mixer(s)[1] for layer in layers for s in layer.mixers]
+        options = [mixer.options for mixer in stack.mixers.values()]
         gates = any(o.output_gate for o in options)
         if not gates:
             del plan["layers.*.mixer.gate_proj"]
@@ -56,8 +54,8 @@ def check_world(config: HybridConfig, size: int) -> None:
         )
     wrong = []
     if "layers.*.mixer.q_proj" in plan:
-        for symbol in dict.fromkeys(s for layer in config.layers for s in layer.mixers):
-            kv_heads = config.mixer(symbol)[1].sizes[1]
+        for symbol, mixer in config.stack.mixers.items():
+            kv_heads = mixer.options.sizes[1]
             if kv_heads % size:
                 wrong.append(f"mixer {symbol!r} has num_kv_heads {kv_heads}")
     for symbol, options in _dense(config).items():
@@ -70,12 +68,12 @@ def check_world(config: HybridConfig, size: int) -> None:
         )
 
 
-def _splits(config: HybridConfig, symbol: str) -> bool:
+def _splits(mixer: MixerSpec) -> bool:
     """Whether the heads of a mixer are independent of each other up to its output projection."""
-    cls, options = config.mixer(symbol)
-    return cls is SoftmaxAttention and cls.fits_paged(options) and options.qk_norm != "layer"
+    plain = mixer.cls is SoftmaxAttention and mixer.cls.fits_paged(mixer.options)
+    return plain and not mixer.canon and mixer.options.qk_norm != "layer"
 
 
 def _dense(config: HybridConfig) -> dict[str, DenseOptions]:
-    found = {s: config.feed_forward(s) for s in {x.ffn for x in config.layers if x.ffn}}
-    return {s: options for s, (cls, options) in sorted(found.items()) if issubclass(cls, Dense)}
+    found = sorted(config.stack.feed_forwards.items())
+    return {s: part.options for s, part in found if issubclass(part.cls, Dense)}

@@ -33,9 +33,8 @@ class _HasExperts:
     def __get__(self, model: HybridPreTrainedModel | None, cls: type) -> Callable[[], bool]:
         if model is None:
             return lambda: False
-        symbols = {layer.ffn for layer in model.config.layers if layer.ffn}
-        kinds = [model.config.feed_forward(symbol)[0] for symbol in symbols]
-        return lambda: any(issubclass(kind, MixtureOfExperts) for kind in kinds)
+        parts = model.config.stack.feed_forwards.values()
+        return lambda: any(issubclass(part.cls, MixtureOfExperts) for part in parts)
 
 
 class HybridPreTrainedModel(PreTrainedModel):
@@ -112,7 +111,8 @@ class HybridPreTrainedModel(PreTrainedModel):
         before = initialization.unset_tensors(module) if self._is_loading else {}
         super()._init_weights(module)  # zeros and ones for biases and norms, std for the rest
         is_head = module is self.get_output_embeddings()
-        initialization.initialize(module, self.config, is_head=is_head)
+        sizes = self.config.stack.sizes
+        initialization.initialize(module, self.config, sizes, is_head=is_head)
         initialization.fill_untouched(module, before, self.config.initializer_range)
 
     def _initialize_weights(self, module: nn.Module, *args: Any, **kwargs: Any) -> None:

@@ -5,19 +5,17 @@ Shapes: B batch, T time, D model dim.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import initialization as init
 
 from hybrid.config.block_options import scaled
+from hybrid.config.spec import BranchSpec, LayerSpec
 from hybrid.mixers import Mixer
 from hybrid.mixers.base import residual_projection
 from hybrid.nn.norms import build_norm
-
-if TYPE_CHECKING:
-    from hybrid.config.hybrid_config import HybridConfig
 
 
 class ParallelMixers(nn.Module):
@@ -32,16 +30,18 @@ class ParallelMixers(nn.Module):
         learned_scalar  sum_i a_i y_i, the scalars a_i starting from 1/n
     """
 
-    def __init__(self, config: HybridConfig, symbols: tuple[str, ...], mixers: list[Mixer]) -> None:
+    def __init__(self, spec: LayerSpec, mixers: list[Mixer]) -> None:
         super().__init__()
+        assert spec.mixer_branch is not None
         self.branches = nn.ModuleList(mixers)
-        self.combine = config.parallel_combine
-        self.multipliers = [config.residual_at(symbol) for symbol in symbols]
-        d_model, count = config.hidden_size, len(mixers)
+        self.combine = spec.combine
+        self.multipliers = [(m.input_multiplier, m.output_multiplier) for m in spec.mixers]
+        d_model, count = spec.hidden_size, len(mixers)
         self.norms = self.projection = self.weights = None
+        branch = spec.mixer_branch
         if self.combine == "learned":
             self.norms = nn.ModuleList(
-                [build_norm(config.norm, d_model, config.norm_eps) for _ in mixers]
+                [build_norm(branch.norm, d_model, branch.norm_eps) for _ in mixers]
             )
         if self.combine == "concat":
             self.projection = residual_projection(count * d_model, d_model)
@@ -56,8 +56,8 @@ class ParallelMixers(nn.Module):
     def forward(self, x: torch.Tensor, branch_kwargs: list[dict[str, Any]]) -> torch.Tensor:
         """(B, T, D) -> (B, T, D)."""
         outputs = [
-            scaled(branch(scaled(x, m.input_multiplier), **kwargs)[0], m.output_multiplier)
-            for branch, m, kwargs in zip(
+            scaled(branch(scaled(x, scale_in), **kwargs)[0], scale_out)
+            for branch, (scale_in, scale_out), kwargs in zip(
                 self.branches, self.multipliers, branch_kwargs, strict=True
             )
         ]
@@ -83,30 +83,17 @@ class Residual(nn.Module):
         normed     a n(x) + o f(i n(x))
     """
 
-    def __init__(
-        self,
-        config: HybridConfig,
-        *symbols: str,
-        side_by_side: bool = False,
-        width: int | None = None,
-    ) -> None:
-        """`width`: of what the branch reads, D by default."""
+    def __init__(self, spec: BranchSpec) -> None:
         super().__init__()
-        self.position = config.norm_position_at(*symbols)
-        options = config.residual_at(*symbols)
-        self.skip_multiplier = options.skip_multiplier
-        # mixers side by side have multipliers of their own, see `ParallelMixers`
-        self.input_multiplier = 1.0 if side_by_side else options.input_multiplier
-        self.output_multiplier = 1.0 if side_by_side else options.output_multiplier
-
-        def norm(size: int) -> nn.Module:
-            return build_norm(config.norm, size, config.norm_eps)
-
+        self.position = spec.norm_position
+        self.skip_multiplier = spec.skip_multiplier
+        self.input_multiplier = spec.input_multiplier
+        self.output_multiplier = spec.output_multiplier
         self.norm_in = self.norm_out = None
         if self.position in ("pre", "sandwich", "normed"):
-            self.norm_in = norm(width or config.hidden_size)
+            self.norm_in = build_norm(spec.norm, spec.input_size, spec.norm_eps)
         if self.position in ("post", "sandwich", "reordered"):
-            self.norm_out = norm(config.hidden_size)
+            self.norm_out = build_norm(spec.norm, spec.hidden_size, spec.norm_eps)
 
     def enter(
         self, x: torch.Tensor, source: torch.Tensor | None = None

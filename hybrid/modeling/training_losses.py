@@ -31,13 +31,12 @@ def own_losses(config: HybridConfig) -> tuple[str, ...]:
     """Config keys that add to the loss in training, or move router biases, beside next tokens."""
     names = ["z_loss"] if config.z_loss else []
     names += ["num_mtp_layers"] if config.num_mtp_layers else []
-    for symbol in dict.fromkeys(layer.ffn for layer in config.layers if layer.ffn):
-        options = config.feed_forward(symbol)[1]
-        names += [
-            f"feed_forwards.{symbol}.{name}"
-            for name in BALANCE_OPTIONS
-            if getattr(options, name, 0)
-        ]
+    names += [
+        f"feed_forwards.{symbol}.{name}"
+        for symbol, part in config.stack.feed_forwards.items()
+        for name in BALANCE_OPTIONS
+        if getattr(part.options, name, 0)
+    ]
     return tuple(names)
 
 

@@ -8,33 +8,20 @@ projections and a projection of the block's output.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import nn
 
+from hybrid.config.spec import StackSpec
 from hybrid.mixers.base import residual_projection
 
 if TYPE_CHECKING:
-    from hybrid.config.hybrid_config import HybridConfig
     from hybrid.mixers import Mixer
     from hybrid.modeling.layer import HybridLayer
 
 # Adapters that read the same input and have one A, as those of a fused projection have.
 ONE_INPUT = ("gate_proj", "up_proj")
-
-
-class Widened:
-    """A config as it is seen by a mixer whose input is wider than the stream."""
-
-    def __init__(self, config: HybridConfig, hidden_size: int) -> None:
-        self._config = config
-        self.hidden_size = hidden_size
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "_config" or name.startswith("__"):  # while it is unpickled or copied
-            raise AttributeError(name)
-        return getattr(self._config, name)
 
 
 def narrow_output(mixer: Mixer, hidden_size: int) -> None:
@@ -92,7 +79,7 @@ def projections(part: nn.Module | None) -> list[str]:
     return [name for name, child in children if isinstance(child, nn.Linear)]
 
 
-def tied_weights(config: HybridConfig, layers: nn.ModuleList) -> dict[str, str]:
+def tied_weights(stack: StackSpec, layers: nn.ModuleList) -> dict[str, str]:
     """Parameter -> the one it is tied to, by name, for the stack `layers`."""
     tied = {}
     owners: dict[tuple[str, torch.Size], str] = {}
@@ -102,7 +89,7 @@ def tied_weights(config: HybridConfig, layers: nn.ModuleList) -> dict[str, str]:
             source = owners.setdefault((name.rpartition(".")[2], shape), path)
             if source != path:
                 tied[path] = source
-        source = config.shared_source(i)
+        source = stack[i].source
         for name in _names(layer, own=True):
             head, _, last = name.removesuffix(".lora_a.weight").rpartition(".")
             if name.endswith(".lora_a.weight") and last == ONE_INPUT[1]:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 from transformers import initialization as init
 
-NormName = Literal["rmsnorm", "zero_centered_rmsnorm", "weightless_rmsnorm", "layernorm"]
+from hybrid.config.fields import NormName
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor | None, eps: float) -> torch.Tensor:

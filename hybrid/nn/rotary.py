@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from transformers import LlamaConfig
@@ -11,10 +11,8 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, rotate_half
 
 from hybrid.config.options import did_you_mean
+from hybrid.config.sizes import Sizes
 from hybrid.nn.precision import Float32Buffers
-
-if TYPE_CHECKING:
-    from hybrid.config.hybrid_config import HybridConfig
 
 # These types stretch a known training length, so they have to be told what it is.
 NEEDS_LENGTH = ("dynamic", "yarn", "longrope", "llama3")
@@ -85,12 +83,12 @@ class RotaryEmbedding(Float32Buffers, LlamaRotaryEmbedding):
 
 
 def build_rotary(
-    rope_parameters: dict[str, Any] | None, head_dim: int, config: HybridConfig
+    rope_parameters: dict[str, Any] | None, head_dim: int, sizes: Sizes
 ) -> RotaryEmbedding | None:
     """The embedding of a rope dictionary for heads of a model; None without positions."""
     if rope_parameters is None:
         return None
-    return RotaryEmbedding(rope_parameters, head_dim, config.max_position_embeddings)
+    return RotaryEmbedding(rope_parameters, head_dim, sizes.max_position_embeddings)
 
 
 def rotated_dims(rope_parameters: dict[str, Any], head_dim: int) -> int:
@@ -159,7 +157,7 @@ def apply_rotary(
     return rotate(q, cos, sin), rotate(k, cos, sin)
 
 
-def rope_problems(rope: dict[str, Any], head_dim: int, config: HybridConfig) -> list[str]:
+def rope_problems(rope: dict[str, Any], head_dim: int, sizes: Sizes) -> list[str]:
     """What is wrong with a rope dictionary, a line each."""
     kinds = [kind for kind in REQUIRED if kind == "default" or kind in ROPE_INIT_FUNCTIONS]
     kind = rope.get("rope_type", rope.get("type", "default"))
@@ -176,7 +174,7 @@ def rope_problems(rope: dict[str, Any], head_dim: int, config: HybridConfig) -> 
             f"rope_parameters: {rotated_dims(rope, head_dim)} of head_dim {head_dim} would be rotated;"
             " rotary positions need an even number, at least 2"
         )
-    if kind in NEEDS_LENGTH and config.max_position_embeddings is None:
+    if kind in NEEDS_LENGTH and sizes.max_position_embeddings is None:
         lines.append(f"rope_parameters.rope_type: {kind!r} needs max_position_embeddings to be set")
     return lines
 

@@ -71,7 +71,7 @@ def _unable(made: HybridConfig) -> list[str]:
         )
     symbols = {symbol for layer in made.layers for symbol in layer.mixers}
     for symbol in sorted(symbols):
-        cls, _ = made.mixer(symbol)
+        cls = made.stack.mixers[symbol].cls
         if not cls.continues_packed:
             lines.append(
                 f"context_parallel: {cls.name} ({symbol}) cannot continue packed documents"

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 import hybrid
 from hybrid.config.registry import mixers
+from hybrid.modeling.backends import use_backends_of
 
 D, VOCAB = 32, 61
 
@@ -114,8 +115,9 @@ def layer():
             feed_forwards={"E": options},
             experts_implementation=implementation,
         )
-        cls, completed = config.feed_forward("E")
-        return cls(completed, config, 0)
+        experts = config.stack.feed_forwards["E"].build(0)
+        use_backends_of(config, experts)
+        return experts
 
     return build_layer
 

@@ -329,7 +329,7 @@ def test_layer_types_make_caches_that_count(layout, types):
 def test_states_side_by_side_are_counted():
     config = HybridConfig(layout="L[LLN]S", hidden_size=64)
     assert config.number_of_conv_states == 3
-    assert config.num_residual_branches == 6
+    assert config.stack.sizes.num_residual_branches == 6
     assert HybridConfig(layout="S", hidden_size=64).number_of_conv_states == 1
 
 
@@ -343,7 +343,7 @@ def test_a_users_mixer_is_found_by_name_in_a_config():
 
     try:
         config = HybridConfig(layout="Q", mixers={"Q": {"type": "test_config_mixer"}})
-        assert config.mixer("Q")[0] is Mine
+        assert config.stack.mixers["Q"].cls is Mine
         assert config.layer_types == ["hybrid_sliding"]
     finally:
         del mixers._by_name["test_config_mixer"]

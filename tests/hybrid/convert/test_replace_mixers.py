@@ -7,6 +7,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 import hybrid
+from hybrid.config import lookup
 from hybrid.config.registry import mixers
 from hybrid.convert.engine import import_published
 from hybrid.convert.inherit import INHERIT
@@ -65,7 +66,7 @@ def test_everything_but_the_new_mixers_is_the_same_bit_for_bit(llama, from_llama
     kept = {n: t for n, t in student.state_dict().items() if not _new(n, (1, 3))}
     assert set(kept) == {n for n in teacher if not _new(n, (1, 3))}
     assert all(torch.equal(tensor, teacher[n]) for n, tensor in kept.items())
-    assert student.config.mixer("Q")[0].name == name
+    assert student.config.stack.mixers["Q"].cls.name == name
 
 
 @pytest.mark.parametrize("name", RECURRENT)
@@ -131,7 +132,7 @@ def test_rotary_positions_are_kept_where_a_mixer_has_them(from_llama, caplog, le
     with caplog.at_level(logging.WARNING):
         student = from_llama(f"S{letter}")
     assert not caplog.records
-    assert student.config.mixer(letter)[1].rope_theta == 10000.0
+    assert student.config.stack.mixers[letter].options.rope_theta == 10000.0
 
 
 def test_rotary_positions_that_are_lost_are_named(from_llama, build, caplog):
@@ -218,7 +219,7 @@ def test_settings_by_letter_go_over_to_the_new_letter(build):
     model = build(torch.float32, layout="SS", norm_position=by_letter,
                   ffn={"S": "-", "default": ""}, mixers={"S": {"num_heads": 2}})  # fmt: skip
     student = relayout(model, "SD")
-    assert student.config.norm_position_at("D") == "reordered"
+    assert lookup.norm_position_at(student.config, "D") == "reordered"
     assert [layer.ffn for layer in student.config.layers] == ["-", "-"]
 
 

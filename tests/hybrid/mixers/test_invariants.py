@@ -31,7 +31,7 @@ def continued(model, pieces, **kwargs):
 
 def test_gradcheck(stack):
     mixer = stack.model.layers[0].mixer
-    width = stack.config.input_size("Q")
+    width = stack.config.stack.mixers["Q"].sizes.hidden_size
     x = torch.randn(1, 5, width, dtype=torch.float64, requires_grad=True)
     positions = {s: r(x, torch.arange(5)[None]) for s, r in stack.model.rotary.items()}
     mask = torch.ones(5, 5, dtype=torch.bool).tril()[None, None]

@@ -33,4 +33,8 @@ def test_a_long_run_does_not_drift(name):
     ]
     assert errors[1] <= 1e-6  # a few roundings to float32
     # a sum without decay gathers roundings at random: 16 pieces, so up to 4 times those of one
-    assert max(errors) <= 4 * errors[1]
+    assert max(errors[1:]) <= 4 * errors[1]
+    # mLSTM's stabiliser m falls from 0 to -10 in the first piece, and h is divided by exp(-m), which
+    # has the absolute rounding of m as its relative error: a few times 10 eps
+    nats = 10 if name == "mlstm" else 1
+    assert errors[0] <= 4 * max(errors[1], nats * torch.finfo(torch.float32).eps)

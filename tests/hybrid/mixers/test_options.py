@@ -74,9 +74,7 @@ def config(name, hidden_size=64, layers=1, **options):
 
 
 def built(name, layer_idx=0, **kwargs):
-    of = config(name, **kwargs)
-    cls, options = of.mixer("Q")
-    mixer = cls(options, of, layer_idx)
+    mixer = config(name, **kwargs).stack[layer_idx].mixers[0].build(layer_idx)
     mixer.init_parameters(0.02)
     return mixer
 
@@ -90,9 +88,8 @@ def test_mistakes_are_named(name, options, message):
 @pytest.mark.parametrize("name", mixers.names())
 @pytest.mark.parametrize("hidden_size", [64, 768, 2048])
 def test_defaults_fit_every_usual_width(name, hidden_size):
-    of = config(name, hidden_size)
-    _, options = of.mixer("Q")
-    assert options.problems(of) == []
+    spec = config(name, hidden_size).stack.mixers["Q"]
+    assert spec.options.problems(spec.sizes) == []
 
 
 @pytest.mark.parametrize(
@@ -108,7 +105,7 @@ def test_defaults_fit_every_usual_width(name, hidden_size):
 )
 def test_head_sizes_follow_from_those_given(options, expected):
     """mlstm: V = 2 K, and a head of 128 channels of D."""
-    _, options = config("mlstm", 2048, **options).mixer("Q")
+    options = config("mlstm", 2048, **options).stack.mixers["Q"].options
     assert options.sizes == expected
 
 

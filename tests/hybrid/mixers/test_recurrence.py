@@ -11,6 +11,7 @@ import torch
 
 import hybrid
 from hybrid.config.registry import mixers
+from hybrid.modeling.backends import use_backends_of
 
 D, TIME, LAYER, EPS = 24, 9, 1, 1e-6
 RECURRENCES = {}
@@ -447,8 +448,9 @@ def build(name, options):
     config = hybrid.HybridConfig(
         layout="QQQ", hidden_size=D, norm_eps=EPS, mixers={"Q": {"type": name, **options}}
     )
-    cls, completed = config.mixer("Q")
-    mixer = cls(completed, config, LAYER).double()
+    mixer = config.stack[LAYER].mixers[0].build(LAYER)
+    use_backends_of(config, mixer)
+    mixer = mixer.double()
     mixer.init_parameters(0.02)  # buffers
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():

@@ -8,6 +8,7 @@ from torch.testing import assert_close
 
 import hybrid
 from hybrid.mixers.dual_chunk import CHUNK_MARKS, mark_chunks, read_chunks
+from hybrid.modeling.backends import use_backends_of
 
 D, H, KV, K = 24, 4, 2, 6
 THETA = 50.0
@@ -30,13 +31,15 @@ def build_mixer():
             },
         )  # fmt: skip
         config._attn_implementation = "sdpa"
-        cls, completed = config.mixer("Q")
-        mixer = cls(completed, config, 0).double().eval()
+        spec = config.stack[0].mixers[0]
+        mixer = spec.build(0)
+        use_backends_of(config, mixer)
+        mixer = mixer.double().eval()
         generator = torch.Generator().manual_seed(1)
         with torch.no_grad():
             for parameter in mixer.parameters():
                 parameter.copy_(0.6 * torch.randn(parameter.shape, generator=generator).double())
-        rotary = cls.rotary(completed, config)
+        rotary = spec.cls.rotary(spec.options, spec.sizes)
         return mixer, None if rotary is None else rotary.eval()
 
     return make

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import hybrid
+from hybrid.modeling.backends import use_backends_of
 from hybrid.nn.rotary import BY_LENGTH, REQUIRED
 
 D, TIME = 32, 21
@@ -36,12 +37,14 @@ def ours_like(layer, name, weights=None, norm_eps=1e-6, layer_idx=0, length=64, 
         max_position_embeddings=length,
     )  # fmt: skip
     config._attn_implementation = "sdpa"
-    cls, completed = config.mixer("Q")
-    mixer = cls(completed, config, layer_idx).eval()
+    spec = config.stack[layer_idx].mixers[0]
+    mixer = spec.build(layer_idx)
+    use_backends_of(config, mixer)
+    mixer = mixer.eval()
     mixer.init_parameters(0.02)
     weights = dict(layer.named_parameters()) if weights is None else weights
     mixer.load_state_dict({name: w.detach() for name, w in weights.items()}, strict=True)
-    rotary = cls.rotary(completed, config)
+    rotary = spec.cls.rotary(spec.options, spec.sizes)
     positions = torch.arange(TIME)[None]
 
     def run(x):

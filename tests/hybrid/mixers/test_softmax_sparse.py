@@ -21,8 +21,8 @@ SMALL = {"block_size": 4, "block_stride": 2, "select_size": 4, "num_selected": 3
          "window": 3}  # fmt: skip
 
 
-def build(dtype=torch.float64, **options):
-    config = hybrid.HybridConfig(
+def sparse_config(**options):
+    return hybrid.HybridConfig(
         layout="Q",
         hidden_size=D,
         mixers={
@@ -33,8 +33,10 @@ def build(dtype=torch.float64, **options):
             }
         },
     )  # fmt: skip
-    cls, completed = config.mixer("Q")
-    mixer = cls(completed, config, 0).to(dtype)
+
+
+def build(dtype=torch.float64, **options):
+    mixer = sparse_config(**options).stack[0].mixers[0].build(0).to(dtype)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in mixer.parameters():
@@ -42,7 +44,7 @@ def build(dtype=torch.float64, **options):
 
     def run(x):
         angles = None
-        if completed.rope_parameters is not None:
+        if mixer.options.rope_parameters is not None:
             positions = torch.arange(x.shape[1], dtype=torch.float64)
             angle = torch.outer(positions, FREQUENCIES).repeat(1, 2)[None]
             angles = (angle.cos().to(x.dtype), angle.sin().to(x.dtype))
@@ -189,7 +191,7 @@ def test_few_queries_at_a_time_change_neither_output_nor_gradients(monkeypatch):
 def test_packed_documents_cannot_be_continued():
     mixer, _ = build()
     documents = Segments(torch.tensor([0, 4, 9], dtype=torch.int32))
-    slot = LayerCache(DynamicCache(config=mixer.config), 0)
+    slot = LayerCache(DynamicCache(config=sparse_config()), 0)
     with pytest.raises(ValueError, match="cannot continue packed documents"):
         mixer(text(9), segments=documents, cache=slot)
 

@@ -141,7 +141,7 @@ def test_third_party_mixer_by_entry_point(own_registry, monkeypatch):
     monkeypatch.setattr(registry, "entry_points", lambda group: [point])
     monkeypatch.setattr(mixers, "_plugins_loaded", False)
     config = hybrid.HybridConfig(hidden_size=32, layout="Z", mixers={"Z": {"type": "average"}})
-    assert config.mixer("Z")[0].__module__ == "their_mixer"
+    assert config.stack.mixers["Z"].cls.__module__ == "their_mixer"
 
 
 def test_mistakes_in_a_third_party_mixer_are_named(own_registry):

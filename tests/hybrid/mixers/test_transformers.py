@@ -29,6 +29,7 @@ from transformers.models.recurrent_gemma import modeling_recurrent_gemma
 from transformers.models.xlstm import modeling_xlstm
 
 import hybrid
+from hybrid.modeling.backends import use_backends_of
 from hybrid.nn.cache import LayerCache
 
 D, TIME = 32, 21
@@ -73,8 +74,8 @@ def mixer(name, layers=1, layer_idx=0, norm_eps=1e-6, **options):
         norm_eps=norm_eps,
         mixers={"Q": {"type": name, **options}},
     )
-    cls, completed = config.mixer("Q")
-    ours = cls(completed, config, layer_idx).eval()
+    ours = config.stack[layer_idx].mixers[0].build(layer_idx).eval()
+    use_backends_of(config, ours)
     ours.init_parameters(0.02)  # buffers
     return ours
 

@@ -488,7 +488,10 @@ def test_falcon_h1s_decoder_layer():
         ({"residuals": {"s": {}}}, "residuals.s: no mixer and no feed-forward has this symbol"),
         ({"residuals": {"S": {"ouput_multiplier": 2.0}}}, "mean 'output_multiplier'"),
         ({"residuals": {"S": 0.22}}, "residuals.S: expected a mapping"),
-        ({"residuals": {"S": {"skip_multiplier": math.nan}}}, "must be finite, found nan"),
+        (
+            {"residuals": {"S": {"skip_multiplier": math.nan}}},
+            "residuals.S.skip_multiplier: expected a finite number, found nan",
+        ),
         ({"residuals": {"S": {"skip_multiplier": "2"}}}, "residuals.S.skip_multiplier: expected"),
         ({"embedding_multiplier": "sqrt_hidden"}, "did you mean 'sqrt_hidden_size'"),
         ({"logits_multiplier": math.inf}, "logits_multiplier: must be finite"),

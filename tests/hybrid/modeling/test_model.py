@@ -66,7 +66,7 @@ def test_fixed_init_has_one_std():
 def test_depth_scaled_init_divides_what_writes_to_the_residual_stream():
     """By sqrt of the number of residual branches: a mixer and a feed-forward in each of 2 layers."""
     model, found = spread("depth_scaled", initializer_range=0.05)
-    assert model.config.num_residual_branches == 4
+    assert model.config.stack.sizes.num_residual_branches == 4
     for name, std in found.items():
         expected = 0.05 / 2 if name.endswith(("o_proj", "down_proj")) else 0.05
         assert std == pytest.approx(expected, rel=0.03), name
@@ -74,7 +74,7 @@ def test_depth_scaled_init_divides_what_writes_to_the_residual_stream():
 
 def test_depth_scaled_init_counts_literal_layers():
     model, found = spread("depth_scaled", initializer_range=0.05, layout="LS-")
-    assert model.config.num_residual_branches == 3  # two mixers, one feed-forward
+    assert model.config.stack.sizes.num_residual_branches == 3  # two mixers, one feed-forward
     for name in ("L.o_proj", "S.o_proj", "down_proj"):
         assert found[name] == pytest.approx(0.05 / math.sqrt(3), rel=0.03)
 

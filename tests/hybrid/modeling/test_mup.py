@@ -106,7 +106,7 @@ def test_attention_scale_is_one_over_the_head_dim():
     def scaling(width, base, **options):
         mixers = {"S": options}
         config = HybridConfig(layout="S", hidden_size=width, mup_base_width=base, mixers=mixers)
-        return config.mixer("S")[1].scaling
+        return config.stack.mixers["S"].options.scaling
 
     assert scaling(256, 64, num_heads=4) == pytest.approx(16**-0.5 * 16 / 64)
     assert scaling(256, 64, num_heads=4, scale=0.5) == pytest.approx(0.5 * 16 / 64)

@@ -1,0 +1,307 @@
+"""A config, resolved once: what every layer of the stack is made of.
+
+`resolve_stack` turns the fields of a config into one `LayerSpec` for each layer. The layer, its
+residuals, canon layers, weight sharing, the cache, the cost and the converters read what they are handed
+here; nothing asks the config again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from hybrid.config import lookup
+from hybrid.config.block_options import SharedOptions
+from hybrid.config.fields import NormName, StackFields
+from hybrid.config.sizes import Sizes
+from hybrid.layout import Layer
+
+LINEAR = "linear_attention"
+
+
+@dataclass(frozen=True)
+class MixerSpec:
+    """One mixer of one layer.
+
+    Attributes:
+        symbol: its letter in the layout.
+        cls, options: the class and its completed options.
+        sizes: what it is built with.
+        has_state: whether the cache holds a recurrent or a convolution state for it.
+        canon: whether its own convolution is a canon layer (position B).
+        input_multiplier, output_multiplier: of its branch, beside others in one layer.
+    """
+
+    symbol: str
+    cls: Any
+    options: Any
+    sizes: Sizes
+    has_state: bool
+    canon: bool
+    input_multiplier: float
+    output_multiplier: float
+
+    def build(self, layer_idx: int) -> Any:
+        """Return a new mixer."""
+        return self.cls(self.options, self.sizes, layer_idx)
+
+
+@dataclass(frozen=True)
+class FeedForwardSpec:
+    """The feed-forward of one layer: its symbol, class, completed options, and sizes."""
+
+    symbol: str
+    cls: Any
+    options: Any
+    sizes: Sizes
+
+    def build(self, layer_idx: int) -> Any:
+        """Return a new feed-forward."""
+        return self.cls(self.options, self.sizes, layer_idx)
+
+
+@dataclass(frozen=True)
+class BranchSpec:
+    """A residual branch: the places of its norms, its multipliers, and the channels that it reads."""
+
+    norm: NormName
+    norm_eps: float
+    norm_position: str
+    input_size: int
+    hidden_size: int
+    input_multiplier: float
+    output_multiplier: float
+    skip_multiplier: float
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """One layer of the stack.
+
+    Attributes:
+        layer_idx: its place, from 0.
+        layer: its symbols.
+        mixers: side by side where there are several.
+        ffn: its feed-forward, or None.
+        mixer_branch, ffn_branch: the residual branches of both.
+        combine: how mixers side by side are combined.
+        canon: positions of the canon layers of its own, of A, C and D.
+        canon_width: of these.
+        shared: how it shares its weights, or None.
+        source: the layer whose weights it has; itself where they are its own.
+        hidden_size: D.
+        deepnorm: whether its values, outputs and feed-forward start smaller.
+    """
+
+    layer_idx: int
+    layer: Layer
+    mixers: tuple[MixerSpec, ...]
+    ffn: FeedForwardSpec | None
+    mixer_branch: BranchSpec | None
+    ffn_branch: BranchSpec | None
+    combine: str
+    canon: str
+    canon_width: int
+    shared: SharedOptions | None
+    source: int
+    hidden_size: int
+    deepnorm: bool
+
+    @property
+    def symbols(self) -> tuple[str, ...]:
+        """The letters of its mixers."""
+        return self.layer.mixers
+
+    @property
+    def num_states(self) -> int:
+        """States that it keeps, each with a slot of its own in the cache; those of canon come last."""
+        return sum(mixer.has_state for mixer in self.mixers) + len(self.canon)
+
+    @property
+    def layer_type(self) -> str:
+        """One of transformers' layer types: which cache layer and which mask it wants."""
+        softmax = [m.cls.layer_type for m in self.mixers if m.cls.layer_type != LINEAR]
+        if self.num_states:
+            return "hybrid" if softmax else LINEAR
+        # "moe" is transformers' name for a layer without a mixer: nothing is cached
+        return softmax[0] if softmax else "moe"
+
+
+@dataclass(frozen=True)
+class StackSpec:
+    """The layers of a stack, and what follows from all of them together."""
+
+    layers: tuple[LayerSpec, ...]
+    sizes: Sizes
+
+    def __iter__(self) -> Iterator[LayerSpec]:
+        return iter(self.layers)
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    def __getitem__(self, layer_idx: int) -> LayerSpec:
+        return self.layers[layer_idx]
+
+    @cached_property
+    def mixers(self) -> dict[str, MixerSpec]:
+        """Letter -> the mixer at the first layer that has it, in the order of the stack."""
+        found: dict[str, MixerSpec] = {}
+        for layer in self.layers:
+            for mixer in layer.mixers:
+                found.setdefault(mixer.symbol, mixer)
+        return found
+
+    @cached_property
+    def feed_forwards(self) -> dict[str, FeedForwardSpec]:
+        """Symbol -> the feed-forward that it stands for, in the order of the stack."""
+        return {layer.ffn.symbol: layer.ffn for layer in self.layers if layer.ffn is not None}
+
+    @cached_property
+    def has_state(self) -> bool:
+        """Whether any layer keeps a state."""
+        return any(layer.num_states for layer in self.layers)
+
+    @cached_property
+    def counting_layer(self) -> int | None:
+        """The layer that counts tokens in the cache of a stack without keys; None where keys do."""
+        if {layer.layer_type for layer in self.layers} - {LINEAR, "moe"}:
+            return None
+        return next(layer.layer_idx for layer in self.layers if layer.mixers)
+
+    @cached_property
+    def ends_normed(self) -> bool:
+        """Whether the last branch leaves the stream normalised, so that the head needs no norm."""
+        last = self.layers[-1]
+        branch = last.ffn_branch or last.mixer_branch
+        return branch is not None and branch.norm_position == "post"
+
+
+def resolve_stack(fields: StackFields) -> StackSpec:
+    """Resolve the fields of a valid config, layer by layer."""
+    layers = lookup.layers_of(fields)
+    stack_sizes = Sizes(
+        hidden_size=fields.hidden_size,
+        num_hidden_layers=len(layers),
+        norm_eps=fields.norm_eps,
+        max_position_embeddings=fields.max_position_embeddings,
+        init=fields.init,
+        num_residual_branches=num_residual_branches(layers),
+        num_mixing_layers=sum(bool(layer.mixers) for layer in layers),
+    )
+    mixers = {s: lookup.mixer_of(fields, s) for s in _letters(layers)}
+    feed_forwards = {
+        s: lookup.feed_forward_of(fields, s) for s in {layer.ffn for layer in layers if layer.ffn}
+    }
+    seen: Counter[Any] = Counter()  # layers so far: with a mixer, by its kind, and by its letters
+    specs = []
+    for i, layer in enumerate(layers):
+        sizes = dataclasses.replace(stack_sizes, mixing_idx=seen["mixing"])
+        specs.append(_layer_spec(fields, i, layer, layers, sizes, mixers, feed_forwards, seen))
+        seen["mixing"] += bool(layer.mixers)
+        for kind in {mixers[s][0].kind for s in layer.mixers}:
+            seen[kind] += 1
+    return StackSpec(tuple(specs), stack_sizes)
+
+
+def _layer_spec(
+    fields: StackFields,
+    layer_idx: int,
+    layer: Layer,
+    layers: tuple[Layer, ...],
+    sizes: Sizes,
+    mixers: dict[str, tuple[Any, Any]],
+    feed_forwards: dict[str, tuple[Any, Any]],
+    seen: Counter[Any],
+) -> LayerSpec:
+    mixer_branch = ffn_branch = ffn = None
+    if layer.mixers:
+        mixer_branch = _branch(fields, sizes, layer.mixers, len(layer.mixers) > 1)
+    if layer.ffn:
+        ffn = FeedForwardSpec(layer.ffn, *feed_forwards[layer.ffn], sizes)
+        ffn_branch = _branch(fields, sizes, (layer.ffn, *layer.mixers), False, sizes.hidden_size)
+    built = []
+    for symbol in layer.mixers:
+        cls, options = mixers[symbol]
+        residual = lookup.residual_at(fields, symbol)
+        built.append(
+            MixerSpec(
+                symbol,
+                cls,
+                options,
+                dataclasses.replace(
+                    sizes, hidden_size=lookup.input_size(fields, symbol), kind_idx=seen[cls.kind]
+                ),
+                has_state=cls.uses_state(options),
+                canon="B" in lookup.canon_at(fields, symbol),
+                input_multiplier=residual.input_multiplier,
+                output_multiplier=residual.output_multiplier,
+            )
+        )
+    return LayerSpec(
+        layer_idx=layer_idx,
+        layer=layer,
+        mixers=tuple(built),
+        ffn=ffn,
+        mixer_branch=mixer_branch,
+        ffn_branch=ffn_branch,
+        combine=fields.parallel_combine,
+        canon=lookup.canon_of(fields, layer),
+        canon_width=fields.canon_width,
+        shared=lookup.shared_at(fields, *layer.mixers),
+        source=_source(fields, layer_idx, layers),
+        hidden_size=fields.hidden_size,
+        deepnorm=fields.init == "deepnorm",
+    )
+
+
+def _branch(
+    fields: StackFields,
+    sizes: Sizes,
+    symbols: tuple[str, ...],
+    side_by_side: bool,
+    input_size: int | None = None,
+) -> BranchSpec:
+    """The branch of these symbols; mixers side by side have multipliers of their own."""
+    options = lookup.residual_at(fields, *symbols)
+    skip = options.skip_multiplier
+    if skip is None:
+        skip = default_skip_multiplier(fields.init, sizes.num_residual_branches)
+    return BranchSpec(
+        norm=fields.norm,
+        norm_eps=fields.norm_eps,
+        norm_position=lookup.norm_position_at(fields, *symbols),
+        input_size=input_size or lookup.input_size(fields, *symbols),
+        hidden_size=fields.hidden_size,
+        input_multiplier=1.0 if side_by_side else options.input_multiplier,
+        output_multiplier=1.0 if side_by_side else options.output_multiplier,
+        skip_multiplier=skip,
+    )
+
+
+def _source(fields: StackFields, layer_idx: int, layers: tuple[Layer, ...]) -> int:
+    """The layer whose weights a layer has: itself, or the first of its block."""
+    layer = layers[layer_idx]
+    shared = lookup.shared_at(fields, *layer.mixers)
+    if shared is None:
+        return layer_idx
+    places = [i for i, other in enumerate(layers) if other.mixers == layer.mixers]
+    return places[places.index(layer_idx) % shared.blocks]
+
+
+def _letters(layers: tuple[Layer, ...]) -> dict[str, None]:
+    return dict.fromkeys(symbol for layer in layers for symbol in layer.mixers)
+
+
+def num_residual_branches(layers: tuple[Layer, ...]) -> int:
+    """Sublayers that add to the residual stream."""
+    return sum(bool(layer.mixers) + bool(layer.ffn) for layer in layers)
+
+
+def default_skip_multiplier(init: str, branches: int) -> float:
+    """1; for DeepNorm (arXiv 2203.00555) (2 N)^(1/4), N layers of two branches."""
+    return branches**0.25 if init == "deepnorm" else 1.0
