@@ -381,6 +381,7 @@ def _export(arguments: argparse.Namespace) -> int:
         raise ValueError("export: name the folder to write, OUT, or a GGUF file with --gguf")
     with _writing(out or gguf):
         if gguf is None:
+            assert out is not None
             family = export(arguments.source, out, arguments.family, max_shard_size=size)
         else:
             family = export_gguf(

@@ -25,10 +25,10 @@ class MyMixer(LinearMixer):
     Options = MyMixerOptions
     formula = "G_t = sigmoid(x w) 1^T 1"
 
-    def __init__(self, options, config, layer_idx):
-        super().__init__(options, config, layer_idx)
+    def __init__(self, options, sizes, layer_idx):
+        super().__init__(options, sizes, layer_idx)
         self.build(options.num_heads, options.head_dim, options.head_dim, conv_size=4)
-        self.decay_proj = nn.Linear(config.hidden_size, options.num_heads)
+        self.decay_proj = nn.Linear(sizes.hidden_size, options.num_heads)
 
     def gates(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
         """The log decay, (B, T, H)."""

@@ -191,6 +191,7 @@ class HybridModel(HybridPreTrainedModel):
                 start = past_length(past)
                 position_ids = torch.arange(time, device=x.device).unsqueeze(0) + start
             places = segments.places if segments.packed else position_ids
+            assert places is not None
             masks = self._masks(x, attention_mask, past, places)
         positions = {s: rotary(x, position_ids) for s, rotary in self.rotary.items()}
 
