@@ -18,6 +18,7 @@ from transformers.models.llama.modeling_llama import eager_attention_forward
 from hybrid.config.sizes import Sizes
 from hybrid.mixers.base import Mixer
 from hybrid.mixers.parts import wide
+from hybrid.nn.cache import update_paged
 from hybrid.nn.rotary import build_rotary
 
 # Attention functions of transformers that know of sinks and caps themselves.
@@ -98,8 +99,7 @@ class FullAttention(Mixer):
             if name not in CAPPED_FUNCTIONS:
                 raise _unfit(name, "no sinks and no soft_cap", PLAIN_FUNCTIONS + CAPPED_FUNCTIONS)
             extra = {"softcap": soft_cap, "s_aux": sinks}
-        kwargs = {**kwargs, **kwargs.get("paged", {})}
-        kwargs.pop("paged", None)
+        k, v, kwargs = update_paged(k, v, self.layer_idx, kwargs)
         function = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention_forward)
         scaling = self.scaling
         return function(self, q, k, v, mask, dropout=dropout, scaling=scaling, **extra, **kwargs)

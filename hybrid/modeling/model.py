@@ -307,9 +307,14 @@ class HybridForCausalLM(Objective, HybridPreTrainedModel, GenerationMixin):
         """As transformers', whose paged cache holds the keys of plain softmax attention alone."""
         mixers = self.config.stack.mixers
         unfit = [s for s, m in mixers.items() if not m.cls.fits_paged(m.options)]
-        canon = any(layer.canon for layer in self.config.stack)
-        if unfit or canon:
-            what = f"the mixers {', '.join(map(repr, unfit))}" if unfit else "canon layers"
+        what = None
+        if unfit:
+            what = f"the mixers {', '.join(map(repr, unfit))}"
+        elif any(layer.canon for layer in self.config.stack):
+            what = "canon layers"
+        elif not all(layer.mixers for layer in self.config.stack):
+            what = "layers of a feed-forward alone (leave '-' and 'E' to the config's ffn)"
+        if what is not None:
             raise ValueError(
                 f"continuous batching (generate_batch): expected plain softmax attention in every"
                 f" layer, got {what}, which the paged cache of transformers cannot hold; use"

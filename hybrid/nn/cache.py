@@ -13,8 +13,10 @@ kept tokens again from the mark. See `LayerCache.resume`.
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin, LinearAttentionCacheLayerMixin
@@ -268,6 +270,31 @@ def past_length(cache: Cache | None) -> int | torch.Tensor:
         return 0
     counts = any(isinstance(layer, CacheLayerMixin) for layer in cache.layers)
     return cache.get_seq_length() if counts else 0
+
+
+def update_paged(
+    k: torch.Tensor, v: torch.Tensor, layer_idx: int, kwargs: dict[str, Any]
+) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
+    """Add keys and values to the paged cache of continuous batching, where there is one.
+
+    Before transformers 5.24 its attention functions do so themselves, and take the cache for it.
+
+    Args:
+        k, v: (1, H_kv, T, dim) of the new tokens.
+        layer_idx: the layer.
+        kwargs: of the attention function; `paged` holds the cache and where to read and write.
+
+    Returns:
+        k, v (1, H_kv, S, dim) of all tokens to be attended to, and the attention function's keywords.
+    """
+    kwargs = dict(kwargs)
+    paged = kwargs.pop("paged", None)
+    if paged is None:
+        return k, v, kwargs
+    kwargs |= paged
+    if "kwargs" in inspect.signature(paged["cache"].update).parameters:
+        k, v = kwargs.pop("cache").update(k, v, layer_idx, kwargs=kwargs)
+    return k, v, kwargs
 
 
 def is_paged(cache: object) -> bool:

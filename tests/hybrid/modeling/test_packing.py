@@ -91,6 +91,29 @@ def test_a_static_cache_filled_without_a_mask(build, ids, options):
         assert_close(model(x[:, 4:], past_key_values=cache).logits, want[:, 4:])
 
 
+@pytest.mark.parametrize("layout", ["SS", "QS"])
+def test_continuous_batching_decodes_the_tokens_of_generate(build, ids, layout):
+    grouped = {"type": "softmax_attention", "num_heads": 4, "num_kv_heads": 2, "head_dim": 8,
+               "rope_parameters": None, "qk_norm": "head"}  # fmt: skip
+    plain = {"num_heads": 2, "num_kv_heads": 2, "head_dim": 8}
+    model = build(layout=layout, mixers={"S": plain, "Q": grouped}, dtype=torch.float32)
+    prompts = [ids(1, length)[0].tolist() for length in (5, 9, 2)]
+    config = GenerationConfig(max_new_tokens=6, do_sample=False, eos_token_id=-1, pad_token_id=0)
+    expected = [
+        model.generate(torch.tensor([p]), attention_mask=torch.ones(1, len(p)).long(),
+                       generation_config=config)[0, len(p):].tolist()
+        for p in prompts
+    ]  # fmt: skip
+    found = model.generate_batch(prompts, generation_config=config)
+    by_prompt = {tuple(out.prompt_ids): out.generated_tokens for out in found.values()}
+    assert [by_prompt[tuple(prompt)] for prompt in prompts] == expected
+
+
+def test_continuous_batching_refuses_layers_without_a_mixer(build, ids):
+    with pytest.raises(ValueError, match="every layer, got layers of a feed-forward alone"):
+        build(layout="S-S-").generate_batch([ids(1, 5)[0].tolist()])
+
+
 def test_continuous_batching_refuses_states(build, ids):
     config = GenerationConfig(max_new_tokens=4, do_sample=False, eos_token_id=-1, pad_token_id=0)
     with pytest.raises(ValueError, match=r"plain softmax attention in every layer, got.*'L'"):
