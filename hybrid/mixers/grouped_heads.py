@@ -154,7 +154,8 @@ class GroupedHeads(Mixer):
         self.gate_proj = (
             nn.Linear(d_model, inner, bias=options.bias) if options.output_gate else None
         )
-        self.sinks = nn.Parameter(torch.empty(self.num_heads)) if options.sinks else None
+        if options.sinks:  # paged eager attention uses the attribute wherever there is one
+            self.sinks = nn.Parameter(torch.empty(self.num_heads))
         self.slopes = nn.Buffer(self._slopes(), persistent=False) if options.alibi else None
         self.q_norm = self.k_norm = None
         if options.qk_norm:
@@ -163,12 +164,17 @@ class GroupedHeads(Mixer):
             eps = self.sizes.norm_eps if options.qk_norm_eps is None else options.qk_norm_eps
             self.q_norm, self.k_norm = (build_norm(kind, size, eps) for size in sizes)
 
+    @property
+    def sink_logits(self) -> torch.Tensor | None:
+        """The sinks (H,), or None without."""
+        return getattr(self, "sinks", None)
+
     def _slopes(self) -> torch.Tensor:
         return torch.tensor(alibi_slopes(self.num_heads))
 
     def init_parameters(self, std: float) -> None:
         """Sinks normal; slopes are a function of the config."""
-        if self.sinks is not None:
+        if self.sink_logits is not None:
             init.normal_(self.sinks, mean=0.0, std=std)
         if self.slopes is not None:
             init.copy_(self.slopes, self._slopes())

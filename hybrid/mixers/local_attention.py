@@ -128,9 +128,9 @@ class LocalAttention(GroupedHeads, StateMixer):
         """o (B, T, H, K) of q (B, H, T, K), k and v (B, H, S, K), mask (B or 1, 1, T, S)."""
         dropout = self.options.dropout if self.training else 0.0
         cap = self.options.soft_cap
-        if self.sinks is not None or cap is not None:
+        if self.sink_logits is not None or cap is not None:
             given = {"scaling": self.scaling, "dropout": dropout}
-            return capped_attention(q, k, v, mask, soft_cap=cap, sinks=self.sinks, **given)[0]
+            return capped_attention(q, k, v, mask, soft_cap=cap, sinks=self.sink_logits, **given)[0]
         o = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, dropout_p=dropout, scale=self.scaling
         )

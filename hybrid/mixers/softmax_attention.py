@@ -199,7 +199,7 @@ class SoftmaxAttention(GroupedHeads, FullAttention):
                 q, k, v, attention_mask, scaling=self.scaling, dropout=self.active_dropout
             )
             return self.output(o.flatten(2), x), weights
-        caps = {"soft_cap": self.options.soft_cap, "sinks": self.sinks}
+        caps = {"soft_cap": self.options.soft_cap, "sinks": self.sink_logits}
         o, weights = self.attend(q, k, v, attention_mask, kwargs, **caps)
         return self.output(o.flatten(2), x), weights
 
@@ -251,7 +251,7 @@ class SoftmaxAttention(GroupedHeads, FullAttention):
         k, chunk = read_chunks(k)
         return dual_chunk_attention(
             queries, k, v, angles.chunk, chunk, mask,
-            scaling=self.scaling, soft_cap=self.options.soft_cap, sinks=self.sinks,
+            scaling=self.scaling, soft_cap=self.options.soft_cap, sinks=self.sink_logits,
         )  # fmt: skip
 
     def mixing_flops(self, context: int) -> float:

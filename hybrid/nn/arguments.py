@@ -40,6 +40,9 @@ PAGED_ARGUMENTS = frozenset(
         "is_causal",
         "logits_indices",
         "logits_processor_args",
+        # max_length_q and max_length_k before transformers 5.24
+        "max_seqlen_q",
+        "max_seqlen_k",
     }
 )
 """What continuous batching hands over beside its paged cache, for its attention functions."""

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from torch.testing import assert_close
-from transformers import GenerationConfig, StaticCache
+from transformers import StaticCache
 
 ROW = {
     # documents of 5 and 4 tokens, and 3 columns of padding
@@ -13,9 +13,29 @@ ROW = {
                 slice(0, 5), slice(8, 12)),
 }  # fmt: skip
 
+BOUNDARIES = {
+    "empty document": {"cu_seq_lens_q": [0, 5, 5, 9, 9]},
+    "both boundaries": {
+        "cu_seq_lens_q": [0, 5, 9],
+        "cu_seq_lens_k": [0, 5, 9],
+        "max_length_q": 5,
+    },
+    "numbers": {"seq_idx": [[0] * 5 + [1] * 4]},
+    "numbers and positions": {
+        "seq_idx": [[0] * 5 + [1] * 4],
+        "position_ids": [[0, 1, 2, 3, 4, 0, 1, 2, 3]],
+    },
+}
 
-@pytest.mark.parametrize("side", ROW)
-@pytest.mark.parametrize("named", ["positions and mask", "numbers", "both"])
+
+@pytest.mark.parametrize(
+    ("side", "named"),
+    [
+        pytest.param(side, named, marks=[pytest.mark.slow] * ((side, named) != ("right", "both")))
+        for side in ROW
+        for named in ("positions and mask", "numbers", "both")
+    ],
+)
 def test_packed_and_padded(stack, ids, side, named):
     positions, mask, first, second = ROW[side]
     row = ids(2, 12)
@@ -37,12 +57,9 @@ def test_packed_and_padded(stack, ids, side, named):
 @pytest.mark.parametrize(
     "given",
     [
-        {"cu_seq_lens_q": [0, 5, 5, 9, 9]},
-        {"cu_seq_lens_q": [0, 5, 9], "cu_seq_lens_k": [0, 5, 9], "max_length_q": 5},
-        {"seq_idx": [[0] * 5 + [1] * 4]},
-        {"seq_idx": [[0] * 5 + [1] * 4], "position_ids": [[0, 1, 2, 3, 4, 0, 1, 2, 3]]},
+        pytest.param(given, id=name, marks=[pytest.mark.slow] * (name != "empty document"))
+        for name, given in BOUNDARIES.items()
     ],
-    ids=["empty document", "both boundaries", "numbers", "numbers and positions"],
 )
 def test_boundaries(stack, ids, given):
     row = ids(1, 9)
@@ -89,32 +106,3 @@ def test_a_static_cache_filled_without_a_mask(build, ids, options):
         want = model(x, use_cache=False).logits
         assert_close(model(x[:, :4], past_key_values=cache).logits, want[:, :4])
         assert_close(model(x[:, 4:], past_key_values=cache).logits, want[:, 4:])
-
-
-@pytest.mark.parametrize("layout", ["SS", "QS"])
-def test_continuous_batching_decodes_the_tokens_of_generate(build, ids, layout):
-    grouped = {"type": "softmax_attention", "num_heads": 4, "num_kv_heads": 2, "head_dim": 8,
-               "rope_parameters": None, "qk_norm": "head"}  # fmt: skip
-    plain = {"num_heads": 2, "num_kv_heads": 2, "head_dim": 8}
-    model = build(layout=layout, mixers={"S": plain, "Q": grouped}, dtype=torch.float32)
-    prompts = [ids(1, length)[0].tolist() for length in (5, 9, 2)]
-    config = GenerationConfig(max_new_tokens=6, do_sample=False, eos_token_id=-1, pad_token_id=0)
-    expected = [
-        model.generate(torch.tensor([p]), attention_mask=torch.ones(1, len(p)).long(),
-                       generation_config=config)[0, len(p):].tolist()
-        for p in prompts
-    ]  # fmt: skip
-    found = model.generate_batch(prompts, generation_config=config)
-    by_prompt = {tuple(out.prompt_ids): out.generated_tokens for out in found.values()}
-    assert [by_prompt[tuple(prompt)] for prompt in prompts] == expected
-
-
-def test_continuous_batching_refuses_layers_without_a_mixer(build, ids):
-    with pytest.raises(ValueError, match="every layer, got layers of a feed-forward alone"):
-        build(layout="S-S-").generate_batch([ids(1, 5)[0].tolist()])
-
-
-def test_continuous_batching_refuses_states(build, ids):
-    config = GenerationConfig(max_new_tokens=4, do_sample=False, eos_token_id=-1, pad_token_id=0)
-    with pytest.raises(ValueError, match=r"plain softmax attention in every layer, got.*'L'"):
-        build(layout="LS").generate_batch([ids(1, 5)[0].tolist()], generation_config=config)
