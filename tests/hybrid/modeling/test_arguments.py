@@ -6,6 +6,7 @@ from torch.testing import assert_close
 from transformers import AutoModelForSequenceClassification, DynamicCache
 
 import hybrid
+from hybrid.config.registry import mixers
 from hybrid.nn.arguments import CACHE, IGNORED_ARGUMENTS
 
 MIXERS = {"S": {"num_heads": 2}, "L": {"num_heads": 2}}
@@ -78,7 +79,7 @@ def test_a_cache_and_checkpointing_in_training_are_refused_together(model, ids, 
             model(ids(1, 4), cache=DynamicCache(config=model.config))
 
 
-def test_a_mixer_of_a_users_own_gets_no_surprise(ids):
+def test_a_mixer_of_a_users_own_gets_no_surprise(ids, monkeypatch):
     """What a layer hands to a mixer is what the contract names."""
     seen = []
 
@@ -90,6 +91,8 @@ def test_a_mixer_of_a_users_own_gets_no_surprise(ids):
             seen.append(set(kwargs))
             return x, None
 
+    # other tests go through all registered mixers
+    monkeypatch.setattr(mixers, "_by_name", dict(mixers._by_name))
     hybrid.register_mixer("spy_of_arguments")(Spy)
     config = hybrid.HybridConfig(
         layout="Y", hidden_size=32, mixers={"Y": {"type": "spy_of_arguments"}}
