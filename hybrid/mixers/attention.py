@@ -21,8 +21,8 @@ from hybrid.mixers.parts import wide
 from hybrid.nn.cache import update_paged
 from hybrid.nn.rotary import build_rotary
 
-# Attention functions of transformers that know of sinks and caps themselves.
-CAPPED_FUNCTIONS = ("flex_attention",)
+# Attention functions that know of sinks and caps themselves; one registered elsewhere is added here.
+CAPPED_FUNCTIONS = {"flex_attention"}
 # And those whose place `capped_attention` can take: it does the same and takes the same masks.
 PLAIN_FUNCTIONS = ("eager", "sdpa")
 
@@ -97,7 +97,9 @@ class FullAttention(Mixer):
                     scaling=self.scaling, soft_cap=soft_cap, sinks=sinks, dropout=dropout,
                 )  # fmt: skip
             if name not in CAPPED_FUNCTIONS:
-                raise _unfit(name, "no sinks and no soft_cap", PLAIN_FUNCTIONS + CAPPED_FUNCTIONS)
+                raise _unfit(
+                    name, "no sinks and no soft_cap", (*PLAIN_FUNCTIONS, *sorted(CAPPED_FUNCTIONS))
+                )
             extra = {"softcap": soft_cap, "s_aux": sinks}
         k, v, kwargs = update_paged(k, v, self.layer_idx, kwargs)
         function = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention_forward)

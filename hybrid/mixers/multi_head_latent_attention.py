@@ -101,6 +101,8 @@ class MultiHeadLatentAttention(FullAttention):
     paper = "arXiv 2405.04434"
     formula = "o_t = sum_s softmax_s(scale q_t . k_s) v_s, k_s and v_s linear in a latent c_s"
     used_by = "DeepSeek-V2, V3, Kimi K2, Kimi Linear, Ling 3.0"
+    absorb: bool | None = None
+    """Whether queries attend to the latents; None: where there is one of them, and it is faster."""
 
     def __init__(
         self, options: MultiHeadLatentAttentionOptions, sizes: Sizes, layer_idx: int
@@ -170,7 +172,8 @@ class MultiHeadLatentAttention(FullAttention):
             q_place, place = apply_rotary(q_place, place, *position_embeddings)
         if cache is not None:
             latent, place = cache.update_kv(latent, place)
-        up = plain_weight(self.kv_proj) if x.shape[1] == 1 else None
+        absorb = x.shape[1] == 1 if self.absorb is None else self.absorb
+        up = plain_weight(self.kv_proj) if absorb else None
         given = (q, q_place, latent, place, attention_mask, kwargs)
         o, weights = self._expanded(*given) if up is None else self._absorbed(up, *given)
         if self.gate_proj is not None:

@@ -28,6 +28,7 @@ from transformers.masking_utils import (
 
 from hybrid.nn.arguments import CACHE
 from hybrid.nn.packing import WHOLE_ROWS, Segments, from_positions
+from hybrid.nn.past import Past
 
 # A message of unknown shape has a header: whose it is, its dtype, its number of dimensions, and these.
 KINDS = ("k", "v", "conv", "recurrent")
@@ -179,7 +180,7 @@ class _Tie(torch.autograd.Function):
         return grads[0], *[None] * ctx.others
 
 
-class Neighbours:
+class Neighbours(Past):
     """One forward over a slice: the past on the process before, for every layer.
 
     Args:

@@ -20,12 +20,12 @@ from hybrid.ffn.router import Router
 from hybrid.mixers import Mixer
 from hybrid.mixers.base import residual_projection
 from hybrid.modeling.canon import Canon
-from hybrid.modeling.context_parallel import Neighbours, NeighbourSlot
 from hybrid.modeling.residual import ParallelMixers, Residual
 from hybrid.modeling.weight_sharing import adapt, narrow_output
 from hybrid.nn.arguments import MIXER_ARGUMENTS, check_arguments
 from hybrid.nn.cache import LayerCache
 from hybrid.nn.packing import WHOLE_ROWS, Segments
+from hybrid.nn.past import Past, Slot
 
 __all__ = ["HybridLayer", "Masks", "ParallelMixers", "Residual"]
 
@@ -38,7 +38,7 @@ class Call(NamedTuple):
     masks: Masks
     positions: dict[str, tuple[torch.Tensor, torch.Tensor]]
     segments: Segments
-    cache: Cache | Neighbours | None
+    cache: Cache | Past | None
     kwargs: dict[str, Any]
 
 
@@ -125,7 +125,7 @@ class HybridLayer(GradientCheckpointingLayer):
         position_embeddings: dict[str, tuple[torch.Tensor, torch.Tensor]],
         segments: Segments = WHOLE_ROWS,
         cache: Cache | None = None,
-        neighbours: Neighbours | None = None,
+        past: Past | None = None,
         **kwargs: Any,
     ) -> torch.Tensor:
         """The stream after this layer; of a layer that feeds the next, what it feeds.
@@ -138,12 +138,12 @@ class HybridLayer(GradientCheckpointingLayer):
             attention_mask, position_embeddings: by layer type; by symbol.
             segments: documents and padding.
             cache: of the stack, or None.
-            neighbours: the past, where it is on another process (`hybrid.modeling.context_parallel`).
+            past: what holds the states in place of a cache.
             kwargs: for attention functions.
         """
         check_arguments("HybridLayer", HybridLayer.forward, kwargs, MIXER_ARGUMENTS)
-        past = cache if neighbours is None else neighbours
-        call = Call(attention_mask, position_embeddings, segments, past, kwargs)
+        held = cache if past is None else past
+        call = Call(attention_mask, position_embeddings, segments, held, kwargs)
         source = x if beside is None else x + beside
         y = x
         if self.mixer_residual is not None:
@@ -160,7 +160,7 @@ class HybridLayer(GradientCheckpointingLayer):
             y = self.depth_projection(y)
         if self.shared is not None and self.shared.output == "add":
             y = x + y
-        return y if neighbours is None else neighbours.tie(y)
+        return y if past is None else past.tie(y)
 
     def _mix(self, h: torch.Tensor, call: Call) -> torch.Tensor:
         if isinstance(self.mixer, ParallelMixers):
@@ -198,9 +198,7 @@ class HybridLayer(GradientCheckpointingLayer):
         slot = cast("LayerCache | None", self._slot(call.cache, state_idx))
         return cast(Canon, self.canon[at]).run(x, call.segments, slot)
 
-    def _slot(
-        self, cache: Cache | Neighbours | None, state_idx: int
-    ) -> LayerCache | NeighbourSlot | None:
-        if isinstance(cache, Neighbours):
+    def _slot(self, cache: Cache | Past | None, state_idx: int) -> Slot | None:
+        if isinstance(cache, Past):
             return cache.slot(self.layer_idx, state_idx)
         return None if cache is None else LayerCache(cache, self.layer_idx, state_idx)

@@ -56,6 +56,7 @@ from hybrid.nn.packing import (
     find_segments,
     name_documents,
 )
+from hybrid.nn.past import Past
 
 STACK_ARGUMENTS = frozenset(
     {*ATTENTION_ARGUMENTS, *DOCUMENT_ARGUMENTS, *RECORDING_ARGUMENTS, *IGNORED_ARGUMENTS}
@@ -138,8 +139,6 @@ class HybridModel(HybridPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         x: torch.Tensor = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        if self.embed_norm is not None:
-            x = self.embed_norm(x)
         batch, time = x.shape[:2]
         given_cache = past
         if not losses_follow and self.training and torch.is_grad_enabled():
@@ -193,8 +192,49 @@ class HybridModel(HybridPreTrainedModel):
             places = segments.places if segments.packed else position_ids
             assert places is not None
             masks = self._masks(x, attention_mask, past, places)
-        positions = {s: rotary(x, position_ids) for s, rotary in self.rotary.items()}
+        x = self.run(
+            x,
+            position_ids,
+            masks=masks,
+            segments=segments,
+            cache=past,
+            past=neighbours,
+            **handed_on,
+        )
+        if past is not None:
+            fill_unused(past)
+            if self.counting_layer is not None:
+                count_tokens(past, self.counting_layer, x)
+        returned: dict[str, Any] = {CACHE: past}
+        return BaseModelOutputWithPast(last_hidden_state=x, **returned)
 
+    def run(
+        self,
+        x: torch.Tensor,
+        position_ids: torch.Tensor | None,
+        *,
+        masks: Masks,
+        segments: Segments = WHOLE_ROWS,
+        cache: Cache | None = None,
+        past: Past | None = None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """Run the stack on embedded tokens, with documents, masks and the past as they are handed over.
+
+        Args:
+            x: (B, T, D), embedded tokens, before the norm of embeddings.
+            position_ids: (1 or B, T).
+            masks: by layer type, as transformers' mask functions make them for the attention function.
+            segments: documents and padding.
+            cache, past: where the past lies; at most one of them.
+            kwargs: of attention functions.
+
+        Returns:
+            The hidden states after the last norm, (B, T, D).
+        """
+        if self.embed_norm is not None:
+            x = self.embed_norm(x)
+        positions = {s: rotary(x, position_ids) for s, rotary in self.rotary.items()}
         embeddings, beside = x, None
         for layer in self.layers:
             y = layer(
@@ -204,18 +244,13 @@ class HybridModel(HybridPreTrainedModel):
                 attention_mask=masks,
                 position_embeddings=positions,
                 segments=segments,
-                cache=past,
-                neighbours=neighbours,
+                cache=cache,
+                past=past,
                 position_ids=position_ids,
-                **handed_on,
+                **kwargs,
             )
             x, beside = (x, y) if layer.feeds_next else (y, None)
-        if past is not None:
-            fill_unused(past)
-            if self.counting_layer is not None:
-                count_tokens(past, self.counting_layer, x)
-        returned: dict[str, Any] = {CACHE: past}
-        return BaseModelOutputWithPast(last_hidden_state=self.norm(x), **returned)
+        return self.norm(x)
 
     def _segments(
         self,
