@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import re
-import shlex
 import subprocess
 import sys
 import threading
@@ -23,6 +22,7 @@ from typing import IO, Any
 from hybrid.config.options import ConfigError
 from hybrid.imports import import_arguments
 from hybrid.terminal import console, text_column
+from hybrid.train.launch import shown, training_command
 
 # What the evaluation measures, beside recall at the size that was trained.
 EVALUATION = [
@@ -80,21 +80,6 @@ def quickstart(
         return status
     _print_end(Path(out), path, runs, time.perf_counter() - started)
     return 0
-
-
-def training_command(
-    config: str | Path, overrides: Sequence[str] = (), engine: Sequence[str] = ()
-) -> list[str]:
-    """`accelerate launch -m hybrid.train CONFIG [key=value ...]` with this Python."""
-    # quiet: after an error of ours, its own traceback would say nothing
-    launch = [sys.executable, "-m", "hybrid.train.launch", "--quiet"]
-    words = [str(config), *overrides, *import_arguments()]
-    return [*launch, *engine, "-m", "hybrid.train", *words]
-
-
-def shown(command: Sequence[str]) -> str:
-    """A training command as one types it."""
-    return f"$ {shlex.join(['accelerate', 'launch', *command[3:]])}"
 
 
 def evaluation_command(runs: Sequence[Run], out: str | Path, recall: Sequence[str]) -> list[str]:

@@ -79,10 +79,11 @@ def _names(text: str) -> list[str]:
     return names
 
 
-def build_parser(prog: str) -> argparse.ArgumentParser:
-    """Return the parser of the command line."""
+def build_parser(prog: str, epilog: str | None = None) -> argparse.ArgumentParser:
+    """Return the parser of the command line; `epilog` ends its help."""
     parser = argparse.ArgumentParser(
         prog=prog,
+        epilog=epilog,
         description="Measure retrieval, reasoning, held-out loss and memory of causal language "
         "models, and write a report.",
     )
@@ -255,9 +256,11 @@ def _report(results: dict[str, Any], arguments: argparse.Namespace, console: Con
     console.print(f"report: {path}", soft_wrap=True)
 
 
-def main(argv: Sequence[str] | None = None, *, prog: str = "hybrid-eval") -> int:
+def main(
+    argv: Sequence[str] | None = None, *, prog: str = "hybrid-eval", epilog: str | None = None
+) -> int:
     """Run the command line; return the exit status."""
-    parser = build_parser(prog)
+    parser = build_parser(prog, epilog)
     arguments = parser.parse_args(argv)
     if not arguments.models and not arguments.list:
         parser.error("no model given")

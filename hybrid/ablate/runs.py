@@ -27,8 +27,8 @@ from hybrid.ablate.statistics import Score
 from hybrid.config.options import ConfigError
 from hybrid.files import write_text
 from hybrid.locks import sole_writer
-from hybrid.quickstart import training_command
 from hybrid.train.config import parse_config
+from hybrid.train.launch import training_command
 from hybrid.train.runner import DIVERGED, RESULT, run
 
 CONFIG, METRICS = "config.yaml", "metrics.json"

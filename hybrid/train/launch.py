@@ -9,17 +9,35 @@ processes that it starts, waits for them and ends with their status.
 from __future__ import annotations
 
 import logging
+import shlex
 import signal
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from subprocess import CalledProcessError
 from typing import Any
 
 import psutil
 
+from hybrid.imports import import_arguments
 from hybrid.terminal import guarded
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+def training_command(
+    config: str | Path, overrides: Sequence[str] = (), engine: Sequence[str] = ()
+) -> list[str]:
+    """`accelerate launch -m hybrid.train CONFIG [key=value ...]` with this Python."""
+    # quiet: after an error of ours, its own traceback would say nothing
+    launch = [sys.executable, "-m", "hybrid.train.launch", "--quiet"]
+    words = [str(config), *overrides, *import_arguments()]
+    return [*launch, *engine, "-m", "hybrid.train", *words]
+
+
+def shown(command: Sequence[str]) -> str:
+    """A training command as one types it."""
+    return f"$ {shlex.join(['accelerate', 'launch', *command[3:]])}"
 
 
 def launch(words: Sequence[str]) -> int:

@@ -1,14 +1,17 @@
 """The command line, as a user types it."""
 
 import json
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import transformers
+import typer
 
-from hybrid.cli import main
+from hybrid.cli import app, main
 from hybrid.quickstart import find_config
 
 ROOT = Path(__file__).parents[2]
@@ -21,6 +24,92 @@ def test_layout_prints_a_table(capsys):
     assert "[LS]2M3" in out or "[LS]2MMM" in out
     assert "L lightning_attention + S" in out
     assert "5 layers" in out
+
+
+COMMANDS = typer.main.get_command(app).commands
+
+
+@pytest.mark.parametrize("name", sorted(set(COMMANDS) - {"eval", "data"}))
+def test_help_of_a_command_names_all_that_it_takes(name, capsys):
+    assert main([name, "--help"]) == 0
+    shown = capsys.readouterr().out
+    for parameter in COMMANDS[name].params:
+        assert (parameter.opts[0] if parameter.param_type_name == "option" else "") in shown
+        assert parameter.help or parameter.name == "help"
+    assert "--import FILE" in shown
+
+
+def test_the_list_of_commands(capsys):
+    assert main(["--help"]) == 0
+    shown = capsys.readouterr().out
+    assert all(f"\n  {name} " in shown for name in COMMANDS)
+    assert "--install-completion" in shown
+    assert main([]) == 2  # nothing was asked for
+    assert capsys.readouterr().out == shown
+
+
+def test_help_of_eval_is_that_of_its_own_parser(capsys):
+    from hybrid_eval.cli import build_parser
+
+    with pytest.raises(SystemExit) as ended:
+        main(["eval", "--help"])
+    assert ended.value.code == 0
+    shown = capsys.readouterr().out
+    options = [o for action in build_parser("hybrid eval")._actions for o in action.option_strings]
+    assert len(options) > 20
+    assert all(option in shown for option in options)
+    assert "--import FILE" in shown
+
+
+def test_help_of_a_mixer_has_its_options(capsys):
+    assert main(["mixers", "softmax_attention", "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert "Usage: hybrid mixers" in shown
+    assert "num_kv_heads: " in shown
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["layot", "S"], "hybrid: .*'layot'.*See `hybrid --help`\\."),
+        (
+            ["plan", "x.yaml", "--contex", "8k"],
+            "hybrid plan: .*--context.*See `hybrid plan --help`\\.",
+        ),
+        (["plan"], "hybrid plan: .*(?i:config).*"),
+        (["layout", "S", "--layers", "many"], "hybrid layout: .*--layers.*integer.*"),
+        (["data", "prepare", "stdlib"], "hybrid data prepare: .*(?i:out).*"),
+    ],
+)
+def test_a_wrong_command_line_is_one_line(words, line, capsys):
+    assert main(words) == 2
+    assert re.fullmatch(line, capsys.readouterr().err.strip())
+
+
+def test_overrides_and_options_stand_in_any_order(capsys):
+    first = ["plan", CONFIG, "model.layout=SSSS", "--context", "1k"]
+    second = ["plan", "--context", "1k", "model.layout=LLLS", CONFIG]
+    assert main(first) == 0
+    expected = capsys.readouterr().out
+    assert "cache at 1,024 tokens" in expected
+    assert main(["plan", "--context", "1k", CONFIG, "model.layout=SSSS"]) == 0
+    assert capsys.readouterr().out == expected
+    assert main(second) == 2  # the config comes first
+    assert "no such file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_the_shell_completes_commands_and_options(shell):
+    words = {"_HYBRID_COMPLETE": f"complete_{shell}", "COMP_WORDS": "hybrid pl", "COMP_CWORD": "1"}
+    words |= {"_TYPER_COMPLETE_ARGS": "hybrid pl", "_TYPER_COMPLETE_FISH_ACTION": "get-args"}
+    done = subprocess.run(
+        [sys.executable, "-m", "hybrid.cli"],
+        env={**os.environ, **words},
+        capture_output=True,
+        text=True,
+    )
+    assert "plan" in done.stdout
+    assert "layout" not in done.stdout
 
 
 def test_layout_error_has_a_caret(capsys):

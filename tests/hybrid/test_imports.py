@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from hybrid import imports
 from hybrid.cli import main
 from hybrid.config.registry import mixers
-from hybrid.quickstart import training_command
+from hybrid.train.launch import training_command
 
 PAGE = Path(__file__).parents[2] / "CONTRIBUTING.md"
 

@@ -1,6 +1,5 @@
 """docs/data.md says what the code does: its tables are the code's options, its examples run."""
 
-import argparse
 import ast
 import dataclasses
 import importlib.metadata
@@ -10,9 +9,10 @@ import re
 from pathlib import Path
 
 import pytest
+import typer
 import yaml
 
-from hybrid.cli import _parser
+from hybrid.cli import app
 from hybrid.data import RowFormat, open_source, texts
 from hybrid.data.sources import GIVEN, GROUP, TextSource, parse_source, plugins
 from hybrid.tokenizer import byte_tokenizer
@@ -76,12 +76,9 @@ def test_kinds_of_files():
 
 
 def test_options_of_the_command():
-    commands = _parser(argparse.ArgumentParser(add_help=False))
-    for name in ("data", "prepare"):
-        (choices,) = (a.choices for a in commands._actions if isinstance(a.choices, dict))
-        commands = choices[name]
-    options = [a for a in commands._actions if a.option_strings and a.dest != "help"]
-    expected = [[a.option_strings[0], spelt(a.default), a.help] for a in options]
+    prepare = typer.main.get_command(app).commands["data"].commands["prepare"]
+    options = [p for p in prepare.params if p.param_type_name == "option" and p.name != "imports"]
+    expected = [[p.opts[0], spelt(p.default), p.help] for p in options]
     assert table("## Preparing ahead") == expected
 
 

@@ -5,7 +5,7 @@ from itertools import pairwise
 
 import pytest
 
-from hybrid.prose import fold
+from hybrid.mixers.describe import fold
 
 TEXT = """\
 A sentence that goes over the end of

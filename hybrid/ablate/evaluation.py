@@ -1,0 +1,99 @@
+"""What an ablation has from `hybrid_eval`: its tasks as metrics, and its HTML page."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import hybrid  # noqa: F401  (registers the model with transformers)
+from hybrid.ablate import report as words
+from hybrid.ablate.config import TRAINING_METRICS
+from hybrid.ablate.statistics import Score
+from hybrid.config.options import did_you_mean
+from hybrid_eval import Settings, evaluate
+from hybrid_eval.lm_harness import resolve
+from hybrid_eval.registry import TASKS, check_options
+from hybrid_eval.report import Column, Page, render
+from hybrid_eval.report_figures import Picture
+
+
+class EvaluationTasks:
+    """The tasks of `hybrid_eval`, and lm-eval's, as metrics of an ablation: each its headline figure."""
+
+    def problems(self, metrics: Sequence[str], options: Mapping[str, Any]) -> list[str]:
+        """Unknown tasks, settings or options, a line each."""
+        lines = []
+        for name in metrics:
+            try:
+                if len(resolve(name)) != 1:
+                    lines.append(f"metrics: {name!r} stands for several tasks; name one of them")
+            except ValueError as error:
+                near = did_you_mean(name, [*TRAINING_METRICS, *TASKS])
+                hint = near if near.startswith("did") else str(error)
+                lines.append(f"metrics: unknown metric {name!r}, {hint}")
+        known = self._settings()
+        lines += [
+            f"evaluate.{key}: unknown key, {did_you_mean(str(key), [*known, 'options'])}"
+            for key in options
+            if key not in (*known, "options")
+        ]
+        for name, values in (options.get("options") or {}).items():
+            try:
+                for task in resolve(name):
+                    check_options(task, values)
+            except ValueError as error:
+                lines.append(f"evaluate.options: {error}")
+        return lines
+
+    def higher_is_better(self, metric: str) -> bool:
+        """As the task says."""
+        return resolve(metric)[0].higher_is_better
+
+    def __call__(
+        self, folder: Path, metrics: Sequence[str], options: Mapping[str, Any]
+    ) -> dict[str, Score]:
+        """The headline figure of each task on the checkpoint in `folder`."""
+        settings: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value
+            for key, value in options.items()
+            if key != "options"
+        }
+        found = evaluate(
+            str(folder), metrics, settings=Settings(**settings), options=options.get("options")
+        )
+        results = found["models"][0]["results"]
+        return {name: self._score(results[name]) for name in metrics}
+
+    @staticmethod
+    def _score(result: Mapping[str, Any]) -> Score:
+        """The headline figure, with its items where it is their mean."""
+        bounded = result["metric"] == "accuracy" or "chance" in result
+        return Score(result[result["metric"]], tuple(result.get("items", ())), bounded)
+
+    @staticmethod
+    def _settings() -> list[str]:
+        return [f.name for f in dataclasses.fields(Settings) if f.name != "corpus"]
+
+
+def html(report: dict[str, Any], folder: Path) -> str:
+    """The report of an ablation in the dress of `hybrid eval`'s: one self-contained HTML text."""
+    seeds = f"{report['confidence']:.0%} interval over seeds"
+    notes = {"difference": seeds}
+    caption = "Differences, paired by seed, with intervals: dark is established, grey is noise."
+    picture = Picture("effects.png", caption, (folder / "effects.png").read_bytes())
+    page = Page(
+        title=f"Ablation: {report['name']}",
+        columns=[Column(head, cell, note) for head, note, cell in words.columns(report)],
+        models=report["variants"],
+        pictures=[picture],
+        differences=words.effect_rows(report),
+        compared=(
+            "What each change does",
+            [(head, notes.get(head, "")) for head in words.EFFECT_HEADINGS],
+        ),
+        notes=words.notes(report),
+        footer=[(name, version) for name, version in report["versions"].items()],
+    )
+    return render(page)

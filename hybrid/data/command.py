@@ -1,0 +1,38 @@
+"""`hybrid data prepare`: the preparation with a progress bar."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.progress import Progress, SpinnerColumn, TimeElapsedColumn
+
+from hybrid.config.options import ConfigError
+from hybrid.data.preparation import prepare
+from hybrid.terminal import console, text_column
+
+
+def run_preparation(source: str, out: str, **options: Any) -> None:
+    """Prepare `source` into the folder `out`; `options` are those of `prepare`.
+
+    Raises:
+        ValueError: one line for all mistakes of the source, or what the system refused.
+    """
+    counts = text_column("{task.completed:,} documents, {task.fields[tokens]:,} tokens")
+    screen = console(stderr=True)
+    try:
+        with Progress(SpinnerColumn(), counts, TimeElapsedColumn(), console=screen) as bar:
+            lane = bar.add_task("", total=None, tokens=0, visible=False)
+
+            def progress(documents: int, tokens: int) -> None:
+                bar.update(lane, completed=documents, tokens=tokens, visible=True)
+
+            index = prepare(source, out, progress=progress, **options)
+    except ConfigError as error:
+        raise ValueError("; ".join(error.mistakes)) from error
+    except OSError as error:
+        raise ValueError(
+            f"{out}: not written: {error}; make room and run the same command again"
+        ) from error
+    size = f"{index['documents']:,} documents, {index['tokens']:,} tokens"
+    shards = len(index["shards"])
+    print(f"{out}: {size} in {shards} shard{'s' if shards > 1 else ''}")
