@@ -12,6 +12,8 @@ from .mmlu import Form, evaluate_mmlu
 from .models import Subject
 from .mqar import KEY_IDS, VALUE_IDS, evaluate_mqar, mqar
 from .needle import evaluate_needle
+from .olmes import SUITES as OLMES
+from .olmes import evaluate_olmes
 from .questions import HUB as MMLU_HUB
 from .registry import Axis, Settings, Task, register, tokenizer_of
 from .scoring import Progress
@@ -21,7 +23,7 @@ from .text.completion import COMPLETIONS, evaluate_completion
 from .text.evaluate import evaluate_text
 from .text.material import ESSAYS_HUB
 from .text.tasks import NAMES as TEXT_TASKS
-from .text.tasks import RULER, Material, needs_essays
+from .text.tasks import RULER, RULER2, Material, needs_essays, needs_mmlu
 from .tokens import ByteEncoder, Haystack
 
 
@@ -133,6 +135,7 @@ def _run_text(name: str, subject: Subject, settings: Settings, options, progress
         arguments.pop("squad", None),
         arguments.pop("hotpot", None),
         arguments.pop("words", None),
+        arguments.pop("mmlu", None),
     )
     return evaluate_text(
         subject.model,
@@ -153,7 +156,17 @@ _WORDS = {
         if name.startswith("ruler_")
     },
     **{f"long_{name}": f"RULER's {name} generator on material at hand" for name in RULER},
+    **{f"ruler2_{name}": f"RULER v2's {name}" for name in RULER2},
 }
+
+
+def _text_data(name: str):
+    """Return what tells the hub's data of a task from any other."""
+    if needs_mmlu(name):
+        return partial(_from_hub, MMLU_HUB, "mmlu")
+    return partial(_from_hub, ESSAYS_HUB, "essays") if needs_essays(name) else None
+
+
 for _name in TEXT_TASKS:
     register(
         Task(
@@ -163,7 +176,7 @@ for _name in TEXT_TASKS:
             evaluate_text,
             partial(_run_text, _name),
             _WORDS[_name],
-            data=partial(_from_hub, ESSAYS_HUB, "essays") if needs_essays(_name) else None,
+            data=_text_data(_name),
         )
     )
 
@@ -246,6 +259,19 @@ for _form, _words in _FORMS:
             partial(_run_on_questions, evaluate_mmlu, {"form": _form}),
             _words,
             data=partial(_from_hub, MMLU_HUB, "path"),
+        )
+    )
+for _name, _suite in OLMES.items():
+    register(
+        Task(
+            _name,
+            "reasoning",
+            "accuracy",
+            evaluate_olmes,
+            partial(_run_on_questions, evaluate_olmes, {"task": _name}),
+            f"cloze after OLMES, choices compared by {_suite.normalisation}; from the hub or "
+            f"--set {_name}.path=FILE",
+            data=partial(_from_hub, _suite.hub, "path"),
         )
     )
 

@@ -23,6 +23,7 @@ from .merge import merge
 from .registry import TASKS, Settings
 from .report import table_columns, write_report
 from .runner import evaluate
+from .text.chat import check_template
 
 # of tokens, samples or rows: more than any machine measures
 _MOST = 10**9
@@ -108,6 +109,11 @@ def build_parser(prog: str, epilog: str | None = None) -> argparse.ArgumentParse
     add("--trust-remote-code", action="store_true", help="run code that a checkpoint brings along")
     add("--allow-longer", action="store_true", help="permit lengths beyond the model's positions")
     add("--chat", action="store_true", help="prompts in the tokenizer's chat template")
+    add(
+        "--template",
+        metavar="NAME",
+        help="prompts in RULER's template of that name: meta-llama3, Phi3, jamba ...",
+    )
     add(
         "--set",
         action="append",
@@ -206,6 +212,10 @@ def print_table(results: dict[str, Any], console: Console) -> None:
 
 
 def _run(arguments: argparse.Namespace, console: Console) -> None:
+    if arguments.template is not None:
+        if arguments.chat:
+            raise ValueError("--chat and --template name two templates; give one of them")
+        check_template(arguments.template)
     names = [*(arguments.tasks or []), *(arguments.retrieval or []), *(arguments.reasoning or [])]
     settings = Settings(
         lengths=arguments.lengths,
@@ -216,7 +226,7 @@ def _run(arguments: argparse.Namespace, console: Console) -> None:
         corpus=None if arguments.text is None else load_corpus(arguments.text),
         context=arguments.context,
         allow_longer=arguments.allow_longer,
-        chat=arguments.chat,
+        chat=arguments.template or arguments.chat,
     )
     # one bar per task is enough: transformers draws one per checkpoint of its own
     disable_progress_bar()

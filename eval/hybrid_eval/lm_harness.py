@@ -19,7 +19,7 @@ from .identity import content, path_digest
 from .models import Subject
 from .registry import TASKS, Axis, Settings, Task, tokenizer_of
 from .scoring import batch_size_for, evaluating, finite_logits, position_limit
-from .stats import above_chance, t_interval, weighted_interval, wilson
+from .stats import above_chance, proportion_interval, t_interval, weighted_interval
 from .tokens import Encoder
 
 # where a config states no length, lm-eval would cut every prompt to 2048 tokens
@@ -222,7 +222,7 @@ def _figures(
         "accuracy": value,
         "accuracy_stderr": error,
         # a group may weigh its tasks equally: then its own error counts
-        "interval": wilson(sum(items), len(items))
+        "interval": proportion_interval(sum(items), len(items))
         if pooled
         else weighted_interval(value, error, len(items)),
         "chance": chance,

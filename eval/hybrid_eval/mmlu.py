@@ -11,22 +11,27 @@ original's ``dev`` and ``test`` subfolders: then examples come from ``dev``, fiv
 """
 
 import math
-from collections import Counter
 from collections.abc import Sequence
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
+from .choices import Normalisation, Problem, choose_by_likelihood
 from .questions import HUB, LETTERS, Item, choose, hub_items, read_items
-from .scoring import IGNORE, Progress, position_limit, score
-from .stats import above_chance, mean_and_error, wilson
-from .tokens import Encoder, continuation_ids
+from .scoring import Progress
+from .stats import above_chance, mean_and_error, proportion_interval
+from .tokens import Encoder
 
 Form = Literal["letters", "cloze"]
 # what is left of a prompt without a question: the measure of how likely a text is anyway
 _UNCONDITIONED = "Answer:"
+_KEYS: dict[Normalisation, str] = {
+    "none": "accuracy",
+    "bytes": "accuracy_norm",
+    "characters": "accuracy_norm_chars",
+    "pmi": "accuracy_pmi",
+}
 
 
 def _block(item: Item, form: Form) -> str:
@@ -69,50 +74,13 @@ def _examples(item: Item, worked: dict[str, list[Item]], shots: int, source: str
     return found
 
 
-def _row(tokenizer: Encoder, context: str, text: str) -> dict[str, np.ndarray]:
-    ids, start = continuation_ids(tokenizer, context, text)
-    row = np.asarray(ids, dtype=np.int64)
-    labels = row.copy()
-    labels[:start] = IGNORE
-    return {"input_ids": row, "labels": labels}
-
-
-def _rows(
-    item: Item, examples: Sequence[Item], form: Form, tokenizer: Encoder, limit: int | None
-) -> tuple[list[dict[str, np.ndarray]], int]:
-    """Return a row for each choice, and how many examples fitted the model's length."""
-    for count in range(len(examples), -1, -1):
-        context = prompt(item, examples[:count], form)
-        rows = [_row(tokenizer, context, text) for text in _continuations(item, form)]
-        longest = max(len(row["input_ids"]) for row in rows)
-        if limit is None or longest <= limit or count == 0:
-            return rows, count
-    raise AssertionError("the loop ends at no examples")
-
-
-def _accuracies(
-    chosen: Sequence[Item],
-    likelihoods: Sequence[Sequence[float]],
-    unconditioned: Sequence[Sequence[float]] | None,
-    form: Form,
-) -> dict[str, list[float]]:
-    """Return, for each way to compare choices, whether each question is right."""
-    found: dict[str, list[float]] = {"accuracy": [], "accuracy_norm": [], "accuracy_norm_chars": []}
-    if unconditioned is not None:
-        found["accuracy_pmi"] = []
-    for number, (item, lls) in enumerate(zip(chosen, likelihoods, strict=True)):
-        texts = [text.strip() for text in _continuations(item, form)]
-        scores = {
-            "accuracy": lls,
-            "accuracy_norm": [v / len(t.encode("utf-8")) for v, t in zip(lls, texts, strict=True)],
-            "accuracy_norm_chars": [v / len(t) for v, t in zip(lls, texts, strict=True)],
-        }
-        if unconditioned is not None:
-            alone = unconditioned[number]
-            scores["accuracy_pmi"] = [a - b for a, b in zip(lls, alone, strict=True)]
-        for name, values in scores.items():
-            found[name].append(float(int(np.argmax(values)) == item.answer))
-    return found
+def _problem(item: Item, examples: Sequence[Item], form: Form) -> Problem:
+    return Problem(
+        lambda count: prompt(item, examples[:count], form),
+        len(examples),
+        tuple(_continuations(item, form)),
+        item.answer,
+    )
 
 
 def _subjects(chosen: Sequence[Item], right: Sequence[float]) -> dict[str, dict[str, Any]]:
@@ -123,7 +91,7 @@ def _subjects(chosen: Sequence[Item], right: Sequence[float]) -> dict[str, dict[
     return {
         name: {
             "accuracy": sum(values) / len(values),
-            "interval": wilson(sum(values), len(values)),
+            "interval": proportion_interval(sum(values), len(values)),
             "n": len(values),
         }
         for name, values in sorted(grouped.items())
@@ -161,7 +129,7 @@ def evaluate_mmlu(
         allow_longer: permit prompts beyond ``max_position_embeddings``.
 
     Returns:
-        accuracy (largest log-likelihood; over all questions) with standard error and Wilson
+        accuracy (largest log-likelihood; over all questions) with standard error and 95%
         interval, accuracy_macro (mean over subjects), accuracy_norm and accuracy_norm_chars
         (log-likelihood per byte and per character of the choice), accuracy_pmi if asked for,
         gold_bits_per_byte, chance, subjects, shots (asked for; how many questions had how many),
@@ -172,45 +140,37 @@ def evaluate_mmlu(
     """
     questions, worked = hub_items() if path is None else read_items(path)
     chosen = choose(questions, n, seed)
-    limit = None if allow_longer else position_limit(model)
-    rows, sizes, used = [], [], []
-    for item in chosen:
-        examples = _examples(item, worked, shots, HUB if path is None else str(path))
-        own, count = _rows(item, examples, form, tokenizer, limit)
-        rows += own
-        sizes.append(len(own))
-        used.append(count)
-    alone = [
-        _row(tokenizer, _UNCONDITIONED, text)
-        for item in chosen
-        for text in (_continuations(item, form) if unconditioned else ())
-    ]
-    scored = score(
-        model, [*rows, *alone], batch_size=batch_size, progress=progress, allow_longer=allow_longer
+    source = HUB if path is None else str(path)
+    problems = [_problem(item, _examples(item, worked, shots, source), form) for item in chosen]
+    made = choose_by_likelihood(
+        model,
+        problems,
+        tokenizer=tokenizer,
+        unconditioned=_UNCONDITIONED if unconditioned else None,
+        batch_size=batch_size,
+        progress=progress,
+        allow_longer=allow_longer,
     )
-    totals = [-float(row.nll.sum()) for row in scored]
-    edges = np.cumsum([0, *sizes])
-    likelihoods = [totals[a:b] for a, b in pairwise(edges)]
-    after = edges + len(rows)
-    anyway = [totals[a:b] for a, b in pairwise(after)]
-    found = _accuracies(chosen, likelihoods, anyway if unconditioned else None, form)
+    found = {_KEYS[way]: values for way, values in made.right.items()}
     right = found["accuracy"]
     accuracy, error = mean_and_error(right)
     subjects = _subjects(chosen, right)
     bits = [
-        -lls[item.answer] / len(_continuations(item, form)[item.answer].strip().encode("utf-8"))
-        for item, lls in zip(chosen, likelihoods, strict=True)
+        -lls[own.answer] / len(own.continuations[own.answer].strip().encode("utf-8"))
+        for own, lls in zip(problems, made.likelihoods, strict=True)
     ]
-    lengths = [len(row["input_ids"]) for row in rows]
     chance = float(np.mean([1 / len(item.choices) for item in chosen]))
     others = [name for name in found if name != "accuracy"]
     return {
         "accuracy": accuracy,
         "accuracy_stderr": error,
-        "interval": wilson(sum(right), len(right)),
+        "interval": proportion_interval(sum(right), len(right)),
         "accuracy_macro": mean_and_error([s["accuracy"] for s in subjects.values()])[0],
         **{name: mean_and_error(found[name])[0] for name in others},
-        **{f"{name}_interval": wilson(sum(found[name]), len(chosen)) for name in others},
+        **{
+            f"{name}_interval": proportion_interval(sum(found[name]), len(chosen))
+            for name in others
+        },
         "also": ["accuracy_macro", *others],
         "gold_bits_per_byte": mean_and_error(bits)[0] / math.log(2),
         "chance": chance,
@@ -220,9 +180,9 @@ def evaluate_mmlu(
         "subjects": subjects,
         "shots": {
             "asked": shots,
-            "used": {str(count): times for count, times in sorted(Counter(used).items())},
+            "used": {str(count): times for count, times in made.shots.items()},
         },
-        "tokens": {"min": min(lengths), "max": max(lengths)},
+        "tokens": made.tokens,
         "truncated": 0,
         "haystack": f"questions of {HUB if path is None else Path(path).name}",
         "items": right,

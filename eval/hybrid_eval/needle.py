@@ -23,7 +23,7 @@ from .mqar import KEY_IDS, VALUE_IDS
 from .scoring import IGNORE, Progress, score
 from .seeding import generator
 from .sources import Source
-from .stats import above_chance, mean_and_error, wilson
+from .stats import above_chance, mean_and_error, proportion_interval
 from .tokens import ByteEncoder, Encoder, Haystack
 
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -228,7 +228,7 @@ def evaluate_needle(
         allow_longer: permit rows beyond ``max_position_embeddings``.
 
     Returns:
-        accuracy over all cells with its standard error and Wilson interval, chance, nll, and
+        accuracy over all cells with its standard error and 95% interval, chance, nll, and
         "cells": accuracy, stderr, interval, nll and n for every length and depth.
     """
     key_ids, value_ids = id_range("key_ids", key_ids), id_range("value_ids", value_ids)
@@ -281,7 +281,7 @@ def summarise_grid(
                 "depth": depth,
                 "accuracy": accuracy,
                 "stderr": error,
-                "interval": wilson(sum(exact[part]), n),
+                "interval": proportion_interval(sum(exact[part]), n),
                 "nll": mean_and_error(nll[part])[0],
                 "n": n,
             }
@@ -291,7 +291,7 @@ def summarise_grid(
     return {
         "accuracy": accuracy,
         "accuracy_stderr": error,
-        "interval": wilson(sum(exact), len(exact)),
+        "interval": proportion_interval(sum(exact), len(exact)),
         "chance": chance,
         "above_chance": above_chance(accuracy, chance),
         "nll": mean_nll,

@@ -60,19 +60,33 @@ def _read_parquet(path: Path) -> list[dict[str, Any]]:
         raise ValueError(f"{path}: not a parquet file that can be read ({error})") from error
 
 
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """Return the rows of a .jsonl or .parquet file.
+
+    Raises:
+        ValueError: not such a file; the message names it.
+    """
+    if path.suffix == ".parquet":
+        return _read_parquet(path)
+    return [record for _, record in read_jsonl(path)]
+
+
 def _read(path: Path) -> list[Item]:
     subject = path.stem.removesuffix("_test").removesuffix("_dev").removesuffix("_val")
-    if path.suffix == ".jsonl":
-        records: Iterable[dict[str, Any]] = [record for _, record in read_jsonl(path)]
-    elif path.suffix == ".parquet":
-        records = _read_parquet(path)
+    if path.suffix in (".jsonl", ".parquet"):
+        records: Iterable[dict[str, Any]] = read_records(path)
     else:
         rows = csv.reader(io.StringIO(read_text(path), newline=""))
         records = [{"question": r[0], "choices": r[1:-1], "answer": r[-1]} for r in rows if r]
-    return _items(({"subject": subject, **record} for record in records), str(path))
+    return as_items(({"subject": subject, **record} for record in records), str(path))
 
 
-def _items(records: Iterable[dict[str, Any]], where: str) -> list[Item]:
+def as_items(records: Iterable[dict[str, Any]], where: str) -> list[Item]:
+    """Return rows of MMLU's schema as questions.
+
+    Raises:
+        ValueError: a row that is not in the schema; the message names it.
+    """
     return [_item(record, f"{where}, item {number}") for number, record in enumerate(records, 1)]
 
 
@@ -91,7 +105,7 @@ def hub_items() -> tuple[list[Item], dict[str, list[Item]]]:
         ValueError: the hub cannot be reached, or an item is not in the schema.
     """
     splits = [
-        _items(
+        as_items(
             load_hub(
                 HUB,
                 config="all",
@@ -106,6 +120,18 @@ def hub_items() -> tuple[list[Item], dict[str, list[Item]]]:
     return splits[0], by_subject(splits[1])
 
 
+def items_in(place: Path) -> list[Item]:
+    """Return the questions of a file, or of all files below a folder; none where there is nothing.
+
+    Raises:
+        ValueError: an item that is not in the schema.
+    """
+    if place.is_file():
+        return _read(place)
+    files = sorted(p for p in place.rglob("*") if p.suffix in (".jsonl", ".parquet", ".csv"))
+    return [item for path in files for item in _read(path)]
+
+
 def read_items(folder: str | Path) -> tuple[list[Item], dict[str, list[Item]]]:
     """Return the questions of a folder or file, and the worked examples by subject.
 
@@ -113,20 +139,10 @@ def read_items(folder: str | Path) -> tuple[list[Item], dict[str, list[Item]]]:
         ValueError: nothing there, or an item that is not in the schema.
     """
     root = Path(folder).expanduser()
-    places = {"test": root / "test", "dev": root / "dev"}
-
-    def files(place: Path) -> list[Path]:
-        if place.is_file():
-            return [place]
-        return sorted(p for p in place.rglob("*") if p.suffix in (".jsonl", ".parquet", ".csv"))
-
-    split = places["test"].is_dir()
-    found = [item for path in files(places["test"] if split else root) for item in _read(path)]
+    found = items_in(root / "test" if (root / "test").is_dir() else root)
     if not found:
         raise ValueError(f"{root}: no .jsonl, .parquet or .csv file with questions")
-    dev = files(places["dev"]) if places["dev"].is_dir() else []
-    shots = by_subject(item for path in dev for item in _read(path))
-    return found, shots
+    return found, by_subject(items_in(root / "dev"))
 
 
 def choose(items: Sequence[Item], n: int | None, seed: int) -> list[Item]:

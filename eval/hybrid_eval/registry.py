@@ -13,6 +13,7 @@ from .corpus import Corpus
 from .errors import nearest
 from .models import Subject
 from .text.tasks import NAMES as TEXT_TASKS
+from .text.tasks import needs_mmlu
 from .tokens import Encoder
 
 Axis = Literal["retrieval", "reasoning", "language", "cost", "speed"]
@@ -31,7 +32,8 @@ class Settings:
         corpus: text for haystacks and held-out loss.
         context: tokens at which the cache's size is stated.
         allow_longer: permit lengths beyond ``max_position_embeddings``.
-        chat: put prompts of tasks in words into the tokenizer's chat template.
+        chat: put prompts of tasks in words into the tokenizer's chat template (True), or into
+            RULER's of that name (see :data:`hybrid_eval.text.chat.TEMPLATES`).
     """
 
     lengths: tuple[int, ...] | None = None
@@ -42,7 +44,7 @@ class Settings:
     corpus: Corpus | None = None
     context: int = 32768
     allow_longer: bool = False
-    chat: bool = False
+    chat: bool | str = False
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,7 @@ _OWN_TEXT_OPTIONS = {
     "kv_recall": ("pairs",),
     "ruler_common_words": ("words",),
     "long_cwe": ("words",),
+    **{name: ("mmlu",) for name in TEXT_TASKS if needs_mmlu(name)},
 }
 _MORE_OPTIONS = {
     **{name: (*_TEXT_OPTIONS, *_OWN_TEXT_OPTIONS.get(name, ())) for name in TEXT_TASKS},
@@ -137,7 +140,7 @@ _POSITIVE = frozenset(
 # of tasks in words, which hand them on
 _OPTION_TYPES: dict[str, Any] = {
     "pairs": int | None,
-    **dict.fromkeys(("essays", "squad", "hotpot", "words"), str | None),
+    **dict.fromkeys(("essays", "squad", "hotpot", "words", "mmlu"), str | None),
 }
 
 

@@ -14,7 +14,7 @@ from .pictures import Point, human_tokens
 
 Record = dict[str, Any]
 # where a task's material comes from is in the footer, not on an axis
-_SOURCES = ("path", "essays", "squad", "hotpot", "words")
+_SOURCES = ("path", "examples", "essays", "squad", "hotpot", "words")
 
 
 @dataclass
@@ -84,7 +84,8 @@ def how(result: Record) -> list[str]:
     answer in one order is another figure.
     """
     words = ["forced"] if result.get("mode") == "forced" else []
-    return [*words, "chat"] if result.get("chat") else words
+    template = result.get("chat")
+    return [*words, "chat" if template is True else template] if template else words
 
 
 def _label(words: str) -> str:

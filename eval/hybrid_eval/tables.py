@@ -5,11 +5,11 @@ import io
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from .pictures import human_tokens
 from .report_figures import Record, named
-from .text.tasks import RULER, bare
+from .text.tasks import NAMES, RULER, RULER2
 
 # columns of figures beside the model's name that fit a page of 1,200 pixels
 PAGE_COLUMNS = 6
@@ -138,36 +138,50 @@ def effective(scores: dict[int, float], threshold: float) -> int | None:
     return found
 
 
-def suites(record: Record) -> Iterator[tuple[str, dict[int, float], int]]:
-    """Yield RULER's tasks of a model, and those on other material: name, mean by length, tasks.
+# beginning of the tasks' names, name of the suite, number of its tasks
+_SUITES = (
+    ("ruler_", "RULER", len(RULER)),
+    ("ruler2_", "RULER v2", len(RULER2)),
+    ("long_", "long_...", len(RULER)),
+)
 
-    Of each length the mean over the tasks that were run; only lengths that all of them have.
-    """
-    for prefix, name in (("ruler_", "RULER"), ("long_", "long_...")):
+
+class SuiteMeans(NamedTuple):
+    """Mean over a suite's tasks at each length that all of them have, of how many tasks of it."""
+
+    name: str
+    means: dict[int, float]
+    ran: int
+    tasks: int
+
+
+def suites(record: Record) -> Iterator[SuiteMeans]:
+    """Yield RULER's tasks of a model, RULER v2's, and RULER's on other material."""
+    for prefix, name, tasks in _SUITES:
         scores = {
-            bare(task): by_length(result)
+            task: by_length(result)
             for task, result in record["results"].items()
-            if task.startswith(prefix) and bare(task) in RULER and by_length(result)
+            if task.startswith(prefix) and task in NAMES and by_length(result)
         }
         if scores:
             common = sorted(set.intersection(*map(set, scores.values())))
             means = {at: sum(s[at] for s in scores.values()) / len(scores) for at in common}
             if means:
-                yield name, means, len(scores)
+                yield SuiteMeans(name, means, len(scores), tasks)
 
 
 def context_table(results: Record) -> Iterator[Table]:
     """Yield means over RULER's tasks, weighted means, and the effective context length."""
     rows = []
     for model in results["models"]:
-        for name, means, count in suites(model):
+        for name, means, count, tasks in suites(model):
             scores = list(means.values())
             own = OWN_THRESHOLD * means[min(means)]
             lengths = [effective(means, RULER_THRESHOLD), effective(means, own)]
             rows.append(
                 [
                     f"{model['name']}: {name}",
-                    f"{count} of {len(RULER)}",
+                    f"{count} of {tasks}",
                     f"{sum(scores) / len(scores):.3f}",
                     f"{weighted(scores, rising=True):.3f}",
                     f"{weighted(scores, rising=False):.3f}",

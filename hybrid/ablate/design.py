@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from hybrid.ablate.config import ALL_BUT, Ablation, flat, train_config, with_overrides
-from hybrid.ablate.matching import Cost, cost_of, solve
+from hybrid.ablate.matching import Cost, cost_of, nothing_to_match, solve
 from hybrid.config.options import ConfigError
 from hybrid.train.config import TrainConfig
 
@@ -24,7 +24,7 @@ class Variant:
         name: `baseline`, a change's name, `all`, or `all-but-NAME`.
         changes: those that are on.
         config: what is trained; seed and folder are set for each run.
-        width: the value that `match` solved for; None without one.
+        width: the value that `match` solved for; None without one, or where it changes nothing.
         cost: None for a model that is not of this package.
         difference: of the matched cost to the baseline's, as a share; without a match, of the
             parameters.
@@ -89,6 +89,10 @@ def plan_runs(ablation: Ablation) -> Design:
             mistakes.append(f"{name}: {error}")
         if not variants:
             break  # nothing to compare with
+    match = ablation.match
+    # a width that one variant has not may be matched in others; one that none has is a mistake
+    if match is not None and not mistakes and all(v.width is None for v in variants):
+        mistakes.append(nothing_to_match(match))
     if mistakes:
         raise ConfigError(mistakes, f"ablation {ablation.name!r}")
     return Design(ablation, variants, contrasts)

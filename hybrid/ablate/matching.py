@@ -61,7 +61,9 @@ def _tokenizer(name: str) -> PreTrainedTokenizerBase:
     return load_tokenizer(name)
 
 
-def solve(config: TrainConfig, match: Match, target: float) -> tuple[dict[str, Any], int, float]:
+def solve(
+    config: TrainConfig, match: Match, target: float
+) -> tuple[dict[str, Any], int | None, float]:
     """The width whose cost is nearest to `target`.
 
     Args:
@@ -70,10 +72,11 @@ def solve(config: TrainConfig, match: Match, target: float) -> tuple[dict[str, A
         target: the baseline's parameters, or FLOPs.
 
     Returns:
-        The model's keys with that width, the width, and the difference that remains as a share.
+        The model's keys with that width, the width, and the difference that remains as a share. The
+        width is None where it changes nothing and the variant agrees within the tolerance as it is.
 
     Raises:
-        ValueError: no width is accepted, the width changes nothing, or too much remains.
+        ValueError: no width is accepted, or too much remains.
     """
     refusals: list[str] = []
 
@@ -90,10 +93,13 @@ def solve(config: TrainConfig, match: Match, target: float) -> tuple[dict[str, A
     if not widths:
         why = f" ({refusals[-1]})" if refusals else ""
         raise ValueError(f"match.width: no {match.width} is accepted here{why}")
-    if cost(2 * widths[0]) == cost(widths[0]):
-        raise ValueError(
-            f"match.width: nothing to match: {match.width} changes no {match.cost} here"
-        )
+    # a width may be refused (heads that do not divide it, too large a head)
+    around = {cost(width) for width in (2 * widths[0], max(1, widths[0] // 2), match.step)}
+    if around - {None} <= {cost(widths[0])}:
+        left = _measure(config, match) / target - 1
+        if abs(left) <= match.within:
+            return config.model, None, left
+        raise ValueError(f"{nothing_to_match(match)}, and {left:+.1%} of {match.cost} remains")
     # the variant's own width first: what costs the same need not change
     mine = [] if own is None or cost(own) is None else [own]
     width = min([*mine, *widths], key=lambda w: abs((cost(w) or math.inf) - target))
@@ -104,6 +110,11 @@ def solve(config: TrainConfig, match: Match, target: float) -> tuple[dict[str, A
             f" match.within {match.within:.1%}; {_way_out(cost, target, match, own)}"
         )
     return _set(config, match, width), width, left
+
+
+def nothing_to_match(match: Match) -> str:
+    """Say that a width changes no cost."""
+    return f"match.width: nothing to match: {match.width} changes no {match.cost} here"
 
 
 def _way_out(

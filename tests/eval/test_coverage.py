@@ -12,10 +12,10 @@ from hybrid_eval.stats import (
     clustered_interval,
     holm,
     paired_difference,
+    proportion_interval,
     ratio_and_error,
     t_interval,
     weighted_interval,
-    wilson,
 )
 
 DRAWS = 400
@@ -86,26 +86,38 @@ def test_one_cluster_or_a_perfect_score_is_not_certainty():
     assert clustered_interval([10, 0, 9], [10, 0, 10]) == clustered_interval([10, 9], [10, 10])
 
 
-def test_items_that_are_not_clustered_have_wilson_s_interval():
-    assert clustered_interval([1, 0, 1, 1], [1] * 4) == wilson(3, 4)
+def test_items_that_are_not_clustered_have_the_interval_of_a_proportion():
+    assert clustered_interval([1, 0, 1, 1], [1] * 4) == proportion_interval(3, 4)
 
 
-@pytest.mark.parametrize("n", [20, 64])
-@pytest.mark.parametrize("p", [0.5, 0.9, 0.99])
-def test_wilson_intervals_hold_the_truth(n, p):
-    """Exactly, over the binomial distribution."""
-    ends = [wilson(k, n) for k in range(n + 1)]
-    masses = stats.binom.pmf(np.arange(n + 1), n, p)
-    assert sum(m for m, (low, high) in zip(masses, ends, strict=True) if low <= p <= high) >= 0.93
+def exact_coverage(interval, n, ps):
+    """How often an interval holds each p, over the binomial distribution."""
+    low, high = np.transpose([interval(k, n) for k in range(n + 1)])
+    masses = stats.binom.pmf(np.arange(n + 1)[:, None], n, ps)
+    return (masses * ((low[:, None] <= ps) & (ps <= high[:, None]))).sum(0)
+
+
+@pytest.mark.parametrize("n", [2, 3, 5, 8, 12, 14, 15, 20, 31, 63, 64, 65, 200])
+def test_intervals_of_a_proportion_hold_the_truth_whatever_it_is(n):
+    ps = np.linspace(0.0005, 0.9995, 1999)
+    assert exact_coverage(proportion_interval, n, ps).min() >= 0.93
+
+
+@pytest.mark.parametrize("n", [5, 10, 64])
+def test_wilson_s_interval_does_not(n):
+    def wilson(k, n):
+        return proportion_confint(k, n, method="wilson")
+
+    assert exact_coverage(wilson, n, np.linspace(0.0005, 0.9995, 1999)).min() < 0.86
 
 
 def test_an_accuracy_with_a_given_error_stays_in_its_range():
-    assert weighted_interval(1.0, 0.0, 50) == wilson(50, 50)
+    assert weighted_interval(1.0, 0.0, 50) == proportion_interval(50, 50)
     low, high = weighted_interval(0.98, 0.05, 200)
     assert 0 < low < 0.98 < high <= 1
-    assert high - low > wilson(196, 200).high - wilson(196, 200).low
+    assert high - low > proportion_interval(196, 200).high - proportion_interval(196, 200).low
     # an error too small for the items is not believed
-    assert weighted_interval(0.5, 1e-9, 100) == wilson(50, 100)
+    assert weighted_interval(0.5, 1e-9, 100) == proportion_interval(50, 100)
 
 
 def test_a_mean_of_few_windows_has_student_s_interval():

@@ -7,14 +7,15 @@ from itertools import pairwise
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from hybrid_eval import Settings, evaluate, load, write_report
+from hybrid_eval.cli import main
 from hybrid_eval.registry import TASKS
 from hybrid_eval.text.counter import Counter
 from hybrid_eval.text.evaluate import evaluate_text, forced_row
-from hybrid_eval.text.sample import string_match
+from hybrid_eval.text.matching import string_match
 from hybrid_eval.text.tasks import Material, maker, samples
 from hybrid_eval.tokens import ByteEncoder, continuation_ids
 
@@ -245,3 +246,44 @@ def test_a_chat_template_is_around_the_prompt_and_before_the_answer(chatty, name
 def test_without_a_chat_template_chat_is_refused(prepending):
     with pytest.raises(ValueError, match="has no chat template; leave --chat out"):
         samples("niah_grid", tokenizer=prepending, lengths=[1024], n=1, chat=True)
+
+
+LLAMA3 = (
+    "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\n",
+    "<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "before", "behind", "bos"),
+    [
+        ("meta-llama3", *LLAMA3, "<|begin_of_text|>"),
+        # this one leaves its first token to the tokenizer
+        ("meta-chat", "[INST] ", " [/INST]", "<|begin_of_text|>"),
+        ("jamba", "<|startoftext|><|bom|><|system|> <|eom|><|bom|><|user|> ", None, None),
+    ],
+)
+def test_rulers_templates_are_around_the_prompt(chatty, name, before, behind, bos):
+    if bos is not None:
+        chatty.add_special_tokens({"bos_token": bos})
+        chatty.backend_tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{bos} $A", special_tokens=[(bos, chatty.bos_token_id)]
+        )
+    behind = "<|eom|><|bom|><|assistant|>" if behind is None else behind
+    (sample,) = samples("long_niah_single_1", tokenizer=chatty, lengths=[3000], n=1, chat=name)
+    assert sample.text == f"{before}{sample.prompt}{behind} {sample.answer_prefix}"
+    row = forced_row(sample, chatty)["input_ids"].tolist()
+    assert sample.prompt_tokens + sample.slack + sample.max_new_tokens == 3000
+    if bos is not None:
+        # once, whoever puts it there
+        assert row.count(chatty.bos_token_id) == 1
+        assert row[0] == chatty.bos_token_id
+
+
+def test_a_template_that_ruler_has_not_is_refused(chatty, capsys):
+    with pytest.raises(ValueError, match="unknown name 'meta-lama3'; did you mean 'meta-llama3'"):
+        samples("niah_grid", tokenizer=chatty, lengths=[1024], n=1, chat="meta-lama3")
+    assert main(["model", "--template", "lama"]) == 2
+    assert "template: unknown name 'lama'" in capsys.readouterr().err
+    assert main(["model", "--template", "Phi3", "--chat"]) == 2
+    assert "two templates" in capsys.readouterr().err

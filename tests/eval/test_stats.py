@@ -2,31 +2,42 @@ import math
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from hybrid_eval.stats import (
     above_chance,
     clustered_interval,
     mean_and_error,
     paired_difference,
+    proportion_interval,
     ratio_and_error,
-    wilson,
 )
 
 
-def test_wilson_agrees_with_the_equation_that_defines_it():
-    # the ends solve |p_hat - p| = z sqrt(p (1 - p) / n)
-    for successes, trials in ((8, 10), (1, 30), (250, 500)):
-        for end in wilson(successes, trials):
-            left = abs(successes / trials - end)
-            assert left == pytest.approx(1.959963984540054 * math.sqrt(end * (1 - end) / trials))
+def test_few_trials_have_the_interval_of_the_binomial_tails():
+    # at either end the answers seen, or more extreme ones, have a chance of 2.5%
+    for successes, trials in ((8, 10), (1, 3), (28, 29)):
+        low, high = proportion_interval(successes, trials)
+        assert stats.binom.sf(successes - 1, trials, low) == pytest.approx(0.025)
+        assert stats.binom.cdf(successes, trials, high) == pytest.approx(0.025)
 
 
-def test_wilson_at_the_ends_stays_inside():
-    assert wilson(0, 20).low == 0.0
-    assert wilson(20, 20).high == 1.0
-    assert wilson(20, 20).low < 1.0
+def test_many_trials_have_agresti_and_coull_s_interval():
+    # z^2 trials more, half of them right, then normal theory
+    z = 1.959963984540054
+    for successes, trials in ((40, 64), (250, 500)):
+        p = (successes + z * z / 2) / (trials + z * z)
+        half = z * math.sqrt(p * (1 - p) / (trials + z * z))
+        assert proportion_interval(successes, trials) == pytest.approx((p - half, p + half))
+
+
+def test_intervals_at_the_ends_stay_inside():
+    for trials in (3, 20, 64):
+        assert proportion_interval(0, trials).low == 0.0
+        assert proportion_interval(trials, trials).high == 1.0
+        assert proportion_interval(trials, trials).low < 1.0
     with pytest.raises(ValueError, match="3/2"):
-        wilson(3, 2)
+        proportion_interval(3, 2)
 
 
 def test_correlated_items_widen_the_interval():
@@ -71,7 +82,7 @@ def test_a_paired_comparison_sees_what_unpaired_intervals_hide():
     assert found.interval.low > 0
     assert found.p_value < 0.01
     # while each model's own interval covers the other's score
-    assert wilson(b.sum(), 400).high > a.mean()
+    assert proportion_interval(b.sum(), 400).high > a.mean()
     same = paired_difference(a, a)
     assert (same.difference, same.p_value) == (0, 1)
 

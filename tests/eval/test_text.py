@@ -11,8 +11,8 @@ from hybrid_eval.corpus import Corpus, Document, stdlib_documents
 from hybrid_eval.text.counter import Counter
 from hybrid_eval.text.evaluate import evaluate_text, forced_row
 from hybrid_eval.text.fill import alike, fill
+from hybrid_eval.text.matching import string_match
 from hybrid_eval.text.material import uuids
-from hybrid_eval.text.sample import string_match
 from hybrid_eval.text.tasks import GRIDS, NAMES, RULER, Material, maker, samples
 from hybrid_eval.tokens import ByteEncoder, prompt_ids
 

@@ -9,7 +9,7 @@ lm-eval calls ``docs.TASK(**metadata)`` for the documents of a task. What may st
     depths                  of the needle, for niah_grid and kv_recall
     samples                 per length (and depth), default 20
     seed                    default 0
-    text, essays, squad, hotpot   paths of your own material
+    text, essays, squad, hotpot, mmlu   paths of your own material
 """
 
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ import datasets
 from transformers import AutoConfig, AutoTokenizer
 
 from hybrid_eval.corpus import load_corpus
-from hybrid_eval.text.sample import string_match
+from hybrid_eval.text.matching import string_match
 from hybrid_eval.text.tasks import DEPTHS, NAMES, Material, cells, samples
 
 # lm-eval wants every metric declared in the YAML; these lengths are
@@ -75,7 +75,12 @@ def documents(task: str, **metadata: Any) -> dict[str, datasets.Dataset]:
     count = int(metadata.get("samples", 20))
     read = {key: load_corpus(metadata[key]) for key in ("text", "essays") if metadata.get(key)}
     material = Material(
-        read.get("text"), read.get("essays"), metadata.get("squad"), metadata.get("hotpot")
+        read.get("text"),
+        read.get("essays"),
+        metadata.get("squad"),
+        metadata.get("hotpot"),
+        metadata.get("words"),
+        metadata.get("mmlu"),
     )
     made = samples(
         task,

@@ -15,10 +15,11 @@ from ..scoring import (
     finite_logits,
     score,
 )
-from ..stats import above_chance, mean_and_error, wilson
+from ..stats import above_chance, mean_and_error, proportion_interval
 from ..tokens import Encoder, continuation_ids, prompt_ids
-from .chat import chat_ids
-from .sample import TextSample, string_match
+from .chat import text_ids
+from .matching import string_match
+from .sample import TextSample
 from .tasks import DEPTHS, Material, cells, generates, samples
 
 Mode = Literal["forced", "generate"]
@@ -26,9 +27,7 @@ Mode = Literal["forced", "generate"]
 
 def forced_row(sample: TextSample, tokenizer: Encoder) -> dict[str, np.ndarray]:
     """Return the row that scores a sample's answer in one forward."""
-    found, start = continuation_ids(
-        tokenizer, sample.text, sample.answer, special=sample.chat is None
-    )
+    found, start = continuation_ids(tokenizer, sample.text, sample.answer, special=sample.special)
     ids = np.asarray(found, dtype=np.int64)
     labels = ids.copy()
     labels[:start] = IGNORE
@@ -40,8 +39,8 @@ def generate(model, tokenizer: Encoder, sample: TextSample) -> str:
     """Return the greedy continuation of a sample's prompt."""
     found = (
         prompt_ids(tokenizer, sample.text)
-        if sample.chat is None
-        else chat_ids(tokenizer, sample.text)
+        if sample.special
+        else text_ids(tokenizer, sample.text, special=False)
     )
     ids = torch.as_tensor([found], device=device_of(model))
     pad = getattr(tokenizer, "pad_token_id", None)
@@ -85,7 +84,7 @@ def _cell_results(
                 **cell,
                 "accuracy": accuracy,
                 "stderr": error,
-                "interval": wilson(sum(scores[part]), n),
+                "interval": proportion_interval(sum(scores[part]), n),
                 "nll": None if nll is None else mean_and_error(nll[part])[0],
                 "n": n,
                 "prompt_tokens": {"min": min(tokens), "max": max(tokens)},
@@ -116,7 +115,7 @@ def measure(
         allow_longer: permit samples beyond ``max_position_embeddings``.
 
     Returns:
-        accuracy over all samples with standard error and Wilson interval, true token counts, and
+        accuracy over all samples with standard error and 95% interval, true token counts, and
         per sample "items" (scores) and "nlls" (None for generation).
 
     Raises:
@@ -141,7 +140,7 @@ def measure(
     result: dict[str, Any] = {
         "accuracy": accuracy,
         "accuracy_stderr": error,
-        "interval": wilson(sum(scores), len(scores)),
+        "interval": proportion_interval(sum(scores), len(scores)),
         "chance": 0.0,
         "above_chance": above_chance(accuracy, 0.0),
         "n": len(scores),
@@ -149,7 +148,7 @@ def measure(
         "truncated": 0,
         "haystack": made[0].haystack,
         "mode": mode,
-        "chat": made[0].chat is not None,
+        "chat": made[0].template,
         "items": scores,
         "nlls": nlls,
     }
@@ -169,7 +168,7 @@ def evaluate_text(
     depths: Sequence[float] = DEPTHS,
     n: int = 20,
     mode: Mode | None = None,
-    chat: bool = False,
+    chat: bool | str = False,
     material: Material | None = None,
     seed: int = 0,
     batch_size: int | None = None,
@@ -190,7 +189,7 @@ def evaluate_text(
             the reference answer in one forward: accuracy is whether greedy decoding would give
             exactly it, its parts in one order and joined by commas, and nll its negative
             log-likelihood in nats. None is "generate" for RULER's tasks and "forced" for grids.
-        chat: put each prompt into the tokenizer's chat template.
+        chat: put each prompt into the tokenizer's chat template, or into RULER's of that name.
         material: texts and questions of the user.
         seed: of the samples.
         batch_size: rows per forward; None chooses.
@@ -199,7 +198,7 @@ def evaluate_text(
         options: of the task.
 
     Returns:
-        accuracy over all samples with standard error and Wilson interval, "cells" with the same
+        accuracy over all samples with standard error and 95% interval, "cells" with the same
         for each length (and depth), and the true token counts.
 
     Raises:

@@ -120,6 +120,33 @@ def read_hotpot(path: str) -> Library:
     return Library(tuple(documents), tuple(questions), f"HotpotQA ({Path(path).name})", True)
 
 
+def read_supporting(path: str) -> Library:
+    """Read HotpotQA with the documents that support an answer as gold, the others as related.
+
+    Raises:
+        ValueError: no such file, or not HotpotQA's format.
+    """
+    data = _read_json(path)
+    with _format(path, "HotpotQA"):
+        texts = [{title: f"{title}\n{''.join(s)}" for title, s in row["context"]} for row in data]
+        documents = sorted({text for group in texts for text in group.values()})
+        place = {text: i for i, text in enumerate(documents)}
+        questions = []
+        for row, group in zip(data, texts, strict=True):
+            supporting = {title for title, _ in row["supporting_facts"]}
+            gold, others = (
+                tuple(
+                    place[text] for title, text in group.items() if (title in supporting) == wanted
+                )
+                for wanted in (True, False)
+            )
+            if gold:
+                questions.append(Question(row["question"], (row["answer"],), gold, others))
+        if not questions:
+            raise ValueError("no question with a supporting document")
+    return Library(tuple(documents), tuple(questions), f"HotpotQA ({Path(path).name})", True)
+
+
 @lru_cache(maxsize=2)
 def generated_library(hops: int) -> Library:
     """Return generated documents about places and people that do not exist.

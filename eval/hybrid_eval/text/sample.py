@@ -1,12 +1,9 @@
-"""One sample of a task in words, and how its answer is scored."""
+"""One sample of a task in words."""
 
-import re
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any
 
-_CONTROL = re.compile(r"[\x00-\x1f]")
-Match = Literal["all", "any"]
+from .matching import Match
 
 
 @dataclass(frozen=True)
@@ -19,10 +16,11 @@ class TextSample:
         length: tokens the sample may take: prompt, answer prefix and generation.
         prompt: what the model reads, without ``answer_prefix``.
         answer_prefix: how the answer begins; the model continues it.
-        chat: prompt and prefix in the model's chat template, special tokens included; None reads
-            the plain text.
+        chat: prompt and prefix in a chat template; None reads the plain text.
+        template: "chat" for the tokenizer's own template, or the name of RULER's; None for none.
+        special: whether the tokenizer puts its special tokens in front of the text.
         outputs: the right answers.
-        match: "all" scores the share of outputs found in the answer, "any" whether one is.
+        match: how the answer is scored, see :func:`hybrid_eval.text.matching.string_match`.
         max_new_tokens: room kept for generation.
         prompt_tokens: true number of tokens of prompt and prefix, special tokens included.
         slack: tokens that are left of ``length``; smaller than one unit of filler.
@@ -50,6 +48,8 @@ class TextSample:
     needle_positions: tuple[int, ...] = ()
     stop: str | None = None
     chat: str | None = None
+    template: str | None = None
+    special: bool = True
     details: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -62,23 +62,11 @@ class TextSample:
     @property
     def answer(self) -> str:
         """The reference continuation for teacher forcing."""
-        wanted = self.outputs if self.match == "all" else self.outputs[:1]
+        several = self.match in ("all", "words", "last")
+        wanted = self.outputs if several else self.outputs[:1]
         space = "" if self.text[-1:].isspace() else " "
         return space + ", ".join(wanted)
 
     def as_dict(self) -> dict[str, Any]:
         """Return the sample as a flat record, as a data set row."""
         return asdict(self) | {"outputs": list(self.outputs)}
-
-
-def string_match(sample_outputs: Sequence[str], answer: str, match: Match) -> float:
-    """Score an answer as RULER does, ignoring case.
-
-    Args:
-        sample_outputs: the right answers.
-        answer: what the model wrote; control characters count as line breaks.
-        match: "all" gives the share of outputs found in the answer, "any" whether one is.
-    """
-    text = _CONTROL.sub("\n", answer.strip()).strip().lower()
-    found = [output.lower() in text for output in sample_outputs]
-    return float(any(found)) if match == "any" else sum(found) / len(found)

@@ -4,7 +4,7 @@
 without them. Three of them carry long names, since lm-eval has taken the short ones:
 ruler_variable_tracking, ruler_common_words, ruler_frequent_words. ``long_X`` is the same generator
 on material that is at hand: the standard library's words and text, generated documents. A result
-therefore cannot be mistaken for RULER.
+therefore cannot be mistaken for RULER. ``ruler2_X`` is RULER v2's task X, on RULER v2's material.
 """
 
 from collections.abc import Callable, Sequence
@@ -27,9 +27,11 @@ from .material import (
     with_single,
     wonder_words,
 )
+from .ruler2 import KINDS as RULER2
+from .ruler2 import read_pool, ruler2
 from .ruler_aggregate import cwe, fwe, vt
 from .ruler_niah import NIAH, ruler_niah
-from .ruler_qa import Library, generated_library, qa, read_hotpot, read_squad
+from .ruler_qa import Library, generated_library, qa, read_hotpot, read_squad, read_supporting
 from .sample import TextSample
 
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -38,7 +40,8 @@ GRIDS = ("niah_grid", "kv_recall")
 # lm-eval has tasks of its own called ruler_vt, ruler_cwe and ruler_fwe
 _LONG_NAMES = {"vt": "variable_tracking", "cwe": "common_words", "fwe": "frequent_words"}
 _RULER_NAMES = {f"ruler_{_LONG_NAMES.get(name, name)}": name for name in RULER}
-NAMES = (*GRIDS, *_RULER_NAMES, *(f"long_{name}" for name in RULER))
+_RULER2_NAMES = {f"ruler2_{name}": name for name in RULER2}
+NAMES = (*GRIDS, *_RULER_NAMES, *(f"long_{name}" for name in RULER), *_RULER2_NAMES)
 
 _ESSAY_TASKS = frozenset(name for name, kind in NIAH.items() if kind.haystack == "essay")
 _WORD_TASKS = frozenset({"cwe", *(name for name, kind in NIAH.items() if kind.key == "words")})
@@ -54,6 +57,7 @@ class Material:
         squad: path of SQuAD's dev-v2.0.json.
         hotpot: path of HotpotQA's hotpot_dev_distractor_v1.json.
         words: path of words to count, one a line or RULER's english_words.json, for cwe.
+        mmlu: folder of MMLU with test and auxiliary_train, for ruler2_ tasks.
     """
 
     corpus: Corpus | None = None
@@ -61,6 +65,7 @@ class Material:
     squad: str | None = None
     hotpot: str | None = None
     words: str | None = None
+    mmlu: str | None = None
 
 
 def _filler(material: Material, official: bool) -> Filler:
@@ -102,6 +107,11 @@ def needs_essays(name: str) -> bool:
     return name.startswith("ruler_") and bare(name) in _ESSAY_TASKS
 
 
+def needs_mmlu(name: str) -> bool:
+    """Whether a task hides questions of MMLU."""
+    return name in _RULER2_NAMES and RULER2[_RULER2_NAMES[name]].domain == "questions"
+
+
 def maker(name: str, material: Material, counter: Counter) -> Callable[..., TextSample]:
     """Return the function that makes samples of a task: called with length, depth, index, seed.
 
@@ -110,6 +120,8 @@ def maker(name: str, material: Material, counter: Counter) -> Callable[..., Text
     """
     if name not in NAMES:
         raise ValueError(f"unknown task {name!r}{nearest(name, NAMES)}")
+    if name in _RULER2_NAMES:
+        return _maker2(name, material, counter)
     own, official = bare(name), name.startswith("ruler_")
     words: Words = wonder_words() if official and own in _WORD_TASKS else python_words()
     if own == "cwe" and material.words is not None:
@@ -128,12 +140,37 @@ def maker(name: str, material: Material, counter: Counter) -> Callable[..., Text
     else:
         make = partial({"vt": vt, "cwe": cwe, "fwe": fwe}[own], **arguments)
 
+    return _named(name, make)
+
+
+def _named(name: str, make: Callable[..., TextSample]) -> Callable[..., TextSample]:
+    """Return a maker of samples that carry a name of ours and choose their own depths."""
+
     def named(*, depth: float | None = None, **key: Any) -> TextSample:
         if depth is not None:
             raise ValueError(f"{name} draws its own depths, got depth={depth}")
         return replace(make(**key), task=name)
 
     return named
+
+
+def _maker2(name: str, material: Material, counter: Counter) -> Callable[..., TextSample]:
+    """Return the function that makes samples of a task of RULER v2."""
+    own, arguments = _RULER2_NAMES[name], {}
+    domain = RULER2[own].domain
+    if domain == "questions":
+        arguments["pool"] = read_pool(material.mmlu)
+    elif domain == "documents":
+        if material.hotpot is None:
+            raise ValueError(
+                f"{name} needs the option hotpot: HotpotQA's hotpot_dev_distractor_v1.json"
+            )
+        arguments["library"] = read_supporting(material.hotpot)
+    words = wonder_words() if domain == "numbers" else python_words()
+    none = Filler((), "none")
+    return _named(
+        name, partial(ruler2, own, counter=counter, filler=none, words=words, **arguments)
+    )
 
 
 def cells(name: str, lengths: Sequence[int], depths: Sequence[float]) -> list[dict[str, Any]]:
@@ -152,7 +189,7 @@ def samples(
     n: int,
     seed: int = 0,
     material: Material | None = None,
-    chat: bool = False,
+    chat: bool | str = False,
     **options: Any,
 ) -> list[TextSample]:
     """Make ``n`` samples for every cell of a task, cell by cell.
@@ -165,19 +202,20 @@ def samples(
         n: samples per cell.
         seed: of the run.
         material: texts and questions of the user.
-        chat: put each prompt into the tokenizer's chat template; its tokens count as well.
+        chat: put each prompt into the tokenizer's chat template, or into RULER's of that name; its
+            tokens count as well.
         options: of the task (``pairs`` of kv_recall).
 
     Raises:
         ValueError: an unknown task, missing material, or a length that is too short.
     """
 
-    taken = template_tokens(tokenizer) if chat else 0
+    taken = template_tokens(tokenizer, chat) if chat else 0
 
     def one(make: Callable[..., TextSample], index: int, cell: dict[str, Any]) -> TextSample:
         fitting = {**cell, "length": cell["length"] - taken}
         sample = make(index=index, seed=seed, **fitting, **options)
-        return in_chat(sample, tokenizer, cell["length"]) if chat else sample
+        return in_chat(sample, tokenizer, cell["length"], chat) if chat else sample
 
     def made(counter: Counter) -> list[TextSample]:
         make = maker(name, material or Material(), counter)

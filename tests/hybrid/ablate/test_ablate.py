@@ -158,6 +158,23 @@ def test_a_change_that_costs_nothing_keeps_the_width(values):
     assert design.variants[1].difference == 0
 
 
+def test_what_agrees_without_the_width_is_accepted(values):
+    """A layout without Lightning has no use for its heads' width; it may cost the same anyhow."""
+    values["baseline"]["model"]["layout"] = "LS"
+    changes = {"softmax": {"model.layout": "SS"}, "gated": {"model.mixers.L.conv_size": 4}}
+    match = {"cost": "parameters", "width": "model.mixers.L.value_head_dim", "step": 1}
+    loose = designed(values, changes=changes, match={**match, "within": 0.2}, leave_one_out=False)
+    softmax = loose.variants[1]
+    assert softmax.width is None
+    assert 0 < abs(softmax.difference) <= 0.2
+    assert loose.variants[2].width is not None
+    lines = mistakes(values, changes=changes, match={**match, "within": 0.001})
+    assert any(
+        line.startswith("softmax: match.width: nothing to match: model.mixers.L.value_head_dim")
+        for line in lines
+    )
+
+
 def test_what_cannot_be_matched_is_said(values):
     match = {"cost": "parameters", "step": 16, "within": 0.001}
     (line,) = mistakes(values, match=match, changes={"deep": {"model.layout": "LLL"}})
