@@ -22,6 +22,7 @@ from hybrid.files import read_json
 from hybrid.mixers import Mixer, ShortConvolution
 from hybrid.modeling.canon import Canon
 from hybrid.modeling.model import HybridForCausalLM, HybridModel
+from hybrid.nn.past import StateSpec, TokenSpec
 
 
 @dataclass(frozen=True)
@@ -102,9 +103,9 @@ def plan(config: HybridConfig, context: int = 8192, dtype: torch.dtype = torch.b
         model = HybridForCausalLM(config)
     model.tie_weights()
     mixers = _mixers(model.model)
-    size = dtype.itemsize
-    states = [m.state_elements() for m in mixers]
-    states += [(0, m.state_elements()) for m in model.model.modules() if isinstance(m, Canon)]
+    parts = [*mixers, *(m for m in model.model.modules() if isinstance(m, Canon))]
+    tokens = [spec for mixer in mixers for spec in mixer.tokens().values()]
+    states = [spec for part in parts for spec in part.states().values()]
     ahead = 0 if model.mtp is None else count(model.mtp)
     head_flops = 2.0 * model.lm_head.weight.numel()
     return Plan(
@@ -119,10 +120,18 @@ def plan(config: HybridConfig, context: int = 8192, dtype: torch.dtype = torch.b
             2.0 * depth.projection.weight.numel() + _stack_flops(depth.stack, context) + head_flops
             for depth in (() if model.mtp is None else model.mtp.depths)
         ),
-        kv_bytes_per_token=size * sum(m.cache_elements_per_token() for m in mixers),
-        state_bytes=sum(4 * recurrent + size * conv for recurrent, conv in states),
+        kv_bytes_per_token=sum(t.elements * _bytes(t, dtype) for t in tokens if t.window is None),
+        state_bytes=sum(s.elements * _bytes(s, dtype) for s in states)
+        + sum(
+            t.elements * (t.window - 1) * _bytes(t, dtype) for t in tokens if t.window is not None
+        ),
         experts=expert_plans(config),
     )
+
+
+def _bytes(spec: StateSpec | TokenSpec, dtype: torch.dtype) -> int:
+    """Of one element."""
+    return (spec.dtype or dtype).itemsize
 
 
 def expert_plans(config: HybridConfig) -> dict[str, ExpertPlan]:

@@ -196,36 +196,33 @@ class HybridConfig(PreTrainedConfig):
 
     @property
     def layer_types(self) -> list[str]:
-        """One of transformers' layer types for each layer; its caches and masks are made from them.
+        """The type of each layer, by which transformers' caches choose its cache layer.
 
-        A stack without keys has one layer of type `hybrid_sliding`, whose window stays empty: `generate`
-        asks a cache how many tokens it has seen, and layers of states alone cannot answer.
+        See `hybrid.modeling.cache` for those that are not transformers'.
         """
-        types = [layer.layer_type for layer in self.stack]
-        if self.stack.counting_layer is not None:
-            types[self.stack.counting_layer] = "hybrid_sliding"
-        return types
+        return [layer.layer_type for layer in self.stack]
+
+    def validate(self) -> None:
+        """Run transformers' validators, which are methods; a method of this class takes the place."""
+        for validator in self.__class_validators__:
+            getattr(self, validator.__name__)()
+
+    def validate_layer_type(self) -> None:
+        """Nothing: layer types follow from the layout, and some are not transformers'."""
 
     @property
-    def sliding_window(self) -> int:
-        """For the layer that counts tokens: a window that never fills. No other stack has one."""
-        if self.stack.counting_layer is None:
-            raise AttributeError("no layer of this stack has a sliding window for all layers")
-        return 2
+    def sliding_window(self) -> None:
+        """None: a window is an option of a symbol."""
+        return None
 
     @sliding_window.setter
     def sliding_window(self, value: int | None) -> None:
         """Accept what changes nothing: any value where no layer has keys, None elsewhere."""
-        if value is not None and self.stack.counting_layer is None:
+        if value is not None and self.stack.has_keys:
             raise ValueError(
                 f"sliding_window: a hybrid model has a window per symbol, got {value} for all; try"
                 " a symbol of type 'sliding_window_attention' with mixers.SYMBOL.window"
             )
-
-    @property
-    def number_of_conv_states(self) -> int:
-        """States that a layer of transformers' cache must hold, of mixers and of canon layers."""
-        return max(1, *(layer.num_states for layer in self.stack))
 
     # Names that code around transformers reads.
 

@@ -22,6 +22,9 @@ from hybrid.layout import Layer
 
 LINEAR = "linear_attention"
 
+HYBRID_STATES, HYBRID_KEYS = "hybrid_states", "hybrid_keys"
+"""Types of layers with a cache layer of our own: without and with keys of all tokens."""
+
 
 @dataclass(frozen=True)
 class MixerSpec:
@@ -117,16 +120,11 @@ class LayerSpec:
         return self.layer.mixers
 
     @property
-    def num_states(self) -> int:
-        """States that it keeps, each with a slot of its own in the cache; those of canon come last."""
-        return sum(mixer.has_state for mixer in self.mixers) + len(self.canon)
-
-    @property
     def layer_type(self) -> str:
-        """One of transformers' layer types: which cache layer and which mask it wants."""
+        """What transformers' caches choose the class of its cache layer by."""
         softmax = [m.cls.layer_type for m in self.mixers if m.cls.layer_type != LINEAR]
-        if self.num_states:
-            return "hybrid" if softmax else LINEAR
+        if self.canon or any(mixer.has_state for mixer in self.mixers) or len(softmax) > 1:
+            return HYBRID_KEYS if softmax else HYBRID_STATES
         # "moe" is transformers' name for a layer without a mixer: nothing is cached
         return softmax[0] if softmax else "moe"
 
@@ -164,14 +162,14 @@ class StackSpec:
     @cached_property
     def has_state(self) -> bool:
         """Whether any layer keeps a state."""
-        return any(layer.num_states for layer in self.layers)
+        return any(
+            layer.canon or any(mixer.has_state for mixer in layer.mixers) for layer in self.layers
+        )
 
     @cached_property
-    def counting_layer(self) -> int | None:
-        """The layer that counts tokens in the cache of a stack without keys; None where keys do."""
-        if {layer.layer_type for layer in self.layers} - {LINEAR, "moe"}:
-            return None
-        return next(layer.layer_idx for layer in self.layers if layer.mixers)
+    def has_keys(self) -> bool:
+        """Whether any layer keeps keys of all tokens."""
+        return any(layer.layer_type not in (HYBRID_STATES, "moe") for layer in self.layers)
 
     @cached_property
     def ends_normed(self) -> bool:

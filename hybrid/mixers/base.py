@@ -23,9 +23,9 @@ from transformers import initialization as init
 
 from hybrid.config.sizes import Sizes
 from hybrid.nn.arguments import MIXER_ARGUMENTS, check_arguments
-from hybrid.nn.cache import LayerCache
 from hybrid.nn.norms import build_norm
 from hybrid.nn.packing import WHOLE_ROWS, Segments
+from hybrid.nn.past import Slot, StateSpec, TokenSpec
 from hybrid_kernels import causal_conv1d, linear_attention, split
 
 
@@ -92,7 +92,7 @@ class Mixer(nn.Module, ABC):
         attention_mask: torch.Tensor | None = None,
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
         segments: Segments = WHOLE_ROWS,
-        cache: LayerCache | None = None,
+        cache: Slot | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Mix tokens.
@@ -144,13 +144,13 @@ class Mixer(nn.Module, ABC):
         """Forward FLOPs per token of the mixing alone (no projections), mean over `context` tokens."""
         return 0.0
 
-    def cache_elements_per_token(self) -> int:
-        """Elements that the cache grows by per token (keys and values)."""
-        return 0
+    def tokens(self) -> dict[str, TokenSpec]:
+        """What `forward` appends to its slot for each token, by name."""
+        return {}
 
-    def state_elements(self) -> tuple[int, int]:
-        """Elements of fixed size in the cache: (float32 recurrent state, model-dtype conv state)."""
-        return 0, 0
+    def states(self) -> dict[str, StateSpec]:
+        """The states that `forward` keeps in its slot, by name."""
+        return {}
 
 
 def residual_projection(d_in: int, d_out: int, bias: bool = False) -> nn.Linear:
@@ -184,7 +184,7 @@ class ShortConvolution(nn.Module):
             init.zeros_(self.bias)
 
     def forward(
-        self, x: torch.Tensor, cu_seqlens: torch.Tensor | None, cache: LayerCache | None
+        self, x: torch.Tensor, cu_seqlens: torch.Tensor | None, cache: Slot | None
     ) -> torch.Tensor:
         """Convolve packed x, continuing from and writing to the cache slot where there is one."""
         y, tail = causal_conv1d(
@@ -192,27 +192,27 @@ class ShortConvolution(nn.Module):
             self.weight.to(x.dtype),
             None if self.bias is None else self.bias.to(x.dtype),
             activation=None if self.residual else self.activation,
-            initial_state=None if cache is None else cache.conv_state(),
+            initial_state=None if cache is None else cache.state("conv"),
             cu_seqlens=cu_seqlens,
             output_final_state=cache is not None,
         )
         if cache is not None and tail is not None:
-            cache.set_conv_state(tail)
+            cache.set_state("conv", tail)
         if not self.residual:
             return y
         return F.silu(x + y) if self.activation == "silu" else x + y
 
     def split(
-        self, parts: list[torch.Tensor], cu_seqlens: torch.Tensor | None, cache: LayerCache | None
+        self, parts: list[torch.Tensor], cu_seqlens: torch.Tensor | None, cache: Slot | None
     ) -> tuple[torch.Tensor, ...]:
         """Convolve several tensors (B, T, ...) whose channels add up to D, in one call."""
         y = self(torch.cat(parts, dim=-1), cu_seqlens, cache)
         return split(y, [part.shape[-1] for part in parts])
 
-    def state_elements(self) -> int:
-        """D (W - 1)."""
+    def states(self) -> dict[str, StateSpec]:
+        """The last W - 1 inputs, (D, W - 1), under the name that `forward` has for them."""
         channels, width = self.weight.shape
-        return channels * (width - 1)
+        return {"conv": StateSpec((channels, width - 1))}
 
 
 class StateMixer(Mixer):
@@ -229,20 +229,20 @@ class StateMixer(Mixer):
         x: torch.Tensor,
         *,
         segments: Segments = WHOLE_ROWS,
-        cache: LayerCache | None = None,
+        cache: Slot | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, None]:
         """See `Mixer.forward`; the mask is not used, padding comes in `segments`."""
         self.check_arguments(kwargs)
         batch, time, _ = x.shape
         if cache is not None:
-            cache.resume(x, segments, lambda again: self.mix(again, None, cache))
+            cache.begin(x, segments, lambda again: self.mix(again, None, cache))
         y = self.mix(segments.pack(x), segments.cu_seqlens, cache)
         return segments.unpack(y, batch, time), None
 
     @abstractmethod
     def mix(
-        self, x: torch.Tensor, cu_seqlens: torch.Tensor | None, cache: LayerCache | None
+        self, x: torch.Tensor, cu_seqlens: torch.Tensor | None, cache: Slot | None
     ) -> torch.Tensor:
         """x (B, T, D), or (1, tokens, D) with `cu_seqlens`, to y of the same shape."""
 
@@ -295,7 +295,7 @@ class LinearMixer(StateMixer):
             )
 
     def mix(
-        self, x: torch.Tensor, cu_seqlens: torch.Tensor | None, cache: LayerCache | None
+        self, x: torch.Tensor, cu_seqlens: torch.Tensor | None, cache: Slot | None
     ) -> torch.Tensor:
         """Project, run the recurrence, read."""
         q, k, v = self.project(x, cu_seqlens, cache)
@@ -308,7 +308,7 @@ class LinearMixer(StateMixer):
         k: torch.Tensor,
         v: torch.Tensor,
         cu_seqlens: torch.Tensor | None,
-        cache: LayerCache | None,
+        cache: Slot | None,
         carry: Callable[[torch.Tensor], torch.Tensor] | None = None,
         **gates: Any,
     ) -> torch.Tensor:
@@ -318,7 +318,7 @@ class LinearMixer(StateMixer):
         state do not meet. `carry` maps the final state (N, H, K, V) to what is stored.
         """
         parts = value_parts(v.shape[-1])
-        before = None if cache is None else cache.recurrent_state()
+        before = None if cache is None else cache.state("recurrent")
         if parts > 1:
             v, gates = _split_values(v, gates, parts)
             before = None if before is None else _split_state(before, parts)
@@ -335,11 +335,11 @@ class LinearMixer(StateMixer):
         )
         if cache is not None and state is not None:
             state = state if parts == 1 else _join_state(state, parts)
-            cache.set_recurrent_state(state if carry is None else carry(state))
+            cache.set_state("recurrent", state if carry is None else carry(state))
         return o if parts == 1 else o.unflatten(2, (-1, parts)).flatten(-2)
 
     def project(
-        self, x: torch.Tensor, cu_seqlens: torch.Tensor | None, cache: LayerCache | None
+        self, x: torch.Tensor, cu_seqlens: torch.Tensor | None, cache: Slot | None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """x (B, T, D) -> q, k (B, T, H_k, K), v (B, T, H, V), convolved and through `features`."""
         q, k, v = self.read_in(x)
@@ -370,10 +370,11 @@ class LinearMixer(StateMixer):
         """Decay, write and read of a K x V state per head: 1 + 2 + 2 FLOPs an element."""
         return 5.0 * self.num_heads * self.key_dim * self.value_dim
 
-    def state_elements(self) -> tuple[int, int]:
+    def states(self) -> dict[str, StateSpec]:
         """One K x V state per head, and W - 1 inputs of the convolution."""
-        conv = self.conv.state_elements() if self.conv is not None else 0
-        return self.num_heads * self.key_dim * self.value_dim, conv
+        conv = self.conv.states() if self.conv is not None else {}
+        shape = (self.num_heads, self.key_dim, self.value_dim)
+        return {"recurrent": StateSpec(shape, torch.float32), **conv}
 
 
 MAX_HEAD_DIM = 256

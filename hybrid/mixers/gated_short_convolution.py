@@ -20,7 +20,7 @@ from hybrid.mixers.base import (
     conv_problems,
     residual_projection,
 )
-from hybrid.nn.cache import LayerCache
+from hybrid.nn.past import Slot, StateSpec
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class GatedShortConvolution(StateMixer):
         return [{}, {"conv_size": 5, "bias": True}]
 
     def mix(
-        self, x: torch.Tensor, cu_seqlens: torch.Tensor | None, cache: LayerCache | None
+        self, x: torch.Tensor, cu_seqlens: torch.Tensor | None, cache: Slot | None
     ) -> torch.Tensor:
         """See the class."""
         B, C, u = self.in_proj(x).chunk(3, dim=-1)
@@ -75,6 +75,6 @@ class GatedShortConvolution(StateMixer):
         """The two gates."""
         return 2.0 * self.sizes.hidden_size
 
-    def state_elements(self) -> tuple[int, int]:
+    def states(self) -> dict[str, StateSpec]:
         """W - 1 inputs of the convolution."""
-        return 0, self.conv.state_elements()
+        return self.conv.states()

@@ -14,7 +14,7 @@ from hybrid.config.sizes import Sizes
 from hybrid.mixers.base import LinearMixer
 from hybrid.mixers.parts import HeadOptions, too_wide, wide
 from hybrid.mixers.rotation import rotate, rotate_state, running_angle
-from hybrid.nn.cache import LayerCache
+from hybrid.nn.past import Slot, StateSpec
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class GateLoop(LinearMixer):
         ]
 
     def mix(
-        self, x: torch.Tensor, cu_seqlens: torch.Tensor | None, cache: LayerCache | None
+        self, x: torch.Tensor, cu_seqlens: torch.Tensor | None, cache: Slot | None
     ) -> torch.Tensor:
         """See the class."""
         q, k, v = self.project(x, cu_seqlens, cache)
@@ -94,7 +94,7 @@ class GateLoop(LinearMixer):
         """A complex channel is two real ones."""
         return 2 * super().mixing_flops(context)
 
-    def state_elements(self) -> tuple[int, int]:
-        """One complex K x V state per head."""
-        state, conv = super().state_elements()
-        return 2 * state, conv
+    def states(self) -> dict[str, StateSpec]:
+        """One complex K x V state per head, as a real one of 2 K rows."""
+        shape = (self.num_heads, 2 * self.key_dim, self.value_dim)
+        return {**super().states(), "recurrent": StateSpec(shape, torch.float32)}

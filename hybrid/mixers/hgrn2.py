@@ -15,7 +15,7 @@ from hybrid.config.registry import register_mixer
 from hybrid.config.sizes import Sizes
 from hybrid.mixers.base import LinearMixer, OutputNorm
 from hybrid.mixers.parts import HeadOptions, positive, wide
-from hybrid.nn.cache import LayerCache
+from hybrid.nn.past import Slot
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ class HGRN2(LinearMixer):
             init.zeros_(self.lower_bounds)
 
     def mix(
-        self, x: torch.Tensor, cu_seqlens: torch.Tensor | None, cache: LayerCache | None
+        self, x: torch.Tensor, cu_seqlens: torch.Tensor | None, cache: Slot | None
     ) -> torch.Tensor:
         """See the class."""
         q, f, v = self.project(x, cu_seqlens, cache)

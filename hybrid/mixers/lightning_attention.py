@@ -14,8 +14,8 @@ from hybrid.config.sizes import Sizes
 from hybrid.mixers.base import FEATURE_MAPS, LinearMixer, OutputNorm
 from hybrid.mixers.parts import GroupedRMSNorm, HeadOptions, divides, positive
 from hybrid.mixers.rotation import positioned, rope_angles
-from hybrid.nn.cache import LayerCache
 from hybrid.nn.norms import build_norm
+from hybrid.nn.past import Slot
 from hybrid.nn.precision import Float32Buffers
 
 
@@ -213,7 +213,7 @@ class LightningAttention(Float32Buffers, PlainLinearAttention):
         k: torch.Tensor,
         v: torch.Tensor,
         cu_seqlens: torch.Tensor | None,
-        cache: LayerCache | None,
+        cache: Slot | None,
         carry: Any = None,
         **gates: Any,
     ) -> torch.Tensor:

@@ -16,7 +16,7 @@ from hybrid.config.sizes import Sizes
 from hybrid.mixers.attention import add_positions, capped_attention
 from hybrid.mixers.base import StateMixer
 from hybrid.mixers.grouped_heads import GroupedHeadOptions, GroupedHeads
-from hybrid.nn.cache import LayerCache
+from hybrid.nn.past import Slot, StateSpec
 from hybrid.nn.rotary import BY_LENGTH, build_rotary, rotate
 
 
@@ -62,7 +62,7 @@ class LocalAttention(GroupedHeads, StateMixer):
         """
 
     def mix(
-        self, x: torch.Tensor, cu_seqlens: torch.Tensor | None, cache: LayerCache | None
+        self, x: torch.Tensor, cu_seqlens: torch.Tensor | None, cache: Slot | None
     ) -> torch.Tensor:
         """See the class."""
         q, k = self.split_heads(self.q_proj(x), self.q_norm), self.k_proj(x)
@@ -85,7 +85,7 @@ class LocalAttention(GroupedHeads, StateMixer):
         return self.output(rows.collect(o), x)
 
     def _remember(
-        self, kv: torch.Tensor, lengths: torch.Tensor | None, cache: LayerCache
+        self, kv: torch.Tensor, lengths: torch.Tensor | None, cache: Slot
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Put what is remembered (N, W - 1, C) before kv (N, T, C), and store what is to be next.
 
@@ -95,14 +95,14 @@ class LocalAttention(GroupedHeads, StateMixer):
         past = self.width - 1
         if lengths is None:
             lengths = kv.new_full(kv.shape[:1], kv.shape[1], dtype=torch.long)
-        state = cache.conv_state()
+        state = cache.state("conv")
         if state is None:
             state = kv.new_zeros(kv.shape[0], kv.shape[2] + 1, past)
         seen = (state[:, -1] > 0.5).sum(dim=1)
         kv, last = append(state[:, :-1], kv, lengths)
         column = torch.arange(past, device=kv.device)
         marks = column >= past - self.reach(seen + lengths)[:, None]
-        cache.set_conv_state(torch.cat([last, marks[:, None].to(kv.dtype)], dim=1))
+        cache.set_state("conv", torch.cat([last, marks[:, None].to(kv.dtype)], dim=1))
         return kv, seen
 
     def _banded(
@@ -149,9 +149,9 @@ class LocalAttention(GroupedHeads, StateMixer):
         scaling = self.rotary_embedding.attention_scaling
         return (angle.cos() * scaling).to(dtype), (angle.sin() * scaling).to(dtype)
 
-    def state_elements(self) -> tuple[int, int]:
+    def states(self) -> dict[str, StateSpec]:
         """W - 1 keys and values, and a mark for each."""
-        return 0, (self.width - 1) * (2 * self.num_kv_heads * self.head_dim + 1)
+        return {"conv": StateSpec((2 * self.num_kv_heads * self.head_dim + 1, self.width - 1))}
 
 
 def append(

@@ -25,8 +25,8 @@ from hybrid.mixers.base import (
     residual_projection,
 )
 from hybrid.mixers.parts import init_time_step, positive, step_problems, wide
-from hybrid.nn.cache import LayerCache
 from hybrid.nn.norms import build_norm
+from hybrid.nn.past import Slot, StateSpec
 from hybrid_kernels import selective_scan
 
 
@@ -130,7 +130,7 @@ class Mamba(StateMixer):
         init_time_step(self.dt_proj.bias, o.dt_min, o.dt_max, o.dt_floor)
 
     def mix(
-        self, x: torch.Tensor, cu_seqlens: torch.Tensor | None, cache: LayerCache | None
+        self, x: torch.Tensor, cu_seqlens: torch.Tensor | None, cache: Slot | None
     ) -> torch.Tensor:
         """See the class."""
         u, z = self.in_proj(x).chunk(2, dim=-1)
@@ -139,7 +139,7 @@ class Mamba(StateMixer):
         if self.inner_norms is not None:
             parts = [norm(part) for norm, part in zip(self.inner_norms, parts, strict=True)]
         dt, B, C = parts
-        before = None if cache is None else cache.recurrent_state()
+        before = None if cache is None else cache.state("recurrent")
         y, state = selective_scan(
             u,
             F.softplus(wide(self.dt_proj(dt))),
@@ -153,13 +153,14 @@ class Mamba(StateMixer):
             overwrite_state=before is not None and not torch.is_grad_enabled(),
         )
         if cache is not None and state is not None:
-            cache.set_recurrent_state(state)
+            cache.set_state("recurrent", state)
         return self.o_proj(y * F.silu(z))
 
     def mixing_flops(self, context: int) -> float:
         """Decay, write and read of an E x N state: 2 + 3 + 2 FLOPs an element."""
         return 7.0 * self.A_log.numel()
 
-    def state_elements(self) -> tuple[int, int]:
+    def states(self) -> dict[str, StateSpec]:
         """E x N, and W - 1 inputs of the convolution."""
-        return self.A_log.numel(), self.conv.state_elements()
+        recurrent = StateSpec(tuple(self.A_log.shape), torch.float32)
+        return {"recurrent": recurrent, **self.conv.states()}

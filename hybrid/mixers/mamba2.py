@@ -27,7 +27,7 @@ from hybrid.mixers.parts import (
     too_wide,
     wide,
 )
-from hybrid.nn.cache import LayerCache
+from hybrid.nn.past import Slot
 
 
 @dataclass(frozen=True)
@@ -169,7 +169,7 @@ class Mamba2(LinearMixer):
             init.ones_(self.D)
 
     def mix(
-        self, x: torch.Tensor, cu_seqlens: torch.Tensor | None, cache: LayerCache | None
+        self, x: torch.Tensor, cu_seqlens: torch.Tensor | None, cache: Slot | None
     ) -> torch.Tensor:
         """See the class."""
         C, B, u = self.project(x, cu_seqlens, cache)
@@ -191,7 +191,7 @@ class Mamba2(LinearMixer):
         return scaled(C, by["C"]), scaled(B, by["B"]), scaled(u, by["x"])
 
     def project(
-        self, x: torch.Tensor, cu_seqlens: torch.Tensor | None, cache: LayerCache | None
+        self, x: torch.Tensor, cu_seqlens: torch.Tensor | None, cache: Slot | None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """C, B (B, T, G, N) and x (B, T, H, P); SiLU also where there is no convolution."""
         C, B, u = super().project(x, cu_seqlens, cache)

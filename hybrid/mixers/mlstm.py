@@ -17,7 +17,7 @@ from hybrid.config.registry import register_mixer
 from hybrid.config.sizes import Sizes
 from hybrid.mixers.base import LinearMixer
 from hybrid.mixers.parts import GroupedLayerNorm, HeadOptions, positive, value_parts, wide
-from hybrid.nn.cache import LayerCache
+from hybrid.nn.past import Slot, StateSpec
 from hybrid_kernels import linear_attention
 
 
@@ -102,7 +102,7 @@ class MLSTM(LinearMixer):
         init.copy_(self.forget_gate_proj.bias, torch.linspace(3.0, 6.0, self.num_heads))
 
     def mix(
-        self, x: torch.Tensor, cu_seqlens: torch.Tensor | None, cache: LayerCache | None
+        self, x: torch.Tensor, cu_seqlens: torch.Tensor | None, cache: Slot | None
     ) -> torch.Tensor:
         """See the class."""
         q, k, v = self.project(x, cu_seqlens, cache)
@@ -127,10 +127,10 @@ class MLSTM(LinearMixer):
         log_i: torch.Tensor,
         log_f: torch.Tensor,
         cu_seqlens: torch.Tensor | None,
-        cache: LayerCache | None,
+        cache: Slot | None,
     ) -> torch.Tensor:
         """h (B, T, H, V) of the exponential gate."""
-        stored = None if cache is None else cache.recurrent_state()
+        stored = None if cache is None else cache.state("recurrent")
         state, start = None, None
         if stored is not None:
             state, start = stored[..., :-1], stored[:, :: self.parts, 0, -1]
@@ -154,18 +154,19 @@ class MLSTM(LinearMixer):
         if cache is not None and state is not None:
             m_last = m_last.repeat_interleave(self.parts, dim=1)
             column = m_last[..., None, None].expand(*state.shape[:-1], 1)
-            cache.set_recurrent_state(torch.cat([state, column.to(state.dtype)], dim=-1))
+            cache.set_state("recurrent", torch.cat([state, column.to(state.dtype)], dim=-1))
         o = wide(o).unflatten(2, (-1, self.parts)).flatten(3)
         h, n = o[..., : self.value_dim], o[..., self.value_dim : self.value_dim + 1]
         floor = (-m).exp().clamp(min=torch.finfo(m.dtype).tiny).unsqueeze(-1)
         return (h / (torch.maximum(n.abs(), floor) + self.options.normalizer_eps)).to(v.dtype)
 
-    def state_elements(self) -> tuple[int, int]:
+    def states(self) -> dict[str, StateSpec]:
         """K x V per head; with the exponential gate, K more for the normaliser, K for the stabiliser."""
-        state, conv = super().state_elements()
+        found = super().states()
         if self.options.input_gate == "exp":
-            state = self.num_heads * self.key_dim * self.parts * (self.columns + 1)
-        return state, conv
+            shape = (self.num_heads * self.parts, self.key_dim, self.columns + 1)
+            found["recurrent"] = StateSpec(shape, torch.float32)
+        return found
 
 
 def stabiliser(

@@ -17,9 +17,9 @@ from hybrid.config.sizes import Sizes
 from hybrid.mixers.attention import FullAttention
 from hybrid.mixers.base import MixerOptions, residual_projection
 from hybrid.mixers.parts import plain_weight, positive, wide
-from hybrid.nn.cache import LayerCache
 from hybrid.nn.norms import build_norm
 from hybrid.nn.packing import WHOLE_ROWS, Segments
+from hybrid.nn.past import Slot, TokenSpec
 from hybrid.nn.rotary import apply_rotary, rope_problems, yarn_mscale
 
 
@@ -156,7 +156,7 @@ class MultiHeadLatentAttention(FullAttention):
         attention_mask: torch.Tensor | None = None,
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
         segments: Segments = WHOLE_ROWS,
-        cache: LayerCache | None = None,
+        cache: Slot | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """See `Mixer.forward`."""
@@ -171,7 +171,7 @@ class MultiHeadLatentAttention(FullAttention):
         if position_embeddings is not None:
             q_place, place = apply_rotary(q_place, place, *position_embeddings)
         if cache is not None:
-            latent, place = cache.update_kv(latent, place)
+            latent, place = cache.append(k=latent, v=place)
         absorb = x.shape[1] == 1 if self.absorb is None else self.absorb
         up = plain_weight(self.kv_proj) if absorb else None
         given = (q, q_place, latent, place, attention_mask, kwargs)
@@ -219,6 +219,6 @@ class MultiHeadLatentAttention(FullAttention):
         width = self.head_dim + self.rope_dim + self.value_dim
         return 2.0 * self.num_heads * width * (context + 1) / 2
 
-    def cache_elements_per_token(self) -> int:
-        """The latent and the shared key."""
-        return self.latent_dim + self.rope_dim
+    def tokens(self) -> dict[str, TokenSpec]:
+        """The latent as key, and the shared key as value."""
+        return {"k": TokenSpec(1, self.latent_dim), "v": TokenSpec(1, self.rope_dim)}

@@ -21,8 +21,8 @@ from hybrid.mixers.grouped_heads import HeadSizeOptions
 from hybrid.mixers.local_attention import AlignedRow, Rows, append, banded
 from hybrid.mixers.parts import positive
 from hybrid.mixers.sparse_blocks import Blocks, sparse_attention
-from hybrid.nn.cache import LayerCache
 from hybrid.nn.packing import WHOLE_ROWS, Segments
+from hybrid.nn.past import Slot, StateSpec, TokenSpec
 from hybrid.nn.rotary import build_rotary, rotate
 
 
@@ -169,7 +169,7 @@ class NativeSparseAttention(Mixer):
         *,
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
         segments: Segments = WHOLE_ROWS,
-        cache: LayerCache | None = None,
+        cache: Slot | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, None]:
         """See `Mixer.forward`; the mask is not used, padding and documents come in `segments`."""
@@ -193,7 +193,7 @@ class NativeSparseAttention(Mixer):
             k, v = (self._heads(grid.spread(y)) for y in (_flat(k), v))
             o = self._one_pass(self._heads(grid.spread(_flat(q))), k, v, near, angles, grid)
         else:
-            cache.resume(near, segments, lambda again: self._remember(again, None, cache))
+            cache.begin(near, segments, lambda again: self._remember(again, None, cache))
             o = self._continued(q, k, self._heads(v), near, angles, grid, cache)
         o = grid.collect(torch.cat([branch.flatten(2) for branch in o], dim=-1))
         gates = torch.sigmoid(self.gate_proj(x)).unflatten(-1, (3, self.num_heads))
@@ -227,7 +227,7 @@ class NativeSparseAttention(Mixer):
         near: torch.Tensor,
         angles: torch.Tensor | None,
         grid: _Grid,
-        cache: LayerCache,
+        cache: Slot,
     ) -> list[torch.Tensor]:
         """o (B, T, H, K) of each branch, after what the cache holds; a row of the grid is one text.
 
@@ -246,9 +246,9 @@ class NativeSparseAttention(Mixer):
             return self._heads(grid.collect(_flat(room.scatter(2, place, blocks)[:, :, :-1])))
 
         real = grid.real(k)[:, None, :, None].expand(-1, k.shape[1], -1, -1)
-        k, v = cache.update_kv(
-            torch.cat([k, at_their_ends(k_blocks), real], dim=-1),
-            torch.cat([v, at_their_ends(v_blocks)], dim=-1),
+        k, v = cache.append(
+            k=torch.cat([k, at_their_ends(k_blocks), real], dim=-1),
+            v=torch.cat([v, at_their_ends(v_blocks)], dim=-1),
         )
         k, v, total = _without_padding(k, v)
         seen = total - grid.lengths
@@ -262,7 +262,7 @@ class NativeSparseAttention(Mixer):
         return [*o, self._nearby(q, near[:, self.past - self.window + 1 :], column)]
 
     def _remember(
-        self, near: torch.Tensor, lengths: torch.Tensor | None, cache: LayerCache
+        self, near: torch.Tensor, lengths: torch.Tensor | None, cache: Slot
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Put the last tokens of the past before `near` (N, T, C), and store what are the last now.
 
@@ -271,14 +271,14 @@ class NativeSparseAttention(Mixer):
         """
         if lengths is None:
             lengths = near.new_full(near.shape[:1], near.shape[1], dtype=torch.long)
-        state = cache.conv_state()
+        state = cache.state("conv")
         if state is None:
             state = near.new_zeros(near.shape[0], near.shape[2] + 1, self.past)
         phase = (state[:, -1] > 0.5).sum(dim=1)
         near, last = append(state[:, :-1], near, lengths)
         column = torch.arange(self.past, device=near.device)
         marks = column >= self.past - ((phase + lengths) % self.blocks.stride)[:, None]
-        cache.set_conv_state(torch.cat([last, marks[:, None].to(last.dtype)], dim=1))
+        cache.set_state("conv", torch.cat([last, marks[:, None].to(last.dtype)], dim=1))
         return near, phase
 
     def _compress(
@@ -349,13 +349,14 @@ class NativeSparseAttention(Mixer):
         attended = 4.0 * self.num_heads * self.head_dim * (coarse + fine + near) / context
         return attended + self.num_kv_heads * made / sizes.stride
 
-    def cache_elements_per_token(self) -> int:
+    def tokens(self) -> dict[str, TokenSpec]:
         """A selection key and value, a compressed key and value, and a mark, per key head."""
-        return self.num_kv_heads * (4 * self.head_dim + 1)
+        k = TokenSpec(self.num_kv_heads, 2 * self.head_dim + 1)
+        return {"k": k, "v": TokenSpec(self.num_kv_heads, 2 * self.head_dim)}
 
-    def state_elements(self) -> tuple[int, int]:
+    def states(self) -> dict[str, StateSpec]:
         """Keys and values of the window, as many to compress, and a mark, per token."""
-        return 0, self.past * (4 * self.num_kv_heads * self.head_dim + 1)
+        return {"conv": StateSpec((4 * self.num_kv_heads * self.head_dim + 1, self.past))}
 
 
 def _flat(y: torch.Tensor) -> torch.Tensor:

@@ -26,7 +26,7 @@ from hybrid.nn.norms import rms_norm
 from hybrid_kernels import causal_conv1d
 
 if TYPE_CHECKING:
-    from hybrid.nn.cache import LayerCache
+    from hybrid.nn.past import Slot
 
 
 def wide(x: torch.Tensor) -> torch.Tensor:
@@ -135,7 +135,7 @@ def low_rank(d_in: int, rank: int, d_out: int, bias: bool = False) -> nn.Sequent
 
 
 def token_before(
-    x: torch.Tensor, cu_seqlens: torch.Tensor | None, cache: LayerCache | None
+    x: torch.Tensor, cu_seqlens: torch.Tensor | None, cache: Slot | None
 ) -> torch.Tensor:
     """x_{t-1} of x (B, T, D), zeros at the start of a document: a convolution with the taps 1, 0.
 
@@ -145,12 +145,12 @@ def token_before(
     before, last = causal_conv1d(
         x,
         taps.contiguous(),
-        initial_state=None if cache is None else cache.conv_state(),
+        initial_state=None if cache is None else cache.state("conv"),
         cu_seqlens=cu_seqlens,
         output_final_state=cache is not None,
     )
     if cache is not None and last is not None:
-        cache.set_conv_state(last)
+        cache.set_state("conv", last)
     return before
 
 

@@ -15,8 +15,8 @@ from hybrid.config.sizes import Sizes
 from hybrid.mixers.base import LinearMixer
 from hybrid.mixers.parts import HeadOptions, positive
 from hybrid.mixers.rotation import positioned, rope_angles
-from hybrid.nn.cache import LayerCache
 from hybrid.nn.norms import build_norm
+from hybrid.nn.past import Slot
 from hybrid.nn.precision import Float32Buffers
 
 
@@ -81,7 +81,7 @@ class RotatedLinearMixer(Float32Buffers, LinearMixer):
         k: torch.Tensor,
         v: torch.Tensor,
         cu_seqlens: torch.Tensor | None,
-        cache: LayerCache | None,
+        cache: Slot | None,
         carry: Any = None,
         **gates: Any,
     ) -> torch.Tensor:

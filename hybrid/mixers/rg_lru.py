@@ -23,7 +23,7 @@ from hybrid.mixers.base import (
     residual_projection,
 )
 from hybrid.mixers.parts import divides, positive, too_wide, wide
-from hybrid.nn.cache import LayerCache
+from hybrid.nn.past import Slot, StateSpec
 from hybrid_kernels import linear_attention
 
 RATE = 8.0  # c in a_t = a^(c r_t)
@@ -124,13 +124,13 @@ class RGLRU(StateMixer):
         init.copy_(self.decay_rate, rate.expm1().log())
 
     def mix(
-        self, x: torch.Tensor, cu_seqlens: torch.Tensor | None, cache: LayerCache | None
+        self, x: torch.Tensor, cu_seqlens: torch.Tensor | None, cache: Slot | None
     ) -> torch.Tensor:
         """See the class."""
         u = self.x_proj(x)
         if self.conv is not None:
             u = self.conv(u, cu_seqlens, cache)
-        state = None if cache is None else cache.recurrent_state()
+        state = None if cache is None else cache.state("recurrent")
         r = torch.sigmoid(wide(self.recurrence_gate(u)))
         log_a = -RATE * r * F.softplus(wide(self.decay_rate))
         # 1 - a^2 without cancellation; the clamp keeps 0 * inf out of the gradient where a is 1
@@ -149,7 +149,7 @@ class RGLRU(StateMixer):
             output_final_state=cache is not None,
         )
         if cache is not None and state is not None:
-            cache.set_recurrent_state(state)
+            cache.set_state("recurrent", state)
         gate = F.gelu(self.gate_proj(x), approximate="tanh")
         return self.o_proj(h.flatten(-2).to(x.dtype) * gate)
 
@@ -157,9 +157,11 @@ class RGLRU(StateMixer):
         """The block-diagonal gates, and a dozen operations a channel."""
         return 2.0 * 2.0 * self.input_gate.weight.numel() + 12.0 * self.width
 
-    def state_elements(self) -> tuple[int, int]:
+    def states(self) -> dict[str, StateSpec]:
         """E, and W - 1 inputs of the convolution."""
-        return self.width, self.conv.state_elements() if self.conv is not None else 0
+        shape = (self.num_heads, 1, self.width // self.num_heads)
+        conv = self.conv.states() if self.conv is not None else {}
+        return {"recurrent": StateSpec(shape, torch.float32), **conv}
 
 
 def _meets_empty_state(

@@ -21,7 +21,7 @@ from hybrid.mixers.parts import (
     token_before,
     wide,
 )
-from hybrid.nn.cache import LayerCache
+from hybrid.nn.past import Slot, StateSpec
 
 MIXED = 5  # inputs of r, k, v, the decay w and the gate g, each shifted in its own way
 
@@ -113,7 +113,7 @@ class RWKV6(LinearMixer):
         init.copy_(self.bonus, bonus.view_as(self.bonus))
 
     def mix(
-        self, x: torch.Tensor, cu_seqlens: torch.Tensor | None, cache: LayerCache | None
+        self, x: torch.Tensor, cu_seqlens: torch.Tensor | None, cache: Slot | None
     ) -> torch.Tensor:
         """See the class."""
         x_r, x_k, x_v, x_w, x_g = self._shifted(x, cu_seqlens, cache)
@@ -126,7 +126,7 @@ class RWKV6(LinearMixer):
         return self.o_proj(self.norm(o.flatten(-2)) * F.silu(self.gate_proj(x_g)))
 
     def _shifted(
-        self, x: torch.Tensor, cu_seqlens: torch.Tensor | None, cache: LayerCache | None
+        self, x: torch.Tensor, cu_seqlens: torch.Tensor | None, cache: Slot | None
     ) -> tuple[torch.Tensor, ...]:
         """The five interpolations of x (B, T, D) and the token before."""
         step = token_before(x, cu_seqlens, cache) - x
@@ -139,6 +139,6 @@ class RWKV6(LinearMixer):
         """The recurrence, and the data-dependent part of the shift."""
         return super().mixing_flops(context) + 2.0 * self.shift_up.numel()
 
-    def state_elements(self) -> tuple[int, int]:
+    def states(self) -> dict[str, StateSpec]:
         """One K x V state per head, and the token before."""
-        return super().state_elements()[0], self.sizes.hidden_size
+        return {**super().states(), "conv": StateSpec((self.sizes.hidden_size, 1))}

@@ -14,7 +14,7 @@ from hybrid.config.registry import register_mixer
 from hybrid.config.sizes import Sizes
 from hybrid.mixers.base import MixerOptions, StateMixer, residual_projection
 from hybrid.mixers.parts import positive, token_before
-from hybrid.nn.cache import LayerCache
+from hybrid.nn.past import Slot, StateSpec
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class RWKVChannelMix(StateMixer):
             init.copy_(shift, 1 - channel**rest)
 
     def mix(
-        self, x: torch.Tensor, cu_seqlens: torch.Tensor | None, cache: LayerCache | None
+        self, x: torch.Tensor, cu_seqlens: torch.Tensor | None, cache: Slot | None
     ) -> torch.Tensor:
         """See the class."""
         step = token_before(x, cu_seqlens, cache) - x
@@ -92,6 +92,6 @@ class RWKVChannelMix(StateMixer):
         """The two interpolations and the gate."""
         return 5.0 * self.sizes.hidden_size
 
-    def state_elements(self) -> tuple[int, int]:
+    def states(self) -> dict[str, StateSpec]:
         """The token before."""
-        return 0, self.sizes.hidden_size
+        return {"conv": StateSpec((self.sizes.hidden_size, 1))}

@@ -25,8 +25,8 @@ from hybrid.mixers.dual_chunk import (
 )
 from hybrid.mixers.grouped_heads import GroupedHeadOptions, GroupedHeads
 from hybrid.mixers.parts import positive, wide
-from hybrid.nn.cache import LayerCache
 from hybrid.nn.packing import WHOLE_ROWS, Segments
+from hybrid.nn.past import Slot, StateSpec, TokenSpec
 from hybrid.nn.rotary import BY_LENGTH, apply_rotary
 
 
@@ -171,7 +171,7 @@ class SoftmaxAttention(GroupedHeads, FullAttention):
         attention_mask: torch.Tensor | None = None,
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | DualChunkAngles | None = None,
         segments: Segments = WHOLE_ROWS,
-        cache: LayerCache | None = None,
+        cache: Slot | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """See `Mixer.forward`."""
@@ -191,7 +191,7 @@ class SoftmaxAttention(GroupedHeads, FullAttention):
         if angles is not None:
             q, k = apply_rotary(q, k, *angles)
         if cache is not None:
-            k, v = cache.update_kv(k, v)
+            k, v = cache.append(k=k, v=v)
         if self.slopes is not None and self.attention_name == "eager":
             # transformers' eager attention rounds logits to the dtype of q, and positions are large
             q, k = wide(q), wide(k)
@@ -204,7 +204,7 @@ class SoftmaxAttention(GroupedHeads, FullAttention):
         return self.output(o.flatten(2), x), weights
 
     def _project(
-        self, x: torch.Tensor, segments: Segments, cache: LayerCache | None
+        self, x: torch.Tensor, segments: Segments, cache: Slot | None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """x (B, T, D) -> q (B, H, T, K), k and v (B, H_kv, T, K), convolved and normalised."""
         q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
@@ -213,7 +213,7 @@ class SoftmaxAttention(GroupedHeads, FullAttention):
             if cache is not None:
                 qkv = torch.cat([q, k, v], dim=-1)
                 conv = self.conv
-                cache.resume(qkv, segments, lambda again: conv(again, None, cache))
+                cache.begin(qkv, segments, lambda again: conv(again, None, cache))
             packed = [segments.pack(y) for y in (q, k, v)]
             convolved = self.conv.split(packed, segments.cu_seqlens, cache)
             q, k, v = (segments.unpack(y, batch, time) for y in convolved)
@@ -240,14 +240,14 @@ class SoftmaxAttention(GroupedHeads, FullAttention):
         v: torch.Tensor,
         angles: DualChunkAngles,
         mask: torch.Tensor | None,
-        cache: LayerCache | None,
+        cache: Slot | None,
     ) -> tuple[torch.Tensor, None]:
         """Dual chunk attention; the cache holds rotated keys, and which chunk each belongs to."""
         self.require_plain("no dual chunks")
         queries, k = angles.rotate(q, k)
         k = mark_chunks(k, angles.chunk)
         if cache is not None:
-            k, v = cache.update_kv(k, v)
+            k, v = cache.append(k=k, v=v)
         k, chunk = read_chunks(k)
         return dual_chunk_attention(
             queries, k, v, angles.chunk, chunk, mask,
@@ -258,13 +258,14 @@ class SoftmaxAttention(GroupedHeads, FullAttention):
         """Logits and weighted sum over the (context + 1) / 2 tokens a token sees on average."""
         return self.logits_flops((context + 1) / 2)
 
-    def cache_elements_per_token(self) -> int:
+    def tokens(self) -> dict[str, TokenSpec]:
         """Keys and values; with ALiBi the position, with dual chunks the chunk, in two numbers each."""
         marks = 0
         if self.has_positions:
             marks = 2 * (self.slopes is not None) + CHUNK_MARKS * bool(self.options.dual_chunk)
-        return self.num_kv_heads * (2 * self.head_dim + marks)
+        k = TokenSpec(self.num_kv_heads, self.head_dim + marks)
+        return {"k": k, "v": TokenSpec(self.num_kv_heads, self.head_dim)}
 
-    def state_elements(self) -> tuple[int, int]:
+    def states(self) -> dict[str, StateSpec]:
         """The convolution's."""
-        return 0, self.conv.state_elements() if self.conv is not None else 0
+        return self.conv.states() if self.conv is not None else {}

@@ -16,8 +16,8 @@ from __future__ import annotations
 import torch
 
 from hybrid.mixers.base import ShortConvolution
-from hybrid.nn.cache import LayerCache
 from hybrid.nn.packing import Segments
+from hybrid.nn.past import Slot
 
 
 class Canon(ShortConvolution):
@@ -27,9 +27,9 @@ class Canon(ShortConvolution):
         super().__init__(channels, width)
         self.residual = True
 
-    def run(self, x: torch.Tensor, segments: Segments, cache: LayerCache | None) -> torch.Tensor:
+    def run(self, x: torch.Tensor, segments: Segments, cache: Slot | None) -> torch.Tensor:
         """(B, T, C) -> (B, T, C), continuing from and writing to the cache slot where there is one."""
         if cache is not None:
-            cache.resume(x, segments, lambda again: self(again, None, cache))
+            cache.begin(x, segments, lambda again: self(again, None, cache))
         y = self(segments.pack(x), segments.cu_seqlens, cache)
         return segments.unpack(y, *x.shape[:2])

@@ -12,6 +12,7 @@ Shapes: B rows, T tokens of a slice, N documents in the slices of this process, 
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -31,9 +32,10 @@ from hybrid.nn.packing import WHOLE_ROWS, Segments, from_positions
 from hybrid.nn.past import Past
 
 # A message of unknown shape has a header: whose it is, its dtype, its number of dimensions, and these.
-KINDS = ("k", "v", "conv", "recurrent")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MOST_DIMENSIONS = 6
+
+_NAMES: dict[int, str] = {}  # by their checksums, for messages
 
 
 class Key(NamedTuple):
@@ -42,8 +44,9 @@ class Key(NamedTuple):
     batch: int
     time: int
     layer: int
-    state: int
-    kind: int
+    slot: int
+    name: int
+    """A checksum of the name in the slot."""
 
 
 @dataclass
@@ -121,8 +124,8 @@ class ContextGroup:
             found, (dtype, dimensions, *shape) = Key(*numbers[: len(key)]), numbers[len(key) :]
             if found != key:
                 raise ValueError(
-                    f"layer {key.layer} reads {KINDS[key.kind]!r} of mixer state {key.state} before"
-                    f" {KINDS[found.kind]!r} of {found.state}, and stores them the other way round:"
+                    f"layer {key.layer} reads {_NAMES[key.name]!r} of slot {key.slot} before"
+                    f" {_NAMES.get(found.name)!r} of {found.slot}, and stores them the other way round:"
                     " across processes the order must be one"
                 )
             self.shapes[key] = DTYPES[dtype], shape[:dimensions]
@@ -251,11 +254,11 @@ class Neighbours(Past):
         """Keys in all, and the place of the first."""
         return self.past + query_length, 0
 
-    # What a layer asks.
+    # `hybrid.nn.past.Past`.
 
-    def slot(self, layer_idx: int, state_idx: int) -> NeighbourSlot:
+    def slot(self, layer_idx: int, slot_idx: int) -> NeighbourSlot:
         """The past of one mixer."""
-        return NeighbourSlot(self, layer_idx, state_idx)
+        return NeighbourSlot(self, layer_idx, slot_idx)
 
     def tie(self, x: torch.Tensor) -> torch.Tensor:
         """x (B, T, D) of the end of a layer, with all that the layer sent and received."""
@@ -265,69 +268,67 @@ class Neighbours(Past):
 
 @dataclass(frozen=True)
 class NeighbourSlot:
-    """One mixer's past, as `hybrid.nn.cache.LayerCache` has it, on the process before."""
+    """`hybrid.nn.past.Slot` whose past is on the process before."""
 
     neighbours: Neighbours
     layer_idx: int
-    state_idx: int
+    slot_idx: int
 
-    def update_kv(self, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Put all earlier keys and values before these (B, H_kv, T, dim), and send all of them on."""
+    def append(
+        self,
+        *,
+        window: int | None = None,
+        lengths: torch.Tensor | None = None,
+        **tokens: torch.Tensor,
+    ) -> tuple[torch.Tensor, ...]:
+        """Put the earlier columns before these (B, heads, T, dim), and send on what the next may see.
+
+        Slices have no padding, so `lengths` is None.
+        """
         both = []
-        for kind, own in (("k", k), ("v", v)):
+        for name, own in tokens.items():
             if not self.neighbours.group.is_first:
-                own = torch.cat([self._receive(kind).to(own.dtype), own], dim=2)
-            self._send(own, kind)
+                own = torch.cat([self._receive(name).to(own.dtype), own], dim=2)
+            first = 0 if window is None else max(0, own.shape[2] - window + 1)
+            self._send(own[:, :, first:], name)
             both.append(own)
-        return both[0], both[1]
+        return tuple(both)
 
-    def recurrent_state(self) -> torch.Tensor | None:
-        """The state (N, H, K, V) that each document begins with; None where rows begin here."""
-        return self._begin("recurrent")
-
-    def set_recurrent_state(self, state: torch.Tensor) -> None:
-        """Send on the state after the last document of each row, of (N, H, K, V)."""
-        self._end(state, "recurrent")
-
-    def conv_state(self) -> torch.Tensor | None:
-        """The last W - 1 inputs of the convolution before each document, (N, D, W - 1)."""
-        return self._begin("conv")
-
-    def set_conv_state(self, state: torch.Tensor) -> None:
-        """Send on the last W - 1 inputs of each row."""
-        self._end(state, "conv")
-
-    def resume(
-        self, x: torch.Tensor, segments: Segments, run: Callable[[torch.Tensor], object]
-    ) -> None:
-        """Nothing: no token is taken back in training."""
-
-    def _begin(self, kind: str) -> torch.Tensor | None:
+    def state(self, name: str) -> torch.Tensor | None:
+        """The state (N, ...) that each document begins with; None where rows begin here."""
         near = self.neighbours
         if near.group.is_first:
             return None
-        came = self._receive(kind)
+        came = self._receive(name)
         came = came * near.continues.view(-1, *[1] * (came.ndim - 1)).to(came.dtype)
         if near.segments.cu_seqlens is None:
             return came
         begin = came.new_zeros(len(near.segments.cu_seqlens) - 1, *came.shape[1:])
         return begin.index_copy(0, near.first, came)
 
-    def _end(self, state: torch.Tensor, kind: str) -> None:
+    def set_state(self, name: str, value: torch.Tensor) -> None:
+        """Send on the state after the last document of each row, of (N, ...)."""
         whole = self.neighbours.segments.cu_seqlens is None
-        self._send(state if whole else state[self.neighbours.last], kind)
+        self._send(value if whole else value[self.neighbours.last], name)
 
-    def _key(self, kind: str) -> Key:
+    def begin(
+        self, x: torch.Tensor, segments: Segments, run: Callable[[torch.Tensor], object]
+    ) -> None:
+        """Nothing: no token is taken back in training."""
+
+    def _key(self, name: str) -> Key:
         near = self.neighbours
-        return Key(near.batch, near.time, self.layer_idx, self.state_idx, KINDS.index(kind))
+        number = zlib.crc32(name.encode())
+        _NAMES[number] = name
+        return Key(near.batch, near.time, self.layer_idx, self.slot_idx, number)
 
-    def _send(self, x: torch.Tensor, kind: str) -> None:
+    def _send(self, x: torch.Tensor, name: str) -> None:
         near = self.neighbours
         if not near.group.is_last:
-            near.ties.append(_Send.apply(x, near.anchor, near.group, self._key(kind)))
+            near.ties.append(_Send.apply(x, near.anchor, near.group, self._key(name)))
 
-    def _receive(self, kind: str) -> torch.Tensor:
+    def _receive(self, name: str) -> torch.Tensor:
         near = self.neighbours
-        came = _Receive.apply(near.anchor, near.group, self._key(kind))
+        came = _Receive.apply(near.anchor, near.group, self._key(name))
         near.ties.append(came)
         return came

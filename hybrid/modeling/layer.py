@@ -10,7 +10,6 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import nn
-from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from hybrid.config.spec import LayerSpec
@@ -23,7 +22,6 @@ from hybrid.modeling.canon import Canon
 from hybrid.modeling.residual import ParallelMixers, Residual
 from hybrid.modeling.weight_sharing import adapt, narrow_output
 from hybrid.nn.arguments import MIXER_ARGUMENTS, check_arguments
-from hybrid.nn.cache import LayerCache
 from hybrid.nn.packing import WHOLE_ROWS, Segments
 from hybrid.nn.past import Past, Slot
 
@@ -38,7 +36,7 @@ class Call(NamedTuple):
     masks: Masks
     positions: dict[str, tuple[torch.Tensor, torch.Tensor]]
     segments: Segments
-    cache: Cache | Past | None
+    past: Past | None
     kwargs: dict[str, Any]
 
 
@@ -50,7 +48,6 @@ class HybridLayer(GradientCheckpointingLayer):
         self.layer_idx = spec.layer_idx
         self.symbols = spec.symbols
         self.shared = spec.shared
-        self.has_state = [mixer.has_state for mixer in spec.mixers]
         self.mixer = self._build_mixer(spec)
         self.mixer_residual: Residual | None = None
         if spec.mixer_branch is not None:
@@ -124,7 +121,6 @@ class HybridLayer(GradientCheckpointingLayer):
         attention_mask: Masks,
         position_embeddings: dict[str, tuple[torch.Tensor, torch.Tensor]],
         segments: Segments = WHOLE_ROWS,
-        cache: Cache | None = None,
         past: Past | None = None,
         **kwargs: Any,
     ) -> torch.Tensor:
@@ -137,13 +133,11 @@ class HybridLayer(GradientCheckpointingLayer):
                 three are positional: reentrant checkpointing finds gradients of no others.
             attention_mask, position_embeddings: by layer type; by symbol.
             segments: documents and padding.
-            cache: of the stack, or None.
-            past: what holds the states in place of a cache.
+            past: where the tokens before these are (see `hybrid.nn.past`); None where none are.
             kwargs: for attention functions.
         """
         check_arguments("HybridLayer", HybridLayer.forward, kwargs, MIXER_ARGUMENTS)
-        held = cache if past is None else past
-        call = Call(attention_mask, position_embeddings, segments, held, kwargs)
+        call = Call(attention_mask, position_embeddings, segments, past, kwargs)
         source = x if beside is None else x + beside
         y = x
         if self.mixer_residual is not None:
@@ -169,20 +163,17 @@ class HybridLayer(GradientCheckpointingLayer):
         return self.mixer(h, **self._mixer_calls([self.mixer], call)[0])[0]
 
     def _mixer_calls(self, mixers: Sequence[nn.Module], call: Call) -> list[dict[str, Any]]:
-        """The keyword arguments of each mixer; those with a state count from 0."""
-        calls, state_idx = [], 0
-        for symbol, mixer, has_state in zip(self.symbols, mixers, self.has_state, strict=True):
-            calls.append(
-                {
-                    **call.kwargs,
-                    "attention_mask": call.masks.get(cast(Mixer, mixer).layer_type),
-                    "position_embeddings": call.positions.get(symbol),
-                    "segments": call.segments,
-                    "cache": self._slot(call.cache, state_idx),
-                }
-            )
-            state_idx += has_state
-        return calls
+        """The keyword arguments of each mixer."""
+        return [
+            {
+                **call.kwargs,
+                "attention_mask": call.masks.get(cast(Mixer, mixer).layer_type),
+                "position_embeddings": call.positions.get(symbol),
+                "segments": call.segments,
+                "cache": self._slot(call.past, slot_idx),
+            }
+            for slot_idx, (symbol, mixer) in enumerate(zip(self.symbols, mixers, strict=True))
+        ]
 
     def _feed_forward(self, h: torch.Tensor, call: Call) -> torch.Tensor:
         assert self.ffn is not None
@@ -191,14 +182,11 @@ class HybridLayer(GradientCheckpointingLayer):
         return self.ffn(h, convolve=lambda inner: self._canon("D", inner, call))
 
     def _canon(self, at: str, x: torch.Tensor, call: Call) -> torch.Tensor:
-        """x + convolution of x where this layer has one at that position; their states come last."""
+        """x + convolution of x where this layer has one at that position; their slots come last."""
         if at not in self.canon:
             return x
-        state_idx = sum(self.has_state) + list(self.canon).index(at)
-        slot = cast("LayerCache | None", self._slot(call.cache, state_idx))
+        slot = self._slot(call.past, len(self.symbols) + list(self.canon).index(at))
         return cast(Canon, self.canon[at]).run(x, call.segments, slot)
 
-    def _slot(self, cache: Cache | Past | None, state_idx: int) -> Slot | None:
-        if isinstance(cache, Past):
-            return cache.slot(self.layer_idx, state_idx)
-        return None if cache is None else LayerCache(cache, self.layer_idx, state_idx)
+    def _slot(self, past: Past | None, slot_idx: int) -> Slot | None:
+        return None if past is None else past.slot(self.layer_idx, slot_idx)

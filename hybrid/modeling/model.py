@@ -16,7 +16,6 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation.candidate_generator import CandidateGenerator
 from transformers.masking_utils import (
     create_causal_mask,
-    create_masks_for_generate,
     create_recurrent_attention_mask,
 )
 from transformers.modeling_outputs import BaseModelOutputWithPast
@@ -26,6 +25,7 @@ from transformers.utils.output_capturing import capture_outputs
 from hybrid.config.hybrid_config import HybridConfig
 from hybrid.config.spec import StackSpec
 from hybrid.modeling.backends import use_backends_of
+from hybrid.modeling.cache import CachePast
 from hybrid.modeling.context_parallel import ContextGroup, Neighbours
 from hybrid.modeling.embeddings import build_embedding
 from hybrid.modeling.layer import HybridLayer, Masks
@@ -46,7 +46,7 @@ from hybrid.nn.arguments import (
     check_arguments,
     pick_cache,
 )
-from hybrid.nn.cache import count_tokens, fill_unused, is_empty, is_paged, past_length
+from hybrid.nn.cache import is_empty, is_paged, past_length
 from hybrid.nn.norms import build_norm
 from hybrid.nn.packing import (
     WHOLE_ROWS,
@@ -77,8 +77,7 @@ class HybridModel(HybridPreTrainedModel):
         self.layers = nn.ModuleList([HybridLayer(layer) for layer in stack])
         use_backends_of(config, self.layers)
         self.rotary = self._build_rotary(stack)
-        self.counting_layer = stack.counting_layer
-        self.has_keys = self.counting_layer is None
+        self.has_keys = stack.has_keys
         self.has_state = stack.has_state
         self.norm = nn.Identity()
         if not stack.ends_normed:
@@ -192,19 +191,17 @@ class HybridModel(HybridPreTrainedModel):
             places = segments.places if segments.packed else position_ids
             assert places is not None
             masks = self._masks(x, attention_mask, past, places)
+        slots = None if past is None else CachePast(past)
         x = self.run(
             x,
             position_ids,
             masks=masks,
             segments=segments,
-            cache=past,
-            past=neighbours,
+            past=neighbours if slots is None else slots,
             **handed_on,
         )
-        if past is not None:
-            fill_unused(past)
-            if self.counting_layer is not None:
-                count_tokens(past, self.counting_layer, x)
+        if slots is not None:
+            slots.count(x)
         returned: dict[str, Any] = {CACHE: past}
         return BaseModelOutputWithPast(last_hidden_state=x, **returned)
 
@@ -215,7 +212,6 @@ class HybridModel(HybridPreTrainedModel):
         *,
         masks: Masks,
         segments: Segments = WHOLE_ROWS,
-        cache: Cache | None = None,
         past: Past | None = None,
         **kwargs: Any,
     ) -> torch.Tensor:
@@ -226,7 +222,7 @@ class HybridModel(HybridPreTrainedModel):
             position_ids: (1 or B, T).
             masks: by layer type, as transformers' mask functions make them for the attention function.
             segments: documents and padding.
-            cache, past: where the past lies; at most one of them.
+            past: where the tokens before these are; None where none are.
             kwargs: of attention functions.
 
         Returns:
@@ -244,7 +240,6 @@ class HybridModel(HybridPreTrainedModel):
                 attention_mask=masks,
                 position_embeddings=positions,
                 segments=segments,
-                cache=cache,
                 past=past,
                 position_ids=position_ids,
                 **kwargs,
@@ -323,12 +318,14 @@ class HybridForCausalLM(Objective, HybridPreTrainedModel, GenerationMixin):
         self.post_init()
 
     def create_masks_for_generate(self, **kwargs: Any) -> Any:
-        """The masks of one forward, made ahead of a compiled one; a stack without keys has one."""
-        if self.model.has_keys:
-            return create_masks_for_generate(**kwargs)
+        """The masks of one forward, made ahead of a compiled one."""
         names = ("config", "inputs_embeds", "attention_mask", CACHE)
-        mask = create_recurrent_attention_mask(**{name: kwargs[name] for name in names})
-        return {"linear_attention": mask}
+        given = {name: kwargs[name] for name in names}
+        masks = {"linear_attention": create_recurrent_attention_mask(**given)}
+        if self.model.has_keys:
+            positions = kwargs.get("position_ids")
+            masks["full_attention"] = create_causal_mask(**given, position_ids=positions)
+        return masks
 
     @functools.wraps(GenerationMixin.prepare_inputs_for_generation)
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:

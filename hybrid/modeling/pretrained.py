@@ -45,7 +45,7 @@ class HybridPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["HybridLayer"]
-    _skip_keys_device_placement = ["cache", "past_key_values"]
+    _skip_keys_device_placement = ["cache", "past_key_values", "past"]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True

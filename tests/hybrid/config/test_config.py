@@ -303,16 +303,16 @@ def test_depth_follows_the_layout():
     assert len(config.layers) == config.num_hidden_layers == len(config.layer_types) == 8
     assert HybridConfig(layout="(LS)3").num_hidden_layers == 6
     literal = HybridConfig(layout="L-S-").layer_types
-    assert literal == ["linear_attention", "moe", "full_attention", "moe"]
+    assert literal == ["hybrid_states", "moe", "full_attention", "moe"]
 
 
 @pytest.mark.parametrize(
     ("layout", "types"),
     [
-        ("LLS", ["linear_attention", "linear_attention", "full_attention"]),
-        ("[LS]", ["hybrid"]),
-        ("SD", ["full_attention", "hybrid"]),
-        ("LL", ["hybrid_sliding", "linear_attention"]),
+        ("LLS", ["hybrid_states", "hybrid_states", "full_attention"]),
+        ("[LS]", ["hybrid_keys"]),
+        ("SD", ["full_attention", "hybrid_keys"]),
+        ("LL", ["hybrid_states", "hybrid_states"]),
     ],
 )
 def test_layer_types_make_caches_that_count(layout, types):
@@ -320,17 +320,15 @@ def test_layer_types_make_caches_that_count(layout, types):
     mixers = {"D": {"type": "softmax_attention", "conv_size": 4}}
     config = HybridConfig(layout=layout, hidden_size=64, mixers=mixers)
     assert config.layer_types == types
-    assert hasattr(config, "sliding_window") == (layout == "LL")
+    assert config.sliding_window is None
     for cache in (DynamicCache(config=config), StaticCache(config=config, max_cache_len=8)):
         assert len(cache.layers) == len(types)
         assert cache.get_seq_length() == 0
 
 
-def test_states_side_by_side_are_counted():
+def test_mixers_side_by_side_are_one_branch():
     config = HybridConfig(layout="L[LLN]S", hidden_size=64)
-    assert config.number_of_conv_states == 3
     assert config.stack.sizes.num_residual_branches == 6
-    assert HybridConfig(layout="S", hidden_size=64).number_of_conv_states == 1
 
 
 def test_a_users_mixer_is_found_by_name_in_a_config():
@@ -344,7 +342,7 @@ def test_a_users_mixer_is_found_by_name_in_a_config():
     try:
         config = HybridConfig(layout="Q", mixers={"Q": {"type": "test_config_mixer"}})
         assert config.stack.mixers["Q"].cls is Mine
-        assert config.layer_types == ["hybrid_sliding"]
+        assert config.layer_types == ["hybrid_states"]
     finally:
         del mixers._by_name["test_config_mixer"]
 

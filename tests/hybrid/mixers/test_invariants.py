@@ -9,8 +9,7 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, DynamicCache
 
 import hybrid
-from hybrid.mixers.base import Mixer
-from hybrid.modeling.canon import Canon
+from hybrid.modeling.cache import HybridCacheLayer
 
 CLOSE = {"rtol": 1e-8, "atol": 1e-9}
 TIME = 23
@@ -230,17 +229,26 @@ def test_bfloat16_is_finite_and_near_float64(build, mixer_name, mixer_options, i
     assert (a - b).square().mean().sqrt() <= 0.05 * a.square().mean().sqrt()
 
 
-def test_cost_is_what_the_cache_holds(stack, ids):
-    """Declared cache elements against the tensors in the cache after a prefill."""
-    mixers = [m for m in stack.modules() if isinstance(m, Mixer)]
+def test_a_cache_holds_what_mixers_declare(stack, ids):
+    """By name: shapes of states, and of columns of tokens."""
     time = 11
     cache = stack(ids(1, time), use_cache=True).past_key_values
-    found = 0
-    for layer in cache.layers:
-        tensors = [getattr(layer, "keys", None), getattr(layer, "values", None)]
-        for states in (getattr(layer, "recurrent_states", {}), getattr(layer, "conv_states", {})):
-            tensors += states.values()
-        found += sum(t.numel() for t in tensors if t is not None)
-    declared = sum(m.cache_elements_per_token() * time + sum(m.state_elements()) for m in mixers)
-    declared += sum(m.state_elements() for m in stack.modules() if isinstance(m, Canon))
-    assert found == declared
+    for layer, held in zip(stack.model.layers, cache.layers, strict=True):
+        mixer = layer.mixer
+        tokens = {
+            name: (
+                1,
+                spec.heads,
+                time if spec.window is None else min(time, spec.window - 1),
+                spec.dim,
+            )
+            for name, spec in mixer.tokens().items()
+        }
+        if not isinstance(held, HybridCacheLayer):
+            assert mixer.states() == {}
+            assert {"k": held.keys.shape, "v": held.values.shape} == tokens
+            continue
+        (memory,) = held.slots.values()
+        assert {name: tuple(c.tensor.shape) for name, c in memory.tokens.items()} == tokens
+        states = {name: (1, *spec.shape) for name, spec in mixer.states().items()}
+        assert {name: tuple(state.shape) for name, state in memory.states.items()} == states

@@ -6,7 +6,7 @@ from transformers import DynamicCache
 
 import hybrid
 from hybrid.config.registry import mixers
-from hybrid.nn.cache import LayerCache
+from hybrid.modeling.cache import CacheSlot
 
 D, TIME, PIECE = 32, 2**16, 4096
 WITH_STATE = [name for name in mixers.names() if mixers.get(name).layer_type == "linear_attention"]
@@ -22,7 +22,7 @@ def test_a_long_run_does_not_drift(name):
     )  # fmt: skip
     mixer = hybrid.HybridForCausalLM(config).model.layers[0].mixer.eval()
     x = torch.randn(1, TIME, D)
-    cache = LayerCache(DynamicCache(config=config), 0)
+    cache = CacheSlot(DynamicCache(config=config), 0)
     with torch.no_grad():
         found = mixer(x)[0].split(PIECE, dim=1)
         mixer = mixer.double()

@@ -11,7 +11,7 @@ from transformers import DynamicCache
 
 import hybrid
 from hybrid.mixers import sparse_blocks
-from hybrid.nn.cache import LayerCache
+from hybrid.modeling.cache import CacheSlot
 from hybrid.nn.packing import Segments
 
 D, H, KV, K = 24, 4, 2, 6
@@ -191,7 +191,7 @@ def test_few_queries_at_a_time_change_neither_output_nor_gradients(monkeypatch):
 def test_packed_documents_cannot_be_continued():
     mixer, _ = build()
     documents = Segments(torch.tensor([0, 4, 9], dtype=torch.int32))
-    slot = LayerCache(DynamicCache(config=sparse_config()), 0)
+    slot = CacheSlot(DynamicCache(config=sparse_config()), 0)
     with pytest.raises(ValueError, match="cannot continue packed documents"):
         mixer(text(9), segments=documents, cache=slot)
 

@@ -30,7 +30,7 @@ from transformers.models.xlstm import modeling_xlstm
 
 import hybrid
 from hybrid.modeling.backends import use_backends_of
-from hybrid.nn.cache import LayerCache
+from hybrid.modeling.cache import CacheSlot
 
 D, TIME = 32, 21
 FLOAT32_EPS = torch.finfo(torch.float32).eps
@@ -441,7 +441,7 @@ def test_multi_head_latent_attention_of_deepseek_v3(query_latent):
     x, cos, sin = x.double(), cos.double(), sin.double()
     with torch.no_grad(), Float64():
         expected = theirs(x, (cos, sin), None)[0]
-        cache = LayerCache(DynamicCache(config=ours.config), 0)
+        cache = CacheSlot(DynamicCache(config=ours.config), 0)
         steps = [
             ours(x[:, t : t + 1], position_embeddings=(cos[:, t : t + 1], sin[:, t : t + 1]),
                  cache=cache)[0]

@@ -76,8 +76,7 @@ def test_by_symbol_and_as_a_list(build):
     assert [list(layer.canon) for layer in (linear, softmax, ssm)] == [["A", "D"], ["A", "C"], []]
     assert linear.mixer.conv.residual
     assert softmax.mixer.conv is None
-    assert model.config.layer_types == ["linear_attention", "hybrid", "linear_attention"]
-    assert model.config.number_of_conv_states == 3  # of L: its own, A and D
+    assert model.config.layer_types == ["hybrid_states", "hybrid_keys", "hybrid_states"]
 
 
 def test_every_convolution_learns(build, ids):
