@@ -123,8 +123,8 @@ def test_cost_is_counted(build, ids):
     assert extra == sum(m.weight.numel() for m in convolutions) > 0
     assert cost.flops_per_token - without.flops_per_token == 2 * extra
     cache = model(ids(1, 8), use_cache=True).past_key_values
-    states = [s for layer in cache.layers for s in layer.conv_states.values() if s is not None]
-    held = sum(s.numel() for s in states) * 8
+    slots = [slot for layer in cache.layers for slot in layer.slots.values()]
+    held = sum(slot.states["conv"].numel() for slot in slots if "conv" in slot.states) * 8
     recurrent = cost.state_bytes - held  # of Mamba-2, float32
     assert recurrent == 4 * 4 * 8 * 6
 
