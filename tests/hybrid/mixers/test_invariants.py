@@ -234,21 +234,29 @@ def test_a_cache_holds_what_mixers_declare(stack, ids):
     time = 11
     cache = stack(ids(1, time), use_cache=True).past_key_values
     for layer, held in zip(stack.model.layers, cache.layers, strict=True):
-        mixer = layer.mixer
-        tokens = {
-            name: (
-                1,
-                spec.heads,
-                time if spec.window is None else min(time, spec.window - 1),
-                spec.dim,
-            )
-            for name, spec in mixer.tokens().items()
-        }
+        mixers = getattr(layer.mixer, "branches", [layer.mixer] if layer.mixer else [])
+        tokens = [shapes_of_tokens(mixer, time) for mixer in mixers]
+        states = [
+            {name: (1, *spec.shape) for name, spec in part.states().items()}
+            for part in (*mixers, *layer.canon.values())
+        ]
         if not isinstance(held, HybridCacheLayer):
-            assert mixer.states() == {}
-            assert {"k": held.keys.shape, "v": held.values.shape} == tokens
+            assert not any(states)
+            found = {"k": tuple(held.keys.shape), "v": tuple(held.values.shape)} if mixers else {}
+            assert [found] == tokens or not mixers
             continue
-        (memory,) = held.slots.values()
-        assert {name: tuple(c.tensor.shape) for name, c in memory.tokens.items()} == tokens
-        states = {name: (1, *spec.shape) for name, spec in mixer.states().items()}
-        assert {name: tuple(state.shape) for name, state in memory.states.items()} == states
+        slots = [held.slots[i] for i in sorted(held.slots)]
+        assert [
+            {name: tuple(columns.tensor.shape) for name, columns in slot.tokens.items()}
+            for slot in slots
+        ] == tokens + [{}] * len(layer.canon)
+        assert [
+            {name: tuple(state.shape) for name, state in slot.states.items()} for slot in slots
+        ] == states
+
+
+def shapes_of_tokens(mixer, time):
+    return {
+        name: (1, spec.heads, time if spec.window is None else min(time, spec.window - 1), spec.dim)
+        for name, spec in mixer.tokens().items()
+    }
