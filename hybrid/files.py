@@ -111,7 +111,7 @@ def read_json(path: str | Path, unique: bool = False) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise ValueError(f"{path}: no such file") from error
     except RecursionError as error:
-        raise ValueError(f"{path}: nested too deeply") from error
+        raise ValueError(f"{path}: not JSON: nested too deeply") from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not JSON: {error}") from error
     except (OSError, ValueError) as error:

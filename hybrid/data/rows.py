@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from hybrid.data.documents import Documents
+from hybrid.data.identity import first_rows, rows_checksum, spread_rows
 from hybrid.data.packing import (
     IGNORE,
     LongDocuments,
@@ -36,6 +37,10 @@ class Rows(Protocol):
 
     def row(self, index: int) -> Row:
         """Row `index`: `input_ids`, `labels`, `position_ids`, each (T,) int64."""
+        ...
+
+    def identity(self) -> dict[str, int | str | None]:
+        """What is the same for the same data alone, by name; None is not known, and not compared."""
         ...
 
 
@@ -65,10 +70,10 @@ class ShuffledRows:
         part = bisect.bisect_right(self.ends, place)
         return self.parts[part][place - (self.ends[part - 1] if part else 0)]
 
-    def checksum(self) -> int:
-        """CRC-32 of all documents."""
+    def identity(self) -> dict[str, int | str | None]:
+        """See `Rows.identity`: of all documents."""
         values = [part.documents.checksum() for part in self.parts]
-        return zlib.crc32(np.asarray(values, np.uint32).tobytes())
+        return {"CRC-32 of its content": zlib.crc32(np.asarray(values, np.uint32).tobytes())}
 
 
 class StreamedRows:
@@ -79,12 +84,17 @@ class StreamedRows:
 
     Args:
         start: makes an endless iterator from the beginning; the same one each time.
+        origin: what is known of the data beside its rows, for `identity`.
     """
 
     per_epoch: int | None = None
 
-    def __init__(self, start: Callable[[], Iterator[Row]]) -> None:
-        self._start = start
+    def __init__(
+        self,
+        start: Callable[[], Iterator[Row]],
+        origin: Callable[[], dict[str, int | str | None]] = dict,
+    ) -> None:
+        self._start, self._origin = start, origin
         self._rows: Iterator[Row] = iter(())
         self._last: tuple[int, Row] | None = None
 
@@ -105,6 +115,13 @@ class StreamedRows:
         assert self._last is not None
         return self._last[1]
 
+    def identity(self) -> dict[str, int | str | None]:
+        """See `Rows.identity`: of the first rows, and of the files or the revision that they are of."""
+        rows = first_rows()
+        return {f"CRC-32 of its first {len(rows)} rows": rows_checksum(self.row, rows)} | (
+            self._origin()
+        )
+
 
 class PluginRows:
     """Rows of a plug-in that can be asked for row i (`source[i]`)."""
@@ -117,6 +134,11 @@ class PluginRows:
     def row(self, index: int) -> Row:
         """See `Rows.row`."""
         return complete(self.source[index], self.length, self.pad_id)
+
+    def identity(self) -> dict[str, int | str | None]:
+        """See `Rows.identity`: of a sample of rows."""
+        rows = spread_rows()
+        return {f"CRC-32 of {len(rows)} of its rows": rows_checksum(self.row, rows)}
 
 
 def complete(row: Any, length: int, pad_id: int) -> Row:

@@ -37,7 +37,7 @@ from hybrid.data.documents import (
 from hybrid.data.packing import LongDocuments, Packing, Row, pack
 from hybrid.data.rows import PluginRows, Rows, ShuffledRows, StreamedRows, complete, packed_stream
 from hybrid.data.stdlib import Split, stdlib_texts
-from hybrid.data.texts import is_path, load_texts
+from hybrid.data.texts import is_path, load_texts, origin
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -164,7 +164,10 @@ def open_source(
     else:
         start = open_texts(config)
         if config.streaming:
-            return StreamedRows(lambda: _stream(start, tokenizer, rows, config.source))
+            return StreamedRows(
+                lambda: _stream(start, tokenizer, rows, config.source),
+                lambda: origin(config.source),
+            )
         parts = [Documents.from_arrays(list(encode(start(0), tokenizer)))]
     if not any((p.lengths > 1).any() for p in parts):
         raise ValueError(

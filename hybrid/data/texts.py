@@ -15,6 +15,8 @@ from lzma import LZMAError
 from pathlib import Path
 from typing import Any
 
+from hybrid.data.identity import files_checksum, hub_revision
+
 # suffix -> the builder of `datasets` that reads it
 BUILDERS = {
     ".txt": "text",
@@ -64,6 +66,13 @@ def find_files(pattern: str) -> list[str]:
             " format an entry of its own"
         )
     return sorted(found)
+
+
+def origin(source: str) -> dict[str, int | str | None]:
+    """What identifies the texts of a source without reading them as texts."""
+    if is_path(source):
+        return {"CRC-32 of its files": files_checksum(find_files(source))}
+    return {"commit on the hub": hub_revision(source)}
 
 
 def load_texts(

@@ -18,17 +18,24 @@ from hybrid.checkpoint_paths import check_source
 from hybrid.config.hybrid_config import HybridConfig
 from hybrid.config.options import ConfigError
 from hybrid.convert import from_published
-from hybrid.convert.checkpoint import new_folder, read_json, write_json
+from hybrid.convert.checkpoint import new_folder
 from hybrid.convert.relayout import relayout
 from hybrid.data.documents import INDEX
 from hybrid.data.packing import Row
 from hybrid.data.preparation import prepare
 from hybrid.data.sources import SourceConfig, plugins
 from hybrid.distill import report as words
-from hybrid.distill.config import DistillConfig, LogitsStage, OutputsStage, TeacherConfig
+from hybrid.distill.config import (
+    DistillConfig,
+    LanguageStage,
+    LogitsStage,
+    OutputsStage,
+    TeacherConfig,
+)
 from hybrid.distill.measure import knock_outs, output_errors, row_losses
 from hybrid.distill.parts import replaced_layers
 from hybrid.distill.stages import LanguageModelling, MatchLogits, MatchOutputs
+from hybrid.files import read_json, write_json
 from hybrid.locks import sole_writer
 from hybrid.modeling.model import HybridForCausalLM
 from hybrid.tokenizer import load_tokenizer
@@ -57,6 +64,7 @@ def distill(config: DistillConfig) -> dict[str, Any]:
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError(["a distillation runs in one process; start it without a launcher"])
+    _refuse_ignored_keys(config)
     out = Path(config.output_dir)
     with sole_writer(out), torch.random.fork_rng():
         _refuse_other_run(out, config)
@@ -100,6 +108,19 @@ def _start(config: DistillConfig, teacher: HybridForCausalLM, out: Path) -> Path
         student.save_pretrained(made)
         tokenizer.save_pretrained(made)
     return start
+
+
+def _refuse_ignored_keys(config: DistillConfig) -> None:
+    """Refuse label smoothing where a stage has no labels: its target is the teacher."""
+    mistakes = [
+        f"{name}.training.label_smoothing_factor: expected 0 in a stage that learns from the teacher"
+        f" and not from labels, got {smoothing}; set it in `language.training` alone"
+        for name, stage in config.stages.items()
+        if not isinstance(config.stage(name), LanguageStage)
+        and (smoothing := stage.training.get("label_smoothing_factor"))
+    ]
+    if mistakes:
+        raise ConfigError(mistakes)
 
 
 def _refuse_other_run(out: Path, config: DistillConfig) -> None:

@@ -65,6 +65,7 @@ def cross_entropy(
     targets: torch.Tensor,
     *,
     z_loss: float = 0.0,
+    label_smoothing: float = 0.0,
     multiplier: float = 1.0,
     cap: float | None = None,
     backend: LossBackend = "chunked",
@@ -72,11 +73,15 @@ def cross_entropy(
 ) -> torch.Tensor:
     """Sum over targets of -log softmax(x)_target + z_loss * (log Z)^2, x = transform_logits(head(h)).
 
+    With label smoothing e the first term is -sum_v y_v log softmax(x)_v, where y is 1 - e at the
+    target plus e / V everywhere (Szegedy et al., arXiv 1512.00567, section 7).
+
     Args:
         hidden: (..., D), inputs of the head.
         head: D -> V.
         targets: (...) int64, -100 where there is none.
         z_loss: lambda; 0.0001 in PaLM, 0.00001 in OLMo 2.
+        label_smoothing: e, 0 <= e < 1.
         multiplier, cap: of the logits, see `transform_logits`.
         backend: see the module.
         chunk_elements: m * V at most, for `chunked`.
@@ -89,17 +94,20 @@ def cross_entropy(
     """
     hidden, targets = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1).to(hidden.device)
     if backend == "full":
-        return summed(transform_logits(head(hidden), multiplier, cap), targets, z_loss)
+        logits = transform_logits(head(hidden), multiplier, cap)
+        return summed(logits, targets, z_loss, label_smoothing)
     plain = is_plain(head)
     if backend == "liger":
         # its kernels take no multiplier; a plain head is linear, so its inputs can have it
-        return _by_liger(scaled(hidden, multiplier), head, targets, z_loss, cap, plain)
+        hidden = scaled(hidden, multiplier)
+        return _by_liger(hidden, head, targets, z_loss, label_smoothing, cap, plain)
     size = max(1, chunk_elements // _vocabulary(head, hidden))
     if plain:
         hidden, weight = _at_working_precision(hidden, head)
         wanted = [torch.is_grad_enabled() and x.requires_grad for x in (hidden, weight)]
-        return _chunked(hidden, weight, targets, z_loss, multiplier, cap, size, *wanted)[0]
-    return _by_module(hidden, head, targets, z_loss, multiplier, cap, size)
+        terms = (z_loss, label_smoothing, multiplier, cap)
+        return _chunked(hidden, weight, targets, *terms, size, *wanted)[0]
+    return _by_module(hidden, head, targets, z_loss, label_smoothing, multiplier, cap, size)
 
 
 def of_logits(
@@ -107,6 +115,7 @@ def of_logits(
     targets: torch.Tensor,
     *,
     z_loss: float = 0.0,
+    label_smoothing: float = 0.0,
     chunk_elements: int = CHUNK_ELEMENTS,
 ) -> torch.Tensor:
     """As `cross_entropy`, of logits (..., V) that exist; without gradients, a chunk at a time.
@@ -121,16 +130,28 @@ def of_logits(
         )
     logits, targets = logits.flatten(0, -2), targets.reshape(-1).to(logits.device)
     size = max(1, chunk_elements // logits.shape[-1])
-    return torch.stack([summed(x, t, z_loss) for x, t in _chunks(size, logits, targets)]).sum()
+    pieces = _chunks(size, logits, targets)
+    return torch.stack([summed(x, t, z_loss, label_smoothing) for x, t in pieces]).sum()
 
 
-def summed(logits: torch.Tensor, targets: torch.Tensor, z_loss: float = 0.0) -> torch.Tensor:
+def summed(
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    z_loss: float = 0.0,
+    label_smoothing: float = 0.0,
+) -> torch.Tensor:
     """The loss of logits (m, V) as they are, a sum over targets (m,)."""
     logits = wide(logits)
-    total = F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum")
+    total = F.cross_entropy(
+        logits,
+        targets,
+        ignore_index=IGNORED,
+        reduction="sum",
+        label_smoothing=label_smoothing,
+    )
     if z_loss:
         log_z = logits.logsumexp(dim=-1)
-        total = total + z_loss * (log_z.square() * (targets != IGNORED)).sum()
+        total = total + z_loss * torch.where(targets != IGNORED, log_z.square(), 0.0).sum()
     return total
 
 
@@ -151,6 +172,7 @@ def in_chunks(
     weight: torch.Tensor,
     targets: torch.Tensor,
     z_loss: float,
+    label_smoothing: float,
     multiplier: float,
     cap: float | None,
     size: int,
@@ -159,11 +181,12 @@ def in_chunks(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The sum of `cross_entropy` for products hidden @ weight^T, and its gradients in the same pass.
 
-    With p = softmax(x): d loss / d x = p (1 + 2 lambda log Z) - onehot(target), in float32.
+    With p = softmax(x): d loss / d x = p (1 + 2 lambda log Z) - y, in float32; y is onehot(target), or
+    with label smoothing e (1 - e) onehot(target) + e / V.
 
     Args:
         hidden, weight: (N, D) and (V, D) of one dtype.
-        targets, z_loss, multiplier, cap: as of `cross_entropy`.
+        targets, z_loss, label_smoothing, multiplier, cap: as of `cross_entropy`.
         size: tokens of a chunk.
         for_hidden, for_weight: which gradients are wanted; the others come back empty.
     """
@@ -174,9 +197,8 @@ def in_chunks(
     of_weight = torch.zeros_like(weight if for_weight else weight[:0], dtype=kind)
     outs = of_hidden.split(size) if for_hidden else [None] * len(hidden.split(size))
     for (h, t), out in zip(_chunks(size, hidden, targets), outs, strict=True):
-        loss, slope = _loss_and_slope(
-            h @ weight.t(), t, z_loss, multiplier, cap, for_hidden or for_weight
-        )
+        terms = (z_loss, label_smoothing, multiplier, cap)
+        loss, slope = _loss_and_slope(h @ weight.t(), t, *terms, for_hidden or for_weight)
         total += loss
         if slope is None:
             continue
@@ -198,6 +220,7 @@ def _(
     weight: torch.Tensor,
     targets: torch.Tensor,
     z_loss: float,
+    label_smoothing: float,
     multiplier: float,
     cap: float | None,
     size: int,
@@ -224,9 +247,9 @@ def _differentiate(ctx: Any, grad: torch.Tensor | None, *again: Any) -> tuple[An
             "the chunked cross entropy has no second derivative; use loss_backend 'full'"
         )
     if grad is None:
-        return (None,) * 9
+        return (None,) * 10
     found = zip(ctx.saved_tensors, ctx.dtypes, ctx.wanted, strict=True)
-    return *((x * grad).to(dtype) if want else None for x, dtype, want in found), *[None] * 7
+    return *((x * grad).to(dtype) if want else None for x, dtype, want in found), *[None] * 8
 
 
 _chunked.register_autograd(_differentiate, setup_context=_keep)
@@ -236,6 +259,7 @@ def _loss_and_slope(
     products: torch.Tensor,
     targets: torch.Tensor,
     z_loss: float,
+    label_smoothing: float,
     multiplier: float,
     cap: float | None,
     slope: bool,
@@ -246,6 +270,8 @@ def _loss_and_slope(
     index = targets.clamp(min=0).unsqueeze(-1)
     log_p = x.log_softmax(dim=-1)
     losses, factor = -log_p.gather(-1, index).squeeze(-1), real.to(x.dtype)
+    if label_smoothing:
+        losses = (1 - label_smoothing) * losses - label_smoothing * log_p.mean(dim=-1)
     if z_loss:
         # of the greatest logit: of one far below it, the difference would cancel
         log_z = x.amax(dim=-1) - log_p.amax(dim=-1)
@@ -255,12 +281,17 @@ def _loss_and_slope(
     if not slope:
         return loss, None
     gradient = log_p.exp_().mul_(factor.unsqueeze(-1))
-    gradient.scatter_add_(-1, index, -real.to(gradient.dtype).unsqueeze(-1))
+    ignored = ~real.unsqueeze(-1)
+    real = real.to(gradient.dtype).unsqueeze(-1)
+    if label_smoothing:
+        gradient.sub_(real * (label_smoothing / x.shape[-1]))
+    gradient.scatter_add_(-1, index, (label_smoothing - 1) * real)
     if cap is not None:
         gradient.mul_(1 - (x / cap).square_())
     if multiplier != 1:
         gradient.mul_(multiplier)
-    return loss, gradient
+    # filled, not multiplied: the logits of an ignored position may be NaN
+    return loss, gradient.masked_fill_(ignored, 0.0)
 
 
 def _by_module(
@@ -268,6 +299,7 @@ def _by_module(
     head: nn.Module,
     targets: torch.Tensor,
     z_loss: float,
+    label_smoothing: float,
     multiplier: float,
     cap: float | None,
     size: int,
@@ -275,7 +307,7 @@ def _by_module(
     """The head as a module, on a chunk at a time, its logits computed again in backward."""
 
     def piece(h: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        return summed(transform_logits(head(h), multiplier, cap), t, z_loss)
+        return summed(transform_logits(head(h), multiplier, cap), t, z_loss, label_smoothing)
 
     pieces = _chunks(size, hidden, targets)
     if torch.is_grad_enabled():
@@ -290,6 +322,7 @@ def _by_liger(
     head: nn.Module,
     targets: torch.Tensor,
     z_loss: float,
+    label_smoothing: float,
     cap: float | None,
     plain: bool,
 ) -> torch.Tensor:
@@ -310,6 +343,7 @@ def _by_liger(
     loss = LigerFusedLinearCrossEntropyLoss(
         ignore_index=IGNORED,
         lse_square_scale=z_loss,
+        label_smoothing=label_smoothing,
         reduction="sum",
         softcap=cap,
         accum_dtype=torch.float32,

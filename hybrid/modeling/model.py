@@ -401,7 +401,9 @@ class HybridForCausalLM(Objective, HybridPreTrainedModel, GenerationMixin):
             skip_logits: return none. Default: where there are labels in training, so that the loss
                 can do without those of the whole batch (see `hybrid.modeling.losses`).
             output_last_hidden_state: return what the head reads.
-            kwargs: as of `HybridModel.forward`; `num_items_in_batch` and `shift_labels` of the loss.
+            kwargs: as of `HybridModel.forward`; `num_items_in_batch` and `shift_labels` of the loss, and
+                `label_smoothing` e, 0 <= e < 1: targets are 1 - e at the label plus e / V everywhere,
+                in the main loss and in those of multi-token prediction.
         """
         paged = is_paged(pick_cache(cache, past_key_values))
         known = MODEL_ARGUMENTS | PAGED_ARGUMENTS if paged else MODEL_ARGUMENTS

@@ -107,20 +107,21 @@ class Objective:
             labels: (B, T), or None.
             embeddings: (B, T, D) that went into the stack; for `mtp`.
             inputs: `attention_mask` and `position_ids` of the stack.
-            kwargs: of the loss: `num_items_in_batch`, `shift_labels`.
+            kwargs: of the loss: `num_items_in_batch`, `shift_labels`, `label_smoothing`.
         """
         record, passed = self.record(), [outputs]
         items = kwargs.get("num_items_in_batch")
+        smoothing = kwargs.pop("label_smoothing", 0.0)
         targets = None
         if labels is not None:
             targets = next_tokens(labels, kwargs.get("shift_labels"))
-            found.loss = self._main_loss(found, outputs, labels, targets, kwargs)
+            found.loss = self._main_loss(found, outputs, labels, targets, smoothing, kwargs)
             if self.mtp is not None and self.training:
                 ahead = self.mtp.loss(
                     outputs.last_hidden_state,
                     embeddings,
                     targets,
-                    lambda h, t: self._score(h, t) / _count(targets, items, h.device),
+                    lambda h, t: self._score(h, t, smoothing) / _count(targets, items, h.device),
                     **inputs,
                     **record,
                 )
@@ -139,19 +140,25 @@ class Objective:
         outputs: Any,
         labels: torch.Tensor,
         targets: torch.Tensor,
+        smoothing: float,
         kwargs: dict[str, Any],
     ) -> torch.Tensor:
         if self.has_loss_of_its_own:
+            if smoothing:
+                raise ValueError(
+                    f"label_smoothing: expected 0 with a model.loss_function of one's own, got"
+                    f" {smoothing}; smooth in that function"
+                )
             size = self.config.vocab_size
             return self.loss_function(logits=found.logits, labels=labels, vocab_size=size, **kwargs)
         z_loss = self.config.z_loss if self.training else 0.0
         if found.logits is None:
-            total = self._score(outputs.last_hidden_state, targets)
+            total = self._score(outputs.last_hidden_state, targets, smoothing)
         else:
-            total = of_logits(found.logits, targets, z_loss=z_loss)
+            total = of_logits(found.logits, targets, z_loss=z_loss, label_smoothing=smoothing)
         return total / _count(targets, kwargs.get("num_items_in_batch"), total.device)
 
-    def _score(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    def _score(self, hidden: torch.Tensor, targets: torch.Tensor, smoothing: float) -> torch.Tensor:
         """The summed loss of hidden states by the fused way that the config names."""
         config = self.config
         return cross_entropy(
@@ -159,6 +166,7 @@ class Objective:
             self.lm_head,
             targets,
             z_loss=config.z_loss if self.training else 0.0,
+            label_smoothing=smoothing,
             multiplier=config.logit_scale,
             cap=config.logit_softcap,
             backend=config.loss_backend,

@@ -52,8 +52,12 @@ RECORDING_ARGUMENTS = frozenset(
 )
 """Read by transformers' `capture_outputs`, which wraps `HybridModel.forward`."""
 
-LOSS_ARGUMENTS = frozenset({"num_items_in_batch", "shift_labels"})
-"""Used by the loss of `HybridForCausalLM`."""
+LOSS_ARGUMENTS = frozenset({"num_items_in_batch", "shift_labels", "label_smoothing"})
+"""Used by the loss of `HybridForCausalLM`.
+
+`label_smoothing` is no parameter of `forward`: transformers' Trainer takes each parameter with "label"
+in its name for a column of labels.
+"""
 
 IGNORED_ARGUMENTS = {
     "token_type_ids": "tokenizers made for encoders return them, generate and PEFT hand them on;"

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 from hybrid.checkpoint_paths import check_source
 from hybrid.config.hybrid_config import HybridConfig
 from hybrid.convert import export, from_published
-from hybrid.convert.checkpoint import read_json
+from hybrid.files import read_json
 from hybrid.modeling.model import HybridForCausalLM
 from hybrid.serve.servers import Server, get_server
 

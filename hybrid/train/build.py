@@ -73,11 +73,6 @@ def training_arguments(config: TrainConfig) -> TrainingArguments:
             mistakes.append(f"training.{key}: no level {getattr(args, key)!r}, {near}")
     if args.eval_on_start and not config.eval_data:
         mistakes.append("training.eval_on_start: there is no eval_data to take the loss of")
-    if args.label_smoothing_factor and config.context_parallel > 1:
-        mistakes.append(
-            "training.label_smoothing_factor: not with context_parallel, whose labels are shifted"
-            " ahead; leave one out"
-        )
     if args.use_liger_kernel and not is_liger_kernel_available():
         mistakes.append("training.use_liger_kernel: not installed here; pip install liger-kernel")
     if mistakes:

@@ -167,8 +167,11 @@ def refuse_other_run(folder: Path, run: Mapping[str, Any]) -> None:
     before = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["run"]
     present = json.loads(json.dumps(dict(run)))
     changed = [k for k in sorted({*before, *present}) if before.get(k) != present.get(k)]
-    # what a source holds (`data[0] ...`) depends on the keys: not said again where those differ
-    changed = [k for k in changed if not k.startswith("data[")] or changed
+    # what a source holds (`data[0] ...`): None is not known, as without a connection to the hub
+    known = [k for k in changed if before.get(k) is not None and present.get(k) is not None]
+    # and it depends on the keys: not said again where those differ
+    keys = [k for k in changed if not k.startswith("data[")]
+    changed = keys or known
     if changed:
         lines = [f"{k}: was {before.get(k)!r}, is {present.get(k)!r}" for k in changed]
         title = (

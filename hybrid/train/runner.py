@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import sys
 import time
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -16,7 +15,6 @@ from accelerate.utils import broadcast_object_list
 from transformers import set_seed
 
 from hybrid.data.collate import RowCollator
-from hybrid.data.rows import ShuffledRows
 from hybrid.files import sync, write_json
 from hybrid.terminal import Interrupted
 from hybrid.tokenizer import load_tokenizer
@@ -37,7 +35,6 @@ if TYPE_CHECKING:
     from hybrid.data.rows import Rows
     from hybrid.data.sources import SourceConfig
 
-CONTENT = "CRC-32 of its content"
 RESULT = "train_result.json"
 DIVERGED = "diverged.json"  # why a run ended without a result
 
@@ -210,9 +207,7 @@ def _seen(configs: Sequence[SourceConfig], opened: Sequence[Rows]) -> dict[str, 
     for number, (config, source) in enumerate(zip(configs, opened, strict=True)):
         name = f"data[{number}] ({config.source})"
         found[f"{name}: rows"] = source.per_epoch
-        found[f"{name}: CRC-32 of the first row"] = zlib.crc32(source.row(0)["input_ids"].tobytes())
-        if isinstance(source, ShuffledRows):  # what is read as training goes has no whole
-            found[f"{name}: {CONTENT}"] = source.checksum()
+        found |= {f"{name}: {key}": value for key, value in source.identity().items()}
     return found
 
 

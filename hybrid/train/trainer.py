@@ -22,6 +22,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from hybrid.data.mixture import DataError
 from hybrid.data.packing import IGNORE
 from hybrid.files import write_text
+from hybrid.modeling.model import HybridForCausalLM
 from hybrid.modeling.mup import growths
 from hybrid.train.checkpoints import remove_old, write_manifest, writing
 from hybrid.train.config import MuonConfig
@@ -67,6 +68,10 @@ class HybridTrainer(Trainer):
     ) -> None:
         super().__init__(**kwargs)
         shard_ties_with_the_stack(self)
+        self.label_smoothing = 0.0
+        if isinstance(self.model, HybridForCausalLM):
+            # `Trainer` would smooth its logits, and leave out the losses that the config adds
+            self.label_smoothing, self.label_smoother = self.args.label_smoothing_factor, None
         self.tokens_per_step = tokens_per_step
         self.flops_per_token = flops_per_token
         self.peak_flops = peak_flops(self.args)
@@ -146,8 +151,19 @@ class HybridTrainer(Trainer):
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> Any:
-        """As `Trainer`, without a cache: transformers' models mind document boundaries only then."""
-        return super().compute_loss(model, {**inputs, "use_cache": False}, *args, **kwargs)
+        """As `Trainer`, without a cache: transformers' models mind document boundaries only then.
+
+        Labels are smoothed in training alone, by the model where it is a hybrid one.
+        """
+        inputs = {**inputs, "use_cache": False}
+        if self.label_smoothing and model.training:
+            inputs["label_smoothing"] = self.label_smoothing
+        smoother = self.label_smoother
+        try:
+            self.label_smoother = smoother if model.training else None
+            return super().compute_loss(model, inputs, *args, **kwargs)
+        finally:
+            self.label_smoother = smoother
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As `Trainer`; the clock starts with the first step."""

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from hybrid import files
+from hybrid.convert.checkpoint import new_folder
 from hybrid.locks import FolderInUse, sole_writer
 
 
@@ -87,6 +88,39 @@ def test_json_of_another_shape_is_named(tmp_path, text, words):
         path.write_text(text)
     with pytest.raises(ValueError, match=f"x.json: {words}"):
         files.read_json(path)
+
+
+@pytest.mark.parametrize("present", [False, True])
+def test_a_new_folder_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch, present):
+    """Of imports, exports and students of a distillation, whatever code wrote the files."""
+    out, seen = tmp_path / "out", []
+    if present:
+        out.mkdir()
+
+    def fsync(descriptor):
+        seen.append((os.path.basename(os.readlink(f"/proc/self/fd/{descriptor}")), named()))
+
+    def named():
+        return (out / "w").exists()
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with new_folder(out) as made:
+        (made / "w").write_text("weights")
+        (made / "sub").mkdir()
+        (made / "sub" / "x").write_text("more")
+    assert {("w", False), ("sub", False), ("x", False), (made.name, False)} <= set(seen)
+    # and then the folder in which the names have changed
+    assert seen[-1] == ((out if present else tmp_path).name, True)
+
+
+def test_a_new_folder_that_does_not_reach_the_disk_is_none(tmp_path, monkeypatch):
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"), new_folder(tmp_path / "out") as made:
+        (made / "w").write_text("weights")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_folder_in_use_names_the_other_process(tmp_path):

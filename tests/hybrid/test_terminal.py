@@ -1,12 +1,16 @@
 """How commands end, and names that are printed as they are."""
 
+import ast
 import signal
 import subprocess
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from hybrid import cli
+from hybrid.convert.engine import _tracked
 from hybrid.terminal import Interrupted, console, guarded, text_column
 
 
@@ -70,6 +74,45 @@ def test_names_with_brackets_are_printed_as_they_are(name, capsys):
         bars.add_task(name)
     shown = capsys.readouterr().out
     assert shown.count(name) >= 5
+
+
+def _rich_calls(path):
+    """(what, call) for each call of a name that a module imports from rich."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    imports = [n for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)]
+    names = {a.name for n in imports if (n.module or "").startswith("rich") for a in n.names}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in names:
+            yield node.func.id, node
+
+
+@pytest.mark.parametrize("package", ["hybrid", "eval/hybrid_eval"])
+def test_nothing_that_prints_names_reads_markup(package):
+    """rich takes [MS] for a style and drops it, unless each of these is told otherwise."""
+    wrong = []
+    for path in sorted((Path(__file__).parents[2] / package).rglob("*.py")):
+        for what, call in _rich_calls(path):
+            without = any(
+                k.arg == "markup" and isinstance(k.value, ast.Constant) and k.value.value is False
+                for k in call.keywords
+            )
+            if what in ("Console", "TextColumn") and not without:
+                wrong.append(f"{path}:{call.lineno}: {what} without markup=False")
+            if what == "Progress" and not call.args:
+                wrong.append(f"{path}:{call.lineno}: the columns that a Progress has by itself")
+            if what in ("print", "inspect", "Prompt", "Status", "track"):
+                wrong.append(f"{path}:{call.lineno}: {what} reads markup")
+    assert not wrong
+
+
+def test_the_bar_of_an_import_shows_names_with_brackets(monkeypatch, capsys):
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "200")
+    steps = [SimpleNamespace(ours=["layers[bold].w"], theirs=["x"])]
+    tensors = iter([("layers[bold].w", None)])
+    assert list(_tracked("importing", steps, tensors)) == [("layers[bold].w", None)]
+    assert "layers[bold].w" in capsys.readouterr().err
 
 
 def test_an_import_that_is_interrupted_ends_in_one_line(tmp_path):

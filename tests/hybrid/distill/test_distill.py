@@ -410,6 +410,17 @@ def test_a_student_that_cannot_be_is_refused_before_anything_is_written(
     assert not (tmp_path / "out").exists()
 
 
+def test_label_smoothing_is_refused_in_stages_without_labels(values, tmp_path):
+    values["training"] = {**values["training"], "label_smoothing_factor": 0.1}
+    with pytest.raises(ConfigError) as caught:
+        distill(parse_config(values))
+    assert [line.partition(":")[0] for line in caught.value.mistakes] == [
+        "outputs.training.label_smoothing_factor",
+        "logits.training.label_smoothing_factor",
+    ]
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_teacher_without_a_tokenizer_is_refused(values, teacher_folder, tmp_path):
     shutil.copytree(teacher_folder, tmp_path / "bare")
     for path in (tmp_path / "bare").glob("tokenizer*"):

@@ -140,7 +140,7 @@ class Loss(nn.Module):
         return cross_entropy(hidden, self.head, targets, **self.options)
 
 
-OPTIONS = {"z_loss": 0.3, "cap": 0.7}
+OPTIONS = {"z_loss": 0.3, "cap": 0.7, "label_smoothing": 0.2}
 
 
 @pytest.mark.parametrize("wrapped", [False, True])
@@ -211,7 +211,7 @@ def open_operator(monkeypatch):
 
         @staticmethod
         def backward(ctx, grad):
-            return *(x * grad for x in ctx.slopes), *[None] * 7
+            return *(x * grad for x in ctx.slopes), *[None] * 8
 
     monkeypatch.setattr("hybrid.modeling.losses._chunked", lambda *args: [Open.apply(*args)])
 
@@ -243,7 +243,7 @@ def test_no_gradient_is_computed_that_nobody_wants():
     flat, weight = hidden.reshape(-1, D), head.weight.detach()
     for wanted in ((True, False), (False, True), (False, False)):
         with Largest() as seen:
-            _, *slopes = in_chunks(flat, weight, targets, 0.0, 1.0, None, 7, *wanted)
+            _, *slopes = in_chunks(flat, weight, targets, 0.0, 0.1, 1.0, None, 7, *wanted)
         assert [x.numel() > 0 for x in slopes] == list(wanted)
         assert (tuple(flat.shape) in seen.shapes) is wanted[0]
         assert (V in [x[0] for x in seen.shapes if x]) is wanted[1]
@@ -275,6 +275,45 @@ def test_a_multiplier_and_a_cap_of_the_logits(backend, wrapped):
         assert_close(one, other, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize("cap", [None, 0.7])
+@pytest.mark.parametrize("z_loss", [0.0, 0.3])
+@pytest.mark.parametrize("way", ["chunked", "full", "module", "logits"])
+def test_label_smoothing_is_the_cross_entropy_with_a_share_for_every_token(way, z_loss, cap):
+    """Targets 1 - e at the label plus e / V everywhere, as probabilities of torch's cross entropy."""
+    hidden, labels, head = batch(torch.float64)
+    e = 0.2
+
+    def expected(hidden, head):
+        logits = transform_logits(head(hidden), cap=cap)[:, :-1][labels[:, 1:] != -100]
+        picked = nn.functional.one_hot(labels[:, 1:][labels[:, 1:] != -100], V).double()
+        nll = nn.functional.cross_entropy(logits, (1 - e) * picked + e / V, reduction="sum")
+        return nll + z_loss * logits.exp().sum(-1).log().square().sum()
+
+    def found(hidden, head):
+        targets, options = next_tokens(labels), {"z_loss": z_loss, "label_smoothing": e}
+        if way == "logits":
+            logits = transform_logits(head(hidden), cap=cap)
+            return of_logits(logits, targets, chunk_elements=SMALL, **options)
+        backend = "full" if way == "full" else "chunked"
+        options |= {"cap": cap, "backend": backend, "chunk_elements": SMALL}
+        return cross_entropy(hidden, head, targets, **options)
+
+    wanted = loss_and_gradients(hidden, head, expected)
+    head = Wrapped(head) if way == "module" else head
+    for one, other in zip(loss_and_gradients(hidden, head, found), wanted, strict=True):
+        assert_close(one, other, rtol=1e-10, atol=1e-10)
+
+
+def test_a_nan_where_nothing_is_predicted_reaches_no_loss_and_no_hidden_state():
+    hidden, labels, head = batch()
+    clean = loss_and_gradients(hidden, head, ours(labels, **OPTIONS))
+    assert labels[0, 4] == -100
+    hidden[0, 3] = torch.nan  # predicts token 4
+    found = loss_and_gradients(hidden, head, ours(labels, **OPTIONS))
+    assert_close(found[0], clean[0])
+    assert_close(found[1], clean[1])
+
+
 def test_a_loss_scale_reaches_gradients_that_float16_would_lose():
     """Per token they are 1e-9 here: taken as those of the sum, and scaled with the loss."""
     hidden, labels, head = batch()
@@ -299,7 +338,7 @@ def test_z_loss_where_the_target_is_unlikely():
     # log Z from the target's own logit and probability would be a difference of 10,000s
     hidden, target = torch.tensor([[1.0, 1e4]]), torch.tensor([1])
     weight = torch.tensor([[0.5, 0.0], [0.0, -1.0], [0.25, 0.0]])
-    total, of_hidden, _ = in_chunks(hidden, weight, target, 1.0, 1.0, None, 8, True, True)
+    total, of_hidden, _ = in_chunks(hidden, weight, target, 1.0, 0.0, 1.0, None, 8, True, True)
     log_z = torch.tensor([0.5, 0.25], dtype=torch.float64).logsumexp(0)
     torch.testing.assert_close(total.double(), 1e4 + log_z + log_z.square(), atol=1e-3, rtol=0)
     p = torch.tensor([0.5, 0.25], dtype=torch.float64).softmax(0) * (1 + 2 * log_z)

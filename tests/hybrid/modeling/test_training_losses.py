@@ -103,6 +103,38 @@ def test_z_loss_is_added_in_training_alone(build, ids, assert_close_to_rounding)
     assert_close(model(x, labels=x, skip_logits=False).loss, found)
 
 
+EXPERTS = {"num_experts": 4, "top_k": 2, "balance_loss": 0.1, "router_z_loss": 0.05}
+
+
+@pytest.mark.usefixtures("small_chunks")
+@pytest.mark.parametrize("given", ["labels", "shift_labels"])
+def test_label_smoothing_keeps_every_other_term(build, ids, given):
+    """Smoothing changes the cross entropies alone; the other terms are what they were."""
+    options = {"layout": "LS", "ffn": "E", "num_mtp_layers": 1, "z_loss": 0.02}
+    model = build(**options, feed_forwards={"E": EXPERTS}).train()
+    x, e = ids(2, 9), 0.2
+    labels = labels_for(x)
+    targets = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
+    shifted = {"shift_labels": targets} if given == "shift_labels" else {}
+    plain = model(x, labels=labels, **shifted)
+    smooth = model(x, labels=labels, label_smoothing=e, **shifted)
+    logits = model(x).logits[targets != -100]
+    difference = e * (logits.gather(-1, targets[targets != -100][:, None])[:, 0] - logits.mean(-1))
+    main = smooth.loss - plain.loss
+    weight = model.config.mtp_loss_weight
+    assert_close(smooth.aux_loss, plain.aux_loss)
+    assert smooth.mtp_loss != plain.mtp_loss
+    expected = difference.mean() + weight * (smooth.mtp_loss - plain.mtp_loss)
+    assert_close(main, expected.to(main.dtype))
+
+
+def test_label_smoothing_with_a_loss_function_of_the_users_is_refused(build, ids):
+    model = build(layout="S")
+    model.loss_function = lambda logits, **kwargs: logits.sum()
+    with pytest.raises(ValueError, match=r"label_smoothing: expected 0 .* got 0\.1"):
+        model(ids(2, 5), labels=ids(2, 5), label_smoothing=0.1)
+
+
 @pytest.mark.usefixtures("small_chunks")
 def test_softcap_in_logits_loss_and_generation(build, ids):
     cap = 0.5

@@ -89,6 +89,44 @@ def test_gradient_checkpointing_runs_a_layer_again_and_changes_nothing(trained, 
     torch.testing.assert_close(losses(again), losses(plain), rtol=1e-6, atol=0)
 
 
+def test_label_smoothing_keeps_the_losses_of_the_config_and_spares_evaluation(tmp_path):
+    """The model smooths, so that z-loss, balance and multi-token prediction stay in the loss."""
+    experts = {"num_experts": 4, "top_k": 2, "balance_loss": 0.1, "intermediate_size": 8}
+    values = {
+        "model": {
+            "layout": "S",
+            "ffn": "E",
+            "hidden_size": 16,
+            "mixers": {"S": {"num_heads": 2}},
+            "feed_forwards": {"E": experts},
+            "z_loss": 0.02,
+            "num_mtp_layers": 1,
+        },
+        "data": "stdlib",
+        "eval_data": {"source": "stdlib", "split": "heldout"},
+        "eval_rows": 2,
+        "sequence_length": 16,
+        "training": {
+            "output_dir": str(tmp_path),
+            "max_steps": 1,
+            "per_device_train_batch_size": 2,
+            "disable_tqdm": True,
+            "label_smoothing_factor": 0.2,
+        },
+    }
+    trainer = prepare_run(parse_config(values))
+    model = trainer.model.train()
+    batch = next(iter(trainer.get_train_dataloader()))
+    found = trainer.compute_loss(model, dict(batch))
+    expected = model(**batch, use_cache=False, label_smoothing=0.2).loss
+    torch.testing.assert_close(found, expected)
+    assert abs(found - model(**batch, use_cache=False).loss) > 1e-4
+    rows = [trainer.eval_dataset[i] for i in range(2)]
+    with torch.no_grad():
+        plain = model.eval()(**trainer.data_collator(rows), use_cache=False).loss
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(plain.item(), rel=1e-5)
+
+
 def test_accumulated_rows_count_by_their_tokens(trained):
     """Four rows of one label to six: one batch of four is four batches of one."""
     whole = trained("whole")

@@ -159,6 +159,18 @@ def test_data_that_changed_in_its_middle_is_another_run(values, tmp_path):
         run(parse_config(values))
 
 
+def test_a_stream_whose_file_changed_far_behind_is_another_run(values, tmp_path):
+    values["data"] = [{"source": str(tmp_path / "a.jsonl"), "streaming": True}]
+    path = tmp_path / "a.jsonl"
+    with path.open("a") as file:  # far behind what the run reads
+        file.writelines(json.dumps({"text": f"more {i} {i}"}) + "\n" for i in range(3000))
+    run(parse_config(values))
+    path.write_text(path.read_text().replace("more 2998 2998", "more 2998 2989"))
+    values["training"]["max_steps"] = 6
+    with pytest.raises(ConfigError, match=r"data\[0\].*CRC-32 of its files: was \d+, is \d+"):
+        run(parse_config(values))
+
+
 def test_a_signal_leaves_a_checkpoint_of_the_step_and_the_same_command_goes_on(values):
     before = StopSignals.on_step_end
 
