@@ -1,4 +1,4 @@
-"""Checkpoints that load elsewhere: the two small files beside the weights, and the Auto classes."""
+"""Checkpoints that load elsewhere: the two small files beside the weights."""
 
 from __future__ import annotations
 
@@ -65,36 +65,3 @@ def add_loading_files(directory: str | Path) -> None:
     config = json.loads(path.read_text(encoding="utf-8"))
     config["auto_map"] = AUTO_MAP
     write_json(path, config, indent=2, sort_keys=True)
-
-
-def register_auto_classes() -> None:
-    """Teach transformers' Auto classes this model type; importing `hybrid` does so.
-
-    The tables of class names are filled, too: transformers' Trainer shifts labels for label
-    smoothing only of classes that it finds there.
-    """
-    from transformers import AutoConfig
-    from transformers.models.auto import modeling_auto as auto
-
-    from hybrid.config.hybrid_config import HybridConfig
-    from hybrid.modeling import classification
-    from hybrid.modeling.model import HybridForCausalLM, HybridModel
-
-    kind = HybridConfig.model_type
-    AutoConfig.register(kind, HybridConfig, exist_ok=True)
-    for auto_class, names, model in (
-        (auto.AutoModel, auto.MODEL_MAPPING_NAMES, HybridModel),
-        (auto.AutoModelForCausalLM, auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, HybridForCausalLM),
-        (
-            auto.AutoModelForSequenceClassification,
-            auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
-            classification.HybridForSequenceClassification,
-        ),
-        (
-            auto.AutoModelForTokenClassification,
-            auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
-            classification.HybridForTokenClassification,
-        ),
-    ):
-        auto_class.register(HybridConfig, model, exist_ok=True)
-        names[kind] = model.__name__

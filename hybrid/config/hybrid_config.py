@@ -10,6 +10,7 @@ from transformers import PreTrainedConfig
 from hybrid.config.block_options import NormPosition
 from hybrid.config.fields import Combine, Init, LossBackend, NormName, StackFields, width_ratio
 from hybrid.config.options import ConfigError
+from hybrid.config.registry import load_model_classes
 from hybrid.config.spec import LINEAR, StackSpec, resolve_stack
 from hybrid.config.validation import find_mistakes, standard_keys
 from hybrid.layout import Layer
@@ -152,7 +153,12 @@ class HybridConfig(PreTrainedConfig):
         if mistakes:
             raise ConfigError(mistakes, "the model config")
         self.num_hidden_layers = len(self.stack)
+        load_model_classes()
         super().__post_init__(**kwargs)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        load_model_classes()
+        vars(self).update(state)
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:

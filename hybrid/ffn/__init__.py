@@ -1,6 +1,15 @@
-"""Feed-forwards: importing this package registers them all."""
+"""Feed-forwards. A module is imported when its feed-forward, or a name of it, is first used."""
 
-from hybrid.ffn import dense, moe
-from hybrid.ffn.base import FeedForward, FeedForwardOptions
+import lazy_loader
 
-__all__ = ["FeedForward", "FeedForwardOptions", "dense", "moe"]
+from hybrid.config.registry import feed_forwards
+
+feed_forwards.declare(
+    __name__,
+    {
+        "dense": ("-", "Dense"),
+        "mixture_of_experts": ("E", "moe:MixtureOfExperts"),
+    },
+)
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
