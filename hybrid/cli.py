@@ -333,6 +333,49 @@ def _parity(
     return 0 if found.identical else 1
 
 
+@command("generate")
+def _generate(
+    model: Annotated[str, _argument("MODEL", "folder or hub name of a causal language model")],
+    prompts: Annotated[
+        list[str] | None, _argument("PROMPT", "texts to continue; default: lines of standard input")
+    ] = None,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="a conversation, in the tokenizer's chat template")
+    ] = False,
+    system: Annotated[str | None, typer.Option(help="system message of the conversation")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="at most so many after each prompt")] = 200,
+    temperature: Annotated[float, typer.Option(help="divides the logits; 0: greedy")] = 0.7,
+    top_p: Annotated[float, typer.Option(help="sample from the top of this probability")] = 0.95,
+    top_k: Annotated[int, typer.Option(help="sample from so many tokens; 0: from all")] = 0,
+    repetition_penalty: Annotated[float, typer.Option(help="above 1: repeat less")] = 1.0,
+    seed: Annotated[int, typer.Option(help="of the random numbers")] = 0,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="bytes, a folder or a hub name; default: the model's own")
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="of the weights; default: that of the checkpoint")
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="default: an accelerator where there is one, else cpu")
+    ] = None,
+    imports: Imports = None,
+) -> None:
+    """Continue a text, or chat, token by token as it is generated."""
+    from hybrid.serve.generate import Sampling, generate_text
+
+    sampling = Sampling(max_new_tokens, temperature, top_p, top_k, repetition_penalty, seed)
+    generate_text(
+        model,
+        prompts or (),
+        sampling,
+        chat=chat,
+        system=system,
+        tokenizer=tokenizer,
+        dtype=dtype,
+        device=device,
+    )
+
+
 @command("distill")
 def _distill(
     config: Annotated[str, _argument("CONFIG", "e.g. configs/distill/smollm2.yaml")],
