@@ -60,7 +60,9 @@ def _check_range(values: Sequence[float]) -> Sequence[float]:
     return values
 
 
+MaybeInf = Annotated[float, Field(allow_inf_nan=True)]
 Range = Annotated[list[Number] | tuple[Number, ...], AfterValidator(_check_range)]
+Limits = Annotated[list[MaybeInf] | tuple[MaybeInf, ...], AfterValidator(_check_range)]
 
 
 class Declared(BaseModel):
@@ -157,7 +159,8 @@ def bounded(hint: Any, *rules: Any, most: int = LARGEST) -> Any:
     if hint is int or hint is float:
         limit = most if hint is int else LARGEST_FLOAT
         return Annotated[(hint, Field(ge=-limit, le=limit), *rules)]
-    origin, parts = get_origin(hint), get_args(hint)
+    origin: Any = get_origin(hint)
+    parts = get_args(hint)
     if origin in (Union, types.UnionType):
         return Union[tuple(bounded(part, *rules, most=most) for part in parts)]  # noqa: UP007
     if origin in (list, dict, tuple) and parts:

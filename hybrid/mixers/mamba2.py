@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from transformers import initialization as init
 
 from hybrid.config.block_options import scaled
-from hybrid.config.declare import Positive, Range, Size, Size2
+from hybrid.config.declare import Limits, Positive, Range, Size, Size2
 from hybrid.config.registry import register_mixer
 from hybrid.config.sizes import Sizes
 from hybrid.mixers.base import LinearMixer, MixerOptions
@@ -69,7 +69,7 @@ class Mamba2Options(MixerOptions):
     dt_min: Positive = 1e-3
     dt_max: Positive = 0.1
     dt_floor: Positive = 1e-4
-    dt_limit: Range | None = None
+    dt_limit: Limits | None = None
     a_range: Range = (1.0, 16.0)
     projection_multipliers: Annotated[list[float], Field(min_length=5, max_length=5)] | None = None
 

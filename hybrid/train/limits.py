@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import AfterValidator, Field
 from transformers import TrainingArguments
 
-from hybrid.config.declare import bounded, check_keys, refuse
+from hybrid.config.declare import LARGEST, bounded, check_keys, refuse
 from hybrid.config.options import did_you_mean
 
 # Keys that would break what a run promises, and why.
@@ -54,7 +54,7 @@ def _ends(steps: int) -> int:
 
 
 def _steps(steps: float) -> float:
-    if not steps > 0:
+    if not 0 < steps <= LARGEST:
         raise ValueError("a number of steps, or a share of them between 0 and 1")
     return steps
 
@@ -69,7 +69,7 @@ BOUNDS: dict[str, Any] = {
     "per_device_eval_batch_size": AT_LEAST_1,
     "gradient_accumulation_steps": AT_LEAST_1,
     "max_steps": AfterValidator(_ends),
-    "num_train_epochs": POSITIVE,
+    "num_train_epochs": Field(gt=0, le=LARGEST),
     "logging_steps": AfterValidator(_steps),
     "save_steps": AfterValidator(_steps),
     "eval_steps": AfterValidator(_steps),
@@ -77,7 +77,7 @@ BOUNDS: dict[str, Any] = {
     "dataloader_num_workers": AT_LEAST_0,
     "learning_rate": AT_LEAST_0,
     "weight_decay": AT_LEAST_0,
-    "warmup_steps": AT_LEAST_0,
+    "warmup_steps": Field(ge=0, le=LARGEST),
     "max_grad_norm": AT_LEAST_0,
     "adam_epsilon": POSITIVE,
     "adam_beta1": SHARE_BELOW_1,

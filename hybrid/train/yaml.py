@@ -136,7 +136,7 @@ def with_key(values: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
     try:
         config = OmegaConf.create(values, flags={"allow_objects": True})
         for depth in range(1, len(parts)):
-            holder = OmegaConf.select(config, ".".join(parts[:depth]))
+            holder: Any = OmegaConf.select(config, ".".join(parts[:depth]))
             if holder is not None and not OmegaConf.is_config(holder):
                 where = ".".join(parts[:depth])
                 raise LookupError(f"expected a mapping at {where}, got {holder!r}")

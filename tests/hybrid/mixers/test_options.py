@@ -18,7 +18,7 @@ MISTAKES = [
     (
         "mamba2",
         {"norm_groups": 5},
-        r"expected a divisor of num_heads \* head_dim 128, got 5",
+        r"norm_groups: .* divisor of num_heads \* head_dim 128, got 5",
     ),
     ("mamba2", {"output_norm": "gate"}, "output_norm: .* got 'gate'; try 'gated'"),
     ("mamba2", {"dt_min": 1.0}, "dt_min: expected at most dt_max 0.1, got 1.0"),
@@ -33,7 +33,7 @@ MISTAKES = [
     (
         "gated_delta_net",
         {"num_heads": 5},
-        "expected a divisor of hidden_size 64, got 5; try 4 or 8",
+        "num_heads: .* divisor of hidden_size 64, got 5; try 4 or 8",
     ),
     ("kimi_delta_attention", {"lower_bound": 1.0}, "lower_bound: expected below 0, got 1.0"),
     ("kimi_delta_attention", {"gate_rank": -1}, "gate_rank: expected at least 0, got -1"),
