@@ -26,6 +26,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
+from hybrid_kernels.arguments import CausalConv1d, LinearAttention, SelectiveScan
+from hybrid_kernels.custom_ops import BackwardInputs
 from hybrid_kernels.triton import convolution, decode, launch, linear, scan
 
 TARGETS = {
@@ -106,18 +108,22 @@ def linear_calls(
     width = launch.stored_dtype(q, k, v)
     parts = launch.inverse_parts(rule == "delta", g is not None, key_dim, width)
     inverse = torch.zeros(batch * time // chunk * heads, parts, chunk, chunk, dtype=width)
-    inputs = (q, k, v, g, value_g, beta, state, None, 1.0, chunk)
-    one = [None if x is None else x[:, :1].contiguous() for x in inputs[:6]]
+    inputs = LinearAttention(
+        q, k, v, g, value_g, beta, initial_state=state, scale=1.0, chunk_size=chunk
+    )
+    tokens = {name: x for name, x in inputs.floating().items() if name != "initial_state"}
+    one = inputs.replace(**{name: x[:, :1].contiguous() for name, x in tokens.items()})
+    wanted = frozenset(inputs.floating())
 
     def forward(walkers: int) -> object:
         with launch.walk_from(walkers):
-            return linear.forward(*inputs)
+            return linear.forward(inputs, wanted)
 
     return {
         "forward": lambda: forward(0),
         "forward in steps": lambda: forward(1 << 30),
-        "backward": lambda: linear.backward(*inputs, inverse, v, state),
-        "decode": lambda: decode.step(*one, None, state, 1.0),
+        "backward": lambda: linear.backward(inputs, BackwardInputs(wanted, v, state, inverse)),
+        "decode": lambda: decode.step(one),
     }
 
 
@@ -125,10 +131,12 @@ def convolution_calls(channels: int, width: int) -> dict[str, Callable[[], objec
     """Return calls that launch the kernels of ``causal_conv1d`` in bfloat16, to be recorded."""
     x = torch.zeros(1, 128, channels, dtype=torch.bfloat16)
     weight, bias = torch.zeros(channels, width), torch.zeros(channels)
-    inputs = (x, weight, bias, torch.zeros(1, channels, width - 1), None, True)
+    state = torch.zeros(1, channels, width - 1)
+    inputs = CausalConv1d(x, weight, bias, state, activation="silu")
+    wanted = frozenset(inputs.floating())
     return {
-        "forward": lambda: convolution.forward(*inputs),
-        "backward": lambda: convolution.backward(*inputs, x),
+        "forward": lambda: convolution.forward(inputs, wanted),
+        "backward": lambda: convolution.backward(inputs, BackwardInputs(wanted, x)),
     }
 
 
@@ -140,13 +148,14 @@ def scan_calls(channels: int, states: int) -> dict[str, Callable[[], object]]:
 
     u, delta, b, c = bf16(channels), bf16(channels), bf16(states), bf16(states)
     a, state = torch.zeros(channels, states), torch.zeros(1, channels, states)
-    inputs = (u, delta, a, b, c, torch.zeros(channels), state, None)
-    kept = torch.zeros(128, channels, states)
-    one = [x[:, :1] if x.dim() == 3 and x.shape[1] == 128 else x for x in inputs[:-1]]
+    inputs = SelectiveScan(u, delta, a, b, c, torch.zeros(channels), state)
+    wanted, saved = frozenset(inputs.floating()), torch.zeros(128, channels, states)
+    tokens = {"u": u, "delta": delta, "B": b, "C": c}
+    one = inputs.replace(**{name: x[:, :1] for name, x in tokens.items()})
     return {
-        "forward": lambda: scan.forward(*inputs, True),
-        "backward": lambda: scan.backward(*inputs, kept, u, state),
-        "decode": lambda: scan.forward(*one, None, False),
+        "forward": lambda: scan.forward(inputs, wanted),
+        "backward": lambda: scan.backward(inputs, BackwardInputs(wanted, u, state, saved)),
+        "decode": lambda: scan.forward(one, frozenset()),
     }
 
 

@@ -85,7 +85,7 @@ def linear_attention(a: LinearAttention) -> tuple[Tensor, Tensor]:
         "cu_seqlens": None if cu_seqlens is None else cu_seqlens.to(q.device, torch.int64),
     }
     name, gates = _their_form(log_decay, a.beta, a.bonus)
-    one = q.shape[1] == 1 and cu_seqlens is None and not a.wants_gradient()
+    one = q.shape[1] == 1 and cu_seqlens is None and not a.needs_backward()
     if one and name == "gla":
         gates = {"gk": log_decay}
     run = getattr(

@@ -55,7 +55,7 @@ class Backend:
         pip: the command that installs them.
         gpu_only: whether it needs tensors on a GPU.
         automatic: whether ``backend=None`` may choose it.
-        scales_writes: whether it takes ``write_scale``; for the others, values are multiplied by it.
+        native: the arguments with a ``fold`` (``arguments.py``) that it takes.
     """
 
     name: str
@@ -65,7 +65,7 @@ class Backend:
     pip: str = ""
     gpu_only: bool = False
     automatic: bool = True
-    scales_writes: bool = False
+    native: tuple[str, ...] = ()
 
 
 _ADAPTERS = "hybrid_kernels.adapters"
@@ -83,8 +83,8 @@ BACKENDS: tuple[Backend, ...] = (
         pip="pip install triton",
         gpu_only=True,
     ),
-    Backend("torch", "hybrid_kernels.chunked", OPS, scales_writes=True),
-    Backend("reference", "hybrid_kernels.reference", OPS, automatic=False, scales_writes=True),
+    Backend("torch", "hybrid_kernels.chunked", OPS, native=("write_scale",)),
+    Backend("reference", "hybrid_kernels.reference", OPS, automatic=False, native=("write_scale",)),
     # Never chosen on their own: they take fewer inputs, and are not tested on a GPU here.
     Backend("fla", _ADAPTERS, (LINEAR_ATTENTION,), ("fla",), _FLA, True, False),
     Backend("mamba_ssm", _ADAPTERS, (SELECTIVE_SCAN,), ("mamba_ssm",), _MAMBA, True, False),
@@ -260,27 +260,16 @@ def _function(backend: Backend, arguments: Arguments, overwrite_state: bool) -> 
         prepared = prepare(arguments, overwrite_state)
         if prepared is not None:
             return prepared
-    if arguments.OP == LINEAR_ATTENTION and not backend.scales_writes:
-        run = _scaling(run)
+    if arguments.to_fold(backend.native):
+        run = _folding(run, backend.native)
     return _overwriting(run) if overwrite_state else run
 
 
-def _scaling(run: Callable) -> Callable:
-    def scaling(arguments: LinearAttention):
-        if arguments.write_scale is not None:
-            v = scaled_values(arguments.v, arguments.write_scale)
-            arguments = arguments.replace(v=v, write_scale=None)
-        return run(arguments)
+def _folding(run: Callable, native: tuple[str, ...]) -> Callable:
+    def folding(arguments: Arguments):
+        return run(arguments.fold(native))
 
-    return scaling
-
-
-def scaled_values(v: Tensor, write_scale: Tensor) -> Tensor:
-    """Return v (B, T, H_v, V), or each of its heads for H / H_v, times write_scale (B, T, H)."""
-    dtype, heads = v.dtype, write_scale.shape[2]
-    if v.shape[2] != heads:
-        v = v.repeat_interleave(heads // v.shape[2], dim=2)
-    return (v * write_scale.unsqueeze(-1)).to(dtype)
+    return folding
 
 
 def _overwriting(run: Callable) -> Callable:

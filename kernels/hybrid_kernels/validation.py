@@ -32,7 +32,7 @@ def check(arguments: Arguments) -> None:
 
 
 def _check_linear_attention(a: LinearAttention) -> None:
-    q, k, v, log_decay, beta, bonus = a.q, a.k, a.v, a.log_decay, a.beta, a.bonus
+    q, k, v, log_decay = a.q, a.k, a.v, a.log_decay
     for name, x in (("q", q), ("k", k), ("v", v)):
         _floating(name, x)
         if x.dim() != 4:
@@ -65,16 +65,6 @@ def _check_linear_attention(a: LinearAttention) -> None:
                 "log_decay must be (H,), (B, T, H) or (B, T, H, K), that is "
                 f"{' or '.join(str(s) for s in allowed)}, got {_shape(log_decay)}"
             )
-    if beta is not None and a.write_scale is not None:
-        raise ValueError(
-            "write_scale is for the additive form, it cannot go with beta, which has its part there"
-        )
-    if beta is not None and a.value_log_decay is not None:
-        raise ValueError("value_log_decay is for the additive form, it cannot go with beta")
-    if beta is not None and bonus is not None:
-        raise ValueError("bonus is for the additive form, it cannot go with beta")
-    if bonus is not None and a.value_log_decay is not None:
-        raise ValueError("bonus cannot go with value_log_decay")
     chunk_size = a.chunk_size
     if chunk_size is not None and (chunk_size < 16 or chunk_size & (chunk_size - 1)):
         raise ValueError(f"chunk_size must be a power of two and at least 16, got {chunk_size}")
@@ -111,9 +101,9 @@ def _check_selective_scan(a: SelectiveScan) -> None:
             f"A must be (D, N) with D = {channels} and N from 1 to {MAX_DIM}, got {_shape(A)}"
         )
     size = A.shape[1]
-    _optional("delta", delta, (batch, time, channels), "(B, T, D)")
-    _optional("B", B, (batch, time, size), "(B, T, N)")
-    _optional("C", C, (batch, time, size), "(B, T, N)")
+    _shaped("delta", delta, (batch, time, channels), "(B, T, D)")
+    _shaped("B", B, (batch, time, size), "(B, T, N)")
+    _shaped("C", C, (batch, time, size), "(B, T, N)")
     _check_optional(a, {"B": batch, "D": channels, "N": size})
 
 
@@ -132,9 +122,15 @@ def _check_optional(arguments: Arguments, letters: dict[str, int]) -> None:
         letters: sizes by letter, B among them; R, the rows of the state, is found here.
     """
     letters = {**letters, "R": _documents(arguments.cu_seqlens, letters["B"])}
-    for name, words in arguments.SHAPES.items():
-        shape = tuple(letters[letter] for letter in words.strip("(),").split(", "))
-        _optional(name, getattr(arguments, name), shape, words.replace("R,", "B or N,"))
+    for name, declared in arguments.OPTIONAL.items():
+        x, symbols = getattr(arguments, name), declared["shape"]
+        if x is None:
+            continue
+        for other in declared["excludes"]:
+            if getattr(arguments, other) is not None:
+                raise ValueError(f"{name} cannot go with {other}{declared['reason']}")
+        shape = tuple(letters[letter] for letter in symbols.strip("(),").split(", "))
+        _shaped(name, x, shape, symbols.replace("R,", "B or N,"))
     _same_device(*[(name, getattr(arguments, name)) for name in arguments.DIFFERENTIABLE])
 
 
@@ -156,12 +152,10 @@ def _documents(cu_seqlens: Tensor | None, batch: int) -> int:
     return cu_seqlens.shape[0] - 1
 
 
-def _optional(name: str, x: Tensor | None, shape: tuple[int, ...], words: str) -> None:
-    if x is None:
-        return
+def _shaped(name: str, x: Tensor, shape: tuple[int, ...], symbols: str) -> None:
     _floating(name, x)
     if tuple(x.shape) != shape:
-        raise ValueError(f"{name} must be {words} = {shape}, got {_shape(x)}")
+        raise ValueError(f"{name} must be {symbols} = {shape}, got {_shape(x)}")
 
 
 def _floating(name: str, x: Tensor) -> None:

@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hybrid_kernels import linear_attention
-from hybrid_kernels.chunked import inputs as chunked_inputs
 from hybrid_kernels.chunked import linear as chunked_linear
+from hybrid_kernels.chunked import sizes as chunked_sizes
 from hybrid_kernels.testing import (
     BACKENDS_UNDER_TEST,
     FORMS,
@@ -79,8 +79,8 @@ def test_agrees_on_any_shape(form, backend, data):
 @pytest.mark.parametrize("lengths", [None, [70, 0, 1, 66]])
 def test_many_segments(form, lengths, monkeypatch):
     """The chunked backend works segment by segment; here every one is as short as it gets."""
-    monkeypatch.setattr(chunked_inputs, "SEGMENT_ROWS", 1)
-    monkeypatch.setattr(chunked_inputs, "SEGMENT_ROWS_TRAINING", 1)
+    monkeypatch.setattr(chunked_sizes, "SPAN_ROWS", 1)
+    monkeypatch.setattr(chunked_sizes, "SPAN_ROWS_TRAINING", 1)
     for gates in ("mild", "closed"):
         compare(form, "torch", torch.float32, time=130, lengths=lengths, gates=gates)
 
@@ -106,7 +106,7 @@ def gradients(inputs, losses, **options):
 @pytest.mark.parametrize("constant", [False, True], ids=["all", "constant_decay"])
 def test_gradients_of_parts(form, lengths, losses, constant, monkeypatch):
     """Of the output or of the final state alone; with decays that ask for no gradient."""
-    monkeypatch.setattr(chunked_inputs, "SEGMENT_ROWS_TRAINING", 256)
+    monkeypatch.setattr(chunked_sizes, "SPAN_ROWS_TRAINING", 256)
     inputs = sample(form, time=200, lengths=lengths)
     for name, x in inputs.items():
         x.requires_grad_(x.is_floating_point() and not (constant and "decay" in name))

@@ -58,6 +58,8 @@ import torch
 from triton.backends.compiler import GPUTarget
 from triton.compiler import make_backend
 from triton.runtime.jit import create_function_from_signature
+from hybrid_kernels.arguments import CausalConv1d, LinearAttention, SelectiveScan
+from hybrid_kernels.custom_ops import BackwardInputs
 from hybrid_kernels.triton import convolution, launch, linear, scan
 
 backend, seen = make_backend(GPUTarget("cuda", 90, 32)), {}
@@ -74,15 +76,17 @@ def call(batch, time, packed):
     q, g = torch.zeros(batch, time, 2, 64, dtype=torch.bfloat16), torch.zeros(batch, time, 2)
     offsets = torch.tensor([0, time // 2, time]) if packed else None
     state = torch.zeros(2 if packed else batch, 2, 64, 64)
-    inputs = (q, q, q, g, None, g, state, offsets, 1.0, 64)
-    linear.forward(*inputs)
+    rest = {"initial_state": state, "cu_seqlens": offsets, "scale": 1.0, "chunk_size": 64}
+    inputs = LinearAttention(q, q, q, g, beta=g, **rest)
+    wanted, inverse = frozenset(inputs.floating()), torch.zeros(1, 64, 64, dtype=torch.bfloat16)
+    linear.forward(inputs, wanted)
     direction = "backward"
-    linear.backward(*inputs, torch.zeros(1, 64, 64, dtype=torch.bfloat16), q, state)
+    linear.backward(inputs, BackwardInputs(wanted, q, state, inverse))
     direction = "forward"
     x, a = q[:, :, 0].contiguous(), torch.zeros(64, 16)
-    convolution.forward(x, a[:, :4], None, None, offsets, True)
+    convolution.forward(CausalConv1d(x, a[:, :4], cu_seqlens=offsets, activation="silu"), wanted)
     b = x[:, :, :16].contiguous()
-    scan.forward(x, x, a, b, b, None, None, offsets, True)
+    scan.forward(SelectiveScan(x, x, a, b, b, cu_seqlens=offsets), wanted)
 
 with launch.record("sm_90", bind):
     for packed in (False, True):

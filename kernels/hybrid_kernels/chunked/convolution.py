@@ -1,19 +1,20 @@
 """Short causal convolution: shifted multiply-adds over stretches of time that fit in a cache.
 
-Legend: B batch, T time, D channels, W filter width, N packed documents.
+Shapes: B batch, T time, D channels, W filter width, N packed documents.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from hybrid_kernels.arguments import CausalConv1d, state_dtype
+from hybrid_kernels.arguments import CausalConv1d
 from hybrid_kernels.chunked.decode import causal_conv1d_step, is_single_step
+from hybrid_kernels.custom_ops import BackwardInputs, Wanted, custom_op
 from hybrid_kernels.packing import documents
-from hybrid_kernels.transforms import first_derivatives_only, without_autocast
 
 # Elements that one stretch of time holds over all rows and channels.
 STRETCH_ELEMENTS = 1 << 16
@@ -27,27 +28,21 @@ def causal_conv1d(a: CausalConv1d) -> tuple[Tensor, Tensor]:
     if a.cu_seqlens is not None:
         return _packed(a, a.cu_seqlens)
     x, history = a.x, a.weight.shape[1] - 1
-    if a.initial_state is None:
-        past = x.new_zeros(x.shape[0], history, x.shape[2])
-    else:
-        past = a.initial_state.to(x.dtype).transpose(1, 2)
-    y = torch.ops.hybrid_kernels.chunked_conv1d(x, past, a.weight, a.bias, a.activation or "")
+    y = _convolution(a)
     if x.shape[1] < history:
-        x = torch.cat([past, x], dim=1)
+        x = torch.cat([_past(a), x], dim=1)
     return y, x[:, x.shape[1] - history :].transpose(1, 2).contiguous()
 
 
 def _packed(a: CausalConv1d, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
     """Lay every document behind its own state in one longer row, and convolve that."""
-    x, weight, initial_state = a.x, a.weight, a.initial_state
-    history, rows, channels = weight.shape[1] - 1, cu_seqlens.shape[0] - 1, x.shape[2]
+    x, history, rows, channels = a.x, a.weight.shape[1] - 1, a.rows, a.x.shape[2]
     tokens, before, after = _known_places(cu_seqlens, x.shape[1], history, x.device)
     row = x.new_zeros(1, x.shape[1] + rows * history, channels).index_copy(1, tokens, x)
-    if initial_state is not None:
-        past = initial_state.to(x.dtype).transpose(1, 2).reshape(1, -1, channels)
+    if a.initial_state is not None:
+        past = _past(a).reshape(1, -1, channels)
         row = row.index_copy(1, before, past)
-    nothing = x.new_zeros(1, history, channels)
-    y = torch.ops.hybrid_kernels.chunked_conv1d(row, nothing, weight, a.bias, a.activation or "")
+    y = _convolution(a.replace(x=row, initial_state=None, cu_seqlens=None))
     final = row[0].index_select(0, after).view(rows, history, channels)
     return y.index_select(1, tokens), final.transpose(1, 2).contiguous()
 
@@ -95,48 +90,32 @@ def _(cu_seqlens, time, history, device):
     return tuple(torch.empty(size, dtype=torch.int64, device=device) for size in sizes)
 
 
-@torch.library.custom_op("hybrid_kernels::chunked_conv1d", mutates_args=())
-@without_autocast
-def _forward(
-    x: Tensor, past: Tensor, weight: Tensor, bias: Tensor | None, activation: str
-) -> Tensor:
-    """Return the convolution of (B, T, D) ``x`` behind (B, W-1, D) ``past``."""
-    taps = _taps(weight, x)
+def _forward(a: CausalConv1d, wanted: Wanted) -> Tensor:
+    """Return the convolution of x behind the inputs before it."""
+    x, past, taps = a.x, _past(a), _taps(a)
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     for start, stop in _stretches(x):
-        z = _convolve(_window(x, past, start, stop), taps, bias)
-        _activate(z, activation, y[:, start:stop])
+        z = _convolve(_window(x, past, start, stop), taps, a.bias)
+        _activate(z, a.activation, y[:, start:stop])
     return y
 
 
-@torch.library.custom_op("hybrid_kernels::chunked_conv1d_backward", mutates_args=())
-@without_autocast
-def _backward(
-    x: Tensor, past: Tensor, weight: Tensor, bias: Tensor | None, activation: str, dy: Tensor
-) -> list[Tensor]:
-    """Return the gradients of x, past, weight and, if there is one, bias."""
-    grads = _gradients(x, past, weight, bias, activation, dy, careful=False)
+def _backward(a: CausalConv1d, given: BackwardInputs) -> tuple:
+    """Return ``CausalConv1d.Gradients``."""
+    grads = _gradients(a, given.grad_output, careful=False)
     # The weight's gradient sums over all tokens, so it shows whether any number is not finite.
-    if activation and not torch.isfinite(grads[2].sum()):
-        return _gradients(x, past, weight, bias, activation, dy, careful=True)
+    if a.activation and not torch.isfinite(grads.weight.sum()):
+        return _gradients(a, given.grad_output, careful=True)
     return grads
 
 
-def _gradients(
-    x: Tensor,
-    past: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    activation: str,
-    dy: Tensor,
-    careful: bool,
-) -> list[Tensor]:
-    """Do as ``_backward`` does.
+def _gradients(a: CausalConv1d, dy: Tensor, careful: bool) -> Any:
+    """Return ``CausalConv1d.Gradients``.
 
     With ``careful``, the activation has no gradient where its input is not finite: 0 * NaN would
     reach the tokens before, and those of the document before.
     """
-    taps = _taps(weight, x)
+    x, past, taps = a.x, _past(a), _taps(a)
     history = len(taps) - 1
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)
     stretches = list(_stretches(x))
@@ -149,27 +128,38 @@ def _gradients(
         size = stop - start
         window = _window(x, past, start, stop).to(taps[0].dtype)
         dz = dy[:, start:stop].to(taps[0].dtype)
-        if activation:
-            z = _convolve(window, taps, bias)
+        if a.activation:
+            z = _convolve(window, taps, a.bias)
             dz = torch.ops.aten.silu_backward(dz, z)
             if careful:
                 dz.masked_fill_(~torch.isfinite(z), 0)
         for tap in range(len(taps)):
             dtaps[tap, :, :size].addcmul_(window[:, tap : tap + size], dz)
-        if bias is not None:
+        if a.bias is not None:
             dbias += dz.sum((0, 1))
         ahead = torch.cat([dz, later], dim=1)
         dx[:, start:stop].copy_(_convolve(ahead, taps[::-1], None))
         later = ahead[:, :history]
-    ahead = torch.cat([torch.zeros_like(later), later], dim=1)
-    dpast = _convolve(ahead, taps[::-1], None).to(past.dtype)
-    dweight = dtaps.sum((1, 2)).T.to(weight.dtype).contiguous()
-    return [dx, dpast, dweight] + ([] if bias is None else [dbias.to(bias.dtype)])
+    dweight = dtaps.sum((1, 2)).T.to(a.weight.dtype).contiguous()
+    dstate = None
+    if a.initial_state is not None:
+        ahead = torch.cat([torch.zeros_like(later), later], dim=1)
+        dpast = _convolve(ahead, taps[::-1], None).transpose(1, 2)
+        dstate = dpast.to(a.initial_state.dtype).contiguous()
+    dbias = None if a.bias is None else dbias.to(a.bias.dtype)
+    return CausalConv1d.Gradients(x=dx, weight=dweight, bias=dbias, initial_state=dstate)
 
 
-def _taps(weight: Tensor, x: Tensor) -> list[Tensor]:
+def _past(a: CausalConv1d) -> Tensor:
+    """Return the inputs before the first, (B, W-1, D)."""
+    if a.initial_state is None:
+        return a.x.new_zeros(a.x.shape[0], a.weight.shape[1] - 1, a.x.shape[2])
+    return a.initial_state.to(a.x.dtype).transpose(1, 2)
+
+
+def _taps(a: CausalConv1d) -> list[Tensor]:
     """Return the filter's columns as rows over channels, oldest first."""
-    return list(weight.to(state_dtype(x, weight)).T.contiguous())
+    return list(a.weight.to(a.dtype).T.contiguous())
 
 
 def _stretches(x: Tensor) -> Iterator[tuple[int, int]]:
@@ -199,8 +189,8 @@ def _convolve(window: Tensor, taps: list[Tensor], bias: Tensor | None) -> Tensor
     return z
 
 
-def _activate(z: Tensor, activation: str, out: Tensor) -> None:
-    if not activation:
+def _activate(z: Tensor, activation: str | None, out: Tensor) -> None:
+    if activation is None:
         out.copy_(z)
     elif out.dtype == z.dtype:
         torch.ops.aten.silu.out(z, out=out)
@@ -208,26 +198,10 @@ def _activate(z: Tensor, activation: str, out: Tensor) -> None:
         out.copy_(torch.nn.functional.silu(z, inplace=True))
 
 
-@_forward.register_fake
-def _(x, past, weight, bias, activation):
-    return x.new_empty(x.shape)
+def _fake(a: CausalConv1d, wanted: Wanted) -> Tensor:
+    return a.x.new_empty(a.x.shape)
 
 
-@_backward.register_fake
-def _(x, past, weight, bias, activation, dy):
-    return [t.new_empty(t.shape) for t in (x, past, weight, bias) if t is not None]
-
-
-def _keep(ctx, inputs, output) -> None:
-    *tensors, ctx.activation = inputs
-    ctx.save_for_backward(*tensors)
-
-
-def _differentiate(ctx, dy):
-    tensors = ctx.saved_tensors
-    found = torch.ops.hybrid_kernels.chunked_conv1d_backward(*tensors, ctx.activation, dy)
-    return (*found, *([None] * (5 - len(found))))
-
-
-_forward.register_autograd(_differentiate, setup_context=_keep)
-first_derivatives_only("causal_conv1d", _forward, _backward)
+_convolution = custom_op(
+    "chunked_conv1d", CausalConv1d, _forward, _backward, _fake, results="Tensor"
+)

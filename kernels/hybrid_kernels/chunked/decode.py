@@ -35,7 +35,7 @@ def prepare(arguments: Arguments, overwrite_state: bool) -> Callable | None:
 def is_single_step(arguments: Arguments) -> bool:
     """Whether this module applies: one token per row and no gradient asked for."""
     one = arguments.time == 1 and arguments.cu_seqlens is None
-    return one and not arguments.wants_gradient()
+    return one and not arguments.needs_backward()
 
 
 class LinearAttentionStep:

@@ -1,187 +1,219 @@
-"""Inputs of the chunked op, and the choice of algorithm, chunk size and segments.
+"""The inputs of the chunked op, cut into chunks, and the choice of algorithm and chunk size.
 
-Legend: B batch, T time, H heads, K key dim, V value dim; G heads of q and k, r value heads per G;
-N sequences.
+Shapes: B batch, T time, H heads, G heads of q and k, r value heads per G, C chunk, b chunks x G of
+one span, K key dim, V value dim, N sequences.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from hybrid_kernels.arguments import LinearAttention, record
-from hybrid_kernels.chunked.additive import InputChunks
+from hybrid_kernels.arguments import LinearAttention
 from hybrid_kernels.chunked.chunk_plan import ChunkPlan, chunk_plan
-from hybrid_kernels.chunked.gates import RESCALE_LIMIT, RESCALE_LIMIT_PER_TOKEN
+from hybrid_kernels.chunked.gates import RESCALE_LIMIT, RESCALE_LIMIT_PER_TOKEN, Gate
+from hybrid_kernels.chunked.memory import load
+from hybrid_kernels.chunked.sizes import SMALLEST_CHUNK, first_chunk, span_size
+from hybrid_kernels.custom_ops import Wanted
 from hybrid_kernels.packing import documents
 
-SMALLEST_CHUNK = 16
 
-# Tokens x heads that one segment works on at a time: its matrices should stay in a core's cache.
-# The backward pass of additive forms makes so many calls that fewer and longer ones pay.
-SEGMENT_ROWS = 1024
-SEGMENT_ROWS_TRAINING = 2048
-
-DECAYS = ("log_decay", "value_log_decay")
-
-
-class SpanSize(NamedTuple):
-    """The rule for how many tokens of each sequence a segment holds.
+@dataclass(frozen=True)
+class InputChunks:
+    """Inputs in chunks: views of (leading, sequences, G, C, ...), see ``ChunkPlan``.
 
     Attributes:
-        heads: that share the segment's memory.
-        rows: tokens x heads of a segment.
-        unit: tokens; a segment holds a multiple.
+        q: (..., K).
+        k: (..., K).
+        v: (..., r, V).
+        key_decay: (..., K or 1), or None.
+        value_decay: (..., r, V or 1), or None.
+        beta: (..., 1), or None for the additive form; with beta, r is 1.
+        bonus: (G, K), or None; with a bonus, r is 1.
+        write_scale: (..., r, 1), or None; a factor on values.
+        scale: of the output.
+        exact: whether pairs decay in the exact way (``gates.py``).
+        plan: of the chunks.
+        dtype: to compute in.
     """
 
-    heads: int
-    rows: int
-    unit: int
-
-    def __call__(self, sequences: int) -> int:
-        """Return the number of tokens for so many sequences."""
-        return self.unit * max(1, self.rows // (max(1, sequences) * self.heads * self.unit))
-
-
-@record
-class Inputs(LinearAttention):
-    """The arguments of the op, and what else its custom op takes.
-
-    Attributes:
-        exactly: decay pairs in the exact way, whatever the decays are (``gates.py``).
-        keep: a backward pass follows.
-    """
-
-    exactly: bool = False
-    keep: bool = False
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    key_decay: Tensor | None
+    value_decay: Tensor | None
+    beta: Tensor | None
+    bonus: Tensor | None
+    write_scale: Tensor | None
+    scale: float
+    exact: bool
+    plan: ChunkPlan
+    dtype: torch.dtype
 
     @property
-    def span(self) -> SpanSize:
-        """How many tokens of each sequence a segment holds; known before the chunk size is."""
-        heads, rows = self.heads, SEGMENT_ROWS
-        if self.beta is None and self.keep:
-            rows = SEGMENT_ROWS_TRAINING
-        elif self.beta is None:
-            # Forward, half of the matrices are of queries and keys, which heads may share.
-            heads = (heads + max(self.q.shape[2], self.k.shape[2])) // 2
-        return SpanSize(heads, rows, max(64, self.chunk_size or 0))
+    def heads(self) -> int:
+        """G, the heads of q and k."""
+        return self.q.shape[2]
 
-    def first_chunk(self, longest: int) -> int:
-        """Return the chunk size to try first, for sequences of at most ``longest`` tokens."""
-        if self.chunk_size:
-            return self.chunk_size
-        widest = max(self.q.shape[3], self.v.shape[3])
-        chunk = 32 if self.beta is not None or widest <= 32 else 64
-        while chunk > SMALLEST_CHUNK and chunk // 2 >= longest:
-            chunk //= 2
-        return chunk
+    @property
+    def state_shape(self) -> tuple[int, int]:
+        """(K, r V)."""
+        return self.k.shape[4], self.v.shape[4] * self.v.shape[5]
 
-    def saved_size(self, plan: ChunkPlan | None = None) -> int:
-        """Return how many numbers are saved for the backward pass."""
-        (batch, time, _, keys), values = self.q.shape, self.v.shape[3]
-        if not self.keep:
-            return 0
-        if plan is not None and plan.tokens is not None:
-            chunk, chunks = plan.chunk, plan.starts[-1]
-            states = sum(segment.width for segment in plan.segments)
-        else:
-            # Of chunks that are not halved.
-            chunk = self.first_chunk(time)
-            chunks, states = batch * -(-time // chunk), batch * -(-time // self.span(batch))
-            # Every chunk's state, unless that is over a quarter of what q, k, v and o take.
-            if self.beta is None and keys * values <= chunk * (keys + values) // 2:
-                states = chunks + batch
-        size = states * self.heads * keys * values
-        return size if self.beta is None else size + chunks * self.heads * chunk * (values + chunk)
+    @property
+    def exact_keys(self) -> bool:
+        """Whether the decay over keys is applied to pairs in the exact way."""
+        return self.exact and self.key_decay is not None
 
-    def problem(self) -> InputChunks:
-        """Choose the way and the chunk size; cut the inputs into chunks."""
-        (batch, time), heads, q, k = self.q.shape[:2], self.heads, self.q, self.k
-        log_decay, value_decay = self.log_decay, self.value_log_decay
-        if log_decay is not None and log_decay.dim() == 1:
-            log_decay = log_decay.expand(batch, time, heads)
-        plan, exact = self._choose([g for g in (log_decay, value_decay) if g is not None])
-        # A scalar decay goes with the values, which leaves queries and keys to be shared by heads;
-        # but pairs of rows decay on the key side where they do so exactly.
-        key_decay = log_decay
-        if log_decay is not None and log_decay.dim() == 3:
-            key_decay = log_decay[..., None]
-            if not (exact or self.bonus is not None or value_decay is not None):
-                key_decay, value_decay = None, key_decay
-        groups = heads
-        alone = all(x is None for x in (self.beta, self.bonus, key_decay))
-        if alone and q.shape[2] == k.shape[2]:
-            groups = q.shape[2]
+    @property
+    def exact_values(self) -> bool:
+        """Whether the decay over values is applied to pairs in the exact way."""
+        return self.exact and self.value_decay is not None
 
-        def cut(x: Tensor, shared: tuple[int, ...] = ()) -> Tensor:
-            """Cut (B, T, any heads, ...) into chunks of G, or G x ``shared``, heads."""
-            if x.shape[2] < groups:
-                x = x.repeat_interleave(heads // x.shape[2], dim=2)
-            return plan.chunks(x.unflatten(2, (groups, *shared))).transpose(2, 3)
+    @cached_property
+    def fixed_decay(self) -> bool:
+        """Whether no decay depends on the token, so that all spans of one shape have the same."""
+        decays = [g for g in (self.key_decay, self.value_decay) if g is not None]
+        return all(g.shape[-1] == 1 and g.stride(0) == 0 for g in decays)
 
-        return InputChunks(
-            q=cut(q),
-            k=cut(k),
-            v=cut(self.v, (-1,)),
-            key_decay=None if key_decay is None else cut(key_decay),
-            value_decay=None if value_decay is None else cut(value_decay, (-1,)),
-            beta=None if self.beta is None else cut(self.beta[..., None]),
-            bonus=self.bonus,
-            write_scale=None
-            if self.write_scale is None
-            else cut(self.write_scale[..., None], (-1,)),
-            scale=self.scale,
-            exact=exact,
-            plan=plan,
-            dtype=self.dtype,
-        )
+    @cached_property
+    def scale_tensor(self) -> Tensor:
+        """The scale as (1,): a Python number would round a product to bfloat16 first."""
+        return self.q.new_full((1,), self.scale, dtype=self.dtype)
 
-    def gradient_names(self, decays_wanted: bool) -> list[str]:
-        """Return the names of the gradients that the backward pass finds, in order."""
-        return [name for name in self.floating() if decays_wanted or name not in DECAYS]
+    @cached_property
+    def _all_beta(self) -> Tensor:
+        assert self.beta is not None
+        return load(self.beta, self.dtype)
 
-    def output_helps(self) -> bool:
-        """Whether the backward pass is spared two products by the output, at the full precision.
+    def span_beta(self, lead: slice) -> Tensor:
+        """Return beta in a span, (b, C, 1)."""
+        rows = self.q.shape[1] * self.heads
+        return self._all_beta[lead.start * rows : lead.stop * rows]
 
-        The output times its gradient is the gradient of the values' decays; where every value head
-        has its own queries and only a scalar decays, they say the same.
-        """
-        if self.beta is not None or self.v.dtype != self.dtype:
-            return False
-        shared = self.q.shape[2] == self.k.shape[2] < self.v.shape[2]
-        scalar = self.log_decay is not None and self.log_decay.dim() == 3
-        return self.value_log_decay is not None or (shared and scalar)
+    def key_gate(self, lead: slice) -> Gate | None:
+        """Return the gate over keys in a span, (b, C, K or 1)."""
+        return self._gate("key", self.key_decay, lead, self.bonus is not None, 1.0)
 
-    def _choose(self, decays: list[Tensor]) -> tuple[ChunkPlan, bool]:
-        """Halve the chunk until rescaling is safe; if it never is, or is not wanted: exactly."""
-        time, packed = self.q.shape[1], self.cu_seqlens
-        found = None if packed is None else documents(packed, time)
-        longest = time if found is None else max(found.lengths)
-        chunk = self.first_chunk(longest)
+    def value_gate(self, lead: slice) -> Gate | None:
+        """Return the gate over values in a span, (b, C, r V or r)."""
+        return self._gate("value", self.value_decay, lead, False, self.scale)
 
-        def plan_of(chunk: int) -> ChunkPlan:
-            return chunk_plan(self.q, chunk, self.span, found)
+    def _gate(
+        self, name: str, decay: Tensor | None, lead: slice, exclusive: bool, scale: float
+    ) -> Gate | None:
+        if decay is None:
+            return None
+        if decay.shape[-1] > 1:
+            return Gate(load(decay[lead], self.dtype).flatten(2), self.exact, exclusive, scale)
+        # A decay that is fixed per head (and expanded) is the same in every span of one length.
+        fixed = decay.stride(0) == 0
+        key = (name, lead.stop - lead.start if fixed else lead.start)
+        if key not in self._scalar_gates:
+            # One number per row is little memory: computed for all chunks at once, then split.
+            part = decay[lead] if fixed else decay
+            gate = Gate(load(part, self.dtype).flatten(2), self.exact, exclusive, scale)
+            if fixed:
+                self._scalar_gates[key] = gate
+            else:
+                self._split(name, gate)
+        return self._scalar_gates[key]
 
-        first = plan = plan_of(chunk)
-        while decays and not _bounded([plan.chunks(g) for g in decays], longest):
-            if chunk <= SMALLEST_CHUNK:
-                return first, True
-            chunk //= 2
-            plan = plan_of(chunk)
-        return plan, self.exactly
+    def _split(self, name: str, gate: Gate) -> None:
+        leads = [span.lead for span in self.plan.spans]
+        rows = gate.g.shape[0] // leads[-1].stop
+        parts = gate.split([rows * (lead.stop - lead.start) for lead in leads])
+        for lead, part in zip(leads, parts, strict=True):
+            self._scalar_gates[name, lead.start] = part
+
+    @cached_property
+    def _scalar_gates(self) -> dict[tuple[str, int], Gate]:
+        return {}
+
+
+def cut_inputs(a: LinearAttention, wanted: Wanted) -> InputChunks:
+    """Choose the algorithm and the chunk size, and cut the inputs into chunks.
+
+    Args:
+        a: the arguments.
+        wanted: names of the inputs whose gradients will be wanted.
+    """
+    (batch, time), heads, value_decay = a.q.shape[:2], a.heads, a.value_log_decay
+    log_decay = a.log_decay
+    if log_decay is not None and log_decay.dim() == 1:
+        log_decay = log_decay.expand(batch, time, heads)
+    plan, exact = _choose(a, [g for g in (log_decay, value_decay) if g is not None], wanted)
+    # A scalar decay goes with the values, so that heads can share queries and keys; but pairs of
+    # rows decay on the key side where they do so exactly.
+    key_decay = log_decay
+    if log_decay is not None and log_decay.dim() == 3:
+        key_decay = log_decay[..., None]
+        if not (exact or a.bonus is not None or value_decay is not None):
+            key_decay, value_decay = None, key_decay
+    share = all(x is None for x in (a.beta, a.bonus, key_decay)) and a.q.shape[2] == a.k.shape[2]
+    groups = a.q.shape[2] if share else heads
+
+    def cut(x: Tensor | None, *shared: int) -> Tensor | None:
+        """Cut (B, T, any heads, ...) into chunks of G, or G x ``shared``, heads."""
+        if x is None:
+            return None
+        if x.shape[2] < groups:
+            x = x.repeat_interleave(heads // x.shape[2], dim=2)
+        return plan.chunks(x.unflatten(2, (groups, *shared))).transpose(2, 3)
+
+    def column(x: Tensor | None) -> Tensor | None:
+        return None if x is None else x[..., None]
+
+    q, k, v = cut(a.q), cut(a.k), cut(a.v, -1)
+    assert q is not None
+    assert k is not None
+    assert v is not None
+    return InputChunks(
+        q=q,
+        k=k,
+        v=v,
+        key_decay=cut(key_decay),
+        value_decay=cut(value_decay, -1),
+        beta=cut(column(a.beta)),
+        bonus=a.bonus,
+        write_scale=cut(column(a.write_scale), -1),
+        scale=a.scale,
+        exact=exact,
+        plan=plan,
+        dtype=a.dtype,
+    )
+
+
+def _choose(a: LinearAttention, decays: list[Tensor], wanted: Wanted) -> tuple[ChunkPlan, bool]:
+    """Halve the chunk until rescaling is safe; return the plan and whether to decay exactly."""
+    time = a.q.shape[1]
+    packed = None if a.cu_seqlens is None else documents(a.cu_seqlens, time)
+    longest = time if packed is None else max(packed.lengths)
+    chunk, span = first_chunk(a, longest), span_size(a, training=bool(wanted))
+    first = plan = chunk_plan(a.q, chunk, span, packed)
+    while decays and not _bounded([plan.chunks(g) for g in decays], longest):
+        if chunk <= SMALLEST_CHUNK:
+            return first, True
+        chunk //= 2
+        plan = chunk_plan(a.q, chunk, span, packed)
+    # The gradient of a decay that is fixed per head is a sum over all tokens of terms of either
+    # sign, in which the rounding of rescaled ones would show.
+    exact = "log_decay" in wanted and a.log_decay is not None and a.log_decay.dim() == 1
+    return plan, exact
 
 
 def _bounded(decays: list[Tensor], longest: int) -> bool:
     """Whether every chunk's total log decay stays above the limits; NaN counts as not.
 
-    Of keys and values together: what is written has been divided by both.
+    The decays over keys and over values add up: what is written has been divided by both.
     """
     if decays[0].numel() == 0:
         return True
     limit = max(RESCALE_LIMIT, RESCALE_LIMIT_PER_TOKEN * min(decays[0].shape[2], longest))
-    # Where a decay is fixed per head (and expanded), one chunk is like the other.
+    # A decay that is fixed per head (and expanded) is the same in every chunk.
     decays = [g[:1] if g.stride(0) == 0 else g for g in decays]
     lowest = torch.stack([g.sum(2, dtype=torch.float32).amin() for g in decays])
     return bool(lowest.sum() >= limit)

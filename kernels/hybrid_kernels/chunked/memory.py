@@ -1,15 +1,19 @@
-"""Memory that the segments of one pass use in turn."""
+"""Memory that the spans of one pass reuse, and rows moved between chunks and that memory."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+Buffers = TypeVar("Buffers")
+
 
 class Scratch:
-    """Named stretches of memory that every segment of a pass fills again.
+    """Named stretches of memory that every span of a pass fills again.
 
     Fresh memory would be mapped, and page by page cleared, over and over; this stays in the cache.
     Whoever takes a name again overwrites what was under it.
@@ -19,6 +23,7 @@ class Scratch:
         self.dtype, self.device = dtype, device
         self._whole: dict[str, Tensor] = {}
         self._views: dict[tuple, Tensor] = {}
+        self._buffers: dict[tuple, Any] = {}
         self._pieces: dict[tuple, tuple[Tensor, ...]] = {}
 
     def take(self, name: str, *shape: int) -> Tensor:
@@ -32,6 +37,16 @@ class Scratch:
             view = self._views[name, shape] = whole[:size].view(shape)
         return view
 
+    def once(self, name: str, sizes: tuple[int, ...], make: Callable[[], Buffers]) -> Buffers:
+        """Return what ``make`` returned the first time, for spans with as many chunks at each step.
+
+        Views of memory are worth keeping: all spans of a pass but the last are of one shape.
+        """
+        buffers = self._buffers.get((name, sizes))
+        if buffers is None:
+            buffers = self._buffers[name, sizes] = make()
+        return buffers
+
     def split(self, x: Tensor, sizes: tuple[int, ...]) -> tuple[Tensor, ...]:
         """Cut memory along its first axis; memory that stays, such as is taken here, but once."""
         # The pieces keep the memory alive, so that no other tensor can come to lie at its address.
@@ -40,3 +55,53 @@ class Scratch:
         if pieces is None:
             pieces = self._pieces[key] = x.split(sizes)
         return pieces
+
+
+def halves(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the upper and the lower half of (b, 2 C, ...), each (b, C, ...)."""
+    upper, lower = x.split(x.shape[1] // 2, dim=1)
+    return upper, lower
+
+
+def load(
+    chunks: Tensor,
+    dtype: torch.dtype,
+    factor: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Gather chunks of G heads into (R*G, C, ...), times ``factor``, in ``dtype``.
+
+    Args:
+        chunks: (leading, sequences, G, C, ...).
+        dtype: of the result.
+        factor: something that broadcasts to the result, with its leading axis or one-dimensional.
+        out: where to put the result, in the one shape or the other; without it and without a
+            factor, the result may be a view.
+    """
+    if out is None:
+        if factor is None:
+            return chunks.to(dtype).flatten(0, 2)
+        shape = (chunks.shape[:3].numel(), *chunks.shape[3:])
+        out = torch.empty(shape, dtype=dtype, device=chunks.device)
+    target = out if out.shape == chunks.shape else out.view(chunks.shape)
+    if factor is None:
+        target.copy_(chunks)
+    else:
+        torch.mul(chunks, _by_chunk(factor, chunks), out=target)
+    return out
+
+
+def store(chunks: Tensor, x: Tensor, factor: Tensor | None = None) -> None:
+    """Scatter (R*G, C, ...), times ``factor``, into chunks of G heads as ``load`` takes them."""
+    x = x.view(chunks.shape)
+    if factor is None:
+        chunks.copy_(x)
+    else:
+        torch.mul(x, _by_chunk(factor, chunks), out=chunks)
+
+
+def _by_chunk(factor: Tensor, chunks: Tensor) -> Tensor:
+    """View (R*G, ...) as (leading, sequences, G, ...), as ``chunks`` is, unless it is already."""
+    if factor.dim() in (1, chunks.dim()):
+        return factor
+    return factor.view(chunks.shape[:3] + factor.shape[1:])

@@ -1,67 +1,60 @@
-"""Both passes over all segments, which share their scratch memory.
+"""Both passes over all spans, which share their scratch memory.
 
-A segment is recomputed in the backward pass, but for what the forward pass keeps (``saved.py``); its
-output is held on to as well where that spares products (``linear.py``).
+The backward pass computes a span again, but for what the forward pass saved (``saved.py``).
 
-Legend: as in ``additive.py``.
+Shapes: as in ``additive.py``.
 """
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from hybrid_kernels.chunked.additive import InputChunks, Run
-from hybrid_kernels.chunked.chunk_plan import StateCarry
-from hybrid_kernels.chunked.delta import DeltaPass, DeltaRun
-from hybrid_kernels.chunked.gradient import Gradients, Pass
+from hybrid_kernels.chunked import additive, additive_backward, delta, delta_backward
+from hybrid_kernels.chunked.gradients import ChunkGradients
+from hybrid_kernels.chunked.inputs import InputChunks
 from hybrid_kernels.chunked.memory import Scratch
 from hybrid_kernels.chunked.saved import Saved
+from hybrid_kernels.chunked.state_walk import StateCarry
 
 
-def forward(p: InputChunks, state: Tensor, o: Tensor, saved: Saved | None) -> None:
-    """Fill ``o`` chunk by chunk.
+def forward(x: InputChunks, state: Tensor, out: Tensor, saved: Saved | None) -> None:
+    """Compute the output and the final states.
 
     Args:
-        p: the inputs.
+        x: the inputs.
         state: (N G, K, r V) initial states in the plan's order; becomes the final ones.
-        o: chunks of the output, (leading, sequences, G, C, r, V).
-        saved: to be filled for a backward pass, or None.
+        out: (leading, sequences, G, C, r, V) the output, to be filled.
+        saved: to be filled for the backward pass, or None.
     """
-    form = Run if p.beta is None else DeltaRun
-    run = form(p, Scratch(p.dtype, state.device), saved)
-    carried = StateCarry(state, p.plan)
-    for segment in p.plan.segments:
-        run.begin(segment)
-        run.pass_states(carried)
-        run.store_output(o[segment.lead])
-    carried.finish()
+    form = additive if x.beta is None else delta
+    work, carry = Scratch(x.dtype, state.device), StateCarry(state, x.plan)
+    for span in x.plan.spans:
+        form.forward(x, span, carry, saved, work, out[span.lead])
+    carry.finish()
 
 
 def backward(
-    p: InputChunks, saved: Saved, o: Tensor | None, do: Tensor, dstate: Tensor, grads: Gradients
+    x: InputChunks,
+    saved: Saved,
+    output: Tensor | None,
+    grad_output: Tensor,
+    grad_state: Tensor,
+    grads: ChunkGradients,
 ) -> None:
-    """Fill the gradients of all inputs.
+    """Compute the gradients of all inputs.
 
     Args:
-        p: the inputs.
+        x: the inputs.
         saved: what ``forward`` saved.
-        o: chunks of the output, (leading, sequences, G, C, r, V), or None.
-        do: chunks of the output's gradient.
-        dstate: gradient of the final states; becomes that of the initial ones.
-        grads: chunks to fill.
+        output: (leading, sequences, G, C, r, V), or None.
+        grad_output: its gradient, of the same shape.
+        grad_state: gradient of the final states; becomes that of the initial ones.
+        grads: to be filled.
     """
-    scratch = Scratch(p.dtype, dstate.device)
-    if p.beta is None:
-        step = Pass(Run(p, scratch, saved), grads)
-    else:
-        step = DeltaPass(DeltaRun(p, scratch, saved), grads)
-    run, carried = step.run, StateCarry(dstate, p.plan)
-    for segment in reversed(p.plan.segments):
-        run.begin(segment)
-        run.recall()
-        step.begin(None if o is None else o[segment.lead], do[segment.lead])
-        step.pass_states(carried)
-        step.pass_pairs()
-        step.store_rows()
-        step.store_decays()
-    carried.finish()
+    form = additive_backward if x.beta is None else delta_backward
+    work, carry = Scratch(x.dtype, grad_state.device), StateCarry(grad_state, x.plan)
+    for span in reversed(x.plan.spans):
+        lead = span.lead
+        o = None if output is None else output[lead]
+        form.backward(x, span, carry, saved, work, o, grad_output[lead], grads.span(lead))
+    carry.finish()

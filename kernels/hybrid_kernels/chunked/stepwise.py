@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from hybrid_kernels import reference
-from hybrid_kernels.chunked.inputs import Inputs
+from hybrid_kernels.arguments import LinearAttention
 from hybrid_kernels.packing import document_bounds
 
 # Steps whose states are held in memory at a time in the backward pass.
@@ -29,44 +29,44 @@ def is_finite(states: Tensor) -> bool:
     return bool(torch.isfinite(states.sum()))
 
 
-def forward(inputs: Inputs) -> tuple[Tensor, Tensor]:
+def forward(a: LinearAttention) -> tuple[Tensor, Tensor]:
     """Return the output and the final states."""
-    return reference.linear_attention(inputs)
+    return reference.linear_attention(a)
 
 
-def backward(inputs: Inputs, do: Tensor, dfinal: Tensor | None) -> dict[str, Tensor]:
-    """Return the gradients of the floating inputs, by name."""
-    tensors = _tensors(inputs)
+def backward(a: LinearAttention, do: Tensor, dfinal: Tensor | None) -> dict[str, Tensor]:
+    """Return the gradients of the floating a, by name."""
+    tensors = _tensors(a)
     grads = {name: torch.zeros_like(x) for name, x in tensors.items()}
-    (batch, time, _, keys), values = inputs.q.shape, inputs.v.shape[3]
+    (batch, time, _, keys), values = a.q.shape, a.v.shape[3]
     dstates = []
-    for rows, start, stop in document_bounds(inputs.cu_seqlens, batch, time):
-        if inputs.initial_state is None:
-            shape = (batch, inputs.heads, keys, values)
-            state = inputs.q.new_zeros(shape, dtype=inputs.dtype)
+    for rows, start, stop in document_bounds(a.cu_seqlens, batch, time):
+        if a.initial_state is None:
+            shape = (batch, a.heads, keys, values)
+            state = a.q.new_zeros(shape, dtype=a.dtype)
         else:
-            state = inputs.initial_state[rows].to(inputs.dtype)
-        dstate = None if dfinal is None else dfinal[rows].to(inputs.dtype)
+            state = a.initial_state[rows].to(a.dtype)
+        dstate = None if dfinal is None else dfinal[rows].to(a.dtype)
         pieces = [slice(t, min(t + PIECE, stop)) for t in range(start, stop, PIECE)]
         states = [state]
         for piece in pieces[:-1]:
-            states.append(_run(inputs, _cut(tensors, piece), states[-1])[1])
+            states.append(_run(a, _cut(tensors, piece), states[-1])[1])
         # An empty document has a state but no pieces.
         for piece, state in zip(reversed(pieces), reversed(states), strict=False):
-            dparts, dstate = _piece_backward(inputs, tensors, state, piece, do, dstate)
+            dparts, dstate = _piece_backward(a, tensors, state, piece, do, dstate)
             for name, grad in dparts.items():
                 if _by_token(tensors[name]):
                     grads[name][:, piece] = grad
                 else:
                     grads[name] += grad
         dstates.append(torch.zeros_like(state) if dstate is None else dstate)
-    if inputs.initial_state is not None:
-        grads["initial_state"] = torch.cat(dstates).to(inputs.initial_state.dtype)
+    if a.initial_state is not None:
+        grads["initial_state"] = torch.cat(dstates).to(a.initial_state.dtype)
     return grads
 
 
 def _piece_backward(
-    inputs: Inputs,
+    a: LinearAttention,
     tensors: dict[str, Tensor],
     state: Tensor,
     piece: slice,
@@ -76,7 +76,7 @@ def _piece_backward(
     """Return the gradients of the tensors in a piece of time and of the state before it."""
 
     def outputs(parts: dict[str, Tensor], state: Tensor):
-        o, after = _run(inputs, parts, state)
+        o, after = _run(a, parts, state)
         # A final state without a gradient is left out: zeros would make NaN of what it holds.
         return o if dstate is None else (o, after)
 
@@ -84,9 +84,9 @@ def _piece_backward(
     return differentiate(do[:, piece] if dstate is None else (do[:, piece], dstate))
 
 
-def _tensors(inputs: Inputs) -> dict[str, Tensor]:
+def _tensors(a: LinearAttention) -> dict[str, Tensor]:
     """Return the floating tensors but for the states, by name."""
-    return {name: x for name, x in inputs.floating().items() if name != "initial_state"}
+    return {name: x for name, x in a.floating().items() if name != "initial_state"}
 
 
 def _by_token(x: Tensor) -> bool:
@@ -98,8 +98,6 @@ def _cut(tensors: dict[str, Tensor], piece: slice) -> dict[str, Tensor]:
     return {name: x[:, piece] if _by_token(x) else x for name, x in tensors.items()}
 
 
-def _run(inputs: Inputs, tensors: dict[str, Tensor], state: Tensor) -> tuple[Tensor, Tensor]:
+def _run(a: LinearAttention, tensors: dict[str, Tensor], state: Tensor) -> tuple[Tensor, Tensor]:
     """Run the reference on a piece of one document, or of all rows of a batch."""
-    return reference.linear_attention(
-        inputs.replace(**tensors, initial_state=state, cu_seqlens=None)
-    )
+    return reference.linear_attention(a.replace(**tensors, initial_state=state, cu_seqlens=None))

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hybrid_kernels.arguments import CausalConv1d
-from hybrid_kernels.transforms import first_derivatives_only, without_autocast
+from hybrid_kernels.custom_ops import BackwardInputs, Wanted, custom_op
 from hybrid_kernels.triton.blocks import kernel, load_rows, locate, row_mask, store_rows
 from hybrid_kernels.triton.launch import Config, block, config, launch
 from hybrid_kernels.triton.layout import Chunks, chunks
@@ -149,9 +149,8 @@ def convolution_inputs_kernel(
 
 def causal_conv1d(a: CausalConv1d) -> tuple[Tensor, Tensor]:
     """Compute ``hybrid_kernels.causal_conv1d``."""
-    states = (a.initial_state, a.cu_seqlens)
-    y = _forward(a.x, a.weight, a.bias, *states, a.activation == "silu")
-    return y, _last_inputs(a.x, a.weight.shape[1] - 1, *states)
+    history = a.weight.shape[1] - 1
+    return _convolution(a), _last_inputs(a.x, history, a.initial_state, a.cu_seqlens)
 
 
 def _bounds(x: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -193,71 +192,49 @@ def _tiles(x: Tensor, cu_seqlens: Tensor | None) -> tuple[Config, Chunks]:
     return found, chunks(x, cu_seqlens, found.values)
 
 
-def forward(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    silu: bool,
-) -> Tensor:
+def forward(a: CausalConv1d, wanted: Wanted) -> Tensor:
     """Return y (B, T, D)."""
-    x = x.contiguous()
+    x = a.x.contiguous()
     y = torch.empty_like(x)
-    _run(x, weight, bias, initial_state, cu_seqlens, silu, y, None)
+    _run(a, x, y, None)
     return y
 
 
 def _run(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    silu: bool,
-    y: Tensor,
-    gradients: tuple[Tensor, Tensor, Tensor] | None,
+    a: CausalConv1d, x: Tensor, y: Tensor, gradients: tuple[Tensor, Tensor, Tensor] | None
 ) -> None:
     """Launch ``convolution_kernel``; ``gradients`` are dy and the shares of dweight and dbias."""
-    found, cut = _tiles(x, cu_seqlens)
-    channels = block(x.shape[2], found.keys)
+    found, cut = _tiles(x, a.cu_seqlens)
+    channels, width = block(x.shape[2], found.keys), a.weight.shape[1]
+    bias, initial = (x if t is None else t.contiguous() for t in (a.bias, a.initial_state))
     launch(
         convolution_kernel,
         (cut.count, triton.cdiv(x.shape[2], channels)),
         found,
-        *(x, weight.contiguous(), x if bias is None else bias.contiguous()),
-        *(x if initial_state is None else initial_state.contiguous(), y),
+        *(x, a.weight.contiguous(), bias, initial, y),
         *((x, x, x) if gradients is None else gradients),
         *cut.tables,
         *(cut.time, cut.per_row),
         D=x.shape[2],
-        W=weight.shape[1],
+        W=width,
         C=found.values,
         BD=channels,
-        BIAS=bias is not None,
-        SILU=silu,
-        INITIAL=initial_state is not None and weight.shape[1] > 1,
+        BIAS=a.bias is not None,
+        SILU=a.activation == "silu",
+        INITIAL=a.initial_state is not None and width > 1,
         BACKWARD=gradients is not None,
         PACKED=cut.packed,
     )
 
 
-def backward(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    silu: bool,
-    dy: Tensor,
-) -> list[Tensor]:
-    """Return the gradients of the tensors that are not None, in order."""
-    x, dy = x.contiguous(), dy.contiguous()
-    found, cut = _tiles(x, cu_seqlens)
+def backward(a: CausalConv1d, given: BackwardInputs) -> tuple:
+    """Return ``CausalConv1d.Gradients``."""
+    x, dy, weight, bias = a.x.contiguous(), given.grad_output.contiguous(), a.weight, a.bias
+    found, cut = _tiles(x, a.cu_seqlens)
     dz = torch.empty_like(x, dtype=torch.float32)
     dweights = dz.new_empty(cut.count, *weight.shape)
     dbiases = dz.new_empty(cut.count, weight.shape[0])
-    _run(x, weight, bias, initial_state, cu_seqlens, silu, dz, (dy, dweights, dbiases))
+    _run(a, x, dz, (dy, dweights, dbiases))
     dx = torch.empty_like(x)
     channels = block(x.shape[2], found.keys)
     launch(
@@ -273,12 +250,15 @@ def backward(
         BD=channels,
         PACKED=cut.packed,
     )
-    grads = [dx, dweights.sum(0).to(weight.dtype)]
-    if bias is not None:
-        grads.append(dbiases.sum(0).to(bias.dtype))
-    if initial_state is not None:
-        grads.append(_state_gradient(dz, weight, initial_state, cu_seqlens))
-    return grads
+    dstate = a.initial_state
+    if dstate is not None:
+        dstate = _state_gradient(dz, weight, dstate, a.cu_seqlens)
+    return CausalConv1d.Gradients(
+        x=dx,
+        weight=dweights.sum(0).to(weight.dtype),
+        bias=None if bias is None else dbiases.sum(0).to(bias.dtype),
+        initial_state=dstate,
+    )
 
 
 def _state_gradient(
@@ -299,36 +279,10 @@ def _state_gradient(
     return grad.to(initial_state.dtype)
 
 
-_forward = torch.library.custom_op(
-    "hybrid_kernels::triton_causal_conv1d", without_autocast(forward), mutates_args=()
+def _fake(a: CausalConv1d, wanted: Wanted) -> Tensor:
+    return torch.empty_like(a.x, memory_format=torch.contiguous_format)
+
+
+_convolution = custom_op(
+    "triton_causal_conv1d", CausalConv1d, forward, backward, _fake, results="Tensor"
 )
-_backward = torch.library.custom_op(
-    "hybrid_kernels::triton_causal_conv1d_backward", without_autocast(backward), mutates_args=()
-)
-
-
-@_forward.register_fake
-def _(x, weight, bias, initial_state, cu_seqlens, silu):
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
-
-
-@_backward.register_fake
-def _(x, weight, bias, initial_state, cu_seqlens, silu, dy):
-    return [y.new_empty(y.shape) for y in (x, weight, bias, initial_state) if y is not None]
-
-
-def _setup_context(ctx, inputs, output):
-    *tensors, ctx.silu = inputs
-    ctx.save_for_backward(*tensors)
-
-
-def _gradient(ctx, dy):
-    tensors = ctx.saved_tensors
-    found = iter(_backward(*tensors, ctx.silu, dy))
-    return (*(None if x is None else next(found) for x in tensors[:4]), None, None)
-
-
-torch.library.register_autograd(
-    "hybrid_kernels::triton_causal_conv1d", _gradient, setup_context=_setup_context
-)
-first_derivatives_only("causal_conv1d", _forward, _backward)

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hybrid_kernels.arguments import LinearAttention
 from hybrid_kernels.triton.blocks import kernel, load_tile, load_vector, place, store_tile
 from hybrid_kernels.triton.launch import block, config, launch
 
@@ -82,33 +83,21 @@ def decode_kernel(
     store_tile(p_final, b_state, i_row, K, V, 0, v0, BK, BV)
 
 
-def step(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor | None,
-    value_log_decay: Tensor | None,
-    beta: Tensor | None,
-    bonus: Tensor | None,
-    initial_state: Tensor | None,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
+def step(a: LinearAttention) -> tuple[Tensor, Tensor]:
     """Return o (B, 1, H, V) and the next state (B, H, K, V) for T = 1; no gradient."""
-    heads = max(q.shape[2], k.shape[2], v.shape[2])
-    shape = (q.shape[0], heads, q.shape[3], v.shape[3])
-    o = v.new_empty(q.shape[0], 1, heads, v.shape[3])
-    final = q.new_empty(shape, dtype=torch.float32)
+    q, k, v, heads = a.q, a.k, a.v, a.heads
+    o, final = _empty(a)
     found = config("decode", q.device, tl.float32)
     values = block(v.shape[3], found.values)
-    optional = (log_decay, value_log_decay, beta, bonus, initial_state)
+    optional = (a.log_decay, a.value_log_decay, a.beta, a.bonus, a.initial_state)
     filled = [q if x is None else x.contiguous() for x in optional]
-    dims = 0 if log_decay is None else log_decay.dim()
+    dims = 0 if a.log_decay is None else a.log_decay.dim()
     launch(
         decode_kernel,
-        (shape[0] * heads * triton.cdiv(v.shape[3], values),),
+        (q.shape[0] * heads * triton.cdiv(v.shape[3], values),),
         found,
         *(q.contiguous(), k.contiguous(), v.contiguous(), *filled, o, final),
-        *(scale, 0 if dims == 1 else heads),
+        *(a.scale, 0 if dims == 1 else heads),
         H=heads,
         HQ=q.shape[2],
         HK=k.shape[2],
@@ -119,21 +108,33 @@ def step(
         BV=values,
         SCALAR=dims in (1, 3),
         VECTOR=dims == 4,
-        VALUE=value_log_decay is not None,
-        DELTA=beta is not None,
-        BONUS=bonus is not None,
-        INITIAL=initial_state is not None,
+        VALUE=a.value_log_decay is not None,
+        DELTA=a.beta is not None,
+        BONUS=a.bonus is not None,
+        INITIAL=a.initial_state is not None,
     )
     return o, final
 
 
-decode = torch.library.custom_op(
-    "hybrid_kernels::triton_linear_attention_decode", step, mutates_args=()
+def _empty(a: LinearAttention) -> tuple[Tensor, Tensor]:
+    shape = (a.q.shape[0], a.heads, a.q.shape[3], a.v.shape[3])
+    o = a.v.new_empty(a.q.shape[0], 1, a.heads, a.v.shape[3])
+    return o, a.q.new_empty(shape, dtype=torch.float32)
+
+
+_decode = torch.library.custom_op(
+    "hybrid_kernels::triton_linear_attention_decode",
+    lambda *values: step(LinearAttention(*values)),
+    mutates_args=(),
+    schema=f"({LinearAttention.SCHEMA}) -> (Tensor, Tensor)",
 )
 
 
-@decode.register_fake
-def _(q, k, v, *rest):
-    heads = max(q.shape[2], k.shape[2], v.shape[2])
-    final = q.new_empty(q.shape[0], heads, q.shape[3], v.shape[3], dtype=torch.float32)
-    return v.new_empty(q.shape[0], 1, heads, v.shape[3]), final
+@_decode.register_fake
+def _(*values):
+    return _empty(LinearAttention(*values))
+
+
+def decode(a: LinearAttention) -> tuple[Tensor, Tensor]:
+    """Return the output and the next state of one token."""
+    return _decode(*[getattr(a, name) for name in a.NAMES])

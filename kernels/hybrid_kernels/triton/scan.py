@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hybrid_kernels.arguments import SelectiveScan
-from hybrid_kernels.transforms import first_derivatives_only, without_autocast
+from hybrid_kernels.custom_ops import BackwardInputs, Wanted, custom_op
 from hybrid_kernels.triton.blocks import (
     kernel,
     load_rows,
@@ -228,7 +228,7 @@ def scan_backward_kernel(
 
 def selective_scan(a: SelectiveScan) -> tuple[Tensor, Tensor]:
     """Compute ``hybrid_kernels.selective_scan``."""
-    y, final, _ = _forward(*a.values(), a.wants_gradient())
+    y, final, _ = _scan(a)
     return y, final
 
 
@@ -241,7 +241,8 @@ class Scan:
     """What both passes share: contiguous inputs, block sizes, chunks, the grid."""
 
     def __init__(self, kernel: str, inputs: SelectiveScan):
-        self.inputs = [x.contiguous() for x in inputs.values()[:5]]
+        sequences = (inputs.u, inputs.delta, inputs.A, inputs.B, inputs.C)
+        self.inputs = [x.contiguous() for x in sequences]
         u, _, a, _, _ = self.inputs
         self.u, self.a = u, a
         self.config = found = config(kernel, u.device, tl.float32)
@@ -276,18 +277,12 @@ def total(parts: Tensor, x: Tensor) -> Tensor:
     return parts[0] if parts.shape[0] == 1 else parts.sum(0).to(x.dtype)
 
 
-def forward(*arguments) -> tuple[Tensor, Tensor, Tensor]:
-    """Return y, the final states and, if so told, the states before each chunk (or none).
-
-    Args:
-        arguments: the fields of ``SelectiveScan``, and whether to keep states.
-    """
-    *given, keep = arguments
-    inputs = SelectiveScan(*given)
-    u, D, initial_state = inputs.u, inputs.D, inputs.initial_state
-    scan = Scan("scan_forward", inputs)
+def forward(a: SelectiveScan, wanted: Wanted) -> tuple[Tensor, Tensor, Tensor]:
+    """Return y, the final states and, for a backward pass, the states before each chunk (or none)."""
+    u, D, initial_state = a.u, a.D, a.initial_state
+    scan = Scan("scan_forward", a)
     y = scan.parts(scan.u, scan.blocks_n)
-    states = scan.states(scan.chunks.count if keep else 0)
+    states = scan.states(scan.chunks.count if wanted else 0)
     final = scan.states(scan.chunks.sequences)
     skip, initial = (u if x is None else x.contiguous() for x in (D, initial_state))
     launch(
@@ -299,87 +294,50 @@ def forward(*arguments) -> tuple[Tensor, Tensor, Tensor]:
         *scan.counts,
         SKIP=D is not None,
         INITIAL=initial_state is not None,
-        KEEP=keep,
+        KEEP=bool(wanted),
         **scan.common,
     )
     return total(y, u), final, states
 
 
-def backward(*arguments) -> list[Tensor]:
-    """Return the gradients of the tensors that are not None, in order.
-
-    Args:
-        arguments: the fields of ``SelectiveScan``, the states kept, the gradients of y and final states.
-    """
-    *given, states, dy, dfinal = arguments
-    inputs = SelectiveScan(*given)
-    u, delta, A, B, C, D, initial_state, _ = inputs.values()
-    scan = Scan("scan_backward", inputs)
+def backward(a: SelectiveScan, given: BackwardInputs) -> tuple:
+    """Return ``SelectiveScan.Gradients``."""
+    u, D, initial_state = a.u, a.D, a.initial_state
+    scan = Scan("scan_backward", a)
     du, ddelta = (scan.parts(x, scan.blocks_n) for x in scan.inputs[:2])
     db, dc = (scan.parts(x, scan.blocks_d) for x in scan.inputs[3:])
     da, dinitial = (scan.states(scan.chunks.sequences) for _ in range(2))
     dskip = u.new_empty(scan.chunks.sequences, u.shape[2], dtype=torch.float32)
+    dfinal = given.grad_state
+    dfinal = torch.zeros_like(dinitial) if dfinal is None else dfinal.contiguous()
     launch(
         scan_backward_kernel,
         scan.grid,
         scan.config,
-        *(*scan.inputs, u if D is None else D.contiguous(), states),
-        *(dy.contiguous(), dfinal.contiguous(), du, ddelta, da, db, dc, dskip, dinitial),
+        *(*scan.inputs, u if D is None else D.contiguous(), given.saved),
+        *(given.grad_output.contiguous(), dfinal, du, ddelta, da, db, dc, dskip, dinitial),
         *scan.chunks.tables[:2],
         *scan.counts,
         SKIP=D is not None,
         **scan.common,
     )
-    grads = [total(du, u), total(ddelta, delta), da.sum(0).to(A.dtype), total(db, B), total(dc, C)]
-    if D is not None:
-        grads.append(dskip.sum(0).to(D.dtype))
-    if initial_state is not None:
-        grads.append(dinitial.to(initial_state.dtype))
-    return grads
+    return SelectiveScan.Gradients(
+        u=total(du, u),
+        delta=total(ddelta, a.delta),
+        A=da.sum(0).to(a.A.dtype),
+        B=total(db, a.B),
+        C=total(dc, a.C),
+        D=None if D is None else dskip.sum(0).to(D.dtype),
+        initial_state=None if initial_state is None else dinitial.to(initial_state.dtype),
+    )
 
 
-_forward = torch.library.custom_op(
-    "hybrid_kernels::triton_selective_scan",
-    without_autocast(forward),
-    mutates_args=(),
-    schema=f"({SelectiveScan.SCHEMA}, bool keep) -> (Tensor, Tensor, Tensor)",
-)
-_backward = torch.library.custom_op(
-    "hybrid_kernels::triton_selective_scan_backward",
-    without_autocast(backward),
-    mutates_args=(),
-    schema=f"({SelectiveScan.SCHEMA}, Tensor states, Tensor dy, Tensor dfinal) -> Tensor[]",
-)
-
-
-@_forward.register_fake
-def _(*arguments):
-    *given, keep = arguments
-    inputs = SelectiveScan(*given)
-    u, A = inputs.u, inputs.A
-    sequences, count = counts(u, inputs.cu_seqlens, chunk_rows(u))
-    kept = count if keep else 0
-    final, states = (u.new_empty(n, *A.shape, dtype=torch.float32) for n in (sequences, kept))
+def _fake(a: SelectiveScan, wanted: Wanted) -> tuple[Tensor, Tensor, Tensor]:
+    u = a.u
+    sequences, count = counts(u, a.cu_seqlens, chunk_rows(u))
+    sizes = (sequences, count if wanted else 0)
+    final, states = (u.new_empty(n, *a.A.shape, dtype=torch.float32) for n in sizes)
     return torch.empty_like(u, memory_format=torch.contiguous_format), final, states
 
 
-@_backward.register_fake
-def _(*arguments):
-    *given, _, _, _ = arguments
-    return [x.new_empty(x.shape) for x in SelectiveScan(*given).floating().values()]
-
-
-def _setup_context(ctx, inputs, output):
-    ctx.save_for_backward(*inputs[:-1], output[2])
-
-
-def _gradient(ctx, dy, dfinal, _):
-    tensors = ctx.saved_tensors
-    found = iter(_backward(*tensors, dy, dfinal))
-    return (*(None if x is None else next(found) for x in tensors[:7]), None, None)
-
-
-torch.library.register_autograd(
-    "hybrid_kernels::triton_selective_scan", _gradient, setup_context=_setup_context
-)
-first_derivatives_only("selective_scan", _forward, _backward)
+_scan = custom_op("triton_selective_scan", SelectiveScan, forward, backward, _fake)
