@@ -318,7 +318,7 @@ def _writing(out: str | None) -> Iterator[None]:
 @command("parity")
 def _parity(
     model: Annotated[str, _argument("MODEL", "folder of a hybrid, or of an export")],
-    server: Annotated[str, typer.Option(help="mlx, or the URL of an OpenAI-like server")],
+    server: Annotated[str, typer.Option(help="vllm, mlx, llama.cpp, or a URL")],
     python: Annotated[
         str | None, typer.Option(help="interpreter that has the server; default: this one")
     ] = None,

@@ -43,15 +43,20 @@ def find_converter() -> Path:
     )
 
 
-def write_gguf(folder: Path, out: Path) -> None:
+def write_gguf(folder: Path, out: Path, script: str | Path | None = None) -> None:
     """Convert an export into a GGUF file.
+
+    Args:
+        folder: the export.
+        out: the new file.
+        script: the converter; default: `find_converter`.
 
     Raises:
         ValueError: `out` is not the name of a new GGUF file, the converter is not installed, or it
             refuses the family or the tokenizer; with the last line of what it said.
     """
     check_gguf_name(out)
-    script = find_converter()
+    script = script or find_converter()
     part = out.with_name(f".{out.name}.part")
     dtype = read_json(folder / "config.json").get("dtype")
     try:

