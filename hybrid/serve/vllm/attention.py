@@ -51,8 +51,9 @@ class PagedAttention(nn.Module):
         super().__init__()
         self.heads, self.kv_heads, self.key_dim = num_heads, num_kv_heads, key_dim
         self.marks = marks
-        self.head_size = padded_size(key_dim)
-        assert self.head_size is not None
+        size = padded_size(key_dim)
+        assert size is not None
+        self.head_size: int = size
         self.attention = Attention(
             num_heads,
             self.head_size,
@@ -100,7 +101,7 @@ def attach(mixer: FullAttention, vllm_config: VllmConfig, prefix: str) -> None:
         ValueError: what vLLM's attention cannot do.
     """
     if isinstance(mixer, MultiHeadLatentAttention):
-        sizes = _latent_sizes(mixer)
+        sizes: dict[str, Any] = _latent_sizes(mixer)
         options: dict[str, Any] = {}
     elif isinstance(mixer, SoftmaxAttention):
         sizes = {"num_heads": mixer.num_heads, "num_kv_heads": mixer.num_kv_heads,

@@ -17,17 +17,13 @@ from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.mamba.mamba_utils import MambaStateCopyFuncCalculator
 
 from hybrid.config.hybrid_config import HybridConfig
-from hybrid.mixers import Mixer
 from hybrid.mixers.attention import FullAttention
 from hybrid.modeling.layer import HybridLayer, ParallelMixers
 from hybrid.modeling.model import HybridForCausalLM
 from hybrid.nn.packing import WHOLE_ROWS, Segments
 from hybrid.serve.vllm import attention
 from hybrid.serve.vllm.limits import check_model, check_server
-from hybrid.serve.vllm.states import Batch, Elements, PagedPast, StatePages, page_words
-
-Key = tuple[int, int]
-"""A layer, and the number of a state in it."""
+from hybrid.serve.vllm.states import WORD, Batch, Key, Page, PagedPast, StatePages
 
 
 class HybridForVllm(nn.Module):
@@ -43,7 +39,7 @@ class HybridForVllm(nn.Module):
         cls, vllm_config: VllmConfig
     ) -> tuple[tuple[int, ...], ...]:
         """The state of the largest slot; pages of keys and values are made as large."""
-        return ((_largest_page(vllm_config) // 4,),)
+        return ((_largest_page(vllm_config),),)
 
     @classmethod
     def get_mamba_state_dtype_from_config(cls, vllm_config: VllmConfig) -> tuple[torch.dtype, ...]:
@@ -69,13 +65,13 @@ class HybridForVllm(nn.Module):
             self.hybrid = HybridForCausalLM(self.config)
         self.hybrid.tie_weights()
         self.hybrid.eval().requires_grad_(False)
-        largest = _largest_page(vllm_config)
+        largest = WORD * _largest_page(vllm_config)
         self.pages: dict[Key, StatePages] = {}
         for i, layer in enumerate(self.hybrid.model.layers):
-            for j, elements in enumerate(_states(layer)):
-                # vLLM takes the one integer in a name for the layer's number
+            # vLLM takes the one integer in a name for the layer's number
+            for j, page in _pages(layer, vllm_config.model_config.dtype):
                 name = f"layers.{i}.state_{_letter(j)}"
-                self.pages[i, j] = StatePages(elements, vllm_config, name, largest)
+                self.pages[i, j] = StatePages(page, vllm_config, name, largest)
             for j, mixer in enumerate(_mixers(layer)):
                 if isinstance(mixer, FullAttention):
                     attention.attach(mixer, vllm_config, f"layers.{i}.attention_{_letter(j)}")
@@ -102,7 +98,10 @@ class HybridForVllm(nn.Module):
         Returns:
             The hidden states after the last norm, (T, D).
         """
-        x = self.embed_input_ids(input_ids) if inputs_embeds is None else inputs_embeds
+        x = inputs_embeds
+        if x is None:
+            assert input_ids is not None
+            x = self.embed_input_ids(input_ids)
         segments, batches, single = self._batches(len(x))
         # rows of one token each where every request has one; else one row of documents
         dim = 1 if single else 0
@@ -164,24 +163,22 @@ def _served(vllm_config: VllmConfig) -> HybridConfig:
 
 
 def _largest_page(vllm_config: VllmConfig) -> int:
-    """Bytes of the largest slot; sizes come from modules on no device."""
-    dtype = vllm_config.model_config.dtype
+    """Words of the largest slot; sizes come from modules on no device."""
+    config = vllm_config.model_config
     with torch.device("meta"), no_init_weights():
-        layers = [HybridLayer(spec) for spec in vllm_config.model_config.hf_config.stack]
-    words = (page_words(elements, dtype) for layer in layers for elements in _states(layer))
-    return 4 * max(words, default=0)
+        layers = [HybridLayer(spec) for spec in config.hf_config.stack]
+    pages = (page for layer in layers for _, page in _pages(layer, config.dtype))
+    return max((page.words for page in pages), default=0)
 
 
-def _states(layer: HybridLayer) -> Iterator[Elements]:
-    """The sizes of a layer's states, in the order of `hybrid.nn.past.Past.slot`."""
-    for mixer, has_state in zip(_mixers(layer), layer.has_state, strict=True):
-        if has_state:
-            yield mixer.state_elements()
-    for canon in layer.canon.values():
-        yield 0, canon.state_elements()
+def _pages(layer: HybridLayer, dtype: torch.dtype) -> Iterator[tuple[int, Page]]:
+    """The slots of a layer that have states, and their pages."""
+    for i, part in enumerate([*_mixers(layer), *layer.canon.values()]):
+        if states := part.states():
+            yield i, Page.of(states, dtype)
 
 
-def _mixers(layer: HybridLayer) -> list[Mixer]:
+def _mixers(layer: HybridLayer) -> list[Any]:
     if layer.mixer is None:
         return []
     return list(layer.mixer.branches) if isinstance(layer.mixer, ParallelMixers) else [layer.mixer]

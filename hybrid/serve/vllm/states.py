@@ -1,8 +1,7 @@
 """States on vLLM's pages: one page for each request and slot, gathered and scattered in each step.
 
-A page is one row of float32 words with both states of a slot: first the recurrent one, then that of the
-convolution in the model's dtype. One row, because prefix caching copies a page whole; the largest slot
-sets the size of all pages, keys and values included.
+A page is one row of float32 words with all states of a slot, whatever their dtypes: one row, because
+prefix caching copies a page whole. The largest slot sets the size of all pages, keys and values too.
 """
 # pyright: reportMissingImports=false
 
@@ -25,15 +24,49 @@ from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
 from vllm.v1.kv_cache_interface import MambaSpec
 
 from hybrid.nn.packing import Segments
-from hybrid.nn.past import Past
+from hybrid.nn.past import Past, StateSpec
 
-Elements = tuple[int, int]
-"""Of the float32 state, and of the convolution's in the model's dtype (`Mixer.state_elements`)."""
+Key = tuple[int, int]
+"""A layer, and a slot of it, as `Past.slot` counts them."""
+
+WORD = 4
 
 
-def page_words(elements: Elements, dtype: torch.dtype) -> int:
-    """Words of four bytes that both states of a slot take."""
-    return elements[0] + -(-elements[1] * dtype.itemsize // 4)
+@dataclass(frozen=True)
+class Page:
+    """The layout of a page: the states of a slot one behind the other, each from a whole word on.
+
+    Attributes:
+        specs: the states by name, each with its dtype.
+    """
+
+    specs: Mapping[str, StateSpec]
+
+    @classmethod
+    def of(cls, states: Mapping[str, StateSpec], dtype: torch.dtype) -> Page:
+        """The page of what a mixer declares, in a model of `dtype`."""
+        return cls({name: replace(s, dtype=s.dtype or dtype) for name, s in states.items()})
+
+    @property
+    def words(self) -> int:
+        """Words in all."""
+        return sum(map(_words, self.specs.values()))
+
+    def view(self, pages: torch.Tensor, name: str) -> torch.Tensor:
+        """One state of all pages, (pages, elements), of pages (pages, words)."""
+        start = 0
+        for other, spec in self.specs.items():
+            if other == name:
+                assert spec.dtype is not None
+                part = pages[:, start : start + _words(spec)].view(spec.dtype)
+                return part[:, : spec.elements]
+            start += _words(spec)
+        raise KeyError(name)
+
+
+def _words(spec: StateSpec) -> int:
+    assert spec.dtype is not None
+    return -(-spec.elements * spec.dtype.itemsize // WORD)
 
 
 class _Builder(LinearAttentionMetadataBuilder):
@@ -80,7 +113,7 @@ class StatePages(nn.Module, MambaBase):
     """The pages of one slot, as a layer of vLLM's.
 
     Args:
-        elements: of its two states.
+        page: its layout.
         vllm_config: vLLM's.
         prefix: its name, which holds one integer only.
         page_bytes: of the largest slot of the stack.
@@ -88,21 +121,17 @@ class StatePages(nn.Module, MambaBase):
 
     mamba_type = MambaAttentionBackendEnum.LINEAR
 
-    def __init__(
-        self, elements: Elements, vllm_config: VllmConfig, prefix: str, page_bytes: int
-    ) -> None:
+    def __init__(self, page: Page, vllm_config: VllmConfig, prefix: str, page_bytes: int) -> None:
         super().__init__()
-        self.prefix, self.elements, self.page_bytes = prefix, elements, page_bytes
-        self.dtypes = torch.float32, vllm_config.model_config.dtype
+        self.prefix, self.page, self.page_bytes = prefix, page, page_bytes
         self.kv_cache: tuple[torch.Tensor, ...] = ()
-        self.shapes: list[torch.Size | None] = [None, None]
         context = vllm_config.compilation_config.static_forward_context
         assert prefix not in context
         context[prefix] = self
 
     def get_state_shape(self) -> Iterable[tuple[int, ...]]:
         """One row of words."""
-        return ((page_words(self.elements, self.dtypes[1]),),)
+        return ((self.page.words,),)
 
     def get_state_dtype(self) -> tuple[torch.dtype, ...]:
         """Words are float32."""
@@ -120,27 +149,20 @@ class StatePages(nn.Module, MambaBase):
             spec = replace(spec, page_size_padded=self.page_bytes)
         return spec
 
-    def read(self, kind: int, batch: Batch) -> torch.Tensor | None:
-        """The states (N, ...) that the requests continue from; None where none has been stored."""
-        shape = self.shapes[kind]
-        if batch.rows is None or shape is None:
+    def read(self, name: str, batch: Batch) -> torch.Tensor | None:
+        """The states (N, ...) that the requests continue from; None in a run that measures memory."""
+        if batch.rows is None:
             return None
-        rows = self._pages(kind)[batch.rows].unflatten(1, shape)
+        rows = self.page.view(self.kv_cache[0], name)[batch.rows]
         if batch.new is not None:
-            rows.masked_fill_(batch.new.view(-1, *[1] * len(shape)), 0)
-        return rows
+            rows.masked_fill_(batch.new[:, None], 0)
+        return rows.unflatten(1, self.page.specs[name].shape)
 
-    def write(self, kind: int, batch: Batch, state: torch.Tensor) -> None:
+    def write(self, name: str, batch: Batch, state: torch.Tensor) -> None:
         """Store the states (N, ...) that the requests end with."""
-        self.shapes[kind] = state.shape[1:]
         if batch.rows is not None:
-            self._pages(kind)[batch.rows] = state.flatten(1).to(self.dtypes[kind])
-
-    def _pages(self, kind: int) -> torch.Tensor:
-        """(pages, elements) of the float32 state (0), or of the convolution's (1)."""
-        first, second = self.elements
-        words = self.kv_cache[0]
-        return words[:, :first] if kind == 0 else words[:, first:].view(self.dtypes[1])[:, :second]
+            pages = self.page.view(self.kv_cache[0], name)
+            pages[batch.rows] = state.flatten(1).to(pages.dtype)
 
 
 @dataclass(frozen=True)
@@ -150,31 +172,27 @@ class PagedSlot:
     pages: StatePages | None
     batch: Batch
 
-    def update_kv(self, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Those of the new tokens: the attention function stores them."""
-        return k, v
+    def append(
+        self,
+        *,
+        window: int | None = None,
+        lengths: torch.Tensor | None = None,
+        **tokens: torch.Tensor,
+    ) -> tuple[torch.Tensor, ...]:
+        """Those of the new tokens: the attention function stores them, and reads the others."""
+        return tuple(tokens.values())
 
-    def recurrent_state(self) -> torch.Tensor | None:
+    def state(self, name: str) -> torch.Tensor | None:
         """Of each request, zeros for new ones."""
         assert self.pages is not None
-        return self.pages.read(0, self.batch)
+        return self.pages.read(name, self.batch)
 
-    def set_recurrent_state(self, state: torch.Tensor) -> None:
+    def set_state(self, name: str, value: torch.Tensor) -> None:
         """Store it."""
         assert self.pages is not None
-        self.pages.write(0, self.batch, state)
+        self.pages.write(name, self.batch, value)
 
-    def conv_state(self) -> torch.Tensor | None:
-        """Of each request, zeros for new ones."""
-        assert self.pages is not None
-        return self.pages.read(1, self.batch)
-
-    def set_conv_state(self, state: torch.Tensor) -> None:
-        """Store it."""
-        assert self.pages is not None
-        self.pages.write(1, self.batch, state)
-
-    def resume(
+    def begin(
         self, x: torch.Tensor, segments: Segments, run: Callable[[torch.Tensor], object]
     ) -> None:
         """Nothing: vLLM takes no token back."""
@@ -184,10 +202,10 @@ class PagedSlot:
 class PagedPast(Past):
     """The pages of every slot in one step, and the requests of each."""
 
-    pages: Mapping[tuple[int, int], StatePages]
-    batches: Mapping[tuple[int, int], Batch]
+    pages: Mapping[Key, StatePages]
+    batches: Mapping[Key, Batch]
 
-    def slot(self, layer_idx: int, state_idx: int) -> PagedSlot:
+    def slot(self, layer_idx: int, slot_idx: int) -> PagedSlot:
         """See `Past`."""
-        key = (layer_idx, state_idx)
+        key = (layer_idx, slot_idx)
         return PagedSlot(self.pages.get(key), self.batches.get(key, Batch()))
