@@ -1,19 +1,17 @@
 """The YAML of an ablation: typed, every mistake named before anything is computed."""
 
-# ruff: noqa: RUF009  (`option` is `dataclasses.field` with a help text)
-
 from __future__ import annotations
 
-import copy
-import dataclasses
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Annotated, Any, Literal, Protocol
+
+from pydantic import AfterValidator, BeforeValidator, Field
 
 from hybrid.ablate.statistics import Score
-from hybrid.config.options import ConfigError, build, did_you_mean, option
+from hybrid.config.declare import Count, Declared, Seed, Share, Size, Text, build, refuse, show
+from hybrid.config.options import ConfigError, did_you_mean
 from hybrid.train import yaml
 from hybrid.train.config import TrainConfig, parse_config
 
@@ -22,6 +20,7 @@ OWNED = ("training.output_dir", "training.seed")  # each run's own
 WORD = re.compile(r"[A-Za-z0-9][\w.+-]*")  # names become folders
 RESERVED = ("baseline", "all")
 ALL_BUT = "all-but-"
+MOST_SEEDS = 1000
 
 
 class Evaluator(Protocol):
@@ -42,51 +41,68 @@ class Evaluator(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class Match:
+def _check_names(changes: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    lines = []
+    for name in changes:
+        if not WORD.fullmatch(name):
+            lines.append(f"{name}: expected a name of letters, digits and _.+-, got {name!r}")
+        elif name in RESERVED or name.startswith(ALL_BUT):
+            lines.append(f"{name}: this name is ours, for a run of several changes; try another")
+    refuse(lines)
+    return changes
+
+
+def _range(seeds: Any) -> Any:
+    """A number of seeds as the seeds from 0 on."""
+    is_count = isinstance(seeds, int) and not isinstance(seeds, bool)
+    return list(range(seeds)) if is_count and 0 <= seeds <= MOST_SEEDS else seeds
+
+
+def _no_twins(values: list[Any]) -> list[Any]:
+    refuse([f": {v!r} is given twice" for v in sorted({v for v in values if values.count(v) > 1})])
+    return values
+
+
+class Match(Declared):
     """What every variant has to cost the same in, and the width that is solved for."""
 
-    cost: Literal["parameters", "flops"] = option(
-        help="parameters, or training FLOPs a token at the training length"
+    cost: Literal["parameters", "flops"] = Field(
+        description="parameters, or training FLOPs a token at the training length"
     )
-    width: str = option(
+    width: str = Field(
         "model.hidden_size",
-        help="the key that is solved for, e.g. model.feed_forwards.-.intermediate_size",
+        pattern=r"^model\.",
+        description="the key that is solved for, e.g. model.feed_forwards.-.intermediate_size",
     )
-    step: int = option(8, help="the width is a multiple of this, e.g. of the head size")
-    within: float = option(0.02, help="the largest difference that may remain, as a share")
+    step: Size = Field(8, description="the width is a multiple of this, e.g. of the head size")
+    within: Share = Field(0.02, description="the largest difference that may remain, as a share")
 
 
-@dataclass(frozen=True)
-class Ablation:
-    """A baseline and changes to it.
+class Ablation(Declared):
+    """A baseline and changes to it."""
 
-    Attributes:
-        name: of the report and, by default, of the folder under `runs/ablations/`.
-        baseline: a training configuration, as plain values.
-        changes: name -> {path of a key: value}, e.g. `{"model.layout": "SSSS"}`; a mapping as value is
-            merged into the one that is there.
-        leave_one_out: run all changes together too, and all but each.
-        match: None for variants that cost what they cost.
-        seeds: of initialisation and data; every variant is trained with each.
-        metrics: `loss` (mean of the last tenth of the log), `eval_loss`, and those of the evaluator.
-        evaluate: options of the evaluator.
-        context: tokens at which the cache's size is stated.
-        confidence: of the intervals.
-        out: folder of the runs and the report.
-    """
-
-    name: str
-    baseline: dict[str, Any] = option(help="a training config: its path, or its keys")
-    changes: dict[str, dict[str, Any]] = option(help="name -> {key: value}")
-    leave_one_out: bool = option(True, help="also all changes together, and all but each")
-    match: Match | None = option(None, help="what the variants have to cost the same in")
-    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
-    metrics: list[str] = field(default_factory=list)
-    evaluate: dict[str, Any] = field(default_factory=dict)
-    context: int = option(8192, help="tokens at which the cache's size is stated")
-    confidence: float = option(0.95, help="of the intervals")
-    out: str = option("", help="folder of the runs and the report")
+    name: Text = Field(description="of the report and, by default, of the folder of the runs")
+    baseline: dict[str, Any] = Field(description="a training config: its path, or its keys")
+    changes: Annotated[
+        dict[str, dict[str, Any]], Field(min_length=1), AfterValidator(_check_names)
+    ] = Field(description="name -> {key: value}; a mapping is merged into the one that is there")
+    leave_one_out: bool = Field(True, description="also all changes together, and all but each")
+    match: Match | None = Field(
+        None, description="what the variants have to cost the same in; null: each its own cost"
+    )
+    seeds: Annotated[
+        list[Seed], Field(min_length=1), BeforeValidator(_range), AfterValidator(_no_twins)
+    ] = Field(
+        [0, 1, 2], description="of initialisation and data, for each variant; or their number"
+    )
+    metrics: Annotated[list[Text], AfterValidator(_no_twins)] = Field(
+        default_factory=list,
+        description="loss (mean of the last tenth of the log), eval_loss, and tasks of hybrid eval",
+    )
+    evaluate: dict[str, Any] = Field(default_factory=dict, description="settings of the tasks")
+    context: Count = Field(8192, description="tokens at which the cache's size is stated")
+    confidence: float = Field(0.95, ge=0.5, lt=1, description="of the intervals")
+    out: str = Field("", description="folder of the runs and the report")
 
 
 def load_ablation(
@@ -106,7 +122,7 @@ def load_ablation(
     """
     values = yaml.read(path)
     values["baseline"] = _read_baseline(values, Path(path))
-    yaml.apply_overrides(values, overrides)
+    values = yaml.apply_overrides(values, overrides)
     values.setdefault("name", Path(path).stem)
     return parse_ablation(values, evaluator, str(path))
 
@@ -126,20 +142,15 @@ def parse_ablation(
         values["baseline"] = with_overrides(values["baseline"], more, "overrides", mistakes)
         _check_run(values["baseline"], "baseline", mistakes)
     elif more and not isinstance(more, dict):
-        mistakes.append(f"overrides: expected a mapping of keys, found {type(more).__name__}")
-    if isinstance(values.get("match"), dict):
-        values["match"] = _parse_match(values["match"], mistakes)
-    if isinstance(values.get("seeds"), int) and not isinstance(values["seeds"], bool):
-        values["seeds"] = list(range(values["seeds"]))
+        mistakes.append(f"overrides: expected mapping, got {show(more)}")
     values.setdefault("out", f"runs/ablations/{values.get('name', '')}")
     found = build(Ablation, values, "", mistakes)
-    if found is not None:
-        mistakes += _problems(found, evaluator)
+    mistakes += _change_problems(values) + _metric_problems(values, evaluator)
     if mistakes or found is None:
         raise ConfigError(mistakes, title)
     if not found.metrics:
         measured = TRAINING_METRICS if found.baseline.get("eval_data") else ("loss",)
-        found = dataclasses.replace(found, metrics=list(measured))
+        found = found.model_copy(update={"metrics": list(measured)})
     return found
 
 
@@ -147,13 +158,13 @@ def with_overrides(
     values: Mapping[str, Any], overrides: Mapping[str, Any], where: str, mistakes: list[str]
 ) -> dict[str, Any]:
     """A copy of `values` with keys set by their paths; a mapping is merged into a mapping."""
-    made = copy.deepcopy(dict(values))
+    made = dict(values)
     for path, value in overrides.items():
         present = present_at(made, path)
         if isinstance(value, Mapping) and isinstance(present, Mapping):
             value = with_overrides(present, value, f"{where}.{path}", mistakes)
         try:
-            yaml.set_key(made, str(path), copy.deepcopy(value))
+            made = yaml.with_key(made, str(path), value)
         except LookupError as error:
             mistakes.append(f"{where}.{path}: {error.args[0]}")
     return made
@@ -178,11 +189,11 @@ def flat(overrides: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def train_config(values: Mapping[str, Any], where: str, mistakes: list[str]) -> TrainConfig | None:
-    """The training configuration of a variant, or None; mistakes are appended with their place."""
+    """The training configuration of a variant, or None; mistakes are appended, `where` before each."""
     try:
         return parse_config(values)
     except ConfigError as error:
-        mistakes += [f"{where}: {line}" for line in error.mistakes]
+        mistakes += [f"{where}{line}" for line in error.mistakes]
     return None
 
 
@@ -199,7 +210,7 @@ def _check_run(values: dict[str, Any], where: str, mistakes: list[str]) -> None:
     training = values.get("training")
     if isinstance(training, dict):
         training.pop("output_dir", None)
-    config = train_config(values, where, mistakes)
+    config = train_config(values, f"{where}.", mistakes)
     if config is not None and "path" in config.model:
         mistakes.append(
             f"{where}.model.path: an ablation trains from scratch, so that seeds differ; give the"
@@ -207,76 +218,45 @@ def _check_run(values: dict[str, Any], where: str, mistakes: list[str]) -> None:
         )
 
 
-def _parse_match(values: dict[str, Any], mistakes: list[str]) -> Match | None:
-    match = build(Match, values, "match", mistakes)
-    if match is None:
-        return None
-    if match.step < 1:
-        mistakes.append(f"match.step: expected at least 1, found {match.step}")
-    if not 0 < match.within < 1:
-        mistakes.append(f"match.within: expected a share between 0 and 1, found {match.within}")
-    if not match.width.startswith("model."):
-        mistakes.append(f"match.width: expected a key of the model, found {match.width!r}")
-    return match
-
-
-def _problems(ablation: Ablation, evaluator: Evaluator | None) -> list[str]:
-    """What is wrong with keys of the right type."""
-    lines = _change_problems(ablation)
-    seeds = ablation.seeds
-    lines += [f"seeds: {s} is given twice" for s in sorted(set(seeds)) if seeds.count(s) > 1]
-    lines += [f"seeds: expected 0 or more, found {s}" for s in seeds if s < 0]
-    if not seeds:
-        lines.append("seeds: none given; name at least one, better three")
-    if ablation.context < 1:
-        lines.append(f"context: expected at least 1 token, found {ablation.context}")
-    if not 0.5 <= ablation.confidence < 1:
-        found = ablation.confidence
-        lines.append(f"confidence: expected from 0.5 to below 1, e.g. 0.95; found {found}")
-    return lines + _metric_problems(ablation, evaluator)
-
-
-def _change_problems(ablation: Ablation) -> list[str]:
-    lines: list[str] = []
+def _change_problems(values: Mapping[str, Any]) -> list[str]:
+    """Changes that a training configuration refuses, or that every run has its own of."""
+    baseline, changes, match = (values.get(key) for key in ("baseline", "changes", "match"))
+    if not isinstance(baseline, Mapping) or not isinstance(changes, Mapping):
+        return []
+    width = None
+    if isinstance(match, Mapping):
+        width = match.get("width", Match.model_fields["width"].default)
     before: list[str] = []
-    train_config(ablation.baseline, "", before)
-    if not ablation.changes:
-        lines.append("changes: none given; an ablation needs at least one, {name: {key: value}}")
-    for name, change in ablation.changes.items():
-        where = f"changes.{name}"
-        if not isinstance(name, str) or not WORD.fullmatch(name):
-            lines.append(f"{where}: a name is a word of letters, digits and _.+-")
-        elif name in RESERVED or name.startswith(ALL_BUT):
-            lines.append(
-                f"{where}: this name is ours, for a run of several changes; choose another"
-            )
-        if not isinstance(change, dict):
-            lines.append(f"{where}: expected {{key: value}}, found {type(change).__name__}")
+    train_config(baseline, "", before)
+    lines: list[str] = []
+    for name, change in changes.items():
+        if not isinstance(change, Mapping):
             continue
-        given = flat(change)
-        for key in given:
+        where = f"changes.{name}."
+        for key in flat(change):
             if key in OWNED:
-                lines.append(f"{where}.{key}: every run has its own; use `seeds` and `out`")
-            if ablation.match is not None and key == ablation.match.width:
-                lines.append(f"{where}.{key}: this is the width that `match` solves for")
+                lines.append(f"{where}{key}: every run has its own; use `seeds` and `out`")
+            if key == width:
+                lines.append(f"{where}{key}: this is the width that `match` solves for")
         mistakes: list[str] = []
-        train_config(with_overrides(ablation.baseline, change, "", mistakes), "", mistakes)
+        train_config(with_overrides(baseline, change, "", mistakes), "", mistakes)
         # those of the baseline are on the list already
         lines += [f"{where}{line}" for line in mistakes if line not in before]
     return lines
 
 
-def _metric_problems(ablation: Ablation, evaluator: Evaluator | None) -> list[str]:
-    lines = [f"metrics: {m!r} is given twice" for m in _twice(ablation.metrics)]
-    others = [m for m in ablation.metrics if m not in TRAINING_METRICS]
-    if "eval_loss" in ablation.metrics and not ablation.baseline.get("eval_data"):
+def _metric_problems(values: Mapping[str, Any], evaluator: Evaluator | None) -> list[str]:
+    metrics, options = values.get("metrics", []), values.get("evaluate", {})
+    if not isinstance(metrics, list) or not isinstance(options, Mapping):
+        return []
+    metrics = [m for m in dict.fromkeys(map(str, metrics)) if m]
+    lines = []
+    others = [m for m in metrics if m not in TRAINING_METRICS]
+    baseline = values.get("baseline")
+    if "eval_loss" in metrics and isinstance(baseline, Mapping) and not baseline.get("eval_data"):
         lines.append("metrics: 'eval_loss' needs eval_data in the baseline")
     if evaluator is not None:
-        return lines + evaluator.problems(others, ablation.evaluate)
+        return lines + evaluator.problems(others, options)
     return lines + [
         f"metrics: unknown metric {m!r}, {did_you_mean(m, TRAINING_METRICS)}" for m in others
     ]
-
-
-def _twice(words: Sequence[str]) -> list[str]:
-    return sorted({word for word in words if words.count(word) > 1})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -150,7 +149,7 @@ def _variant(
     values = ablation.baseline
     for change in changes:
         values = with_overrides(values, ablation.changes[change], change, mistakes)
-    config = train_config(values, "together", mistakes)
+    config = train_config(values, "together: ", mistakes)
     if config is None or mistakes:
         raise ConfigError(mistakes, name)
     width = difference = None
@@ -159,7 +158,7 @@ def _variant(
         on = ablation.match.cost
         target = base.cost.parameters if on == "parameters" else base.cost.flops_per_token
         model, width, difference = solve(config, ablation.match, float(target))
-        config = dataclasses.replace(config, model=model)
+        config = config.model_copy(update={"model": model})
     cost = cost_of(config, ablation.context)
     if cost is None and ablation.match is not None:
         raise ValueError("match: only the models of this package can be matched")

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import bisect
-import copy
-import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -83,7 +81,7 @@ def solve(
     @cache
     def cost(width: int) -> float | None:
         try:
-            return _measure(dataclasses.replace(config, model=_set(config, match, width)), match)
+            return _measure(config.model_copy(update={"model": _set(config, match, width)}), match)
         except ConfigError as error:
             refusals.append(error.mistakes[0])
             return None
@@ -169,9 +167,7 @@ def _measure(config: TrainConfig, match: Match) -> float:
 
 def _set(config: TrainConfig, match: Match, width: int) -> dict[str, Any]:
     """The model's keys with the width that is solved for."""
-    values = {"model": copy.deepcopy(config.model)}
-    yaml.set_key(values, match.width, width)
-    return values["model"]
+    return yaml.with_key({"model": config.model}, match.width, width)["model"]
 
 
 def _present(config: TrainConfig, match: Match) -> int | None:

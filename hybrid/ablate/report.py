@@ -49,7 +49,7 @@ def summarise(
         "confidence": ablation.confidence,
         "context": ablation.context,
         "sequence_length": design.variants[0].config.sequence_length,
-        "match": None if ablation.match is None else dataclasses.asdict(ablation.match),
+        "match": None if ablation.match is None else ablation.match.model_dump(),
         "evaluate": ablation.evaluate,
         "metrics": directions,
         "versions": _versions(),

@@ -9,7 +9,6 @@ OUT/VARIANT/seed-S/metrics.json        what was measured
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import math
 import subprocess
@@ -134,7 +133,7 @@ def state(folder: Path) -> str:
 def run_values(variant: Variant, seed: int, folder: Path) -> dict[str, Any]:
     """The training configuration of one run, as plain values."""
     own = {"seed": seed, "output_dir": str(folder)}
-    config = dataclasses.replace(variant.config, training={**variant.config.training, **own})
+    config = variant.config.model_copy(update={"training": variant.config.training | own})
     return config.as_dict()
 
 

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import torch
 
+from hybrid.config.declare import Number, Size, Text
 from hybrid.layout import DEFAULT
 
 POSITIONS = "ABCD"
@@ -41,9 +42,9 @@ class ResidualOptions:
             under `init: deepnorm`.
     """
 
-    input_multiplier: float = 1.0
-    output_multiplier: float = 1.0
-    skip_multiplier: float | None = None
+    input_multiplier: Number = 1.0
+    output_multiplier: Number = 1.0
+    skip_multiplier: Number | None = None
 
 
 @dataclass(frozen=True)
@@ -64,9 +65,9 @@ class SharedOptions:
             (`add`), or to what the first branch of the next layer reads, and not to the stream (`next`).
     """
 
-    blocks: int = 1
-    lora_rank: int | None = None
-    lora_targets: list[str] | tuple = ("gate_proj", "up_proj")
+    blocks: Size = 1
+    lora_rank: Size | None = None
+    lora_targets: list[Text] | tuple[Text, ...] = ("gate_proj", "up_proj")
     concat_embeddings: bool = False
     depth_projection: bool = False
     output: Literal["replace", "add", "next"] = "replace"

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, get_args
 
 from hybrid.config import lookup
 from hybrid.config.block_options import POSITIONS, NormPosition, ResidualOptions, SharedOptions
+from hybrid.config.declare import build
 from hybrid.config.fields import StackFields
-from hybrid.config.options import build, did_you_mean, type_problem
+from hybrid.config.options import did_you_mean
 from hybrid.config.registry import mixers
 from hybrid.config.spec import default_skip_multiplier, num_residual_branches
 from hybrid.layout import DEFAULT, FFN, Layer
@@ -18,9 +18,10 @@ from hybrid.layout import DEFAULT, FFN, Layer
 
 def find_mistakes(config: StackFields, layers: tuple[Layer, ...]) -> list[str]:
     """All that is wrong; `layers` is the stack, or () where the layout is wrong."""
-    lines = _multipliers(config)
-    lines += _norm_positions(config)
-    lines += _residuals(config)
+    lines: list[str] = []
+    list(by_symbol(config, "norm_position", lines))
+    for path, values in by_symbol(config, "residuals", lines):
+        build(ResidualOptions, values, path, lines)
     lines += _canon(config)
     lines += _shared(config)
     if lines or not layers:
@@ -43,38 +44,6 @@ def by_symbol(config: StackFields, field: str, lines: list[str]) -> Iterator[tup
         else:
             near = did_you_mean(str(symbol), known)
             lines.append(f"{path}: no mixer and no feed-forward has this symbol, {near}")
-
-
-def _multipliers(config: StackFields) -> list[str]:
-    return [
-        f"{name}: must be finite, found {value}"
-        for name in ("embedding_multiplier", "logits_multiplier")
-        if not _is_finite(value := getattr(config, name))
-    ]
-
-
-def _norm_positions(config: StackFields) -> list[str]:
-    lines: list[str] = []
-    for path, value in by_symbol(config, "norm_position", lines):
-        if problem := type_problem(value, NormPosition):
-            lines.append(f"{path}: {problem}")
-    return lines
-
-
-def _residuals(config: StackFields) -> list[str]:
-    lines: list[str] = []
-    for path, values in by_symbol(config, "residuals", lines):
-        options = build(ResidualOptions, values, path, lines)
-        lines += [
-            f"{path}.{name}: must be finite, found {value}"
-            for name, value in (vars(options).items() if options is not None else ())
-            if not _is_finite(value)
-        ]
-    return lines
-
-
-def _is_finite(value: Any) -> bool:
-    return not isinstance(value, (int, float)) or math.isfinite(value)
 
 
 def _unlike_side_by_side(config: StackFields, layers: tuple[Layer, ...]) -> list[str]:
@@ -133,16 +102,12 @@ def _canon(config: StackFields) -> list[str]:
     if isinstance(config.canon, (str, list)):
         asked = [("canon", config.canon)]
     for path, positions in asked:
-        if not isinstance(positions, (str, list)):
-            lines.append(f"{path}: expected positions such as ACD, found {positions!r}")
-            continue
-        lines += [
-            f"{path}: {at!r} is no position of a canon layer; they are {', '.join(POSITIONS)}"
-            for at in positions
-            if at not in tuple(POSITIONS)
-        ]
-    if isinstance(config.canon_width, int) and config.canon_width < 2:
-        lines.append(f"canon_width: must be at least 2, found {config.canon_width}")
+        if isinstance(positions, (str, list)):
+            lines += [
+                f"{path}: expected positions of {', '.join(POSITIONS)}, got {at!r}"
+                for at in positions
+                if at not in tuple(POSITIONS)
+            ]
     return lines
 
 
@@ -186,13 +151,7 @@ def _shared(config: StackFields) -> list[str]:
         if symbol in (*FFN, DEFAULT):
             lines.append(f"{path}: layers share weights by their mixer; give its letter")
             continue
-        options = build(SharedOptions, values, path, lines)
-        if options is None:
-            continue
-        for name in ("blocks", "lora_rank"):
-            number = getattr(options, name)
-            if number is not None and number < 1:
-                lines.append(f"{path}.{name}: must be at least 1, found {number}")
+        build(SharedOptions, values, path, lines)
     return lines
 
 

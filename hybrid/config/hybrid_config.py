@@ -3,17 +3,21 @@
 import copy
 import dataclasses
 import inspect
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+from pydantic import Field
 from transformers import PreTrainedConfig
 
 from hybrid.config.block_options import NormPosition
+from hybrid.config.declare import Count, Count0, NotNegative, Number, Positive
 from hybrid.config.fields import Combine, Init, LossBackend, NormName, StackFields, width_ratio
 from hybrid.config.options import ConfigError
 from hybrid.config.registry import load_model_classes
 from hybrid.config.spec import LINEAR, StackSpec, resolve_stack
-from hybrid.config.validation import find_mistakes, standard_keys
+from hybrid.config.validation import DEEPEST, find_mistakes, standard_keys
 from hybrid.layout import Layer
+
+ModelSize = Annotated[int, Field(ge=1, le=1 << 20)]
 
 UNLIMITED = 2**31 - 1
 """The context length of a model that has none, where a number is asked for."""
@@ -112,39 +116,39 @@ class HybridConfig(PreTrainedConfig):
     model_type = "hybrid"
     keys_to_ignore_at_inference = ["cache", "past_key_values"]
 
-    vocab_size: int = 32000
-    hidden_size: int = 512
+    vocab_size: Annotated[int, Field(ge=1, le=1 << 26)] = 32000
+    hidden_size: ModelSize = 512
     layout: str = "LLLS"
-    num_hidden_layers: int | None = None
+    num_hidden_layers: Annotated[int, Field(ge=1, le=DEEPEST)] | None = None
     ffn: str | dict[str, str] | None = "-"
     mixers: dict[str, dict] | None = None
     feed_forwards: dict[str, dict] | None = None
     norm: NormName = "rmsnorm"
-    norm_eps: float = 1e-6
+    norm_eps: Positive = 1e-6
     norm_position: NormPosition | dict[str, NormPosition] = "pre"
     residuals: dict[str, dict] | None = None
-    embedding_multiplier: float | Literal["sqrt_hidden_size"] = 1.0
+    embedding_multiplier: Number | Literal["sqrt_hidden_size"] = 1.0
     embedding_norm: bool = False
-    logits_multiplier: float = 1.0
+    logits_multiplier: Number = 1.0
     init: Init = "depth_scaled"
-    initializer_range: float = 0.02
+    initializer_range: Positive = 0.02
     parallel_combine: Combine = "mean"
     canon: str | list[str] | dict[str, str] | None = None
-    canon_width: int = 4
+    canon_width: Annotated[int, Field(ge=2, le=1 << 10)] = 4
     shared: dict[str, dict] | None = None
-    z_loss: float = 0.0
-    logit_softcap: float | None = None
+    z_loss: NotNegative = 0.0
+    logit_softcap: Positive | None = None
     loss_backend: LossBackend = "chunked"
-    num_mtp_layers: int = 0
+    num_mtp_layers: Annotated[int, Field(ge=0, le=1 << 10)] = 0
     mtp_layout: str | None = None
-    mtp_loss_weight: float = 0.3
-    mup_base_width: int | None = None
-    max_position_embeddings: int | None = None
+    mtp_loss_weight: NotNegative = 0.3
+    mup_base_width: ModelSize | None = None
+    max_position_embeddings: Count | None = None
     tie_word_embeddings: bool = True
     use_cache: bool = True
-    pad_token_id: int | None = None
-    bos_token_id: int | None = None
-    eos_token_id: int | list[int] | None = None
+    pad_token_id: Count0 | None = None
+    bos_token_id: Count0 | None = None
+    eos_token_id: Count0 | list[Count0] | None = None
     imported_from: str | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:

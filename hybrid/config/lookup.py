@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from hybrid.config.block_options import ResidualOptions, SharedOptions, pick
+from hybrid.config.declare import build
 from hybrid.config.fields import StackFields
-from hybrid.config.options import build
 from hybrid.config.registry import Registry, feed_forwards, mixers
 from hybrid.layout import Layer, resolve
 

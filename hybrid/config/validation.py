@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from functools import lru_cache
 from typing import Any
@@ -12,8 +13,9 @@ import torch
 from transformers import GenerationConfig, PreTrainedConfig
 
 from hybrid.config import block_validation, lookup, loss_validation
+from hybrid.config.declare import build, check_keys, show
 from hybrid.config.fields import StackFields
-from hybrid.config.options import build, did_you_mean, type_problem
+from hybrid.config.options import did_you_mean
 from hybrid.config.registry import Registry, feed_forwards, mixers
 from hybrid.config.sizes import Sizes
 from hybrid.layout import (
@@ -39,15 +41,11 @@ OTHER_NAMES = {
     "hidden_act": "activation", "attention_bias": "bias", "attention_dropout": "dropout",
 }  # fmt: skip
 
+DEEPEST = 1 << 14
+"""Most layers of a stack."""
+
 # Stands in for a hidden_size that is itself a mistake: whatever head count is asked for divides it.
 ANY_SIZE = 64 * 2**4 * 3**2 * 5 * 7 * 11 * 13
-
-# Beyond these nobody can mean it, and building would take all memory before it failed.
-LARGEST_SIZES = {
-    "vocab_size": 1 << 26, "hidden_size": 1 << 20, "num_hidden_layers": 1 << 14,
-    "max_position_embeddings": 1 << 40,
-}  # fmt: skip
-LARGEST_OPTION = 1 << 24  # heads, widths, windows of a mixer or a feed-forward
 
 # Keys that config.json may hold beside the fields, all of them transformers' own.
 STANDARD_KEYS = {
@@ -68,8 +66,8 @@ def find_mistakes(
         kwargs: the arguments that are no fields.
     """
     lines = _unknown_keys(config, kwargs, list(hints))
-    lines += _wrong_types(config, hints)
-    lines += _wrong_sizes(config)
+    lines += check_keys(type(config), hints, {name: getattr(config, name) for name in hints})[0]
+    lines += _wrong_dtype(config) + _tokens_outside(config)
     lines += _wrong_bindings(config, "mixers", mixers)
     lines += _wrong_bindings(config, "feed_forwards", feed_forwards)
     lines += _wrong_layout(config)
@@ -89,7 +87,7 @@ def _unknown_keys(config: StackFields, kwargs: Mapping[str, Any], names: list[st
     lines = []
     model_type = kwargs.get("model_type", config.model_type)
     if model_type != config.model_type:
-        lines.append(f"model_type: this is {config.model_type!r}, found {model_type!r}")
+        lines.append(f"model_type: expected {config.model_type!r}, got {model_type!r}")
     unknown = [key for key in kwargs if key not in standard_keys()]
     return lines + [f"{key}: unknown key, {_hint(config, key, names)}" for key in unknown]
 
@@ -123,41 +121,24 @@ def _options(config: StackFields, field: str, registry: Registry) -> Iterator[tu
             yield symbol, f.name
 
 
-def _wrong_types(config: StackFields, hints: Mapping[str, Any]) -> list[str]:
+def _wrong_dtype(config: StackFields) -> list[str]:
     lines = []
-    for name, hint in hints.items():
-        value = getattr(config, name)
-        if problem := type_problem(value, hint):
-            lines.append(f"{name}: {problem}")
     if isinstance(config.dtype, str) and not _is_dtype(config.dtype):
         known = [name for name in vars(torch) if _is_dtype(name)]
-        lines.append(f"dtype: unknown {config.dtype!r}, {did_you_mean(config.dtype, known)}")
+        near = did_you_mean(config.dtype, known)
+        lines.append(f"dtype: expected a floating-point dtype, got {config.dtype!r}, {near}")
     if isinstance(config.dtype, torch.dtype) and not config.dtype.is_floating_point:
-        lines.append(f"dtype: weights are floating-point numbers, found {config.dtype}")
+        lines.append(f"dtype: expected a floating-point dtype, got {config.dtype}")
     return lines
 
 
-def _wrong_sizes(config: StackFields) -> list[str]:
+def _tokens_outside(config: StackFields) -> list[str]:
+    size = config.vocab_size if _is_int(config.vocab_size) else 0
     lines = []
-    for name, most in LARGEST_SIZES.items():
-        value = getattr(config, name)
-        if _is_number(value) and value < 1:
-            lines.append(f"{name}: must be at least 1, found {value}")
-        if _is_number(value) and value > most:
-            lines.append(f"{name}: must be at most {most}, found {value}")
-    for name, most in (("num_mtp_layers", 1 << 10), ("canon_width", 1 << 10)):
-        value = getattr(config, name)
-        if _is_number(value) and value > most:
-            lines.append(f"{name}: must be at most {most}, found {value}")
-    for name in ("norm_eps", "initializer_range"):
-        value = getattr(config, name)
-        if _is_number(value) and not 0 < value < float("inf"):
-            lines.append(f"{name}: must be greater than 0 and finite, found {value}")
-    size = config.vocab_size if _is_number(config.vocab_size) else 0
     for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
         ids = getattr(config, name)
         for token in ids if isinstance(ids, list) else [ids]:
-            if _is_number(token) and size > 0 and not 0 <= token < size:
+            if _is_int(token) and 0 < size <= token:
                 lines.append(f"{name}: {token} is outside the vocabulary of {size}")
     return lines
 
@@ -167,14 +148,13 @@ def _wrong_bindings(config: StackFields, field: str, registry: Registry) -> list
     bindings = getattr(config, field)
     for symbol, values in (bindings if isinstance(bindings, dict) else {}).items():
         path = f"{field}.{symbol}"
-        if not isinstance(values, dict):
-            lines.append(f"{path}: expected a mapping of options, found {values!r}")
+        if not (isinstance(symbol, str) and isinstance(values, dict)):
             continue
         try:
             _check_symbol(symbol, registry)
             name = values.get("type") or registry.symbols().get(symbol)
             if not isinstance(name, str | None):
-                lines.append(f"{path}.type: expected str, found {type(name).__name__} {name!r}")
+                lines.append(f"{path}.type: expected str, got {show(name)}")
                 continue
             if name is None:
                 known = ", ".join(registry.names())
@@ -194,16 +174,11 @@ def _wrong_options(config: StackFields, cls: type, options: dict[str, Any], path
     lines: list[str] = []
     built = build(cls.Options, options, path, lines)
     if built is None:
-        wrong = {line.removeprefix(f"{path}.").split(":")[0] for line in lines}
+        wrong = {re.split(r"[:.\[]", line.removeprefix(f"{path}."))[0] for line in lines}
         right = {key: value for key, value in options.items() if key not in wrong}
         built = build(cls.Options, right, path, [])
     if built is None:
         return lines
-    lines += [
-        f"{path}.{f.name}: must be at most {LARGEST_OPTION}, found {getattr(built, f.name)}"
-        for f in dataclasses.fields(cls.Options)
-        if type(getattr(built, f.name)) is int and getattr(built, f.name) > LARGEST_OPTION
-    ]
     return lines + [f"{path}.{problem}" for problem in built.problems(_sizes(config, path))]
 
 
@@ -223,7 +198,8 @@ def _sizes(config: StackFields, path: str) -> Sizes:
 def _wrong_layout(config: StackFields) -> list[str]:
     if not isinstance(config.layout, str):
         return []
-    depth = config.num_hidden_layers if _is_number(config.num_hidden_layers) else None
+    depth = config.num_hidden_layers
+    depth = depth if _is_int(depth) and 0 < depth <= DEEPEST else None
     ffn = config.ffn if isinstance(config.ffn, (str, dict)) else ""
     lines: list[str] = []
     layers: tuple[Layer, ...] = ()
@@ -234,7 +210,7 @@ def _wrong_layout(config: StackFields) -> list[str]:
     except LayoutError as error:
         lines.append(str(error))
     try:
-        layers = resolve(config.layout, ffn, depth if depth and depth > 0 else None)
+        layers = resolve(config.layout, ffn, depth)
     except LayoutError as error:
         lines.append(str(error))
     for pattern in ffn.values() if isinstance(ffn, dict) else [ffn]:
@@ -296,8 +272,8 @@ def _crowded(config: StackFields, layers: Iterable[Layer]) -> list[str]:
     return lines
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _is_dtype(name: str) -> bool:

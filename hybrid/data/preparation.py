@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from hybrid.config.declare import build
 from hybrid.config.options import ConfigError
 from hybrid.data.documents import FORMAT, INDEX, encode, fingerprint, write_shard
-from hybrid.data.sources import open_texts, parse_source, plugins
+from hybrid.data.sources import Source, open_texts, plugins
 from hybrid.files import write_json
 from hybrid.locks import sole_writer
 from hybrid.tokenizer import load_tokenizer
@@ -55,11 +56,11 @@ def prepare(
             " prepare; name it under `data:` of a training config"
         )
     mistakes: list[str] = []
-    config = parse_source({"source": source, **options}, "source", mistakes)
+    config = build(Source, {"source": source, **options}, "source", mistakes)
     if config is None or mistakes:
         raise ConfigError(mistakes, "the source")
     if shard_tokens < 1:
-        raise ValueError(f"shard_tokens: expected at least 1, found {shard_tokens}")
+        raise ValueError(f"shard_tokens: expected at least 1, got {shard_tokens}")
     folder = Path(output)
     if (folder / INDEX).exists():
         raise ValueError(f"{folder} holds prepared data already; remove it or name another folder")

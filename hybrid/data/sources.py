@@ -17,15 +17,17 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from hybrid.config.options import build, did_you_mean, option
+from hybrid.config.declare import Declared, Positive, Text, refuse, show
+from hybrid.config.options import did_you_mean
 from hybrid.data.documents import (
     INDEX,
     Documents,
@@ -47,23 +49,88 @@ STDLIB = "stdlib"
 GIVEN = ("sequence_length", "seed", "tokenizer")  # what every plug-in gets from us
 
 
-@dataclass(frozen=True)
-class TextSource:
-    """One source of rows that is made of text."""
-
-    source: str = option(help="stdlib, a path or pattern, a plug-in's name, or a hub data set")
-    weight: float = option(1.0, help="share of the training rows, relative to the other sources")
-    text_key: str = option("text", help="column that holds the text")
-    split: str = option("train", help="split of a hub data set; of stdlib, 'train' or 'heldout'")
-    name: str | None = option(None, help="configuration of a hub data set")
-    streaming: bool = option(False, help="read and tokenise as training goes")
-
-
-@dataclass(frozen=True)
-class SourceConfig(TextSource):
+class Source(Declared):
     """One source of rows; a plug-in has options of its own instead of those on text."""
 
-    options: dict[str, Any] = field(default_factory=dict, metadata={"help": "of a plug-in"})
+    source: Text = Field(
+        description="stdlib, a path or pattern, a plug-in's name, or a hub data set"
+    )
+    text_key: Text = Field("text", description="column that holds the text")
+    split: Text = Field(
+        "train", description="split of a hub data set; of stdlib, 'train' or 'heldout'"
+    )
+    name: Text | None = Field(None, description="configuration of a hub data set")
+    streaming: bool = Field(False, description="read and tokenise as training goes")
+    options: dict[str, Any] = Field(
+        default_factory=dict, description="of a plug-in; they may stand beside `source`, too"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _gather_options(cls, values: Any) -> Any:
+        """A name stands for a source without options; what a plug-in is given goes to `options`."""
+        if isinstance(values, str):
+            values = {"source": values}
+        source = values.get("source") if isinstance(values, Mapping) else None
+        if not isinstance(source, str):
+            return values
+        if problem := _misspelt(source):
+            refuse([f": {problem}"])  # and not its options, which may be right
+        if source not in plugins():
+            return values
+        own = cls._own_keys()
+        options = {str(k): v for k, v in values.items() if k not in own}
+        inner = options.pop("options", {})
+        if not isinstance(inner, Mapping):
+            refuse([f"options: expected mapping, got {show(inner)}"])
+        return {k: v for k, v in values.items() if k in own} | {"options": {**options, **inner}}
+
+    @field_validator("split")
+    @classmethod
+    def _check_split(cls, split: str, info: ValidationInfo) -> str:
+        source = info.data.get("source")
+        if source == STDLIB and split not in get_args(Split):
+            near = did_you_mean(split, get_args(Split))
+            refuse([f": stdlib has no split {split!r}, {near}"])
+        return cls._of_no_file(split, info)
+
+    @field_validator("name")
+    @classmethod
+    def _of_no_file(cls, value: str | None, info: ValidationInfo) -> Any:
+        source, default = info.data.get("source"), cls.model_fields[str(info.field_name)].default
+        # A split that files do not have would be all of them, held-out text with it.
+        if source is not None and source != STDLIB and is_path(source) and value != default:
+            refuse([f": expected none for files, got {value!r}; try naming the files in `source`"])
+        return value
+
+    @field_validator("options")
+    @classmethod
+    def _check_options(cls, options: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+        source = info.data.get("source")
+        entry = plugins().get(source) if source is not None else None
+        if entry is not None:
+            refuse(_unknown_options(entry, options, cls._own_keys()))
+        elif source is not None:
+            refuse([f": expected none, for {source!r} is no plug-in, got {show(options)}"])
+        return options
+
+    @classmethod
+    def _own_keys(cls) -> set[str]:
+        """Keys beside a plug-in's options."""
+        return (cls.model_fields.keys() - Source.model_fields.keys()) | {"source"}
+
+    def as_dict(self) -> dict[str, Any]:
+        """Only what differs from the defaults, a plug-in's options laid beside `source`."""
+        values = self.model_dump(exclude_defaults=True)
+        return values | values.pop("options", {})
+
+
+class SourceConfig(Source):
+    """One of the sources of a run's rows."""
+
+    weight: Positive = Field(
+        1.0, description="share of the training rows, relative to the other sources"
+    )
 
 
 @dataclass(frozen=True)
@@ -86,24 +153,6 @@ def source_names() -> list[str]:
     return sorted({STDLIB, *plugins()})
 
 
-def parse_source(values: Any, path: str, mistakes: list[str]) -> SourceConfig | None:
-    """One entry of `data:` as written; mistakes are appended, each with the path to its key."""
-    if isinstance(values, str):
-        values = {"source": values}
-    source = values.get("source") if isinstance(values, Mapping) else None
-    if isinstance(source, str) and (entry := plugins().get(source)):
-        own = {key: values[key] for key in ("source", "weight") if key in values}
-        options = {str(key): value for key, value in values.items() if key not in own}
-        mistakes += _unknown_options(entry, options, path)
-        parsed = build(SourceConfig, {**own, "options": options}, path, mistakes)
-        return _checked(parsed, path, mistakes) if parsed else None
-    if isinstance(source, str) and (problem := _misspelt(source)):
-        mistakes.append(f"{path}: {problem}")  # and not its options, which may be right
-        return None
-    text = build(TextSource, values, path, mistakes)
-    return _checked(SourceConfig(**vars(text)), path, mistakes) if text else None
-
-
 def _misspelt(source: str) -> str | None:
     """What is wrong with a name that is nearly one that is known here, and is no path."""
     if is_path(source) or "/" in source or source in source_names():
@@ -112,36 +161,23 @@ def _misspelt(source: str) -> str | None:
     return f"no source {source!r}, {near}" if near.startswith("did you mean") else None
 
 
-def _checked(config: SourceConfig, path: str, mistakes: list[str]) -> SourceConfig:
-    if not config.weight > 0 or config.weight == float("inf"):
-        mistakes.append(f"{path}.weight: expected a finite number above 0, found {config.weight}")
-    if config.source == STDLIB and config.split not in get_args(Split):
-        near = did_you_mean(config.split, get_args(Split))
-        mistakes.append(f"{path}.split: stdlib has no split {config.split!r}, {near}")
-    elif config.source != STDLIB and is_path(config.source):
-        # a split that files do not have would be all of them, held-out text with it
-        mistakes += [
-            f"{path}.{f.name}: files have none, found {getattr(config, f.name)!r}; name the files"
-            for f in fields(TextSource)
-            if f.name in ("split", "name") and getattr(config, f.name) != f.default
-        ]
-    return config
-
-
-def _unknown_options(entry: EntryPoint, options: Mapping[str, Any], path: str) -> list[str]:
-    parameters = inspect.signature(entry.load()).parameters.values()
+def _unknown_options(entry: EntryPoint, options: Mapping[str, Any], beside: set[str]) -> list[str]:
+    try:
+        parameters = inspect.signature(entry.load()).parameters.values()
+    except Exception as error:  # of a user's module
+        return [f": plug-in {entry.name!r} cannot be imported: {type(error).__name__}: {error}"]
     if any(p.kind is p.VAR_KEYWORD for p in parameters):
         return []
-    known = {p.name for p in parameters if p.name not in (*GIVEN, "start")} | {"source", "weight"}
+    known = {p.name for p in parameters if p.name not in (*GIVEN, "start")} | beside
     return [
-        f"{path}.{key}: unknown option of {entry.name!r}, {did_you_mean(key, known)}"
+        f"{key}: unknown option of {entry.name!r}, {did_you_mean(key, known)}"
         for key in options
         if key not in known
     ]
 
 
 def open_source(
-    config: SourceConfig, tokenizer: PreTrainedTokenizerBase, rows: RowFormat, seed: int
+    config: Source, tokenizer: PreTrainedTokenizerBase, rows: RowFormat, seed: int
 ) -> Rows:
     """The rows of one source.
 
@@ -178,7 +214,7 @@ def open_source(
     return ShuffledRows(packed, seed)
 
 
-def open_texts(config: SourceConfig) -> Callable[[int], Iterator[str]]:
+def open_texts(config: Source) -> Callable[[int], Iterator[str]]:
     """Texts of a source of text, as a function of the epoch that starts reading them.
 
     Raises:
@@ -234,7 +270,7 @@ def _open_prepared(folder: Path, tokenizer: PreTrainedTokenizerBase) -> list[Doc
 
 def _open_plugin(
     entry: EntryPoint,
-    config: SourceConfig,
+    config: Source,
     tokenizer: PreTrainedTokenizerBase,
     rows: RowFormat,
     seed: int,

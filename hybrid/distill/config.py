@@ -1,40 +1,61 @@
 """The configuration of a distillation: typed, with every mistake named before anything is computed."""
 
-# ruff: noqa: RUF009  (`option` is `dataclasses.field` with a help text)
-
 from __future__ import annotations
 
-import dataclasses
 import importlib.util
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from hybrid.config.options import ConfigError, build, did_you_mean, option
-from hybrid.layout import LayoutError, parse
+from pydantic import AfterValidator, Field, field_validator, model_validator
+
+from hybrid.config.declare import Count0, Declared, Positive, Size, Text, parse, refuse
+from hybrid.config.options import ConfigError
+from hybrid.layout import LayoutError
+from hybrid.layout import parse as parse_layout
 from hybrid.train import TrainConfig, yaml
 from hybrid.train import parse_config as parse_training
+from hybrid.train.config import RowsConfig, Sources
+from hybrid.train.limits import training_values
 
 STAGES = ("outputs", "logits", "language")
 """The stages, in their order."""
 
-PARTS = ("replaced", "kept", "ffn", "norms", "embeddings")
+Part = Literal["replaced", "kept", "ffn", "norms", "embeddings"]
 """What a stage can hold still: new mixers, the other mixers, feed-forwards, norms of the stream, and
 embeddings with the head."""
 
-# Keys of a training config that all stages have in common.
-COMMON = ("data", "eval_data", "sequence_length", "packing", "long_documents", "device")
+PARTS: tuple[Part, ...] = ("replaced", "kept", "ffn", "norms", "embeddings")
 
 
-@dataclass(frozen=True)
-class TeacherConfig:
+def _stage_training(values: dict[str, Any]) -> dict[str, Any]:
+    if "output_dir" in values:
+        refuse(["output_dir: every stage has a folder of its own; leave it out"])
+    return training_values(values)
+
+
+def _check_layout(text: str) -> str:
+    try:
+        parse_layout(text)
+    except LayoutError as error:
+        refuse([str(error).removeprefix("layout")])
+    return text
+
+
+Training = Annotated[dict[str, Any], AfterValidator(_stage_training)]
+
+
+class TeacherConfig(Declared):
     """Where the teacher is: exactly one of `path` and `package`."""
 
-    path: str | None = option(None, help="a folder, or the name of one on the hub")
-    package: str | None = option(None, help="an installed Python package whose folder holds it")
-    gguf_file: str | None = option(None, help="a GGUF file of that folder")
-    dtype: str = option("float32", help="of its weights, and of the student's")
+    path: Text | None = Field(None, description="a folder, or the name of one on the hub")
+    package: Text | None = Field(
+        None, description="an installed Python package whose folder holds it"
+    )
+    gguf_file: Text | None = Field(None, description="a GGUF file of that folder")
+    dtype: Literal["float32", "bfloat16", "float16", "float64"] = Field(
+        "float32", description="of its weights, and of the student's"
+    )
 
     @property
     def folder(self) -> str:
@@ -48,51 +69,111 @@ class TeacherConfig:
         spec = importlib.util.find_spec(self.package) if self.package.isidentifier() else None
         if spec is None or not spec.submodule_search_locations:
             name = self.package.replace("_", "-")
-            raise ConfigError([f"teacher.package: no package {self.package!r}; pip install {name}"])
+            raise ConfigError(
+                [
+                    f"teacher.package: no package {self.package!r} is installed; try pip install {name}"
+                ]
+            )
         return spec.submodule_search_locations[0]
 
+    @model_validator(mode="after")
+    def _one_place(self) -> TeacherConfig:
+        if (self.path is None) == (self.package is None):
+            refuse([": expected exactly one of path and package"])
+        try:
+            folder = Path(self.folder)
+        except ConfigError as error:
+            refuse([line.removeprefix("teacher.") for line in error.mistakes])
+            raise
+        name = self.gguf_file
+        if name is not None and folder.is_dir() and not (folder / name).is_file():
+            there = sorted(path.name for path in folder.glob("*.gguf"))
+            refuse([f"gguf_file: {folder} has no {name!r}; it holds {there or 'none'}"])
+        return self
 
-@dataclass(frozen=True)
-class StageConfig:
+
+class StageConfig(Declared):
     """What every stage has: what it holds still, and how it trains."""
 
-    freeze: list[str] = option(default_factory=list, help=f"of {', '.join(PARTS)}")
-    training: dict[str, Any] = field(
-        default_factory=dict, metadata={"help": "as `training:`, over what all stages have"}
+    freeze: list[Part] = Field(default_factory=list, description=f"of {', '.join(PARTS)}")
+    training: Training = Field(
+        default_factory=dict, description="as `training:`, over what all stages have"
     )
 
+    @field_validator("freeze")
+    @classmethod
+    def _something_trains(cls, freeze: list[Part]) -> list[Part]:
+        if set(freeze) == set(PARTS):
+            refuse([": holds everything still; nothing would train"])
+        return freeze
 
-@dataclass(frozen=True)
+
 class OutputsStage(StageConfig):
     """Stage 1: each new mixer gives what the one that it replaces gives, for the teacher's inputs."""
 
-    freeze: list[str] = option(
-        default_factory=lambda: ["kept", "ffn", "norms", "embeddings"],
-        help="only the new mixers take part",
+    freeze: list[Part] = Field(
+        default_factory=lambda: [part for part in PARTS if part != "replaced"],
+        description="only the new mixers take part",
     )
-    solve_rows: int = option(
-        0, help="rows on which output projections are first solved for, by least squares; 0: none"
+    solve_rows: int = Field(
+        0,
+        ge=0,
+        le=1 << 28,
+        description="rows on which output projections are first solved for, by least squares; 0: none",
     )
 
+    @field_validator("freeze")
+    @classmethod
+    def _only_new_mixers(cls, freeze: list[Part]) -> list[Part]:
+        if sorted(freeze) != sorted(part for part in PARTS if part != "replaced"):
+            refuse([": only the new mixers take part; leave it out"])
+        return freeze
 
-@dataclass(frozen=True)
+
 class LogitsStage(StageConfig):
     """Stage 2: the KL divergence of the student's next tokens from the teacher's."""
 
-    temperature: float = option(1.0, help="that both logits are divided by")
+    temperature: Positive = Field(1.0, description="that both logits are divided by")
 
 
-@dataclass(frozen=True)
 class LanguageStage(StageConfig):
     """Stage 3: language modelling."""
 
 
-_CLASSES = {"outputs": OutputsStage, "logits": LogitsStage, "language": LanguageStage}
+class DistillFile(RowsConfig):
+    """The keys of the file."""
+
+    teacher: TeacherConfig = Field(description="where the teacher is")
+    layout: Annotated[Text, AfterValidator(_check_layout)] = Field(
+        description="of the student; letters that the teacher has keep their layers"
+    )
+    eval_data: Annotated[Sources, Field(min_length=1)] = Field(
+        description="as of a training config: what the losses are taken on"
+    )
+    mixers: dict[str, dict[str, Any]] | None = Field(
+        None, description="letter -> options over those inherited"
+    )
+    eval_rows: Size = Field(32, description="rows of eval_data")
+    knockout_rows: Count0 = Field(
+        16, description="of them, for the knock-out of each branch; 0: none"
+    )
+    output_dir: Text = Field("runs/distill", description="folder for all that comes out")
+    training: Training = Field(
+        default_factory=dict, description="keys of TrainingArguments for all stages"
+    )
+    outputs: OutputsStage | None = Field(None, description="stage 1; null: none")
+    logits: LogitsStage | None = Field(None, description="stage 2; null: none")
+    language: LanguageStage | None = Field(None, description="stage 3; null: none")
+
+    @model_validator(mode="after")
+    def _some_stage(self) -> DistillFile:
+        if all(getattr(self, name) is None for name in STAGES):
+            refuse([f"no stage: give at least one of {', '.join(STAGES)}"])
+        return self
 
 
-@dataclass(frozen=True)
-class DistillConfig:
-    """What `hybrid.distill.distill` needs; the YAML file has the same keys.
+class DistillConfig(Declared):
+    """What `hybrid.distill.distill` needs; `DistillFile` has the keys of the YAML file.
 
     `stages` holds for each stage what it trains with, ready for `hybrid.train.run` but for the model.
     """
@@ -116,30 +197,8 @@ class DistillConfig:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for comparison with those of a run that is to be continued."""
-        values = dataclasses.asdict(dataclasses.replace(self, stages={}))
+        values = self.model_dump(exclude={"stages"})
         return values | {"stages": {name: s.as_dict() for name, s in self.stages.items()}}
-
-
-@dataclass(frozen=True)
-class _File:
-    """The keys of the file."""
-
-    teacher: dict[str, Any] = option(help="see TeacherConfig")
-    layout: str = option(help="of the student; letters that the teacher has keep their layers")
-    data: Any = option(help="as of a training config")
-    eval_data: Any = option(help="as of a training config: what the losses are taken on")
-    sequence_length: int = option(help="tokens of a row")
-    mixers: dict[str, dict] | None = option(None, help="letter -> options over those inherited")
-    eval_rows: int = option(32, help="rows of eval_data")
-    knockout_rows: int = option(16, help="of them, for the knock-out of each branch; 0: none")
-    packing: Any = option("concatenate", help="as of a training config")
-    long_documents: str = option("split", help="as of a training config")
-    device: str = option("auto", help="as of a training config")
-    output_dir: str = option("runs/distill", help="folder for all that comes out")
-    training: dict[str, Any] = field(default_factory=dict)
-    outputs: dict[str, Any] | None = option(None, help="stage 1; null: none")
-    logits: dict[str, Any] | None = option(None, help="stage 2; null: none")
-    language: dict[str, Any] | None = option(None, help="stage 3; null: none")
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> DistillConfig:
@@ -163,100 +222,40 @@ def parse_config(values: Mapping[str, Any], title: str = "the config") -> Distil
     Raises:
         ConfigError: with one line for each mistake.
     """
-    mistakes: list[str] = []
-    file = build(_File, values, "", mistakes)
-    if file is None:
-        raise ConfigError(mistakes, title)
-    teacher = build(TeacherConfig, file.teacher, "teacher", mistakes)
-    if teacher is not None:
-        mistakes += _teacher_mistakes(teacher)
-    try:
-        parse(file.layout)
-    except LayoutError as error:
-        mistakes.append(str(error))
-    stages = {}
-    for name in STAGES:
-        given = getattr(file, name)
-        stage = None if given is None else build(_CLASSES[name], given, name, mistakes)
-        stages[name] = stage
-        if stage is not None:
-            mistakes += _stage_mistakes(name, stage)
-    if all(stage is None for stage in stages.values()):
-        mistakes.append(f"no stage: give at least one of {', '.join(STAGES)}")
-    runs = _runs(file, stages, mistakes)
-    mistakes += [
-        f"{key}: expected at least {least}, found {getattr(file, key)}"
-        for key, least in (("eval_rows", 1), ("knockout_rows", 0))
-        if getattr(file, key) < least
-    ]
-    if mistakes or teacher is None:
-        raise ConfigError(mistakes, title)
-    common = {key: getattr(file, key) for key in ("layout", "output_dir", "eval_rows")}
+    file = parse(DistillFile, values, title)
+    stages = {name: getattr(file, name) for name in STAGES}
     return DistillConfig(
-        teacher=teacher,
+        teacher=file.teacher,
+        layout=file.layout,
         mixers=file.mixers or {},
+        output_dir=file.output_dir,
+        eval_rows=file.eval_rows,
         knockout_rows=min(file.knockout_rows, file.eval_rows),
-        stages=runs,
+        stages=_runs(file, stages, title),
         **stages,
-        **common,
     )
 
 
-def _teacher_mistakes(teacher: TeacherConfig) -> list[str]:
-    if (teacher.path is None) == (teacher.package is None):
-        return ["teacher: give exactly one of path and package"]
-    try:
-        folder = Path(teacher.folder)
-    except ConfigError as error:
-        return error.mistakes
-    if teacher.gguf_file is None or not folder.is_dir() or (folder / teacher.gguf_file).is_file():
-        return []
-    there = sorted(path.name for path in folder.glob("*.gguf"))
-    return [f"teacher.gguf_file: {folder} has no {teacher.gguf_file!r}; it holds {there or 'none'}"]
-
-
-def _stage_mistakes(name: str, stage: StageConfig) -> list[str]:
-    lines = [
-        f"{name}.freeze: no part {part!r}, {did_you_mean(str(part), PARTS)}"
-        for part in stage.freeze
-        if part not in PARTS
-    ]
-    if set(stage.freeze) == set(PARTS):
-        lines.append(f"{name}.freeze: holds everything still; nothing would train")
-    if isinstance(stage, OutputsStage):
-        others = [part for part in PARTS if part != "replaced"]
-        if sorted(stage.freeze) != sorted(others):
-            lines.append(f"{name}.freeze: only the new mixers take part; leave it out")
-        if stage.solve_rows < 0:
-            lines.append(f"{name}.solve_rows: expected at least 0, found {stage.solve_rows}")
-    if isinstance(stage, LogitsStage) and not stage.temperature > 0:
-        lines.append(f"{name}.temperature: expected above 0, found {stage.temperature}")
-    return lines
-
-
 def _runs(
-    file: _File, stages: Mapping[str, StageConfig | None], mistakes: list[str]
+    file: DistillFile, stages: Mapping[str, StageConfig | None], title: str
 ) -> dict[str, TrainConfig]:
-    """The training config of each stage; a mistake that all share is named once."""
+    """The training config of each stage that takes place."""
     runs: dict[str, TrainConfig] = {}
-    seen: set[str] = set()
+    mistakes: list[str] = []
+    common = {key: getattr(file, key) for key in RowsConfig.model_fields}
     for number, (name, stage) in enumerate(stages.items()):
         if stage is None:
             continue
         training = {**file.training, **stage.training}
-        if "output_dir" in training:
-            mistakes.append(f"{name}.training.output_dir: every stage has a folder of its own")
         # each stage sees rows of its own
-        seed = training.get("seed", 42)
-        training.setdefault("data_seed", seed + number if isinstance(seed, int) else number)
+        training.setdefault("data_seed", training.get("seed", 42) + number)
         training["output_dir"] = str(Path(file.output_dir) / name)
-        given = {key: getattr(file, key) for key in COMMON}
         try:
             # which model is known when the stage before has ended
-            values = {"model": {"path": "."}, "training": training, **given}
+            values = {"model": {"path": "."}, "training": training, **common}
             runs[name] = parse_training(values, name)
-        except ConfigError as error:
-            fresh = [line for line in error.mistakes if line not in seen]
-            seen.update(fresh)
-            mistakes += [f"{name}.{x}" if x.startswith("training") else x for x in fresh]
+        except ConfigError as error:  # keys of both that do not go together
+            mistakes += [f"{name}.{line}" for line in error.mistakes]
+    if mistakes:
+        raise ConfigError(mistakes, title)
     return runs

@@ -173,13 +173,13 @@ class _Distillation:
         folder = self.out / name
         if not (folder / RESULT).is_file():
             settings = self.config.stages[name]
-            training = dataclasses.replace(
-                settings,
-                model={"path": str(before), "dtype": self.config.teacher.dtype},
-                tokenizer=str(self.start),
-                data=self._tokenised(settings),
-                eval_data=[],
-            )
+            own = {
+                "model": {"path": str(before), "dtype": self.config.teacher.dtype},
+                "tokenizer": str(self.start),
+                "data": self._tokenised(settings),
+                "eval_data": [],
+            }
+            training = settings.model_copy(update=own)
             self._say(f"stage {name}: from {before} to {folder}")
             run(training, self._trainer(name))
         self.report["seconds"][name] = read_json(folder / RESULT)["seconds"]
@@ -209,7 +209,7 @@ class _Distillation:
                 self._say(f"tokenising {source.source}")
                 options = {key: getattr(source, key) for key in ("text_key", "split", "name")}
                 prepare(source.source, folder, tokenizer=str(self.start), **options)
-            found.append(SourceConfig(str(folder), weight=source.weight))
+            found.append(SourceConfig(source=str(folder), weight=source.weight))
         return found
 
     def _held_out(self, settings: TrainConfig) -> list[Row]:

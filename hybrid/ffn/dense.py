@@ -11,6 +11,7 @@ from torch import nn
 from transformers.activations import ACT2FN
 
 from hybrid.config.block_options import scaled
+from hybrid.config.declare import Size
 from hybrid.config.registry import register_feed_forward
 from hybrid.config.sizes import Sizes
 from hybrid.ffn.base import FeedForward, FeedForwardOptions
@@ -42,7 +43,7 @@ class DenseOptions(FeedForwardOptions):
             its `mlp_multipliers`; the second is the residual's `output_multiplier`).
     """
 
-    intermediate_size: int | None = None
+    intermediate_size: Size | None = None
     activation: Literal["swiglu", "geglu", "geglu_tanh", "reglu", "relu2", "gelu", "silu"] = (
         "swiglu"
     )
@@ -64,13 +65,10 @@ class DenseOptions(FeedForwardOptions):
         return self.intermediate_size
 
     def problems(self, sizes: Sizes) -> list[str]:
-        """A width below 1; a multiplier of nothing."""
-        lines = []
-        if self.intermediate_size is not None and self.intermediate_size < 1:
-            lines.append(f"intermediate_size: must be at least 1, found {self.intermediate_size}")
-        if self.gate_multiplier != 1 and not ACTIVATIONS[self.activation][0]:
-            lines.append(f"gate_multiplier: activation {self.activation!r} has no gate to multiply")
-        return lines
+        """A multiplier without a gate."""
+        if self.gate_multiplier == 1 or ACTIVATIONS[self.activation][0]:
+            return []
+        return [f"gate_multiplier: activation {self.activation!r} has no gate to multiply"]
 
 
 @register_feed_forward("dense", symbol="-")

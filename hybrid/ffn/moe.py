@@ -16,6 +16,7 @@ from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, use_experts_implementation
 
+from hybrid.config.declare import NotNegative, Positive, Size, Size0
 from hybrid.config.registry import register_feed_forward
 from hybrid.config.sizes import Sizes
 from hybrid.ffn.base import FeedForward, FeedForwardOptions
@@ -70,33 +71,33 @@ class MoEOptions(FeedForwardOptions):
             eq. 5; 0.001 there).
     """
 
-    num_experts: int = 8
-    top_k: int = 2
-    intermediate_size: int | None = None
+    num_experts: Size = 8
+    top_k: Size = 2
+    intermediate_size: Size | None = None
     activation: Literal[
         "swiglu", "geglu", "geglu_tanh", "reglu", "relu2", "gelu", "silu", "clamped_swiglu"
     ] = "swiglu"
     swiglu_alpha: float = 1.702
-    swiglu_limit: float = 7.0
+    swiglu_limit: Positive = 7.0
     bias: bool = False
-    latent_size: int | None = None
-    num_shared_experts: int = 0
-    shared_intermediate_size: int | None = None
+    latent_size: Size | None = None
+    num_shared_experts: Size0 = 0
+    shared_intermediate_size: Size | None = None
     shared_gate: bool = False
     router_bias: bool = False
     score_function: Literal["softmax", "sigmoid"] = "softmax"
     normalize_weights: bool = True
-    normalize_epsilon: float = 1e-20
-    scaling_factor: float = 1.0
-    num_groups: int = 1
-    top_k_groups: int = 1
+    normalize_epsilon: Positive = 1e-20
+    scaling_factor: Positive = 1.0
+    num_groups: Size = 1
+    top_k_groups: Size = 1
     group_score: Literal["top2", "max"] = "top2"
     score_correction_bias: bool = False
-    bias_update_rate: float = 0.0
-    balance_loss: float = 0.0
+    bias_update_rate: NotNegative = 0.0
+    balance_loss: NotNegative = 0.0
     balance_statistics: Literal["local", "global"] = "global"
-    sequence_balance_loss: float = 0.0
-    router_z_loss: float = 0.0
+    sequence_balance_loss: NotNegative = 0.0
+    router_z_loss: NotNegative = 0.0
 
     def complete(self, hidden_size: int) -> MoEOptions:
         """Fill in the widths."""
@@ -151,25 +152,8 @@ class MoEOptions(FeedForwardOptions):
         return 2 * hidden_size / self.intermediate_size
 
     def problems(self, sizes: Sizes) -> list[str]:
-        """Numbers that cannot be, and groups that do not fit."""
-        lines = []
-        for name in ("num_experts", "top_k", "num_groups", "top_k_groups"):
-            if getattr(self, name) < 1:
-                lines.append(f"{name}: must be at least 1, found {getattr(self, name)}")
-        for name in ("intermediate_size", "shared_intermediate_size", "latent_size"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                lines.append(f"{name}: must be at least 1, found {value}")
-        for name in (
-            *("num_shared_experts", "bias_update_rate"),
-            *("balance_loss", "sequence_balance_loss", "router_z_loss"),
-        ):
-            if getattr(self, name) < 0:
-                lines.append(f"{name}: must not be below 0, found {getattr(self, name)}")
-        for name in ("scaling_factor", "normalize_epsilon", "swiglu_limit"):
-            if getattr(self, name) <= 0:
-                lines.append(f"{name}: must be above 0, found {getattr(self, name)}")
-        return lines or [*self._routing_problems(), *self._shared_problems()]
+        """Groups that do not fit."""
+        return [*self._routing_problems(), *self._shared_problems()]
 
     def _routing_problems(self) -> list[str]:
         experts, groups, kept = self.num_experts, self.num_groups, self.top_k_groups

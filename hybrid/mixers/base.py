@@ -436,31 +436,19 @@ FEATURE_MAPS = {
 }
 
 
-def conv_problems(conv_size: int | None) -> list[str]:
-    """A line for a convolution too narrow to reach the token before."""
-    if conv_size is None or conv_size >= 2:
+def head_problems(hidden_size: int, num_heads: int) -> list[str]:
+    """A line for a D that the heads do not divide, where nothing else gives the size of a head."""
+    if hidden_size % num_heads == 0:
         return []
-    return [f"conv_size: must be at least 2, or null for none; found {conv_size}"]
-
-
-def head_problems(hidden_size: int, num_heads: int, **dims: int | None) -> list[str]:
-    """Lines for sizes that must be positive, and for a D that the heads do not divide."""
-    lines = [
-        f"{name}: must be at least 1, found {size}"
-        for name, size in {"num_heads": num_heads, **dims}.items()
-        if size is not None and size < 1
+    near = nearest_divisors(hidden_size, num_heads)
+    return [
+        f"num_heads: expected a divisor of hidden_size {hidden_size}, got {num_heads}; try {near}, or"
+        " give head_dim"
     ]
-    if not lines and all(dim is None for dim in dims.values()) and hidden_size % num_heads:
-        near = nearest_divisors(hidden_size, num_heads)
-        lines.append(
-            f"num_heads: {num_heads} does not divide hidden_size {hidden_size}; the nearest that do"
-            f" are {near}, or give head_dim"
-        )
-    return lines
 
 
 def nearest_divisors(number: int, wanted: int) -> str:
-    """The divisors of `number` on both sides of `wanted`, as text: '8 and 16'."""
+    """The divisors of `number` on both sides of `wanted`, as text: '8 or 16'."""
     below = max((d for d in range(1, min(wanted, number) + 1) if number % d == 0), default=None)
     above = next((d for d in range(wanted + 1, number + 1) if number % d == 0), None)
-    return " and ".join(str(d) for d in (below, above) if d is not None)
+    return " or ".join(str(d) for d in (below, above) if d is not None)

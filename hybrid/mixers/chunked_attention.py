@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from hybrid.config.declare import Size2
 from hybrid.config.registry import register_mixer
 from hybrid.config.sizes import Sizes
 from hybrid.mixers.local_attention import LocalAttention, LocalAttentionOptions
@@ -23,14 +24,7 @@ class ChunkedAttentionOptions(LocalAttentionOptions):
         chunk_size: W, tokens of a chunk, counted from the start of each document.
     """
 
-    chunk_size: int = 8192
-
-    def problems(self, sizes: Sizes) -> list[str]:
-        """Sizes that do not fit together."""
-        lines = super().problems(sizes)
-        if self.chunk_size < 2:
-            lines.append(f"chunk_size: must be at least 2, found {self.chunk_size}")
-        return lines
+    chunk_size: Size2 = 8192
 
 
 @register_mixer("chunked_attention", symbol="B")

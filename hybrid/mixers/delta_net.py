@@ -9,10 +9,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from hybrid.config.declare import Positive, Size, Size2
 from hybrid.config.registry import register_mixer
 from hybrid.config.sizes import Sizes
 from hybrid.mixers.base import LinearMixer
-from hybrid.mixers.parts import GatedRMSNorm, HeadOptions, divides, l2_normalize, positive, wide
+from hybrid.mixers.parts import GatedRMSNorm, HeadOptions, divides, l2_normalize, wide
 
 
 @dataclass(frozen=True)
@@ -31,11 +32,11 @@ class DeltaRuleOptions(HeadOptions):
         output_norm_eps: epsilon of that norm; default the model's `norm_eps`.
     """
 
-    num_key_heads: int | None = None
-    conv_size: int | None = 4
+    num_key_heads: Size | None = None
+    conv_size: Size2 | None = 4
     negative_eigenvalues: bool = False
     output_gate: bool = True
-    output_norm_eps: float | None = None
+    output_norm_eps: Positive | None = None
 
     width = 128
 
@@ -48,9 +49,9 @@ class DeltaRuleOptions(HeadOptions):
 
     def problems(self, sizes: Sizes) -> list[str]:
         """Sizes that do not fit together."""
-        lines = super().problems(sizes) + positive(output_norm_eps=self.output_norm_eps)
+        lines = super().problems(sizes)
         done = self.complete(sizes.hidden_size)
-        if not lines and done.num_heads and done.num_key_heads is not None:
+        if not lines:
             lines += divides("num_key_heads", done.num_key_heads, "num_heads", done.num_heads)
         return lines
 

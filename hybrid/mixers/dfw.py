@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from hybrid.config.declare import Size2
 from hybrid.config.registry import register_mixer
 from hybrid.config.sizes import Sizes
 from hybrid.mixers.base import LinearMixer, OutputNorm
@@ -29,7 +30,7 @@ class DecayingFastWeightsOptions(HeadOptions):
         bias: biases on q, k, v and the output.
     """
 
-    conv_size: int | None = None
+    conv_size: Size2 | None = None
     output_norm: Literal["layer", "head"] | None = None
     bias: bool = False
 

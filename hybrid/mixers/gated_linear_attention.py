@@ -9,10 +9,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from hybrid.config.declare import Negative, Positive, Size, Size2
 from hybrid.config.registry import register_mixer
 from hybrid.config.sizes import Sizes
 from hybrid.mixers.base import FEATURE_MAPS, LinearMixer
-from hybrid.mixers.parts import GatedRMSNorm, HeadOptions, low_rank, positive, wide
+from hybrid.mixers.parts import GatedRMSNorm, HeadOptions, low_rank, wide
 
 
 @dataclass(frozen=True)
@@ -32,23 +33,16 @@ class GatedLinearAttentionOptions(HeadOptions):
         gate_bias: a bias on the output gate, which published checkpoints go without.
     """
 
-    gate_rank: int = 16
-    tau: float = 16.0
-    min_log_decay: float | None = None
-    conv_size: int | None = None
+    gate_rank: Size = 16
+    tau: Positive = 16.0
+    min_log_decay: Negative | None = None
+    conv_size: Size2 | None = None
     feature_map: Literal["identity", "silu", "relu"] = "identity"
     output_gate: bool = True
     gate_bias: bool = True
 
     width = 256
     key_share = 0.5
-
-    def problems(self, sizes: Sizes) -> list[str]:
-        """Sizes that do not fit together."""
-        lines = super().problems(sizes) + positive(gate_rank=self.gate_rank, tau=self.tau)
-        if self.min_log_decay is not None and self.min_log_decay >= 0:
-            lines.append(f"min_log_decay: must be below 0, found {self.min_log_decay}")
-        return lines
 
 
 @register_mixer("gated_linear_attention", symbol="G")

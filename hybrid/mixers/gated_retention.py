@@ -9,9 +9,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from hybrid.config.declare import Positive
 from hybrid.config.registry import register_mixer
 from hybrid.config.sizes import Sizes
-from hybrid.mixers.parts import positive, wide
+from hybrid.mixers.parts import wide
 from hybrid.mixers.retention import RetentionOptions, RotatedLinearMixer
 
 
@@ -23,13 +24,9 @@ class GatedRetentionOptions(RetentionOptions):
         tau: temperature: the decay is sigmoid(.)^(1 / tau), closer to 1 the larger it is.
     """
 
-    tau: float = 16.0
+    tau: Positive = 16.0
 
     value_share = 1.0
-
-    def problems(self, sizes: Sizes) -> list[str]:
-        """Sizes that do not fit together."""
-        return super().problems(sizes) + positive(tau=self.tau)
 
 
 @register_mixer("gated_retention", symbol="Y")

@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from hybrid.config.declare import Size2
 from hybrid.config.registry import register_mixer
 from hybrid.config.sizes import Sizes
 from hybrid.mixers.base import (
     MixerOptions,
     ShortConvolution,
     StateMixer,
-    conv_problems,
     residual_projection,
 )
 from hybrid.nn.past import Slot, StateSpec
@@ -32,12 +32,8 @@ class GatedShortConvolutionOptions(MixerOptions):
         bias: biases on the projections and the convolution.
     """
 
-    conv_size: int = 3
+    conv_size: Size2 = 3
     bias: bool = False
-
-    def problems(self, sizes: Sizes) -> list[str]:
-        """A convolution too narrow."""
-        return conv_problems(self.conv_size)
 
 
 @register_mixer("gated_short_convolution", symbol="C")

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from hybrid.config.declare import Size2
 from hybrid.config.registry import register_mixer
 from hybrid.config.sizes import Sizes
 from hybrid.mixers.base import LinearMixer
@@ -29,13 +30,13 @@ class GateLoopOptions(HeadOptions):
         conv_size: width of a short convolution on q, k, v; null for none, as in the paper.
     """
 
-    conv_size: int | None = None
+    conv_size: Size2 | None = None
 
     def problems(self, sizes: Sizes) -> list[str]:
         """Sizes that do not fit together; a complex channel counts twice."""
         lines = super().problems(sizes)
         done = self.complete(sizes.hidden_size)
-        if not lines and done.head_dim:
+        if not lines and done.head_dim is not None:
             lines += too_wide(**{"head_dim, twice": 2 * done.head_dim})
         return lines
 

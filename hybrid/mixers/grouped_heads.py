@@ -12,11 +12,12 @@ import torch
 from torch import nn
 from transformers import initialization as init
 
+from hybrid.config.declare import Below1, Positive, Size
 from hybrid.config.fields import NormName
 from hybrid.config.sizes import Sizes
 from hybrid.mixers.attention import alibi_slopes
 from hybrid.mixers.base import Mixer, MixerOptions, head_problems, residual_projection
-from hybrid.mixers.parts import positive
+from hybrid.mixers.parts import divides
 from hybrid.nn.norms import build_norm
 from hybrid.nn.rotary import rope_problems
 
@@ -36,13 +37,13 @@ class HeadSizeOptions(MixerOptions):
         scale: of the logits; default K ** -0.5.
     """
 
-    num_heads: int | None = None
-    num_kv_heads: int | None = None
-    head_dim: int | None = None
+    num_heads: Size | None = None
+    num_kv_heads: Size | None = None
+    head_dim: Size | None = None
     rope_parameters: dict | None = field(
         default_factory=lambda: {"rope_type": "default", "rope_theta": 10000.0}
     )
-    scale: float | None = None
+    scale: Positive | None = None
 
     def complete(self: Options, hidden_size: int) -> Options:
         """Fill in heads and dims."""
@@ -76,21 +77,13 @@ class HeadSizeOptions(MixerOptions):
     def problems(self, sizes: Sizes) -> list[str]:
         """Sizes that do not fit together."""
         heads, kv_heads, head_dim = self.complete(sizes.hidden_size).sizes
-        lines = head_problems(
-            sizes.hidden_size,
-            heads,
-            head_dim=self.head_dim,
-            num_kv_heads=self.num_kv_heads,
-        )
-        if self.head_dim is None and self.num_kv_heads is not None and not lines:
-            lines = head_problems(sizes.hidden_size, heads)
-        if not lines and heads % kv_heads:
-            lines.append(f"num_kv_heads: {kv_heads} does not divide num_heads {heads}")
+        lines = head_problems(sizes.hidden_size, heads) if self.head_dim is None else []
+        lines = lines or divides("num_kv_heads", kv_heads, "num_heads", heads)
         if self.rope_parameters is not None:
             rope = rope_problems(self.rope_parameters, max(2, head_dim), sizes)
             # with heads that do not fit, what it says of their size would be a second complaint
             lines += [line for line in rope if not lines or line.startswith("rope_parameters.")]
-        return lines + positive(scale=self.scale)
+        return lines
 
 
 @dataclass(frozen=True)
@@ -115,21 +108,18 @@ class GroupedHeadOptions(HeadSizeOptions):
 
     qk_norm: Literal["head", "layer"] | None = None
     qk_norm_type: NormName = "rmsnorm"
-    qk_norm_eps: float | None = None
+    qk_norm_eps: Positive | None = None
     bias: bool = False
     output_bias: bool = False
-    dropout: float = 0.0
+    dropout: Below1 = 0.0
     output_gate: bool = False
     sinks: bool = False
-    soft_cap: float | None = None
+    soft_cap: Positive | None = None
     alibi: bool = False
 
     def problems(self, sizes: Sizes) -> list[str]:
         """Sizes that do not fit together, and options that do not."""
         lines = super().problems(sizes)
-        if not 0.0 <= self.dropout < 1.0:
-            lines.append(f"dropout: must be in [0, 1), found {self.dropout}")
-        lines += positive(soft_cap=self.soft_cap, qk_norm_eps=self.qk_norm_eps)
         if self.alibi and self.rope_parameters is not None:
             lines.append("alibi: takes the place of rotary positions; set rope_parameters to null")
         if self.alibi and (self.sinks or self.soft_cap is not None):

@@ -11,10 +11,11 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import initialization as init
 
+from hybrid.config.declare import Positive, Size2
 from hybrid.config.registry import register_mixer
 from hybrid.config.sizes import Sizes
 from hybrid.mixers.base import LinearMixer, OutputNorm
-from hybrid.mixers.parts import HeadOptions, positive, wide
+from hybrid.mixers.parts import HeadOptions, wide
 from hybrid.nn.past import Slot
 
 
@@ -35,19 +36,13 @@ class HGRN2Options(HeadOptions):
             mixer: gamma_l is the sum of rows 1 to l of softmax(B) over depth, 0 in the first layer.
     """
 
-    conv_size: int | None = None
-    scale: float = 1.0
-    output_norm_eps: float | None = None
+    conv_size: Size2 | None = None
+    scale: Positive = 1.0
+    output_norm_eps: Positive | None = None
     lower_bound: bool = True
     bounds_over_depth: bool = False
 
     width = 128
-
-    def problems(self, sizes: Sizes) -> list[str]:
-        """Sizes that do not fit together."""
-        return super().problems(sizes) + positive(
-            scale=self.scale, output_norm_eps=self.output_norm_eps
-        )
 
 
 @register_mixer("hgrn2", symbol="H")

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from hybrid.config.declare import Negative, Size0
 from hybrid.config.registry import register_mixer
 from hybrid.config.sizes import Sizes
 from hybrid.mixers.delta_net import DeltaRuleMixer, DeltaRuleOptions
@@ -15,7 +16,6 @@ from hybrid.mixers.parts import (
     init_log_uniform,
     init_time_step,
     low_rank,
-    positive,
     softplus_log_decay,
     wide,
 )
@@ -35,8 +35,8 @@ class KimiDeltaAttentionOptions(DeltaRuleOptions):
     """
 
     decay_gate: Literal["softplus", "bounded"] = "softplus"
-    lower_bound: float = -5.0
-    gate_rank: int | None = None
+    lower_bound: Negative = -5.0
+    gate_rank: Size0 | None = None
     gate_bias: bool = False
 
     def complete(self, hidden_size: int) -> KimiDeltaAttentionOptions:
@@ -46,15 +46,6 @@ class KimiDeltaAttentionOptions(DeltaRuleOptions):
         return replace(
             done, gate_rank=done.value_head_dim if self.gate_rank is None else self.gate_rank
         )
-
-    def problems(self, sizes: Sizes) -> list[str]:
-        """Sizes that do not fit together, and a bound that is none."""
-        lines = super().problems(sizes)
-        if self.gate_rank != 0:
-            lines += positive(gate_rank=self.gate_rank)
-        if self.lower_bound >= 0:
-            lines.append(f"lower_bound: must be below 0, found {self.lower_bound}")
-        return lines
 
 
 @register_mixer("kimi_delta_attention", symbol="K")

@@ -9,10 +9,11 @@ import torch
 from torch import nn
 from transformers import initialization as init
 
+from hybrid.config.declare import Positive, ShareOrAll, Size, Size2
 from hybrid.config.registry import register_mixer
 from hybrid.config.sizes import Sizes
 from hybrid.mixers.base import FEATURE_MAPS, LinearMixer, OutputNorm
-from hybrid.mixers.parts import GroupedRMSNorm, HeadOptions, divides, positive
+from hybrid.mixers.parts import GroupedRMSNorm, HeadOptions, divides
 from hybrid.mixers.rotation import positioned, rope_angles
 from hybrid.nn.norms import build_norm
 from hybrid.nn.past import Slot
@@ -37,15 +38,11 @@ class LinearAttentionOptions(HeadOptions):
     """
 
     feature_map: Literal["identity", "silu", "relu", "elu+1"] = "silu"
-    conv_size: int | None = None
+    conv_size: Size2 | None = None
     output_norm: Literal["layer", "head"] = "layer"
-    output_norm_eps: float | None = None
+    output_norm_eps: Positive | None = None
     output_gate: bool = True
     bias: bool = False
-
-    def problems(self, sizes: Sizes) -> list[str]:
-        """Sizes that do not fit together."""
-        return super().problems(sizes) + positive(output_norm_eps=self.output_norm_eps)
 
 
 class PlainLinearAttention(LinearMixer):
@@ -104,10 +101,10 @@ class LightningAttentionOptions(LinearAttentionOptions):
     depth_scaled_decay: bool = True
     depth_offset: Literal[0, -1] = 0
     qk_norm: bool = False
-    rope_theta: float | None = None
-    rotary_share: float = 1.0
+    rope_theta: Positive | None = None
+    rotary_share: ShareOrAll = 1.0
     scaled: bool = False
-    output_norm_groups: int = 1
+    output_norm_groups: Size = 1
 
     @property
     def rotated(self) -> int:
@@ -116,24 +113,24 @@ class LightningAttentionOptions(LinearAttentionOptions):
 
     def problems(self, sizes: Sizes) -> list[str]:
         """Sizes that do not fit together."""
-        lines = super().problems(sizes) + positive(rope_theta=self.rope_theta)
-        if not 0 < self.rotary_share <= 1:
-            lines.append(f"rotary_share: must be in (0, 1], found {self.rotary_share}")
+        lines = super().problems(sizes)
         if lines:
             return lines
         done = self.complete(sizes.hidden_size)
         assert isinstance(done, LightningAttentionOptions)
         if done.rotated % 2:
             lines.append(
-                f"rotary_share: {done.rotated} of head_dim {done.sizes[1]} would be rotated, and it has"
-                " to be an even number"
+                f"rotary_share: expected an even number of rotated dims, got {done.rotated} of head_dim"
+                f" {done.sizes[1]}"
             )
         inner = done.sizes[0] * done.sizes[2]
         lines += divides(
             "output_norm_groups", self.output_norm_groups, "num_heads * value_head_dim", inner
         )
         if self.output_norm_groups > 1 and self.output_norm == "head":
-            lines.append("output_norm_groups: has no meaning with output_norm 'head'")
+            lines.append(
+                f"output_norm_groups: expected 1 with output_norm 'head', got {self.output_norm_groups}"
+            )
         return lines
 
 

@@ -13,10 +13,11 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import initialization as init
 
+from hybrid.config.declare import NotNegative, Positive, Size2
 from hybrid.config.registry import register_mixer
 from hybrid.config.sizes import Sizes
 from hybrid.mixers.base import LinearMixer
-from hybrid.mixers.parts import GroupedLayerNorm, HeadOptions, positive, value_parts, wide
+from hybrid.mixers.parts import GroupedLayerNorm, HeadOptions, value_parts, wide
 from hybrid.nn.past import Slot, StateSpec
 from hybrid_kernels import linear_attention
 
@@ -38,19 +39,12 @@ class MLSTMOptions(HeadOptions):
     """
 
     input_gate: Literal["exp", "sigmoid"] = "exp"
-    gate_soft_cap: float | None = 15.0
-    conv_size: int | None = None
-    normalizer_eps: float = 0.0
+    gate_soft_cap: Positive | None = 15.0
+    conv_size: Size2 | None = None
+    normalizer_eps: NotNegative = 0.0
 
     width = 128
     key_share = 0.5
-
-    def problems(self, sizes: Sizes) -> list[str]:
-        """Sizes that do not fit together, and numbers that cannot be."""
-        lines = super().problems(sizes) + positive(gate_soft_cap=self.gate_soft_cap)
-        if self.normalizer_eps < 0:
-            lines.append(f"normalizer_eps: must not be below 0, found {self.normalizer_eps}")
-        return lines
 
 
 @register_mixer("mlstm", symbol="X")

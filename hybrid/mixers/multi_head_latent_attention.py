@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from hybrid.config.declare import Below1, Positive, Size
 from hybrid.config.registry import register_mixer
 from hybrid.config.sizes import Sizes
 from hybrid.mixers.attention import FullAttention
 from hybrid.mixers.base import MixerOptions, residual_projection
-from hybrid.mixers.parts import plain_weight, positive, wide
+from hybrid.mixers.parts import plain_weight, wide
 from hybrid.nn.norms import build_norm
 from hybrid.nn.packing import WHOLE_ROWS, Segments
 from hybrid.nn.past import Slot, TokenSpec
@@ -45,18 +46,18 @@ class MultiHeadLatentAttentionOptions(MixerOptions):
             channel in arXiv 2505.06708).
     """
 
-    num_heads: int | None = None
-    latent_dim: int | None = None
-    query_latent_dim: int | None = None
-    head_dim: int = 128
-    rope_dim: int = 64
-    value_head_dim: int = 128
+    num_heads: Size | None = None
+    latent_dim: Size | None = None
+    query_latent_dim: Size | None = None
+    head_dim: Size = 128
+    rope_dim: Size = 64
+    value_head_dim: Size = 128
     rope_parameters: dict | None = field(
         default_factory=lambda: {"rope_type": "default", "rope_theta": 10000.0}
     )
-    scale: float | None = None
-    dropout: float = 0.0
-    latent_norm_eps: float | None = None
+    scale: Positive | None = None
+    dropout: Below1 = 0.0
+    latent_norm_eps: Positive | None = None
     output_gate: bool = False
 
     def complete(self, hidden_size: int) -> MultiHeadLatentAttentionOptions:
@@ -68,22 +69,10 @@ class MultiHeadLatentAttentionOptions(MixerOptions):
         )
 
     def problems(self, sizes: Sizes) -> list[str]:
-        """Sizes that must be positive, and positions that do not fit."""
-        lines = positive(
-            num_heads=self.num_heads,
-            latent_dim=self.latent_dim,
-            query_latent_dim=self.query_latent_dim,
-            head_dim=self.head_dim,
-            rope_dim=self.rope_dim,
-            value_head_dim=self.value_head_dim,
-            scale=self.scale,
-            latent_norm_eps=self.latent_norm_eps,
-        )
-        if not 0.0 <= self.dropout < 1.0:
-            lines.append(f"dropout: must be in [0, 1), found {self.dropout}")
-        if self.rope_parameters is not None and not lines:
-            lines += rope_problems(self.rope_parameters, self.rope_dim, sizes)
-        return lines
+        """Positions that do not fit."""
+        if self.rope_parameters is None:
+            return []
+        return rope_problems(self.rope_parameters, self.rope_dim, sizes)
 
 
 @register_mixer("multi_head_latent_attention", symbol="A")

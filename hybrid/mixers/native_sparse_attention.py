@@ -14,12 +14,12 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import initialization as init
 
+from hybrid.config.declare import Size, Size0, Size2
 from hybrid.config.registry import register_mixer
 from hybrid.config.sizes import Sizes
 from hybrid.mixers.base import Mixer, residual_projection
 from hybrid.mixers.grouped_heads import HeadSizeOptions
 from hybrid.mixers.local_attention import AlignedRow, Rows, append, banded
-from hybrid.mixers.parts import positive
 from hybrid.mixers.sparse_blocks import Blocks, sparse_attention
 from hybrid.nn.packing import WHOLE_ROWS, Segments
 from hybrid.nn.past import Slot, StateSpec, TokenSpec
@@ -42,14 +42,14 @@ class NativeSparseAttentionOptions(HeadSizeOptions):
         window: w, tokens of the window branch, the query's own included.
     """
 
-    block_size: int = 32
-    block_stride: int = 16
+    block_size: Size = 32
+    block_stride: Size = 16
     compress: Literal["mlp", "mean"] = "mlp"
-    select_size: int = 64
-    num_selected: int = 16
-    num_initial: int = 1
-    num_local: int = 2
-    window: int = 512
+    select_size: Size = 64
+    num_selected: Size = 16
+    num_initial: Size0 = 1
+    num_local: Size = 2
+    window: Size2 = 512
 
     @property
     def blocks(self) -> Blocks:
@@ -65,31 +65,22 @@ class NativeSparseAttentionOptions(HeadSizeOptions):
 
     def problems(self, sizes: Sizes) -> list[str]:
         """Sizes that do not fit together."""
-        lines = positive(
-            block_size=self.block_size,
-            block_stride=self.block_stride,
-            select_size=self.select_size,
-            num_local=self.num_local,
-        )
+        lines = []
         for name in ("block_size", "select_size"):
-            if not lines and getattr(self, name) % self.block_stride:
+            if getattr(self, name) % self.block_stride:
                 lines.append(
-                    f"{name}: must be a multiple of block_stride {self.block_stride}, found"
+                    f"{name}: expected a multiple of block_stride {self.block_stride}, got"
                     f" {getattr(self, name)}"
                 )
         if self.block_size > self.select_size:
             at_most = f"at most select_size {self.select_size}"
-            lines.append(f"block_size: must be {at_most}, found {self.block_size}")
-        if self.num_initial < 0:
-            lines.append(f"num_initial: must be at least 0, found {self.num_initial}")
+            lines.append(f"block_size: expected {at_most}, got {self.block_size}")
         always = self.num_initial + self.num_local
         if self.num_selected < always:
             lines.append(
-                f"num_selected: must be at least num_initial + num_local = {always}, found"
+                f"num_selected: expected at least num_initial + num_local = {always}, got"
                 f" {self.num_selected}"
             )
-        if self.window < 2:
-            lines.append(f"window: must be at least 2, found {self.window}")
         return super().problems(sizes) + lines
 
 

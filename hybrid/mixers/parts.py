@@ -14,12 +14,13 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import initialization as init
 
+from hybrid.config.declare import Size
 from hybrid.config.sizes import Sizes
 from hybrid.mixers.base import (
     MAX_HEAD_DIM,
     MixerOptions,
-    conv_problems,
     head_problems,
+    nearest_divisors,
     value_parts,
 )
 from hybrid.nn.norms import rms_norm
@@ -45,9 +46,9 @@ class HeadOptions(MixerOptions):
             other keeps the ratio of the two shares.
     """
 
-    num_heads: int | None = None
-    head_dim: int | None = None
-    value_head_dim: int | None = None
+    num_heads: Size | None = None
+    head_dim: Size | None = None
+    value_head_dim: Size | None = None
 
     width: ClassVar[int] = 64
     key_share: ClassVar[float] = 1.0
@@ -84,49 +85,32 @@ class HeadOptions(MixerOptions):
         """Sizes that do not fit together, or that the op does not take."""
         done = self.complete(sizes.hidden_size)
         assert done.num_heads is not None
-        lines = head_problems(
-            sizes.hidden_size,
-            done.num_heads,
-            head_dim=self.head_dim,
-            value_head_dim=self.value_head_dim,
-        )
-        if not lines:
-            lines += too_wide(head_dim=done.head_dim)
-            lines += _uneven(done.value_head_dim)
-        return lines + conv_problems(getattr(self, "conv_size", None))
+        lines = []
+        if self.head_dim is None and self.value_head_dim is None:
+            lines = head_problems(sizes.hidden_size, done.num_heads)
+        return lines or too_wide(head_dim=done.head_dim) + _uneven(done.value_head_dim)
 
 
 def too_wide(**dims: int | None) -> list[str]:
     """A line for each dim of a head that is more than the op takes."""
     return [
-        f"{name}: must be at most {MAX_HEAD_DIM}, found {dim}; use more heads"
+        f"{name}: expected at most {MAX_HEAD_DIM}, got {dim}; try more heads"
         for name, dim in dims.items()
         if dim is not None and dim > MAX_HEAD_DIM
     ]
 
 
-def positive(**sizes: float | None) -> list[str]:
-    """A line for each number that must be greater than 0 and is not."""
-    return [
-        f"{name}: must be greater than 0, found {size}"
-        for name, size in sizes.items()
-        if size is not None and size <= 0
-    ]
-
-
-def step_problems(dt_min: float, dt_max: float, dt_floor: float) -> list[str]:
-    """Lines for a range of initial time steps that is none."""
-    lines = positive(dt_min=dt_min, dt_max=dt_max, dt_floor=dt_floor)
-    if not lines and dt_min > dt_max:
-        lines.append(f"dt_min: must be at most dt_max {dt_max}, found {dt_min}")
-    return lines
+def step_problems(dt_min: float, dt_max: float) -> list[str]:
+    """A line for an empty range of initial time steps."""
+    return [f"dt_min: expected at most dt_max {dt_max}, got {dt_min}"] if dt_min > dt_max else []
 
 
 def divides(name: str, part: int, whole_name: str, whole: int) -> list[str]:
-    """A line if `part` is below 1 or does not divide `whole`."""
-    if part >= 1 and whole % part == 0:
+    """A line if `part` does not divide `whole`."""
+    if whole % part == 0:
         return []
-    return [f"{name}: must be at least 1 and divide {whole_name} {whole}, found {part}"]
+    near = nearest_divisors(whole, part)
+    return [f"{name}: expected a divisor of {whole_name} {whole}, got {part}; try {near}"]
 
 
 def low_rank(d_in: int, rank: int, d_out: int, bias: bool = False) -> nn.Sequential:
@@ -210,9 +194,8 @@ def _uneven(value_dim: int | None) -> list[str]:
     if value_dim is None or value_dim % parts == 0:
         return []
     return [
-        f"value_head_dim: above {MAX_HEAD_DIM} it must divide into {parts} equal parts,"
-        f" found {value_dim}; the nearest that do are {value_dim - value_dim % parts} and"
-        f" {value_dim - value_dim % parts + parts}"
+        f"value_head_dim: expected a multiple of {parts} above {MAX_HEAD_DIM}, got {value_dim}; try"
+        f" {value_dim - value_dim % parts} or {value_dim - value_dim % parts + parts}"
     ]
 
 

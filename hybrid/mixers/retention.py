@@ -10,10 +10,11 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import initialization as init
 
+from hybrid.config.declare import Positive, Size2
 from hybrid.config.registry import register_mixer
 from hybrid.config.sizes import Sizes
 from hybrid.mixers.base import LinearMixer
-from hybrid.mixers.parts import HeadOptions, positive
+from hybrid.mixers.parts import HeadOptions
 from hybrid.mixers.rotation import positioned, rope_angles
 from hybrid.nn.norms import build_norm
 from hybrid.nn.past import Slot
@@ -33,19 +34,19 @@ class RetentionOptions(HeadOptions):
         conv_size: width of a short convolution on q, k, v; null for none, as in the paper.
     """
 
-    rope_theta: float | None = 10000.0
+    rope_theta: Positive | None = 10000.0
     output_norm_weight: bool = False
-    conv_size: int | None = None
+    conv_size: Size2 | None = None
 
     width = 128
     value_share = 2.0
 
     def problems(self, sizes: Sizes) -> list[str]:
         """Sizes that do not fit together."""
-        lines = super().problems(sizes) + positive(rope_theta=self.rope_theta)
+        lines = super().problems(sizes)
         head_dim = self.complete(sizes.hidden_size).head_dim
         if not lines and self.rope_theta is not None and head_dim is not None and head_dim % 2:
-            lines.append(f"head_dim: must be even to be rotated, found {head_dim}")
+            lines.append(f"head_dim: expected an even number, to be rotated, got {head_dim}")
         return lines
 
 

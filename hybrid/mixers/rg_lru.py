@@ -13,16 +13,16 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import initialization as init
 
+from hybrid.config.declare import Size, Size2
 from hybrid.config.registry import register_mixer
 from hybrid.config.sizes import Sizes
 from hybrid.mixers.base import (
     MixerOptions,
     ShortConvolution,
     StateMixer,
-    conv_problems,
     residual_projection,
 )
-from hybrid.mixers.parts import divides, positive, too_wide, wide
+from hybrid.mixers.parts import divides, too_wide, wide
 from hybrid.nn.past import Slot, StateSpec
 from hybrid_kernels import linear_attention
 
@@ -39,9 +39,9 @@ class RGLRUOptions(MixerOptions):
         conv_size: width of the short convolution before the recurrence; null for none.
     """
 
-    width: int | None = None
-    num_heads: int | None = None
-    conv_size: int | None = 4
+    width: Size | None = None
+    num_heads: Size | None = None
+    conv_size: Size2 | None = 4
 
     def complete(self, hidden_size: int) -> RGLRUOptions:
         """Fill in the width and the blocks."""
@@ -51,15 +51,11 @@ class RGLRUOptions(MixerOptions):
 
     def problems(self, sizes: Sizes) -> list[str]:
         """Sizes that do not fit together."""
-        lines = positive(width=self.width)
         done = self.complete(sizes.hidden_size)
         assert done.width is not None
         assert done.num_heads is not None
-        if not lines:
-            lines += divides("num_heads", done.num_heads, "width", done.width)
-        if not lines:
-            lines += too_wide(**{"width / num_heads": done.width // done.num_heads})
-        return lines + conv_problems(self.conv_size)
+        lines = divides("num_heads", done.num_heads, "width", done.width)
+        return lines or too_wide(**{"width / num_heads": done.width // done.num_heads})
 
 
 class BlockDiagonal(nn.Module):

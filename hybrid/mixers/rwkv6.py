@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import initialization as init
 
+from hybrid.config.declare import Positive, Size
 from hybrid.config.registry import register_mixer
 from hybrid.config.sizes import Sizes
 from hybrid.mixers.base import LinearMixer
@@ -17,7 +18,6 @@ from hybrid.mixers.parts import (
     GroupedLayerNorm,
     HeadOptions,
     low_rank,
-    positive,
     token_before,
     wide,
 )
@@ -39,15 +39,9 @@ class RWKV6Options(HeadOptions):
         norm_eps: of the norm of each head's output; the published one is 1e-5 * 8^2.
     """
 
-    shift_rank: int = 32
-    decay_rank: int = 64
-    norm_eps: float = 64e-5
-
-    def problems(self, sizes: Sizes) -> list[str]:
-        """Sizes that do not fit together."""
-        return super().problems(sizes) + positive(
-            shift_rank=self.shift_rank, decay_rank=self.decay_rank, norm_eps=self.norm_eps
-        )
+    shift_rank: Size = 32
+    decay_rank: Size = 64
+    norm_eps: Positive = 64e-5
 
 
 @register_mixer("rwkv6", symbol="R")

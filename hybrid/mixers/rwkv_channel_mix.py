@@ -10,10 +10,11 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import initialization as init
 
+from hybrid.config.declare import Size
 from hybrid.config.registry import register_mixer
 from hybrid.config.sizes import Sizes
 from hybrid.mixers.base import MixerOptions, StateMixer, residual_projection
-from hybrid.mixers.parts import positive, token_before
+from hybrid.mixers.parts import token_before
 from hybrid.nn.past import Slot, StateSpec
 
 
@@ -25,7 +26,7 @@ class RWKVChannelMixOptions(MixerOptions):
         intermediate_size: inner width; default 3.5 D, rounded up to a multiple of 32.
     """
 
-    intermediate_size: int | None = None
+    intermediate_size: Size | None = None
 
     def complete(self, hidden_size: int) -> RWKVChannelMixOptions:
         """Fill in the inner width."""
@@ -38,10 +39,6 @@ class RWKVChannelMixOptions(MixerOptions):
         """The inner width of completed options."""
         assert self.intermediate_size is not None
         return self.intermediate_size
-
-    def problems(self, sizes: Sizes) -> list[str]:
-        """A width below 1."""
-        return positive(intermediate_size=self.intermediate_size)
 
 
 @register_mixer("rwkv_channel_mix")

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from hybrid.config.declare import Size2
 from hybrid.config.registry import register_mixer
 from hybrid.config.sizes import Sizes
 from hybrid.mixers.local_attention import LocalAttention, LocalAttentionOptions
@@ -20,14 +21,7 @@ class SlidingWindowAttentionOptions(LocalAttentionOptions):
         window: W, tokens that a token attends to, itself included.
     """
 
-    window: int = 2048
-
-    def problems(self, sizes: Sizes) -> list[str]:
-        """Sizes that do not fit together."""
-        lines = super().problems(sizes)
-        if self.window < 2:
-            lines.append(f"window: must be at least 2, found {self.window}")
-        return lines
+    window: Size2 = 2048
 
 
 @register_mixer("sliding_window_attention", symbol="W")

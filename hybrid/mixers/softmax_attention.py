@@ -11,10 +11,11 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from hybrid.config.declare import Positive, Size, Size2
 from hybrid.config.registry import register_mixer
 from hybrid.config.sizes import Sizes
 from hybrid.mixers.attention import FullAttention, add_positions, capped_attention
-from hybrid.mixers.base import ShortConvolution, conv_problems
+from hybrid.mixers.base import ShortConvolution
 from hybrid.mixers.dual_chunk import (
     CHUNK_MARKS,
     DualChunkAngles,
@@ -24,7 +25,7 @@ from hybrid.mixers.dual_chunk import (
     read_chunks,
 )
 from hybrid.mixers.grouped_heads import GroupedHeadOptions, GroupedHeads
-from hybrid.mixers.parts import positive, wide
+from hybrid.mixers.parts import wide
 from hybrid.nn.packing import WHOLE_ROWS, Segments
 from hybrid.nn.past import Slot, StateSpec, TokenSpec
 from hybrid.nn.rotary import BY_LENGTH, apply_rotary
@@ -51,13 +52,13 @@ class SoftmaxAttentionOptions(GroupedHeadOptions):
             that occurs is s + w - 1. Default s / 3, so that s is 3/4 of the length trained for.
     """
 
-    conv_size: int | None = None
-    nope_every: int | None = None
-    temperature: float | None = None
-    temperature_length: int = 8192
+    conv_size: Size2 | None = None
+    nope_every: Size | None = None
+    temperature: Positive | None = None
+    temperature_length: Size = 8192
     temperature_offset: Literal[0, 1] = 1
-    dual_chunk_size: int | None = None
-    dual_chunk_window: int | None = None
+    dual_chunk_size: Size | None = None
+    dual_chunk_window: Size | None = None
 
     @property
     def dual_chunk(self) -> tuple[int, int] | None:
@@ -69,15 +70,7 @@ class SoftmaxAttentionOptions(GroupedHeadOptions):
 
     def problems(self, sizes: Sizes) -> list[str]:
         """Sizes that do not fit together."""
-        lines = super().problems(sizes)
-        lines += positive(
-            nope_every=self.nope_every,
-            temperature=self.temperature,
-            temperature_length=self.temperature_length,
-            dual_chunk_size=self.dual_chunk_size,
-            dual_chunk_window=self.dual_chunk_window,
-        )
-        return lines + self._dual_chunk_problems() + conv_problems(self.conv_size)
+        return super().problems(sizes) + self._dual_chunk_problems()
 
     def _dual_chunk_problems(self) -> list[str]:
         if self.dual_chunk_size is None:
@@ -89,7 +82,7 @@ class SoftmaxAttentionOptions(GroupedHeadOptions):
         kind, window = self.rope_parameters.get("rope_type", "default"), self.dual_chunk_window
         if window is not None and window > self.dual_chunk_size:
             at_most = f"at most dual_chunk_size {self.dual_chunk_size}"
-            return [f"dual_chunk_window: must be {at_most}, found {window}"]
+            return [f"dual_chunk_window: expected {at_most}, got {window}"]
         if kind in BY_LENGTH:
             return [f"dual_chunk_size: does not go with rope_type {kind!r}, which stretches too"]
         return []

@@ -215,12 +215,12 @@ def open_probes(
             try:
                 if limit is not None and length > limit:
                     raise ValueError(f"beyond the model's max_position_embeddings {limit}")
-                source = open_source(probe.source, tokenizer, form, seed * 1000 + 500 + number)
+                source = open_source(probe, tokenizer, form, seed * 1000 + 500 + number)
                 rows[length] = draw(source, probe.rows)
                 for row in rows[length]:
                     check_ids(row, made.vocab_size)
             except (ValueError, TypeError) as error:
-                mistakes.append(f"probes.{name} ({probe.source.source}, length {length}): {error}")
+                mistakes.append(f"probes.{name} ({probe.source}, length {length}): {error}")
         opened.append(Probe(name, probe.every, rows, probe.depth_buckets))
     if mistakes:
         raise ConfigError(mistakes)

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Mapping
+import dataclasses
+import typing
+from collections.abc import Iterable, Mapping
+from enum import Enum
+from functools import cache
 from typing import Any
 
+from pydantic import AfterValidator, Field
+from transformers import TrainingArguments
+
+from hybrid.config.declare import LARGEST, bounded, check_keys, refuse
 from hybrid.config.options import did_you_mean
 
 # Keys that would break what a run promises, and why.
@@ -39,63 +46,83 @@ USUAL_NAMES: dict[str, str] = {
     "compile": "torch_compile",
 }
 
-Rule = tuple[str, Callable[[float], bool]]
-POSITIVE: Rule = ("above 0", lambda x: 0 < x < math.inf)
-AT_LEAST_0: Rule = ("at least 0", lambda x: 0 <= x < math.inf)
-AT_LEAST_1: Rule = ("at least 1", lambda x: x >= 1)
-MOST = 1 << 40  # steps and rows: more than any run has
-BELOW_1: Rule = ("at least 0 and below 1", lambda x: 0 <= x < 1)
-STEPS: Rule = ("a number of steps, or a share of them between 0 and 1", lambda x: x > 0)
-SEED: Rule = ("from 0 to 2^32 - 1", lambda x: 0 <= x < 2**32)
-ENDS: Rule = ("at least 1, or -1 for num_train_epochs", lambda x: x >= 1 or x == -1)
 
-RULES: dict[str, Rule] = {
+def _ends(steps: int) -> int:
+    if steps < 1 and steps != -1:
+        raise ValueError("at least 1, or -1 for num_train_epochs")
+    return steps
+
+
+def _steps(steps: float) -> float:
+    if not 0 < steps <= LARGEST:
+        raise ValueError("a number of steps, or a share of them between 0 and 1")
+    return steps
+
+
+AT_LEAST_0, AT_LEAST_1, POSITIVE = Field(ge=0), Field(ge=1), Field(gt=0)
+SHARE_BELOW_1 = Field(ge=0, lt=1)
+SEED = Field(ge=0, lt=1 << 32)
+
+# Bounds of the numbers that a run reads; all others have those of `hybrid.config.declare`.
+BOUNDS: dict[str, Any] = {
     "per_device_train_batch_size": AT_LEAST_1,
     "per_device_eval_batch_size": AT_LEAST_1,
     "gradient_accumulation_steps": AT_LEAST_1,
-    "max_steps": ENDS,
-    "num_train_epochs": POSITIVE,
-    "logging_steps": STEPS,
-    "save_steps": STEPS,
-    "eval_steps": STEPS,
+    "max_steps": AfterValidator(_ends),
+    "num_train_epochs": Field(gt=0, le=LARGEST),
+    "logging_steps": AfterValidator(_steps),
+    "save_steps": AfterValidator(_steps),
+    "eval_steps": AfterValidator(_steps),
     "save_total_limit": AT_LEAST_1,
     "dataloader_num_workers": AT_LEAST_0,
     "learning_rate": AT_LEAST_0,
     "weight_decay": AT_LEAST_0,
-    "warmup_steps": AT_LEAST_0,
+    "warmup_steps": Field(ge=0, le=LARGEST),
     "max_grad_norm": AT_LEAST_0,
     "adam_epsilon": POSITIVE,
-    "adam_beta1": BELOW_1,
-    "adam_beta2": BELOW_1,
-    "label_smoothing_factor": BELOW_1,
+    "adam_beta1": SHARE_BELOW_1,
+    "adam_beta2": SHARE_BELOW_1,
+    "label_smoothing_factor": SHARE_BELOW_1,
     "seed": SEED,
     "data_seed": SEED,
 }
 
-MUON_RULES: dict[str, Rule] = {
-    "learning_rate": AT_LEAST_0,
-    "momentum": BELOW_1,
-    "ns_steps": ("1 to 99", lambda x: 1 <= x < 100),
-}
+
+@cache
+def training_hints() -> dict[str, Any]:
+    """The keys of transformers.TrainingArguments and what they may hold."""
+    hints = typing.get_type_hints(TrainingArguments)
+    return {
+        f.name: bounded(_named(hints[f.name]), *filter(None, [BOUNDS.get(f.name)]))
+        for f in dataclasses.fields(TrainingArguments)
+        if f.init
+    }
 
 
-def outside(values: Mapping[str, Any], rules: Mapping[str, Rule], path: str) -> list[str]:
-    """One line for each number that its rule does not allow."""
-    return [
-        f"{path}.{key}: expected {words}, found {values[key]}"
-        for key, (words, allowed) in rules.items()
-        if isinstance(values.get(key), (int, float)) and not allowed(values[key])
-    ]
+def _named(hint: Any) -> Any:
+    """`SomeEnum | str` as the names of that enumeration; else the annotation as it is."""
+    parts = typing.get_args(hint)
+    for part in parts:
+        if isinstance(part, type) and issubclass(part, Enum) and str in parts:
+            names = typing.Literal[tuple(str(member.value) for member in part)]
+            return names | None if type(None) in parts else names
+    return hint
 
 
-def unmeant(values: Mapping[str, Any], path: str) -> list[str]:
-    """One line for each number that is not one, or that is beyond anything a run could have."""
-    numbers = {k: v for k, v in values.items() if isinstance(v, (int, float))}
-    return [
-        f"{path}.{key}: expected a number below 2^40, found {value}"
-        for key, value in numbers.items()
-        if value != value or (isinstance(value, int) and abs(value) > MOST)
-    ]
+def training_values(values: Any) -> dict[str, Any]:
+    """The checked keys of `training:`; a validator of pydantic."""
+    known = {f.name: f.default for f in dataclasses.fields(TrainingArguments) if f.init}
+    lines = [f"{k}: unknown key, {nearest(str(k), known)}" for k in values if k not in known]
+    given = {
+        # YAML reads `no` as false
+        key: "no" if value is False and key.endswith("_strategy") else value
+        for key, value in values.items()
+        if key in known
+    }
+    wrong, checked = check_keys(TrainingArguments, training_hints(), given)
+    refuse([*lines, *wrong, *without_effect(given), *decided(given, known)])
+    assert checked is not None
+    return checked
 
 
 def without_effect(values: Mapping[str, Any]) -> list[str]:
@@ -103,7 +130,7 @@ def without_effect(values: Mapping[str, Any]) -> list[str]:
     if values.get("dataloader_num_workers"):
         return []
     return [
-        f"training.{key}: needs training.dataloader_num_workers above 0"
+        f"{key}: needs training.dataloader_num_workers above 0"
         for key in ("dataloader_persistent_workers", "dataloader_prefetch_factor")
         if values.get(key)
     ]
@@ -119,7 +146,7 @@ def nearest(key: str, known: Iterable[str]) -> str:
 def decided(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> list[str]:
     """One line for each key that asks for something else than what a run does."""
     return [
-        f"training.{key}: {why}; leave it out"
+        f"{key}: {why}; leave it out"
         for key, why in DECIDED.items()
         if key in values and values[key] != defaults[key]
     ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from huggingface_hub.errors import StrictDataclassError
@@ -24,7 +25,10 @@ if TYPE_CHECKING:
 def model_mistakes(model: dict[str, Any]) -> list[str]:
     """What is wrong with `model:` on its own, whatever the tokenizer."""
     if "path" in model:
-        return []
+        path = model["path"]
+        if isinstance(path, str) and Path(path).is_dir():
+            return []
+        return [f"model.path: expected a folder, got {path!r}, which is none"]
     try:
         _new_config(model, None)
     except ConfigError as error:

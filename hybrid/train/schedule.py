@@ -2,36 +2,39 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 from typing import Any
 
 import torch
+from pydantic import Field, field_validator, model_validator
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainingArguments, get_scheduler
 
-from hybrid.config.options import ConfigError, option
+from hybrid.config.declare import Declared, NotNegative, Share, refuse
+from hybrid.config.options import ConfigError
 
 
-@dataclass(frozen=True)
-class MultiStepConfig:
+class MultiStepConfig(Declared):
     """Warm-up, then a rate that falls in steps (DeepSeek LLM, arXiv 2401.02954, section 2.3)."""
 
-    at: tuple[float, ...] = option((0.8, 0.9), help="where it falls, as shares of the steps")
-    factors: tuple[float, ...] = option((0.316, 0.1), help="of the peak, from each of these on")
+    at: list[Share] = Field([0.8, 0.9], description="where it falls, as shares of the steps")
+    factors: list[NotNegative] = Field(
+        [0.316, 0.1], description="of the peak, from each of these on"
+    )
 
-    def mistakes(self, path: str) -> list[str]:
-        """Values that cannot be meant, a line each."""
-        lines = []
+    @field_validator("at")
+    @classmethod
+    def _rising(cls, at: list[float]) -> list[float]:
+        if any(a >= b for a, b in pairwise(at)):
+            refuse([f": expected rising shares between 0 and 1, got {at}"])
+        return at
+
+    @model_validator(mode="after")
+    def _as_many(self) -> MultiStepConfig:
         if len(self.at) != len(self.factors):
-            lines.append(f"{path}: {len(self.at)} places in at, {len(self.factors)} factors")
-        edges = (0.0, *self.at, 1.0)
-        if any(a >= b for a, b in pairwise(edges)):
-            lines.append(f"{path}.at: expected rising shares between 0 and 1, found {self.at}")
-        if any(f < 0 for f in self.factors):
-            lines.append(f"{path}.factors: must not be below 0, found {self.factors}")
-        return lines
+            refuse([f"factors: expected {len(self.at)}, one for each of at, got {self.factors}"])
+        return self
 
     def schedule(self, optimizer: torch.optim.Optimizer, warmup: int, steps: int) -> LambdaLR:
         """Linear from 0 over `warmup` steps; the shares are those of all `steps`."""

@@ -8,10 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from hybrid.config.options import ConfigError
 
 DEEPEST = 50  # mappings and lists within each other
+_PATH = re.compile(r"[^.\[\]]+(\.[^.\[\]]+|\[\d+\])*")
 
 
 class _Loader(yaml.SafeLoader):
@@ -23,7 +26,7 @@ class _Loader(yaml.SafeLoader):
                 raise yaml.constructor.ConstructorError(
                     None,
                     None,
-                    f"a key is text, found {key!r}; put it in quotes",
+                    f"expected text as a key, got {key!r}; try it in quotes",
                     key_node.start_mark,
                 )
             if key in seen:
@@ -88,24 +91,30 @@ def read(path: str | Path) -> dict[str, Any]:
         raise ConfigError([f"cannot be read as text: {error}"], str(path)) from error
     values = parse(text, str(path))
     if not isinstance(values, dict):
-        raise ConfigError([f"expected a mapping, found {type(values).__name__}"], str(path))
+        raise ConfigError([f"expected a mapping, got {type(values).__name__}"], str(path))
     return values
 
 
 def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """Set `a.b[0].c=VALUE` in nested mappings and lists, in place; VALUE is YAML.
+    """A copy of nested mappings and lists with overrides `a.b[0].c=VALUE`, OmegaConf's dot list.
+
+    A value is YAML and takes the place of what is there. `${...}` is not resolved.
 
     Raises:
-        ConfigError: an override has no `=`, or its path leads nowhere.
+        ConfigError: an override has no `=`, a path leads nowhere, or a key is given twice.
     """
     mistakes = []
+    seen: set[str] = set()
     for text in overrides:
         path, equals, value = text.partition("=")
         if not equals or not path:
-            mistakes.append(f"{text!r}: expected key=value, e.g. training.max_steps=10")
+            mistakes.append(f"{text!r}: expected key=value; try training.max_steps=10")
             continue
+        if path in seen:
+            mistakes.append(f"{path}: expected one value, got two; try the last one alone")
+        seen.add(path)
         try:
-            set_key(values, path, parse(value, path))
+            values = with_key(values, path, parse(value, path))
         except LookupError as error:
             mistakes.append(f"{path}: {error.args[0]}")
     if mistakes:
@@ -113,29 +122,32 @@ def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> dict[st
     return values
 
 
-def set_key(values: Any, path: str, value: Any) -> None:
-    """Set `a.b[0].c` in nested mappings and lists, in place; mappings on the way are made.
+def with_key(values: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
+    """A copy of nested mappings and lists with `a.b[0].c` set; missing mappings are made.
 
     Raises:
         LookupError: the path leads nowhere; its argument says why.
     """
-    steps = [s for s in re.split(r"[.\[\]]", path) if s]
-    holder = values
-    for depth, step in enumerate(steps):
-        last = depth == len(steps) - 1
-        if isinstance(holder, list):
-            if not step.isdigit() or int(step) >= len(holder):
-                raise LookupError(f"no entry {step!r} in a list of {len(holder)}")
-            key: Any = int(step)
-        elif isinstance(holder, dict):
-            key = step
-        else:
-            raise LookupError(
-                f"{'.'.join(steps[:depth])} holds {holder!r}, nothing to set a key in"
-            )
-        if last:
-            holder[key] = value
-        else:
-            if isinstance(holder, dict) and holder.get(key) is None:
-                holder[key] = {}
-            holder = holder[key]
+    if not _PATH.fullmatch(path):
+        raise LookupError(
+            "expected a path of keys; try one like training.max_steps, data[0].weight"
+        )
+    parts = re.findall(r"[^.\[\]]+", path)
+    try:
+        config = OmegaConf.create(values, flags={"allow_objects": True})
+        for depth in range(1, len(parts)):
+            holder: Any = OmegaConf.select(config, ".".join(parts[:depth]))
+            if holder is not None and not OmegaConf.is_config(holder):
+                where = ".".join(parts[:depth])
+                raise LookupError(f"expected a mapping at {where}, got {holder!r}")
+            if OmegaConf.is_list(holder) and not _is_place(parts[depth], len(holder)):
+                raise LookupError(f"no entry {parts[depth]!r} in a list of {len(holder)}")
+        OmegaConf.update(config, path, value, merge=False, force_add=True)
+    except (OmegaConfBaseException, ValueError, TypeError) as error:
+        raise LookupError(str(error).splitlines()[0]) from error
+    made: Any = OmegaConf.to_container(config)
+    return made
+
+
+def _is_place(step: str, length: int) -> bool:
+    return step.isdigit() and int(step) < length

@@ -239,24 +239,25 @@ def test_every_mistake_is_named_before_anything_runs(values):
         confidence=95.0,
     )
     assert found == [
-        "changes.a b: a name is a word of letters, digits and _.+-",
-        "changes.all: this name is ours, for a run of several changes; choose another",
-        "changes.typo: training.learning_rat: unknown key, did you mean 'learning_rate'?",
-        "changes.typo: model.hiden_size: unknown key, did you mean 'hidden_size'?",
+        "changes.a b: expected a name of letters, digits and _.+-, got 'a b'",
+        "changes.all: this name is ours, for a run of several changes; try another",
+        "seeds: 1 is given twice",
+        "metrics: 'loss' is given twice",
+        "confidence: expected below 1, got 95.0",
+        "changes.typo.model.hiden_size: unknown key, did you mean 'hidden_size'?",
+        "changes.typo.training.learning_rat: unknown key, did you mean 'learning_rate'?",
         "changes.owned.training.seed: every run has its own; use `seeds` and `out`",
         "changes.width.model.hidden_size: this is the width that `match` solves for",
-        "seeds: 1 is given twice",
-        "confidence: expected from 0.5 to below 1, e.g. 0.95; found 95.0",
-        "metrics: 'loss' is given twice",
         "metrics: unknown metric 'eval_los', did you mean 'eval_loss'?",
     ]
     assert mistakes(values, metrics=["eval_loss"], changes={}, seeds=[]) == [
-        "changes: none given; an ablation needs at least one, {name: {key: value}}",
-        "seeds: none given; name at least one, better three",
+        "changes: expected at least 1 entry, got {}",
+        "seeds: expected at least 1 entry, got []",
         "metrics: 'eval_loss' needs eval_data in the baseline",
     ]
     assert mistakes(values, match={"cost": "flop", "stepp": 3, "within": 2}) == [
-        "match.cost: expected one of 'parameters', 'flops', found 'flop'; did you mean 'flops'?",
+        "match.cost: expected one of 'parameters' or 'flops', got 'flop'; try 'flops'",
+        "match.within: expected below 1, got 2",
         "match.stepp: unknown key, did you mean 'step'?",
     ]
     assert not Path(values["out"]).exists()
@@ -273,7 +274,7 @@ def test_changes_that_cannot_be_on_together(values):
 def test_a_mistake_in_the_baseline_is_named_once(values):
     values["baseline"]["model"]["hiden_size"] = 3
     assert mistakes(values) == [
-        "baseline: model.hiden_size: unknown key, did you mean 'hidden_size'?"
+        "baseline.model.hiden_size: unknown key, did you mean 'hidden_size'?"
     ]
 
 

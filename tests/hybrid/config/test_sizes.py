@@ -16,20 +16,20 @@ BASE = {
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"vocab_size": 10**12}, "vocab_size: must be at most 67108864, found 1000000000000"),
+        ({"vocab_size": 10**12}, "vocab_size: expected at most 67108864, got 1000000000000"),
         ({"hidden_size": 2**40}, "hidden_size: .* at most"),
-        ({"num_hidden_layers": 2 * 10**9}, "num_hidden_layers: must be at most 16384"),
-        ({"num_mtp_layers": 10**9}, "num_mtp_layers: must be at most 1024"),
-        ({"canon": "A", "canon_width": 10**9}, "canon_width: must be at most 1024"),
-        ({"mixers": {"S": {"num_heads": 2**25}}}, "mixers.S.num_heads: must be at most 16777216"),
+        ({"num_hidden_layers": 2 * 10**9}, "num_hidden_layers: expected at most 16384"),
+        ({"num_mtp_layers": 10**9}, "num_mtp_layers: expected at most 1024"),
+        ({"canon": "A", "canon_width": 10**9}, "canon_width: expected at most 1024"),
+        ({"mixers": {"S": {"num_heads": 2**25}}}, "mixers.S.num_heads: expected at most 16777216"),
         (
             {"feed_forwards": {"-": {"intermediate_size": 2**30}}},
-            "intermediate_size: must be at most",
+            "intermediate_size: expected at most",
         ),
         ({"initializer_range": float("nan")}, "initializer_range: .*finite.*nan"),
         ({"embedding_multiplier": float("inf")}, "embedding_multiplier: .*finite.*inf"),
-        ({"dtype": "int8"}, "dtype: unknown 'int8'"),
-        ({"dtype": torch.int64}, "dtype: weights are floating-point numbers, found torch.int64"),
+        ({"dtype": "int8"}, "dtype: expected a floating-point dtype, got 'int8'"),
+        ({"dtype": torch.int64}, "dtype: expected a floating-point dtype, got torch.int64"),
     ],
 )
 def test_a_size_that_nobody_can_mean_is_refused(change, words):

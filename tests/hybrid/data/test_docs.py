@@ -1,7 +1,6 @@
 """docs/data.md says what the code does: its tables are the code's options, its examples run."""
 
 import ast
-import dataclasses
 import importlib.metadata
 import inspect
 import json
@@ -13,8 +12,9 @@ import typer
 import yaml
 
 from hybrid.cli import app
+from hybrid.config.declare import build
 from hybrid.data import RowFormat, open_source, texts
-from hybrid.data.sources import GIVEN, GROUP, TextSource, parse_source, plugins
+from hybrid.data.sources import GIVEN, GROUP, SourceConfig, plugins
 from hybrid.tokenizer import byte_tokenizer
 from hybrid.train.config import TrainConfig, parse_config
 
@@ -51,21 +51,19 @@ def spelt(default):
 
 def described(fields):
     rows = []
-    for f in fields:
-        default = f.default
-        if f.default_factory is not dataclasses.MISSING:
-            default = f.default_factory()
-        given = "required" if default is dataclasses.MISSING else spelt(default)
-        rows.append([f.name, given, f.metadata["help"]])
+    for name, field in fields.items():
+        default = field.get_default(call_default_factory=True)
+        given = "required" if field.is_required() else spelt(default)
+        rows.append([name, given, field.description])
     return rows
 
 
 def test_options_of_a_source():
-    assert table("### Options") == described(dataclasses.fields(TextSource))
+    assert table("### Options") == described(SourceConfig.model_fields)
 
 
 def test_keys_of_the_training_config():
-    fields = [f for f in dataclasses.fields(TrainConfig) if f.name not in OTHERS]
+    fields = {name: f for name, f in TrainConfig.model_fields.items() if name not in OTHERS}
     assert sorted(table("## Rows")) == sorted(described(fields))
 
 
@@ -132,7 +130,7 @@ def test_mistakes_are_told_as_shown(entry, said, folder):
     (folder / "my.txt").write_text("a text")
     (folder / "broken.jsonl").write_text('{"text": "a"}\n{"text": \n')
     lines = []
-    config = parse_source(yaml.safe_load(entry), "data", lines)
+    config = build(SourceConfig, yaml.safe_load(entry), "data", lines)
     if config is not None and not lines:
         with pytest.raises(ValueError, match=r"\w") as caught:
             open_source(config, byte_tokenizer(), RowFormat(256, 256), 0).row(0)

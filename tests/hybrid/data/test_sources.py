@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from hybrid.config.declare import build
 from hybrid.config.options import ConfigError
 from hybrid.data import prepare
 from hybrid.data.documents import INDEX, open_shards
@@ -17,7 +18,6 @@ from hybrid.data.sources import (
     SourceConfig,
     open_source,
     open_texts,
-    parse_source,
     source_names,
 )
 from hybrid.data.stdlib import held_out, stdlib_files
@@ -94,7 +94,7 @@ def test_a_tree_of_files_is_read_by_the_rule(tmp_path):
 @pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
 def test_files_of_texts(tmp_path, suffix):
     path = write(tmp_path, suffix, key="body")
-    rows = rows_of(SourceConfig(path, text_key="body"), length=64, packing="none")
+    rows = rows_of(SourceConfig(source=path, text_key="body"), length=64, packing="none")
     assert rows.per_epoch == 3
     assert texts_in(rows, 3) == sorted(TEXTS)
 
@@ -102,12 +102,12 @@ def test_files_of_texts(tmp_path, suffix):
 def test_a_text_file_is_one_document(tmp_path):
     for number, text in enumerate(TEXTS):
         (tmp_path / f"{number}.txt").write_text(text + "\n\nmore")
-    rows = rows_of(SourceConfig(str(tmp_path / "*.txt")), length=64, packing="none")
+    rows = rows_of(SourceConfig(source=str(tmp_path / "*.txt")), length=64, packing="none")
     assert texts_in(rows, 3) == sorted(t + "\n\nmore" for t in TEXTS)
 
 
 def test_a_stream_gives_rows_without_end_and_by_index(tmp_path):
-    config = SourceConfig(write(tmp_path, ".jsonl"), streaming=True)
+    config = SourceConfig(source=write(tmp_path, ".jsonl"), streaming=True)
     rows = rows_of(config)
     assert rows.per_epoch is None
     ahead = [rows.row(i)["input_ids"] for i in range(12)]
@@ -122,36 +122,36 @@ def test_a_stream_gives_rows_without_end_and_by_index(tmp_path):
 
 @pytest.mark.parametrize("streaming", [False, True])
 def test_an_absent_column_is_named_with_those_there_are(tmp_path, streaming):
-    config = SourceConfig(write(tmp_path, ".jsonl"), text_key="content", streaming=streaming)
+    config = SourceConfig(source=write(tmp_path, ".jsonl"), text_key="content", streaming=streaming)
     with pytest.raises(ValueError, match="no column 'content'; it has 'text', 'other'"):
         rows_of(config)
 
 
 def test_a_column_that_holds_no_text(tmp_path):
     with pytest.raises(ValueError, match=r"row 0 of .*column 'other' holds int, expected text"):
-        rows_of(SourceConfig(write(tmp_path, ".jsonl"), text_key="other"))
+        rows_of(SourceConfig(source=write(tmp_path, ".jsonl"), text_key="other"))
 
 
 @pytest.mark.parametrize("streaming", [False, True])
 def test_a_row_without_its_text_is_named(tmp_path, streaming):
     path = write(tmp_path, ".jsonl", [*TEXTS, None])
     with pytest.raises(ValueError, match=r"row 3 of .*column 'text' holds null, expected text"):
-        rows_of(SourceConfig(path, streaming=streaming)).row(20)
+        rows_of(SourceConfig(source=path, streaming=streaming)).row(20)
 
 
 def test_files_that_are_not_there(tmp_path):
     write(tmp_path, ".jsonl")
     with pytest.raises(ValueError, match=r"no file matches .*did you mean '.*data\.jsonl'"):
-        rows_of(SourceConfig(str(tmp_path / "dta.jsonl")))
+        rows_of(SourceConfig(source=str(tmp_path / "dta.jsonl")))
     with pytest.raises(ValueError, match="there is no folder"):
-        rows_of(SourceConfig(str(tmp_path / "nowhere" / "x.txt")))
+        rows_of(SourceConfig(source=str(tmp_path / "nowhere" / "x.txt")))
 
 
 def test_files_of_two_formats(tmp_path):
     write(tmp_path, ".jsonl")
     write(tmp_path, ".parquet")
     with pytest.raises(ValueError, match=r"several formats \(.jsonl, .parquet\)"):
-        rows_of(SourceConfig(str(tmp_path / "data.*")))
+        rows_of(SourceConfig(source=str(tmp_path / "data.*")))
 
 
 @pytest.mark.parametrize("ends", [True, False])
@@ -164,17 +164,19 @@ def test_an_empty_source(tmp_path, texts, streaming, ends):
         tokenizer.eos_token = None
     path = write(tmp_path, ".jsonl", texts)
     with pytest.raises(ValueError, match="is empty"):
-        open_source(SourceConfig(path, streaming=streaming), tokenizer, RowFormat(8, 256), 0).row(0)
+        open_source(
+            SourceConfig(source=path, streaming=streaming), tokenizer, RowFormat(8, 256), 0
+        ).row(0)
 
 
 def test_a_folder_without_a_file_that_is_read(tmp_path):
     (tmp_path / "notes.pdf").write_text("")
     with pytest.raises(ValueError, match=r"holds no file of a kind that is read \(.*\.jsonl"):
-        rows_of(SourceConfig(str(tmp_path)))
+        rows_of(SourceConfig(source=str(tmp_path)))
 
 
 def test_a_stream_is_packed_as_the_run_says(tmp_path):
-    config = SourceConfig(write(tmp_path, ".jsonl"), streaming=True)
+    config = SourceConfig(source=write(tmp_path, ".jsonl"), streaming=True)
     form = RowFormat(64, 256, "none", "truncate")
     assert texts_in(open_source(config, TOKENIZER, form, 0), 3) == sorted(TEXTS)
 
@@ -183,37 +185,37 @@ def test_a_packed_file_that_cannot_be_unpacked_here(tmp_path, monkeypatch):
     (tmp_path / "x.jsonl.zst").write_bytes(b"\x28\xb5\x2f\xfd")
     monkeypatch.setattr("hybrid.data.texts.find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"x\.jsonl\.zst: cannot be unpacked here; pip inst"):
-        rows_of(SourceConfig(str(tmp_path / "x.jsonl.zst")))
+        rows_of(SourceConfig(source=str(tmp_path / "x.jsonl.zst")))
 
 
 def test_a_name_that_is_nearly_a_file_s_is_no_data_set_of_the_hub(tmp_path, monkeypatch):
     write(tmp_path, ".jsonl")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match=r"'data.jsnl' cannot be loaded: .*, did you mean 'data.j"):
-        rows_of(SourceConfig("data.jsnl"))
+        rows_of(SourceConfig(source="data.jsnl"))
 
 
 def test_a_broken_file_says_so(tmp_path):
     (tmp_path / "x.jsonl").write_text('{"text": "a"}\n{"text": ')
     with pytest.raises(ValueError, match=r"x.jsonl' cannot be loaded: "):
-        rows_of(SourceConfig(str(tmp_path / "x.jsonl")))
+        rows_of(SourceConfig(source=str(tmp_path / "x.jsonl")))
 
 
 def test_a_misspelt_name_is_no_data_set_of_the_hub():
     with pytest.raises(ValueError, match="no source 'stdlb', did you mean 'stdlib'"):
-        open_texts(SourceConfig("stdlb"))
+        open_texts(SourceConfig(source="stdlb"))
 
 
 def test_each_epoch_has_an_order_of_its_own(tmp_path):
     path = write(tmp_path, ".jsonl", [f"{n:03d}" for n in range(50)])
-    rows = rows_of(SourceConfig(path), packing="none")
+    rows = rows_of(SourceConfig(source=path), packing="none")
     order = [bytes(rows.row(i)["input_ids"][:3].astype(np.uint8)) for i in range(150)]
     epochs = [order[i : i + 50] for i in (0, 50, 100)]
     assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
     assert len({tuple(sorted(e)) for e in epochs}) == 1
-    again = rows_of(SourceConfig(path), packing="none")
+    again = rows_of(SourceConfig(source=path), packing="none")
     assert bytes(again.row(77)["input_ids"][:3].astype(np.uint8)) == order[77]
-    other = rows_of(SourceConfig(path), packing="none", seed=1)
+    other = rows_of(SourceConfig(source=path), packing="none", seed=1)
     assert [bytes(other.row(i)["input_ids"][:3].astype(np.uint8)) for i in range(50)] != epochs[0]
 
 
@@ -230,9 +232,11 @@ def test_a_plug_in_of_another_package(plugin):
     )
     assert "numbers" in source_names()
     mistakes = []
-    config = parse_source({"source": "numbers", "first": 5, "weight": 2}, "data[0]", mistakes)
+    config = build(
+        SourceConfig, {"source": "numbers", "first": 5, "weight": 2}, "data[0]", mistakes
+    )
     assert mistakes == []
-    assert config == SourceConfig("numbers", weight=2.0, options={"first": 5})
+    assert config == SourceConfig(source="numbers", weight=2.0, options={"first": 5})
     rows = rows_of(config, length=4)
     assert rows.row(3)["input_ids"].tolist() == [8, 8, 8, 256]
     assert rows.row(3)["labels"].tolist() == [8, 8, 8, -100]
@@ -248,14 +252,14 @@ def test_a_plug_in_that_answers_an_index_is_asked_for_it(plugin):
         "def numbers(*, sequence_length, seed, tokenizer):\n"
         "    return Numbers()\n"
     )
-    rows = rows_of(SourceConfig("numbers"), length=1)
+    rows = rows_of(SourceConfig(source="numbers"), length=1)
     assert rows.row(10**12)["input_ids"].tolist() == [10**12]
 
 
 def test_an_unknown_option_of_a_plug_in(plugin):
     plugin("def numbers(*, sequence_length, seed, tokenizer, first=0):\n    return []\n")
     mistakes = []
-    parse_source({"source": "numbers", "frist": 5}, "data[1]", mistakes)
+    build(SourceConfig, {"source": "numbers", "frist": 5}, "data[1]", mistakes)
     assert mistakes == [
         "data[1].frist: unknown option of 'numbers', did you mean 'first'?",
     ]
@@ -285,18 +289,18 @@ def test_a_plug_in_that_ends():
     ("values", "mistake"),
     [
         ({"source": "mqra", "pairs": 4}, "data: no source 'mqra', did you mean 'mqar'?"),
-        ({"source": ["mqar"]}, "data.source: expected str, found list ['mqar']"),
+        ({"source": ["mqar"]}, "data.source: expected str, got list ['mqar']"),
         ({"source": "stdlib", "options": {}},
-         "data.options: unknown key, known: name, source, split, streaming, text_key, weight"),
+         "data.options: expected none, for 'stdlib' is no plug-in, got dict {}"),
         ({"source": "my.jsonl", "split": "heldout"},
-         "data.split: files have none, found 'heldout'; name the files"),
+         "data.split: expected none for files, got 'heldout'; try naming the files in `source`"),
         ({"source": "texts/*.txt", "name": "en"},
-         "data.name: files have none, found 'en'; name the files"),
+         "data.name: expected none for files, got 'en'; try naming the files in `source`"),
     ],
 )  # fmt: skip
 def test_mistakes_in_an_entry_are_named(values, mistake):
     mistakes = []
-    parse_source(values, "data", mistakes)
+    build(SourceConfig, values, "data", mistakes)
     assert mistakes == [mistake]
 
 
@@ -368,7 +372,7 @@ def test_prepared_data_gives_the_rows_of_the_source(tmp_path):
     index = prepare(source, folder, shard_tokens=18)
     assert (index["documents"], index["tokens"]) == (3, sum(map(len, TEXTS)) + 3)
     assert [s["documents"] for s in index["shards"]] == [2, 1]
-    prepared = rows_of(SourceConfig(str(folder)), length=64, packing="none")
+    prepared = rows_of(SourceConfig(source=str(folder)), length=64, packing="none")
     assert texts_in(prepared, 3) == sorted(TEXTS)
     assert isinstance(open_shards(folder)[0].tokens, np.memmap)
 
@@ -425,11 +429,11 @@ def test_prepared_data_in_doubt_is_refused(tmp_path):
     other = byte_tokenizer()
     other.add_tokens(["x1"])
     with pytest.raises(ValueError, match=r"tokenizer of 259 tokens, this run's has 260"):
-        open_source(SourceConfig(str(folder)), other, RowFormat(8, 256), 0)
+        open_source(SourceConfig(source=str(folder)), other, RowFormat(8, 256), 0)
     index = json.loads((folder / INDEX).read_text())
     (folder / INDEX).write_text(json.dumps({**index, "fingerprint": index["fingerprint"] ^ 1}))
     with pytest.raises(ValueError, match="words have other ids than in this run's"):
-        rows_of(SourceConfig(str(folder)))
+        rows_of(SourceConfig(source=str(folder)))
     np.save(folder / "tokens-00000.npy", np.zeros(3, np.uint16))
     with pytest.raises(ValueError, match="shard 00000 is damaged: its offsets do not reach"):
         open_shards(folder)

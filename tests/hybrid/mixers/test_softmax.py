@@ -215,8 +215,8 @@ def test_layers_without_positions_do_not_see_them():
             "alibi: takes the place of rotary",
         ),
         ({"alibi": True, "sinks": True}, "alibi: does not go with sinks"),
-        ({"soft_cap": 0.0}, "soft_cap: must be greater than 0, found 0.0"),
-        ({"nope_every": 0}, "nope_every: must be greater than 0, found 0"),
+        ({"soft_cap": 0.0}, "soft_cap: expected above 0, got 0.0"),
+        ({"nope_every": 0}, "nope_every: expected at least 1, got 0"),
     ],
 )
 def test_mistakes_are_named(options, message):

@@ -173,14 +173,14 @@ def test_temperature_with_nope_every_is_for_layers_without_positions():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"temperature": -1.0}, "temperature: must be greater than 0, found -1.0"),
-        ({"temperature_length": 0}, "temperature_length: must be greater than 0"),
-        ({"temperature_offset": 2}, "temperature_offset: expected one of 0, 1, found 2"),
+        ({"temperature": -1.0}, "temperature: expected above 0, got -1.0"),
+        ({"temperature_length": 0}, "temperature_length: expected at least 1"),
+        ({"temperature_offset": 2}, "temperature_offset: expected one of 0 or 1, got 2"),
         ({"dual_chunk_window": 4}, "dual_chunk_window: has no meaning without dual_chunk_size"),
-        ({"dual_chunk_size": 0}, "dual_chunk_size: must be greater than 0, found 0"),
+        ({"dual_chunk_size": 0}, "dual_chunk_size: expected at least 1, got 0"),
         (
             {"dual_chunk_size": 8, "dual_chunk_window": 9},
-            "dual_chunk_window: must be at most dual_chunk_size 8, found 9",
+            "dual_chunk_window: expected at most dual_chunk_size 8, got 9",
         ),
         ({"dual_chunk_size": 8, "rope_parameters": None}, "dual_chunk_size: is about rotary"),
         (
@@ -190,7 +190,7 @@ def test_temperature_with_nope_every_is_for_layers_without_positions():
             },
             "dual_chunk_size: does not go with rope_type 'dynamic'",
         ),
-        ({"qk_norm_type": "rms"}, "qk_norm_type: .* did you mean 'rmsnorm'"),
+        ({"qk_norm_type": "rms"}, "qk_norm_type: .* got 'rms'; try 'rmsnorm'"),
     ],
 )
 def test_mistakes_are_named(build_mixer, options, message):

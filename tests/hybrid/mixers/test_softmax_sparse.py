@@ -257,16 +257,16 @@ def test_flops_are_those_of_the_tokens_attended_to(options, context):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"block_size": 5}, "block_size: must be a multiple of block_stride 2, found 5"),
-        ({"select_size": 3}, "select_size: must be a multiple of block_stride 2, found 3"),
-        ({"block_size": 6}, "block_size: must be at most select_size 4, found 6"),
-        ({"block_stride": 0}, "block_stride: must be greater than 0, found 0"),
-        ({"num_initial": -1}, "num_initial: must be at least 0, found -1"),
-        ({"num_local": 0}, "num_local: must be greater than 0, found 0"),
-        ({"num_local": 3}, r"num_selected: .* num_initial \+ num_local = 4, found 3"),
-        ({"window": 1}, "window: must be at least 2, found 1"),
-        ({"num_kv_heads": 3}, "num_kv_heads: 3 does not divide num_heads 4"),
-        ({"compress": "max"}, "compress: expected one of 'mlp', 'mean', found 'max'"),
+        ({"block_size": 5}, "block_size: expected a multiple of block_stride 2, got 5"),
+        ({"select_size": 3}, "select_size: expected a multiple of block_stride 2, got 3"),
+        ({"block_size": 6}, "block_size: expected at most select_size 4, got 6"),
+        ({"block_stride": 0}, "block_stride: expected at least 1, got 0"),
+        ({"num_initial": -1}, "num_initial: expected at least 0, got -1"),
+        ({"num_local": 0}, "num_local: expected at least 1, got 0"),
+        ({"num_local": 3}, r"num_selected: .* num_initial \+ num_local = 4, got 3"),
+        ({"window": 1}, "window: expected at least 2, got 1"),
+        ({"num_kv_heads": 3}, "num_kv_heads: expected a divisor of num_heads 4, got 3"),
+        ({"compress": "max"}, "compress: expected one of 'mlp' or 'mean', got 'max'"),
     ],
 )
 def test_mistakes_are_named(options, message):

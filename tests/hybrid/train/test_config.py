@@ -73,11 +73,11 @@ def test_overrides_reach_any_key(path):
 @pytest.mark.parametrize(
     ("override", "line"),
     [
-        ("max_steps", "'max_steps': expected key=value, e.g. training.max_steps=10"),
+        ("max_steps", "'max_steps': expected key=value; try training.max_steps=10"),
         ("data[7].weight=1", "data[7].weight: no entry '7' in a list of 2"),
         (
             "sequence_length.x=1",
-            "sequence_length.x: sequence_length holds 64, nothing to set a key in",
+            "sequence_length.x: expected a mapping at sequence_length, got 64",
         ),
     ],
 )
@@ -102,29 +102,28 @@ training: {max_stpes: 10, learning_rate: fast}
     (layout,) = [line for line in found if line.startswith("model.layout")]
     found.remove(layout)
     assert "'Q'" in layout
-    assert found == [
+    assert sorted(found) == [
         "data[0].wieght: unknown key, did you mean 'weight'?",
-        "data[1].weight: expected a finite number above 0, found -1.0",
         "data[1].split: stdlib has no split 'test', known: heldout, train",
-        "data[2].source: required, and not given",
-        "muon.nesterov: expected bool, found int 3",
-        "training.max_stpes: unknown key, did you mean 'max_steps'?",
-        "training.learning_rate: expected float, found str 'fast'",
+        "data[1].weight: expected above 0, got -1",
+        "data[2].source: expected a value, got none",
         "model.hiden_size: unknown key, did you mean 'hidden_size'?",
+        "muon.nesterov: expected bool, got int 3",
+        "packing: expected one of 'concatenate', 'best_fit' or 'none', got 'bestfit'; try 'best_fit'",
         "sequence_lenght: unknown key, did you mean 'sequence_length'?",
-        "packing: expected one of 'concatenate', 'best_fit', 'none', found 'bestfit';"
-        " did you mean 'best_fit'?",
-        "sequence_length: required, and not given",
+        "sequence_length: expected a value, got none",
+        "training.learning_rate: expected float, got str 'fast'",
+        "training.max_stpes: unknown key, did you mean 'max_steps'?",
     ]
 
 
 def test_values_that_cannot_be_meant(tmp_path):
     assert mistakes("{model: {}, data: [], sequence_length: 1}") == [
-        "sequence_length: expected at least 2, found 1",
-        "data: no source; name at least one, e.g. {source: stdlib}",
+        "data: expected at least 1 entry, got []",
+        "sequence_length: expected at least 2, got 1",
     ]
     assert mistakes("{model: {path: no/where}, data: stdlib, sequence_length: 8}") == [
-        "model.path: there is no folder 'no/where'"
+        "model.path: expected a folder, got 'no/where', which is none"
     ]
 
 
@@ -135,8 +134,8 @@ OUTSIDE = {
     "num_train_epochs": (-1.0, "above 0"),
     "save_steps": (0, "a number of steps, or a share of them between 0 and 1"),
     "learning_rate": (-1e-3, "at least 0"),
-    "adam_beta1": (1.0, "at least 0 and below 1"),
-    "seed": (-1, "from 0 to 2^32 - 1"),
+    "adam_beta1": (1.0, "below 1"),
+    "seed": (-1, "at least 0"),
 }
 
 
@@ -144,14 +143,16 @@ def test_numbers_that_no_run_can_use():
     values = {key: value for key, (value, _) in OUTSIDE.items()}
     muon = {"momentum": 2.0, "ns_steps": 0}
     config = {"model": {}, "data": "stdlib", "sequence_length": 8, "training": values, "muon": muon}
-    assert mistakes(config) == [
-        "muon.momentum: expected at least 0 and below 1, found 2.0",
-        "muon.ns_steps: expected 1 to 99, found 0",
-        *(
-            f"training.{key}: expected {words}, found {value}"
-            for key, (value, words) in OUTSIDE.items()
-        ),
-    ]
+    assert sorted(mistakes(config)) == sorted(
+        [
+            "muon.momentum: expected below 1, got 2.0",
+            "muon.ns_steps: expected at least 1, got 0",
+            *(
+                f"training.{key}: expected {words}, got {value}"
+                for key, (value, words) in OUTSIDE.items()
+            ),
+        ]
+    )
 
 
 def test_keys_that_a_run_decides_itself():
@@ -175,9 +176,7 @@ def test_yaml_numbers_and_keys_given_twice():
     assert parse("[1e-3, 5e4, -2E+1, 1.5e-2, e3]", "x") == [1e-3, 5e4, -20.0, 1.5e-2, "e3"]
     with pytest.raises(ConfigError, match="key 'a' is given twice"):
         parse("{a: 1, a: 2}", "x")
-    with pytest.raises(
-        ConfigError, match=r"(?s)^x has .* not valid YAML: .* at line 1, col"
-    ) as caught:
+    with pytest.raises(ConfigError, match=r"(?s)^x: not valid YAML: .* at line 1, col") as caught:
         parse("{a: 1\n b", "x")
     assert "<unicode string>" not in str(caught.value)  # x is named already
 
@@ -189,7 +188,7 @@ def test_a_config_file_that_is_not_there(path):
     with pytest.raises(ConfigError, match="cannot be read as text"):
         load_config(path)
     path.write_text("- 1")
-    with pytest.raises(ConfigError, match="expected a mapping, found list"):
+    with pytest.raises(ConfigError, match="expected a mapping, got list"):
         load_config(path)
 
 
@@ -264,7 +263,7 @@ def test_a_folder_that_cannot_be_made(tmp_path):
 
 def test_what_transformers_refuses_is_said_where_it_stands(tmp_path):
     training = {"output_dir": str(tmp_path), "lr_scheduler_type": "sine"}
-    with pytest.raises(ConfigError, match=r"training: .*sine"):
+    with pytest.raises(ConfigError, match=r"training\.lr_scheduler_type: expected .*, got 'sine'"):
         training_arguments(config_of(training=training))
 
 

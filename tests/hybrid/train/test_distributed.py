@@ -366,7 +366,7 @@ def test_machines_without_a_common_folder_are_told_so(train, two_processes, tmp_
     ("change", "said"),
     [
         ({}, "2 does not divide the number of processes, 1"),
-        ({"context_parallel": 0}, "context_parallel: expected at least 1, found 0"),
+        ({"context_parallel": 0}, "context_parallel: expected at least 1, got 0"),
     ],
 )
 def test_rows_that_cannot_be_shared_are_refused(train, change, said):

@@ -247,9 +247,9 @@ def test_the_multi_step_schedule(tmp_path, options, expected):
 
 
 MULTI_STEP = {
-    "lengths": ({"at": [0.5]}, "multi_step: 1 places in at, 2 factors"),
+    "lengths": ({"at": [0.5]}, "multi_step.factors: expected 1, one for each of at"),
     "order": ({"at": [0.9, 0.8]}, r"multi_step.at: expected rising shares between 0 and 1"),
-    "sign": ({"factors": [0.5, -0.1]}, "multi_step.factors: must not be below 0"),
+    "sign": ({"factors": [0.5, -0.1]}, "multi_step.factors.1.: expected at least 0"),
     "key": ({"factor": [0.5, 0.1]}, "multi_step.factor: unknown key, did you mean 'factors'"),
 }
 

@@ -23,7 +23,7 @@ def test_lora_on_the_projections_trains_saves_and_reloads(
     adapted = {n.split(".lora_A")[0] for n, _ in model.named_parameters() if "lora_A" in n}
     for layer in range(3):
         assert any(f"layers.{layer}.mixer." in name for name in adapted), layer
-    rows = open_source(SourceConfig("stdlib"), byte_tokenizer(), RowFormat(32, 256), 0)
+    rows = open_source(SourceConfig(source="stdlib"), byte_tokenizer(), RowFormat(32, 256), 0)
     arguments = TrainingArguments(
         output_dir=str(tmp_path / "run"),
         max_steps=2,

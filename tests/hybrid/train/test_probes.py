@@ -155,12 +155,12 @@ def test_a_probe_s_mistakes_are_named(values):
     with pytest.raises(ConfigError) as caught:
         parse_config(values)
     assert caught.value.mistakes == [
-        "probes.loss: a name is a word of letters, digits and _, and not 'loss'",
-        "probes.a.evry: unknown option of 'mqar', known: filler_ids, gap, key_ids, min_pairs, pairs,"
-        " power, queries, repeat, source, value_ids, weight",
-        "probes.a.rows: expected at least 1, found 0",
-        "probes.b.every: expected int, found str 'often'",
-        "probes.c: expected a source, found int",
+        "probes.loss: expected a name of letters, digits and _, and not 'loss', got 'loss'",
+        "probes.a.evry: unknown option of 'mqar', did you mean 'every'?",
+        "probes.a.rows: expected at least 1, got 0",
+        "probes.b.every: expected int, got str 'often'",
+        "probes.b.lengths[1]: expected at least 1, got 0",
+        "probes.c: expected mapping of options, got int 3",
     ]
     values["probes"] = {"long": {"source": "mqar", "pairs": 40}}
     with pytest.raises(ConfigError, match=r"probes.long \(mqar, length 24\): 40 pairs"):
@@ -170,4 +170,4 @@ def test_a_probe_s_mistakes_are_named(values):
 def test_a_config_with_probes_comes_back_from_its_own_text(values):
     config = parse_config({**values, "probes": PROBES})
     assert parse_config(config.as_dict()) == config
-    assert config.probes["needle"].source.options == {"needles": 2}
+    assert config.probes["needle"].options == {"needles": 2}

@@ -108,9 +108,9 @@ def test_rows_of_a_plugin_hold_integers():
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("? [a, b]\n: c", "a key is text"),
-        ("? {a: b}\n: c", "a key is text"),
-        ("5: c", "a key is text, found 5"),
+        ("? [a, b]\n: c", "expected text as a key"),
+        ("? {a: b}\n: c", "expected text as a key"),
+        ("5: c", "expected text as a key, got 5"),
         ("a: " + "[" * 5000, "nested too deeply"),
         ("a: &x [*x]", "holds itself"),
         ("a: 2001-99-99", "not valid YAML"),
