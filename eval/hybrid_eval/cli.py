@@ -20,6 +20,7 @@ from transformers.utils.logging import disable_progress_bar
 from .corpus import load_corpus
 from .errors import NotFiniteError
 from .merge import merge
+from .pool import pooled
 from .registry import TASKS, Settings
 from .report import table_columns, write_report
 from .runner import evaluate
@@ -202,6 +203,7 @@ def _print_tasks(console: Console) -> None:
 
 def print_table(results: dict[str, Any], console: Console) -> None:
     """Print the table of the report, one column per model, names folded and never cut."""
+    results = pooled(results)
     headings, *rest = table_columns(results)
     models = results["models"]
     names = ["", *(headings.cell(record) for record in models)]

@@ -2,11 +2,11 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from .stats import PairedDifference, above_chance, holm, paired_difference
-
-Record = dict[str, Any]
+from . import seeds
+from .pool import Record, score_of
+from .stats import Interval, PairedDifference, above_chance, holm, paired_difference
 
 
 class Comparison(NamedTuple):
@@ -20,25 +20,60 @@ class Comparison(NamedTuple):
     p_holm: float  # corrected for all comparisons of the run
 
 
-def comparisons(results: Record) -> list[Comparison]:
-    """Compare every model with the first, on identical items only.
+def comparison(model: Record, reference: Record, task: str) -> PairedDifference | None:
+    """Return how a model differs from another on identical items; None where the items differ.
 
     The items of a task are the same for two models if the run's settings, the task's options and
-    the true token counts are: models with different tokenizers see different prompts.
+    the true token counts are: models with different tokenizers see different prompts. Models of
+    several seeds are compared seed by seed, see :mod:`hybrid_eval.seeds`.
     """
+    mine, base = model["results"].get(task), reference["results"].get(task)
+    if mine is None or base is None or "items" not in mine:
+        return None
+    if len(mine["items"]) != len(base.get("items", ())):
+        return None
+    if mine["tokens"] != base["tokens"] or mine["options"] != base["options"]:
+        return None
+    if "seeds" in model or "seeds" in reference:
+        return _over_seeds(model, reference, task)
+    bounded = "chance" in mine or mine["metric"] == "accuracy"
+    return paired_difference(mine["items"], base["items"], bounded=bounded)
+
+
+def _over_seeds(model: Record, reference: Record, task: str) -> PairedDifference | None:
+    """Compare two models that were trained with the same seeds, at least two of them."""
+    common = [seed for seed in model.get("seeds", ()) if seed in reference.get("seeds", ())]
+    if len(common) < 2:
+        return None
+    changed, unchanged = (
+        [
+            score_of(record["replicas"][record["seeds"].index(seed)]["results"][task])
+            for seed in common
+        ]
+        for record in (model, reference)
+    )
+    # what differs by rounding is equal
+    differences = [
+        0.0 if math.isclose(a.value, b.value, rel_tol=1e-12) else a.value - b.value
+        for a, b in zip(changed, unchanged, strict=True)
+    ]
+    sampling = seeds.sampling_of_difference(changed, unchanged)
+    found = seeds.estimate(differences, 0.95, sampling)
+    interval = Interval(found.low, found.high)
+    p_value = seeds.p_value(differences, sampling)
+    return PairedDifference(found.mean, interval, p_value, len(changed[0].items))
+
+
+def comparisons(results: Record) -> list[Comparison]:
+    """Compare every model with the first, on identical items only."""
     reference, *others = results["models"]
     pairs = []
     for other in others:
         for task, mine in other["results"].items():
-            base = reference["results"].get(task)
-            if base is None or "items" not in mine or len(mine["items"]) != len(base["items"]):
-                continue
-            if mine["tokens"] != base["tokens"] or mine["options"] != base["options"]:
-                continue
-            bounded = "chance" in mine or mine["metric"] == "accuracy"
-            found = paired_difference(mine["items"], base["items"], bounded=bounded)
-            metric = mine["metric"].replace("_", " ")
-            pairs.append((task, metric, other["name"], reference["name"], found))
+            found = comparison(other, reference, task)
+            if found is not None:
+                metric = mine["metric"].replace("_", " ")
+                pairs.append((task, metric, other["name"], reference["name"], found))
     corrected_ps = holm([found.p_value for *_, found in pairs])
     return [Comparison(*pair, p) for pair, p in zip(pairs, corrected_ps, strict=True)]
 

@@ -1,6 +1,7 @@
 """From what a user names to a model that can be measured."""
 
 import contextlib
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -48,13 +49,20 @@ class Subject:
 
 
 def split_name(spec: str) -> tuple[str, str]:
-    """Split ``NAME=PATH``; without a name the last part of the path is the name."""
+    """Split ``NAME=PATH``; without a name the last part of the path is the name.
+
+    A folder ``LAYOUT/seed-0``, as an ablation writes it, is called "LAYOUT seed 0".
+    """
     name, separator, path = spec.partition("=")
     if separator and name and path:
         return name, path
     if spec.endswith(".gguf"):
         return Path(spec).stem, spec
-    return Path(spec.rstrip("/")).name or spec, spec
+    folder = Path(spec.rstrip("/"))
+    seed = re.fullmatch(r"seed[-_](\d+)", folder.name)
+    if seed is not None and folder.parent.name:
+        return f"{folder.parent.name} seed {seed[1]}", spec
+    return folder.name or spec, spec
 
 
 def _resolve(source: str) -> tuple[str, dict[str, str]]:

@@ -34,8 +34,8 @@ _STYLE: dict[Any, Any] = {
     "savefig.dpi": 200,
     "figure.dpi": 100,
 }
-_CMAP = "cividis"
-_MARKERS = "osD^vP*X<>"
+CMAP = "cividis"
+MARKERS = "osD^vP*X<>"
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,8 @@ def human_tokens(value: float) -> str:
 
 
 @contextmanager
-def _figure(width: float, height: float) -> Iterator[Figure]:
+def new_figure(width: float, height: float) -> Iterator[Figure]:
+    """Open a figure of so many inches in the style of the report."""
     with mpl.rc_context(_STYLE):
         figure = Figure(figsize=(width, height), layout="constrained")
         FigureCanvasAgg(figure)
@@ -142,6 +143,7 @@ def scatter(
     log_x: bool = False,
     y_limits: tuple[float, float] = (-0.04, 1.08),
     x_limits: tuple[float, float] | None = None,
+    frontier: bool = False,
 ) -> Figure:
     """Draw one labelled point per model, with 95% intervals.
 
@@ -157,13 +159,14 @@ def scatter(
         log_x: logarithmic x axis.
         y_limits: of the y axis.
         x_limits: of the x axis; None lets the data decide.
+        frontier: join the points that no other beats in both, smaller x and larger y.
     """
     sizes = [p.cache_bytes for p in points if p.cache_bytes]
-    with _figure(6.4, 4.3) as figure:
+    with new_figure(6.4, 4.3) as figure:
         axes = figure.add_subplot()
         coloured = len(sizes) == len(points) and not log_x
         norm = _log_norm(sizes) if coloured else None
-        cmap = mpl.colormaps[_CMAP]
+        cmap = mpl.colormaps[CMAP]
         blocked, radii = [], []
         for number, point in enumerate(points):
             shade = norm(point.cache_bytes or 0) if norm is not None else 0.25
@@ -174,7 +177,7 @@ def scatter(
                 [point.y[0]],
                 s=area,
                 color=[cmap(shade)],
-                marker=_MARKERS[number % len(_MARKERS)] if not coloured else "o",
+                marker=MARKERS[number % len(MARKERS)] if not coloured else "o",
                 edgecolor="black",
                 linewidth=0.8,
                 # the smaller marker on top
@@ -190,6 +193,8 @@ def scatter(
             axes.set_xlim(*x_limits)
         if not log_x:
             axes.xaxis.set_major_locator(MaxNLocator(6))
+        if frontier:
+            blocked += _draw_frontier(axes, points)
         if chance is not None:
             axes.axhline(chance, color="#888888", linestyle="--", linewidth=1, zorder=1)
             axes.annotate(
@@ -221,6 +226,24 @@ def scatter(
         return figure
 
 
+def on_frontier(points: Sequence[Point]) -> list[Point]:
+    """Return the points that no other beats or equals in both, by growing x: small x, large y."""
+    found: list[Point] = []
+    for point in sorted(points, key=lambda p: (p.x[0], -p.y[0])):
+        if not found or point.y[0] > found[-1].y[0]:
+            found.append(point)
+    return found
+
+
+def _draw_frontier(axes, points: Sequence[Point]) -> list[tuple[float, float, float, float]]:
+    """Draw the frontier as steps up to the right edge, and return its segments."""
+    best = on_frontier(points)
+    x = [*(p.x[0] for p in best), axes.get_xlim()[1]]
+    y = [*(p.y[0] for p in best), best[-1].y[0]]
+    axes.step(x, y, where="post", color="#b8860b", linewidth=1.4, alpha=0.8, zorder=1)
+    return [(x[i], y[i], x[i + 1], y[i]) for i in range(len(best))]
+
+
 def _apart(values: Sequence[float], norm: Normalize, gap: float = 0.06) -> list[float]:
     """Drop ticks that would overlap on the colour bar."""
     kept: list[float] = []
@@ -228,112 +251,3 @@ def _apart(values: Sequence[float], norm: Normalize, gap: float = 0.06) -> list[
         if not kept or norm(value) - norm(kept[-1]) >= gap:
             kept.append(value)
     return kept
-
-
-def curves(
-    lines: dict[str, list[tuple[float, float]]],
-    *,
-    x_label: str,
-    y_label: str,
-    title: str,
-    log_y: bool = False,
-) -> Figure:
-    """Draw one line with markers per model over lengths (log scale).
-
-    Args:
-        lines: model name to (length, value).
-        x_label: of the axis.
-        y_label: of the axis.
-        title: of the picture.
-        log_y: logarithmic y axis.
-    """
-    with _figure(6.4, 3.9) as figure:
-        axes = figure.add_subplot()
-        cmap = mpl.colormaps[_CMAP]
-        for number, (name, points) in enumerate(lines.items()):
-            shade = 0.9 * number / max(len(lines) - 1, 1)
-            x, y = zip(*points, strict=True)
-            axes.plot(
-                x,
-                y,
-                label=name,
-                color=cmap(shade),
-                marker=_MARKERS[number % len(_MARKERS)],
-                markeredgecolor="black",
-                markeredgewidth=0.6,
-            )
-        axes.set_xscale("log", base=2)
-        axes.set_xticks(sorted({length for points in lines.values() for length, _ in points}))
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: human_tokens(value)))
-        axes.minorticks_off()
-        if log_y:
-            axes.set_yscale("log")
-        else:
-            axes.set_ylim(bottom=0)
-            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
-        axes.set_xlabel(x_label)
-        axes.set_ylabel(y_label)
-        axes.set_title(title, loc="left")
-        # beside the axes: never on a line
-        figure.legend(loc="outside right center", frameon=False, fontsize=9)
-        return figure
-
-
-def heat_maps(grids: dict[str, list[dict[str, Any]]], *, title: str, columns: int = 3) -> Figure:
-    """Draw accuracy by depth and length, one small picture per model on one colour scale.
-
-    Args:
-        grids: model name to cells with "length", "depth", "accuracy".
-        title: of the whole.
-        columns: small pictures per line.
-    """
-    cells = [cell for grid in grids.values() for cell in grid]
-    lengths = sorted({cell["length"] for cell in cells})
-    depths = sorted({cell["depth"] for cell in cells})
-    columns = min(columns, len(grids))
-    lines = math.ceil(len(grids) / columns)
-    width = max(1.7, 0.62 * len(lengths) + 0.5)
-    height = max(1.5, 0.42 * len(depths) + 0.75)
-    with _figure(width * columns + 1.3, height * lines + 0.6) as figure:
-        grid_axes = figure.subplots(lines, columns, squeeze=False, sharex=True, sharey=True)
-        image = None
-        for axes, (name, grid) in zip(grid_axes.flat, grids.items(), strict=False):
-            image = _heat_map(axes, grid, lengths, depths)
-            axes.set_title(name)
-        for axes in list(grid_axes.flat)[len(grids) :]:
-            axes.set_visible(False)
-        figure.supxlabel("length (tokens)", fontsize=10)
-        figure.supylabel("depth of the needle", fontsize=10)
-        figure.suptitle(title, x=0.01, ha="left", fontsize=11)
-        if image is not None:
-            bar = figure.colorbar(image, ax=grid_axes, fraction=0.04, pad=0.02)
-            bar.set_label("accuracy")
-            bar.outline.set_visible(False)  # type: ignore[operator]
-        return figure
-
-
-def _heat_map(axes, grid: list[dict[str, Any]], lengths: list[int], depths: list[float]):
-    table = [[math.nan] * len(lengths) for _ in depths]
-    for cell in grid:
-        table[depths.index(cell["depth"])][lengths.index(cell["length"])] = cell["accuracy"]
-    image = axes.imshow(table, cmap=_CMAP, vmin=0, vmax=1, aspect="auto")
-    for line, row in enumerate(table):
-        for column, value in enumerate(row):
-            if math.isnan(value):
-                continue
-            axes.text(
-                column,
-                line,
-                f"{value:.2f}",
-                ha="center",
-                va="center",
-                fontsize=8,
-                color="white" if value < 0.55 else "black",
-            )
-    axes.set_xticks(range(len(lengths)), [human_tokens(length) for length in lengths])
-    axes.set_yticks(range(len(depths)), [f"{depth:g}" for depth in depths])
-    axes.grid(False)
-    axes.tick_params(length=0)
-    for spine in axes.spines.values():
-        spine.set_visible(False)
-    return image

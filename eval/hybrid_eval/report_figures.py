@@ -1,6 +1,7 @@
 """Which pictures a report has: from the results of a run to figures with captions."""
 
 import base64
+import math
 import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -8,13 +9,15 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from . import pictures
+from . import length_pictures, pictures
 from .contrast import aggregate, attention_share
 from .pictures import Point, human_tokens
 
 Record = dict[str, Any]
 # where a task's material comes from is in the footer, not on an axis
 _SOURCES = ("path", "examples", "essays", "squad", "hotpot", "words")
+_PANELS = 9  # small pictures in one
+_PIXELS = 130  # of the page for an inch of a figure
 
 
 @dataclass
@@ -25,6 +28,11 @@ class Picture:
     caption: str
     png: bytes
     figure: Figure | None = None
+
+    @property
+    def width(self) -> int | None:
+        """Pixels of a page at which all pictures have letters of one size; None lets it be."""
+        return None if self.figure is None else round(self.figure.get_figwidth() * _PIXELS)
 
     @property
     def data_uri(self) -> str:
@@ -131,18 +139,58 @@ def _against_cache(results: dict[str, Any], task: str) -> Picture:
         title=f"{named(results, task)} against memory",
         chance=results["models"][0]["results"][task].get("chance"),
         log_x=True,
+        frontier=len(points) > 1,
     )
     caption = (
         f"Accuracy on {named(results, task)} (95% intervals) against the measured cache at {context} "
-        "tokens."
+        "tokens. The line is the frontier: it joins the models that no other beats in both."
     )
     return Picture("retrieval_vs_cache.png", caption, pictures.to_png(figure), figure)
+
+
+def _lines(results: dict[str, Any], task: str) -> dict[str, length_pictures.Line]:
+    """Return score and interval by length of every model, the mean over depths where there are any."""
+    found = {}
+    for model in results["models"]:
+        cells: dict[int, list[tuple[float, float, float]]] = {}
+        for cell in model["results"].get(task, {}).get("cells", ()):
+            if "length" in cell and "accuracy" in cell:
+                value = cell["accuracy"]
+                low, high = cell.get("interval") or (value, value)
+                cells.setdefault(cell["length"], []).append((value, low, high))
+        line: list[tuple[float, float, float, float]] = []
+        for length, ends in sorted(cells.items()):
+            value = sum(v for v, _, _ in ends) / len(ends)
+            # cells are drawn independently: their half-widths add up in squares
+            below = math.sqrt(sum((v - low) ** 2 for v, low, _ in ends)) / len(ends)
+            above = math.sqrt(sum((high - v) ** 2 for v, _, high in ends)) / len(ends)
+            line.append((length, value, max(0.0, value - below), min(1.0, value + above)))
+        if len(line) > 1:
+            found[model["name"]] = line
+    return found
+
+
+def _length_curves(results: dict[str, Any]) -> Iterator[Picture]:
+    """Yield score against length: all tasks that were run at several lengths, nine a picture."""
+    tasks = dict.fromkeys(task for model in results["models"] for task in model["results"])
+    plots = {task: lines for task in tasks if (lines := _lines(results, task))}
+    names = list(plots)
+    for start in range(0, len(names), _PANELS):
+        part = names[start : start + _PANELS]
+        figure = length_pictures.panels(
+            {named(results, task): plots[task] for task in part}, title="Accuracy by length"
+        )
+        caption = (
+            "Accuracy by length, mean over depths where a task has them; bands are 95% intervals."
+        )
+        number = "" if start == 0 else f"_{start // _PANELS + 1}"
+        yield Picture(f"accuracy_by_length{number}.png", caption, pictures.to_png(figure), figure)
 
 
 def _heat_map(results: dict[str, Any], task: str) -> Picture:
     grids = {model["name"]: model["results"][task]["cells"] for model in results["models"]}
     n = results["models"][0]["results"][task]["cells"][0]["n"]
-    figure = pictures.heat_maps(
+    figure = length_pictures.heat_maps(
         grids, title=f"{named(results, task)}: accuracy by depth and length"
     )
     caption = (
@@ -166,17 +214,18 @@ def figures(results: dict[str, Any]) -> Iterator[Picture]:
         # naming a letter is symbol binding: it counts only where nothing else was run
         meaning = [task for task in reasoning if task != "mmlu_letters"] or reasoning
         yield _two_axes(results, meaning, retrieving)
+    sizes = [_cache(model) for model in results["models"]]
+    if retrieval and all(sizes):
+        yield _against_cache(results, retrieval[0])
     shares = [attention_share(model) for model in results["models"]]
     if None not in shares and len(set(shares)) > 1:
         for task in [*retrieval[:1], *reasoning[:1]]:
             yield _against_share(results, task)
+    yield from _length_curves(results)
     for task in retrieval:
         cells = results["models"][0]["results"][task].get("cells")
         if cells and "depth" in cells[0]:
             yield _heat_map(results, task)
-    sizes = [_cache(model) for model in results["models"]]
-    if retrieval and all(sizes):
-        yield _against_cache(results, retrieval[0])
     if all("speed" in model["results"] for model in results["models"]):
         yield from _speeds(results)
 
@@ -256,7 +305,7 @@ def _speeds(results: dict[str, Any]) -> Iterator[Picture]:
             model["name"]: [(c["length"], c[key]) for c in model["results"]["speed"]["cells"]]
             for model in results["models"]
         }
-        figure = pictures.curves(
+        figure = length_pictures.curves(
             lines,
             x_label="length (tokens)",
             y_label="tokens per second",

@@ -195,11 +195,19 @@ def paired_difference(
 
 
 def holm(p_values: Values) -> list[float]:
-    """Return p-values corrected for their number (Holm 1979)."""
+    """Return p-values corrected for their number (Holm 1979, A simple sequentially rejective procedure).
+
+    Rejecting what is below a level keeps the chance of any false rejection below that level. A nan
+    stays one and is not counted.
+    """
     # imported here: statsmodels loads pandas, which sources of training data do not need
     from statsmodels.stats.multitest import multipletests
 
-    return multipletests(p_values, method="holm")[1].tolist() if len(p_values) else []
+    corrected = np.array(p_values, dtype=np.float64)
+    known = ~np.isnan(corrected)
+    if known.any():
+        corrected[known] = multipletests(corrected[known], method="holm")[1]
+    return corrected.tolist()
 
 
 def _with_pseudo_items(differences: np.ndarray) -> tuple[float, float]:

@@ -9,11 +9,11 @@ from typing import Annotated, Any, Literal, Protocol
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
-from hybrid.ablate.statistics import Score
 from hybrid.config.declare import Count, Declared, Seed, Share, Size, Text, build, refuse, show
 from hybrid.config.options import ConfigError, did_you_mean
 from hybrid.train import yaml
 from hybrid.train.config import TrainConfig, parse_config
+from hybrid_eval.seeds import Score
 
 TRAINING_METRICS = ("loss", "eval_loss")  # what a run measures by itself; both are better lower
 OWNED = ("training.output_dir", "training.seed")  # each run's own

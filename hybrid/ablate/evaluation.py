@@ -10,13 +10,13 @@ from typing import Any
 import hybrid  # noqa: F401  (registers the model with transformers)
 from hybrid.ablate import report as words
 from hybrid.ablate.config import TRAINING_METRICS
-from hybrid.ablate.statistics import Score
 from hybrid.config.options import did_you_mean
 from hybrid_eval import Settings, evaluate
 from hybrid_eval.lm_harness import resolve
 from hybrid_eval.registry import TASKS, check_options
 from hybrid_eval.report import Column, Page, render
 from hybrid_eval.report_figures import Picture
+from hybrid_eval.seeds import Score
 
 
 class EvaluationTasks:

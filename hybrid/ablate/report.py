@@ -12,16 +12,16 @@ from typing import Any
 from hybrid.ablate.config import TRAINING_METRICS, Evaluator
 from hybrid.ablate.design import Design, Variant
 from hybrid.ablate.runs import Measured
-from hybrid.ablate.statistics import (
+from hybrid.files import write_bytes, write_json, write_text
+from hybrid.plan import human_bytes
+from hybrid_eval.seeds import (
     FEWEST_PAIRS,
     estimate,
-    holm,
     p_value,
     sampling_of,
     sampling_of_difference,
 )
-from hybrid.files import write_bytes, write_json, write_text
-from hybrid.plan import human_bytes
+from hybrid_eval.stats import holm
 
 Record = dict[str, Any]
 

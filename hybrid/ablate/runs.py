@@ -22,13 +22,13 @@ import yaml
 
 from hybrid.ablate.config import TRAINING_METRICS, Ablation, Evaluator
 from hybrid.ablate.design import Design, Variant
-from hybrid.ablate.statistics import Score
 from hybrid.config.options import ConfigError
 from hybrid.files import write_text
 from hybrid.locks import sole_writer
 from hybrid.train.config import parse_config
 from hybrid.train.launch import training_command
 from hybrid.train.runner import DIVERGED, RESULT, run
+from hybrid_eval.seeds import Score
 
 CONFIG, METRICS = "config.yaml", "metrics.json"
 LAST = 0.1  # share of the log that the final loss is a mean of

@@ -12,12 +12,13 @@ import pytest
 from hybrid.ablate import load_ablation, markdown, plan_runs, run_design, summarise, write_report
 from hybrid.ablate.config import parse_ablation
 from hybrid.ablate.runs import CONFIG
-from hybrid.ablate.statistics import estimate, holm, p_value, t_quantile
 from hybrid.cli import main
 from hybrid.config.options import ConfigError
 from hybrid.data.mixture import Mixture
 from hybrid.plan import load_model_config, plan
 from hybrid.train import load_config
+from hybrid_eval.seeds import estimate, p_value, t_quantile
+from hybrid_eval.stats import holm
 
 ABLATIONS = Path(__file__).parents[3] / "configs" / "ablations"
 STEPS = 8

@@ -10,7 +10,7 @@ from hybrid.ablate import plan_runs, summarise
 from hybrid.ablate.config import parse_ablation
 from hybrid.ablate.report import markdown
 from hybrid.ablate.runs import Measured
-from hybrid.ablate.statistics import (
+from hybrid_eval.seeds import (
     Score,
     estimate,
     p_value,

@@ -1,4 +1,4 @@
-"""Means over few seeds, their intervals, paired differences, and many of them at once.
+"""Means over few seeds, their intervals, and paired differences.
 
 Two things make a mean over seeds uncertain: the seeds themselves, and the items of the evaluation,
 which all seeds share, so that more seeds do not help against it. With V_s and V_i the variances of
@@ -136,21 +136,6 @@ def sampling_of_difference(changed: Sequence[Score], unchanged: Sequence[Score])
     mine, other = (np.mean([s.items for s in scores], axis=0) for scores in (changed, unchanged))
     added = [1.0, -1.0] if _bounded(both) else []
     return _sampling(mine - other, added)._replace(low=ends[0], high=ends[1])
-
-
-def holm(p_values: Sequence[float]) -> list[float]:
-    """p-values corrected for their number (Holm 1979, A simple sequentially rejective procedure).
-
-    Rejecting what is below a level keeps the chance of any false rejection below that level. A nan
-    stays one and is not counted.
-    """
-    from statsmodels.stats.multitest import multipletests
-
-    corrected = np.asarray(p_values, dtype=float)
-    known = ~np.isnan(corrected)
-    if known.any():
-        corrected[known] = multipletests(corrected[known], method="holm")[1]
-    return corrected.tolist()
 
 
 def _half(alpha: float, error: float, n: int, sampling: Sampling) -> float:
