@@ -4,6 +4,7 @@ from hybrid.convert import families as _families  # noqa: F401  (registers them)
 from hybrid.convert.engine import export, fitting, from_published, import_published
 from hybrid.convert.family import FAMILIES, Family, get_family, register_family
 from hybrid.convert.llama_cpp import export_gguf
+from hybrid.modeling.converters import Converter, register_converter
 
 __all__ = [
     "FAMILIES",
@@ -16,3 +17,5 @@ __all__ = [
     "import_published",
     "register_family",
 ]
+
+register_converter(Converter(read=from_published, write=export))

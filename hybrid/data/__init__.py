@@ -10,46 +10,7 @@ order.
     prepare       text -> tokenised shards on disk, memory-mapped afterwards
 """
 
-from __future__ import annotations
-
-import importlib
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from hybrid.data.collate import RowCollator
-    from hybrid.data.documents import Documents
-    from hybrid.data.mixture import Mixture
-    from hybrid.data.packing import PackedRows
-    from hybrid.data.preparation import prepare
-    from hybrid.data.sources import RowFormat, SourceConfig, open_source, source_names
+import lazy_loader
 
 # Light on purpose: `import hybrid.data` loads neither torch nor datasets.
-_HOMES = {
-    "RowCollator": "collate",
-    "Documents": "documents",
-    "Mixture": "mixture",
-    "PackedRows": "packing",
-    "prepare": "preparation",
-    "RowFormat": "sources",
-    "SourceConfig": "sources",
-    "open_source": "sources",
-    "source_names": "sources",
-}
-
-__all__ = [
-    "Documents",
-    "Mixture",
-    "PackedRows",
-    "RowCollator",
-    "RowFormat",
-    "SourceConfig",
-    "open_source",
-    "prepare",
-    "source_names",
-]
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -100,7 +100,7 @@ class HybridLayer(GradientCheckpointingLayer):
         if self.shared is None:
             return
         if self.shared.lora_rank is not None:
-            adapt(self, self.shared.lora_targets, self.shared.lora_rank)
+            adapt(self.symbols, (self.mixer, self.ffn), self.shared)
         if self.shared.depth_projection:
             self.depth_projection = residual_projection(spec.hidden_size, spec.hidden_size)
 

@@ -27,6 +27,7 @@ from hybrid.config.spec import StackSpec
 from hybrid.modeling.backends import use_backends_of
 from hybrid.modeling.cache import CachePast
 from hybrid.modeling.context_parallel import ContextGroup, Neighbours
+from hybrid.modeling.converters import get_converter
 from hybrid.modeling.embeddings import build_embedding
 from hybrid.modeling.layer import HybridLayer, Masks
 from hybrid.modeling.mtp import MultiTokenPrediction
@@ -365,15 +366,11 @@ class HybridForCausalLM(Objective, HybridPreTrainedModel, GenerationMixin):
         cls, source: str | Path | PreTrainedModel, **kwargs: Any
     ) -> HybridForCausalLM:
         """A published model's weights in the equal layout; see `hybrid.convert.from_published`."""
-        from hybrid.convert import from_published
-
-        return from_published(source, **kwargs)
+        return get_converter().read(source, **kwargs)
 
     def export_published(self, out: str | Path, family: str | None = None, **kwargs: Any) -> str:
         """Write this model as a published architecture's checkpoint; see `hybrid.convert.export`."""
-        from hybrid.convert import export
-
-        return export(self, out, family, **kwargs)
+        return get_converter().write(self, out, family, **kwargs)
 
     @can_return_tuple
     def forward(

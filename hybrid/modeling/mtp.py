@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -32,8 +32,8 @@ from hybrid.layout import Layer, parse
 from hybrid.modeling.losses import IGNORED
 from hybrid.nn.norms import build_norm
 
-if TYPE_CHECKING:
-    from hybrid.modeling.model import HybridModel
+# Builds a stack without embeddings from a config: `HybridModel`, which cannot be imported here.
+BuildStack = Callable[..., nn.Module]
 
 
 class MTPConfig(HybridConfig):
@@ -64,7 +64,7 @@ def module_config(config: HybridConfig) -> MTPConfig:
 class MTPModule(nn.Module):
     """One depth: (h^{k-1}_i, Emb(t_{i+k})) -> h^k_i."""
 
-    def __init__(self, config: MTPConfig, stack: type[HybridModel]) -> None:
+    def __init__(self, config: MTPConfig, stack: BuildStack) -> None:
         super().__init__()
         self.embedding_norm = build_norm(config.norm, config.hidden_size, config.norm_eps)
         self.hidden_norm = build_norm(config.norm, config.hidden_size, config.norm_eps)
@@ -86,7 +86,7 @@ class MultiTokenPrediction(nn.Module):
             latest `generate(..., use_mtp=True)`.
     """
 
-    def __init__(self, config: HybridConfig, stack: type[HybridModel]) -> None:
+    def __init__(self, config: HybridConfig, stack: BuildStack) -> None:
         super().__init__()
         part = module_config(config)
         self.depths = nn.ModuleList(MTPModule(part, stack) for _ in range(config.num_mtp_layers))

@@ -15,16 +15,14 @@ Shapes: B batch, here 1; T time, D model dim.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PreTrainedModel
 from transformers.cache_utils import DynamicCache
 from transformers.generation.candidate_generator import CandidateGenerator
 
-if TYPE_CHECKING:
-    from hybrid.modeling.model import HybridForCausalLM
-    from hybrid.modeling.mtp import MTPModule
+from hybrid.modeling.mtp import MTPModule
 
 
 class Depth:
@@ -100,7 +98,7 @@ class MTPDrafts(CandidateGenerator):
     requires_model_outputs = True
     model_kwargs_overrides = {"output_last_hidden_state": True}
 
-    def __init__(self, model: HybridForCausalLM, generation_config: GenerationConfig) -> None:
+    def __init__(self, model: PreTrainedModel, generation_config: GenerationConfig) -> None:
         if model.mtp is None:
             raise ValueError(
                 "use_mtp: this model has no multi-token prediction modules (num_mtp_layers is 0)"

@@ -8,17 +8,14 @@ projections and a projection of the block's output.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 import torch
 from torch import nn
 
+from hybrid.config.block_options import SharedOptions
 from hybrid.config.spec import StackSpec
-from hybrid.mixers.base import residual_projection
-
-if TYPE_CHECKING:
-    from hybrid.mixers import Mixer
-    from hybrid.modeling.layer import HybridLayer
+from hybrid.mixers.base import Mixer, residual_projection
 
 # Adapters that read the same input and have one A, as those of a fused projection have.
 ONE_INPUT = ("gate_proj", "up_proj")
@@ -50,33 +47,36 @@ class AdaptedLinear(nn.Linear):
         return super().forward(input) + self.lora_b(self.lora_a(input))
 
 
-def adapt(layer: HybridLayer, targets: Iterable[str], rank: int) -> None:
-    """Give the projections of these names in the mixer and the feed-forward an adapter each.
+def adapt(
+    symbols: Iterable[str], parts: Iterable[nn.Module | None], options: SharedOptions
+) -> None:
+    """Give the projections that `options.lora_targets` names an adapter each.
+
+    Args:
+        symbols: of the layer, for errors.
+        parts: its mixer and its feed-forward.
+        options: with targets and rank.
 
     Raises:
         ValueError: there is no projection of a name.
     """
-    for name in targets:
-        parents = [
-            part
-            for part in (layer.mixer, layer.ffn)
-            if isinstance(getattr(part, name, None), nn.Linear)
-        ]
+    parts = [part for part in parts if part is not None]
+    for name in options.lora_targets:
+        parents = [part for part in parts if isinstance(getattr(part, name, None), nn.Linear)]
         if not parents:
-            symbols = "".join(layer.symbols)
-            known = sorted({n for part in (layer.mixer, layer.ffn) for n in projections(part)})
+            layer = "".join(symbols)
+            known = sorted({n for part in parts for n in projections(part)})
             raise ValueError(
-                f"shared.{symbols}.lora_targets: {symbols!r} has no projection {name!r}; it has"
+                f"shared.{layer}.lora_targets: {layer!r} has no projection {name!r}; it has"
                 f" {', '.join(known)}"
             )
         for parent in parents:
-            setattr(parent, name, AdaptedLinear(getattr(parent, name), rank))
+            setattr(parent, name, AdaptedLinear(getattr(parent, name), options.lora_rank))
 
 
-def projections(part: nn.Module | None) -> list[str]:
+def projections(part: nn.Module) -> list[str]:
     """Names of the Linear modules that a mixer or a feed-forward has itself."""
-    children = part.named_children() if part is not None else ()
-    return [name for name, child in children if isinstance(child, nn.Linear)]
+    return [name for name, child in part.named_children() if isinstance(child, nn.Linear)]
 
 
 def tied_weights(stack: StackSpec, layers: nn.ModuleList) -> dict[str, str]:

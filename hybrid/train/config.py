@@ -13,7 +13,7 @@ from hybrid.data.packing import LongDocuments, Packing
 from hybrid.data.sources import Source, SourceConfig
 from hybrid.train import yaml
 from hybrid.train.limits import training_values
-from hybrid.train.model import model_mistakes
+from hybrid.train.model_values import model_mistakes
 from hybrid.train.schedule import MultiStepConfig
 
 Device = Literal["auto", "cpu", "cuda", "xpu", "mps", "npu"]

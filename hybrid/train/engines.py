@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from accelerate import FullyShardedDataParallelPlugin
@@ -33,14 +33,11 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Trainer
 from transformers.core_model_loading import revert_weight_conversion
 
 from hybrid.config.options import ConfigError, first_few
 from hybrid.modeling.layer import HybridLayer
-
-if TYPE_CHECKING:
-    from hybrid.train.trainer import HybridTrainer
 
 PLAIN, FULL, SHARDED, DEEPSPEED = "plain", "full", "sharded", "deepspeed"
 
@@ -54,7 +51,7 @@ def written_by(folder: Path) -> str:
     return FULL if (folder / f"{FSDP_MODEL_NAME}.bin").is_file() else PLAIN
 
 
-def wanted_by(trainer: HybridTrainer) -> str:
+def wanted_by(trainer: Trainer) -> str:
     """What the engine of a run reads by itself."""
     if trainer.is_deepspeed_enabled:
         return DEEPSPEED
@@ -64,7 +61,7 @@ def wanted_by(trainer: HybridTrainer) -> str:
     return FULL if "FULL" in str(plugin.state_dict_type) else SHARDED
 
 
-def refuse_other_engine(folder: Path, trainer: HybridTrainer) -> None:
+def refuse_other_engine(folder: Path, trainer: Trainer) -> None:
     """DeepSpeed and the others do not continue each other.
 
     Raises:
@@ -82,7 +79,7 @@ def refuse_other_engine(folder: Path, trainer: HybridTrainer) -> None:
         )
 
 
-def load_model(trainer: HybridTrainer, folder: Path, model: Any) -> bool:
+def load_model(trainer: Trainer, folder: Path, model: Any) -> bool:
     """Load weights that another engine wrote; False where the engine's own loading will do.
 
     It will not do for models whose weights transformers files under other names, not even where the
@@ -156,7 +153,7 @@ def _names(folder: Path, found: str) -> Iterable[str]:
     return names
 
 
-def load_optimizer(trainer: HybridTrainer, folder: Path) -> bool:
+def load_optimizer(trainer: Trainer, folder: Path) -> bool:
     """Load the optimizer's state that another engine wrote; False as in `load_model`."""
     found, wanted = written_by(folder), wanted_by(trainer)
     if found == wanted:
@@ -181,7 +178,7 @@ class UntiedLayer(HybridLayer):
     """A layer that shares no parameter with another, which FSDP may shard by itself."""
 
 
-def shard_ties_with_the_stack(trainer: HybridTrainer) -> None:
+def shard_ties_with_the_stack(trainer: Trainer) -> None:
     """Leave layers with tied parameters to FSDP's outermost unit: a unit must own its parameters.
 
     accelerate picks the layers that become units by their class.
@@ -196,7 +193,7 @@ def shard_ties_with_the_stack(trainer: HybridTrainer) -> None:
         trainer.accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap = names
 
 
-def _modules(trainer: HybridTrainer) -> Iterable[nn.Module]:
+def _modules(trainer: Trainer) -> Iterable[nn.Module]:
     assert isinstance(trainer.model, nn.Module)
     return trainer.model.modules()
 

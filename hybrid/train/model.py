@@ -2,38 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses
-import inspect
-from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from hybrid.checkpoint_paths import check_source
-from hybrid.config.hybrid_config import HybridConfig
-from hybrid.config.options import ConfigError, did_you_mean, first_few
+from hybrid.config.options import ConfigError, first_few
+from hybrid.train.config import TrainConfig
+from hybrid.train.model_values import make, new_config, refuse_unknown
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-
-    from hybrid.train.config import TrainConfig
-
-
-def model_mistakes(model: dict[str, Any]) -> list[str]:
-    """What is wrong with `model:` on its own, whatever the tokenizer."""
-    if "path" in model:
-        path = model["path"]
-        if isinstance(path, str) and Path(path).is_dir():
-            return []
-        return [f"model.path: expected a folder, got {path!r}, which is none"]
-    try:
-        _new_config(model, None)
-    except ConfigError as error:
-        return error.mistakes
-    return []
 
 
 def model_config(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:
@@ -45,56 +25,16 @@ def model_config(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> Pre
     if "path" in config.model:
         keys = {k: v for k, v in config.model.items() if k != "path"}
         path = config.model["path"]
-        base = _make(lambda: AutoConfig.from_pretrained(check_source(path)))
-        _refuse_unknown(type(base), keys)
-        made = _make(lambda: AutoConfig.from_pretrained(path, **keys))
+        base = make(lambda: AutoConfig.from_pretrained(check_source(path)))
+        refuse_unknown(type(base), keys)
+        made = make(lambda: AutoConfig.from_pretrained(path, **keys))
     else:
         # before the ids of a tokenizer that is too large are complained of
         if lines := _too_small(config.model.get("vocab_size"), config, tokenizer):
             raise ConfigError(lines)
-        made = _new_config(config.model, tokenizer)
+        made = new_config(config.model, tokenizer)
     _check_sizes(made, config, tokenizer)
     return made
-
-
-def _new_config(
-    model: dict[str, Any], tokenizer: PreTrainedTokenizerBase | None
-) -> PreTrainedConfig:
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-
-    keys = dict(model)
-    model_type = keys.pop("model_type", HybridConfig.model_type)
-    if model_type not in CONFIG_MAPPING:
-        near = did_you_mean(model_type, CONFIG_MAPPING.keys())
-        raise ConfigError([f"model.model_type: no model type {model_type!r}, {near}"])
-    _refuse_unknown(CONFIG_MAPPING[model_type], keys)
-    if tokenizer is not None:
-        keys.setdefault("vocab_size", len(tokenizer))
-        for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
-            keys.setdefault(name, getattr(tokenizer, name))
-    return _make(lambda: AutoConfig.for_model(model_type, **keys))
-
-
-def _make(build_config: Callable[[], PreTrainedConfig]) -> PreTrainedConfig:
-    try:
-        return build_config()
-    except ConfigError as error:
-        raise ConfigError([f"model.{line}" for line in error.mistakes]) from error
-    except (OSError, ValueError, TypeError, StrictDataclassError) as error:
-        raise ConfigError([f"model: {error}"]) from error
-
-
-def _refuse_unknown(config_class: type, keys: dict[str, Any]) -> None:
-    if config_class is HybridConfig:
-        return  # which names its own mistakes, and those of its mixers
-    if dataclasses.is_dataclass(config_class):
-        known = {f.name for f in dataclasses.fields(config_class) if f.init}
-    else:
-        known = set(inspect.signature(config_class).parameters)
-    known |= set(getattr(config_class, "attribute_map", {}))
-    unknown = [k for k in keys if k not in known]
-    if unknown:
-        raise ConfigError([f"model.{k}: unknown key, {did_you_mean(k, known)}" for k in unknown])
 
 
 def _too_small(size: Any, config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> list[str]:

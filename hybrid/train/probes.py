@@ -14,22 +14,20 @@ Legend: B rows, T tokens, P asked positions, V vocabulary.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hybrid.data.collate import RowCollator
 from hybrid.data.packing import IGNORE, Row
 from hybrid.data.rows import Rows
 from hybrid.data.slices import silent
-
-if TYPE_CHECKING:
-    from hybrid.train.trainer import HybridTrainer
 
 ANYWHERE = -1  # the bucket of labels without a depth
 
@@ -82,8 +80,13 @@ def buckets(ids: np.ndarray, labels: np.ndarray, parts: int) -> np.ndarray:
 class Probes(TrainerCallback):
     """Asks after the optimizer steps for which a probe is due."""
 
-    def __init__(self, trainer: HybridTrainer, probes: Sequence[Probe]) -> None:
-        self.trainer, self.probes = trainer, probes
+    def __init__(
+        self,
+        trainer: Trainer,
+        probes: Sequence[Probe],
+        clock_stopped: Callable[[], AbstractContextManager[None]],
+    ) -> None:
+        self.trainer, self.probes, self.clock_stopped = trainer, probes, clock_stopped
 
     def on_step_end(
         self,
@@ -95,7 +98,7 @@ class Probes(TrainerCallback):
         """Log the figures of the probes that are due; training's own log and clock stay as they are."""
         due = [p for p in self.probes if p.due(state.global_step, state.max_steps)]
         if due:
-            with self.trainer.clock_stopped():
+            with self.clock_stopped():
                 wanted = control.should_log
                 for probe in due:
                     self.trainer.log(ask(self.trainer, probe))
@@ -103,7 +106,7 @@ class Probes(TrainerCallback):
 
 
 @torch.no_grad()
-def ask(trainer: HybridTrainer, probe: Probe) -> dict[str, float]:
+def ask(trainer: Trainer, probe: Probe) -> dict[str, float]:
     """The share of labels that have the largest logit: in all, by length, and by length and depth."""
     counts = {
         length: _count(trainer, rows, probe.depth_buckets) for length, rows in probe.rows.items()
@@ -130,7 +133,7 @@ def _share(count: torch.Tensor) -> float:
     return right / asked if asked else float("nan")
 
 
-def _count(trainer: HybridTrainer, rows: Sequence[Row], parts: int) -> torch.Tensor:
+def _count(trainer: Trainer, rows: Sequence[Row], parts: int) -> torch.Tensor:
     """(parts + 1, 2): labels met and asked in each part; the last row is of those without a depth."""
     counts = torch.zeros(parts + 1, 2, dtype=torch.int64)
     model: Any = trainer.model  # sharded where it is sharded, and not compiled for our lengths
@@ -148,7 +151,7 @@ def _count(trainer: HybridTrainer, rows: Sequence[Row], parts: int) -> torch.Ten
     return trainer.accelerator.reduce(counts.to(trainer.args.device), reduction="sum").cpu()
 
 
-def _batches(trainer: HybridTrainer, rows: Sequence[Row]) -> Iterator[list[Row]]:
+def _batches(trainer: Trainer, rows: Sequence[Row]) -> Iterator[list[Row]]:
     """This process's rows; every process gets as many batches, as a sharded model wants."""
     size, world = trainer.args.per_device_eval_batch_size, trainer.args.world_size
     filled = [*rows, *[silent(rows[0])] * (-len(rows) % world)]
@@ -157,9 +160,7 @@ def _batches(trainer: HybridTrainer, rows: Sequence[Row]) -> Iterator[list[Row]]
         yield mine[start : start + size]
 
 
-def _met(
-    trainer: HybridTrainer, model: nn.Module, batch: list[Row]
-) -> tuple[np.ndarray, np.ndarray]:
+def _met(trainer: Trainer, model: nn.Module, batch: list[Row]) -> tuple[np.ndarray, np.ndarray]:
     """(B, T - 1) bool, twice: whether label t + 1 has the largest logit at t, and is asked for."""
     inputs: Any = trainer._prepare_inputs(RowCollator()(batch))
     asked = torch.from_numpy(np.stack([row["labels"] for row in batch])[:, 1:]) != IGNORE

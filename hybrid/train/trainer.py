@@ -91,7 +91,7 @@ class HybridTrainer(Trainer):
         # Before the watch, which logs where a checkpoint is asked for.
         self.stop_signals = StopSignals()
         self.add_callback(self.stop_signals)
-        self.add_callback(Probes(self, self.probes))
+        self.add_callback(Probes(self, self.probes, self.clock_stopped))
         # The watch first: the bar shows what is logged.
         self.add_callback(LossWatch())
         self.add_callback(Progress())

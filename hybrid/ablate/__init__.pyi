@@ -1,0 +1,10 @@
+from .config import Ablation as Ablation
+from .config import Match as Match
+from .config import load_ablation as load_ablation
+from .design import Design as Design
+from .design import Variant as Variant
+from .design import plan_runs as plan_runs
+from .report import markdown as markdown
+from .report import summarise as summarise
+from .report import write_report as write_report
+from .runs import run_design as run_design

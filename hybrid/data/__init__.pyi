@@ -1,0 +1,9 @@
+from .collate import RowCollator as RowCollator
+from .documents import Documents as Documents
+from .mixture import Mixture as Mixture
+from .packing import PackedRows as PackedRows
+from .preparation import prepare as prepare
+from .sources import RowFormat as RowFormat
+from .sources import SourceConfig as SourceConfig
+from .sources import open_source as open_source
+from .sources import source_names as source_names
