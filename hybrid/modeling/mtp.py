@@ -69,7 +69,7 @@ class MTPModule(nn.Module):
         self.embedding_norm = build_norm(config.norm, config.hidden_size, config.norm_eps)
         self.hidden_norm = build_norm(config.norm, config.hidden_size, config.norm_eps)
         self.projection = nn.Linear(2 * config.hidden_size, config.hidden_size, bias=False)
-        self.stack = stack(config, embed=False)
+        self.stack: Any = stack(config, embed=False)
 
     def forward(self, hidden: torch.Tensor, embeddings: torch.Tensor, **kwargs: Any) -> Any:
         """(B, T, D) twice -> the output of `HybridModel.forward`, which takes the other arguments."""

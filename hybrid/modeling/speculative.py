@@ -22,7 +22,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.cache_utils import DynamicCache
 from transformers.generation.candidate_generator import CandidateGenerator
 
-from hybrid.modeling.mtp import MTPModule
+from hybrid.modeling.mtp import MTPModule, MultiTokenPrediction
 
 
 class Depth:
@@ -99,15 +99,18 @@ class MTPDrafts(CandidateGenerator):
     model_kwargs_overrides = {"output_last_hidden_state": True}
 
     def __init__(self, model: PreTrainedModel, generation_config: GenerationConfig) -> None:
-        if model.mtp is None:
+        mtp = model.mtp
+        if not isinstance(mtp, MultiTokenPrediction):
             raise ValueError(
                 "use_mtp: this model has no multi-token prediction modules (num_mtp_layers is 0)"
             )
-        self.model, self.mtp = model, model.mtp
+        self.model: Any = model
+        self.mtp = mtp
         self.mtp.drafted = self.mtp.accepted = 0
         self.max_length = generation_config.max_length
         self.eos = getattr(generation_config, "_eos_token_tensor", None)
-        self.depths = [Depth(module, k) for k, module in enumerate(self.mtp.depths, start=1)]
+        depths: Any = enumerate(mtp.depths, start=1)
+        self.depths = [Depth(module, k) for k, module in depths]
         self.tails = [Tail(len(self.depths) + 1) for _ in self.depths]
         self.before = 1
         """Tokens of the round before; at first the one that has nothing before it."""

@@ -60,7 +60,8 @@ def adapt(
     Raises:
         ValueError: there is no projection of a name.
     """
-    parts = [part for part in parts if part is not None]
+    parts, rank = [part for part in parts if part is not None], options.lora_rank
+    assert rank is not None
     for name in options.lora_targets:
         parents = [part for part in parts if isinstance(getattr(part, name, None), nn.Linear)]
         if not parents:
@@ -71,7 +72,7 @@ def adapt(
                 f" {', '.join(known)}"
             )
         for parent in parents:
-            setattr(parent, name, AdaptedLinear(getattr(parent, name), options.lora_rank))
+            setattr(parent, name, AdaptedLinear(getattr(parent, name), rank))
 
 
 def projections(part: nn.Module) -> list[str]:
