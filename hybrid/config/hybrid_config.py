@@ -12,6 +12,7 @@ from hybrid.config.block_options import NormPosition
 from hybrid.config.declare import Count, Count0, NotNegative, Number, Positive
 from hybrid.config.fields import Combine, Init, LossBackend, NormName, StackFields, width_ratio
 from hybrid.config.options import ConfigError
+from hybrid.config.parallel import base_ep_plan, base_tp_plan
 from hybrid.config.registry import load_model_classes
 from hybrid.config.spec import LINEAR, StackSpec, resolve_stack
 from hybrid.config.validation import DEEPEST, find_mistakes, standard_keys
@@ -233,6 +234,28 @@ class HybridConfig(PreTrainedConfig):
                 f"sliding_window: a hybrid model has a window per symbol, got {value} for all; try"
                 " a symbol of type 'sliding_window_attention' with mixers.SYMBOL.window"
             )
+
+    # Plans that transformers looks for, which follow from the layout.
+
+    @property
+    def base_model_tp_plan(self) -> dict[str, str] | None:  # type: ignore[override]
+        """The tensor parallel plan of the stack (see `hybrid.config.parallel`), or one assigned."""
+        return vars(self).get("_assigned_tp_plan", base_tp_plan(self.stack))
+
+    @base_model_tp_plan.setter
+    def base_model_tp_plan(self, plan: dict[str, str] | None) -> None:
+        # transformers 5.17 to 5.20 assign it with a rule for the embedding, which it has
+        if plan != self.base_model_tp_plan:
+            vars(self)["_assigned_tp_plan"] = plan
+
+    @property
+    def base_model_ep_plan(self) -> dict[str, str] | None:  # type: ignore[override]
+        """The expert parallel plan of the stack, or one assigned; None without experts."""
+        return vars(self).get("_assigned_ep_plan", base_ep_plan(self.stack))
+
+    @base_model_ep_plan.setter
+    def base_model_ep_plan(self, plan: dict[str, str] | None) -> None:
+        vars(self)["_assigned_ep_plan"] = plan
 
     # Names that code around transformers reads.
 

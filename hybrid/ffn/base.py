@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from hybrid.config.parallel import Split
 from hybrid.config.sizes import Sizes
 
 
@@ -45,6 +46,16 @@ class FeedForward(nn.Module, ABC):
     @abstractmethod
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, T, D) -> (B, T, D)."""
+
+    @classmethod
+    def splits(cls, options: Any) -> tuple[Split, ...]:
+        """How tensor parallelism may split it; empty: each process has the whole module."""
+        return ()
+
+    @classmethod
+    def expert_splits(cls, options: Any) -> tuple[Split, ...]:
+        """How expert parallelism may split it, by whole experts; empty without experts."""
+        return ()
 
     def init_parameters(self, std: float) -> None:
         """Initialise parameters of this module itself; Linear layers are done already."""

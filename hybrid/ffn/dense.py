@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -12,6 +12,7 @@ from transformers.activations import ACT2FN
 
 from hybrid.config.block_options import scaled
 from hybrid.config.declare import Size
+from hybrid.config.parallel import Split
 from hybrid.config.registry import register_feed_forward
 from hybrid.config.sizes import Sizes
 from hybrid.ffn.base import FeedForward, FeedForwardOptions
@@ -88,6 +89,14 @@ class Dense(FeedForward):
         self.up_proj = nn.Linear(d_model, inner, bias=options.bias)
         self.down_proj = residual_projection(inner, d_model, bias=options.bias)
         self.act = ACT2FN[activation]
+
+    @classmethod
+    def splits(cls, options: Any) -> tuple[Split, ...]:
+        """By channels of the inner width."""
+        rules = {"up_proj": "colwise", "down_proj": "rowwise"}
+        if ACTIVATIONS[options.activation][0]:
+            rules["gate_proj"] = "colwise"
+        return (Split(rules, {"intermediate_size": options.width}),)
 
     @property
     def hidden_channels(self) -> int:

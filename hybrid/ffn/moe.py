@@ -5,6 +5,7 @@ Shapes: B batch, T time, N tokens, D model dim, E experts, k experts of a token,
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -17,6 +18,7 @@ from transformers.activations import ACT2FN
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, use_experts_implementation
 
 from hybrid.config.declare import NotNegative, Positive, Size, Size0
+from hybrid.config.parallel import Split
 from hybrid.config.registry import register_feed_forward
 from hybrid.config.sizes import Sizes
 from hybrid.ffn.base import FeedForward, FeedForwardOptions
@@ -115,6 +117,16 @@ class MoEOptions(FeedForwardOptions):
     def dense_activation(self) -> Any:
         """The activation of `dense` that is as wide, and as gated, as this one."""
         return "swiglu" if self.activation == "clamped_swiglu" else self.activation
+
+    @property
+    def shared_options(self) -> DenseOptions:
+        """Of the one feed-forward that the shared experts are, of completed options."""
+        assert self.shared_intermediate_size is not None
+        return DenseOptions(
+            intermediate_size=self.num_shared_experts * self.shared_intermediate_size,
+            activation=self.dense_activation,
+            bias=self.bias,
+        )
 
     @property
     def has_correction_bias(self) -> bool:
@@ -234,6 +246,8 @@ class Experts(nn.Module):
         """(N, D), experts (N, k), their weights (N, k) -> (N, D), expert by expert."""
         y = torch.zeros_like(hidden_states)
         for expert in top_k_index.unique().tolist():
+            if expert >= self.num_experts:
+                continue  # of another process, under expert parallelism
             tokens, slots = (top_k_index == expert).nonzero(as_tuple=True)
             h = self._project(self.first, hidden_states[tokens], expert)
             h = self._apply_gate(h) if self.gated else self.act_fn(h)
@@ -273,14 +287,40 @@ class Experts(nn.Module):
         init.normal_(self.down_proj, mean=0.0, std=std_out)
 
 
-@use_experts_implementation
+class ExpertsBackends:
+    """transformers' experts back-ends by name, in float64 and under expert parallelism, too.
+
+    Under expert parallelism `module.num_experts` are in this process, and a choice of any other has
+    that number as its index, and the weight 0.
+    """
+
+    def get_interface(self, name: str, default: Callable[..., Any]) -> Callable[..., Any]:
+        """The back-end of this name; `default` is that of `eager`."""
+        named = ALL_EXPERTS_FUNCTIONS.get_interface(name, default)
+
+        def run(module: Any, x: torch.Tensor, indices: Any, weights: Any, **kwargs: Any) -> Any:
+            function = named
+            if name == "grouped_mm" and x.dtype == torch.float64:
+                function = ALL_EXPERTS_FUNCTIONS["batched_mm"]
+            if module.num_experts != module.options.num_experts:
+                # transformers 5.17 gives the router the gradient of another expert's output there
+                weights = weights.masked_fill(indices >= module.num_experts, 0)
+            return function(module, x, indices, weights, **kwargs)
+
+        return run
+
+
+EXPERTS_BACKENDS: Any = ExpertsBackends()
+
+
+@use_experts_implementation(experts_interface=EXPERTS_BACKENDS)
 class GatedExperts(Experts):
     """W_down(act(W_gate x) * W_up x); `gate_up_proj` (E, 2 I, D), the gate first."""
 
     gated = True
 
 
-@use_experts_implementation(has_gate=False)
+@use_experts_implementation(experts_interface=EXPERTS_BACKENDS, has_gate=False)
 class PlainExperts(Experts):
     """W_down act(W_up x); `up_proj` (E, I, D)."""
 
@@ -315,14 +355,36 @@ class MixtureOfExperts(FeedForward):
         )
 
     def _build_shared(self) -> FeedForward | None:
-        options = self.options
-        if not options.num_shared_experts:
+        if not self.options.num_shared_experts:
             return None
-        width = options.num_shared_experts * options.shared_intermediate_size
-        dense = DenseOptions(
-            intermediate_size=width, activation=options.dense_activation, bias=options.bias
-        )
-        return Dense(dense, self.sizes, self.layer_idx)
+        return Dense(self.options.shared_options, self.sizes, self.layer_idx)
+
+    @classmethod
+    def splits(cls, options: Any) -> tuple[Split, ...]:
+        """Routed experts by channels of their inner width, unless they have biases; shared experts."""
+        made = []
+        if not options.bias:
+            gated, _ = ACTIVATIONS[options.dense_activation]
+            first = ("gate_up_proj", "packed_colwise") if gated else ("up_proj", "colwise")
+            rules = dict([first]) | {"down_proj": "rowwise", "": "moe_tp_experts"}
+            named = {f"experts.{name}".rstrip("."): style for name, style in rules.items()}
+            made.append(Split(named, {"intermediate_size": options.intermediate_size}))
+        if options.num_shared_experts:
+            (shared,) = Dense.splits(options.shared_options)
+            named = {f"shared_experts.{name}": style for name, style in shared.rules.items()}
+            width = options.shared_options.width
+            made.append(Split(named, {"num_shared_experts * shared_intermediate_size": width}))
+        return tuple(made)
+
+    @classmethod
+    def expert_splits(cls, options: Any) -> tuple[Split, ...]:
+        """Whole routed experts; router and shared experts are in every process."""
+        gated, _ = ACTIVATIONS[options.dense_activation]
+        names = ["gate_up_proj" if gated else "up_proj", "down_proj"]
+        names += [f"{name}_bias" for name in names] if options.bias else []
+        rules = {f"experts.{name}": "grouped_gemm" for name in names}
+        rules["experts"] = "ep_dispatch_experts"
+        return (Split(rules, {"num_experts": options.num_experts}),)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, T, D) -> (B, T, D)."""
@@ -330,7 +392,7 @@ class MixtureOfExperts(FeedForward):
         _, weights, indices = self.router(flat)
         if self.latent_in is not None:
             flat = self.latent_in(flat)
-        y = self._run_experts(flat, indices, weights)
+        y = self.experts(flat, indices, weights)
         if self.latent_out is not None:
             y = self.latent_out(y)
         y = y.view_as(x)
@@ -340,14 +402,6 @@ class MixtureOfExperts(FeedForward):
         if self.shared_gate is not None:
             shared = self.shared_gate(x).sigmoid() * shared
         return y + shared
-
-    def _run_experts(
-        self, x: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor
-    ) -> torch.Tensor:
-        grouped = self.experts.config._experts_implementation == "grouped_mm"
-        if grouped and x.dtype == torch.float64:
-            return ALL_EXPERTS_FUNCTIONS["batched_mm"](self.experts, x, indices, weights)
-        return self.experts(x, indices, weights)
 
     def active_share(self) -> float:
         """Share of the parameters that one token uses: k of the E experts, and all the rest."""

@@ -34,6 +34,7 @@ class Router(nn.Module):
     def __init__(self, options: MoEOptions, hidden_size: int) -> None:
         super().__init__()
         self.options = options
+        self.num_experts = options.num_experts
         self.weight = nn.Parameter(torch.empty(options.num_experts, hidden_size))
         bias = nn.Parameter(torch.empty(options.num_experts)) if options.router_bias else None
         self.register_parameter("bias", bias)
@@ -56,6 +57,10 @@ class Router(nn.Module):
             total = weights.sum(dim=-1, keepdim=True)
             weights = weights / (total + self.options.normalize_epsilon)
         return logits, weights * self.options.scaling_factor, indices
+
+    def choices(self, logits: torch.Tensor) -> torch.Tensor:
+        """The k experts of each token by its logits (N, E), (N, k) int64."""
+        return self.choose(self._scores(logits.detach()))
 
     def choose(self, scores: torch.Tensor) -> torch.Tensor:
         """The k experts of each token: scores (N, E) -> (N, k) int64.

@@ -21,6 +21,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import initialization as init
 
+from hybrid.config.parallel import Split
 from hybrid.config.sizes import Sizes
 from hybrid.nn.arguments import MIXER_ARGUMENTS, check_arguments
 from hybrid.nn.norms import build_norm
@@ -123,6 +124,11 @@ class Mixer(nn.Module, ABC):
     def fits_paged(cls, options: Any) -> bool:
         """Whether keys and values are all it remembers, and of one size, as paged caches want them."""
         return False
+
+    @classmethod
+    def splits(cls, options: Any) -> tuple[Split, ...]:
+        """How tensor parallelism may split it; empty: each process has the whole mixer."""
+        return ()
 
     @classmethod
     def samples(cls) -> list[dict[str, Any]]:

@@ -6,7 +6,7 @@ Shapes: B batch, T time, H query heads, H_kv key heads, K head dim, D model dim.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import nn
@@ -14,6 +14,7 @@ from transformers import initialization as init
 
 from hybrid.config.declare import Below1, Positive, Size
 from hybrid.config.fields import NormName
+from hybrid.config.parallel import Split
 from hybrid.config.sizes import Sizes
 from hybrid.mixers.attention import alibi_slopes
 from hybrid.mixers.base import Mixer, MixerOptions, head_problems, residual_projection
@@ -153,6 +154,21 @@ class GroupedHeads(Mixer):
             kind = options.qk_norm_type
             eps = self.sizes.norm_eps if options.qk_norm_eps is None else options.qk_norm_eps
             self.q_norm, self.k_norm = (build_norm(kind, size, eps) for size in sizes)
+
+    @classmethod
+    def splits(cls, options: Any) -> tuple[Split, ...]:
+        """By heads, unless heads meet before the output projection or a buffer has one entry a head."""
+        if options.qk_norm == "layer" or options.alibi or getattr(options, "conv_size", None):
+            return ()
+        rules = dict.fromkeys(("q_proj", "k_proj", "v_proj"), "colwise") | {"o_proj": "rowwise"}
+        if options.output_gate:
+            rules["gate_proj"] = "colwise"
+        if options.qk_norm:
+            # each process norms its own heads: the gradients of the weights are sums over processes
+            rules |= dict.fromkeys(("q_norm", "k_norm"), "replicated_with_grad_allreduce")
+        if options.sinks:
+            rules |= {"sinks": "colwise", "": "local_params"}
+        return (Split(rules, {"num_kv_heads": options.sizes[1]}),)
 
     @property
     def sink_logits(self) -> torch.Tensor | None:

@@ -308,6 +308,7 @@ class HybridForCausalLM(Objective, HybridPreTrainedModel, GenerationMixin):
     """A hybrid language model: ids (B, T) -> logits (B, T, V)."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
 
     def __init__(self, config: HybridConfig) -> None:
         super().__init__(config)

@@ -1,79 +1,286 @@
-"""Tensor parallel plans: which Linear layers of a layout transformers may split over processes.
+"""Tensor and expert parallelism: transformers' plans, applied layer by layer, and checked.
 
-What has no entry is replicated, so that the logits are those of one process.
+transformers looks up a rule by a module's name with `*` for every number in it, so that a rule cannot
+tell the layers of a mixed stack apart. While it distributes a model, the modules here have names whose
+numbers it does not replace, and the plans name each of them.
 """
 
 from __future__ import annotations
 
-from hybrid.config.hybrid_config import HybridConfig
-from hybrid.config.spec import MixerSpec
-from hybrid.ffn.dense import ACTIVATIONS, Dense, DenseOptions
-from hybrid.mixers.softmax_attention import SoftmaxAttention
+import contextlib
+import copy
+import dataclasses
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from transformers.distributed import DistributedConfig
+from transformers.integrations.tensor_parallel import replace_layer_number_by_wildcard
+
+from hybrid.config.options import did_you_mean
+from hybrid.config.parallel import PlacedSplit, expert_splits, known_styles, tensor_splits
+
+MARK = "_"
+"""Behind the number of a module while transformers distributes it: `layers.3_.mixer`."""
+
+WHOLE = ("colwise_gather_output", "colwise_rep", "rowwise_split_input", "rowwise_rep", "replicate")
+"""Styles after which a module has its whole input and output, so that any Linear may have them."""
+
+SUMMED = "replicated_with_grad_allreduce"
+"""The style of weights that are whole, and used for a part of the heads by each process."""
+
+Plan = dict[str, str]
 
 
-def tensor_plan(config: HybridConfig) -> dict[str, str]:
-    """The plan of the stack, with `*` for every layer; empty where nothing can be split.
+def is_split(distributed_config: Any) -> bool:
+    """Whether a `DistributedConfig` asks for tensor or expert parallelism."""
+    return distributed_config is not None and (distributed_config.tp_size or 1) > 1
 
-    transformers' plans do not tell layers apart, so softmax mixers are split only where all mixers
-    are plain softmax attention, and feed-forwards only where no canon layer reads their channels.
+
+@contextlib.contextmanager
+def applied_by_layer(model: Any, distributed_config: Any) -> Iterator[Any]:
+    """Resolve and check the plans of a model, and name its modules so that transformers follows them.
+
+    Args:
+        model: a model on the meta device, before its weights are loaded.
+        distributed_config: transformers' `DistributedConfig`; a plan that is a dictionary is merged
+            with the model's own (transformers 5.17 and 5.18: takes its place).
+
+    Yields:
+        a copy of the config without plans: the model has them, rule by rule.
+
+    Raises:
+        ValueError: nothing can be split; sizes that the processes do not divide; rules that match
+            nothing, or that split a mixer or a feed-forward in part.
     """
-    stack = config.stack
-    if any(layer.shared is not None or layer.canon for layer in stack):
-        return {}
-    plan: dict[str, str] = {}
-    if all(len(layer.mixers) < 2 for layer in stack) and all(map(_splits, stack.mixers.values())):
-        for name in ("q_proj", "k_proj", "v_proj", "gate_proj"):
-            plan[f"layers.*.mixer.{name}"] = "colwise"
-        plan["layers.*.mixer.o_proj"] = "rowwise"
-        options = [mixer.options for mixer in stack.mixers.values()]
-        gates = any(o.output_gate for o in options)
-        if not gates:
-            del plan["layers.*.mixer.gate_proj"]
-        if not options:
-            plan = {}
-        if any(o.qk_norm for o in options):
-            plan["layers.*.mixer.q_norm"] = "replicated_with_grad_allreduce"
-            plan["layers.*.mixer.k_norm"] = "replicated_with_grad_allreduce"
-    dense = list(_dense(config).values())
-    if dense:
-        plan["layers.*.ffn.up_proj"] = "colwise"
-        plan["layers.*.ffn.down_proj"] = "rowwise"
-        if any(ACTIVATIONS[o.activation][0] for o in dense):
-            plan["layers.*.ffn.gate_proj"] = "colwise"
-    return plan
+    names = [name for name, _ in model.named_modules()]
+    names += [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    tp_plan, ep_plan = resolve_plans(model, distributed_config, names)
+    check_plans(model, distributed_config.tp_size, tp_plan, ep_plan)
+    by_layer = copy.copy(distributed_config)
+    by_layer.tp_plan = "auto"
+    if _merges():
+        by_layer.ep_plan = None
+    if isinstance(getattr(by_layer, "fsdp_plan", None), dict):
+        by_layer.fsdp_plan = _marked(_matched("fsdp_plan", by_layer.fsdp_plan, names))
+    if not tp_plan and "replicate" in known_styles():
+        # transformers 5.23 and 5.24 refuse the empty plan that their own `tp_plan={}` is
+        tp_plan = {name: "replicate" for name in names if name.endswith("embed_tokens")}
+    summed = [name for name, style in tp_plan.items() if style == SUMMED]
+    model._tp_plan = _marked({name: tp_plan[name] for name in tp_plan if name not in summed})
+    model._ep_plan = _marked(ep_plan)
+    with _numbers_marked(model):
+        yield by_layer
+    mesh = model._device_mesh
+    for name in summed:
+        sum_gradients(model.get_submodule(name), mesh.get_group("tp" if mesh.ndim > 1 else None))
+    model._tp_plan, model._ep_plan = _general(tp_plan), _general(ep_plan)
 
 
-def check_world(config: HybridConfig, size: int) -> None:
-    """Raise ValueError by the name of what `size` processes cannot split evenly."""
-    plan = tensor_plan(config)
-    if not plan:
+def resolve_plans(model: Any, distributed_config: Any, names: Iterable[str]) -> tuple[Plan, Plan]:
+    """The tensor and the expert plan of a model, rule by rule: module or parameter -> style."""
+    layout = model.config.layout
+    given = distributed_config.tp_plan
+    if given != {} and not isinstance(given, dict) and not (model._tp_plan or _experts_asked(distributed_config)):
         raise ValueError(
-            f"tensor parallelism: layout {config.layout!r} has nothing to split; it takes plain softmax"
-            " attention in every mixer or dense feed-forwards, without canon layers and shared"
-            " layers. Leave tp_plan and tp_size out, and use data parallelism"
+            f"tp_plan: layout {layout!r} has nothing to split: expected softmax attention whose heads"
+            " are independent, dense feed-forwards, or experts; try data parallelism"
         )
-    wrong = []
-    if "layers.*.mixer.q_proj" in plan:
-        for symbol, mixer in config.stack.mixers.items():
-            kv_heads = mixer.options.sizes[1]
-            if kv_heads % size:
-                wrong.append(f"mixer {symbol!r} has num_kv_heads {kv_heads}")
-    for symbol, options in _dense(config).items():
-        if plan and options.width % size:
-            wrong.append(f"feed-forward {symbol!r} has intermediate_size {options.width}")
-    if wrong:
-        raise ValueError(
-            f"tensor parallelism over {size} processes: {'; '.join(wrong)}, which {size} does not"
-            " divide; choose a tp_size that divides them"
-        )
+    tp_plan, ep_plan = dict(model._tp_plan), {}
+    if isinstance(given, dict):
+        tp_plan = {**tp_plan, **given} if given and _merges() else given
+    tp_plan = _matched("tp_plan", tp_plan, names)
+    if _experts_asked(distributed_config):
+        override = getattr(distributed_config, "ep_plan", None) or {}
+        ep_plan = _matched("ep_plan", {**model._ep_plan, **override}, names)
+        if not ep_plan:
+            raise ValueError(
+                f"ep_plan: expected a layout with experts, got {layout!r}; try tp_plan='auto' without"
+                " expert parallelism"
+            )
+        if not _merges():
+            if isinstance(given, dict):
+                raise ValueError(
+                    "tp_plan: expected none with enable_expert_parallel=True, got a dictionary: this"
+                    " transformers splits experts alone; try transformers 5.19 or later"
+                )
+            return {}, ep_plan
+        inside = tuple(f"{name}." for name in ep_plan)
+        tp_plan = {n: s for n, s in tp_plan.items() if not f"{n}.".startswith(inside)}
+    return tp_plan, ep_plan
 
 
-def _splits(mixer: MixerSpec) -> bool:
-    """Whether the heads of a mixer are independent of each other up to its output projection."""
-    plain = mixer.cls is SoftmaxAttention and mixer.cls.fits_paged(mixer.options)
-    return plain and not mixer.canon and mixer.options.qk_norm != "layer"
+def check_plans(model: Any, size: int, tp_plan: Plan, ep_plan: Plan) -> None:
+    """Raise ValueError for plans that so many processes cannot follow.
+
+    Args:
+        model: a stack, or a model with a stack.
+        size: number of processes.
+        tp_plan, ep_plan: name of a module or parameter -> style, without `*`.
+    """
+    stack = model.config.stack
+    prefix = "" if model.base_model is model else f"{model.base_model_prefix}."
+    sizes: list[tuple[str, int, int | None]] = []
+    for key, plan, splits in (
+        ("tp_plan", tp_plan, tensor_splits(stack)),
+        ("ep_plan", ep_plan, expert_splits(stack)),
+    ):
+        left = {name: style for name, style in plan.items() if style not in WHOLE}
+        for split in splits:
+            rules = {prefix + name: style for name, style in split.rules.items()}
+            found = {name: left.pop(name) for name in rules if name in left}
+            if found and found != rules:
+                raise ValueError(_in_part(key, split, found, rules))
+            if found:
+                sizes += [(f"{split.key}.{o}", n, split.layer_idx) for o, n in split.sizes.items()]
+        for name, style in left.items():
+            if name.startswith(f"{prefix}layers."):
+                raise ValueError(
+                    f"{key}.{name}: expected a style that leaves the input and output of the module"
+                    f" whole ({', '.join(WHOLE)}), got {style!r}: this part of the layer cannot be"
+                    " split; leave it out, and every process has it"
+                )
+    if "embedding_rowwise" in tp_plan.values() and "embedding_colwise" not in known_styles():
+        sizes.append(("vocab_size", model.config.vocab_size, None))
+    check_sizes(size, sizes)
 
 
-def _dense(config: HybridConfig) -> dict[str, DenseOptions]:
-    found = sorted(config.stack.feed_forwards.items())
-    return {s: part.options for s, part in found if issubclass(part.cls, Dense)}
+class _SumInBackward(torch.autograd.Function):
+    """The identity, whose gradient is the sum of those of all processes of a group."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, group: Any) -> torch.Tensor:
+        ctx.group = group
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
+        grad = grads[0].clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(grad, group=ctx.group)
+        return grad, None
+
+
+def sum_gradients(module: nn.Module, group: Any) -> None:
+    """Sum the gradients of a module's own parameters over processes, in each backward pass.
+
+    transformers' style of this name sums what has accumulated: the gradients of earlier backward
+    passes of an optimizer step would count once for each process.
+    """
+    forward = module.forward
+
+    def summing(*args: Any, **kwargs: Any) -> Any:
+        own = dict(module.named_parameters(recurse=False))
+        if not (torch.is_grad_enabled() and any(p.requires_grad for p in own.values())):
+            return forward(*args, **kwargs)
+        try:
+            for name, parameter in own.items():
+                # what is no nn.Parameter cannot be assigned as an attribute
+                module._parameters[name] = _SumInBackward.apply(parameter, group)  # type: ignore[assignment]
+            return forward(*args, **kwargs)
+        finally:
+            module._parameters.update(own)
+
+    module.forward = summing
+
+
+def without_tied(model: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
+    """A state dict less the parameters that are tied to another one in it."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    tied = {
+        name
+        for name, source in model.all_tied_weights_keys.items()
+        if source in state_dict and parameters.get(name) is parameters.get(source)
+    }
+    return {name: tensor for name, tensor in state_dict.items() if name not in tied}
+
+
+def check_sizes(size: int, sizes: list[tuple[str, int, int | None]]) -> None:
+    """Raise ValueError where `size` processes do not divide a size.
+
+    Args:
+        size: number of processes.
+        sizes: config key, its value, and a layer that has it (None: of the model).
+    """
+    wrong: dict[tuple[str, int], list[str]] = {}
+    for key, value, layer_idx in sizes:
+        if value % size:
+            layers = wrong.setdefault((key, value), [])
+            layers += [] if layer_idx is None else [str(layer_idx)]
+    if not wrong:
+        return
+    lines = []
+    for (key, value), layers in wrong.items():
+        where = f" (layer {', '.join(layers)})" if layers else ""
+        lines.append(f"{key}: expected a multiple of the {size} processes, got {value}{where}")
+    common = math.gcd(*(value for _, value, _ in sizes))
+    fit = [str(n) for n in range(2, common + 1) if common % n == 0]
+    if fit:
+        way_out = f"try tp_size {' or '.join(fit)}"
+    else:
+        way_out = "no tp_size above 1 divides all sizes; try a tp_plan with 'replicate' for these layers"
+    raise ValueError("; ".join([*lines, way_out]))
+
+
+def _in_part(key: str, split: PlacedSplit, found: Plan, rules: Plan) -> str:
+    missing = ", ".join(f"{n}: {s}" for n, s in rules.items() if found.get(n) != s)
+    return (
+        f"{key}: expected all rules that split {split.key} of layer {split.layer_idx}, or none; add"
+        f" {missing}, or try 'replicate' for {', '.join(found)}"
+    )
+
+
+def _merges() -> bool:
+    """Whether this transformers merges a plan that is given with that of the model (5.19 on)."""
+    return any(field.name == "ep_plan" for field in dataclasses.fields(DistributedConfig))
+
+
+def _experts_asked(distributed_config: Any) -> bool:
+    size = getattr(distributed_config, "ep_size", None)
+    return size > 1 if size is not None else bool(distributed_config.enable_expert_parallel)
+
+
+def _matched(key: str, plan: Mapping[str, str], names: Iterable[str]) -> Plan:
+    """Rules by the names that they match; a rule that names a layer goes before one with `*`."""
+    found, used = {}, set()
+    for name in names:
+        for rule in (name, replace_layer_number_by_wildcard(name)):
+            if rule in plan:
+                found.setdefault(name, plan[rule])
+                used.add(rule)
+    unused = [rule for rule in plan if rule not in used]
+    if unused:
+        known = {replace_layer_number_by_wildcard(name) for name in names if name}
+        raise ValueError(f"{key}.{unused[0]}: matches no module; {did_you_mean(unused[0], known)}")
+    return found
+
+
+def _marked(plan: Plan) -> Plan:
+    """The plan for a model whose modules have marked numbers."""
+    pieces = {name: name.split(".") for name in plan}
+    return {
+        ".".join(f"{p}{MARK}" if p.isdigit() else p for p in pieces[name]): style
+        for name, style in plan.items()
+    }
+
+
+def _general(plan: Plan) -> Plan:
+    """The plan with `*` for numbers, which transformers' report on loading compares."""
+    return {replace_layer_number_by_wildcard(name): style for name, style in plan.items()}
+
+
+@contextlib.contextmanager
+def _numbers_marked(model: nn.Module) -> Iterator[None]:
+    """Rename the modules of lists: `3` is `3_` inside the block."""
+    lists = [m for m in model.modules() if any(name.isdigit() for name in m._modules)]
+    for module in lists:
+        items = module._modules.items()
+        module._modules = {f"{n}{MARK}" if n.isdigit() else n: child for n, child in items}
+    try:
+        yield
+    finally:
+        for module in lists:
+            items = module._modules.items()
+            module._modules = {n.removesuffix(MARK): child for n, child in items}

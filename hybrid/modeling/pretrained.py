@@ -54,7 +54,6 @@ class HybridPreTrainedModel(PreTrainedModel):
         "hidden_states": HybridLayer,
         "attentions": OutputRecorder(FullAttention, index=1),
         "router_logits": OutputRecorder(Router, index=0),
-        "router_indices": OutputRecorder(Router, index=2),
     }
     _can_set_experts_implementation = _HasExperts()  # type: ignore[assignment]
     _is_loading = False
@@ -65,19 +64,40 @@ class HybridPreTrainedModel(PreTrainedModel):
             self._keep_in_fp32_modules_strict = ["score_correction_bias"]
         mup.mark(self)
         super().post_init()
-        if self.base_model is self and hasattr(PreTrainedModel, "_resolve_parallel_plans"):
-            self._tp_plan = parallel_plans.tensor_plan(self.config)
 
-    def _resolve_parallel_plans(self, distributed_config: Any) -> Any:
-        """As transformers', but sizes that the processes cannot split are refused by name."""
-        if distributed_config.tp_size > 1 and distributed_config.tp_plan != {}:
-            parallel_plans.check_world(self.config, distributed_config.tp_size)
-        if distributed_config.ep_size > 1 and not distributed_config.ep_plan:
-            raise ValueError(
-                "expert parallelism: hybrid models have no plan for it; set ep_size=1 and leave"
-                " the experts whole in every process"
-            )
-        return super()._resolve_parallel_plans(distributed_config)
+    def init_parallel_plans(self) -> None:
+        """As transformers', but without layers to split, heads and embeddings are left whole, too."""
+        super().init_parallel_plans()
+        if not self.config.base_model_tp_plan:
+            self._tp_plan = {}
+
+    @classmethod
+    def maybe_distribute_model(
+        cls, model: Any, distributed_config: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        """As transformers', by plans whose rules may name a layer; see `hybrid.modeling.parallel_plans`."""
+        distribute = super().maybe_distribute_model
+        if not parallel_plans.is_split(distributed_config):
+            return distribute(model, distributed_config, *args, **kwargs)
+        with parallel_plans.applied_by_layer(model, distributed_config) as by_layer:
+            model = distribute(model, by_layer, *args, **kwargs)
+        model.config.distributed_config = distributed_config
+        return model
+
+    def gather_sharded_state_dict_for_save(
+        self, model_to_save: Any, state_dict: Any, distributed_config: Any, **kwargs: Any
+    ) -> Any:
+        """As transformers', less the tied parameters, which are tensors of their own once gathered."""
+        if parallel_plans.is_split(distributed_config):
+            state_dict = parallel_plans.without_tied(model_to_save, state_dict)
+        return super().gather_sharded_state_dict_for_save(
+            model_to_save, state_dict, distributed_config, **kwargs
+        )
+
+    def _get_static_cache_init_shape(self) -> Any:
+        """As transformers'; None, for shapes taken from the first keys, where heads are split."""
+        split = (getattr(self, "_tp_size", None) or 1) > 1
+        return None if split else super()._get_static_cache_init_shape()  # type: ignore[misc]
 
     def get_expanded_tied_weights_keys(self, all_submodels: bool = False) -> dict[str, str]:
         """As transformers', but a head of its own does not part layers that share their weights."""
@@ -145,6 +165,7 @@ class HybridPreTrainedModel(PreTrainedModel):
         push = kwargs.pop("push_to_hub", False)
         hub_options = {k: kwargs.pop(k) for k in hub.PUSH_OPTIONS if push and k in kwargs}
         super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
+        is_main_process = self.should_save_on_this_rank(is_main_process)
         if is_main_process:
             hub.add_loading_files(save_directory)
         if push and is_main_process:  # it saves anew, with the two files this time, and uploads

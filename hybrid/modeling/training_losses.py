@@ -88,7 +88,7 @@ class Objective:
         """What stacks are to record beside their output: in training, the choices of routers."""
         if not (self.has_experts and self.training and torch.is_grad_enabled()):
             return {}
-        return {"output_router_logits": True, "output_router_indices": True}
+        return {"output_router_logits": True}
 
     def add_losses(
         self,
@@ -182,7 +182,10 @@ class Objective:
             mask = hidden.new_ones(hidden.shape[:2])
             if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2:
                 mask = attention_mask[:, -hidden.shape[1] :]
-            logits, indices = outputs.router_logits, outputs.router_indices
+            logits = outputs.router_logits
+            # not those that routers return: under expert parallelism they may be of one process
+            found = zip(balance.routers(stack).values(), logits, strict=True)
+            indices = [router.choices(x) for router, x in found]
             total = total + balance.observe(stack, logits, indices, mask).to(total.device)
         return total
 

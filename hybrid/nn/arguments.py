@@ -48,7 +48,7 @@ PAGED_ARGUMENTS = frozenset(
 """What continuous batching hands over beside its paged cache, for its attention functions."""
 
 RECORDING_ARGUMENTS = frozenset(
-    {"output_attentions", "output_hidden_states", "output_router_logits", "output_router_indices"}
+    {"output_attentions", "output_hidden_states", "output_router_logits"}
 )
 """Read by transformers' `capture_outputs`, which wraps `HybridModel.forward`."""
 
