@@ -54,7 +54,7 @@ class PlacedSplit:
 
 def tensor_splits(stack: StackSpec) -> list[PlacedSplit]:
     """What tensor parallelism splits, layer by layer."""
-    return [split for layer in stack for split in _layer_splits(layer, "splits")]
+    return [split for layer in stack for split in _layer_splits(layer, "tensor_splits")]
 
 
 def expert_splits(stack: StackSpec) -> list[PlacedSplit]:

@@ -48,7 +48,7 @@ class FeedForward(nn.Module, ABC):
         """(B, T, D) -> (B, T, D)."""
 
     @classmethod
-    def splits(cls, options: Any) -> tuple[Split, ...]:
+    def tensor_splits(cls, options: Any) -> tuple[Split, ...]:
         """How tensor parallelism may split it; empty: each process has the whole module."""
         return ()
 

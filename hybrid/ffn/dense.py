@@ -91,7 +91,7 @@ class Dense(FeedForward):
         self.act = ACT2FN[activation]
 
     @classmethod
-    def splits(cls, options: Any) -> tuple[Split, ...]:
+    def tensor_splits(cls, options: Any) -> tuple[Split, ...]:
         """By channels of the inner width."""
         rules = {"up_proj": "colwise", "down_proj": "rowwise"}
         if ACTIVATIONS[options.activation][0]:

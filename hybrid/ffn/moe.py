@@ -360,7 +360,7 @@ class MixtureOfExperts(FeedForward):
         return Dense(self.options.shared_options, self.sizes, self.layer_idx)
 
     @classmethod
-    def splits(cls, options: Any) -> tuple[Split, ...]:
+    def tensor_splits(cls, options: Any) -> tuple[Split, ...]:
         """Routed experts by channels of their inner width, unless they have biases; shared experts."""
         made = []
         if not options.bias:
@@ -370,7 +370,7 @@ class MixtureOfExperts(FeedForward):
             named = {f"experts.{name}".rstrip("."): style for name, style in rules.items()}
             made.append(Split(named, {"intermediate_size": options.intermediate_size}))
         if options.num_shared_experts:
-            (shared,) = Dense.splits(options.shared_options)
+            (shared,) = Dense.tensor_splits(options.shared_options)
             named = {f"shared_experts.{name}": style for name, style in shared.rules.items()}
             width = options.shared_options.width
             made.append(Split(named, {"num_shared_experts * shared_intermediate_size": width}))

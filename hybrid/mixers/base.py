@@ -126,7 +126,7 @@ class Mixer(nn.Module, ABC):
         return False
 
     @classmethod
-    def splits(cls, options: Any) -> tuple[Split, ...]:
+    def tensor_splits(cls, options: Any) -> tuple[Split, ...]:
         """How tensor parallelism may split it; empty: each process has the whole mixer."""
         return ()
 

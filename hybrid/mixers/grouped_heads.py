@@ -156,7 +156,7 @@ class GroupedHeads(Mixer):
             self.q_norm, self.k_norm = (build_norm(kind, size, eps) for size in sizes)
 
     @classmethod
-    def splits(cls, options: Any) -> tuple[Split, ...]:
+    def tensor_splits(cls, options: Any) -> tuple[Split, ...]:
         """By heads, unless heads meet before the output projection or a buffer has one entry a head."""
         if options.qk_norm == "layer" or options.alibi or getattr(options, "conv_size", None):
             return ()

@@ -12,12 +12,12 @@ import copy
 import dataclasses
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import nn
-from transformers.distributed import DistributedConfig
+from transformers.distributed.configuration_utils import DistributedConfig
 from transformers.integrations.tensor_parallel import replace_layer_number_by_wildcard
 
 from hybrid.config.options import did_you_mean
@@ -29,6 +29,12 @@ MARK = "_"
 WHOLE = ("colwise_gather_output", "colwise_rep", "rowwise_split_input", "rowwise_rep", "replicate")
 """Styles after which a module has its whole input and output, so that any Linear may have them."""
 
+SPLIT_DIMS = (
+    frozenset({"colwise", "colwise_gather_output", "colwise_rep", "embedding_rowwise"}),
+    frozenset({"rowwise", "rowwise_split_input", "rowwise_rep", "embedding_colwise"}),
+)
+"""Styles that split the first, and the second, dim of a matrix."""
+
 SUMMED = "replicated_with_grad_allreduce"
 """The style of weights that are whole, and used for a part of the heads by each process."""
 
@@ -37,38 +43,35 @@ Plan = dict[str, str]
 
 def is_split(distributed_config: Any) -> bool:
     """Whether a `DistributedConfig` asks for tensor or expert parallelism."""
-    return distributed_config is not None and (distributed_config.tp_size or 1) > 1
+    if distributed_config is None:
+        return False
+    return (distributed_config.tp_size or 1) > 1 or _expert_size(distributed_config) > 1
 
 
 @contextlib.contextmanager
 def applied_by_layer(model: Any, distributed_config: Any) -> Iterator[Any]:
-    """Resolve and check the plans of a model, and name its modules so that transformers follows them.
+    """Resolve the plans of a model, and name its modules so that transformers follows them.
 
     Args:
         model: a model on the meta device, before its weights are loaded.
-        distributed_config: transformers' `DistributedConfig`; a plan that is a dictionary is merged
-            with the model's own (transformers 5.17 and 5.18: takes its place).
+        distributed_config: see `resolve_plans`.
 
     Yields:
         a copy of the config without plans: the model has them, rule by rule.
 
     Raises:
-        ValueError: nothing can be split; sizes that the processes do not divide; rules that match
-            nothing, or that split a mixer or a feed-forward in part.
+        ValueError: see `resolve_plans`.
     """
-    names = [name for name, _ in model.named_modules()]
-    names += [name for name, _ in model.named_parameters(remove_duplicate=False)]
-    tp_plan, ep_plan = resolve_plans(model, distributed_config, names)
-    check_plans(model, distributed_config.tp_size, tp_plan, ep_plan)
+    tp_plan, ep_plan = resolve_plans(model, distributed_config)
     by_layer = copy.copy(distributed_config)
     by_layer.tp_plan = "auto"
     if _merges():
         by_layer.ep_plan = None
     if isinstance(getattr(by_layer, "fsdp_plan", None), dict):
-        by_layer.fsdp_plan = _marked(_matched("fsdp_plan", by_layer.fsdp_plan, names))
+        by_layer.fsdp_plan = _marked(_matched("fsdp_plan", by_layer.fsdp_plan, _names(model)))
     if not tp_plan and "replicate" in known_styles():
         # transformers 5.23 and 5.24 refuse the empty plan that their own `tp_plan={}` is
-        tp_plan = {name: "replicate" for name in names if name.endswith("embed_tokens")}
+        tp_plan = {name: "replicate" for name in _names(model) if name.endswith("embed_tokens")}
     summed = [name for name, style in tp_plan.items() if style == SUMMED]
     model._tp_plan = _marked({name: tp_plan[name] for name in tp_plan if name not in summed})
     model._ep_plan = _marked(ep_plan)
@@ -80,72 +83,129 @@ def applied_by_layer(model: Any, distributed_config: Any) -> Iterator[Any]:
     model._tp_plan, model._ep_plan = _general(tp_plan), _general(ep_plan)
 
 
-def resolve_plans(model: Any, distributed_config: Any, names: Iterable[str]) -> tuple[Plan, Plan]:
-    """The tensor and the expert plan of a model, rule by rule: module or parameter -> style."""
-    layout = model.config.layout
-    given = distributed_config.tp_plan
-    if given != {} and not isinstance(given, dict) and not (model._tp_plan or _experts_asked(distributed_config)):
-        raise ValueError(
-            f"tp_plan: layout {layout!r} has nothing to split: expected softmax attention whose heads"
-            " are independent, dense feed-forwards, or experts; try data parallelism"
-        )
-    tp_plan, ep_plan = dict(model._tp_plan), {}
-    if isinstance(given, dict):
-        tp_plan = {**tp_plan, **given} if given and _merges() else given
-    tp_plan = _matched("tp_plan", tp_plan, names)
-    if _experts_asked(distributed_config):
-        override = getattr(distributed_config, "ep_plan", None) or {}
-        ep_plan = _matched("ep_plan", {**model._ep_plan, **override}, names)
-        if not ep_plan:
-            raise ValueError(
-                f"ep_plan: expected a layout with experts, got {layout!r}; try tp_plan='auto' without"
-                " expert parallelism"
-            )
-        if not _merges():
-            if isinstance(given, dict):
-                raise ValueError(
-                    "tp_plan: expected none with enable_expert_parallel=True, got a dictionary: this"
-                    " transformers splits experts alone; try transformers 5.19 or later"
-                )
-            return {}, ep_plan
-        inside = tuple(f"{name}." for name in ep_plan)
-        tp_plan = {n: s for n, s in tp_plan.items() if not f"{n}.".startswith(inside)}
-    return tp_plan, ep_plan
-
-
-def check_plans(model: Any, size: int, tp_plan: Plan, ep_plan: Plan) -> None:
-    """Raise ValueError for plans that so many processes cannot follow.
+def resolve_plans(model: Any, distributed_config: Any) -> tuple[Plan, Plan]:
+    """The tensor and the expert plan of a model, rule by rule: module or parameter -> style.
 
     Args:
         model: a stack, or a model with a stack.
-        size: number of processes.
-        tp_plan, ep_plan: name of a module or parameter -> style, without `*`.
+        distributed_config: transformers' `DistributedConfig`; a plan that is a dictionary is merged
+            with the model's own (before transformers 5.19: takes its place).
+
+    Raises:
+        ValueError: nothing can be split; sizes that the processes do not divide; rules that match
+            nothing, or that split a mixer or a feed-forward in part.
     """
-    stack = model.config.stack
+    names, given = _names(model), distributed_config.tp_plan
+    own = model._tp_plan or {}
+    experts = _expert_size(distributed_config)
+    if not own and experts == 1 and not isinstance(given, dict):
+        raise ValueError(
+            f"tp_plan: layout {model.config.layout!r} has nothing to split: expected softmax attention"
+            " with independent heads, dense feed-forwards, or experts; try data parallelism"
+        )
+    if isinstance(given, dict):
+        own = {**own, **given} if given and _merges() else given
+    tp_plan, ep_plan = _matched("tp_plan", own, names), {}
+    if experts > 1:
+        override = getattr(distributed_config, "ep_plan", None) or {}
+        ep_plan = _matched("ep_plan", {**(model._ep_plan or {}), **override}, names)
+        tp_plan = _beside_experts(tp_plan, ep_plan, model.config.layout, given)
+    sizes = check_rules("tp_plan", tp_plan, model, distributed_config.tp_size or 1)
+    check_sizes(sizes + check_rules("ep_plan", ep_plan, model, experts))
+    return tp_plan, ep_plan
+
+
+def _beside_experts(tp_plan: Plan, ep_plan: Plan, layout: str, given: Any) -> Plan:
+    """What tensor parallelism splits where the experts are split by `ep_plan`."""
+    if not ep_plan:
+        raise ValueError(
+            f"ep_plan: expected a layout with experts, got {layout!r}; try tp_plan='auto' without"
+            " expert parallelism"
+        )
+    if not _merges():
+        if isinstance(given, dict):
+            raise ValueError(
+                "tp_plan: expected no dictionary with enable_expert_parallel=True: transformers before"
+                " 5.19 splits experts alone; leave tp_plan out, or try a later transformers"
+            )
+        return {}
+    inside = tuple(f"{name}." for name in ep_plan)
+    return {n: style for n, style in tp_plan.items() if not f"{n}.".startswith(inside)}
+
+
+class Size(NamedTuple):
+    """A size that processes have to divide; `layer_idx` is None where it is not of a layer."""
+
+    key: str
+    value: int
+    layer_idx: int | None
+    processes: int
+
+
+def check_rules(key: str, plan: Plan, model: Any, processes: int) -> list[Size]:
+    """Raise ValueError for a plan whose rules do not fit together; return the sizes that it splits.
+
+    Args:
+        key: `tp_plan` or `ep_plan`.
+        plan: name of a module or parameter -> style, without `*`.
+        model: a stack, or a model with a stack.
+        processes: that share what is split.
+    """
+    config = model.config
     prefix = "" if model.base_model is model else f"{model.base_model_prefix}."
-    sizes: list[tuple[str, int, int | None]] = []
-    for key, plan, splits in (
-        ("tp_plan", tp_plan, tensor_splits(stack)),
-        ("ep_plan", ep_plan, expert_splits(stack)),
-    ):
-        left = {name: style for name, style in plan.items() if style not in WHOLE}
-        for split in splits:
-            rules = {prefix + name: style for name, style in split.rules.items()}
-            found = {name: left.pop(name) for name in rules if name in left}
-            if found and found != rules:
-                raise ValueError(_in_part(key, split, found, rules))
-            if found:
-                sizes += [(f"{split.key}.{o}", n, split.layer_idx) for o, n in split.sizes.items()]
-        for name, style in left.items():
-            if name.startswith(f"{prefix}layers."):
-                raise ValueError(
-                    f"{key}.{name}: expected a style that leaves the input and output of the module"
-                    f" whole ({', '.join(WHOLE)}), got {style!r}: this part of the layer cannot be"
-                    " split; leave it out, and every process has it"
-                )
-    if "embedding_rowwise" in tp_plan.values() and "embedding_colwise" not in known_styles():
-        sizes.append(("vocab_size", model.config.vocab_size, None))
-    check_sizes(size, sizes)
+    splits = tensor_splits(config.stack) if key == "tp_plan" else expert_splits(config.stack)
+    left = {name: style for name, style in plan.items() if style not in WHOLE}
+    sizes: list[Size] = []
+    for split in splits:
+        rules = {prefix + name: style for name, style in split.rules.items()}
+        found = {name: left.pop(name) for name in rules if name in left}
+        if found and found != rules:
+            raise ValueError(_in_part(key, split, found, rules))
+        for option, value in split.sizes.items() if found else ():
+            sizes.append(Size(f"{split.key}.{option}", value, split.layer_idx, processes))
+    for name, style in left.items():
+        if name.startswith(f"{prefix}layers."):
+            raise ValueError(
+                f"{key}.{name}: expected a style that leaves the input and output of the module whole"
+                f" ({', '.join(WHOLE)}), got {style!r}: this part of the layer cannot be split; leave"
+                " it out, and every process has it"
+            )
+    for name, source in model.all_tied_weights_keys.items():
+        pair = [plan.get(n.rpartition(".")[0], plan.get(n)) for n in (name, source)]
+        if [pair[0] in styles for styles in SPLIT_DIMS] != [
+            pair[1] in styles for styles in SPLIT_DIMS
+        ]:
+            raise ValueError(
+                f"{key}: {name} and {source} are one tensor: expected both split alike, got"
+                f" {pair[0]!r} and {pair[1]!r}; give both a rule, or neither"
+            )
+    if "embedding_rowwise" in plan.values() and "embedding_colwise" not in known_styles():
+        sizes.append(Size("vocab_size", config.vocab_size, None, processes))  # before 5.21
+    return sizes
+
+
+def check_sizes(sizes: list[Size]) -> None:
+    """Raise ValueError, one line for all, where processes do not divide a size."""
+    wrong: dict[str, list[str]] = {}
+    for key, value, layer_idx, processes in sizes:
+        if value % processes:
+            what = f"{key}: expected a multiple of the {processes} processes, got {value}"
+            wrong.setdefault(what, []).extend([] if layer_idx is None else [str(layer_idx)])
+    if not wrong:
+        return
+    lines = [f"{what} (layer {', '.join(at)})" if at else what for what, at in wrong.items()]
+    common = math.gcd(*(size.value for size in sizes))
+    fit = [str(n) for n in range(2, common + 1) if common % n == 0]
+    way_out = f"try {' or '.join(fit)} processes" if fit else "no number above 1 divides all sizes"
+    raise ValueError("; ".join([*lines, way_out]))
+
+
+def _in_part(key: str, split: PlacedSplit, found: Plan, rules: Plan) -> str:
+    missing = ", ".join(f"{n}: {s}" for n, s in rules.items() if found.get(n) != s)
+    return (
+        f"{key}: expected all rules that split {split.key} of layer {split.layer_idx}, or none; add"
+        f" {missing}, or try 'replicate' for {', '.join(found)}"
+    )
 
 
 class _SumInBackward(torch.autograd.Function):
@@ -197,49 +257,22 @@ def without_tied(model: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
     return {name: tensor for name, tensor in state_dict.items() if name not in tied}
 
 
-def check_sizes(size: int, sizes: list[tuple[str, int, int | None]]) -> None:
-    """Raise ValueError where `size` processes do not divide a size.
-
-    Args:
-        size: number of processes.
-        sizes: config key, its value, and a layer that has it (None: of the model).
-    """
-    wrong: dict[tuple[str, int], list[str]] = {}
-    for key, value, layer_idx in sizes:
-        if value % size:
-            layers = wrong.setdefault((key, value), [])
-            layers += [] if layer_idx is None else [str(layer_idx)]
-    if not wrong:
-        return
-    lines = []
-    for (key, value), layers in wrong.items():
-        where = f" (layer {', '.join(layers)})" if layers else ""
-        lines.append(f"{key}: expected a multiple of the {size} processes, got {value}{where}")
-    common = math.gcd(*(value for _, value, _ in sizes))
-    fit = [str(n) for n in range(2, common + 1) if common % n == 0]
-    if fit:
-        way_out = f"try tp_size {' or '.join(fit)}"
-    else:
-        way_out = "no tp_size above 1 divides all sizes; try a tp_plan with 'replicate' for these layers"
-    raise ValueError("; ".join([*lines, way_out]))
-
-
-def _in_part(key: str, split: PlacedSplit, found: Plan, rules: Plan) -> str:
-    missing = ", ".join(f"{n}: {s}" for n, s in rules.items() if found.get(n) != s)
-    return (
-        f"{key}: expected all rules that split {split.key} of layer {split.layer_idx}, or none; add"
-        f" {missing}, or try 'replicate' for {', '.join(found)}"
-    )
-
-
 def _merges() -> bool:
     """Whether this transformers merges a plan that is given with that of the model (5.19 on)."""
     return any(field.name == "ep_plan" for field in dataclasses.fields(DistributedConfig))
 
 
-def _experts_asked(distributed_config: Any) -> bool:
-    size = getattr(distributed_config, "ep_size", None)
-    return size > 1 if size is not None else bool(distributed_config.enable_expert_parallel)
+def _expert_size(distributed_config: Any) -> int:
+    """Processes that have different experts; 1 without expert parallelism."""
+    if _merges():
+        return distributed_config.ep_size or 1
+    return (distributed_config.tp_size or 1) if distributed_config.enable_expert_parallel else 1
+
+
+def _names(model: nn.Module) -> list[str]:
+    """Names that a rule may have, those of modules first."""
+    modules = [name for name, _ in model.named_modules()]
+    return modules + [name for name, _ in model.named_parameters(remove_duplicate=False)]
 
 
 def _matched(key: str, plan: Mapping[str, str], names: Iterable[str]) -> Plan:

@@ -72,10 +72,21 @@ class HybridPreTrainedModel(PreTrainedModel):
             self._tp_plan = {}
 
     @classmethod
+    def prepare_distribute_model(cls, distributed_config: Any, **kwargs: Any) -> Any:
+        """As transformers', which before 5.19 does not derive a size for experts."""
+        asked = getattr(distributed_config, "enable_expert_parallel", False)
+        if asked and distributed_config.tp_size is None:
+            raise ValueError(
+                "distributed_config: expected tp_size with enable_expert_parallel=True, got None; try"
+                " DistributedConfig(tp_size=N, enable_expert_parallel=True) for N processes"
+            )
+        return super().prepare_distribute_model(distributed_config, **kwargs)
+
+    @classmethod
     def maybe_distribute_model(
         cls, model: Any, distributed_config: Any, *args: Any, **kwargs: Any
     ) -> Any:
-        """As transformers', by plans whose rules may name a layer; see `hybrid.modeling.parallel_plans`."""
+        """As transformers', by rules that may name a layer; see `hybrid.modeling.parallel_plans`."""
         distribute = super().maybe_distribute_model
         if not parallel_plans.is_split(distributed_config):
             return distribute(model, distributed_config, *args, **kwargs)
