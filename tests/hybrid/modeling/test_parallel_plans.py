@@ -261,9 +261,7 @@ def test_sizes_that_do_not_divide():
 
 def test_experts_that_do_not_divide():
     model = HybridForCausalLM(config("LS", ffn="E", feed_forwards={"E": {"num_experts": 6}}))
-    expected = (
-        r"feed_forwards.E.num_experts: expected a multiple of the 4 .* got 6.*try 2 processes"
-    )
+    expected = r"feed_forwards.E.num_experts: expected a multiple of the 4 .* got 6.*try 2 (or 3 or 6 )?processes"
     with pytest.raises(ValueError, match=expected):
         plans(model, **dict.fromkeys(EXPERTS, 4))
 
