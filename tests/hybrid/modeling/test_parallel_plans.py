@@ -262,7 +262,9 @@ def test_sizes_that_do_not_divide():
 def test_experts_that_do_not_divide():
     model = HybridForCausalLM(config("LS", ffn="E", feed_forwards={"E": {"num_experts": 6}}))
     # the key-value heads of the tensor plan stand beside, where transformers applies both
-    expected = r"feed_forwards.E.num_experts: expected a multiple of the 4 .* got 6 .*try 2 (or|proc)"
+    expected = (
+        r"feed_forwards.E.num_experts: expected a multiple of the 4 .* got 6 .*try 2 (or|proc)"
+    )
     with pytest.raises(ValueError, match=expected):
         plans(model, **dict.fromkeys(EXPERTS, 4))
 
