@@ -5,6 +5,8 @@ import torch
 from torch.testing import assert_close
 from transformers import StaticCache
 
+from hybrid_kernels.chunked.chunk_plan import ChunkPlan
+
 ROW = {
     # documents of 5 and 4 tokens, and 3 columns of padding
     "right": ([0, 1, 2, 3, 4, 0, 1, 2, 3, 0, 1, 2], [1] * 9 + [0] * 3, slice(0, 5), slice(5, 9)),
@@ -106,3 +108,32 @@ def test_a_static_cache_filled_without_a_mask(build, ids, options):
         want = model(x, use_cache=False).logits
         assert_close(model(x[:, :4], past_key_values=cache).logits, want[:, :4])
         assert_close(model(x[:, 4:], past_key_values=cache).logits, want[:, 4:])
+
+
+@pytest.mark.parametrize("mixer", ["gated_delta_net", "mamba2", "mamba"])
+def test_boundaries_are_read_and_planned_once_for_all_layers(build, ids, mixer, monkeypatch):
+    """Four layers cost as many plans, and as many reads of offsets, as one; so does a backward."""
+    counts = {"plans": 0, "reads": 0}
+    pack, tolist = ChunkPlan._pack, torch.Tensor.tolist
+
+    def counted_pack(*args):
+        counts["plans"] += 1
+        return pack(*args)
+
+    def counted_tolist(*args):
+        counts["reads"] += 1
+        return tolist(*args)
+
+    monkeypatch.setattr(ChunkPlan, "_pack", counted_pack)
+    monkeypatch.setattr(torch.Tensor, "tolist", counted_tolist)
+    positions = torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2, 3]] * 2)
+    found = {}
+    for layers in (1, 4):
+        model = build(torch.float32, layout="Q" * layers, mixers={"Q": {"type": mixer}})
+        for row in (ids(2, 9), ids(2, 9, seed=1)):
+            counts.update(plans=0, reads=0)
+            model(row, position_ids=positions, use_cache=False, labels=row).loss.backward()
+        found[layers] = dict(counts)
+    assert found[4] == found[1]
+    assert found[1]["reads"] == 1
+    assert 1 <= found[1]["plans"] <= 2
