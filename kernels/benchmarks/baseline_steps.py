@@ -6,7 +6,7 @@ and give the next one; ours overwrites it, as in the decode loop of a model (but
 which it cannot), and those of transformers update theirs in place or return a new one, as they are
 written.
 
-Legend: B = 1 batch, H heads, K key dim, V value dim, D channels, N state size.
+Shapes: B = 1 batch, H heads, K key dim, V value dim, D channels, N state size.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ Functions of transformers are imported when they are called: the package itself 
 They are unwrapped, since where an optional kernel package is installed transformers puts its
 function in the place of the fallback, GPU or not.
 
-Legend: B = 1 batch, T time, H heads, K key dim, V value dim, D channels, N state size, C chunk.
+Shapes: B = 1 batch, T time, H heads, K key dim, V value dim, D channels, N state size, C chunk.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ to compute the same thing. Beside each figure that has a target stands the targe
 How time grows with T is measured of our side alone, the heap handed back to the system before each
 call: otherwise the C library recycles a short call's results and maps a long one's afresh.
 
-Legend: B = 1 batch, T time, H = 4 heads, K = V = 64 dims, D channels.
+Shapes: B = 1 batch, T time, H = 4 heads, K = V = 64 dims, D channels.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What ``bench.py`` found, against what was aimed at: rows, verdict, JSON and Markdown.
 
-Legend: T time.
+Shapes: T time.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 Each subject is drawn once for a size and given to every contestant in its own layout; contestants
 take turns in one process, each on several sets of random inputs, and medians are compared.
 
-Legend: B batch, T time, H heads, K key dim, V value dim, N state size of Mamba.
+Shapes: B batch, T time, H heads, K key dim, V value dim, N state size of Mamba.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ the compiler's cache. With ``--dry-run`` and TRITON_INTERPRET=1 each runs
 on a CPU at tiny sizes: that shows that it works, nothing else. As of now none has been run on a
 GPU: nothing about the speed of the Triton kernels is known.
 
-Legend: B batch, T time, H heads, K key dim, V value dim.
+Shapes: B batch, T time, H heads, K key dim, V value dim.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ class Ledger:
     left_out: list[str] = field(default_factory=list)
 
     def attempt(self, label: str, rows: Callable[[], Iterable[dict[str, Any]]]) -> None:
-        """Take the rows of one piece of work; what goes wrong in it is kept in words."""
+        """Add the rows of one piece of work; an exception in it is recorded as text."""
         if time.monotonic() > self.deadline:
             self.left_out.append(label)
             return
@@ -187,7 +187,7 @@ def correctness(
 
 
 def _can_walk(name: str, dtype: torch.dtype, dim: int, device: torch.device) -> bool:
-    """Say whether a form's forward pass, as it is checked, can be one walk over time there."""
+    """Whether the forward pass of a form, as checked here, can be one walk over time there."""
     op, inputs = _drawn(name, "mild", None, dtype, 2, dim)
     with launch.walk_from(0):
         taken = kernels_of(lambda: evaluate(op, inputs, backend="triton"), device)
@@ -250,7 +250,7 @@ def _on_cpu(op: Op, backend: str) -> Op:
 
 
 def _causal(op: Op, inputs: dict[str, Any]) -> bool:
-    """Say whether a change of the second half leaves the first half's outputs bit for bit."""
+    """Whether a change of the second half leaves the first half's outputs bit for bit."""
     changed: dict[str, Any] = {name: x.clone() for name, x in inputs.items()}
     names = ("u", "delta", "B", "C") if "u" in inputs else ("q", "k", "v")
     half = inputs[names[0]].shape[1] // 2

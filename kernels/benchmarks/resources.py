@@ -2,7 +2,7 @@
 
 ``python kernels/benchmarks/resources.py [--target sm_90 ...]`` prints a table and fails if a
 kernel spills more than ``SPILL_BOUND`` bytes per thread. What is compiled is what the host code
-launches: launches are recorded, there is no second list of kernels.
+launches: launches are recorded, without a second list of kernels.
 
 For CUDA the figures are those of the assembled binary (cuobjdump, shipped with triton), for AMD
 those that the compiler writes beside the code.
@@ -279,7 +279,7 @@ def default_calls(quick: bool) -> list[tuple[str, Callable[[], object]]]:
 
 
 def faults(table: list[Usage], target: str) -> list[str]:
-    """Return what breaks a bound, in words."""
+    """Return a description of each broken bound."""
     found = []
     for row in table:
         if row.spills > SPILL_BOUND:

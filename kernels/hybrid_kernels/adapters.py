@@ -1,4 +1,4 @@
-"""Thin adapters to other people's kernels, used only when asked for by name.
+"""Thin adapters to kernels of other packages, used only by name.
 
 =================  ============================  =================================================
 backend            covers                        limits
@@ -122,7 +122,7 @@ def selective_scan(a: SelectiveScan) -> tuple[Tensor, Tensor]:
     )
     skip = None if a.D is None else a.D.float()
     y, state = selective_scan_fn(u_, delta_, a.A.float(), B_, C_, skip, return_last_state=True)
-    # It would pass no gradient on; better none at all than a wrong one.
+    # The kernel returns no gradient of the state: detach it rather than return a wrong one.
     return y.transpose(1, 2).to(a.u.dtype), state.detach()
 
 

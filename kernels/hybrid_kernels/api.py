@@ -1,6 +1,6 @@
 """The public ops. Each checks its arguments once, then hands over to a backend.
 
-Legend: B batch, T time, H heads, K key dim, V value dim, D channels, N packed documents.
+Shapes: B batch, T time, H heads, K key dim, V value dim, D channels, N packed documents.
 """
 
 from __future__ import annotations
@@ -44,7 +44,8 @@ def linear_attention(
 
     Args:
         q: queries (B, T, H_q, K).
-        k: keys (B, T, H_k, K). The delta rule expects them L2-normalised; this op does not do it.
+        k: keys (B, T, H_k, K). The delta rule expects L2-normalised keys; the op does not
+            normalise them.
         v: values (B, T, H_v, V).
             H is the largest of H_q, H_k and H_v; the other two must divide it, and each of their
             heads then serves H / heads consecutive heads (as in grouped-query attention). All of
@@ -60,18 +61,17 @@ def linear_attention(
             batch of one; the state restarts at each. Documents may be empty: their state passes
             through unchanged.
         output_final_state: return the state after the last token too.
-        backend: "reference", "torch", ...; None takes the best one present (logged once).
+        backend: name of a backend; None chooses the best one installed (logged once).
         value_log_decay: (B, T, H, V) natural-log decay over values (the outer-product decay of
             DFW, arXiv 2210.04243); additive form only.
         bonus: (H, K), turns on the exclusive read; additive form only.
         chunk_size: tokens per chunk, a power of two from 16; default: chosen. Never changes the
             result beyond rounding.
-        overwrite_state: write the final state into ``initial_state``, which is then what is
-            returned, instead of allocating one at every token of a decode loop. Only without
-            gradients; whoever wants the old state later keeps a copy.
-        write_scale: (B, T, H) w, what each token's write is multiplied by (Mamba-2's step size,
-            arXiv 2405.21060, eq. 2); default 1. The same as to multiply v, but at no pass over
-            values of its own. Additive form only.
+        overwrite_state: write the final state into ``initial_state`` and return that tensor,
+            instead of allocating one at every token of a decode loop. Only without gradients.
+        write_scale: (B, T, H) w, factor of each token's write (Mamba-2's step size, arXiv
+            2405.21060, eq. 2); default 1. Equivalent to multiplying v, without a separate pass
+            over the values. Additive form only.
 
     Returns:
         o (B, T, H, V) in v's dtype, and the final state in the form of ``initial_state`` (float32;
@@ -80,7 +80,7 @@ def linear_attention(
     Raises:
         ValueError: an argument has the wrong shape, dtype or device, the backend is unknown or
             cannot take this input, or ``overwrite_state`` meets no state or a gradient.
-        ImportError: the backend asked for needs a package that is not installed.
+        ImportError: the named backend needs a package that is not installed.
     """
     arguments = LinearAttention(
         q,
@@ -101,7 +101,7 @@ def linear_attention(
 
 
 def _scale(scale: float | None, q: Tensor) -> float:
-    """Return the factor on the output; what is wrong with q, the checks will say."""
+    """Return the factor on the output; errors in q are left to the checks."""
     try:
         return q.shape[-1] ** -0.5 if scale is None else float(scale)
     except (AttributeError, IndexError, ZeroDivisionError):
@@ -138,7 +138,7 @@ def causal_conv1d(
         cu_seqlens: (N+1,) int32 or int64 offsets of documents packed in a batch of one; none sees
             another's tokens. Documents may be empty.
         output_final_state: return the last W-1 inputs of each row or document too.
-        backend: "reference", "torch", ...; None takes the best one present (logged once).
+        backend: name of a backend; None chooses the best one installed (logged once).
 
     Returns:
         y (B, T, D) in x's dtype, and the final state in x's dtype and the form of
@@ -146,7 +146,7 @@ def causal_conv1d(
 
     Raises:
         ValueError: an argument has the wrong shape, dtype or device, or the backend is unknown.
-        ImportError: the backend asked for needs a package that is not installed.
+        ImportError: the named backend needs a package that is not installed.
     """
     arguments = CausalConv1d(x, weight, bias, initial_state, cu_seqlens, activation)
     y, final_state = backends.resolve(arguments, backend)(arguments)
@@ -186,9 +186,9 @@ def selective_scan(
         cu_seqlens: int32 or int64 offsets of documents packed in a batch of one; the state
             restarts at each. Documents may be empty: their state passes through unchanged.
         output_final_state: return the state after the last token too.
-        backend: "reference", "torch", ...; None takes the best one present (logged once).
-        overwrite_state: write the final state into ``initial_state``, which is then what is
-            returned. Only without gradients.
+        backend: name of a backend; None chooses the best one installed (logged once).
+        overwrite_state: write the final state into ``initial_state`` and return that tensor. Only
+            without gradients.
 
     Returns:
         y (B, T, D) in u's dtype, and the final state in the form of ``initial_state`` (float32;
@@ -197,7 +197,7 @@ def selective_scan(
     Raises:
         ValueError: an argument has the wrong shape, dtype or device, the backend is unknown, or
             ``overwrite_state`` meets no state or a gradient.
-        ImportError: the backend asked for needs a package that is not installed.
+        ImportError: the named backend needs a package that is not installed.
     """
     arguments = SelectiveScan(u, delta, A, B, C, D, initial_state, cu_seqlens)
     y, final_state = backends.resolve(arguments, backend, overwrite_state)(arguments)

@@ -107,7 +107,7 @@ class Arguments:
         return {name: x for name, x in values if x is not None}
 
     def requires_grad(self) -> list[bool]:
-        """Return, for each of ``DIFFERENTIABLE``, whether its gradient may be asked for."""
+        """Return, for each of ``DIFFERENTIABLE``, whether autograd tracks it."""
         if not torch.is_grad_enabled():
             return [False] * len(self.DIFFERENTIABLE)
         values = [getattr(self, name) for name in self.DIFFERENTIABLE]

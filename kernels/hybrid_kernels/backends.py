@@ -3,9 +3,9 @@
 A backend is a module with one function per op it implements. That function takes the op's arguments
 (``arguments.py``), already validated, and returns ``(output, final_state)``. A backend that covers
 only some inputs also has ``unsupported(arguments) -> str | None``: the reason why it cannot take
-these, or None. One that has something quicker for some inputs has
-``prepare(arguments, overwrite_state) -> Callable | None``: a function for inputs of just that form,
-which may be kept, or None.
+these, or None. A backend with a faster function for some inputs has
+``prepare(arguments, overwrite_state) -> Callable | None``, which returns a function for inputs of
+that form, or None.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Backend:
     """One way to compute some of the ops.
 
     Attributes:
-        name: what a user writes as ``backend=...``.
+        name: value of ``backend=``.
         module: import path of the module that holds one function per op.
         ops: the ops it implements.
         requires: top-level packages that must be installed.
@@ -85,7 +85,7 @@ BACKENDS: tuple[Backend, ...] = (
     ),
     Backend("torch", "hybrid_kernels.chunked", OPS, native=("write_scale",)),
     Backend("reference", "hybrid_kernels.reference", OPS, automatic=False, native=("write_scale",)),
-    # Never chosen on their own: they take fewer inputs, and are not tested on a GPU here.
+    # Used by name only: they take fewer inputs, and are not tested on a GPU here.
     Backend("fla", _ADAPTERS, (LINEAR_ATTENTION,), ("fla",), _FLA, True, False),
     Backend("mamba_ssm", _ADAPTERS, (SELECTIVE_SCAN,), ("mamba_ssm",), _MAMBA, True, False),
     Backend("causal_conv1d", _ADAPTERS, (CAUSAL_CONV1D,), ("causal_conv1d",), _CONV, True, False),
@@ -97,7 +97,7 @@ _BY_NAME = {backend.name: backend for backend in BACKENDS}
 _MISSING: dict[str, str | None] = {}
 
 
-# A compiler that traces an op takes what is installed for a constant.
+# Installed packages are constants to a compiler that traces an op.
 @torch.compiler.assume_constant_result
 def _missing(name: str) -> str | None:
     """Return the first package that a backend requires and that is not installed, or None."""
@@ -107,8 +107,7 @@ def _missing(name: str) -> str | None:
     return _MISSING[name]
 
 
-# The functions of each backend that has been loaded, by name. A compiler can follow a look-up here,
-# but not an import.
+# Functions of each loaded backend, by name. A compiler can trace a look-up, but not an import.
 _FUNCTIONS: dict[str, dict[str, Callable]] = {backend.name: {} for backend in BACKENDS}
 
 
@@ -131,9 +130,8 @@ def available_backends(op: str) -> list[str]:
     return [b.name for b in BACKENDS if op in b.ops and _missing(b.name) is None]
 
 
-# What inputs of one form were found to be right, and which function computes them. Both depend on
-# shapes, dtypes, devices and the want of a gradient only; a decode loop asks the same question at
-# every token.
+# Form of inputs that have passed the checks -> the function that computes them. Both depend only on
+# shapes, dtypes, devices and whether gradients are needed, so that a decode loop checks once.
 _KNOWN: dict[tuple, Callable] = {}
 _KNOWN_LIMIT = 4096
 
@@ -143,12 +141,12 @@ def resolve(arguments: Arguments, name: str | None, overwrite_state: bool = Fals
 
     Args:
         arguments: of the op.
-        name: the backend asked for, or None for the best one present.
-        overwrite_state: the function is to write the final state where the initial state is.
+        name: of the backend, or None for the best one installed.
+        overwrite_state: whether the function writes the final state into the initial state.
 
     Raises:
-        ValueError: an argument is wrong, or ``choose`` says so.
-        ImportError: ``choose`` says so.
+        ValueError: an argument is wrong, or the backend cannot take it (``choose``).
+        ImportError: the backend needs a package that is not installed.
         TransformError: the inputs are under a transform that the backend does not support.
     """
     run = form = None
@@ -157,7 +155,7 @@ def resolve(arguments: Arguments, name: str | None, overwrite_state: bool = Fals
             form = _form(arguments, name, overwrite_state)
             run = _KNOWN.get(form)
         except TypeError:
-            # Some argument cannot be hashed: the check will say.
+            # An argument cannot be hashed; the check raises the error.
             form = None
     if run is None:
         validation.check(arguments)
@@ -172,7 +170,7 @@ def resolve(arguments: Arguments, name: str | None, overwrite_state: bool = Fals
 
 
 def _form(arguments: Arguments, name: str | None, overwrite_state: bool) -> tuple:
-    """Return what a check and a choice may depend on; of numbers, that is not the value."""
+    """Return everything that a check and a choice depend on; the value of a float is not."""
     grad = torch.is_grad_enabled()
     form: list = [arguments.OP, name, overwrite_state, grad]
     for x in type(arguments).get(arguments):
@@ -190,8 +188,8 @@ def choose(arguments: Arguments, name: str | None, overwrite_state: bool = False
 
     Args:
         arguments: of the op, checked.
-        name: the backend asked for, or None for the best one present.
-        overwrite_state: the function is to write the final state where the initial state is.
+        name: of the backend, or None for the best one installed.
+        overwrite_state: whether the function writes the final state into the initial state.
 
     Raises:
         ValueError: ``name`` is unknown, or that backend cannot take these inputs.
@@ -252,10 +250,10 @@ def _check_overwriting(arguments: Arguments) -> None:
 
 
 def _function(backend: Backend, arguments: Arguments, overwrite_state: bool) -> Callable:
-    """Return what computes an op in a backend that has been loaded, quickest for these inputs."""
+    """Return the fastest function of a loaded backend for these inputs."""
     functions = _FUNCTIONS[backend.name]
     prepare, run = functions.get("prepare"), functions[arguments.OP]
-    # A compiler traces the function itself: to it, nothing is gained by keeping another.
+    # A compiler traces the function itself and gains nothing from a prepared one.
     if prepare is not None and not torch.compiler.is_compiling():
         prepared = prepare(arguments, overwrite_state)
         if prepared is not None:

@@ -4,7 +4,7 @@ One projection, or one convolution over all channels, returns q, k and v as part
 Autograd copies the gradients of such parts into one tensor. ``linear_attention`` writes them into
 one tensor from the start, and ``split`` then needs no copy.
 
-Legend: B batch, T time, H heads, K key dim or any other size of a head.
+Shapes: B batch, T time, H heads, K key dim or any other size of a head.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-# Set on rows that nothing but the gradients of parts lie in.
+# Attribute of tensors that hold nothing but the gradients of the parts.
 _MARK = "_hybrid_rows"
 
 
 def split(x: Tensor, sizes: Sequence[int], dim: int = -1) -> tuple[Tensor, ...]:
     """Cut a tensor into parts (views), as ``torch.split`` does, and rejoin their gradients.
 
-    A gradient of a part that a hook keeps may then be a view of that of x.
+    A gradient of a part that a hook keeps may be a view of the gradient of x.
 
     Args:
         x: any shape.
@@ -56,7 +56,7 @@ class _Split(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        # A gradient that will be differentiated again has to be a copy.
+        # A gradient that will be differentiated again must be a copy.
         copied = torch.is_grad_enabled() or torch.compiler.is_compiling()
         whole = None if copied else _rejoined(grads, ctx.shape, ctx.dim)
         return torch.cat(grads, ctx.dim) if whole is None else whole, None, None
@@ -65,8 +65,8 @@ class _Split(torch.autograd.Function):
 def _rejoined(parts: Sequence[Tensor], shape: torch.Size, dim: int) -> Tensor | None:
     """Return the contiguous tensor of a shape that holds nothing but these parts, if there is one.
 
-    Only where the memory was made for them (``Places.hand_out``): what the gradients of parts lie in
-    otherwise, as behind ``torch.cat``, may be another tensor's gradient as well.
+    Only memory allocated for these gradients counts (``Places.hand_out``): other memory, as behind
+    ``torch.cat``, may hold another tensor's gradient as well.
     """
     first, strides = parts[0], _strides(shape)
     whole, offset = first._base, first.storage_offset()
@@ -108,13 +108,13 @@ class Places(NamedTuple):
         ]
 
     def hand_out(self, rows: Tensor) -> list[Tensor]:
-        """Cut rows that nothing else lies in, which ``split`` may then take as one again."""
+        """Cut a tensor that holds nothing else; ``split`` can then use it without a copy."""
         setattr(rows, _MARK, True)
         return self.cut(rows)
 
 
 def _have_memory(tensors: Sequence[Tensor]) -> bool:
-    """Whether tensors have an address: traced and distributed ones have none."""
+    """Whether tensors have an address; traced and distributed ones do not."""
     return all(type(x) in (Tensor, torch.nn.Parameter) for x in tensors)
 
 

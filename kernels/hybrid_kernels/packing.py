@@ -2,7 +2,7 @@
 
 The layers of a model are handed one ``cu_seqlens`` tensor. Its values are read, checked and turned
 into chunk plans when the first op sees it (``documents``); every other op, forward and backward,
-finds them there. Writing to the tensor makes that invalid, as its version tells.
+finds them there. Writing to the tensor invalidates them (its version counter changes).
 """
 
 from __future__ import annotations
@@ -25,25 +25,25 @@ class Documents:
 
     Attributes:
         lengths: of each, in tokens.
-        plans: what backends made of them, by a key of their own.
+        plans: what backends derived from them, by key.
     """
 
     lengths: list[int]
     plans: dict[Hashable, Any] = field(default_factory=dict)
 
     def plan(self, key: Hashable, make: Callable[[], Plan]) -> Plan:
-        """Return what ``make`` returned for a key the first time.
+        """Return the plan under a key, computed once.
 
         Args:
-            key: all that the plan depends on besides the documents.
-            make: makes it.
+            key: everything that the plan depends on besides the documents.
+            make: computes the plan.
         """
         if key not in self.plans:
             self.plans[key] = make()
         return self.plans[key]
 
 
-# By offsets tensor, which this does not keep alive: its version, and its documents.
+# Offsets tensor (a weak key) -> its version, and its documents.
 _KNOWN: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
@@ -55,9 +55,9 @@ def documents(cu_seqlens: Tensor, time: int) -> Documents:
         time: T, the length of the packed row.
 
     Raises:
-        ValueError: the offsets do not start at 0, fall, or do not end at ``time``.
+        ValueError: the offsets do not start at 0, descend, or do not end at ``time``.
     """
-    # Inference tensors have no version, and plans made of them cannot go into a backward pass.
+    # Inference tensors have no version counter, and autograd cannot save plans made from them.
     if torch.is_inference_mode_enabled() or cu_seqlens.is_inference():
         return Documents(_lengths(cu_seqlens.tolist(), time))
     known = _KNOWN.get(cu_seqlens)

@@ -2,7 +2,7 @@
 
 Slow on purpose. Every other backend is tested against this file.
 
-Legend: B batch, T time, H heads, K key dim, V value dim, D channels, N documents or state size.
+Shapes: B batch, T time, H heads, K key dim, V value dim, D channels, N documents or state size.
 """
 
 from __future__ import annotations

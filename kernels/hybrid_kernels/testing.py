@@ -1,9 +1,9 @@
 """Test inputs and error measures for backends: forms of the op, difficult inputs, tolerances.
 
 A new form is covered by a row in ``FORMS``; a new backend by a row in ``BACKENDS_UNDER_TEST``.
-Usable from outside: whoever writes a backend of their own can hold it against the reference.
+Public, so that authors of other backends can test them against the reference.
 
-Legend: B batch, T time, H heads, K key dim, V value dim, N documents.
+Shapes: B batch, T time, H heads, K key dim, V value dim, N documents.
 """
 
 from __future__ import annotations
@@ -150,7 +150,7 @@ def sample(
     if lengths is not None:
         batch, time, rows = 1, sum(lengths), len(lengths)
         found["cu_seqlens"] = torch.tensor([0, *lengths]).cumsum(0)
-    heads, wide = max(form.heads), torch.promote_types(dtype, torch.float32)
+    heads, state_dtype = max(form.heads), torch.promote_types(dtype, torch.float32)
     found["q"] = normal(batch, time, form.heads[0], key_dim).to(dtype)
     keys = normal(batch, time, form.heads[1], key_dim)
     if form.delta:
@@ -159,17 +159,19 @@ def sample(
         found["beta"] = (2 * strength).to(dtype)
     found["k"] = keys.to(dtype)
     found["v"] = normal(batch, time, form.heads[2], value_dim).to(dtype)
-    found["initial_state"] = normal(rows, heads, key_dim, value_dim).to(wide)
+    found["initial_state"] = normal(rows, heads, key_dim, value_dim).to(state_dtype)
     token = (batch, time, heads)
     shape = {"fixed": (heads,), "scalar": token, "vector": (*token, key_dim)}.get(form.decay)
     if shape is not None:
-        found["log_decay"] = GATES[gates](shape, generator).to(wide)
+        found["log_decay"] = GATES[gates](shape, generator).to(state_dtype)
     if form.value_decay:
-        found["value_log_decay"] = GATES[gates]((*token, value_dim), generator).to(wide)
+        found["value_log_decay"] = GATES[gates]((*token, value_dim), generator).to(state_dtype)
     if form.bonus:
         found["bonus"] = normal(heads, key_dim).to(dtype)
     if form.write_scale:
-        found["write_scale"] = torch.rand(token, generator=generator, dtype=torch.float64).to(wide)
+        found["write_scale"] = torch.rand(token, generator=generator, dtype=torch.float64).to(
+            state_dtype
+        )
     return found
 
 
@@ -213,13 +215,13 @@ def sample_scan(
         batch, time, rows = 1, sum(lengths), len(lengths)
         found["cu_seqlens"] = torch.tensor([0, *lengths]).cumsum(0)
     found["u"] = normal(batch, time, channels).to(dtype)
-    wide = torch.promote_types(dtype, torch.float32)
+    state_dtype = torch.promote_types(dtype, torch.float32)
     found["delta"] = torch.rand(batch, time, channels, generator=generator).to(dtype)
-    found["A"] = -RATES[rate] * torch.rand(channels, size, generator=generator).to(wide)
+    found["A"] = -RATES[rate] * torch.rand(channels, size, generator=generator).to(state_dtype)
     found["B"] = normal(batch, time, size).to(dtype)
     found["C"] = normal(batch, time, size).to(dtype)
-    found["D"] = normal(channels).to(wide)
-    found["initial_state"] = normal(rows, channels, size).to(wide)
+    found["D"] = normal(channels).to(state_dtype)
+    found["initial_state"] = normal(rows, channels, size).to(state_dtype)
     return found
 
 
@@ -266,10 +268,10 @@ def evaluate(
 
 
 def relative_rms(found: Tensor, expected: Tensor) -> float:
-    """Return the RMS of the difference over that of ``expected``; NaN and inf stay what they are.
+    """Return the RMS of the difference over that of ``expected``; NaN and inf propagate.
 
-    A difference below the smallest normal float32 counts as none: a state has no digits there.
-    Where the expected values are all zero, any greater one gives inf.
+    A difference below the smallest normal float32 counts as 0. If the expected values are all zero,
+    any greater difference returns inf.
     """
     difference = (found.double() - expected.double()).norm()
     size = expected.double().norm()
@@ -288,7 +290,7 @@ def assert_agrees(found: dict[str, Tensor], expected: dict[str, Tensor], toleran
 def compare(
     form: Form, backend: str, dtype: torch.dtype, *, chunk_size: int | None = None, **sizes
 ) -> None:
-    """Hold one backend against the reference in float64, on inputs rounded to ``dtype``.
+    """Compare one backend with the reference in float64, on inputs rounded to ``dtype``.
 
     Args:
         form: which.

@@ -36,7 +36,7 @@ class TransformError(NotImplementedError):
 
 
 def without_autocast(function: Callable) -> Callable:
-    """Run a function of tensors, or of arguments, with autocast off on the first tensor's device."""
+    """Wrap a function of tensors, or of a record, to run with autocast off on their device."""
 
     @functools.wraps(function)
     def wrapped(*args: Any):
@@ -68,7 +68,7 @@ def refuse_transforms(arguments: Arguments) -> None:
     """
     op, present = arguments.OP, arguments.floating().values()
     wrapped = torch._C._functorch.is_functorch_wrapped_tensor  # pyright: ignore
-    # A compiler cannot tell one tensor from the other.
+    # Under a compiler, wrapped tensors cannot be told apart.
     if torch.compiler.is_compiling() or any(wrapped(x) for x in present):
         raise TransformError(
             f"{op}: torch.func transforms (vmap, grad, jvp, jacrev, ...) are not supported by this "

@@ -30,7 +30,7 @@ from hybrid_kernels.chunked.state_walk import SpanStates, StateCarry, split_stat
 
 
 class PairGradients(NamedTuple):
-    """What the gradient of the pairs of rows gives.
+    """Gradients through the pairs of rows.
 
     Attributes:
         pairs: (b, C, C) gradient of the pairs, masked; not used where keys decay exactly.

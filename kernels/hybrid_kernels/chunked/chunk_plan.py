@@ -5,7 +5,7 @@ that has a second, and so on. Packed documents are sorted by their number of chu
 so that the sequences still running at a step are always a prefix of the states. A plain batch is
 the case in which all of them run to the end.
 
-Legend: B batch, T time, N documents (B for a plain batch), C chunk, R chunks in all, G heads of q
+Shapes: B batch, T time, N documents (B for a plain batch), C chunk, R chunks in all, G heads of q
 and k, r value heads per G.
 """
 
@@ -55,7 +55,7 @@ class ChunkSpan:
         return self.widths[0] == self.widths[-1]
 
     def before_and_after(self, states: Tensor, heads: int) -> tuple[Tensor, Tensor]:
-        """Cut memory for ``states`` into those before and those after each step, which may overlap."""
+        """Split memory for ``states`` into states before and after each step, which may overlap."""
         rows = self.offsets[-1] * heads
         return states[:rows], states[self.width * heads if self.dense else rows :]
 
@@ -164,7 +164,7 @@ class ChunkPlan:
     def result(self, whole: Tensor) -> Tensor:
         """Cut the memory of ``empty`` back to (B, T, ...).
 
-        Never a view: autograd lets nobody write to one that a custom op returns beside others.
+        Never a view: autograd refuses in-place writes to views among the outputs of a custom op.
         """
         if self.tokens is not None:
             return whole[None].index_select(1, self.tokens)

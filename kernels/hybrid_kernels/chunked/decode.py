@@ -1,12 +1,11 @@
 """One token at a time: each op for T = 1 without gradients, in a handful of calls.
 
-A call here costs more than the arithmetic that it does. So what shapes and dtypes alone decide is
-found once, when a step is made for inputs of one form; ``prepare`` makes it, and
-``backends.resolve`` keeps it. Nothing the size of a state is allocated but the new state itself,
-and of ``linear_attention`` not even that where the old one may be overwritten. These are plain
-tensor operations, which a compiler can fuse.
+A call costs more than its arithmetic. Whatever depends on shapes and dtypes only is computed once,
+when ``prepare`` makes a step for inputs of one form; ``backends.resolve`` caches the step. Nothing
+the size of a state is allocated but the new state, and not even that with ``overwrite_state``.
+These are plain tensor operations, which a compiler can fuse.
 
-Legend: B batch, H heads, K key dim, V value dim, D channels, N state size, W filter width.
+Shapes: B batch, H heads, K key dim, V value dim, D channels, N state size, W filter width.
 """
 
 from __future__ import annotations
@@ -20,11 +19,11 @@ from hybrid_kernels.arguments import Arguments, CausalConv1d, LinearAttention, S
 
 
 def prepare(arguments: Arguments, overwrite_state: bool) -> Callable | None:
-    """Return what computes an op for inputs of this form, or None if they are not a single step.
+    """Return a function that computes an op for inputs of this form; None if not a single step.
 
     Args:
         arguments: of the op, validated.
-        overwrite_state: the final state goes where the initial state is.
+        overwrite_state: whether to write the final state into the initial state.
     """
     step = _STEPS.get(arguments.OP)
     if step is None or not is_single_step(arguments):
@@ -33,7 +32,7 @@ def prepare(arguments: Arguments, overwrite_state: bool) -> Callable | None:
 
 
 def is_single_step(arguments: Arguments) -> bool:
-    """Whether this module applies: one token per row and no gradient asked for."""
+    """Whether this module applies: one token per row, and no gradients."""
     one = arguments.time == 1 and arguments.cu_seqlens is None
     return one and not arguments.needs_backward()
 
@@ -41,8 +40,8 @@ def is_single_step(arguments: Arguments) -> bool:
 class LinearAttentionStep:
     """``linear_attention`` for one token, for inputs with the shapes and dtypes of these.
 
-    Beside the output and, unless ``overwrite_state``, the new state, only factors of a row are
-    allocated: exp of the decay, and what of the inputs has to be cast or repeated.
+    Besides the output and, unless ``overwrite_state``, the new state, only rows are allocated: exp
+    of the decay, and inputs that are cast or repeated.
     """
 
     def __init__(self, a: LinearAttention, overwrite_state: bool = False):
@@ -103,7 +102,7 @@ class LinearAttentionStep:
             key = k.reshape(rows, 1, keys)
             value = torch.baddbmm(value, key, after, alpha=-1) * beta.reshape(rows, 1, 1)
             after.baddbmm_(key.mT, value)
-            # The row that was written has served: the output goes there.
+            # The written row is no longer needed; its memory takes the output.
             o = value.baddbmm_(query, after, beta=0, alpha=scale)
         o = o.view(self.batch, 1, self.heads, values)
         if self.overwrite and state is not initial_state:

@@ -67,7 +67,7 @@ class GradientBuffers(NamedTuple):
 
 
 class ExactPairGradients(NamedTuple):
-    """What pairs of rows give where keys decay exactly.
+    """Gradients through the pairs of rows where keys decay exactly.
 
     Attributes:
         diagonal: (b, C, 1) gradient of P's diagonal.
@@ -183,7 +183,7 @@ def _total_gradient(x: InputChunks, rows: DeltaRows, d: GradientBuffers, work: S
 def _row_gradients(
     x: InputChunks, rows: DeltaRows, writes: DeltaWrites, d: GradientBuffers
 ) -> ExactPairGradients | None:
-    """Fill ``residual``, ``dread`` and ``dwrite``; return what exact pairs give."""
+    """Fill ``residual``, ``dread`` and ``dwrite``; return the gradients through exact pairs."""
     m = rows.buffers
     torch.bmm(writes.inverse.mT, d.dwritten, out=d.residual)
     d.residual_below.copy_(d.residual)
@@ -212,7 +212,7 @@ def _row_gradients(
 def _store_values(
     rows: DeltaRows, d: GradientBuffers, exact: ExactPairGradients | None, grads: ChunkGradients
 ) -> Tensor:
-    """Store the gradients of v and of beta; return the part of beta's that comes by v, (b, C, 1)."""
+    """Store the gradients of v and of beta; return the part of beta's through v, (b, C, 1)."""
     assert grads.beta is not None
     values = rows.buffers.values
     product = torch.mul(values, d.residual, out=values)

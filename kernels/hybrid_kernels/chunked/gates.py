@@ -23,11 +23,11 @@ from torch import Tensor
 # float32 twelve decades on either side, and costs the exponent's rounding, 60 * 2^-24.
 RESCALE_LIMIT = -60.0
 
-# And while the mean per token does: where hardly anything crosses from one token to the next, the
-# gradient of that decay is lost in the rounding of the sums that rescaling takes it from.
+# And while the mean per token does: with stronger decays the gradient of a decay is lost in the
+# rounding of the sums that rescaling computes it from.
 RESCALE_LIMIT_PER_TOKEN = -2.0
 
-# What -inf is replaced by before sums are taken: exp of it is 0 in the dtype all the same.
+# Replaces -inf before summation; its exp is 0 in the dtype as well.
 CLOSED = {torch.float32: -104.0, torch.float64: -750.0}
 
 

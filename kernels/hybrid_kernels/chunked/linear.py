@@ -38,7 +38,7 @@ def _forward(a: LinearAttention, wanted: Wanted) -> tuple[Tensor, Tensor, Tensor
     saved = _saved(x, memory) if wanted else None
     passes.forward(x, state, out.unflatten(3, (x.heads, -1)).transpose(2, 3), saved)
     if not stepwise.is_finite(state):
-        # Tells the backward pass.
+        # NaN tells the backward pass to use the reference loop as well.
         return *stepwise.forward(a), memory.fill_(torch.nan)
     return plan.result(whole), _from_chunk_order(x, state), memory
 
@@ -107,7 +107,7 @@ def _saves_output(a: LinearAttention, wanted: Wanted) -> bool:
 
 
 def _fuses(a: LinearAttention, wanted: Wanted) -> Places | None:
-    # A compiler plans memory itself; a gradient that is wanted alone would hold the memory of three.
+    # A compiler plans memory itself; a single wanted gradient would hold the memory of three.
     if torch.compiler.is_compiling() or not wanted >= {"q", "k", "v"}:
         return None
     return places(a.q, a.k, a.v)

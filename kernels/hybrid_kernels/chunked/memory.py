@@ -15,8 +15,8 @@ Buffers = TypeVar("Buffers")
 class Scratch:
     """Named stretches of memory that every span of a pass fills again.
 
-    Fresh memory would be mapped, and page by page cleared, over and over; this stays in the cache.
-    Whoever takes a name again overwrites what was under it.
+    Fresh memory would be mapped and cleared page by page each time; this memory stays in the cache.
+    Taking a name again returns the same memory, with undefined contents.
     """
 
     def __init__(self, dtype: torch.dtype, device: torch.device):
@@ -48,8 +48,8 @@ class Scratch:
         return buffers
 
     def split(self, x: Tensor, sizes: tuple[int, ...]) -> tuple[Tensor, ...]:
-        """Cut memory along its first axis; memory that stays, such as is taken here, but once."""
-        # The pieces keep the memory alive, so that no other tensor can come to lie at its address.
+        """Split memory of this object along its first axis; the views are cached."""
+        # The views keep the memory alive, so that no other tensor can get its address.
         key = (x.data_ptr(), x.shape, x.stride(), sizes)
         pieces = self._pieces.get(key)
         if pieces is None:

@@ -7,7 +7,7 @@ exp(G_r - G_j) on the column, two factors of at most 1, and the block is one mat
 exponent is a sum of its own log decays; nothing is a difference of sums, neither here nor in the
 gradients.
 
-Legend: b chunks x heads, X kinds of reading rows, C chunk, K key dim, V value dim, D key or value
+Shapes: b chunks x heads, X kinds of reading rows, C chunk, K key dim, V value dim, D key or value
 dim or 1; n blocks of s rows at a level.
 """
 
@@ -113,7 +113,7 @@ def _blocks(pairs: Tensor, size: int) -> Tensor:
 def _add_gate_gradients(
     dg: Tensor, size: int, reads: Tensor, writes: Tensor, exclusive: bool
 ) -> None:
-    """Add what each factor times its gradient says about the log decays under it."""
+    """Add the gradients of the log decays in each factor: the factor times its gradient, summed."""
     if dg.shape[-1] == 1:
         reads, writes = reads.sum(-1, keepdim=True), writes.sum(-1, keepdim=True)
     halves = _halves(dg, size)

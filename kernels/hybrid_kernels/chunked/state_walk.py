@@ -56,7 +56,7 @@ class StateCarry:
         return cls(states if plan.tokens is None else states.clone(), plan)
 
     def enter(self, memory: Tensor) -> None:
-        """Put the states where a span wants them, before anything else is written there.
+        """Copy the states into the memory of a span, before anything else is written there.
 
         Args:
             memory: for the states of those that run at the span's first step.
@@ -65,18 +65,18 @@ class StateCarry:
             memory.copy_(self._now[: memory.shape[0]])
 
     def leave(self, memory: Tensor, rows: slice | None = None) -> None:
-        """Take the states that a step left in ``memory``, of all sequences or of some."""
+        """Carry on the states that a step left in ``memory``, of all sequences or of some."""
         if self._plain:
             self._now = memory
         else:
             self._states[rows or slice(memory.shape[0])] = memory
 
     def ended(self, rows: slice) -> Tensor:
-        """Return those of sequences that ended before, for a walk backward."""
+        """Return the gradients of sequences that ended before, for a walk backward."""
         return self._states[rows]
 
     def finish(self) -> None:
-        """Fill the states that this was made of."""
+        """Write the carried states into the tensor that this was constructed from."""
         if self._now is not self._states:
             self._states.copy_(self._now)
 

@@ -1,11 +1,11 @@
 """``linear_attention`` one step at a time, for inputs that hold NaN or inf.
 
 Products over whole chunks multiply the rows of later tokens by zeros, and 0 * NaN is NaN: one bad
-token would reach the tokens before it, and one bad gradient the tokens after it. So where the
-final states, or the gradients of the initial ones, are not finite, a pass is made again by the
-reference loop, in which every number goes only where the recurrence sends it.
+token would reach the tokens before it, and one bad gradient the tokens after it. If the final
+states, or the gradients of the initial states, are not finite, the pass is repeated by the
+reference loop, in which NaN and inf reach only what the recurrence reaches.
 
-Legend: B batch, T time, H heads, K key dim, V value dim.
+Shapes: B batch, T time, H heads, K key dim, V value dim.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from hybrid_kernels import reference
 from hybrid_kernels.arguments import LinearAttention
 from hybrid_kernels.packing import document_bounds
 
-# Steps whose states are held in memory at a time in the backward pass.
+# Number of steps whose states the backward pass holds in memory at a time.
 PIECE = 64
 
 
 def is_finite(states: Tensor) -> bool:
-    """Whether all states are finite. The states collect whatever is not, of every token.
+    """Whether all states are finite; NaN and inf of every token end up in the states.
 
     A sum that overflows counts as not finite, which costs time but is not wrong.
     """
@@ -35,7 +35,7 @@ def forward(a: LinearAttention) -> tuple[Tensor, Tensor]:
 
 
 def backward(a: LinearAttention, do: Tensor, dfinal: Tensor | None) -> dict[str, Tensor]:
-    """Return the gradients of the floating a, by name."""
+    """Return the gradients of the floating inputs, by name."""
     tensors = _tensors(a)
     grads = {name: torch.zeros_like(x) for name, x in tensors.items()}
     (batch, time, _, keys), values = a.q.shape, a.v.shape[3]
@@ -77,7 +77,7 @@ def _piece_backward(
 
     def outputs(parts: dict[str, Tensor], state: Tensor):
         o, after = _run(a, parts, state)
-        # A final state without a gradient is left out: zeros would make NaN of what it holds.
+        # A final state without a gradient is left out: 0 times inf or NaN in it would be NaN.
         return o if dstate is None else (o, after)
 
     differentiate = torch.func.vjp(outputs, _cut(tensors, piece), state)[1]
@@ -90,7 +90,7 @@ def _tensors(a: LinearAttention) -> dict[str, Tensor]:
 
 
 def _by_token(x: Tensor) -> bool:
-    """Whether a tensor has a row for each token; (H,) and (H, K) have not."""
+    """Whether a tensor has a row for each token, unlike (H,) and (H, K)."""
     return x.dim() > 2
 
 

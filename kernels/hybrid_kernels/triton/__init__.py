@@ -1,7 +1,7 @@
 """The ``triton`` backend: chunked kernels for CUDA and ROCm. Unmeasured on a GPU as of now.
 
-Which kernel computes what (all in this folder; every kernel is one for all forms, and what a form
-does not need is not compiled)::
+Which kernel computes what (one kernel serves all forms; parts that a form does not need are not
+compiled)::
 
     form of linear_attention          forward                         backward adds
     --------------------------------  ------------------------------  -----------------------------
@@ -26,8 +26,9 @@ does not need is not compiled)::
 The forward pass is one walk where sequences times heads are many (``launch.walks``), else two
 kernels of which the second is parallel over time. The backward pass makes states again.
 
-``linear.py`` has the order of the kernels, ``launches.py`` each launch, ``launch.py`` the block
-sizes, ``blocks.py`` what all kernels share. Nothing here imports triton until an op runs.
+``linear.py`` has the order of the kernels, ``forward.py`` and ``backward.py`` each launch,
+``inputs.py`` the arguments of all launches, ``launch.py`` the block sizes, ``blocks.py`` device
+functions that kernels share. Nothing here imports triton until an op runs.
 
 No atomics are used: the same inputs give the same bits, run after run on one device. The host
 never waits for the device, so that calls can be captured in a CUDA graph, if ``cu_seqlens`` lie on

@@ -88,7 +88,7 @@ class ValueSide(NamedTuple):
 
 
 def pairs_backward(p: ChunkedInputs, u: Tensor, do: Tensor, dx: Tensor | None = None) -> ValueSide:
-    """Return the gradients of both kinds of pairs, with what they were made of.
+    """Return the gradients of both kinds of pairs, with the rows they were computed from.
 
     Args:
         p: the call.

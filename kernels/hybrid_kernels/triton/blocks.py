@@ -1,6 +1,6 @@
 """Functions shared by all kernels: position of a chunk, loads and stores, decay factors.
 
-Legend: C rows of a chunk, K key dim, V value dim, H heads, D any row width, BD a block of it.
+Shapes: C rows of a chunk, K key dim, V value dim, H heads, D any row width, BD a block of it.
 Names: ``b_`` a block in registers, ``p_`` a pointer or block of pointers, ``m_`` a mask.
 
 Decay factors follow one rule: every exponent is a sum of log decays of the rows it spans, so it is

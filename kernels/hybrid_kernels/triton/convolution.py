@@ -1,6 +1,6 @@
 """``causal_conv1d`` in Triton: tiles of time x channels, parallel over both.
 
-Legend: B batch, T time, D channels, W filter width, N packed documents; C rows of a tile.
+Shapes: B batch, T time, D channels, W filter width, N packed documents; C rows of a tile.
 """
 
 # pyright: reportArgumentType=false, reportGeneralTypeIssues=false

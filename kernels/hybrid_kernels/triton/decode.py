@@ -1,6 +1,6 @@
 """One token of every form: the decode step, in one kernel that keeps its state in registers.
 
-Legend: see ``blocks.py``.
+Shapes: see ``blocks.py``.
 """
 
 # pyright: reportArgumentType=false

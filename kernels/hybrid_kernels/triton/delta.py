@@ -9,7 +9,7 @@ X is built in float32 by forward substitution inside blocks of 16 rows, all of t
 merging neighbours. Never by a power series: with near-equal keys and beta = 1 the powers of L grow
 like binomial coefficients and take every digit with them.
 
-Legend: see ``blocks.py``; R chunks in all.
+Shapes: see ``blocks.py``; R chunks in all.
 """
 
 # pyright: reportArgumentType=false

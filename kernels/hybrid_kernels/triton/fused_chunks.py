@@ -5,7 +5,7 @@ and 64 rows is as much as q, k, v and o together; here that traffic is gone, and
 read of k and v. The price is that only heads and columns are parallel, so this is for calls with
 enough of them (``launch.walks``). Decays over values do without.
 
-Legend: see ``blocks.py``; N sequences, R chunks in all.
+Shapes: see ``blocks.py``; N sequences, R chunks in all.
 """
 
 # pyright: reportArgumentType=false, reportIndexIssue=false

@@ -6,7 +6,7 @@ Both reads have the same gradient, so the second one is the first with k for q a
 No gradient of a decay is a difference of sums: each pair of rows counts once, for the steps that
 it spans. Where gates differ by many orders of magnitude a difference would keep only rounding.
 
-Legend: see ``blocks.py``; R chunks in all.
+Shapes: see ``blocks.py``; R chunks in all.
 """
 
 # pyright: reportArgumentType=false

@@ -2,7 +2,7 @@
 
 Configurations are shipped, never searched for at run time, and depend on nothing but the device
 class, the kernel, the form and the width of the operands: a new sequence length compiles nothing.
-``python kernels/benchmarks/gpu_check.py tune`` is the opt-in search; what it finds is written here.
+``python kernels/benchmarks/gpu_check.py tune`` is the opt-in search; its results go into this file.
 They have not been tuned on a device yet: they are tiles that compile with next to no spills.
 """
 
@@ -41,7 +41,7 @@ class Config:
 
     @property
     def options(self) -> dict[str, Any]:
-        """What triton takes: fused multiply-adds are asked for, their default is in motion."""
+        """Launch options; fused multiply-adds are requested since their default varies."""
         return {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": True}
 
 
@@ -99,7 +99,7 @@ _HOPPER = {
     "delta_vector_pairs": _CUDA["pairs"],
     "delta_pairs": _narrow(Config(128, 64, 4, 1), "pairs"),
 }
-# There a scan costs by the element, all else by the call.
+# In the interpreter a scan costs by the element, everything else by the call.
 _INTERPRETER = {
     **dict.fromkeys(_CUDA, (Config(32, 32), Config(32, 32))),
     **dict.fromkeys(("scan_forward", "scan_backward"), (Config(4, 8), Config(4, 8))),
@@ -158,13 +158,13 @@ def operands(device: torch.device, *inputs: Tensor) -> tuple[tl.dtype, str]:
 
 
 def stored_dtype(*inputs: Tensor) -> torch.dtype:
-    """Return the dtype of what is stored between kernels: as precise as the next product takes it."""
+    """Return the dtype of tensors between kernels: as precise as the operands of products."""
     narrow = all(x.dtype == torch.bfloat16 for x in inputs)
     return torch.bfloat16 if narrow else torch.float32
 
 
 def fine(delta: bool, decays: bool, key_dim: int, width: torch.dtype, backward: bool) -> bool:
-    """Say whether the walk over time multiplies in two parts of ``width`` what it carries on.
+    """Whether the walk over time multiplies in two parts of ``width`` what it carries on.
 
     That is so in bfloat16 for the delta rule where its rounding adds up to 5e-3: nothing but other
     keys overwrites what rounding left in the state, with beta up to 2 not even they, and gates may
@@ -201,7 +201,7 @@ def config(
 
 
 def walks(device: torch.device, walkers: int, key_dim: int, precision: str) -> bool:
-    """Say whether ``walkers`` pairs of a sequence and a head are enough to walk over time at once.
+    """Whether ``walkers`` pairs of a sequence and a head are enough to walk over time at once.
 
     Depends on nothing that varies with the sequence length. K must fit one block, and operands in
     two parts of TF32 take twice the registers.

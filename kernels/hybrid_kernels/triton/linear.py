@@ -26,7 +26,7 @@ NamedGradients = dict[str, Tensor | None]
 
 
 def linear_attention(a: LinearAttention) -> tuple[Tensor, Tensor]:
-    """Compute ``hybrid_kernels.linear_attention``; ``unsupported`` says for which inputs."""
+    """Compute ``hybrid_kernels.linear_attention``; ``unsupported`` lists the exceptions."""
     if a.initial_state is not None:
         a = a.replace(initial_state=a.initial_state.float())
     learning, dtype = a.needs_backward(), a.v.dtype
@@ -65,7 +65,7 @@ def _canonical(a: LinearAttention, learning: bool) -> LinearAttention:
 def _needs_float32(
     q: Tensor, log_decay: Tensor | None, beta: Tensor | None, learning: bool
 ) -> bool:
-    """Say whether bfloat16 is too coarse for products, so that they are made of float32 rows.
+    """Whether bfloat16 is too coarse for products, so that rows are cast to float32.
 
     The gradient of a decay per head is one sum over all tokens, whose terms cancel. The delta rule
     with fewer keys than a chunk has rows overwrites every key again and again.

@@ -1,6 +1,6 @@
 """Chunk outputs, parallel over chunks: o from states and pairs, and the gradient of v.
 
-Legend: see ``blocks.py``; R chunks in all.
+Shapes: see ``blocks.py``; R chunks in all.
 """
 
 # pyright: reportArgumentType=false

@@ -5,7 +5,7 @@ lower left quarter, the lower left quarters of its two diagonal halves, and so o
 entries. All pairs of one level straddle a split point of it, so each level is one matrix product
 of rows decayed from there and rows decayed up to there, masked to its own blocks.
 
-Legend: see ``blocks.py``; R chunks in all.
+Shapes: see ``blocks.py``; R chunks in all.
 """
 
 # pyright: reportArgumentType=false

@@ -5,7 +5,7 @@ products of decays, which are at most 1; nothing is divided and no decay's gradi
 of sums. The forward pass keeps the state before every chunk, the backward pass does each chunk
 again from there.
 
-Legend: T time, D channels, N state size, C rows of a chunk, S sequences (rows of the batch, or
+Shapes: T time, D channels, N state size, C rows of a chunk, S sequences (rows of the batch, or
 packed documents), R chunks in all. The op's own A, B, C and D are a, b, c and skip here. ``b_`` is
 a block in registers, ``p_`` a pointer, ``m_`` a mask.
 """
@@ -273,7 +273,7 @@ class Scan:
 
 
 def total(parts: Tensor, x: Tensor) -> Tensor:
-    """Sum what programs left to be summed, in the dtype of ``x``."""
+    """Sum the parts that programs wrote, in the dtype of ``x``."""
     return parts[0] if parts.shape[0] == 1 else parts.sum(0).to(x.dtype)
 
 

@@ -5,7 +5,7 @@ all else is parallel over chunks. The delta rule's new values need the state, an
 there FINE says that what is carried on, and what goes into it, keeps 16 digits in products: with no
 decay nothing forgets their rounding.
 
-Legend: see ``blocks.py``; N sequences, R chunks in all.
+Shapes: see ``blocks.py``; N sequences, R chunks in all.
 """
 
 # pyright: reportArgumentType=false
