@@ -129,8 +129,11 @@ def _pass_states_back(
     work: Scratch,
 ) -> SpanStates:
     """Return the gradients of the states around each chunk."""
-    memory = work.take("dstates", span.states(x.heads), *x.state_shape)
-    dstates = split_states(memory, span, x.heads)
+    def lay_out() -> SpanStates:
+        memory = work.take("dstates", span.states(x.heads), *x.state_shape)
+        return split_states(memory, span, x.heads)
+
+    dstates = work.once("dstates", span.sizes(x.heads), lay_out)
     carry.enter(dstates.step_ends[-1])
     # What each chunk's reads add lies where the gradient before it will.
     torch.bmm(rows.read.mT, do, out=dstates.starts)
