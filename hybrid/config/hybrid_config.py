@@ -154,10 +154,11 @@ class HybridConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         hints = inspect.get_annotations(HybridConfig)
-        mistakes = find_mistakes(self, hints, kwargs)
+        mistakes, layers = find_mistakes(self, hints, kwargs)
         if mistakes:
             raise ConfigError(mistakes, "the model config")
-        self.num_hidden_layers = len(self.stack)
+        self.num_hidden_layers = len(layers)
+        self._resolve(layers)
         load_model_classes()
         super().__post_init__(**kwargs)
 
@@ -191,12 +192,17 @@ class HybridConfig(PreTrainedConfig):
 
         It is resolved once, and again only if a field has been assigned since.
         """
-        fields = {name: getattr(self, name) for name in _STACK_FIELDS}
         known = vars(self).get("_resolved")
-        if known is None or known[0] != fields:
-            known = copy.deepcopy(fields), resolve_stack(self)
-            vars(self)["_resolved"] = known
+        if known is None or known[0] != {name: getattr(self, name) for name in _STACK_FIELDS}:
+            return self._resolve()
         return known[1]
+
+    def _resolve(self, layers: tuple[Layer, ...] | None = None) -> StackSpec:
+        """Resolve the stack and keep it, with the fields that it follows from."""
+        stack = resolve_stack(self, layers)
+        fields = {name: getattr(self, name) for name in _STACK_FIELDS}
+        vars(self)["_resolved"] = copy.deepcopy(fields), stack
+        return stack
 
     @property
     def layers(self) -> tuple[Layer, ...]:

@@ -179,9 +179,14 @@ class StackSpec:
         return branch is not None and branch.norm_position == "post"
 
 
-def resolve_stack(fields: StackFields) -> StackSpec:
-    """Resolve the fields of a valid config, layer by layer."""
-    layers = lookup.layers_of(fields)
+def resolve_stack(fields: StackFields, layers: tuple[Layer, ...] | None = None) -> StackSpec:
+    """Resolve the fields of a valid config, layer by layer.
+
+    Args:
+        fields: of the config.
+        layers: that its layout stands for, where they are known already.
+    """
+    layers = lookup.layers_of(fields) if layers is None else layers
     stack_sizes = Sizes(
         hidden_size=fields.hidden_size,
         num_hidden_layers=len(layers),

@@ -57,23 +57,27 @@ STANDARD_KEYS = {
 
 def find_mistakes(
     config: StackFields, hints: Mapping[str, Any], kwargs: Mapping[str, Any]
-) -> list[str]:
-    """All that is wrong with a config.
+) -> tuple[list[str], tuple[Layer, ...]]:
+    """All that is wrong with a config, and its layers.
 
     Args:
         config: with every argument as it was given.
         hints: the fields of the config itself, and their types.
         kwargs: the arguments that are no fields.
+
+    Returns:
+        A line for each mistake, and the layers that the layout stands for; () where there are mistakes.
     """
     lines = _unknown_keys(config, kwargs, list(hints))
     lines += check_keys(type(config), hints, {name: getattr(config, name) for name in hints})[0]
     lines += _wrong_dtype(config) + _tokens_outside(config)
     lines += _wrong_bindings(config, "mixers", mixers)
     lines += _wrong_bindings(config, "feed_forwards", feed_forwards)
-    lines += _wrong_layout(config)
-    layers = () if lines else lookup.layers_of(config)
-    lines += block_validation.find_mistakes(config, layers)
-    return lines + loss_validation.find_mistakes(config, () if lines else layers)
+    wrong, layers = _lay_out(config)
+    lines += wrong
+    lines += block_validation.find_mistakes(config, () if lines else layers)
+    lines += loss_validation.find_mistakes(config, () if lines else layers)
+    return lines, () if lines else layers
 
 
 @lru_cache(maxsize=1)
@@ -195,24 +199,29 @@ def _sizes(config: StackFields, path: str) -> Sizes:
     return Sizes(size, max_position_embeddings=config.max_position_embeddings)
 
 
-def _wrong_layout(config: StackFields) -> list[str]:
+def _lay_out(config: StackFields) -> tuple[list[str], tuple[Layer, ...]]:
+    """Mistakes of the layout, and its layers; the one place where a new config parses it."""
     if not isinstance(config.layout, str):
-        return []
+        return [], ()
     depth = config.num_hidden_layers
     depth = depth if _is_int(depth) and 0 < depth <= DEEPEST else None
     ffn = config.ffn if isinstance(config.ffn, (str, dict)) else ""
     lines: list[str] = []
     layers: tuple[Layer, ...] = ()
     try:
-        check_bound(
-            parse(config.layout), {*mixers.symbols(), *lookup.bindings(config, "mixers")} - set(FFN)
-        )
+        layout = parse(config.layout)
     except LayoutError as error:
         lines.append(str(error))
-    try:
-        layers = resolve(config.layout, ffn, depth)
-    except LayoutError as error:
-        lines.append(str(error))
+    else:
+        bound = {*mixers.symbols(), *lookup.bindings(config, "mixers")} - set(FFN)
+        try:
+            check_bound(layout, bound)
+        except LayoutError as error:
+            lines.append(str(error))
+        try:
+            layers = resolve(layout, ffn, depth)
+        except LayoutError as error:
+            lines.append(str(error))
     for pattern in ffn.values() if isinstance(ffn, dict) else [ffn]:
         try:
             parse_ffn(pattern)
@@ -222,7 +231,8 @@ def _wrong_layout(config: StackFields) -> list[str]:
     if layers and not any(layer.mixers for layer in layers):
         lines.append(f"layout: {config.layout!r} has no mixer, so tokens would never meet")
     lines += _unbound_feed_forwards(config, layers)
-    return lines or _defaults_that_do_not_fit(config, layers) + _crowded(config, layers)
+    lines = lines or _defaults_that_do_not_fit(config, layers) + _crowded(config, layers)
+    return lines, layers
 
 
 def _unbound_feed_forwards(config: StackFields, layers: Iterable[Layer]) -> list[str]:

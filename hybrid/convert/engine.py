@@ -6,7 +6,7 @@ import json
 import logging
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from copy import copy
 from pathlib import Path
@@ -200,8 +200,11 @@ def export(
             it can say; several families that fit, or none, where none was asked for; or `out` exists.
     """
     with _ours(source) as (model, weights, folder):
-        chosen = get_family(family) if family is not None else _only_fit(model)
-        config, again = to_theirs(chosen, model)
+        if family is not None:
+            chosen = get_family(family)
+            config, again = to_theirs(chosen, model)
+        else:
+            chosen, config, again = _only_fit(model)
         planned = as_published(chosen, steps(chosen, model, again))
         specs = their_specs(planned, weights)
         with new_folder(out) as made:
@@ -253,28 +256,44 @@ def _limits(model: HybridForCausalLM, out: Path) -> list[str]:
 
 def fitting(model: HybridForCausalLM) -> tuple[list[str], dict[str, NotExpressible]]:
     """The families that can hold a model, and for the others what stands in the way."""
-    fit, refused = [], {}
-    for name, family in sorted(FAMILIES.items()):
+    candidates, refused = _candidates(model, sorted(FAMILIES))
+    return [*candidates], refused
+
+
+# a family's config, and the model again in the family's own letters: see `to_theirs`
+_Written = tuple[PreTrainedConfig, HybridForCausalLM]
+
+
+def _candidates(
+    model: HybridForCausalLM, names: Iterable[str]
+) -> tuple[dict[str, _Written], dict[str, NotExpressible]]:
+    """`to_theirs` for each of these families: what it returns, or what it raises."""
+    fit, refused = {}, {}
+    for name in names:
         try:
-            to_theirs(family, model)
-            fit.append(name)
+            fit[name] = to_theirs(FAMILIES[name], model)
         except NotExpressible as error:
             refused[name] = error
     return fit, refused
 
 
-def _only_fit(model: HybridForCausalLM) -> Family:
-    fit, refused = fitting(model)
+def _only_fit(model: HybridForCausalLM) -> tuple[Family, PreTrainedConfig, HybridForCausalLM]:
+    """The family to write a model as, with the result of `to_theirs`; each is tried once."""
     origin = model.config.imported_from
-    if origin in fit:
-        return FAMILIES[origin]
-    # a hybrid family can say plain softmax, too, but one that has nothing else is meant
-    fit = [name for name in fit if _uses_all_of(FAMILIES[name], model)] or fit
+    known = [origin] if origin in FAMILIES else []
+    candidates, refused = _candidates(model, known)
+    if not candidates:
+        candidates, others = _candidates(model, sorted(FAMILIES.keys() - {*known}))
+        refused = {name: (refused | others)[name] for name in sorted(refused | others)}
+        # a hybrid family can say plain softmax, too, but one that has nothing else is meant
+        full = {n: w for n, w in candidates.items() if _uses_all_of(FAMILIES[n], w[1])}
+        candidates = full or candidates
+    fit = [*candidates]
     if len(fit) == 1:
         if origin in refused:
             reason = _first(refused[origin].obstacles)
             logger.warning("written as %s, no longer as %s: %s", fit[0], origin, reason)
-        return FAMILIES[fit[0]]
+        return FAMILIES[fit[0]], *candidates[fit[0]]
     if fit:
         raise ValueError(
             f"this model fits the published architectures {', '.join(fit)}; choose one of them"
@@ -295,8 +314,8 @@ def _first(lines: Sequence[str]) -> str:
 
 
 def _uses_all_of(family: Family, model: HybridForCausalLM) -> bool:
-    """Whether a model that fits has each kind of mixer and of feed-forward that the family has."""
-    stack = blocks(to_theirs(family, model)[1], family.literal)
+    """Whether a model in a family's letters has each kind of mixer and of feed-forward of the family."""
+    stack = blocks(model, family.literal)
     letters = {part.letter for block in stack for part in block.mixers}
     symbols = {block.ffn.letter for block in stack if block.ffn is not None}
     wanted = {symbol for rule in family.weights for symbol in rule.ffn}

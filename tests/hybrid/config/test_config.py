@@ -358,3 +358,33 @@ def test_examples_of_the_page_on_stacks_are_configs():
         values = {"layout": "LS", "hidden_size": 2560, **block}
         values["layout"] += " M"  # the page stops short of the layer that Z feeds
         HybridConfig(**values)
+
+
+@pytest.mark.parametrize(
+    "given", [{}, {"num_hidden_layers": 8}, {"ffn": {"S": "-", "default": ""}}]
+)
+def test_a_config_is_parsed_laid_out_and_resolved_once(given, monkeypatch):
+    from hybrid.config import hybrid_config, validation
+    from hybrid.layout import stack
+
+    calls = []
+
+    def counted(module, name):
+        function = getattr(module, name)
+
+        def call(*args, **kwargs):
+            calls.append(name)
+            return function(*args, **kwargs)
+
+        monkeypatch.setattr(module, name, call)
+
+    counted(validation, "parse")
+    counted(stack, "parse")
+    counted(stack, "_fill")
+    counted(hybrid_config, "resolve_stack")
+    config = HybridConfig(layout="LLLS", hidden_size=64, **given)
+    assert len(config.stack) == config.num_hidden_layers
+    assert config.layer_types
+    assert sorted(calls) == ["_fill", "parse", "resolve_stack"]
+    config.hidden_size = 128
+    assert config.stack.sizes.hidden_size == 128

@@ -543,3 +543,22 @@ def test_another_layout_on_the_command_line(theirs, tmp_path, capsys):
     assert "layout SLS" in capsys.readouterr().out
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
     assert loaded.config.layout == "SLS"
+
+
+@pytest.mark.parametrize("imported_from", ["qwen3", None, "gemma2"])
+def test_an_export_tries_each_family_once(theirs, tmp_path, monkeypatch, imported_from):
+    from hybrid.convert import configs
+
+    import_published(theirs, tmp_path / "ours")
+    path = tmp_path / "ours" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"imported_from": imported_from}))
+    tried = []
+    to_ours = configs.to_ours
+    monkeypatch.setattr(
+        configs,
+        "to_ours",
+        lambda family, *args, **kw: (tried.append(family.name), to_ours(family, *args, **kw))[1],
+    )
+    assert export(tmp_path / "ours", tmp_path / "back") == "qwen3"
+    assert len(tried) == len(set(tried))
+    assert "qwen3" in tried
