@@ -84,7 +84,9 @@ class Ablation(Declared):
     name: Text = Field(description="of the report and, by default, of the folder of the runs")
     baseline: dict[str, Any] = Field(description="a training config: its path, or its keys")
     changes: Annotated[
-        dict[str, dict[str, Any]], Field(min_length=1), AfterValidator(_check_names)
+        dict[str, Annotated[dict[str, Any], Field(min_length=1)]],
+        Field(min_length=1),
+        AfterValidator(_check_names),
     ] = Field(description="name -> {key: value}; a mapping is merged into the one that is there")
     leave_one_out: bool = Field(True, description="also all changes together, and all but each")
     match: Match | None = Field(
@@ -102,7 +104,7 @@ class Ablation(Declared):
     evaluate: dict[str, Any] = Field(default_factory=dict, description="settings of the tasks")
     context: Count = Field(8192, description="tokens at which the cache's size is stated")
     confidence: float = Field(0.95, ge=0.5, lt=1, description="of the intervals")
-    out: str = Field("", description="folder of the runs and the report")
+    out: Text = Field("", description="folder of the runs and the report")
 
 
 def load_ablation(
@@ -137,11 +139,12 @@ def parse_ablation(
     """
     mistakes: list[str] = []
     values = dict(values)
-    more = values.pop("overrides", None) or {}
+    more = values.pop("overrides", None)
+    more = {} if more is None else more
     if isinstance(values.get("baseline"), dict) and isinstance(more, dict):
         values["baseline"] = with_overrides(values["baseline"], more, "overrides", mistakes)
         _check_run(values["baseline"], "baseline", mistakes)
-    elif more and not isinstance(more, dict):
+    elif not isinstance(more, dict):
         mistakes.append(f"overrides: expected mapping, got {show(more)}")
     values.setdefault("out", f"runs/ablations/{values.get('name', '')}")
     found = build(Ablation, values, "", mistakes)

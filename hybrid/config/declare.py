@@ -263,6 +263,8 @@ def _parts(hint: Any) -> Iterable[Any]:
 
 _TYPES = ("_type", "none_required", "is_instance_of")
 
+MOST_CHOICES = 16  # that a message lists
+
 _WORDS = {
     "int": "int",
     "float": "float",
@@ -294,6 +296,10 @@ def _expected(mistake: Any) -> str:
     words = _WORDS.get(kind) or _WORDS.get(kind.removesuffix("_type"))
     if words is None:
         return mistake["msg"]
+    if len(choices := str(context.get("expected", "")).split(", ")) > MOST_CHOICES:
+        context = {
+            "expected": f"{', '.join(choices[:MOST_CHOICES])}, ... ({len(choices) + 1} in all)"
+        }
     numbers = {
         k: int(v) if isinstance(v, float) and v.is_integer() else v for k, v in context.items()
     }

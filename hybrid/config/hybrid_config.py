@@ -15,10 +15,10 @@ from hybrid.config.options import ConfigError
 from hybrid.config.parallel import base_ep_plan, base_tp_plan
 from hybrid.config.registry import load_model_classes
 from hybrid.config.spec import LINEAR, StackSpec, resolve_stack
-from hybrid.config.validation import DEEPEST, find_mistakes, standard_keys
+from hybrid.config.validation import DEEPEST, WIDEST, find_mistakes, standard_keys
 from hybrid.layout import Layer
 
-ModelSize = Annotated[int, Field(ge=1, le=1 << 20)]
+ModelSize = Annotated[int, Field(ge=1, le=WIDEST)]
 
 UNLIMITED = 2**31 - 1
 """The context length of a model that has none, where a number is asked for."""

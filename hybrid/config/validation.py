@@ -41,11 +41,11 @@ OTHER_NAMES = {
     "hidden_act": "activation", "attention_bias": "bias", "attention_dropout": "dropout",
 }  # fmt: skip
 
-DEEPEST = 1 << 14
-"""Most layers of a stack."""
-
 # Stands in for a hidden_size that is itself a mistake: whatever head count is asked for divides it.
 ANY_SIZE = 64 * 2**4 * 3**2 * 5 * 7 * 11 * 13
+
+DEEPEST, WIDEST = 1 << 14, 1 << 20
+"""Most layers of a stack, and most channels."""
 
 # Keys that config.json may hold beside the fields, all of them transformers' own.
 STANDARD_KEYS = {
@@ -183,15 +183,19 @@ def _wrong_options(config: StackFields, cls: type, options: dict[str, Any], path
         built = build(cls.Options, right, path, [])
     if built is None:
         return lines
-    return lines + [f"{path}.{problem}" for problem in built.problems(_sizes(config, path))]
+    sizes = _sizes(config, path)
+    problems = built.problems(sizes or Sizes(ANY_SIZE))
+    if sizes is None:  # what was not asked for follows from the stand-in
+        problems = [line for line in problems if re.split("[:.]", line)[0] in options]
+    return lines + [f"{path}.{problem}" for problem in problems]
 
 
-def _sizes(config: StackFields, path: str) -> Sizes:
-    """The sizes that a part is checked with; a stand-in for a hidden size that is a mistake itself."""
+def _sizes(config: StackFields, path: str) -> Sizes | None:
+    """The sizes that a part is checked with; None if hidden_size is a mistake itself."""
     size = config.hidden_size
-    if type(size) is not int or size < 1:
-        size = ANY_SIZE
-    elif path.startswith("mixers."):
+    if not _is_int(size) or not 0 < size <= WIDEST:
+        return None
+    if path.startswith("mixers."):
         shared = config.shared if isinstance(config.shared, dict) else {}
         values = shared.get(path.removeprefix("mixers."))
         if isinstance(values, dict) and values.get("concat_embeddings") is True:
@@ -211,28 +215,32 @@ def _lay_out(config: StackFields) -> tuple[list[str], tuple[Layer, ...]]:
     try:
         layout = parse(config.layout)
     except LayoutError as error:
-        lines.append(str(error))
+        lines.append(_told(error))
     else:
         bound = {*mixers.symbols(), *lookup.bindings(config, "mixers")} - set(FFN)
         try:
             check_bound(layout, bound)
         except LayoutError as error:
-            lines.append(str(error))
+            lines.append(_told(error))
         try:
             layers = resolve(layout, ffn, depth)
         except LayoutError as error:
-            lines.append(str(error))
+            lines.append(_told(error))
     for pattern in ffn.values() if isinstance(ffn, dict) else [ffn]:
         try:
             parse_ffn(pattern)
         except LayoutError as error:
-            lines.append(str(error))
+            lines.append(_told(error))
     lines = list(dict.fromkeys(lines))  # what is wrong with one string may stop more than one
     if layers and not any(layer.mixers for layer in layers):
         lines.append(f"layout: {config.layout!r} has no mixer, so tokens would never meet")
     lines += _unbound_feed_forwards(config, layers)
     lines = lines or _defaults_that_do_not_fit(config, layers) + _crowded(config, layers)
     return lines, layers
+
+
+def _told(error: LayoutError) -> str:
+    return str(error) if error.name in ("layout", "ffn") else f"ffn: {error}"
 
 
 def _unbound_feed_forwards(config: StackFields, layers: Iterable[Layer]) -> list[str]:
@@ -254,14 +262,13 @@ def _check_symbol(symbol: str, registry: Registry) -> None:
 
 def _defaults_that_do_not_fit(config: StackFields, layers: Iterable[Layer]) -> list[str]:
     """Symbols used by the layout but not bound by the config, whose defaults clash with D."""
-    if not isinstance(config.hidden_size, int) or config.hidden_size < 1:
-        return []
     lines = []
     for symbol in dict.fromkeys(s for layer in layers for s in layer.mixers):
         if symbol not in lookup.bindings(config, "mixers"):
             options, path = mixers.get(mixers.symbols()[symbol]).Options(), f"mixers.{symbol}"
             sizes = _sizes(config, path)
-            lines += [f"{path}.{problem}" for problem in options.problems(sizes)]
+            problems = options.problems(sizes) if sizes else []
+            lines += [f"{path}.{problem}" for problem in problems]
     return lines
 
 
