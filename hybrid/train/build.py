@@ -59,7 +59,7 @@ def training_arguments(config: TrainConfig) -> TrainingArguments:
     ) as error:  # whatever kind transformers, accelerate and torch refuse values with
         reason = (str(error).strip() or repr(error)).splitlines()[0]
         raise ConfigError([f"training: {type(error).__name__}: {reason}"]) from error
-    trackers: Any = args.report_to or []  # a list by now
+    trackers: Any = args.report_to  # a list by now
     check_trackers(trackers)
     check_schedule(args)
     mistakes = []

@@ -113,12 +113,12 @@ def training_values(values: Any) -> dict[str, Any]:
     """The checked keys of `training:`; a validator of pydantic."""
     known = {f.name: f.default for f in dataclasses.fields(TrainingArguments) if f.init}
     lines = [f"{k}: unknown key, {nearest(str(k), known)}" for k in values if k not in known]
-    given = {
-        # YAML reads `no` as false
-        key: "no" if value is False and key.endswith("_strategy") else value
-        for key, value in values.items()
-        if key in known
-    }
+    given = {key: value for key, value in values.items() if key in known}
+    given |= {
+        k: "no" for k, v in given.items() if v is False and k.endswith("_strategy")
+    }  # in YAML
+    if given.get("report_to", "") is None:
+        given["report_to"] = "none"
     wrong, checked = check_keys(TrainingArguments, training_hints(), given)
     refuse([*lines, *wrong, *without_effect(given), *decided(given, known)])
     assert checked is not None
