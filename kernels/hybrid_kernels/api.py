@@ -108,7 +108,7 @@ def _scale(scale: float | None, q: Tensor) -> float:
         return 1.0
     except (TypeError, ValueError) as error:
         raise ValueError(
-            f"scale must be a number or None, got {type(scale).__name__} {scale!r}"
+            f"scale: expected a number or None, got {type(scale).__name__} {scale!r}"
         ) from error
 
 

@@ -220,7 +220,7 @@ def _by_name(name: str, device: torch.device, arguments: Arguments) -> Backend:
         near = difflib.get_close_matches(str(name), candidates, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise ValueError(
-            f"{op}: unknown backend {name!r}{hint} Known backends: {', '.join(candidates)}."
+            f"{op}.backend: expected one of {', '.join(candidates)}, got {name!r}{hint}"
         )
     package = _missing(backend.name)
     if package is not None:

@@ -77,14 +77,16 @@ def _lengths(offsets: list[int], time: int) -> list[int]:
     for index, length in enumerate(lengths):
         if length < 0:
             raise ValueError(
-                f"cu_seqlens must not fall, got {offsets[index]} then {offsets[index + 1]} "
+                f"cu_seqlens: expected ascending offsets, got {offsets[index]} then {offsets[index + 1]} "
                 f"at position {index + 1}"
             )
     return lengths
 
 
 def _wrong_ends(first: int, last: int, time: int) -> ValueError:
-    return ValueError(f"cu_seqlens must start at 0 and end at T = {time}, got {first} and {last}")
+    return ValueError(
+        f"cu_seqlens: expected to start at 0 and end at T = {time}, got {first} and {last}"
+    )
 
 
 def document_bounds(

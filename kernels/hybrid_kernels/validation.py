@@ -36,24 +36,27 @@ def _check_linear_attention(a: LinearAttention) -> None:
     for name, x in (("q", q), ("k", k), ("v", v)):
         _floating(name, x)
         if x.dim() != 4:
-            raise ValueError(f"{name} must be (B, T, heads, dim), got shape {_shape(x)}")
+            raise ValueError(f"{name}: expected (B, T, heads, dim), got shape {_shape(x)}")
     if q.shape[:2] != k.shape[:2] or q.shape[:2] != v.shape[:2]:
         raise ValueError(
-            "q, k and v must agree in batch and time, got "
+            "q, k, v: expected shapes that agree in batch and time, got "
             f"q {_shape(q)}, k {_shape(k)}, v {_shape(v)}"
         )
     if q.shape[3] != k.shape[3]:
-        raise ValueError(f"q and k must agree in key dim, got q {_shape(q)}, k {_shape(k)}")
-    for name, size in (("key dim", q.shape[3]), ("value dim", v.shape[3])):
+        raise ValueError(
+            f"q, k: expected shapes that agree in key dim, got q {_shape(q)}, k {_shape(k)}"
+        )
+    for name, size in (("q: key dim", q.shape[3]), ("v: value dim", v.shape[3])):
         if not 1 <= size <= MAX_DIM:
-            raise ValueError(f"{name} must be between 1 and {MAX_DIM}, got {size}")
+            name, kind = name.split(": ")
+            raise ValueError(f"{name}: expected a {kind} between 1 and {MAX_DIM}, got {size}")
     batch, time = q.shape[:2]
     heads = max(q.shape[2], k.shape[2], v.shape[2])
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.shape[2] == 0 or heads % x.shape[2]:
             raise ValueError(
-                f"the heads of {name} must divide the largest head count, "
-                f"got {x.shape[2]} and {heads}"
+                f"{name}: expected a number of heads that divides the largest of q, k and v, "
+                f"{heads}, got {x.shape[2]}"
             )
     token = (batch, time, heads)
     if log_decay is not None:
@@ -62,12 +65,12 @@ def _check_linear_attention(a: LinearAttention) -> None:
         # One by one: a compiler whose sizes are symbols does not find them with `in`.
         if not any(log_decay.shape == shape for shape in allowed):
             raise ValueError(
-                "log_decay must be (H,), (B, T, H) or (B, T, H, K), that is "
+                "log_decay: expected (H,), (B, T, H) or (B, T, H, K), that is "
                 f"{' or '.join(str(s) for s in allowed)}, got {_shape(log_decay)}"
             )
     chunk_size = a.chunk_size
     if chunk_size is not None and (chunk_size < 16 or chunk_size & (chunk_size - 1)):
-        raise ValueError(f"chunk_size must be a power of two and at least 16, got {chunk_size}")
+        raise ValueError(f"chunk_size: expected a power of two of at least 16, got {chunk_size}")
     letters = {"B": batch, "T": time, "H": heads, "K": q.shape[3], "V": v.shape[3]}
     _check_optional(a, letters)
 
@@ -77,15 +80,15 @@ def _check_causal_conv1d(a: CausalConv1d) -> None:
     _floating("x", x)
     _floating("weight", weight)
     if x.dim() != 3:
-        raise ValueError(f"x must be (B, T, D), got shape {_shape(x)}")
+        raise ValueError(f"x: expected (B, T, D), got shape {_shape(x)}")
     if weight.dim() != 2 or weight.shape[0] != x.shape[2] or weight.shape[1] == 0:
         raise ValueError(
-            f"weight must be (D, W) with D = {x.shape[2]} and W >= 1, got {_shape(weight)}"
+            f"weight: expected (D, W) with D = {x.shape[2]} and W >= 1, got {_shape(weight)}"
         )
     if activation is not None and activation not in ACTIVATIONS:
         near = difflib.get_close_matches(str(activation), ACTIVATIONS, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"activation must be None or 'silu', got {activation!r}{hint}")
+        raise ValueError(f"activation: expected None or 'silu', got {activation!r}{hint}")
     _check_optional(a, {"B": x.shape[0], "D": x.shape[2], "W-1": weight.shape[1] - 1})
 
 
@@ -94,11 +97,11 @@ def _check_selective_scan(a: SelectiveScan) -> None:
     for name, x in (("u", u), ("delta", delta), ("A", A), ("B", B), ("C", C)):
         _floating(name, x)
     if u.dim() != 3:
-        raise ValueError(f"u must be (B, T, D), got shape {_shape(u)}")
+        raise ValueError(f"u: expected (B, T, D), got shape {_shape(u)}")
     batch, time, channels = u.shape
     if A.dim() != 2 or A.shape[0] != channels or not 1 <= A.shape[1] <= MAX_DIM:
         raise ValueError(
-            f"A must be (D, N) with D = {channels} and N from 1 to {MAX_DIM}, got {_shape(A)}"
+            f"A: expected (D, N) with D = {channels} and N from 1 to {MAX_DIM}, got {_shape(A)}"
         )
     size = A.shape[1]
     _shaped("delta", delta, (batch, time, channels), "(B, T, D)")
@@ -128,7 +131,10 @@ def _check_optional(arguments: Arguments, letters: dict[str, int]) -> None:
             continue
         for other in declared["excludes"]:
             if getattr(arguments, other) is not None:
-                raise ValueError(f"{name} cannot go with {other}{declared['reason']}")
+                raise ValueError(
+                    f"{name}: expected None beside {other}{declared['reason']}, got a tensor; "
+                    "try without one of them"
+                )
         shape = tuple(letters[letter] for letter in symbols.strip("(),").split(", "))
         _shaped(name, x, shape, symbols.replace("R,", "B or N,"))
     _same_device(*[(name, getattr(arguments, name)) for name in arguments.DIFFERENTIABLE])
@@ -139,30 +145,30 @@ def _documents(cu_seqlens: Tensor | None, batch: int) -> int:
     if cu_seqlens is None:
         return batch
     if not isinstance(cu_seqlens, Tensor):
-        raise ValueError(f"cu_seqlens must be a tensor, got {type(cu_seqlens).__name__}")
+        raise ValueError(f"cu_seqlens: expected a tensor, got {type(cu_seqlens).__name__}")
     if cu_seqlens.dim() != 1 or cu_seqlens.dtype not in (torch.int32, torch.int64):
         raise ValueError(
-            "cu_seqlens must be a one-dimensional int32 or int64 tensor, "
+            "cu_seqlens: expected a one-dimensional int32 or int64 tensor, "
             f"got {cu_seqlens.dtype} of shape {_shape(cu_seqlens)}"
         )
     if cu_seqlens.shape[0] < 2:
-        raise ValueError(f"cu_seqlens must hold at least two offsets, got {cu_seqlens.shape[0]}")
+        raise ValueError(f"cu_seqlens: expected at least two offsets, got {cu_seqlens.shape[0]}")
     if batch != 1:
-        raise ValueError(f"cu_seqlens needs the documents packed in a batch of 1, got B = {batch}")
+        raise ValueError(f"cu_seqlens: expected documents packed in a batch of 1, got B = {batch}")
     return cu_seqlens.shape[0] - 1
 
 
 def _shaped(name: str, x: Tensor, shape: tuple[int, ...], symbols: str) -> None:
     _floating(name, x)
     if tuple(x.shape) != shape:
-        raise ValueError(f"{name} must be {symbols} = {shape}, got {_shape(x)}")
+        raise ValueError(f"{name}: expected {symbols} = {shape}, got {_shape(x)}")
 
 
 def _floating(name: str, x: Tensor) -> None:
     if not isinstance(x, Tensor):
-        raise ValueError(f"{name} must be a tensor, got {type(x).__name__}")
+        raise ValueError(f"{name}: expected a tensor, got {type(x).__name__}")
     if x.dtype not in FLOATS:
-        raise ValueError(f"{name} must be float64, float32, bfloat16 or float16, got {x.dtype}")
+        raise ValueError(f"{name}: expected float64, float32, bfloat16 or float16, got {x.dtype}")
 
 
 def _same_device(*named: tuple[str, Tensor | None]) -> None:
@@ -171,7 +177,8 @@ def _same_device(*named: tuple[str, Tensor | None]) -> None:
     for name, x in named[1:]:
         if x is not None and x.device != first.device:
             raise ValueError(
-                f"{name} is on {x.device} but {first_name} is on {first.device}; move one of them"
+                f"{name}: expected the device of {first_name}, {first.device}, got {x.device}; "
+                "try moving one of them"
             )
 
 

@@ -50,7 +50,7 @@ def test_an_unknown_backend_gets_the_nearest_name():
 
 
 def test_a_scale_that_is_no_number():
-    with pytest.raises(ValueError, match="scale must be a number or None, got str 'a'"):
+    with pytest.raises(ValueError, match="scale: expected a number or None, got str 'a'"):
         linear_attention(**rows(), scale="a")
 
 
@@ -91,27 +91,36 @@ def scan(**changes):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"q": torch.randn(2, 5, 8)}, r"q must be \(B, T, heads, dim\)"),
-        ({"q": torch.ones(2, 5, 4, 8, dtype=torch.int64)}, "q must be float64"),
-        ({"q": [1.0]}, "q must be a tensor, got list"),
+        ({"q": torch.randn(2, 5, 8)}, r"q: expected \(B, T, heads, dim\)"),
+        ({"q": torch.ones(2, 5, 4, 8, dtype=torch.int64)}, "q: expected float64"),
+        ({"q": [1.0]}, "q: expected a tensor, got list"),
         ({"v": torch.randn(2, 6, 4, 8)}, "agree in batch and time"),
         ({"k": torch.randn(2, 5, 4, 7)}, "agree in key dim"),
-        ({"v": torch.randn(2, 5, 3, 8)}, "heads of v must divide"),
-        ({"v": torch.randn(2, 5, 4, 257)}, "value dim must be between 1 and 256, got 257"),
-        ({"log_decay": torch.randn(2, 5, 3)}, r"log_decay must be \(H,\)"),
-        ({"beta": torch.rand(2, 5, 1)}, r"beta must be \(B, T, H\) = \(2, 5, 4\)"),
-        ({"bonus": torch.rand(4, 7)}, r"bonus must be \(H, K\)"),
-        ({"bonus": torch.rand(4, 8), "beta": torch.rand(2, 5, 4)}, "cannot go with beta"),
-        ({"value_log_decay": -torch.rand(2, 5, 4, 8), "beta": torch.rand(2, 5, 4)}, "with beta"),
+        ({"v": torch.randn(2, 5, 3, 8)}, "v: expected a number of heads that divides"),
+        ({"v": torch.randn(2, 5, 4, 257)}, "v: expected a value dim between 1 and 256, got 257"),
+        ({"log_decay": torch.randn(2, 5, 3)}, r"log_decay: expected \(H,\)"),
+        ({"beta": torch.rand(2, 5, 1)}, r"beta: expected \(B, T, H\) = \(2, 5, 4\)"),
+        ({"bonus": torch.rand(4, 7)}, r"bonus: expected \(H, K\)"),
+        (
+            {"bonus": torch.rand(4, 8), "beta": torch.rand(2, 5, 4)},
+            "bonus: expected None beside beta",
+        ),
+        (
+            {"value_log_decay": -torch.rand(2, 5, 4, 8), "beta": torch.rand(2, 5, 4)},
+            "value_log_decay: expected None beside beta",
+        ),
         ({"write_scale": torch.rand(2, 5, 4), "beta": torch.rand(2, 5, 4)}, "has its part there"),
-        ({"write_scale": torch.rand(2, 5)}, r"write_scale must be \(B, T, H\) = \(2, 5, 4\)"),
-        ({"initial_state": torch.zeros(2, 4, 8, 7)}, r"initial_state must be \(B or N"),
+        ({"write_scale": torch.rand(2, 5)}, r"write_scale: expected \(B, T, H\) = \(2, 5, 4\)"),
+        ({"initial_state": torch.zeros(2, 4, 8, 7)}, r"initial_state: expected \(B or N"),
         ({"chunk_size": -1}, "at least 16, got -1"),
         ({"chunk_size": 24}, "power of two"),
         ({"cu_seqlens": torch.tensor([0, 5])}, "batch of 1, got B = 2"),
         ({"cu_seqlens": torch.tensor([0.0, 5.0])}, "int32 or int64"),
-        ({"cu_seqlens": [0, 5]}, "cu_seqlens must be a tensor, got list"),
-        ({"q": torch.randn(2, 5, 4, 8, device="meta")}, "k is on cpu but q is on meta"),
+        ({"cu_seqlens": [0, 5]}, "cu_seqlens: expected a tensor, got list"),
+        (
+            {"q": torch.randn(2, 5, 4, 8, device="meta")},
+            "k: expected the device of q, meta, got cpu",
+        ),
     ],
 )
 def test_linear_attention_names_what_is_wrong(changes, message):
@@ -122,7 +131,11 @@ def test_linear_attention_names_what_is_wrong(changes, message):
 @pytest.mark.parametrize("backend", ["reference", "torch"])
 @pytest.mark.parametrize(
     ("offsets", "message"),
-    [([1, 5], "start at 0"), ([0, 4], "end at T = 5"), ([0, 4, 3, 5], "must not fall")],
+    [
+        ([1, 5], "start at 0"),
+        ([0, 4], "end at T = 5"),
+        ([0, 4, 3, 5], "ascending offsets, got 4 then 3"),
+    ],
 )
 def test_wrong_offsets(backend, offsets, message):
     x = torch.randn(1, 5, 2, 4)
@@ -138,9 +151,9 @@ def test_wrong_offsets(backend, offsets, message):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"x": torch.randn(5, 3)}, r"x must be \(B, T, D\)"),
-        ({"weight": torch.randn(4, 4)}, r"weight must be \(D, W\) with D = 3"),
-        ({"bias": torch.randn(4)}, r"bias must be \(D,\)"),
+        ({"x": torch.randn(5, 3)}, r"x: expected \(B, T, D\)"),
+        ({"weight": torch.randn(4, 4)}, r"weight: expected \(D, W\) with D = 3"),
+        ({"bias": torch.randn(4)}, r"bias: expected \(D,\)"),
         ({"activation": "silo"}, "did you mean 'silu'"),
         ({"initial_state": torch.randn(2, 3, 4)}, "W-1"),
     ],
@@ -154,10 +167,10 @@ def test_causal_conv1d_names_what_is_wrong(changes, message):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"u": torch.randn(5, 3)}, r"u must be \(B, T, D\)"),
-        ({"A": torch.randn(4, 2)}, r"A must be \(D, N\) with D = 3"),
-        ({"delta": torch.randn(1, 5, 4)}, "delta must be"),
-        ({"C": torch.randn(1, 5, 3)}, "C must be"),
+        ({"u": torch.randn(5, 3)}, r"u: expected \(B, T, D\)"),
+        ({"A": torch.randn(4, 2)}, r"A: expected \(D, N\) with D = 3"),
+        ({"delta": torch.randn(1, 5, 4)}, "delta: expected"),
+        ({"C": torch.randn(1, 5, 3)}, "C: expected"),
     ],
 )
 def test_selective_scan_names_what_is_wrong(changes, message):
@@ -192,7 +205,7 @@ def test_inputs_of_a_form_that_was_right_are_not_checked_again(grad, monkeypatch
 
 
 def test_an_activation_that_cannot_be_hashed_is_named():
-    with pytest.raises(ValueError, match=r"activation must be None or 'silu', got \['silu'\]"):
+    with pytest.raises(ValueError, match=r"activation: expected None or 'silu', got \['silu'\]"):
         causal_conv1d(torch.randn(2, 5, 3), torch.randn(3, 4), activation=["silu"])
 
 

@@ -129,6 +129,7 @@ def _pass_states_back(
     work: Scratch,
 ) -> SpanStates:
     """Return the gradients of the states around each chunk."""
+
     def lay_out() -> SpanStates:
         memory = work.take("dstates", span.states(x.heads), *x.state_shape)
         return split_states(memory, span, x.heads)

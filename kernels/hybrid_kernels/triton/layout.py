@@ -79,5 +79,5 @@ def _check(cu_seqlens: Tensor, time: int) -> None:
         documents(cu_seqlens, time)
         return
     good = (cu_seqlens[0] == 0) & (cu_seqlens[-1] == time) & (cu_seqlens.diff() >= 0).all()
-    words = f"cu_seqlens must rise from 0 to T = {time} and never fall"
+    words = f"cu_seqlens: expected ascending offsets from 0 to T = {time}"
     torch._assert_async(good, words)  # pyright: ignore[reportPrivateImportUsage]
