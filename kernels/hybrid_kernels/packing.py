@@ -77,8 +77,8 @@ def _lengths(offsets: list[int], time: int) -> list[int]:
     for index, length in enumerate(lengths):
         if length < 0:
             raise ValueError(
-                f"cu_seqlens: expected ascending offsets, got {offsets[index]} then {offsets[index + 1]} "
-                f"at position {index + 1}"
+                f"cu_seqlens: expected ascending offsets, got {offsets[index]} then "
+                f"{offsets[index + 1]} at position {index + 1}"
             )
     return lengths
 

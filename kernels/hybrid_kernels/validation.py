@@ -46,9 +46,8 @@ def _check_linear_attention(a: LinearAttention) -> None:
         raise ValueError(
             f"q, k: expected shapes that agree in key dim, got q {_shape(q)}, k {_shape(k)}"
         )
-    for name, size in (("q: key dim", q.shape[3]), ("v: value dim", v.shape[3])):
+    for name, kind, size in (("q", "key dim", q.shape[3]), ("v", "value dim", v.shape[3])):
         if not 1 <= size <= MAX_DIM:
-            name, kind = name.split(": ")
             raise ValueError(f"{name}: expected a {kind} between 1 and {MAX_DIM}, got {size}")
     batch, time = q.shape[:2]
     heads = max(q.shape[2], k.shape[2], v.shape[2])

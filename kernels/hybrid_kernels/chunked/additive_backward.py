@@ -228,7 +228,7 @@ def _store_queries(
     if not x.exact_keys:
         dread.baddbmm_(dpairs.pairs, rows.write)
     factor = gate.read if gate else None
-    _store_row(x, grads.q, dread, factor, dpairs.read, dpairs.diagonal, rows.k, rows.bonus)
+    _store_row(grads.q, dread, factor, dpairs.read, dpairs.diagonal, rows.k, rows.bonus)
     if not grads.of_decays or not (gate or x.v.shape[4] == 1):
         return None
     reads = dread.mul_(rows.read)
@@ -250,12 +250,11 @@ def _store_keys(
     if not x.exact_keys:
         dwrite.baddbmm_(dpairs.pairs.mT, rows.read)
     factor = gate.write if gate else None
-    _store_row(x, grads.k, dwrite, factor, dpairs.write, dpairs.diagonal, rows.q, rows.bonus)
+    _store_row(grads.k, dwrite, factor, dpairs.write, dpairs.diagonal, rows.q, rows.bonus)
     return dwrite.mul_(rows.write) if gate and grads.of_decays else None
 
 
 def _store_row(
-    x: InputChunks,
     chunks: Tensor,
     grad: Tensor,
     factor: Tensor | None,
@@ -264,17 +263,10 @@ def _store_row(
     other: Tensor | None,
     bonus: Tensor | None,
 ) -> None:
-    """Store the gradient of q or k, with what exact pairs and the diagonal add to it.
+    """Store the gradient of q or k in ``chunks``.
 
-    Args:
-        x: the inputs.
-        chunks: where to store it.
-        grad: gradient of the decayed rows, left as it is.
-        factor: of those rows, or None.
-        by_pairs: with exact keys, the gradient by the pairs.
-        ddiagonal: gradient of the diagonal, or None.
-        other: with it, the rows that the diagonal was multiplied from.
-        bonus: their factor, or None.
+    ``grad``, which is left as it is, belongs to the rows times ``factor``. Exact pairs add
+    ``by_pairs``, and the diagonal its gradient times the ``other`` rows times ``bonus``.
     """
     if ddiagonal is None:
         store(chunks, grad, factor)
