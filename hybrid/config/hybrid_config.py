@@ -14,7 +14,7 @@ from hybrid.config.fields import Combine, Init, LossBackend, NormName, StackFiel
 from hybrid.config.options import ConfigError
 from hybrid.config.parallel import base_ep_plan, base_tp_plan
 from hybrid.config.registry import load_model_classes
-from hybrid.config.spec import LINEAR, StackSpec, resolve_stack
+from hybrid.config.spec import FULL, StackSpec, resolve_stack
 from hybrid.config.validation import DEEPEST, WIDEST, find_mistakes, standard_keys
 from hybrid.layout import Layer
 
@@ -329,7 +329,7 @@ class HybridConfig(PreTrainedConfig):
         return self.logit_softcap
 
     def _first_option(self, *names: str) -> int | None:
-        specs = sorted(self.stack.mixers.values(), key=lambda m: m.cls.layer_type == LINEAR)
+        specs = sorted(self.stack.mixers.values(), key=lambda m: m.cls.layer_type != FULL)
         for spec in specs:
             for name in names:
                 if getattr(spec.options, name, None) is not None:

@@ -20,7 +20,9 @@ from hybrid.config.fields import NormName, StackFields
 from hybrid.config.sizes import Sizes
 from hybrid.layout import Layer
 
-LINEAR = "linear_attention"
+LINEAR, FULL = "linear_attention", "full_attention"
+LOCAL = ("sliding_attention", "chunked_attention")
+"""Types of mixers, by which the model chooses the mask that each is handed."""
 
 HYBRID_STATES, HYBRID_KEYS = "hybrid_states", "hybrid_keys"
 """Types of layers with a cache layer of our own: without and with keys of all tokens."""
@@ -122,11 +124,13 @@ class LayerSpec:
     @property
     def layer_type(self) -> str:
         """What transformers' caches choose the class of its cache layer by."""
-        softmax = [m.cls.layer_type for m in self.mixers if m.cls.layer_type != LINEAR]
-        if self.canon or any(mixer.has_state for mixer in self.mixers) or len(softmax) > 1:
-            return HYBRID_KEYS if softmax else HYBRID_STATES
-        # "moe" is transformers' name for a layer without a mixer: nothing is cached
-        return softmax[0] if softmax else "moe"
+        types = [mixer.cls.layer_type for mixer in self.mixers]
+        if not self.canon and not any(mixer.has_state for mixer in self.mixers):
+            if not types:
+                return "moe"  # transformers' name for a layer without a mixer: nothing is cached
+            if types == [FULL]:
+                return FULL
+        return HYBRID_KEYS if FULL in types else HYBRID_STATES
 
 
 @dataclass(frozen=True)
@@ -161,10 +165,13 @@ class StackSpec:
 
     @cached_property
     def has_state(self) -> bool:
-        """Whether any layer keeps a state."""
-        return any(
-            layer.canon or any(mixer.has_state for mixer in layer.mixers) for layer in self.layers
-        )
+        """Whether any layer keeps anything but keys of all tokens."""
+        return any(layer.layer_type in (HYBRID_STATES, HYBRID_KEYS) for layer in self.layers)
+
+    @cached_property
+    def has_local(self) -> bool:
+        """Whether any mixer is softmax attention of bounded reach."""
+        return any(mixer.cls.layer_type in LOCAL for mixer in self.mixers.values())
 
     @cached_property
     def has_keys(self) -> bool:

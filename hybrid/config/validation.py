@@ -281,7 +281,7 @@ def _crowded(config: StackFields, layers: Iterable[Layer]) -> list[str]:
             ]
         except (ValueError, TypeError):
             continue  # a binding with a mistake of its own, reported already
-        if len(kinds) - kinds.count("linear_attention") > 1:
+        if kinds.count("full_attention") > 1:
             lines.append(
                 f"layout: [{''.join(layer.mixers)}] has two softmax mixers side by side, and a"
                 " layer's cache holds the keys and values of one; put them in two layers"

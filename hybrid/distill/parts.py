@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from hybrid.modeling.model import HybridForCausalLM
+from hybrid.nn.local_rows import LocalRows
 
 
 class Seen(NamedTuple):
@@ -76,8 +77,9 @@ def mix_as_seen(student: HybridForCausalLM, layer: int, seen: Seen) -> torch.Ten
     positions = keywords.get("position_ids")
     rotary: Any = dict(student.model.rotary.items()).get(letter)
     keywords["position_embeddings"] = None if rotary is None else rotary(seen.x, positions)
-    if mixer.layer_type == "linear_attention":
-        keywords["attention_mask"] = None
+    full = mixer.layer_type == "full_attention"
+    if not full or isinstance(keywords.get("attention_mask"), LocalRows):
+        keywords["attention_mask"] = None  # of another kind than the student's mixer takes
     return mixer(seen.x, **keywords)[0]
 
 

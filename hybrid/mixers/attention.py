@@ -29,15 +29,13 @@ PLAIN_FUNCTIONS = ("eager", "sdpa")
 LOW = 256  # positions are LOW * high + low, both exact in bfloat16 up to position 65,535
 
 
-class FullAttention(Mixer):
-    """A mixer whose keys and values are all cached, attended to by transformers' attention functions.
+class SoftmaxMixer(Mixer):
+    """A mixer whose keys and values are attended to by transformers' attention functions.
 
     Subclasses set `scaling` and have the options `rope_parameters` and `dropout`; the attention is that
     of the config's `attn_implementation` (eager, sdpa, flash_attention_2, flex_attention, ...).
     """
 
-    layer_type = "full_attention"
-    attends = "full"
     is_causal = True
     num_key_value_groups: int = 1
     scaling: float
@@ -69,7 +67,7 @@ class FullAttention(Mixer):
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
-        mask: torch.Tensor | None,
+        mask: Any,
         kwargs: dict[str, Any],
         *,
         soft_cap: float | None = None,
@@ -111,6 +109,13 @@ class FullAttention(Mixer):
         name = self.attention_name
         if name not in PLAIN_FUNCTIONS:
             raise _unfit(name, what, PLAIN_FUNCTIONS)
+
+
+class FullAttention(SoftmaxMixer):
+    """A softmax mixer whose keys and values are all cached."""
+
+    layer_type = "full_attention"
+    attends = "full"
 
 
 def _unfit(name: str, what: str, known: tuple[str, ...]) -> ValueError:

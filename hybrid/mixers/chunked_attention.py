@@ -8,12 +8,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from hybrid.config.declare import Size2
 from hybrid.config.registry import register_mixer
 from hybrid.config.sizes import Sizes
 from hybrid.mixers.local_attention import LocalAttention, LocalAttentionOptions
+from hybrid.nn.local_rows import Reach
 
 
 @dataclass(frozen=True)
@@ -31,6 +30,7 @@ class ChunkedAttentionOptions(LocalAttentionOptions):
 class ChunkedAttention(LocalAttention):
     """o_t = sum_s softmax_s(scale * q_t . k_s) v_s over W floor(t / W) <= s <= t."""
 
+    layer_type = "chunked_attention"
     Options = ChunkedAttentionOptions
     paper = "Llama 4; block-wise attention of arXiv 2004.05150, section 3"
     formula = "o_t = sum_s softmax_s(scale q_t . k_s) v_s, W floor(t / W) <= s <= t"
@@ -38,7 +38,7 @@ class ChunkedAttention(LocalAttention):
 
     def __init__(self, options: ChunkedAttentionOptions, sizes: Sizes, layer_idx: int) -> None:
         super().__init__(options, sizes, layer_idx)
-        self.build_local(options, options.chunk_size)
+        self.build(options)
 
     @classmethod
     def samples(cls) -> list[dict[str, Any]]:
@@ -50,12 +50,14 @@ class ChunkedAttention(LocalAttention):
              "output_bias": True, "output_gate": True, "sinks": True},
         ]  # fmt: skip
 
-    def reach(self, place: torch.Tensor) -> torch.Tensor:
+    @property
+    def reach(self) -> Reach:
         """Back to the start of the chunk."""
-        return place % self.width
+        return Reach(self.options.chunk_size, chunked=True)
 
     def mixing_flops(self, context: int) -> float:
         """Logits and weighted sum over the tokens of the chunk up to each."""
-        whole, rest = divmod(context, self.width)
-        pairs = whole * self.width * (self.width + 1) / 2 + rest * (rest + 1) / 2
+        width = self.reach.width
+        whole, rest = divmod(context, width)
+        pairs = whole * width * (width + 1) / 2 + rest * (rest + 1) / 2
         return self.logits_flops(pairs / context)

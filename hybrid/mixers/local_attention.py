@@ -1,23 +1,38 @@
 """Softmax attention to a bounded number of tokens before: what windows and chunks share.
 
-Shapes: B rows, T time, N documents, H query heads, H_kv key heads, K head dim, W reach.
+Shapes: B rows, T tokens, P columns of earlier ones, S = P + T, H query heads, H_kv key heads, K head
+dim, W reach.
 """
 
 from __future__ import annotations
 
+import itertools
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch.nn import functional as F
+from torch import nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hybrid.config.sizes import Sizes
-from hybrid.mixers.attention import add_positions, capped_attention
-from hybrid.mixers.base import StateMixer
+from hybrid.mixers.attention import (
+    CAPPED_FUNCTIONS,
+    SoftmaxMixer,
+    add_positions,
+    capped_attention,
+)
 from hybrid.mixers.grouped_heads import GroupedHeadOptions, GroupedHeads
-from hybrid.nn.past import Slot, StateSpec
-from hybrid.nn.rotary import BY_LENGTH, build_rotary, rotate
+from hybrid.mixers.parts import wide
+from hybrid.nn.local_rows import LocalRows, Reach
+from hybrid.nn.packing import WHOLE_ROWS, Segments
+from hybrid.nn.past import Slot, TokenSpec
+from hybrid.nn.rotary import BY_LENGTH, ExactRotaryEmbedding, apply_rotary, build_rotary
+
+Attended = tuple[torch.Tensor, torch.Tensor | None]
+
+LEAST_BLOCK = 64
 
 
 @dataclass(frozen=True)
@@ -36,229 +51,157 @@ class LocalAttentionOptions(GroupedHeadOptions):
         return lines
 
 
-class LocalAttention(GroupedHeads, StateMixer):
+class LocalAttention(GroupedHeads, SoftmaxMixer):
     """o_t = sum_s softmax_s(scale * q_t . k_s) v_s over the tokens within reach, W at most.
 
-    What it remembers is of fixed size, so it is a state: the last W - 1 keys and values of real tokens,
-    before their rotation, in the cache's convolution slot. Distances follow from places in the state;
-    nothing depends on absolute positions, and padding never takes up room.
-    Queries go in blocks of about W, so that time and memory grow with T W.
+    The attention is transformers' (`attn_implementation`), which is handed the window by its name. sdpa,
+    and a function that lacks what the options ask for, go over blocks of queries with the keys within
+    their reach, so that time and memory grow with T W; eager attention returns all weights, and so needs
+    memory for T S. Flash attention and others get the window; none of them has chunks, for which sdpa
+    takes their place.
+
+    The cache holds the last W - 1 keys and values; padding takes no room.
     """
 
     attends = "local"
 
-    def build_local(self, options: GroupedHeadOptions, width: int) -> None:
-        """Create the projections, and the rotary embedding; `width` is W."""
-        self.build(options)
-        self.width = width
-        self.rotary_embedding = build_rotary(options.rope_parameters, self.head_dim, self.sizes)
-
+    @property
     @abstractmethod
-    def reach(self, place: torch.Tensor) -> torch.Tensor:
-        """How many tokens before it a token attends to, W - 1 at most.
+    def reach(self) -> Reach:
+        """How far a token sees."""
 
-        Args:
-            place: int64, tokens of its document before it.
-        """
+    @classmethod
+    def rotated_dim(cls, options: Any) -> int:
+        """K."""
+        return options.sizes[2]
 
-    def mix(
-        self, x: torch.Tensor, cu_seqlens: torch.Tensor | None, cache: Slot | None
-    ) -> torch.Tensor:
-        """See the class."""
-        q, k = self.split_heads(self.q_proj(x), self.q_norm), self.k_proj(x)
-        k, v = self.split_heads(k, self.k_norm), self.v_proj(x)
-        token = torch.arange(x.shape[1], device=x.device)
-        if cache is None:
-            place = token[None]
-            if cu_seqlens is not None:
-                bounds = cu_seqlens.long()
-                place = place - bounds[torch.searchsorted(bounds, token, right=True) - 1]
-            o = self._banded(q, k, self.split_heads(v), place)
-            return self.output(o, x)
-        kv = torch.cat([k.transpose(1, 2).flatten(2), v], dim=-1)
-        rows = Rows(cu_seqlens, x)
-        kv, seen = self._remember(rows.spread(kv), rows.lengths, cache)
-        k, v = (self.split_heads(y) for y in kv.chunk(2, dim=-1))
-        q = rows.spread(q.transpose(1, 2).flatten(2))
-        place = seen[:, None] + torch.arange(q.shape[1], device=x.device)
-        o = self._banded(self.split_heads(q), k, v, place)
-        return self.output(rows.collect(o), x)
+    @classmethod
+    def rotary(cls, options: Any, sizes: Sizes) -> nn.Module | None:
+        """The rotary embedding of these options, exact at any distance from the start; None without."""
+        return build_rotary(options.rope_parameters, options.sizes[2], sizes, ExactRotaryEmbedding)
 
-    def _remember(
-        self, kv: torch.Tensor, lengths: torch.Tensor | None, cache: Slot
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Put what is remembered (N, W - 1, C) before kv (N, T, C), and store what is to be next.
-
-        The state has one channel more, 1 for tokens that the next one attends to: their number is all
-        that has to be known of the past. Returns the keys and values, and that number (N,).
-        """
-        past = self.width - 1
-        if lengths is None:
-            lengths = kv.new_full(kv.shape[:1], kv.shape[1], dtype=torch.long)
-        state = cache.state("conv")
-        if state is None:
-            state = kv.new_zeros(kv.shape[0], kv.shape[2] + 1, past)
-        seen = (state[:, -1] > 0.5).sum(dim=1)
-        kv, last = append(state[:, :-1], kv, lengths)
-        column = torch.arange(past, device=kv.device)
-        marks = column >= past - self.reach(seen + lengths)[:, None]
-        cache.set_state("conv", torch.cat([last, marks[:, None].to(kv.dtype)], dim=1))
-        return kv, seen
-
-    def _banded(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, place: torch.Tensor
-    ) -> torch.Tensor:
-        """Attention within reach, (B, T, H K), for q (B, H, T, K), k and v (B, H_kv, S, K), S >= T.
-
-        Query t stands at column t + S - T of the keys, and has `place` (B or 1, T) in its document.
-        """
-        ahead = k.shape[2] - q.shape[2]
-        columns = torch.arange(k.shape[2], device=q.device)
-        if self.rotary_embedding is not None:
-            cos, sin = self._angles(columns, k.dtype)
-            q, k = rotate(q, cos[:, ahead:], sin[:, ahead:]), rotate(k, cos, sin)
+    def forward(
+        self,
+        x: torch.Tensor,
+        *,
+        attention_mask: LocalRows | None = None,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        segments: Segments = WHOLE_ROWS,
+        cache: Slot | None = None,
+        **kwargs: Any,
+    ) -> Attended:
+        """See `Mixer.forward`; by default rows follow from `segments` and `position_ids`."""
+        self.check_arguments(kwargs)
+        q = self.split_heads(self.q_proj(x), self.q_norm)
+        k = self.split_heads(self.k_proj(x), self.k_norm)
+        v = self.split_heads(self.v_proj(x))
+        positions = kwargs.get("position_ids")
+        if position_embeddings is not None:
+            q, k = apply_rotary(q, k, *position_embeddings)
         if self.slopes is not None:
-            q, k = add_positions(q, k, columns[None], self.slopes, self.scaling)
-        first = columns[ahead:] - self.reach(place)
-        return banded(self.attend_within, q, k, v, first, self.width).flatten(2)
+            if positions is None:
+                positions = torch.arange(x.shape[1], device=x.device)[None]
+            q, k = add_positions(q, k, positions, self.slopes, self.scaling)
+        rows = attention_mask
+        if rows is None:
+            rows = LocalRows.find((len(x), x.shape[1]), x.device, segments=segments)
+            if positions is not None and not segments.packed and segments.index is None:
+                rows = LocalRows(positions)
+        q, k, v = (rows.arrange(y, 2) for y in (q, k, v))
+        if cache is not None:
+            k, v = cache.append(window=self.reach.width, lengths=rows.lengths, k=k, v=v)
+        o, weights = self._attend_local(q, k, v, rows, kwargs)
+        o = rows.restore(o, 1)
+        if weights is not None and rows.order is not None:
+            past = weights.shape[3] - weights.shape[2]
+            own = rows.restore(rows.restore(weights[..., past:], 2), 3)
+            weights = torch.cat([rows.restore(weights[..., :past], 2), own], dim=-1)
+        return self.output(o.flatten(2), x), weights
 
-    def attend_within(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor
+    def _attend_local(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        rows: LocalRows,
+        kwargs: dict[str, Any],
+    ) -> Attended:
+        """o (B, T, H, K), and the weights (B, H, T, S) of eager attention."""
+        name, past = self.attention_name, k.shape[2] - q.shape[2]
+        caps: dict[str, Any] = {"soft_cap": self.options.soft_cap, "sinks": self.sink_logits}
+        capped = any(cap is not None for cap in caps.values())
+        if name == "eager":
+            mask = rows.mask(self.reach, past, slice(0, q.shape[2]), slice(0, k.shape[2]))
+            if self.slopes is not None:  # positions are large, and eager rounds logits to q's dtype
+                q, k = wide(q), wide(k)
+            dropout = self.active_dropout
+            return capped_attention(q, k, v, mask, scaling=self.scaling, dropout=dropout, **caps)
+        if capped and name not in CAPPED_FUNCTIONS:
+            return self._in_blocks(self._capped, q, k, v, rows), None
+        if name == "flex_attention":
+            return self.attend(q, k, v, rows.block_mask(self.reach, past), kwargs, **caps)
+        if name == "sdpa" or (self.reach.chunked and "flash" in name):
+            return self._in_blocks(self._sdpa, q, k, v, rows), None
+        mask = rows.padding_mask(self.reach, past) if "flash" in name else None
+        extent = "chunk_size" if self.reach.chunked else "sliding_window"
+        return self.attend(q, k, v, mask, {**kwargs, extent: self.reach.width}, **caps)
+
+    def _in_blocks(
+        self,
+        attend: Callable[..., torch.Tensor],
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        rows: LocalRows,
     ) -> torch.Tensor:
-        """o (B, T, H, K) of q (B, H, T, K), k and v (B, H, S, K), mask (B or 1, 1, T, S)."""
-        dropout = self.options.dropout if self.training else 0.0
-        cap = self.options.soft_cap
-        if self.sink_logits is not None or cap is not None:
-            given = {"scaling": self.scaling, "dropout": dropout}
-            return capped_attention(q, k, v, mask, soft_cap=cap, sinks=self.sink_logits, **given)[0]
-        o = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, dropout_p=dropout, scale=self.scaling
-        )
-        return o.transpose(1, 2)
+        """o (B, T, H, K), block of queries by block, each with the keys within its reach."""
+        time, past, width = q.shape[2], k.shape[2] - q.shape[2], self.reach.width
+        if rows.sees_all(self.reach, past):
+            return attend(q, k, v, None)
+        outputs = []
+        for start, stop in self._blocks(time, rows):
+            first = max(0, start + past - width + 1)
+            whole_chunk = self.reach.chunked and rows.start is not None
+            if whole_chunk:
+                first = max(first, start + past - (rows.start + start) % width)
+            seen = slice(first, stop + past)
+            mask = None
+            if not (whole_chunk and first == start + past):
+                mask = rows.mask(self.reach, past, slice(start, stop), seen)
+            outputs.append(attend(q[:, :, start:stop], k[:, :, seen], v[:, :, seen], mask))
+        empty = v.new_empty(q.shape[0], 0, q.shape[1], v.shape[3])
+        return torch.cat(outputs, dim=1) if outputs else empty
 
-    def _angles(
-        self, columns: torch.Tensor, dtype: torch.dtype
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """cos and sin (1, S, R) of columns (S,).
+    def _blocks(self, time: int, rows: LocalRows) -> list[tuple[int, int]]:
+        """Start and end of each block: half a window, or a chunk."""
+        width = self.reach.width
+        if not self.reach.chunked:
+            bounds = [*range(0, time, max(width // 2, LEAST_BLOCK)), time]
+        else:
+            ahead = 0 if rows.start is None else -rows.start % width
+            bounds = [0, *range(ahead or width, time, width), time]
+        return list(itertools.pairwise(bounds)) if time else []
 
-        In float64 up to the cosine: where counting starts must not matter.
-        """
-        assert self.rotary_embedding is not None
-        frequencies = self.rotary_embedding.inv_freq.double()
-        angle = torch.outer(columns.double(), frequencies).repeat(1, 2)[None]
-        scaling = self.rotary_embedding.attention_scaling
-        return (angle.cos() * scaling).to(dtype), (angle.sin() * scaling).to(dtype)
+    def _sdpa(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None
+    ) -> torch.Tensor:
+        """A mask of None: causal."""
+        function = ALL_ATTENTION_FUNCTIONS["sdpa"]
+        return function(
+            self, q, k, v, mask, dropout=self.active_dropout, scaling=self.scaling
+        )[0]  # fmt: skip
 
-    def states(self) -> dict[str, StateSpec]:
-        """W - 1 keys and values, and a mark for each."""
-        return {"conv": StateSpec((2 * self.num_kv_heads * self.head_dim + 1, self.width - 1))}
+    def _capped(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None
+    ) -> torch.Tensor:
+        return capped_attention(
+            q, k, v, mask,
+            scaling=self.scaling, soft_cap=self.options.soft_cap, sinks=self.sink_logits,
+            dropout=self.active_dropout,
+        )[0]  # fmt: skip
 
-
-def append(
-    state: torch.Tensor, new: torch.Tensor, lengths: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Put what is remembered before what is new.
-
-    Args:
-        state: (N, C, P), the last P tokens.
-        new: (N, T, C).
-        lengths: (N,), how many tokens of each row are real; the rest comes after them.
-
-    Returns:
-        Both, (N, P + T, C); and the last P tokens now, (N, C, P).
-    """
-    both = torch.cat([state.to(new.dtype).transpose(1, 2), new], dim=1)
-    place = lengths[:, None] + torch.arange(state.shape[2], device=new.device)
-    last = both.gather(1, place[..., None].expand(-1, -1, new.shape[2]))
-    return both, last.transpose(1, 2)
-
-
-def banded(
-    attend: Callable[..., torch.Tensor],
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    first: torch.Tensor,
-    width: int,
-) -> torch.Tensor:
-    """Attention within a band of `width` columns, in blocks of queries.
-
-    Args:
-        attend: (q, k, v, mask) of a block -> o (B, t, H, K), with as many heads of k and v as of q.
-        q: (B, H, T, K).
-        k, v: (B, H_kv, S, K), S >= T; query t stands at column t + S - T.
-        first: (B or 1, T), the first column that each query sees, above t + S - T - width.
-
-    Returns:
-        o (B, T, H, K).
-    """
-    time, ahead = q.shape[2], k.shape[2] - q.shape[2]
-    columns = torch.arange(k.shape[2], device=q.device)
-    groups = q.shape[1] // k.shape[1]
-    k, v = (y.repeat_interleave(groups, dim=1) if groups > 1 else y for y in (k, v))
-    block, outputs = max(width, 64), []
-    for start in range(0, time, block):
-        stop = min(start + block, time)
-        seen = slice(max(0, start + ahead - width + 1), stop + ahead)
-        at, key = columns[start + ahead : stop + ahead, None], columns[seen]
-        mask = (key <= at) & (key >= first[:, start:stop, None])
-        outputs.append(attend(q[:, :, start:stop], k[:, :, seen], v[:, :, seen], mask[:, None]))
-    empty = v.new_empty(q.shape[0], 0, q.shape[1], v.shape[3])
-    return torch.cat(outputs, dim=1) if outputs else empty
-
-
-class Rows:
-    """Documents packed in one row, spread out to a row each and back; whole rows stay as they are.
-
-    Attributes:
-        lengths: (N,), tokens of each document; None where rows are whole.
-    """
-
-    def __init__(self, cu_seqlens: torch.Tensor | None, x: torch.Tensor) -> None:
-        self.lengths: torch.Tensor | None = None
-        if cu_seqlens is None:
-            return
-        bounds = cu_seqlens.long()
-        self.lengths = bounds[1:] - bounds[:-1]
-        token = torch.arange(x.shape[1], device=x.device)
-        document = torch.searchsorted(bounds, token, right=True) - 1
-        starts, self.shape = self.arrange(self.lengths)
-        self.place = starts[document] + token - bounds[document]
-
-    def arrange(self, lengths: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int]]:
-        """The flat place (N,) of the first token of each document, and the shape of it all."""
-        longest = int(lengths.max())
-        starts = longest * torch.arange(len(lengths), device=lengths.device)
-        return starts, (len(lengths), longest)
-
-    def spread(self, x: torch.Tensor) -> torch.Tensor:
-        """(1, tokens, C) -> (rows, columns, C), zeros where no token is."""
-        if self.lengths is None:
-            return x
-        flat = x.new_zeros(self.shape[0] * self.shape[1], x.shape[2])
-        return flat.index_copy(0, self.place, x[0]).view(*self.shape, x.shape[2])
-
-    def collect(self, x: torch.Tensor) -> torch.Tensor:
-        """(rows, columns, C) -> (1, tokens, C)."""
-        return x if self.lengths is None else x.flatten(0, 1)[self.place][None]
-
-
-class AlignedRow(Rows):
-    """Documents packed in one row, moved apart so that each begins at a multiple of `align`.
-
-    Attributes:
-        base: (1, columns), the column where the document that a column belongs to begins.
-    """
-
-    def __init__(self, cu_seqlens: torch.Tensor, x: torch.Tensor, align: int) -> None:
-        self.align = align
-        super().__init__(cu_seqlens, x)
-
-    def arrange(self, lengths: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int]]:
-        """See `Rows.arrange`."""
-        ends = (-(-lengths // self.align) * self.align).cumsum(0)
-        starts = torch.cat([ends.new_zeros(1), ends[:-1]])
-        columns = int(ends[-1])
-        column = torch.arange(columns, device=lengths.device)
-        self.base = starts[torch.searchsorted(ends, column, right=True)][None]
-        return starts, (1, columns)
+    def tokens(self) -> dict[str, TokenSpec]:
+        """Keys and values of a window of W; with ALiBi a key has its position in two numbers."""
+        marks = 2 * (self.slopes is not None)
+        k = TokenSpec(self.num_kv_heads, self.head_dim + marks, self.reach.width)
+        return {"k": k, "v": TokenSpec(self.num_kv_heads, self.head_dim, self.reach.width)}

@@ -19,8 +19,8 @@ from hybrid.config.registry import register_mixer
 from hybrid.config.sizes import Sizes
 from hybrid.mixers.base import Mixer, residual_projection
 from hybrid.mixers.grouped_heads import HeadSizeOptions
-from hybrid.mixers.local_attention import AlignedRow, Rows, append, banded
 from hybrid.mixers.sparse_blocks import Blocks, sparse_attention
+from hybrid.mixers.sparse_rows import AlignedRow, Rows, append, banded
 from hybrid.nn.packing import WHOLE_ROWS, Segments
 from hybrid.nn.past import Slot, StateSpec, TokenSpec
 from hybrid.nn.rotary import build_rotary, rotate

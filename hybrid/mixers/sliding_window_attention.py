@@ -5,12 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from hybrid.config.declare import Size2
 from hybrid.config.registry import register_mixer
 from hybrid.config.sizes import Sizes
 from hybrid.mixers.local_attention import LocalAttention, LocalAttentionOptions
+from hybrid.nn.local_rows import Reach
 
 
 @dataclass(frozen=True)
@@ -28,6 +27,7 @@ class SlidingWindowAttentionOptions(LocalAttentionOptions):
 class SlidingWindowAttention(LocalAttention):
     """o_t = sum_s softmax_s(scale * q_t . k_s) v_s over t - W < s <= t."""
 
+    layer_type = "sliding_attention"
     Options = SlidingWindowAttentionOptions
     paper = "arXiv 2004.05150; Mistral arXiv 2310.06825"
     formula = "o_t = sum_s softmax_s(scale q_t . k_s) v_s, t - W < s <= t"
@@ -37,7 +37,7 @@ class SlidingWindowAttention(LocalAttention):
         self, options: SlidingWindowAttentionOptions, sizes: Sizes, layer_idx: int
     ) -> None:
         super().__init__(options, sizes, layer_idx)
-        self.build_local(options, options.window)
+        self.build(options)
 
     @classmethod
     def samples(cls) -> list[dict[str, Any]]:
@@ -52,13 +52,13 @@ class SlidingWindowAttention(LocalAttention):
              "alibi": True},
         ]  # fmt: skip
 
-    def reach(self, place: torch.Tensor) -> torch.Tensor:
-        """W - 1, and fewer at the start."""
-        return place.clamp(max=self.width - 1)
+    @property
+    def reach(self) -> Reach:
+        """The last W tokens."""
+        return Reach(self.options.window, chunked=False)
 
     def mixing_flops(self, context: int) -> float:
         """Logits and weighted sum over the tokens of the window, fewer at the start."""
-        short = min(context, self.width)
-        return self.logits_flops(
-            (short * (short + 1) / 2 + (context - short) * self.width) / context
-        )
+        width = self.reach.width
+        short = min(context, width)
+        return self.logits_flops((short * (short + 1) / 2 + (context - short) * width) / context)

@@ -6,7 +6,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from hybrid.ffn.moe import Experts
-from hybrid.mixers.attention import FullAttention
+from hybrid.mixers.attention import SoftmaxMixer
 
 
 def use_backends_of(config: PreTrainedConfig, module: nn.Module) -> None:
@@ -15,5 +15,5 @@ def use_backends_of(config: PreTrainedConfig, module: nn.Module) -> None:
     transformers' attention and experts functions read them from `module.config`.
     """
     for part in module.modules():
-        if isinstance(part, (FullAttention, Experts)):
+        if isinstance(part, (SoftmaxMixer, Experts)):
             part.config = config

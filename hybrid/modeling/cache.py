@@ -83,13 +83,13 @@ class Columns:
             self.tensor = last_columns(both, time, lengths, kept)
         return both[:, :, max(0, both.shape[2] - time - self.window + 1) :]
 
-    def can_crop(self, tokens: int) -> bool:
-        """Whether enough columns are left for the tokens that come next."""
-        if self.tensor is None:
-            return True
-        left = self.total - tokens
-        needed = left if self.window is None else min(left, self.window - 1)
-        return self.tensor.shape[2] - tokens >= needed >= 0
+    @property
+    def spare(self) -> int:
+        """How many tokens can be taken back, so that what the next one sees is left."""
+        held = 0 if self.tensor is None else self.tensor.shape[2]
+        if self.window is None or held == self.total:
+            return held
+        return held - (self.window - 1)
 
     def crop(self, tokens: int) -> None:
         """Drop the last columns."""
@@ -213,17 +213,13 @@ class HybridCacheLayer(CacheLayerMixin):
         self.length = self.length - tokens
 
     def _check_crop(self, memory: SlotMemory, tokens: int) -> None:
-        recording = memory.recording
-        recorded = 0 if recording is None else recording.length
-        fits = all(columns.can_crop(tokens) for columns in memory.tokens.values())
-        if memory.states and tokens > recorded:
-            fits = False
-        if not fits:
-            known = f"more than the {recorded} tokens that this layer has recorded"
-            if not memory.states:
-                known = "more tokens than this layer has kept"
+        spare = [columns.spare for columns in memory.tokens.values()]
+        if memory.states:
+            spare.append(0 if memory.recording is None else memory.recording.length)
+        if tokens > min(spare, default=tokens):
             raise ValueError(
-                f"the cache was cropped by {known}; states and windows cannot go back further. Call"
+                f"crop: the cache was cropped by {tokens} tokens, more than the {min(spare)} tokens that"
+                " a layer has recorded; states and windows cannot go back further. Call"
                 " cache.activate_past_recording() before the tokens that may be taken back"
             )
 

@@ -28,6 +28,7 @@ from transformers.masking_utils import (
 )
 
 from hybrid.nn.arguments import CACHE
+from hybrid.nn.local_rows import LocalRows
 from hybrid.nn.packing import WHOLE_ROWS, Segments, from_positions
 from hybrid.nn.past import Past
 
@@ -239,6 +240,16 @@ class Neighbours(Past):
             and_mask_function=within,
             **{CACHE: self},  # type: ignore[arg-type]
         )
+
+    def local_rows(self) -> LocalRows:
+        """Where the tokens of the slice stand, for layers of bounded reach."""
+        if self.documents is None:
+            return LocalRows.plain(self.past, self.time, self.position_ids.device)
+        column = torch.arange(self.documents.shape[1], device=self.documents.device)
+        begins = torch.ones_like(self.documents, dtype=torch.bool)
+        begins[:, 1:] = self.documents.diff(dim=1) != 0
+        place = column - torch.where(begins, column, 0).cummax(dim=1).values
+        return LocalRows(place[:, self.past :])
 
     # What `create_causal_mask` asks of a cache.
 

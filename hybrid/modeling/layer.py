@@ -27,7 +27,8 @@ from hybrid.nn.past import Past, Slot
 
 __all__ = ["HybridLayer", "Masks", "ParallelMixers", "Residual"]
 
-Masks = dict[str, torch.Tensor | None]
+Masks = dict[str, Any]
+"""By the type of a mixer: a tensor or None, or `LocalRows` for those of bounded reach."""
 
 
 class Call(NamedTuple):

@@ -23,7 +23,7 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import capture_outputs
 
 from hybrid.config.hybrid_config import HybridConfig
-from hybrid.config.spec import StackSpec
+from hybrid.config.spec import LOCAL, StackSpec
 from hybrid.modeling.backends import use_backends_of
 from hybrid.modeling.cache import CachePast
 from hybrid.modeling.context_parallel import ContextGroup, Neighbours
@@ -48,6 +48,7 @@ from hybrid.nn.arguments import (
     pick_cache,
 )
 from hybrid.nn.cache import is_empty, is_paged, past_length
+from hybrid.nn.local_rows import LocalRows
 from hybrid.nn.norms import build_norm
 from hybrid.nn.packing import (
     WHOLE_ROWS,
@@ -79,7 +80,7 @@ class HybridModel(HybridPreTrainedModel):
         use_backends_of(config, self.layers)
         self.rotary = self._build_rotary(stack)
         self.has_keys = stack.has_keys
-        self.has_state = stack.has_state
+        self.has_state, self.has_local = stack.has_state, stack.has_local
         self.norm = nn.Identity()
         if not stack.ends_normed:
             self.norm = build_norm(config.norm, config.hidden_size, config.norm_eps)
@@ -176,6 +177,8 @@ class HybridModel(HybridPreTrainedModel):
             masks = {}
             if self.has_keys:
                 masks["full_attention"] = neighbours.mask(self.config, x)
+            if self.has_local:
+                masks |= dict.fromkeys(LOCAL, neighbours.local_rows())
         else:
             check_mask(attention_mask, batch, time, past_length(past))
             check_positions(position_ids, batch, time)
@@ -187,11 +190,13 @@ class HybridModel(HybridPreTrainedModel):
                 # a document boundary inside the cache has no meaning for the tokens that come next
                 past, attention_mask = None, None
             if position_ids is None:
-                start = past_length(past)
-                position_ids = torch.arange(time, device=x.device).unsqueeze(0) + start
+                position_ids = self._positions(attention_mask, past_length(past), time, x.device)
             places = segments.places if segments.packed else position_ids
             assert places is not None
             masks = self._masks(x, attention_mask, past, places)
+            if self.has_local and LOCAL[0] not in masks:
+                rows = find_local_rows(x, attention_mask, past, segments)
+                masks |= dict.fromkeys(LOCAL, rows)
         slots = None if past is None else CachePast(past)
         x = self.run(
             x,
@@ -247,6 +252,22 @@ class HybridModel(HybridPreTrainedModel):
             )
             x, beside = (x, y) if layer.feeds_next else (y, None)
         return self.norm(x)
+
+    def _positions(
+        self,
+        attention_mask: torch.Tensor | Masks | None,
+        start: int | torch.Tensor,
+        time: int,
+        device: torch.device,
+    ) -> torch.Tensor:
+        """Default position ids, (1 or B, T): columns; in stacks with windows, numbers of tokens.
+
+        A layer that keeps no padding must find the tokens around it next to one another.
+        """
+        if self.has_local and isinstance(attention_mask, torch.Tensor):
+            real = attention_mask.long().cumsum(dim=1) - 1
+            return real[:, real.shape[1] - time :].clamp(min=0)
+        return torch.arange(time, device=device).unsqueeze(0) + start
 
     def _segments(
         self,
@@ -304,6 +325,16 @@ class HybridModel(HybridPreTrainedModel):
         return masks
 
 
+def find_local_rows(
+    x: torch.Tensor,
+    mask: torch.Tensor | None,
+    cache: Cache | None,
+    segments: Segments,
+) -> LocalRows:
+    """The rows of x (B, T, D) for layers of bounded reach, mask (B, T_past + T)."""
+    return LocalRows.find((len(x), x.shape[1]), x.device, past_length(cache), mask, segments)
+
+
 class HybridForCausalLM(Objective, HybridPreTrainedModel, GenerationMixin):
     """A hybrid language model: ids (B, T) -> logits (B, T, V)."""
 
@@ -327,6 +358,11 @@ class HybridForCausalLM(Objective, HybridPreTrainedModel, GenerationMixin):
         if self.model.has_keys:
             positions = kwargs.get("position_ids")
             masks["full_attention"] = create_causal_mask(**given, position_ids=positions)
+        if self.model.has_local:
+            x, mask = kwargs["inputs_embeds"], kwargs["attention_mask"]
+            one_each = mask is None or x.shape[1] == 1  # a token by itself is never padding
+            segments = WHOLE_ROWS if one_each else find_segments(mask, None, *x.shape[:2])
+            masks |= dict.fromkeys(LOCAL, find_local_rows(x, mask, kwargs[CACHE], segments))
         return masks
 
     @functools.wraps(GenerationMixin.prepare_inputs_for_generation)

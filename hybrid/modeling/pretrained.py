@@ -17,7 +17,7 @@ from hybrid import hub
 from hybrid.config.hybrid_config import HybridConfig
 from hybrid.ffn.moe import MixtureOfExperts
 from hybrid.ffn.router import BiasedRouter, Router
-from hybrid.mixers.attention import FullAttention
+from hybrid.mixers.attention import SoftmaxMixer
 from hybrid.modeling import initialization, mup, parallel_plans
 from hybrid.modeling.layer import HybridLayer
 
@@ -52,7 +52,7 @@ class HybridPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _can_record_outputs = {
         "hidden_states": HybridLayer,
-        "attentions": OutputRecorder(FullAttention, index=1),
+        "attentions": OutputRecorder(SoftmaxMixer, index=1),
         "router_logits": OutputRecorder(Router, index=0),
     }
     _can_set_experts_implementation = _HasExperts()  # type: ignore[assignment]

@@ -82,13 +82,28 @@ class RotaryEmbedding(Float32Buffers, LlamaRotaryEmbedding):
         return 1.0 / (rope["rope_theta"] ** exponents), 1.0
 
 
+class ExactRotaryEmbedding(RotaryEmbedding):
+    """`RotaryEmbedding` with angles in float64: exact however far from the start the positions are."""
+
+    def forward(
+        self, x: torch.Tensor, position_ids: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Angles of x (B, T, D) at position_ids (B, T)."""
+        angle = (position_ids[..., None].double() * self.inv_freq.double()).repeat(1, 1, 2)
+        scale = self.attention_scaling
+        return (angle.cos() * scale).to(x.dtype), (angle.sin() * scale).to(x.dtype)
+
+
 def build_rotary(
-    rope_parameters: dict[str, Any] | None, head_dim: int, sizes: Sizes
+    rope_parameters: dict[str, Any] | None,
+    head_dim: int,
+    sizes: Sizes,
+    cls: type[RotaryEmbedding] = RotaryEmbedding,
 ) -> RotaryEmbedding | None:
     """The embedding of a rope dictionary for heads of a model; None without positions."""
     if rope_parameters is None:
         return None
-    return RotaryEmbedding(rope_parameters, head_dim, sizes.max_position_embeddings)
+    return cls(rope_parameters, head_dim, sizes.max_position_embeddings)
 
 
 def rotated_dims(rope_parameters: dict[str, Any], head_dim: int) -> int:

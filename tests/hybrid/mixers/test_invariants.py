@@ -33,10 +33,11 @@ def test_gradcheck(stack):
     width = stack.config.stack.mixers["Q"].sizes.hidden_size
     x = torch.randn(1, 5, width, dtype=torch.float64, requires_grad=True)
     positions = {s: r(x, torch.arange(5)[None]) for s, r in stack.model.rotary.items()}
-    mask = torch.ones(5, 5, dtype=torch.bool).tril()[None, None]
+    masks = {"full_attention": torch.ones(5, 5, dtype=torch.bool).tril()[None, None]}
     direction = torch.randn(5, stack.config.hidden_size, dtype=torch.float64)
 
     def project(x):
+        mask = masks.get(mixer.layer_type)
         y, _ = mixer(x, attention_mask=mask, position_embeddings=positions.get("Q"))
         return (y * direction).sum()
 

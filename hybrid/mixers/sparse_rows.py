@@ -1,0 +1,120 @@
+"""Rows of documents, and attention within a band, for native sparse attention.
+
+Shapes: B rows, T time, N documents, H query heads, H_kv key heads, K head dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+
+def append(
+    state: torch.Tensor, new: torch.Tensor, lengths: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Put what is remembered before what is new.
+
+    Args:
+        state: (N, C, P), the last P tokens.
+        new: (N, T, C).
+        lengths: (N,), how many tokens of each row are real; the rest comes after them.
+
+    Returns:
+        Both, (N, P + T, C); and the last P tokens now, (N, C, P).
+    """
+    both = torch.cat([state.to(new.dtype).transpose(1, 2), new], dim=1)
+    place = lengths[:, None] + torch.arange(state.shape[2], device=new.device)
+    last = both.gather(1, place[..., None].expand(-1, -1, new.shape[2]))
+    return both, last.transpose(1, 2)
+
+
+def banded(
+    attend: Callable[..., torch.Tensor],
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    first: torch.Tensor,
+    width: int,
+) -> torch.Tensor:
+    """Attention within a band of `width` columns, in blocks of queries.
+
+    Args:
+        attend: (q, k, v, mask) of a block -> o (B, t, H, K), with as many heads of k and v as of q.
+        q: (B, H, T, K).
+        k, v: (B, H_kv, S, K), S >= T; query t stands at column t + S - T.
+        first: (B or 1, T), the first column that each query sees, above t + S - T - width.
+
+    Returns:
+        o (B, T, H, K).
+    """
+    time, ahead = q.shape[2], k.shape[2] - q.shape[2]
+    columns = torch.arange(k.shape[2], device=q.device)
+    groups = q.shape[1] // k.shape[1]
+    k, v = (y.repeat_interleave(groups, dim=1) if groups > 1 else y for y in (k, v))
+    block, outputs = max(width, 64), []
+    for start in range(0, time, block):
+        stop = min(start + block, time)
+        seen = slice(max(0, start + ahead - width + 1), stop + ahead)
+        at, key = columns[start + ahead : stop + ahead, None], columns[seen]
+        mask = (key <= at) & (key >= first[:, start:stop, None])
+        outputs.append(attend(q[:, :, start:stop], k[:, :, seen], v[:, :, seen], mask[:, None]))
+    empty = v.new_empty(q.shape[0], 0, q.shape[1], v.shape[3])
+    return torch.cat(outputs, dim=1) if outputs else empty
+
+
+class Rows:
+    """Documents packed in one row, spread out to a row each and back; whole rows stay as they are.
+
+    Attributes:
+        lengths: (N,), tokens of each document; None where rows are whole.
+    """
+
+    def __init__(self, cu_seqlens: torch.Tensor | None, x: torch.Tensor) -> None:
+        self.lengths: torch.Tensor | None = None
+        if cu_seqlens is None:
+            return
+        bounds = cu_seqlens.long()
+        self.lengths = bounds[1:] - bounds[:-1]
+        token = torch.arange(x.shape[1], device=x.device)
+        document = torch.searchsorted(bounds, token, right=True) - 1
+        starts, self.shape = self.arrange(self.lengths)
+        self.place = starts[document] + token - bounds[document]
+
+    def arrange(self, lengths: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int]]:
+        """The flat place (N,) of the first token of each document, and the shape of it all."""
+        longest = int(lengths.max())
+        starts = longest * torch.arange(len(lengths), device=lengths.device)
+        return starts, (len(lengths), longest)
+
+    def spread(self, x: torch.Tensor) -> torch.Tensor:
+        """(1, tokens, C) -> (rows, columns, C), zeros where no token is."""
+        if self.lengths is None:
+            return x
+        flat = x.new_zeros(self.shape[0] * self.shape[1], x.shape[2])
+        return flat.index_copy(0, self.place, x[0]).view(*self.shape, x.shape[2])
+
+    def collect(self, x: torch.Tensor) -> torch.Tensor:
+        """(rows, columns, C) -> (1, tokens, C)."""
+        return x if self.lengths is None else x.flatten(0, 1)[self.place][None]
+
+
+class AlignedRow(Rows):
+    """Documents packed in one row, moved apart so that each begins at a multiple of `align`.
+
+    Attributes:
+        base: (1, columns), the column where the document that a column belongs to begins.
+    """
+
+    def __init__(self, cu_seqlens: torch.Tensor, x: torch.Tensor, align: int) -> None:
+        self.align = align
+        super().__init__(cu_seqlens, x)
+
+    def arrange(self, lengths: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int]]:
+        """See `Rows.arrange`."""
+        ends = (-(-lengths // self.align) * self.align).cumsum(0)
+        starts = torch.cat([ends.new_zeros(1), ends[:-1]])
+        columns = int(ends[-1])
+        column = torch.arange(columns, device=lengths.device)
+        self.base = starts[torch.searchsorted(ends, column, right=True)][None]
+        return starts, (1, columns)
