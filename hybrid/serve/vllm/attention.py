@@ -14,8 +14,10 @@ from torch.nn import functional as F
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from vllm.config import VllmConfig
 from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.attention.chunked_local_attention import ChunkedLocalAttention
 
-from hybrid.mixers.attention import CAPPED_FUNCTIONS, FullAttention, alibi_slopes
+from hybrid.mixers.attention import CAPPED_FUNCTIONS, SoftmaxMixer, alibi_slopes
+from hybrid.mixers.local_attention import LocalAttention
 from hybrid.mixers.multi_head_latent_attention import MultiHeadLatentAttention
 from hybrid.mixers.softmax_attention import SoftmaxAttention
 
@@ -33,6 +35,7 @@ class PagedAttention(nn.Module):
         key_dim: of q and k as they arrive, K.
         marks: dims at the end of q and k that vLLM does not need (positions of ALiBi).
         vllm_config, prefix: of vLLM's layer.
+        kind: `Attention` or a class of its kind.
         options: further arguments of `Attention`.
     """
 
@@ -46,6 +49,7 @@ class PagedAttention(nn.Module):
         marks: int = 0,
         vllm_config: VllmConfig,
         prefix: str,
+        kind: type[Attention] = Attention,
         **options: Any,
     ) -> None:
         super().__init__()
@@ -54,11 +58,11 @@ class PagedAttention(nn.Module):
         size = padded_size(key_dim)
         assert size is not None
         self.head_size: int = size
-        self.attention = Attention(
-            num_heads,
-            self.head_size,
-            scale,
-            num_kv_heads,
+        self.attention = kind(
+            num_heads=num_heads,
+            head_size=self.head_size,
+            scale=scale,
+            num_kv_heads=num_kv_heads,
             cache_config=vllm_config.cache_config,
             prefix=prefix,
             **options,
@@ -94,7 +98,7 @@ def padded_size(head_dim: int) -> int | None:
     return next((size for size in HEAD_SIZES if size >= head_dim), None)
 
 
-def attach(mixer: FullAttention, vllm_config: VllmConfig, prefix: str) -> None:
+def attach(mixer: SoftmaxMixer, vllm_config: VllmConfig, prefix: str) -> None:
     """Give a softmax mixer its `PagedAttention`.
 
     Raises:
@@ -103,10 +107,14 @@ def attach(mixer: FullAttention, vllm_config: VllmConfig, prefix: str) -> None:
     if isinstance(mixer, MultiHeadLatentAttention):
         sizes: dict[str, Any] = _latent_sizes(mixer)
         options: dict[str, Any] = {}
-    elif isinstance(mixer, SoftmaxAttention):
+    elif isinstance(mixer, SoftmaxAttention | LocalAttention):
         sizes = {"num_heads": mixer.num_heads, "num_kv_heads": mixer.num_kv_heads,
                  "key_dim": mixer.head_dim}  # fmt: skip
-        options = _softmax_options(mixer)
+        options = (
+            _softmax_options(mixer) if isinstance(mixer, SoftmaxAttention) else _options(mixer)
+        )
+        if isinstance(mixer, LocalAttention):
+            options |= _local_options(mixer)
     else:
         raise ValueError(f"{mixer.name}: not served by vLLM, which has no attention of its kind")
     if padded_size(sizes["key_dim"]) is None:
@@ -125,14 +133,29 @@ def _softmax_options(mixer: SoftmaxAttention) -> dict[str, Any]:
             "softmax_attention.dual_chunk_size: not served by vLLM, whose attention has no dual chunks;"
             " set it to null for plain positions, or use generate()"
         )
+    return _options(mixer, mixer.has_positions)
+
+
+def _options(mixer: SoftmaxAttention | LocalAttention, positions: bool = True) -> dict[str, Any]:
     options: dict[str, Any] = {}
     if mixer.options.soft_cap is not None:
         options["logits_soft_cap"] = mixer.options.soft_cap
     if mixer.sink_logits is not None:
         options["sinks"] = mixer.sink_logits
-    if mixer.slopes is not None and mixer.has_positions:
+    if mixer.slopes is not None and positions:
         options |= {"alibi_slopes": alibi_slopes(mixer.num_heads), "marks": 2}
     return options
+
+
+def _local_options(mixer: LocalAttention) -> dict[str, Any]:
+    if not mixer.reach.chunked:
+        return {"per_layer_sliding_window": mixer.reach.width}
+    if mixer.sink_logits is not None or mixer.options.soft_cap is not None:
+        raise ValueError(
+            "chunked_attention: sinks and soft_cap are not served by vLLM, whose attention in chunks has"
+            " neither; use generate()"
+        )
+    return {"kind": ChunkedLocalAttention, "attention_chunk_size": mixer.reach.width}
 
 
 def _latent_sizes(mixer: MultiHeadLatentAttention) -> dict[str, int]:

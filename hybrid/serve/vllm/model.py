@@ -17,7 +17,7 @@ from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.mamba.mamba_utils import MambaStateCopyFuncCalculator
 
 from hybrid.config.hybrid_config import HybridConfig
-from hybrid.mixers.attention import FullAttention
+from hybrid.mixers.attention import SoftmaxMixer
 from hybrid.modeling.layer import HybridLayer, ParallelMixers
 from hybrid.modeling.model import HybridForCausalLM
 from hybrid.nn.packing import WHOLE_ROWS, Segments
@@ -73,7 +73,7 @@ class HybridForVllm(nn.Module):
                 name = f"layers.{i}.state_{_letter(j)}"
                 self.pages[i, j] = StatePages(page, vllm_config, name, largest)
             for j, mixer in enumerate(_mixers(layer)):
-                if isinstance(mixer, FullAttention):
+                if isinstance(mixer, SoftmaxMixer):
                     attention.attach(mixer, vllm_config, f"layers.{i}.attention_{_letter(j)}")
 
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
