@@ -114,7 +114,7 @@ def attach(mixer: SoftmaxMixer, vllm_config: VllmConfig, prefix: str) -> None:
             _softmax_options(mixer) if isinstance(mixer, SoftmaxAttention) else _options(mixer)
         )
         if isinstance(mixer, LocalAttention):
-            options |= _local_options(mixer)
+            options |= _local_options(mixer, vllm_config.cache_config.block_size)
     else:
         raise ValueError(f"{mixer.name}: not served by vLLM, which has no attention of its kind")
     if padded_size(sizes["key_dim"]) is None:
@@ -147,15 +147,21 @@ def _options(mixer: SoftmaxAttention | LocalAttention, positions: bool = True) -
     return options
 
 
-def _local_options(mixer: LocalAttention) -> dict[str, Any]:
+def _local_options(mixer: LocalAttention, block_size: int) -> dict[str, Any]:
+    width = mixer.reach.width
     if not mixer.reach.chunked:
-        return {"per_layer_sliding_window": mixer.reach.width}
+        return {"per_layer_sliding_window": width}
+    if width % block_size:
+        raise ValueError(
+            f"chunked_attention.chunk_size: expected a multiple of vLLM's block size {block_size}, got"
+            f" {width}; use generate(), or another --block-size"
+        )
     if mixer.sink_logits is not None or mixer.options.soft_cap is not None:
         raise ValueError(
             "chunked_attention: sinks and soft_cap are not served by vLLM, whose attention in chunks has"
             " neither; use generate()"
         )
-    return {"kind": ChunkedLocalAttention, "attention_chunk_size": mixer.reach.width}
+    return {"kind": ChunkedLocalAttention, "attention_chunk_size": width}
 
 
 def _latent_sizes(mixer: MultiHeadLatentAttention) -> dict[str, int]:
