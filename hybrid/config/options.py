@@ -33,7 +33,7 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     near = nearest(name, known)
     if near is not None:
         return f"did you mean {near!r}?"
-    return f"known: {', '.join(first_few(known, 30))}" if known else "none are known here"
+    return f"known: {', '.join(first_few(known, 20))}" if known else "none are known here"
 
 
 def _common_words(name: str, known: str) -> int:

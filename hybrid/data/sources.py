@@ -74,9 +74,9 @@ class Source(Declared):
         source = values.get("source") if isinstance(values, Mapping) else None
         if not isinstance(source, str):
             return values
-        if problem := _misspelt(source):
-            refuse([f": {problem}"])  # and not its options, which may be right
         if source not in plugins():
+            if problem := _misspelt(source):
+                refuse([f": {problem}"])  # and not its options, which may be right
             return values
         own = cls._own_keys()
         options = {str(k): v for k, v in values.items() if k not in own}
@@ -155,9 +155,9 @@ def source_names() -> list[str]:
 
 def _misspelt(source: str) -> str | None:
     """What is wrong with a name that is nearly one that is known here, and is no path."""
-    if is_path(source) or "/" in source or source in source_names():
+    if is_path(source) or "/" in source or source in (known := source_names()):
         return None
-    near = did_you_mean(source, source_names())
+    near = did_you_mean(source, known)
     return f"no source {source!r}, {near}" if near.startswith("did you mean") else None
 
 

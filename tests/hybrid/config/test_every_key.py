@@ -14,7 +14,7 @@ import torch
 from hybrid import ConfigError, HybridConfig, HybridForCausalLM
 from hybrid.ablate.config import Ablation, Match, parse_ablation
 from hybrid.config.registry import feed_forwards, mixers
-from hybrid.data.sources import SourceConfig
+from hybrid.data.sources import SourceConfig, plugins
 from hybrid.distill.config import DistillFile, LanguageStage, LogitsStage, OutputsStage
 from hybrid.distill.config import TeacherConfig as Teacher
 from hybrid.distill.config import parse_config as parse_distill
@@ -58,6 +58,16 @@ def keys(cls, prefix=""):
     """The keys that a class declares, below a path."""
     names = cls.model_fields if hasattr(cls, "model_fields") else [f.name for f in cls]
     return [f"{prefix}{name}" for name in names]
+
+
+@pytest.fixture(scope="module")
+def installed():
+    return plugins()
+
+
+@pytest.fixture(autouse=True)
+def _look_for_plug_ins_once(installed, monkeypatch):
+    monkeypatch.setattr("hybrid.data.sources.plugins", lambda: installed)
 
 
 def sweep(parse, base, key, use=lambda config: None):
