@@ -245,15 +245,37 @@ def decayed_pairs(b_pairs, b_sums, b_rests, C: tl.constexpr):
 
 
 @triton.jit
+def split_finite(b_v):
+    """Return rows with 0 for NaN and inf, and (C, 1) NaN from the first such row on, 0 before it."""
+    b_zeros = b_v * 0.0
+    b_after = tl.cumsum(tl.sum(b_zeros, axis=1), axis=0)
+    return tl.where(b_zeros == 0.0, b_v, 0.0), b_after[:, None]
+
+
+@triton.jit
 def causal_product(b_pairs, b_v, DOT: tl.constexpr, PRECISION: tl.constexpr):
     """Multiply lower triangular pairs by rows of which none reaches an earlier one.
 
     NaN or inf in a row of v makes that row and the later ones of the chunk NaN; in a plain product,
     zeros above the diagonal would carry it to the earlier ones.
     """
-    b_zeros = b_v * 0.0
-    b_product = product(b_pairs, tl.where(b_zeros == 0.0, b_v, 0.0), DOT, PRECISION)
-    return b_product + tl.cumsum(tl.sum(b_zeros, axis=1), axis=0)[:, None]
+    b_finite, b_after = split_finite(b_v)
+    return product(b_pairs, b_finite, DOT, PRECISION) + b_after
+
+
+@triton.jit
+def times_gradient(b_x, b_dx):
+    """Return x times its gradient, 0 where the gradient is 0 and x may be NaN."""
+    return tl.where(b_dx == 0.0, 0.0, b_x * b_dx)
+
+
+@triton.jit
+def only_seen(b_x, b_seen):
+    """Select rows of x (C, D) with ``b_seen`` (C,) other than 0; the others are 0, NaN or not.
+
+    Of rows whose output no loss has seen, the gradients are 0, whatever NaN they are multiplied by.
+    """
+    return tl.where((b_seen != 0.0)[:, None], b_x, 0.0)
 
 
 @triton.jit

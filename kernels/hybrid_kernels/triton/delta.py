@@ -18,11 +18,13 @@ import triton
 import triton.language as tl
 
 from hybrid_kernels.triton.blocks import (
+    causal_product,
     fine_product,
     load_column,
     load_rows,
     load_tile,
     product,
+    split_finite,
     store_tile,
     straddle,
     transposed,
@@ -48,8 +50,8 @@ def unit_inverse(b_strict, C: tl.constexpr, PRECISION: tl.constexpr):
     size = 16
     while size < C:
         b_below = tl.where(straddle(size, C), b_strict, 0.0)
-        b_left = product(b_x, b_below, tl.float32, PRECISION)
-        b_x -= product(b_left, b_x, tl.float32, PRECISION)
+        b_left = causal_product(b_x, b_below, tl.float32, PRECISION)
+        b_x -= causal_product(b_left, b_x, tl.float32, PRECISION)
         size *= 2
     return b_x
 
@@ -77,11 +79,18 @@ def solve(
     PRECISION: tl.constexpr,
     FINE: tl.constexpr,
 ):
-    """Return X r, with TURNED X^T r, of what ``store_inverse`` kept."""
+    """Return X r, with TURNED X^T r, of what ``store_inverse`` kept.
+
+    X r reaches no row before one of r that is not finite.
+    """
     b_x = load_tile(p_inverse, i_pair * PARTS, C, C, 0, 0, C, C)
+    b_solved = b_r
     if TURNED:
         b_x = transposed(b_x, DOT)
-    b_solved = b_r + fine_product(b_x, b_r, DOT, PRECISION, FINE)
+    else:
+        b_r, b_after = split_finite(b_r)
+        b_solved += b_after
+    b_solved += fine_product(b_x, b_r, DOT, PRECISION, FINE)
     if PARTS == 2:
         b_x = load_tile(p_inverse, i_pair * PARTS + 1, C, C, 0, 0, C, C)
         if TURNED:

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 
 from hybrid_kernels.triton.blocks import (
+    causal_product,
     kernel,
     load_column,
     load_rows,
@@ -22,6 +23,7 @@ from hybrid_kernels.triton.blocks import (
     load_vector,
     locate,
     lower,
+    only_seen,
     place,
     product,
     scalar_factors,
@@ -29,6 +31,7 @@ from hybrid_kernels.triton.blocks import (
     store_rows,
     straddle,
     strictly_lower,
+    times_gradient,
     transposed,
     vector_factors,
     widen,
@@ -122,6 +125,8 @@ def keys_backward_kernel(
     b_dk = tl.zeros((C, BK), dtype=tl.float32)
     b_dr = tl.zeros((C, BK), dtype=tl.float32)
     b_dtotal = tl.zeros((BK,), dtype=tl.float32)
+    b_seen = tl.zeros((C,), dtype=tl.float32)
+    b_seen_dx = tl.zeros((C,), dtype=tl.float32)
     for v0 in range(0, V, BV):
         b_do = load_rows(p_do, row, rows, i_h, H, V, v0, C, BV)
         b_v = load_rows(p_v, row, rows, i_h // (H // HV), HV, V, v0, C, BV)
@@ -133,12 +138,20 @@ def keys_backward_kernel(
             b_dstate = load_tile(p_dstates, i_pair, K, V, k0, v0, BK, BV)
         b_dq += product(b_do, transposed(b_state, DOT), DOT, PRECISION)
         b_dk += product(b_v, transposed(b_dstate, DOT), DOT, PRECISION)
+        b_seen += tl.sum(tl.abs(b_do), axis=1)
         if TOTAL:
             b_state *= load_vector(p_total, i_pair, V, v0, BV)[None, :]
         b_dtotal += tl.sum(b_state * b_dstate, axis=1)
         if DELTA:
             b_dx = load_rows(p_dx, row, rows, i_h, H, V, v0, C, BV)
             b_dr += product(b_dx, transposed(b_state, DOT), DOT, PRECISION)
+            b_seen_dx += tl.sum(tl.abs(b_dx), axis=1)
+    b_dq = only_seen(b_dq, b_seen)
+    if TOTAL or TURNED:
+        # do * read may be 0 where do is not, and dpairs are not.
+        b_seen += 1.0
+    if DELTA:
+        b_dr = only_seen(b_dr, b_seen_dx)
     # As wide as the operands of products: half the registers in bfloat16, and nothing lost.
     b_q = load_rows(p_q, row, rows, i_h // (H // HQ), HQ, K, k0, C, BK).to(DOT)
     b_k = load_rows(p_k, row, rows, i_h // (H // HK), HK, K, k0, C, BK).to(DOT)
@@ -150,11 +163,11 @@ def keys_backward_kernel(
         _, _, b_read, b_write, total = scalar_factors(p_g, row, rows, i_h, H, C)
         b_dq *= b_read[:, None]
         b_dk *= b_write[:, None]
-        b_reads = tl.sum(b_q * b_dq, axis=1)
-        b_writes = tl.sum(b_k * b_dk, axis=1)
+        b_reads = tl.sum(times_gradient(b_q, b_dq), axis=1)
+        b_writes = tl.sum(times_gradient(b_k, b_dk), axis=1)
         if DELTA:
             b_dr *= b_read[:, None]
-            b_reads += tl.sum(b_weight * b_k * b_dr, axis=1)
+            b_reads += tl.sum(times_gradient(b_weight * b_k, b_dr), axis=1)
         b_dg = tl.cumsum(b_reads, axis=0, reverse=True)
         b_dg += tl.sum(tl.where(strictly_lower(C), b_writes[None, :], 0.0), axis=1)
         b_dg += tl.sum(b_dtotal, axis=0) * total
@@ -163,50 +176,56 @@ def keys_backward_kernel(
         b_g, b_read, b_write, b_total = vector_factors(p_g, row, rows, i_h, H, K, k0, C, BK)
         b_dq *= b_read
         b_dk *= b_write
-        b_reads = b_q * b_dq
+        b_reads = times_gradient(b_q, b_dq)
         if DELTA:
             b_dr *= b_read
-            b_reads += b_weight * b_k * b_dr
+            b_reads += times_gradient(b_weight * b_k, b_dr)
         b_dg = sum_rows(b_reads, tl.trans(lower(C)), DOT, PRECISION)
-        b_dg += sum_rows(b_k * b_dk, strictly_lower(C), DOT, PRECISION)
+        b_earlier = tl.where(strictly_lower(C), 1.0, 0.0)
+        b_dg += causal_product(b_earlier, times_gradient(b_k, b_dk), DOT, PRECISION)
         b_dg += (b_dtotal * b_total)[None, :]
         b_low = tl.exp(b_g)
         b_all = b_low
         b_up = tl.full((C, BK), 1.0, dtype=tl.float32)
         o_r = tl.arange(0, C)
         b_same = tl.load(p_dpairs + i_pair * C * C + o_r * (C + 1)).to(tl.float32)
-        b_dq += b_same[:, None] * b_k
-        b_dk += b_same[:, None] * b_q
+        b_dq += times_gradient(b_k, b_same[:, None])
+        b_dk += times_gradient(b_q, b_same[:, None])
         o_pair = i_pair * C * C + o_r[:, None] * C + o_r[None, :]
         for level in range(0, LEVELS):
             m_level = straddle(1 << level, C)
             b_d = tl.load(p_dpairs + o_pair, mask=m_level, other=0.0)
-            b_dread = product(b_d, b_k * b_up, DOT, PRECISION) * b_low
+            b_dread = causal_product(b_d, b_k * b_up, DOT, PRECISION) * b_low
+            b_dread = only_seen(b_dread, b_seen)
             b_dwrite = product(transposed(b_d, DOT), b_q * b_low, DOT, PRECISION)
             b_dq += b_dread
-            b_reads = b_q * b_dread
+            b_reads = times_gradient(b_q, b_dread)
             if DELTA:
                 b_d = tl.load(p_dstrict + o_pair, mask=m_level, other=0.0)
-                b_dread = product(b_d, b_k * b_up, DOT, PRECISION) * b_low
+                b_dread = causal_product(b_d, b_k * b_up, DOT, PRECISION) * b_low
+                b_dread = only_seen(b_dread, b_seen_dx)
                 b_dwrite += product(transposed(b_d * b_weight, DOT), b_k * b_low, DOT, PRECISION)
                 b_dr += b_dread
-                b_reads += b_weight * b_k * b_dread
+                b_reads += times_gradient(b_weight * b_k, b_dread)
             b_dwrite *= b_up
             b_dk += b_dwrite
             m_span = spanned(1 << level, C)
-            b_dg += sum_rows(b_reads + b_k * b_dwrite, m_span, DOT, PRECISION)
+            b_reads += times_gradient(b_k, b_dwrite)
+            b_dg += sum_rows(b_reads, m_span, DOT, PRECISION)
             b_low, b_up, b_all = widen(b_low, b_up, b_all, 1 << level, C, BK)
         store_rows(p_dg, b_dg, row, rows, i_h, H, K, k0, C, BK)
     else:
         b_d = load_tile(p_dpairs, i_pair, C, C, 0, 0, C, C)
-        b_dq += product(b_d, b_k, DOT, PRECISION)
+        b_dq += only_seen(causal_product(b_d, b_k, DOT, PRECISION), b_seen)
         b_dk += product(transposed(b_d, DOT), b_q, DOT, PRECISION)
         if DELTA:
             b_d = load_tile(p_dstrict, i_pair, C, C, 0, 0, C, C)
-            b_dr += product(b_d, b_k, DOT, PRECISION)
+            b_dr += only_seen(causal_product(b_d, b_k, DOT, PRECISION), b_seen_dx)
             b_dk += product(transposed(b_d * b_weight, DOT), b_k, DOT, PRECISION)
     if DELTA:
-        store_column(p_dbeta + part, -tl.sum(b_dr * b_k, axis=1), row, rows, i_h, H, C)
+        store_column(
+            p_dbeta + part, -tl.sum(times_gradient(b_k, b_dr), axis=1), row, rows, i_h, H, C
+        )
         b_dk += b_weight * b_dr
     store_rows(p_dq, b_dq, row, rows, i_h, H, K, k0, C, BK)
     store_rows(p_dk, b_dk, row, rows, i_h, H, K, k0, C, BK)

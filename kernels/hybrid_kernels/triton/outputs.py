@@ -100,7 +100,7 @@ def outputs_forward_kernel(
         b_up = tl.full((C, BV), 1.0, dtype=tl.float32)
         for level in range(0, LEVELS):
             b_across = tl.where(straddle(1 << level, C), b_pairs, 0.0)
-            b_o += product(b_across, b_v * b_up, DOT, PRECISION) * b_low
+            b_o += causal_product(b_across, b_v * b_up, DOT, PRECISION) * b_low
             b_low, b_up, b_all = widen(b_low, b_up, b_all, 1 << level, C, BV)
     else:
         b_o += causal_product(b_pairs, b_v, DOT, PRECISION)

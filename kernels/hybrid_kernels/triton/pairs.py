@@ -20,6 +20,7 @@ from hybrid_kernels.triton.blocks import (
     load_rows,
     locate,
     lower,
+    only_seen,
     product,
     scalar_factors,
     store_column,
@@ -189,17 +190,24 @@ def pairs_backward_kernel(
     b_dpairs = tl.zeros((C, C), dtype=tl.float32)
     b_dstrict = tl.zeros((C, C), dtype=tl.float32)
     b_dbeta = tl.zeros((C,), dtype=tl.float32)
+    b_seen = tl.zeros((C,), dtype=tl.float32)
+    b_seen_dx = tl.zeros((C,), dtype=tl.float32)
     for v0 in range(0, V, BV):
         b_do = load_rows(p_do, row, rows, i_h, H, V, v0, C, BV)
         if DELTA:
             b_u = transposed(load_rows(p_u, row, rows, i_h, H, V, v0, C, BV), DOT)
             b_dx = load_rows(p_dx, row, rows, i_h, H, V, v0, C, BV)
             b_dstrict += product(b_dx, b_u, DOT, PRECISION)
+            b_seen_dx += tl.sum(tl.abs(b_dx), axis=1)
             b_v = load_rows(p_v, row, rows, i_h // (H // HV), HV, V, v0, C, BV)
             b_dbeta += tl.sum(b_dx * b_v, axis=1)
         else:
             b_u = transposed(load_rows(p_u, row, rows, i_h // (H // HV), HV, V, v0, C, BV), DOT)
         b_dpairs += product(b_do, b_u, DOT, PRECISION)
+        b_seen += tl.sum(tl.abs(b_do), axis=1)
+    b_dpairs = only_seen(b_dpairs, b_seen)
+    if DELTA:
+        b_dstrict = only_seen(b_dstrict, b_seen_dx)
     if SCALAR:
         b_sums, b_rests, _, _, _ = scalar_factors(p_g, row, rows, i_h, H, C)
         b_dpairs = decayed_pairs(b_dpairs * scale, b_sums, b_rests, C)
@@ -220,8 +228,8 @@ def pairs_backward_kernel(
             b_pairs += product(b_q, transposed(b_k, DOT), DOT, PRECISION)
             if DELTA:
                 b_strict += product(b_k, transposed(b_k, DOT), DOT, PRECISION)
-        b_spans = tl.where(strictly_lower(C), b_pairs * b_dpairs, 0.0)
+        b_spans = tl.where(strictly_lower(C), only_seen(b_pairs * b_dpairs, b_seen), 0.0)
         if DELTA:
             b_beta = load_column(p_beta, row, rows, i_h, H, C)
-            b_spans -= b_strict * b_dstrict * b_beta[:, None]
+            b_spans -= only_seen(b_strict * b_dstrict * b_beta[:, None], b_seen_dx)
         store_column(p_dg, spanning_pairs(b_spans, C, DOT, PRECISION), row, rows, i_h, H, C)
