@@ -267,7 +267,8 @@ def _loss_and_slope(
     """The summed loss of one chunk (m, V), and its gradient by the head's products, float32 (m, V)."""
     x = transform_logits(wide(products), multiplier, cap)
     real = targets != IGNORED
-    index = targets.clamp(min=0).unsqueeze(-1)
+    # not clamped: any other negative label is an error of the gather
+    index = torch.where(real, targets, 0).unsqueeze(-1)
     log_p = x.log_softmax(dim=-1)
     losses, factor = -log_p.gather(-1, index).squeeze(-1), real.to(x.dtype)
     if label_smoothing:

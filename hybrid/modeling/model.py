@@ -6,6 +6,7 @@ Shapes: B batch, T time, D model dim, V vocabulary.
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,7 @@ from hybrid.nn.arguments import (
     pick_cache,
 )
 from hybrid.nn.cache import is_empty, is_paged, past_length
+from hybrid.nn.input_checks import check_cache, check_masks, check_tokens
 from hybrid.nn.local_rows import LocalRows
 from hybrid.nn.norms import build_norm
 from hybrid.nn.packing import (
@@ -81,6 +83,8 @@ class HybridModel(HybridPreTrainedModel):
         self.rotary = self._build_rotary(stack)
         self.has_keys = stack.has_keys
         self.has_state, self.has_local = stack.has_state, stack.has_local
+        types = {"full_attention": self.has_keys, "linear_attention": self.has_state}
+        self.mask_types = tuple(name for name, wanted in types.items() if wanted)
         self.norm = nn.Identity()
         if not stack.ends_normed:
             self.norm = build_norm(config.norm, config.hidden_size, config.norm_eps)
@@ -137,8 +141,8 @@ class HybridModel(HybridPreTrainedModel):
         check_arguments("HybridModel", HybridModel.forward, kwargs, known)
         if paged is not None:
             past = None
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        check_tokens(input_ids, inputs_embeds, self.config.hidden_size)
+        check_cache(past, len(self.layers))
         x: torch.Tensor = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         batch, time = x.shape[:2]
         given_cache = past
@@ -180,7 +184,10 @@ class HybridModel(HybridPreTrainedModel):
             if self.has_local:
                 masks |= dict.fromkeys(LOCAL, neighbours.local_rows())
         else:
-            check_mask(attention_mask, batch, time, past_length(past))
+            if isinstance(attention_mask, Mapping):
+                check_masks(attention_mask, batch, time, self.mask_types, tuple(LOCAL))
+            else:
+                check_mask(attention_mask, batch, time, past_length(past))
             check_positions(position_ids, batch, time)
             attention_mask, position_ids = name_documents(
                 attention_mask, position_ids, kwargs, (batch, time)

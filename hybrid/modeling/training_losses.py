@@ -21,6 +21,7 @@ from hybrid.modeling.losses import (
     transform_logits,
 )
 from hybrid.modeling.outputs import HybridOutput
+from hybrid.nn.input_checks import check_labels
 
 logger = logging.get_logger(__name__)
 
@@ -112,9 +113,17 @@ class Objective:
         record, passed = self.record(), [outputs]
         items = kwargs.get("num_items_in_batch")
         smoothing = kwargs.pop("label_smoothing", 0.0)
+        if not 0 <= smoothing < 1 or (smoothing and labels is None):
+            raise ValueError(
+                f"label_smoothing: expected a number of at least 0 and below 1, and labels with it, got"
+                f" {smoothing} with{'out' if labels is None else ''} labels"
+            )
+        if not self.has_loss_of_its_own:
+            batch, time = outputs.last_hidden_state.shape[:2]
+            check_labels(labels, kwargs.get("shift_labels"), batch, time)
         targets = None
         if labels is not None:
-            targets = next_tokens(labels, kwargs.get("shift_labels"))
+            targets = next_tokens(labels, kwargs.get("shift_labels")).long()
             found.loss = self._main_loss(found, outputs, labels, targets, smoothing, kwargs)
             if self.mtp is not None and self.training:
                 ahead = self.mtp.loss(

@@ -150,6 +150,9 @@ def name_documents(
     """
     batch, time = shape
     named: dict[str, torch.Tensor] = {}
+    for name in ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx"):
+        if kwargs.get(name) is not None:
+            check_integers(name, kwargs[name])
     for name in ("cu_seq_lens_q", "cu_seq_lens_k"):
         if kwargs.get(name) is not None:
             named[name] = _numbers_of_boundaries(name, kwargs[name], batch, time)
@@ -164,7 +167,17 @@ def name_documents(
     real = None
     if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2:
         numbers = attention_mask[:, -time:]
-        if attention_mask.dtype != torch.bool and time > 1 and bool((attention_mask > 1).any()):
+        several = False
+        if attention_mask.dtype != torch.bool and time > 1:
+            # one wait for the device
+            odd = (attention_mask > 1) | (attention_mask < 0)
+            several = bool(odd.any())
+            if several and bool((attention_mask < 0).any()):
+                raise ValueError(
+                    "attention_mask: expected 0 at padding and 1 or document numbers at tokens, got a"
+                    " negative number"
+                )
+        if several:
             named["attention_mask (document numbers)"] = numbers
             attention_mask = (attention_mask > 0).to(attention_mask.dtype)
         if named:
@@ -238,8 +251,10 @@ def check_mask(mask: Any, batch: int, time: int, past: int | torch.Tensor | None
     Raises:
         ValueError: see above.
     """
-    if not isinstance(mask, torch.Tensor):
+    if mask is None or type(mask).__name__ == "BlockMask":
         return
+    if not isinstance(mask, torch.Tensor):
+        raise ValueError(f"attention_mask: expected a tensor, got {type(mask).__name__}")
     if mask.ndim == 4:
         if mask.shape[0] not in (1, batch) or mask.shape[2] != time or mask.shape[3] < time:
             raise ValueError(
@@ -264,10 +279,23 @@ def check_mask(mask: Any, batch: int, time: int, past: int | torch.Tensor | None
         )
 
 
+def check_integers(name: str, value: Any) -> None:
+    """Refuse what is not a tensor of integers.
+
+    Raises:
+        ValueError: see above.
+    """
+    kinds = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
+    if not isinstance(value, torch.Tensor) or value.dtype not in kinds:
+        got = value.dtype if isinstance(value, torch.Tensor) else type(value).__name__
+        raise ValueError(f"{name}: expected a tensor of integers, got {got}")
+
+
 def check_positions(position_ids: torch.Tensor | None, batch: int, time: int) -> None:
-    """Refuse position ids that are not (1 or B, T)."""
+    """Refuse position ids that are not (1 or B, T) integers."""
     if position_ids is None:
         return
+    check_integers("position_ids", position_ids)
     shape = tuple(position_ids.shape)
     if len(shape) != 2 or shape[0] not in (1, batch) or shape[1] != time:
         raise ValueError(f"position_ids: expected ({batch} or 1, {time}), got {shape}")
