@@ -393,22 +393,45 @@ def _layout(
     layout: Annotated[str, _argument("LAYOUT", 'e.g. "LLLS", "(L7S)10", "[MS]4", "M-M-M*-"')],
     ffn: Annotated[str, typer.Option(help="feed-forward pattern after each mixer")] = "-",
     layers: Annotated[int | None, typer.Option(help="depth to fill")] = None,
+    bind: Annotated[
+        list[str] | None,
+        typer.Option(metavar="LETTER=MIXER", help="as `mixers` of a config; may be repeated"),
+    ] = None,
     imports: Imports = None,
 ) -> None:
     """Print a layout as a table."""
     from rich.table import Table
 
     from hybrid.config.registry import mixers
-    from hybrid.layout import FFN, describe, parse, resolve
+    from hybrid.layout import FFN, check_bound, describe, parse, resolve
 
+    names = mixers.symbols() | _bindings(bind or (), mixers.names())
+    parsed = parse(layout)
+    check_bound(parsed, names)
     stack = resolve(layout, ffn=ffn, num_hidden_layers=layers)
-    names = mixers.symbols()
-    table = Table("layers", "mixer", "feed-forward", title=str(parse(layout)))
+    table = Table("layers", "mixer", "feed-forward", title=str(parsed))
     for row in describe(stack):
-        mixer = " + ".join(f"{s} {names.get(s, '(bound by the config)')}" for s in row.mixers)
+        mixer = " + ".join(f"{symbol} {names[symbol]}" for symbol in row.mixers)
         table.add_row(row.layers, mixer or "none", FFN[row.ffn] if row.ffn else "none")
     console().print(table)
     print(f"{len(stack)} layers")
+
+
+def _bindings(words: Sequence[str], known: Sequence[str]) -> dict[str, str]:
+    """`--bind Q=softmax_attention` as symbol -> name."""
+    from hybrid.config.options import did_you_mean
+    from hybrid.layout import check_symbol
+
+    bound = {}
+    for word in words:
+        symbol, equals, name = word.partition("=")
+        if not equals:
+            raise ValueError(f"--bind: expected LETTER=MIXER, got {word!r}")
+        check_symbol(symbol)
+        if name not in known:
+            raise ValueError(f"--bind: no mixer {name!r}, {did_you_mean(name, known)}")
+        bound[symbol] = name
+    return bound
 
 
 @command("mixers", add_help_option=False, short_help="Print the mixers, or the options of one.")

@@ -26,6 +26,7 @@ from hybrid.data.sources import RowFormat, SourceConfig, open_source
 from hybrid.train.config import TrainConfig
 from hybrid.train.probes import Probe, draw
 from hybrid.train.schedule import check_schedule
+from hybrid.train.timed_saves import KEPT, minutes_between_saves
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
@@ -49,6 +50,8 @@ def training_arguments(config: TrainConfig) -> TrainingArguments:
         environment["ACCELERATE_TORCH_DEVICE"] = "cpu"
     values["remove_unused_columns"] = False
     values.setdefault("prediction_loss_only", True)
+    if minutes_between_saves(config.save_minutes, config.training):
+        values.setdefault("save_total_limit", KEPT)
     if config.eval_data and "eval_strategy" not in values:
         values["eval_strategy"] = "steps"
     try:

@@ -104,6 +104,11 @@ class RowsConfig(Declared):
         default_factory=list,
         description="rows of which the loss is taken every training.eval_steps",
     )
+    save_minutes: Annotated[float, Field(ge=0, le=1 << 20)] | None = Field(
+        None,
+        description="minutes between checkpoints; 0: none by time; null: 10, unless"
+        " training.save_steps or training.save_strategy says when",
+    )
     device: Device = Field(
         "auto", description="auto: an accelerator where there is one, else the CPU"
     )

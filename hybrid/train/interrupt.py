@@ -21,18 +21,37 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 SAME = 5.0  # seconds
 
 
+class Agreement:
+    """A number on which all processes of a run agree after each step: the largest of theirs.
+
+    Each process reads the maximum one step later, when it has been computed anyway, so that no step
+    waits for it.
+    """
+
+    def __init__(self) -> None:
+        self._largest: torch.Tensor | None = None
+
+    def of(self, value: int, args: TrainingArguments) -> int:
+        """The largest value of the step before; of a single process, its value now."""
+        if not dist.is_initialized() or args.world_size == 1:
+            return value
+        before = 0 if self._largest is None else int(self._largest.item())
+        self._largest = torch.tensor(value, device=args.device)
+        dist.all_reduce(self._largest, dist.ReduceOp.MAX)
+        return before
+
+
 class StopSignals(TrainerCallback):
     """Stops a run after the step in which any of its processes gets SIGINT or SIGTERM.
 
-    All processes stop after the same step: they agree on it by a sum that each reads one step later,
-    when it has been computed anyway, so that no step waits for it. A second SIGINT stops at once.
+    All processes stop after the same step. A second SIGINT stops at once.
     """
 
     def __init__(self) -> None:
         self.signal = 0
         self.stopped = False
         self._since = 0.0
-        self._agreed: torch.Tensor | None = None
+        self._agreement = Agreement()
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -75,13 +94,9 @@ class StopSignals(TrainerCallback):
 
     def _asked(self, args: TrainingArguments) -> int:
         """The signal that some process has got, as all of them know of it."""
-        if not dist.is_initialized() or args.world_size == 1:
-            return self.signal
-        before = 0 if self._agreed is None else int(self._agreed.item())
-        self._agreed = torch.tensor(self.signal, device=args.device)
-        dist.all_reduce(self._agreed, dist.ReduceOp.MAX)
-        self.signal = self.signal or before
-        return before
+        agreed = self._agreement.of(self.signal, args)
+        self.signal = self.signal or agreed
+        return agreed
 
     def outcome(self, args: TrainingArguments, step: int) -> Interrupted:
         """What was kept, and how to go on."""

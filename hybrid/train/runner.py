@@ -27,6 +27,7 @@ from hybrid.train.optim import Decay
 from hybrid.train.slicing import check_slices, held_out, sliced, spread
 from hybrid.train.storage import check_storage, sole_run
 from hybrid.train.throughput import training_flops_per_token
+from hybrid.train.timed_saves import minutes_between_saves
 from hybrid.train.trainer import HybridTrainer
 
 if TYPE_CHECKING:
@@ -174,6 +175,7 @@ def prepare_run(
             resolved=resolved,
             run=_identity(resolved, args, data_seed, rows_per_step) | _seen(config.data, opened),
             probes=probes,
+            save_minutes=minutes_between_saves(config.save_minutes, config.training),
             model=model,
             args=args,
             train_dataset=sliced(rows, parts, args.train_batch_size),

@@ -34,6 +34,7 @@ from hybrid.train.probes import Probe, Probes
 from hybrid.train.progress import LossWatch, Progress
 from hybrid.train.schedule import MultiStepConfig
 from hybrid.train.throughput import peak_flops
+from hybrid.train.timed_saves import TimedSaves
 
 CONFIG_NAME = "train_config.yaml"
 
@@ -50,6 +51,7 @@ class HybridTrainer(Trainer):
         resolved: the configuration, saved beside every checkpoint.
         run: what the manifest of a checkpoint records of the run.
         probes: asked while the run trains.
+        save_minutes: between checkpoints; 0 for none by time.
         kwargs: of `Trainer`.
     """
 
@@ -64,6 +66,7 @@ class HybridTrainer(Trainer):
         resolved: Mapping[str, Any],
         run: Mapping[str, Any],
         probes: Sequence[Probe] = (),
+        save_minutes: float = 0.0,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -91,6 +94,7 @@ class HybridTrainer(Trainer):
         # Before the watch, which logs where a checkpoint is asked for.
         self.stop_signals = StopSignals()
         self.add_callback(self.stop_signals)
+        self.add_callback(TimedSaves(save_minutes))
         self.add_callback(Probes(self, self.probes, self.clock_stopped))
         # The watch first: the bar shows what is logged.
         self.add_callback(LossWatch())

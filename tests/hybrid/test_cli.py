@@ -26,6 +26,17 @@ def test_layout_prints_a_table(capsys):
     assert "5 layers" in out
 
 
+def test_a_letter_that_no_mixer_has_is_refused_unless_it_is_bound(capsys):
+    assert main(["layout", "LQ"]) == 2
+    assert "column 2: unknown symbol 'Q'" in capsys.readouterr().err
+    assert main(["layout", "LQ", "--bind", "Q=softmax_attention"]) == 0
+    assert "Q softmax_attention" in capsys.readouterr().out
+    assert main(["layout", "LQ", "--bind", "Q=softmax_attentio"]) == 2
+    assert "did you mean 'softmax_attention'?" in capsys.readouterr().err
+    assert main(["layout", "LQ", "--bind", "Q"]) == 2
+    assert "--bind: expected LETTER=MIXER, got 'Q'" in capsys.readouterr().err
+
+
 COMMANDS = typer.main.get_command(app).commands
 
 
