@@ -162,11 +162,29 @@ def _ablate(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print the runs and stop")] = False,
     config_file: ConfigFile = None,
     imports: Imports = None,
-) -> None:
-    """Train a baseline and changes to it, and say what is noise."""
+) -> int:
+    """Train a baseline and changes to it, and say what is noise; status 1 if a prediction fails."""
     from hybrid.ablate.command import run_ablation
 
-    run_ablation(config, overrides or (), dry_run=dry_run, config_file=config_file)
+    return run_ablation(config, overrides or (), dry_run=dry_run, config_file=config_file)
+
+
+@command("reproduce")
+def _reproduce(
+    name: Annotated[str | None, _argument("NAME", "a finding; without one: print them all")] = None,
+    overrides: Overrides = None,
+    scale: Annotated[str, typer.Option(help="laptop (minutes on two cores) or gpu")] = "laptop",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="print the runs and stop")] = False,
+    config_file: ConfigFile = None,
+    imports: Imports = None,
+) -> int:
+    """Check a published finding by our own runs; status 0 if it holds with its interval."""
+    from hybrid.ablate.reproduce import print_findings, reproduce
+
+    if name is None:
+        print_findings(console())
+        return 0
+    return reproduce(name, overrides or (), scale=scale, dry_run=dry_run, config_file=config_file)
 
 
 @command("prepare", within=data)

@@ -19,10 +19,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from hybrid.config.options import ConfigError
 from hybrid.imports import import_arguments
 from hybrid.terminal import console, text_column
 from hybrid.train.launch import shown, training_command
+from hybrid.train.yaml import find_config
 
 # What the evaluation measures, beside recall at the size that was trained.
 EVALUATION = [
@@ -88,21 +88,6 @@ def evaluation_command(runs: Sequence[Run], out: str | Path, recall: Sequence[st
     title = f"Quickstart: {', '.join(dict.fromkeys(run.layout for run in runs))}"
     command = [sys.executable, "-m", "hybrid.cli", "eval", *models, "--out", str(out)]
     return [*command, *EVALUATION, *recall, "--title", title, *import_arguments()]
-
-
-def find_config(name: str) -> Path:
-    """A file of `configs/`: below the working directory, in the source tree, or in the wheel.
-
-    Raises:
-        ConfigError: it is in none of them.
-    """
-    package = Path(__file__).parent
-    folders = [Path("configs"), package.parent / "configs", package / "configs"]
-    for folder in folders:
-        if (folder / name).is_file():
-            return folder / name
-    looked = ", ".join(str(folder) for folder in folders)
-    raise ConfigError([f"{name} is in none of {looked}"], "configs")
 
 
 def _runs(out: Path, layouts: Sequence[str], seeds: Sequence[int]) -> list[Run]:

@@ -14,6 +14,7 @@ from .mqar import KEY_IDS, VALUE_IDS, evaluate_mqar, mqar
 from .needle import evaluate_needle
 from .olmes import SUITES as OLMES
 from .olmes import evaluate_olmes
+from .phone_book import evaluate_phone_book
 from .questions import HUB as MMLU_HUB
 from .registry import Axis, Settings, Task, register, tokenizer_of
 from .scoring import Progress
@@ -203,6 +204,14 @@ _SMALL: tuple[tuple[str, Axis, str, Callable[..., dict[str, Any]], tuple[str, ..
         evaluate_state_tracking,
         (*_SAMPLED, "lengths"),
         "running product in a group (parity, S3, S5), for models trained on it",
+    ),
+    (
+        "phone_book",
+        "retrieval",
+        "accuracy",
+        evaluate_phone_book,
+        (*_SAMPLED, "lengths"),
+        "numbers looked up in a phone book of bytes, for models trained on it",
     ),
     (
         "hops_k",

@@ -20,7 +20,8 @@ def run_ablation(
     *,
     dry_run: bool = False,
     config_file: str | None = None,
-) -> None:
+    scale: str | None = None,
+) -> int:
     """Plan an ablation, run what is not there yet, write and print its report.
 
     Args:
@@ -28,16 +29,20 @@ def run_ablation(
         overrides: `key=value` words for it.
         dry_run: print the plan and stop.
         config_file: of accelerate, for trainings by `accelerate launch`; None trains in this process.
+        scale: one of the config's `scales`.
+
+    Returns:
+        0, or 1 where a prediction (`expect:`) does not hold.
 
     Raises:
         ConfigError: the config has mistakes, or the folder holds other runs.
     """
     tasks, screen = EvaluationTasks(), console()
-    design = plan_runs(load_ablation(config, overrides, tasks))
+    design = plan_runs(load_ablation(config, overrides, tasks, scale))
     refuse_other_runs(design)
     print_design(design, screen)
     if dry_run:
-        return
+        return 0
     measured = run_design(design, tasks, train_by(config_file) if config_file else train_here)
     report = summarise(design, measured, tasks)
     path = write_report(report, design.out)
@@ -45,3 +50,4 @@ def run_ablation(
     write_text(page, html(report, path.parent))
     print_report(report, screen)
     screen.print(f"report: {page}", highlight=False, soft_wrap=True)
+    return int(any(found["verdict"] != "holds" for found in report["expectations"]))

@@ -9,6 +9,10 @@ from typing import Annotated, Any, Literal, Protocol
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
+from hybrid.ablate.expect import Prediction, parse_prediction
+from hybrid.ablate.grid import axes_of
+from hybrid.ablate.grid import problems as grid_problems
+from hybrid.ablate.metrics import parse_metric
 from hybrid.config.declare import Count, Declared, Seed, Share, Size, Text, build, refuse, show
 from hybrid.config.options import ConfigError, did_you_mean
 from hybrid.train import yaml
@@ -78,16 +82,37 @@ class Match(Declared):
     within: Share = Field(0.02, description="the largest difference that may remain, as a share")
 
 
+class Sweep(Declared):
+    """A key that every variant may have its own best value of, such as the learning rate."""
+
+    key: str = Field("training.learning_rate", description="what is swept")
+    values: Annotated[list[Any], Field(min_length=2), AfterValidator(_no_twins)] = Field(
+        description="each is tried with the first seed"
+    )
+    by: Text = Field("eval_loss", description="the metric that chooses: eval_loss, loss or a task")
+
+
+class FigureOptions(Declared):
+    """A picture of a metric against an axis, one line a variant."""
+
+    x: Text = Field(
+        description="an axis of the grid, a key of the metric's cells (length), or a cost: parameters,"
+        " state_bytes, cache_bytes"
+    )
+    y: Text = Field(description="a metric, without the cell that x names")
+
+
 class Ablation(Declared):
     """A baseline and changes to it."""
 
     name: Text = Field(description="of the report and, by default, of the folder of the runs")
     baseline: dict[str, Any] = Field(description="a training config: its path, or its keys")
     changes: Annotated[
-        dict[str, Annotated[dict[str, Any], Field(min_length=1)]],
-        Field(min_length=1),
-        AfterValidator(_check_names),
-    ] = Field(description="name -> {key: value}; a mapping is merged into the one that is there")
+        dict[str, Annotated[dict[str, Any], Field(min_length=1)]], AfterValidator(_check_names)
+    ] = Field(
+        default_factory=dict,
+        description="name -> {key: value}; a mapping is merged into the one that is there",
+    )
     leave_one_out: bool = Field(True, description="also all changes together, and all but each")
     match: Match | None = Field(
         None, description="what the variants have to cost the same in; null: each its own cost"
@@ -102,6 +127,19 @@ class Ablation(Declared):
         description="loss (mean of the last tenth of the log), eval_loss, and tasks of hybrid eval",
     )
     evaluate: dict[str, Any] = Field(default_factory=dict, description="settings of the tasks")
+    grid: dict[str, Any] = Field(
+        default_factory=dict,
+        description="axis -> its values, or labels with the keys that each sets; see ablate/grid.py",
+    )
+    sweep: Sweep | None = Field(
+        None, description="a key whose best value each variant chooses by itself"
+    )
+    expect: list[Text] = Field(
+        default_factory=list, description="predictions, see ablate/expect.py"
+    )
+    figure: FigureOptions | None = Field(None, description="a picture, beside that of the effects")
+    finding: str = Field("", description="what is to be shown, a sentence for the report")
+    paper: str = Field("", description="who found it")
     context: Count = Field(8192, description="tokens at which the cache's size is stated")
     confidence: float = Field(0.95, ge=0.5, lt=1, description="of the intervals")
     out: Text = Field("", description="folder of the runs and the report")
@@ -111,6 +149,7 @@ def load_ablation(
     path: str | Path,
     overrides: Sequence[str] = (),
     evaluator: Evaluator | None = None,
+    scale: str | None = None,
 ) -> Ablation:
     """A YAML file, with `key=value` overrides, as a checked ablation.
 
@@ -118,15 +157,32 @@ def load_ablation(
         path: the file; `baseline` and `overrides` in it make up the baseline.
         overrides: e.g. `seeds=[0,1]`, `baseline.training.max_steps=10`.
         evaluator: what answers for metrics beside those of training.
+        scale: one of the file's `scales`, which are keys that it sets; None takes the file as it is.
 
     Raises:
         ConfigError: with one line for each mistake.
     """
     values = yaml.read(path)
+    scales = values.pop("scales", None) or {}
     values["baseline"] = _read_baseline(values, Path(path))
+    if scale is not None:
+        values = _scaled(values, scales, scale, str(path))
     values = yaml.apply_overrides(values, overrides)
     values.setdefault("name", Path(path).stem)
     return parse_ablation(values, evaluator, str(path))
+
+
+def _scaled(values: dict[str, Any], scales: Any, scale: str, title: str) -> dict[str, Any]:
+    """The values with the keys of a scale; a mapping takes the place of the one that is there."""
+    if not isinstance(scales, Mapping) or scale not in scales:
+        known = ", ".join(scales) or "none"
+        raise ConfigError([f"scales: expected one of {known}, got {scale!r}"], title)
+    for key, value in scales[scale].items():
+        try:
+            values = yaml.with_key(values, key, value)
+        except LookupError as error:
+            raise ConfigError([f"scales.{scale}.{key}: {error.args[0]}"], title) from error
+    return values
 
 
 def parse_ablation(
@@ -147,13 +203,60 @@ def parse_ablation(
     elif not isinstance(more, dict):
         mistakes.append(f"overrides: expected mapping, got {show(more)}")
     values.setdefault("out", f"runs/ablations/{values.get('name', '')}")
+    if not values.get("changes") and not values.get("expect"):
+        mistakes.append("changes: expected at least 1 entry, got {}")
     found = build(Ablation, values, "", mistakes)
-    mistakes += _change_problems(values) + _metric_problems(values, evaluator)
-    if mistakes or found is None:
-        raise ConfigError(mistakes, title)
+    form = grid_problems(values.get("grid"))
+    mistakes += _change_problems(values) + form
+    if found is None or form:
+        raise ConfigError(mistakes + _metric_problems(values, evaluator), title)
     if not found.metrics:
         measured = TRAINING_METRICS if found.baseline.get("eval_data") else ("loss",)
         found = found.model_copy(update={"metrics": list(measured)})
+    metrics = [*map(_canonical, found.metrics), *_foretold(found, mistakes)]
+    found = found.model_copy(update={"metrics": list(dict.fromkeys(metrics))})
+    swept = [found.sweep.by] if found.sweep is not None else []
+    measured = list(dict.fromkeys([*found.metrics, *swept]))
+    mistakes += _metric_problems({**values, "metrics": measured}, evaluator)
+    if mistakes:
+        raise ConfigError(mistakes, title)
+    return found
+
+
+def _canonical(name: str) -> str:
+    """A metric in its one form; another form stays, to be refused with the others."""
+    try:
+        return parse_metric(name).name
+    except ValueError:
+        return name
+
+
+def predictions(ablation: Ablation) -> list[Prediction]:
+    """What an ablation foretells.
+
+    Raises:
+        ValueError: a prediction of another form; `parse_ablation` has looked for them.
+    """
+    axes = axes_of(ablation.grid)
+    return [parse_prediction(text, ablation.metrics, axes) for text in ablation.expect]
+
+
+def _foretold(ablation: Ablation, mistakes: list[str]) -> list[str]:
+    """The metrics that predictions are about; mistakes in the predictions are appended."""
+    known = [*RESERVED, *ablation.changes, *(ALL_BUT + name for name in ablation.changes)]
+    axes, found = axes_of(ablation.grid), []
+    for number, text in enumerate(ablation.expect):
+        try:
+            prediction = parse_prediction(text, ablation.metrics, axes)
+        except ValueError as error:
+            mistakes.append(f"expect[{number}]: {error}")
+            continue
+        found.append(prediction.metric.name)
+        for name in (prediction.left, prediction.right):
+            if isinstance(name, str) and name not in known:
+                mistakes.append(
+                    f"expect[{number}]: unknown variant {name!r}, {did_you_mean(name, known)}"
+                )
     return found
 
 

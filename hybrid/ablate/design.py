@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from hybrid.ablate.config import ALL_BUT, Ablation, flat, train_config, with_overrides
+from hybrid.ablate.config import ALL_BUT, Ablation, Sweep, flat, train_config, with_overrides
+from hybrid.ablate.grid import Cell, cells, short
 from hybrid.ablate.matching import Cost, cost_of, nothing_to_match, solve
 from hybrid.config.options import ConfigError
 from hybrid.train.config import TrainConfig
@@ -20,21 +21,32 @@ class Variant:
     """One configuration that every seed trains.
 
     Attributes:
-        name: `baseline`, a change's name, `all`, or `all-but-NAME`.
+        name: `baseline`, a change's name, `all`, or `all-but-NAME`; in a grid with the cell,
+            `baseline@pairs=16`.
+        base_name: the name without the cell.
         changes: those that are on.
         config: what is trained; seed and folder are set for each run.
         width: the value that `match` solved for; None without one, or where it changes nothing.
         cost: None for a model that is not of this package.
         difference: of the matched cost to the baseline's, as a share; without a match, of the
             parameters.
+        cell: of the grid.
+        evaluate: settings of the evaluation.
+        trials: the same with each value of a sweep; one of them is chosen by the first seed.
+        value: that a trial has; None for what is none.
     """
 
     name: str
+    base_name: str
     changes: tuple[str, ...]
     config: TrainConfig
     width: int | None
     cost: Cost | None
     difference: float | None
+    cell: Cell = field(default_factory=Cell)
+    evaluate: Mapping[str, Any] = field(default_factory=dict)
+    trials: tuple[Variant, ...] = ()
+    value: Any = None
 
 
 @dataclass(frozen=True)
@@ -45,6 +57,7 @@ class Contrast:
     kind: Kind
     changed: str
     unchanged: str
+    cell: str = ""
 
 
 @dataclass(frozen=True)
@@ -60,11 +73,27 @@ class Design:
         """The folder of the runs and the report."""
         return Path(self.ablation.out)
 
+    def folder(self, variant: Variant, seed: int) -> Path:
+        """The folder of one run."""
+        return self.out / variant.name / f"seed-{seed}"
+
     def runs(self) -> Iterator[tuple[Variant, int, Path]]:
-        """Variant, seed and folder of each run; seed by seed, so that early results have pairs."""
-        for seed in self.ablation.seeds:
+        """Variant, seed and folder of each run; seed by seed, so that early results have pairs.
+
+        Of a sweep, every trial with the first seed, and the variant with the others.
+        """
+        for number, seed in enumerate(self.ablation.seeds):
             for variant in self.variants:
-                yield variant, seed, self.out / variant.name / f"seed-{seed}"
+                tried = variant.trials if number == 0 and variant.trials else (variant,)
+                for trial in tried:
+                    yield trial, seed, self.folder(trial, seed)
+
+    def every_run(self) -> Iterator[tuple[Variant, int, Path]]:
+        """As `runs`, and whatever trial of a sweep may be chosen."""
+        for variant in self.variants:
+            for trial in variant.trials or (variant,):
+                for seed in self.ablation.seeds:
+                    yield trial, seed, self.folder(trial, seed)
 
 
 def plan_runs(ablation: Ablation) -> Design:
@@ -76,18 +105,12 @@ def plan_runs(ablation: Ablation) -> Design:
     mistakes = _conflicts(ablation)
     if mistakes:
         raise ConfigError(mistakes, f"ablation {ablation.name!r}")
-    sets, contrasts = _layout(ablation)
     variants: list[Variant] = []
-    for name, changes in sets.items():
-        base = variants[0] if variants else None
-        try:
-            variants.append(_variant(ablation, name, changes, base))
-        except ConfigError as error:
-            mistakes += [f"{name}: {line}" for line in error.mistakes]
-        except ValueError as error:
-            mistakes.append(f"{name}: {error}")
-        if not variants:
-            break  # nothing to compare with
+    contrasts: list[Contrast] = []
+    for cell in cells(ablation.grid):
+        sets, own = _layout(ablation, cell)
+        contrasts += own
+        variants += _cell_variants(ablation, cell, sets, mistakes)
     match = ablation.match
     # a width that one variant has not may be matched in others; one that none has is a mistake
     if match is not None and not mistakes and all(v.width is None for v in variants):
@@ -97,12 +120,40 @@ def plan_runs(ablation: Ablation) -> Design:
     return Design(ablation, variants, contrasts)
 
 
-def _layout(ablation: Ablation) -> tuple[dict[str, tuple[str, ...]], list[Contrast]]:
-    """Name -> changes of every variant, each set of changes once, and the contrasts."""
+def _cell_variants(
+    ablation: Ablation, cell: Cell, sets: dict[str, tuple[str, ...]], mistakes: list[str]
+) -> list[Variant]:
+    """The variants of one cell of the grid, the baseline first."""
+    variants: list[Variant] = []
+    for name, changes in sets.items():
+        base = variants[0] if variants else None
+        shown = named(name, cell)
+        try:
+            variants.append(_variant(ablation, name, changes, base, cell))
+        except ConfigError as error:
+            mistakes += [f"{shown}: {line}" for line in error.mistakes]
+        except ValueError as error:
+            mistakes.append(f"{shown}: {error}")
+        if not variants:
+            break  # nothing to compare with
+    return variants
+
+
+def named(name: str, cell: Cell) -> str:
+    """The name of a variant in a cell of the grid."""
+    return f"{name}@{cell.name}" if cell.name else name
+
+
+def _layout(ablation: Ablation, cell: Cell) -> tuple[dict[str, tuple[str, ...]], list[Contrast]]:
+    """Name -> changes of every variant, each set of changes once, and the contrasts of a cell."""
+
+    def contrast(change: str, kind: Kind, changed: str, unchanged: str) -> Contrast:
+        return Contrast(change, kind, named(changed, cell), named(unchanged, cell), cell.name)
+
     every = tuple(ablation.changes)
     sets: dict[str, tuple[str, ...]] = {"baseline": ()}
     sets |= {name: (name,) for name in every}
-    contrasts = [Contrast(name, "alone", name, "baseline") for name in every]
+    contrasts = [contrast(name, "alone", name, "baseline") for name in every]
     if not ablation.leave_one_out or len(every) < 2:
         return sets, contrasts
     sets["all"] = every
@@ -113,7 +164,7 @@ def _layout(ablation: Ablation) -> tuple[dict[str, tuple[str, ...]], list[Contra
         if same is None:
             same = ALL_BUT + name
             sets[same] = rest
-        contrasts.append(Contrast(name, "leave-one-out", "all", same))
+        contrasts.append(contrast(name, "leave-one-out", "all", same))
     return sets, contrasts
 
 
@@ -143,13 +194,14 @@ def _clash(key: str, value: Any, other: str, other_value: Any) -> bool:
 
 
 def _variant(
-    ablation: Ablation, name: str, changes: tuple[str, ...], base: Variant | None
+    ablation: Ablation, name: str, changes: tuple[str, ...], base: Variant | None, cell: Cell
 ) -> Variant:
     mistakes: list[str] = []
-    values = ablation.baseline
+    values = with_overrides(ablation.baseline, cell.overrides, f"grid {cell.name}: ", mistakes)
     for change in changes:
         values = with_overrides(values, ablation.changes[change], change, mistakes)
-    config = train_config(values, "together: ", mistakes)
+    evaluate = with_overrides(ablation.evaluate, cell.evaluate, "evaluate", mistakes)
+    config = train_config(values, "together: " if changes else "", mistakes)
     if config is None or mistakes:
         raise ConfigError(mistakes, name)
     width = difference = None
@@ -164,4 +216,20 @@ def _variant(
         raise ValueError("match: only the models of this package can be matched")
     if difference is None and cost is not None:
         difference = cost.parameters / base.cost.parameters - 1 if base and base.cost else 0.0
-    return Variant(name, changes, config, width, cost, difference)
+    full = named(name, cell)
+    made = Variant(full, name, changes, config, width, cost, difference, cell, evaluate)
+    return made if ablation.sweep is None else _with_trials(made, ablation.sweep)
+
+
+def _with_trials(variant: Variant, sweep: Sweep) -> Variant:
+    """The variant with a trial for every value of a sweep."""
+    trials = []
+    for value in sweep.values:
+        mistakes: list[str] = []
+        values = with_overrides(variant.config.as_dict(), {sweep.key: value}, "sweep", mistakes)
+        config = train_config(values, f"sweep.values {value!r}: ", mistakes)
+        if config is None or mistakes:
+            raise ConfigError(mistakes, variant.name)
+        name = f"{variant.name}@{short(sweep.key)}={value}"
+        trials.append(replace(variant, name=name, config=config, value=value))
+    return replace(variant, trials=tuple(trials))

@@ -10,13 +10,16 @@ from typing import Any
 import hybrid  # noqa: F401  (registers the model with transformers)
 from hybrid.ablate import report as words
 from hybrid.ablate.config import TRAINING_METRICS
+from hybrid.ablate.metrics import parse_metric
 from hybrid.config.options import did_you_mean
 from hybrid_eval import Settings, evaluate
+from hybrid_eval.cells import cell_score
 from hybrid_eval.lm_harness import resolve
 from hybrid_eval.registry import TASKS, check_options
 from hybrid_eval.report import Column, Page, render
 from hybrid_eval.report_figures import Picture
 from hybrid_eval.seeds import Score
+from hybrid_eval.tables import Table
 
 
 class EvaluationTasks:
@@ -27,12 +30,19 @@ class EvaluationTasks:
         lines = []
         for name in metrics:
             try:
-                if len(resolve(name)) != 1:
-                    lines.append(f"metrics: {name!r} stands for several tasks; name one of them")
+                metric = parse_metric(name)
+                if len(resolve(metric.task)) != 1:
+                    task = metric.task
+                    lines.append(f"metrics: {task!r} stands for several tasks; name one of them")
             except ValueError as error:
                 near = did_you_mean(name, [*TRAINING_METRICS, *TASKS])
                 hint = near if near.startswith("did") else str(error)
                 lines.append(f"metrics: unknown metric {name!r}, {hint}")
+                continue
+            for key, values in (("length", "lengths"), ("depth", "depths")):
+                asked, there = dict(metric.cell).get(key), options.get(values)
+                if asked is not None and there and asked not in there:
+                    lines.append(f"metrics: {name!r}: evaluate.{values} has no {asked:g}")
         known = self._settings()
         lines += [
             f"evaluate.{key}: unknown key, {did_you_mean(str(key), [*known, 'options'])}"
@@ -49,7 +59,7 @@ class EvaluationTasks:
 
     def higher_is_better(self, metric: str) -> bool:
         """As the task says."""
-        return resolve(metric)[0].higher_is_better
+        return resolve(parse_metric(metric).task)[0].higher_is_better
 
     def __call__(
         self, folder: Path, metrics: Sequence[str], options: Mapping[str, Any]
@@ -60,17 +70,20 @@ class EvaluationTasks:
             for key, value in options.items()
             if key != "options"
         }
+        asked = {name: parse_metric(name) for name in metrics}
+        gone = list(dict.fromkeys(m.without for m in asked.values() if m.without is not None))
         found = evaluate(
-            str(folder), metrics, settings=Settings(**settings), options=options.get("options")
+            str(folder),
+            list(dict.fromkeys(metric.task for metric in asked.values())),
+            settings=Settings(**settings),
+            options=options.get("options"),
+            ablate=gone,
         )
-        results = found["models"][0]["results"]
-        return {name: self._score(results[name]) for name in metrics}
-
-    @staticmethod
-    def _score(result: Mapping[str, Any]) -> Score:
-        """The headline figure, with its items where it is their mean."""
-        bounded = result["metric"] == "accuracy" or "chance" in result
-        return Score(result[result["metric"]], tuple(result.get("items", ())), bounded)
+        results = {model["ablate"]: model["results"] for model in found["models"]}
+        return {
+            name: cell_score(results[metric.without][metric.task], dict(metric.cell))
+            for name, metric in asked.items()
+        }
 
     @staticmethod
     def _settings() -> list[str]:
@@ -82,12 +95,18 @@ def html(report: dict[str, Any], folder: Path) -> str:
     seeds = f"{report['confidence']:.0%} interval over seeds"
     notes = {"difference": seeds}
     caption = "Differences, paired by seed, with intervals: dark is established, grey is noise."
-    picture = Picture("effects.png", caption, (folder / "effects.png").read_bytes())
+    pictures = [Picture("effects.png", caption, (folder / "effects.png").read_bytes())]
+    if report.get("figure"):
+        asked = report["figure"]
+        shown = f"{asked['y']} against {asked['x']}; bars are {seeds}s."
+        pictures.insert(0, Picture("figure.png", shown, (folder / "figure.png").read_bytes()))
     page = Page(
         title=f"Ablation: {report['name']}",
         columns=[Column(head, cell, note) for head, note, cell in words.columns(report)],
         models=report["variants"],
-        pictures=[picture],
+        lead=[line for line in (report["finding"], report["paper"]) if line],
+        tables=_tables(report),
+        pictures=pictures,
         differences=words.effect_rows(report),
         compared=(
             "What each change does",
@@ -97,3 +116,15 @@ def html(report: dict[str, Any], folder: Path) -> str:
         footer=[(name, version) for name, version in report["versions"].items()],
     )
     return render(page)
+
+
+def _tables(report: dict[str, Any]) -> list[Table]:
+    """Predictions and sweeps, where there are any."""
+    found = []
+    for title, headings, rows in (
+        ("Predictions", words.EXPECT_HEADINGS, words.expect_rows(report)),
+        ("Sweep", words.SWEEP_HEADINGS, words.sweep_rows(report)),
+    ):
+        if rows:
+            found.append(Table(title, [(heading, "") for heading in headings], rows))
+    return found

@@ -33,11 +33,13 @@ class Cost:
         parameters: all of them, tied ones once.
         flops_per_token: forward and backward, at the training length.
         cache_bytes: of one sequence at the ablation's context, keys in bfloat16.
+        state_bytes: the part of it that does not grow with the context.
     """
 
     parameters: int
     flops_per_token: float
     cache_bytes: int
+    state_bytes: int
 
 
 def cost_of(config: TrainConfig, context: int) -> Cost | None:
@@ -51,7 +53,7 @@ def cost_of(config: TrainConfig, context: int) -> Cost | None:
         return None
     cost = plan(made, config.sequence_length)
     cache = cost.kv_bytes_per_token * context + cost.state_bytes
-    return Cost(cost.parameters, cost.training_flops_per_token, cache)
+    return Cost(cost.parameters, cost.training_flops_per_token, cache, cost.state_bytes)
 
 
 @lru_cache(maxsize=8)

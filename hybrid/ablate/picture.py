@@ -43,3 +43,41 @@ def _panel(axes: Any, effects: list[dict[str, Any]]) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="x", color="#e4e4e4", linewidth=0.8)
     axes.set_axisbelow(True)
+
+
+def curve(report: dict[str, Any]) -> bytes:
+    """A PNG of the report's figure: a metric against an axis, a line a variant, with intervals."""
+    import matplotlib as mpl
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    asked = report["figure"]
+    lines = asked["lines"]
+    figure = Figure(figsize=(6.8, 4.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    xs = sorted({point["x"] for points in lines.values() for point in points})
+    for number, (name, points) in enumerate(lines.items()):
+        colour = mpl.colormaps["cividis"](0.92 * number / max(len(lines) - 1, 1))
+        x, y, low, high = ([point[key] for point in points] for key in ("x", "mean", "low", "high"))
+        marker = "osD^vP*X<>"[number % 10]
+        style = {"color": colour, "marker": marker, "markeredgecolor": "black"}
+        below = [max(0.0, value - end) for value, end in zip(y, low, strict=True)]
+        above = [max(0.0, end - value) for value, end in zip(y, high, strict=True)]
+        joined = "-" if len(points) > 1 else "none"
+        axes.errorbar(x, y, yerr=[below, above], label=name, linestyle=joined, capsize=3, **style)
+    if len(xs) > 1 and xs[0] > 0 and xs[-1] / xs[0] >= 4:
+        axes.set_xscale("log", base=2)
+        if len(xs) <= 8:
+            axes.set_xticks(xs, [f"{x:g}" for x in xs])
+        axes.minorticks_off()
+    axes.set_xlabel(asked["x"])
+    axes.set_ylabel(asked["y"])
+    axes.set_title(report["name"], loc="left", fontsize=11)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(color="#e4e4e4", linewidth=0.8)
+    axes.set_axisbelow(True)
+    figure.legend(loc="outside right center", frameon=False, fontsize=9)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=160)
+    return buffer.getvalue()

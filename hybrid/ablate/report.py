@@ -11,6 +11,7 @@ from typing import Any
 
 from hybrid.ablate.config import TRAINING_METRICS, Evaluator
 from hybrid.ablate.design import Design, Variant
+from hybrid.ablate.outcomes import figure_points, outcomes, sweeps
 from hybrid.ablate.runs import Measured
 from hybrid.files import write_bytes, write_json, write_text
 from hybrid.plan import human_bytes
@@ -37,6 +38,7 @@ def summarise(
     chance by these seeds and these items of the evaluation.
     """
     ablation = design.ablation
+    every, measured = measured, [run for run in measured if run.kept]
     directions = {
         m: "lower"
         if m in TRAINING_METRICS or evaluator is None or not evaluator.higher_is_better(m)
@@ -55,8 +57,16 @@ def summarise(
         "versions": _versions(),
         "variants": [_variant(v, measured, ablation) for v in design.variants],
         "effects": _effects(design, measured, directions),
+        "finding": ablation.finding,
+        "paper": ablation.paper,
+        "expectations": [dataclasses.asdict(found) for found in outcomes(design, measured)],
+        "sweeps": sweeps(design, every),
     }
-    return plain(report)
+    report = plain(report)
+    if ablation.figure is not None:
+        lines = figure_points(report, design)
+        report["figure"] = {"x": ablation.figure.x, "y": ablation.figure.y, "lines": lines}
+    return report
 
 
 def _variant(variant: Variant, measured: Sequence[Measured], ablation: Any) -> Record:
@@ -70,6 +80,7 @@ def _variant(variant: Variant, measured: Sequence[Measured], ablation: Any) -> R
         metrics[name] = {**found._asdict(), "values": values}
     return {
         "name": variant.name,
+        "cell": dict(variant.cell.labels),
         "changes": list(variant.changes),
         "layout": variant.config.model.get("layout"),
         "width": variant.width,
@@ -199,6 +210,41 @@ def effect_rows(report: Record) -> list[list[str]]:
 EFFECT_HEADINGS = ("change", "compared", "metric", "difference", "p", "p (Holm)", "verdict")
 
 
+EXPECT_HEADINGS = ("prediction", "cell", "difference", "verdict")
+
+
+def expect_rows(report: Record) -> list[list[str]]:
+    """Prediction, cell of the grid, difference with its interval, and verdict."""
+    return [
+        [
+            e["text"],
+            e["cell"] or "-",
+            interval({**e, "n": len(report["seeds"])}, "+"),
+            e["verdict"] + (f": {e['why']}" if e["why"] else ""),
+        ]
+        for e in report["expectations"]
+    ]
+
+
+SWEEP_HEADINGS = ("variant", "swept", "scores of the first seed", "chosen")
+
+
+def sweep_rows(report: Record) -> list[list[str]]:
+    """Variant, key, what every value scored, and the value that was chosen."""
+    return [
+        [
+            s["variant"],
+            s["key"],
+            ", ".join(
+                f"{value}: {_or_dash(score, '{:.4g}')}" for value, score in s["scores"].items()
+            )
+            + f" ({s['by']})",
+            str(s["chosen"]),
+        ]
+        for s in report["sweeps"]
+    ]
+
+
 def notes(report: Record) -> list[str]:
     """How to read the figures."""
     seeds, confidence = report["seeds"], report["confidence"]
@@ -227,6 +273,11 @@ def notes(report: Record) -> list[str]:
         + (" The mean of the last tenth of the training log." if m == "loss" else "")
         for m, better in report["metrics"].items()
     ]
+    if report["expectations"]:
+        lines.append(
+            "A prediction holds if the whole interval of its difference bears it out, and fails if none"
+            f" of it does; it is open otherwise, and with fewer than {FEWEST_PAIRS} seeds."
+        )
     for variant in report["variants"]:
         for seed, reason in variant["diverged"].items():
             lines.append(f"{variant['name']}, seed {seed}, diverged: {reason}")
@@ -239,7 +290,17 @@ def markdown(report: Record) -> str:
     heads = columns(report)
     table = [[cell(v) for _, _, cell in heads] for v in report["variants"]]
     titles = [f"{head} ({note})" if note else head for head, note, _ in heads]
-    parts = [f"# Ablation: {report['name']}", _table(titles, table), "## What each change does"]
+    parts = [f"# Ablation: {report['name']}"]
+    if report["finding"]:
+        parts.append(
+            " ".join(filter(None, [report["finding"], report["paper"] and f"({report['paper']})"]))
+        )
+    if report["expectations"]:
+        parts += ["## Predictions", _table(EXPECT_HEADINGS, expect_rows(report))]
+    parts += ["## Variants", _table(titles, table)]
+    if report["sweeps"]:
+        parts += ["## Sweep", _table(SWEEP_HEADINGS, sweep_rows(report))]
+    parts.append("## What each change does")
     parts += [_table(EFFECT_HEADINGS, effect_rows(report)), "## How to read this"]
     parts.append("\n".join(f"- {line}" for line in notes(report)))
     return "\n\n".join(parts) + "\n"
@@ -247,13 +308,16 @@ def markdown(report: Record) -> str:
 
 def write_report(report: Record, folder: str | Path) -> Path:
     """Write report.md, report.json and effects.png; returns the path of report.md."""
-    from hybrid.ablate.picture import forest
+    from hybrid.ablate.picture import curve, forest
 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "report.json", report, allow_nan=False)
     write_bytes(folder / "effects.png", forest(report))
     text = markdown(report) + "\n![Effects with their intervals](effects.png)\n"
+    if report.get("figure"):
+        write_bytes(folder / "figure.png", curve(report))
+        text += "\n![The figure](figure.png)\n"
     write_text(folder / "report.md", text)
     return folder / "report.md"
 

@@ -13,8 +13,8 @@ import json
 import math
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,8 @@ class Measured:
         seconds: that the whole training takes at that speed.
         diverged: why there is nothing to measure; None for a run that ended well.
         scores: those of the metrics whose items are known.
+        value: of a sweep, that this run had; None without one.
+        kept: whether it is the variant's; False for a trial that was not chosen.
     """
 
     variant: str
@@ -58,6 +60,8 @@ class Measured:
     seconds: float
     diverged: str | None = None
     scores: dict[str, Score] = field(default_factory=dict)
+    value: Any = None
+    kept: bool = True
 
     def score(self, metric: str) -> Score:
         """A metric with what is known of its items."""
@@ -111,16 +115,50 @@ def _run_design(
     report: Callable[[str], None],
 ) -> list[Measured]:
     refuse_other_runs(design)
-    measured = []
-    runs = list(design.runs())
-    for number, (variant, seed, folder) in enumerate(runs, 1):
-        name = f"[{number}/{len(runs)}] {variant.name} seed {seed}"
+    total = sum(1 for _ in design.runs())
+    done = 0
+
+    def one(variant: Variant, seed: int, metrics: Sequence[str]) -> Measured:
+        nonlocal done
+        done += 1
+        folder = design.folder(variant, seed)
+        name = f"[{done}/{total}] {variant.name} seed {seed}"
         report(f"{name}: {state(folder)}")
         _train(run_values(variant, seed, folder), folder, launch)
-        found = _measure(design.ablation, variant, seed, folder, evaluator)
+        found = _measure(metrics, variant, seed, folder, evaluator)
         report(f"{name}: {_words(found)}")
-        measured.append(found)
+        return found
+
+    ablation = design.ablation
+    measured: list[Measured] = []
+    chosen = {variant.name: variant for variant in design.variants}
+    for number, seed in enumerate(ablation.seeds):
+        for variant in design.variants:
+            if number == 0 and variant.trials:
+                tried = [one(trial, seed, [_chooser(ablation)]) for trial in variant.trials]
+                best = _best(tried, _chooser(ablation), evaluator)
+                chosen[variant.name] = variant.trials[best]
+                others = [run for place, run in enumerate(tried) if place != best]
+                measured += [replace(r, variant=variant.name, kept=False) for r in others]
+                total += 1  # the one that was chosen is measured in full
+            chooser = [_chooser(ablation)] if number == 0 and variant.trials else []
+            metrics = list(dict.fromkeys([*ablation.metrics, *chooser]))
+            found = one(chosen[variant.name], seed, metrics)
+            measured.append(replace(found, variant=variant.name))
     return measured
+
+
+def _chooser(ablation: Ablation) -> str:
+    assert ablation.sweep is not None
+    return ablation.sweep.by
+
+
+def _best(tried: Sequence[Measured], by: str, evaluator: Evaluator | None) -> int:
+    """The place of the best trial; one that diverged is the worst."""
+    larger = by not in TRAINING_METRICS and evaluator is not None and evaluator.higher_is_better(by)
+    worst = -math.inf if larger else math.inf
+    values = [run.metrics.get(by, worst) for run in tried]
+    return values.index(max(values) if larger else min(values))
 
 
 def state(folder: Path) -> str:
@@ -144,7 +182,7 @@ def refuse_other_runs(design: Design) -> None:
         ConfigError: they differ; one line for each run and key.
     """
     lines = []
-    for variant, seed, folder in design.runs():
+    for variant, seed, folder in design.every_run():
         path = folder / CONFIG
         if not path.is_file():
             continue
@@ -183,20 +221,22 @@ def _train(values: dict[str, Any], folder: Path, launch: Launcher) -> None:
 
 
 def _measure(
-    ablation: Ablation, variant: Variant, seed: int, folder: Path, evaluator: Evaluator | None
+    metrics: Sequence[str], variant: Variant, seed: int, folder: Path, evaluator: Evaluator | None
 ) -> Measured:
     if (folder / DIVERGED).is_file():
         reason = json.loads((folder / DIVERGED).read_text(encoding="utf-8"))["reason"]
-        return Measured(variant.name, seed, str(folder), {}, math.nan, math.nan, reason)
+        return Measured(
+            variant.name, seed, str(folder), {}, math.nan, math.nan, reason, value=variant.value
+        )
     result = json.loads((folder / RESULT).read_text(encoding="utf-8"))
     scores = {"loss": Score(_tail(result["losses"]))}
     if result["eval_losses"]:
         scores["eval_loss"] = Score(result["eval_losses"][-1][1])
-    others = [m for m in ablation.metrics if m not in TRAINING_METRICS]
+    others = [m for m in metrics if m not in TRAINING_METRICS]
     if others and evaluator is not None:
-        scores |= _evaluated(ablation, folder, others, evaluator)
+        scores |= _evaluated(variant.evaluate, folder, others, evaluator)
     kept = {
-        "evaluate": ablation.evaluate,
+        "evaluate": dict(variant.evaluate),
         "metrics": {name: score.value for name, score in scores.items()},
         "scores": {name: score._asdict() for name, score in scores.items()},
     }
@@ -208,26 +248,27 @@ def _measure(
         variant.name,
         seed,
         str(folder),
-        {name: scores[name].value for name in ablation.metrics},
+        {name: scores[name].value for name in metrics},
         speed,
         whole / speed if speed else math.nan,
-        scores={name: scores[name] for name in ablation.metrics},
+        scores={name: scores[name] for name in metrics},
+        value=variant.value,
     )
 
 
 def _evaluated(
-    ablation: Ablation, folder: Path, names: list[str], evaluator: Evaluator
+    options: Mapping[str, Any], folder: Path, names: list[str], evaluator: Evaluator
 ) -> dict[str, Score]:
     """The evaluator's metrics; those that were measured before with the same options are kept."""
     kept: dict[str, Score] = {}
     path = folder / METRICS
     if path.is_file():
         before = json.loads(path.read_text(encoding="utf-8"))
-        if before["evaluate"] == json.loads(json.dumps(ablation.evaluate)):
+        if before["evaluate"] == json.loads(json.dumps(dict(options))):
             scores = before.get("scores", {})
             kept = {name: _score(Score(**scores[name])) for name in names if name in scores}
     absent = [name for name in names if name not in kept]
-    found = evaluator(folder, absent, ablation.evaluate) if absent else {}
+    found = evaluator(folder, absent, options) if absent else {}
     return kept | {name: _score(value) for name, value in found.items()}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -9,7 +10,15 @@ from rich.console import Console
 from rich.table import Table
 
 from hybrid.ablate.design import Design, Variant
-from hybrid.ablate.report import EFFECT_HEADINGS, columns, effect_rows
+from hybrid.ablate.report import (
+    EFFECT_HEADINGS,
+    EXPECT_HEADINGS,
+    SWEEP_HEADINGS,
+    columns,
+    effect_rows,
+    expect_rows,
+    sweep_rows,
+)
 from hybrid.ablate.runs import state
 from hybrid.plan import human_bytes
 
@@ -18,7 +27,7 @@ def print_design(design: Design, console: Console) -> None:
     """Every variant: its changes, the width that was solved for, its cost, and how far it is."""
     ablation = design.ablation
     match = ablation.match
-    runs = len(design.variants) * len(ablation.seeds)
+    runs = sum(1 for _ in design.runs())
     table = Table(title=f"{ablation.name}: {runs} runs", box=SIMPLE_HEAD)
     width = [] if match is None else ["width"]
     table.add_column("variant", no_wrap=True)
@@ -61,7 +70,8 @@ def _short(number: float) -> str:
 
 
 def _progress(design: Design, variant: Variant) -> str:
-    folders = [folder for other, _, folder in design.runs() if other is variant]
+    tried = variant.trials or (variant,)
+    folders = [folder for other, _, folder in design.runs() if other is variant or other in tried]
     done = sum(state(folder) == "trained already" for folder in folders)
     return f"{len(folders)}, {done} done" if done else str(len(folders))
 
@@ -80,3 +90,16 @@ def print_report(report: dict[str, Any], console: Console) -> None:
     for row in effect_rows(report):
         effects.add_row(*row[1:])
     console.print(effects)
+    if report["sweeps"]:
+        _print_rows(console, "sweep", SWEEP_HEADINGS, sweep_rows(report))
+    if report["expectations"]:
+        _print_rows(console, "predictions", EXPECT_HEADINGS, expect_rows(report))
+
+
+def _print_rows(
+    console: Console, title: str, headings: Sequence[str], rows: Sequence[Sequence[str]]
+) -> None:
+    table = Table(*headings, title=title, box=SIMPLE_HEAD)
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)

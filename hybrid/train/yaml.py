@@ -151,3 +151,18 @@ def with_key(values: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
 
 def _is_place(step: str, length: int) -> bool:
     return step.isdigit() and int(step) < length
+
+
+def find_config(name: str) -> Path:
+    """A file of `configs/`: below the working directory, in the source tree, or in the wheel.
+
+    Raises:
+        ConfigError: it is in none of them.
+    """
+    package = Path(__file__).parents[1]
+    folders = [Path("configs"), package.parent / "configs", package / "configs"]
+    for folder in folders:
+        if (folder / name).is_file():
+            return folder / name
+    looked = ", ".join(str(folder) for folder in folders)
+    raise ConfigError([f"{name} is in none of {looked}"], "configs")

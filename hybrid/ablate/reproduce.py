@@ -1,0 +1,76 @@
+"""`hybrid reproduce NAME`: a known finding as an ablation with a prediction that is checked.
+
+Each finding is one file of `configs/reproduce/`: an ablation with `finding`, `paper`, `expect`,
+`figure`, and `scales`, whose `gpu` holds the sizes for a graphics card.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from hybrid.ablate.command import run_ablation
+from hybrid.config.options import ConfigError, did_you_mean
+from hybrid.train import yaml
+
+SCALES = ("laptop", "gpu")
+
+
+def findings() -> dict[str, Path]:
+    """Name -> file of every finding."""
+    folder = yaml.find_config("reproduce/parity.yaml").parent
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def reproduce(
+    name: str,
+    overrides: Sequence[str] = (),
+    *,
+    scale: str = "laptop",
+    dry_run: bool = False,
+    config_file: str | None = None,
+) -> int:
+    """Run a finding into `runs/reproduce/NAME`, or go on with it.
+
+    Args:
+        name: one of `findings()`.
+        overrides: `key=value` words for its file.
+        scale: "laptop", or one of the file's `scales`.
+        dry_run: print the plan and stop.
+        config_file: of accelerate.
+
+    Returns:
+        0 if every prediction holds, else 1.
+
+    Raises:
+        ConfigError: an unknown finding or scale.
+    """
+    known = findings()
+    if name not in known:
+        raise ConfigError(
+            [f"NAME: unknown finding {name!r}, {did_you_mean(name, known)}"], "reproduce"
+        )
+    if scale not in SCALES:
+        raise ConfigError([f"--scale: expected laptop or gpu, got {scale!r}"], "reproduce")
+    laptop = scale == "laptop"
+    out = f"out=runs/reproduce/{name}" + ("" if laptop else f"-{scale}")
+    return run_ablation(
+        str(known[name]),
+        [out, *overrides],
+        dry_run=dry_run,
+        config_file=config_file,
+        scale=None if laptop else scale,
+    )
+
+
+def print_findings(console: Console) -> None:
+    """Name, finding and paper of each."""
+    table = Table("name", "finding", "paper", box=SIMPLE_HEAD)
+    for name, path in findings().items():
+        values = yaml.read(path)
+        table.add_row(name, values.get("finding", ""), values.get("paper", ""))
+    console.print(table)
