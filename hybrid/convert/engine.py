@@ -40,26 +40,12 @@ from hybrid.convert.gguf import SUFFIX as GGUF
 from hybrid.convert.gguf import read_gguf, save_tokenizer
 from hybrid.convert.published import alias_words, wrap
 from hybrid.convert.quantized import plain
-from hybrid.convert.relayout import Relayout
+from hybrid.convert.replace_mixers import MixerReplacement
 from hybrid.convert.stack import blocks, fill, on_meta
-from hybrid.convert.steps import (
-    Held,
-    Respelt,
-    Source,
-    Step,
-    Without,
-    as_filed,
-    as_published,
-    check_copies,
-    check_modules,
-    check_ours,
-    check_theirs,
-    our_specs,
-    read_steps,
-    steps,
-    their_specs,
-    write_steps,
-)
+from hybrid.convert.tensor_checks import check_copies, check_modules, check_ours, check_theirs
+from hybrid.convert.tensor_plan import Step, as_filed, as_published, steps
+from hybrid.convert.tensor_sources import Held, Respelt, Source, Without
+from hybrid.convert.tensor_streams import our_specs, read_steps, their_specs, write_steps
 from hybrid.files import read_json, write_json
 from hybrid.modeling.model import HybridForCausalLM
 from hybrid.terminal import console, text_column
@@ -89,7 +75,7 @@ def from_published(
         gguf_file: a GGUF file of the folder, which transformers reads.
         layout: another layout, such as `SSSL`, which cycles over the depth: layers that it leaves keep
             their weights, new ones inherit from the softmax layers that they replace (see
-            `hybrid.convert.relayout`).
+            `hybrid.convert.replace_mixers`).
         mixers: with `layout`: letter -> options of its mixer, over those that it inherits.
         mtp: with the modules for multi-token prediction (`hybrid.modeling.mtp`), where there are any.
         hub_options: for the hub's `snapshot_download`, such as `revision` or `token`.
@@ -108,7 +94,7 @@ def from_published(
         planned = _planned_import(family, theirs, model, weights)
         tensors = _tracked("reading", planned, read_steps(planned, weights, cast))
         if layout is not None:
-            plan = Relayout(model, layout, mixers)
+            plan = MixerReplacement(model, layout, mixers)
             model, tensors = plan.model, plan.tensors(tensors)
         fill(model, tensors)
     model.config.dtype = model.dtype
@@ -159,7 +145,7 @@ def import_published(
             config = model.config
             write_weights(made, specs, tensors, max_shard_size)
         else:
-            plan = Relayout(model, layout, mixers)
+            plan = MixerReplacement(model, layout, mixers)
             config, specs = plan.config, plan.specs(specs)
             write_weights(made, specs, lambda: plan.tensors(tensors()), max_shard_size)
         config.dtype, config.architectures = _main_dtype(specs), [HybridForCausalLM.__name__]
@@ -233,7 +219,7 @@ def published_config(family: Family, config: PreTrainedConfig) -> dict[str, Any]
     values |= {"torch_dtype": values["dtype"], "model_type": family.model_type or family.name}
     for line in family.limits(values):
         logger.warning("%s: %s", family.name, line)
-    values |= family.older(values)
+    values |= family.legacy_rope(values)
     values |= family.published(values)
     values |= alias_words(values, config.attribute_map)
     return dict(wrap(values, family.wrap_as)) if family.wrap_as else values

@@ -22,10 +22,10 @@ from transformers.models.auto.configuration_auto import (
 )
 
 from hybrid.config.options import did_you_mean
+from hybrid.convert.legacy_rope import rope_words
 from hybrid.convert.mtp import MTPMap
-from hybrid.convert.older import rope_words
 from hybrid.convert.published import no_limits, nothing
-from hybrid.convert.weights import Rule
+from hybrid.convert.tensor_rules import Rule
 
 Flat = Mapping[str, Any]
 
@@ -231,8 +231,8 @@ class Family:
         filed_whole: parts of the names of tensors that were published under the `whole` name of their
             rule (experts stacked into one).
         limits: a config of theirs as it is written -> what servers ignore or cannot do, a line each.
-        older: a config of theirs as it is written -> the words of transformers 4 that are written
-            beside, for servers (see `older`).
+        legacy_rope: a config of theirs as it is written -> the RoPE keys of transformers 4, which
+            exports write too, for servers (see `legacy_rope`).
         defaults: their config's defaults, for a family that transformers has no config class for.
         notes: what is worth knowing.
     """
@@ -258,7 +258,7 @@ class Family:
     filed: tuple[tuple[str, str], ...] = ()
     filed_whole: tuple[str, ...] = ()
     limits: Callable[[Flat], list[str]] = no_limits
-    older: Callable[[Flat], Flat] = rope_words
+    legacy_rope: Callable[[Flat], Flat] = rope_words
     defaults: Mapping[str, Any] = field(default_factory=dict)
     notes: str = ""
 

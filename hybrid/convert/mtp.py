@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from hybrid.convert.weights import Rule, renames
+from hybrid.convert.tensor_rules import Rule, renames
 
 OURS = "model.layers."
 """How the names of our layers start, in weight rules."""

@@ -17,7 +17,7 @@ import torch
 
 from hybrid.convert.checkpoint import Spec
 from hybrid.convert.configs import QUANTIZED
-from hybrid.convert.steps import Source
+from hybrid.convert.tensor_sources import Source
 
 logger = logging.getLogger(__name__)
 

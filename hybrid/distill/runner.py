@@ -19,7 +19,7 @@ from hybrid.config.hybrid_config import HybridConfig
 from hybrid.config.options import ConfigError
 from hybrid.convert import from_published
 from hybrid.convert.checkpoint import new_folder
-from hybrid.convert.relayout import relayout
+from hybrid.convert.replace_mixers import replace_mixers
 from hybrid.data.documents import INDEX
 from hybrid.data.packing import Row
 from hybrid.data.preparation import prepare
@@ -95,7 +95,7 @@ def _start(config: DistillConfig, teacher: HybridForCausalLM, out: Path) -> Path
     start = out / START
     if start.is_dir():
         return start
-    student = relayout(teacher, config.layout, config.mixers)
+    student = replace_mixers(teacher, config.layout, config.mixers)
     if not replaced_layers(teacher, student):
         raise ConfigError([f"layout: {config.layout!r} leaves every layer of the teacher as it is"])
     extra = {} if config.teacher.gguf_file is None else {"gguf_file": config.teacher.gguf_file}

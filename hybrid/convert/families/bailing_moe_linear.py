@@ -9,61 +9,51 @@ from collections.abc import Sequence
 from typing import Any
 
 from hybrid.convert import published
-from hybrid.convert.families.common import (
-    DENSE_WEIGHTS,
-    FFN,
-    LAYER,
-    MIXER,
-    PRE_NORMS,
-    SIZES,
-    experts,
-)
+from hybrid.convert import rules as r
 from hybrid.convert.families.deepseek_v3 import DENSE_FIRST
-from hybrid.convert.family import (
-    Family,
-    Flat,
-    Inexpressible,
-    LayerRule,
-    always,
-    both,
-    ignored,
-    key,
-    must,
-    register_family,
-)
-from hybrid.convert.weights import Split, renames, rule
 
-THEIRS = f"{LAYER}attention."
+THEIRS = f"{r.LAYER}attention."
 QKV = ["q_proj", "k_proj", "v_proj"]
 
 
-def read_layers(config: Any) -> Sequence[str]:
-    """A softmax layer ends each group, and what is left over at the end is softmax too."""
-    size, count = config.layer_group_size, config.num_hidden_layers
-    whole = count // size * size
-    return ["S" if (i + 1) % size == 0 or i >= whole else "L" for i in range(count)]
+def groups(softmax: str) -> r.LayerRule:
+    """A softmax layer, of this letter, ends each group; what is left over at the end is softmax, too."""
+
+    def read(config: Any) -> Sequence[str]:
+        size, count = config.layer_group_size, config.num_hidden_layers
+        whole = count // size * size
+        return [softmax if (i + 1) % size == 0 or i >= whole else "L" for i in range(count)]
+
+    def write(layers: Sequence[str]) -> r.Flat:
+        first = next((i for i, letter in enumerate(layers, 1) if letter == softmax), None)
+        return {"layer_group_size": first or len(layers) + 1}
+
+    return r.LayerRule(("layer_group_size",), read, write)
 
 
-def _write_layers(layers: Sequence[str]) -> Flat:
-    first = next((i + 1 for i, letter in enumerate(layers) if letter == "S"), len(layers) + 1)
-    return {"layer_group_size": first}
+def heads(softmax: str, *keys: str) -> r.ConfigRule:
+    """One number of heads, under each of their keys, for lightning and softmax layers of this letter.
+
+    Their decays are those of ALiBi's slopes, which are ours only for a power of two.
+    """
+    paths = (f"mixers.{softmax}.num_heads", "mixers.L.num_heads")
+
+    def read(config: Any) -> r.Flat:
+        count = config.num_attention_heads
+        if count & (count - 1):
+            raise r.Inexpressible(
+                f"num_attention_heads: {count}, where decays can only be expressed for a power of two"
+            )
+        return dict.fromkeys(paths, count)
+
+    def write(flat: r.Flat) -> r.Flat:
+        found = [flat[path] for path in paths if path in flat]
+        return dict.fromkeys(keys, found[0]) if found else {}
+
+    return r.both(*keys, read=read, write=write)
 
 
-def _read_heads(config: Any) -> Flat:
-    heads = config.num_attention_heads
-    if heads & (heads - 1):
-        raise Inexpressible(
-            f"num_attention_heads: {heads}, where decays can only be expressed for a power of two"
-        )
-    return {"mixers.S.num_heads": heads, "mixers.L.num_heads": heads}
-
-
-def _write_heads(flat: Flat) -> Flat:
-    found = [flat[path] for path in ("mixers.S.num_heads", "mixers.L.num_heads") if path in flat]
-    return {"num_attention_heads": found[0]} if found else {}
-
-
-def _read_rope(config: Any) -> Flat:
+def _read_rope(config: Any) -> r.Flat:
     theta, share = config.rope_theta, config.partial_rotary_factor
     rope = {"rope_type": "default", "rope_theta": theta, "partial_rotary_factor": share}
     return {
@@ -73,7 +63,7 @@ def _read_rope(config: Any) -> Flat:
     }
 
 
-def _write_rope(flat: Flat) -> Flat:
+def _write_rope(flat: r.Flat) -> r.Flat:
     rope = flat.get("mixers.S.rope_parameters")
     if rope is not None:
         share = rope.get("partial_rotary_factor", 1.0)
@@ -86,91 +76,91 @@ def _write_rope(flat: Flat) -> Flat:
     }
 
 
-BAILING_MOE_LINEAR = register_family(
-    Family(
+BAILING_MOE_LINEAR = r.register_family(
+    r.Family(
         name="bailing_moe_linear",
         architecture="BailingMoeLinearV2ForCausalLM",
         limits=published.first_decays,
         letters={"L": "lightning_attention", "S": "softmax_attention"},
         config=(
-            *SIZES,
-            key("rms_norm_eps", "norm_eps"),
-            both("num_attention_heads", read=_read_heads, write=_write_heads),
-            key("num_key_value_heads", "mixers.S.num_kv_heads"),
-            key(
+            *r.SIZES,
+            r.key("rms_norm_eps", "norm_eps"),
+            heads("S", "num_attention_heads"),
+            r.key("num_key_value_heads", "mixers.S.num_kv_heads"),
+            r.key(
                 "head_dim",
                 *("mixers.S.head_dim", "mixers.L.head_dim", "mixers.L.value_head_dim"),
             ),
-            both("rope_theta", "partial_rotary_factor", read=_read_rope, write=_write_rope),
-            must("rope_parameters", None),
-            key("attention_dropout", "mixers.S.dropout"),
-            must("use_qk_norm", True),
-            must("use_qkv_bias", False),
-            must("use_bias", False),
-            must("use_rmsnorm", True),
-            key("group_norm_size", "mixers.L.output_norm_groups"),
-            key("linear_silu", "mixers.L.feature_map", values={False: "identity", True: "silu"}),
-            always(
+            r.both("rope_theta", "partial_rotary_factor", read=_read_rope, write=_write_rope),
+            r.must("rope_parameters", None),
+            r.key("attention_dropout", "mixers.S.dropout"),
+            r.must("use_qk_norm", True),
+            r.must("use_qkv_bias", False),
+            r.must("use_bias", False),
+            r.must("use_rmsnorm", True),
+            r.key("group_norm_size", "mixers.L.output_norm_groups"),
+            r.key("linear_silu", "mixers.L.feature_map", values={False: "identity", True: "silu"}),
+            r.always(
                 mixers__S__qk_norm="head",
                 mixers__L__qk_norm=True,
                 mixers__L__scaled=True,
                 mixers__L__depth_offset=-1,
             ),
-            must("hidden_act", "silu"),
-            key("intermediate_size", "feed_forwards.-.intermediate_size"),
-            key("moe_intermediate_size", "feed_forwards.E.intermediate_size"),
-            key("num_experts", "feed_forwards.E.num_experts"),
-            key("num_experts_per_tok", "feed_forwards.E.top_k"),
-            key("num_shared_experts", "feed_forwards.E.num_shared_experts"),
-            key(
+            r.must("hidden_act", "silu"),
+            r.key("intermediate_size", "feed_forwards.-.intermediate_size"),
+            r.key("moe_intermediate_size", "feed_forwards.E.intermediate_size"),
+            r.key("num_experts", "feed_forwards.E.num_experts"),
+            r.key("num_experts_per_tok", "feed_forwards.E.top_k"),
+            r.key("num_shared_experts", "feed_forwards.E.num_shared_experts"),
+            r.key(
                 "moe_shared_expert_intermediate_size",
                 "feed_forwards.E.shared_intermediate_size",
             ),
-            key("n_group", "feed_forwards.E.num_groups"),
-            key("topk_group", "feed_forwards.E.top_k_groups"),
-            key("norm_topk_prob", "feed_forwards.E.normalize_weights"),
-            key("routed_scaling_factor", "feed_forwards.E.scaling_factor"),
-            must("score_function", "sigmoid"),
-            must("moe_router_enable_expert_bias", True),
-            always(
+            r.key("n_group", "feed_forwards.E.num_groups"),
+            r.key("topk_group", "feed_forwards.E.top_k_groups"),
+            r.key("norm_topk_prob", "feed_forwards.E.normalize_weights"),
+            r.key("routed_scaling_factor", "feed_forwards.E.scaling_factor"),
+            r.must("score_function", "sigmoid"),
+            r.must("moe_router_enable_expert_bias", True),
+            r.always(
                 feed_forwards__E__score_function="sigmoid",
                 feed_forwards__E__score_correction_bias=True,
             ),
-            ignored(
+            r.ignored(
                 "embedding_dropout", "output_dropout", "max_window_layers", "router_dtype",
                 "output_router_logits", "num_nextn_predict_layers",
             ),
         ),
-        mixers=LayerRule(("layer_group_size",), read_layers, _write_layers),
+        mixers=groups("S"),
         ffn=DENSE_FIRST,
         weights=(
-            rule("model.word_embeddings.weight", "model.embed_tokens.weight"),
-            *renames("model.", "model.", ["norm"]),
-            rule("lm_head.weight"),
-            *PRE_NORMS,
-            rule(
+            r.rule("model.word_embeddings.weight", "model.embed_tokens.weight"),
+            *r.renames("model.", "model.", ["norm"]),
+            r.rule("lm_head.weight"),
+            *r.PRE_NORMS,
+            r.rule(
                 f"{THEIRS}query_key_value.weight",
-                [f"{MIXER}{name}.weight" for name in QKV],
-                Split(),
+                [f"{r.MIXER}{name}.weight" for name in QKV],
+                r.Split(),
                 mixer="LS",
             ),
-            *renames(
+            *r.renames(
                 THEIRS,
-                MIXER,
+                r.MIXER,
                 {"query_layernorm": "q_norm", "key_layernorm": "k_norm", "dense": "o_proj"},
                 mixer="LS",
             ),
-            *renames(THEIRS, MIXER, {"g_proj": "gate_proj"}, mixer="L"),
+            *r.renames(THEIRS, r.MIXER, {"g_proj": "gate_proj"}, mixer="L"),
             # one group has no groups here
-            rule(f"{THEIRS}g_norm.weight", f"{MIXER}norm.1.weight", mixer="L"),
-            rule(f"{THEIRS}g_norm.weight", f"{MIXER}norm.norm.weight", mixer="L"),
-            *DENSE_WEIGHTS,
-            rule(f"{LAYER}mlp.gate.weight", f"{FFN}router.weight", ffn="E"),
-            rule(f"{LAYER}mlp.gate.expert_bias", f"{FFN}router.score_correction_bias", ffn="E"),
-            *experts(f"{LAYER}mlp.experts."),
-            *renames(
-                f"{LAYER}mlp.shared_experts.",
-                f"{FFN}shared_experts.",
+            r.rule(f"{THEIRS}g_norm.weight", f"{r.MIXER}norm.1.weight", mixer="L"),
+            r.rule(f"{THEIRS}g_norm.weight", f"{r.MIXER}norm.norm.weight", mixer="L"),
+            *r.DENSE_WEIGHTS,
+            r.rule(f"{r.LAYER}mlp.gate.weight", f"{r.FFN}router.weight", ffn="E"),
+            r.rule(f"{r.LAYER}mlp.gate.expert_bias", f"{r.FFN}router.score_correction_bias", ffn="E"),
+            *r.experts(f"{r.LAYER}mlp.experts."),
+            *r.renames(
+                f"{r.LAYER}mlp.shared_experts.",
+                f"{r.FFN}shared_experts.",
                 ["gate_proj", "up_proj", "down_proj"],
                 ffn="E",
             ),

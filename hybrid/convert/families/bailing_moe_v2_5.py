@@ -5,54 +5,21 @@ transformers has no class for it, and its model type is that of Ling 3: `archite
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
+from hybrid.convert import rules as r
 from hybrid.convert.families.bailing_hybrid import latent_of_ling
-from hybrid.convert.families.bailing_moe_linear import BAILING_MOE_LINEAR, QKV, THEIRS, read_layers
-from hybrid.convert.families.common import MIXER, mtp_after
-from hybrid.convert.families.deepseek_v3 import LATENT, latent_weights
-from hybrid.convert.family import (
-    ConfigRule,
-    Family,
-    Flat,
-    Inexpressible,
-    LayerRule,
-    always,
-    both,
-    key,
-    must,
-    register_family,
+from hybrid.convert.families.bailing_moe_linear import (
+    BAILING_MOE_LINEAR,
+    QKV,
+    THEIRS,
+    groups,
+    heads,
 )
-from hybrid.convert.weights import Rule, Split, renames, rule
-
-PLACES = {"S": "A", "L": "L"}
+from hybrid.convert.families.deepseek_v3 import LATENT, latent_weights
 
 
-def _read_layers(config: Any) -> Sequence[str]:
-    return [PLACES[letter] for letter in read_layers(config)]
-
-
-def _write_layers(layers: Sequence[str]) -> Flat:
-    first = next((i + 1 for i, letter in enumerate(layers) if letter == "A"), len(layers) + 1)
-    return {"layer_group_size": first}
-
-
-def _read_heads(config: Any) -> Flat:
-    heads = config.num_attention_heads
-    if heads & (heads - 1):
-        raise Inexpressible(
-            f"num_attention_heads: {heads}, where decays can only be expressed for a power of two"
-        )
-    return {"mixers.A.num_heads": heads, "mixers.L.num_heads": heads}
-
-
-def _write_heads(flat: Flat) -> Flat:
-    found = [flat[path] for path in ("mixers.A.num_heads", "mixers.L.num_heads") if path in flat]
-    return {"num_attention_heads": found[0], "num_key_value_heads": found[0]} if found else {}
-
-
-def _read_rope(config: Any) -> Flat:
+def _read_rope(config: Any) -> r.Flat:
     theta = config.rope_theta
     return {
         "mixers.A.rope_parameters": {"rope_type": "default", "rope_theta": theta},
@@ -61,7 +28,7 @@ def _read_rope(config: Any) -> Flat:
     }
 
 
-def _write_rope(flat: Flat) -> Flat:
+def _write_rope(flat: r.Flat) -> r.Flat:
     latent = (flat.get("mixers.A.rope_parameters") or {}).get("rope_theta")
     theta = flat.get("mixers.L.rope_theta", latent)
     share = flat.get("mixers.L.rotary_share", 0.5)
@@ -72,57 +39,57 @@ def _write_rope(flat: Flat) -> Flat:
 OWN = ("num_attention_heads", "num_key_value_heads", "head_dim", "rope_theta", "rms_norm_eps")
 
 
-def _shared(found: ConfigRule) -> bool:
+def _shared(found: r.ConfigRule) -> bool:
     return bool(found.keys) and found.keys[0] not in (*OWN, "attention_dropout")
 
 
-def _lightning(found: Rule) -> bool:
+def _lightning(found: r.Rule) -> bool:
     """Whether a rule of Ring-linear holds here, too: it is not of a mixer."""
     return not found.mixer
 
 
-CONFIG: tuple[ConfigRule, ...] = (
+CONFIG: tuple[r.ConfigRule, ...] = (
     *filter(_shared, BAILING_MOE_LINEAR.config),
-    always(
+    r.always(
         init="fixed",
         mixers__L__qk_norm=True,
         mixers__L__scaled=True,
         feed_forwards__E__score_function="sigmoid",
         feed_forwards__E__score_correction_bias=True,
     ),
-    key("rms_norm_eps", "norm_eps", "mixers.A.latent_norm_eps"),
+    r.key("rms_norm_eps", "norm_eps", "mixers.A.latent_norm_eps"),
     *(
         found
         for found in LATENT
         if found.keys and found.keys[0] not in (*OWN, "attention_bias", "head_dim")
     ),
-    both("num_attention_heads", "num_key_value_heads", read=_read_heads, write=_write_heads),
-    key("head_dim", "mixers.L.head_dim", "mixers.L.value_head_dim"),
-    both("rope_theta", "partial_rotary_factor", read=_read_rope, write=_write_rope),
-    must("rope_interleave", True),
+    heads("A", "num_attention_heads", "num_key_value_heads"),
+    r.key("head_dim", "mixers.L.head_dim", "mixers.L.value_head_dim"),
+    r.both("rope_theta", "partial_rotary_factor", read=_read_rope, write=_write_rope),
+    r.must("rope_interleave", True),
 )
 
-BAILING_MOE_V2_5 = register_family(
-    Family(
+BAILING_MOE_V2_5 = r.register_family(
+    r.Family(
         name="bailing_moe_v2_5",
         model_type="bailing_hybrid",
         architecture="BailingMoeV2_5ForCausalLM",
         letters={"L": "lightning_attention", "A": "multi_head_latent_attention"},
         config=CONFIG,
-        mixers=LayerRule(("layer_group_size",), _read_layers, _write_layers),
+        mixers=groups("A"),
         ffn=BAILING_MOE_LINEAR.ffn,
         weights=(
             *filter(_lightning, BAILING_MOE_LINEAR.weights),
             *map(latent_of_ling, latent_weights(rotated=True)),
-            rule(
+            r.rule(
                 f"{THEIRS}query_key_value.weight",
-                [f"{MIXER}{name}.weight" for name in QKV],
-                Split(),
+                [f"{r.MIXER}{name}.weight" for name in QKV],
+                r.Split(),
                 mixer="L",
             ),
-            *renames(
+            *r.renames(
                 THEIRS,
-                MIXER,
+                r.MIXER,
                 {
                     "query_layernorm": "q_norm", "key_layernorm": "k_norm", "dense": "o_proj",
                     "g_proj": "gate_proj",
@@ -130,10 +97,10 @@ BAILING_MOE_V2_5 = register_family(
                 mixer="L",
             ),
             # one group has no groups here
-            rule(f"{THEIRS}g_norm.weight", f"{MIXER}norm.1.weight", mixer="L"),
-            rule(f"{THEIRS}g_norm.weight", f"{MIXER}norm.norm.weight", mixer="L"),
+            r.rule(f"{THEIRS}g_norm.weight", f"{r.MIXER}norm.1.weight", mixer="L"),
+            r.rule(f"{THEIRS}g_norm.weight", f"{r.MIXER}norm.norm.weight", mixer="L"),
         ),
-        mtp=mtp_after("AE", "final_layernorm"),
+        mtp=r.mtp_after("AE", "final_layernorm"),
         defaults={
             **BAILING_MOE_LINEAR.defaults,
             "layer_group_size": 8, "q_lora_rank": None, "kv_lora_rank": 512,

@@ -4,29 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from hybrid.convert import published
-from hybrid.convert.families.common import (
-    ATTENTION_WEIGHTS,
-    FFN,
-    LAYER,
-    SIZES,
-    attention,
-    attention_bias,
-    dense,
-    ends,
-    mamba2_options,
-    mamba2_weights,
-)
-from hybrid.convert.family import (
-    Family,
-    Flat,
-    LayerRule,
-    everywhere,
-    ignored,
-    key,
-    register_family,
-)
-from hybrid.convert.older import rope_words
-from hybrid.convert.weights import renames
+from hybrid.convert import rules as r
 
 
 def _read(config: Any) -> Sequence[str]:
@@ -34,9 +12,9 @@ def _read(config: Any) -> Sequence[str]:
     return ["S" if i in softmax else "M" for i in range(config.num_hidden_layers)]
 
 
-def _older(values: Flat) -> Flat:
+def _legacy_rope(values: r.Flat) -> r.Flat:
     """vLLM rotates heads whole where `attn_rotary_emb` does not say how much of them."""
-    words = rope_words(values)
+    words = r.rope_words(values)
     share = words.get("partial_rotary_factor", 1)
     width = values["hidden_size"] // values["num_attention_heads"]
     return {**words, "attn_rotary_emb": int(share * width)} if words else {}
@@ -46,34 +24,34 @@ def _write(layers: Sequence[str]) -> dict[str, Any]:
     return {"attn_layer_indices": [i for i, letter in enumerate(layers) if letter == "S"]}
 
 
-BAMBA = register_family(
-    Family(
+BAMBA = r.register_family(
+    r.Family(
         name="bamba",
         architecture="BambaForCausalLM",
         limits=published.clamped,
         letters={"M": "mamba2", "S": "softmax_attention"},
         config=(
-            *SIZES,
-            key("rms_norm_eps", "norm_eps"),
-            *attention(partial=True),
-            attention_bias(),
-            *dense("mlp_bias"),
-            *mamba2_options(
+            *r.SIZES,
+            r.key("rms_norm_eps", "norm_eps"),
+            *r.attention(partial=True),
+            r.attention_bias(),
+            *r.dense("mlp_bias"),
+            *r.mamba2_options(
                 "mamba_n_heads", "mamba_d_head", "mamba_d_state", "mamba_n_groups", "mamba_d_conv",
                 "mamba_conv_bias", "mamba_proj_bias", "mamba_expand",
             ),
-            ignored("mamba_chunk_size", "z_loss_coefficient", "num_logits_to_keep"),
+            r.ignored("mamba_chunk_size", "z_loss_coefficient", "num_logits_to_keep"),
         ),
-        mixers=LayerRule(("attn_layer_indices",), _read, _write),
-        ffn=everywhere("-"),
-        older=_older,
+        mixers=r.LayerRule(("attn_layer_indices",), _read, _write),
+        ffn=r.everywhere("-"),
+        legacy_rope=_legacy_rope,
         weights=(
-            *ends("final_layernorm"),
-            *renames(LAYER, LAYER, {"input_layernorm": "mixer_residual.norm_in"}),
-            *renames(LAYER, LAYER, {"pre_ff_layernorm": "ffn_residual.norm_in"}),
-            *ATTENTION_WEIGHTS,
-            *mamba2_weights(f"{LAYER}mamba."),
-            *renames(f"{LAYER}feed_forward.", FFN, ["gate_proj", "up_proj", "down_proj"], ffn="-"),
+            *r.ends("final_layernorm"),
+            *r.renames(r.LAYER, r.LAYER, {"input_layernorm": "mixer_residual.norm_in"}),
+            *r.renames(r.LAYER, r.LAYER, {"pre_ff_layernorm": "ffn_residual.norm_in"}),
+            *r.ATTENTION_WEIGHTS,
+            *r.mamba2_weights(f"{r.LAYER}mamba."),
+            *r.renames(f"{r.LAYER}feed_forward.", r.FFN, ["gate_proj", "up_proj", "down_proj"], ffn="-"),
         ),
     )
 )  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from hybrid.convert import rules as r
 from hybrid.convert.families.fla import (
     ATTN,
     DEFAULTS,
@@ -14,10 +15,9 @@ from hybrid.convert.families.fla import (
     mixer_weights,
     short_conv,
 )
-from hybrid.convert.family import Family, everywhere, ignored, key, must, register_family
 
-DELTA_NET = register_family(
-    Family(
+DELTA_NET = r.register_family(
+    r.Family(
         name="delta_net",
         architecture="DeltaNetForCausalLM",
         letters={"P": "delta_net", **SOFTMAX},
@@ -26,15 +26,15 @@ DELTA_NET = register_family(
             ATTN,
             *expansion("P"),
             short_conv("P"),
-            key("use_gate", "mixers.P.output_gate"),
-            key("allow_neg_eigval", "mixers.P.negative_eigenvalues"),
-            must("use_beta", True),
-            must("qk_norm", "l2"),
-            must("qk_activation", "silu"),
-            ignored("use_output_norm"),  # their layer has it whatever the key says
+            r.key("use_gate", "mixers.P.output_gate"),
+            r.key("allow_neg_eigval", "mixers.P.negative_eigenvalues"),
+            r.must("use_beta", True),
+            r.must("qk_norm", "l2"),
+            r.must("qk_activation", "silu"),
+            r.ignored("use_output_norm"),  # their layer has it whatever the key says
         ),
         mixers=mixed("P"),
-        ffn=everywhere("-"),
+        ffn=r.everywhere("-"),
         weights=(
             *STACK_WEIGHTS,
             *mixer_weights(

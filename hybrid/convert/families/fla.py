@@ -9,21 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from hybrid.convert.families.common import FFN, LAYER, MIXER, SIZES, simplest, three_convolutions
-from hybrid.convert.family import (
-    ConfigRule,
-    Flat,
-    Inexpressible,
-    LayerRule,
-    always,
-    both,
-    ignored,
-    key,
-    must,
-)
-from hybrid.convert.weights import Fuse, Rule, renames, rule
+from hybrid.convert import rules as r
 
-THEIRS = f"{LAYER}attn."
+THEIRS = f"{r.LAYER}attn."
 SOFTMAX = {"S": "softmax_attention", "W": "sliding_window_attention"}
 
 # what every config class of theirs has, by its usual default
@@ -38,38 +26,38 @@ DEFAULTS: dict[str, Any] = {
 RECURRENT_DEFAULTS: dict[str, Any] = {"use_short_conv": True, "conv_size": 4}
 
 # kernels and losses; and what older files hold, which the classes do not read
-UNREAD = ignored(
+UNREAD = r.ignored(
     "attn_mode", "fuse_norm", "fuse_swiglu", "fuse_cross_entropy", "fuse_linear_cross_entropy",
     "use_l2warp", "share_conv_kernel", "rms_norm_eps",
 )  # fmt: skip
 
 
-def width(path: str, ratio: float, share: float, multiple: int) -> ConfigRule:
+def width(path: str, ratio: float, share: float, multiple: int) -> r.ConfigRule:
     """`intermediate_size`, or else `hidden_ratio` times D times a share, rounded up to a multiple."""
 
-    def read(config: Any) -> Flat:
+    def read(config: Any) -> r.Flat:
         size = config.intermediate_size
         if size is None:
             asked = ratio if config.hidden_ratio is None else config.hidden_ratio
             size = multiple * -(-int(config.hidden_size * asked * share) // multiple)
         return {path: size}
 
-    def write(flat: Flat) -> Flat:
+    def write(flat: r.Flat) -> r.Flat:
         return {"intermediate_size": flat[path]} if path in flat else {}
 
-    return both("intermediate_size", "hidden_ratio", read=read, write=write)
+    return r.both("intermediate_size", "hidden_ratio", read=read, write=write)
 
 
-FEED_FORWARD: tuple[ConfigRule, ...] = (
+FEED_FORWARD: tuple[r.ConfigRule, ...] = (
     width("feed_forwards.-.intermediate_size", 4, 2 / 3, 256),
-    must("hidden_act", "swish"),
-    always(**{"feed_forwards__-__activation": "swiglu"}),
+    r.must("hidden_act", "swish"),
+    r.always(**{"feed_forwards__-__activation": "swiglu"}),
 )
-STACK: tuple[ConfigRule, ...] = (
-    *SIZES,
-    key("norm_eps"),
+STACK: tuple[r.ConfigRule, ...] = (
+    *r.SIZES,
+    r.key("norm_eps"),
     *FEED_FORWARD,
-    must("attnres_block_size", None),
+    r.must("attnres_block_size", None),
     UNREAD,
 )
 
@@ -97,11 +85,11 @@ def softmax_options(letter: str, spec: dict[str, Any]) -> dict[str, Any]:
     return {f"mixers.{letter}.{name}": value for name, value in found.items()}
 
 
-def softmax_spec(letter: str, flat: Flat) -> dict[str, Any]:
+def softmax_spec(letter: str, flat: r.Flat) -> dict[str, Any]:
     """The inverse of `softmax_options`."""
     rope = flat[f"mixers.{letter}.rope_parameters"]
     if rope is None or rope.get("rope_type", "default") != "default":
-        raise Inexpressible(
+        raise r.Inexpressible(
             f"mixers.{letter}.rope_parameters: {rope!r}, but there are always rotary ones"
         )
     return {
@@ -113,22 +101,22 @@ def softmax_spec(letter: str, flat: Flat) -> dict[str, Any]:
     }
 
 
-def _read_attn(config: Any) -> Flat:
+def _read_attn(config: Any) -> r.Flat:
     flat: dict[str, Any] = {}
     for spec in _specs(config):
         found = softmax_options(_kind(spec), spec)
         if any(flat.get(path, value) != value for path, value in found.items()):
-            raise Inexpressible(
+            raise r.Inexpressible(
                 "attn: two kinds of softmax attention that differ in more than a window"
             )
         flat |= found
     return flat
 
 
-def _write_attn(flat: Flat) -> Flat:
+def _write_attn(flat: r.Flat) -> r.Flat:
     layers = [letter for letter in flat["letters"] if letter != "c"]
     if all(letter in SOFTMAX for letter in layers):
-        raise Inexpressible(
+        raise r.Inexpressible(
             "attn: every layer here has softmax attention; see transformer or llama"
         )
     specs = [
@@ -140,10 +128,10 @@ def _write_attn(flat: Flat) -> Flat:
     return {"attn": None if not specs else specs[0] if len(specs) == 1 else specs}
 
 
-ATTN: ConfigRule = both("attn", read=_read_attn, write=_write_attn)
+ATTN: r.ConfigRule = r.both("attn", read=_read_attn, write=_write_attn)
 
 
-def mixed(letter: str) -> LayerRule:
+def mixed(letter: str) -> r.LayerRule:
     """The family's own mixer in every layer that `attn` does not name."""
 
     def read(config: Any) -> Sequence[str]:
@@ -151,23 +139,23 @@ def mixed(letter: str) -> LayerRule:
         for spec in _specs(config):
             for i in spec["layers"]:
                 if not 0 <= i < len(layers):
-                    raise Inexpressible(f"attn: layer {i} of {len(layers)}")
+                    raise r.Inexpressible(f"attn: layer {i} of {len(layers)}")
                 layers[i] = _kind(spec)
         return layers
 
-    return LayerRule(("attn",), read, lambda layers: {})
+    return r.LayerRule(("attn",), read, lambda layers: {})
 
 
-def expansion(letter: str, heads: str = "num_heads") -> tuple[ConfigRule, ...]:
+def expansion(letter: str, heads: str = "num_heads") -> tuple[r.ConfigRule, ...]:
     """Heads, and K and V as shares of D: `expand_k` and `expand_v`."""
 
-    def read(config: Any) -> Flat:
+    def read(config: Any) -> r.Flat:
         return {
             f"mixers.{letter}.{ours}": round(config.hidden_size * share) // getattr(config, heads)
             for ours, share in (("head_dim", config.expand_k), ("value_head_dim", config.expand_v))
         }
 
-    def write(flat: Flat) -> Flat:
+    def write(flat: r.Flat) -> r.Flat:
         if f"mixers.{letter}.num_heads" not in flat:
             return {}
         count, hidden = flat[f"mixers.{letter}.num_heads"], flat["hidden_size"]
@@ -177,20 +165,20 @@ def expansion(letter: str, heads: str = "num_heads") -> tuple[ConfigRule, ...]:
         }
 
     return (
-        key(heads, f"mixers.{letter}.num_heads"),
-        both("expand_k", "expand_v", read=read, write=write),
+        r.key(heads, f"mixers.{letter}.num_heads"),
+        r.both("expand_k", "expand_v", read=read, write=write),
     )
 
 
 def _share(part: int, whole: int) -> float:
-    return simplest(part / whole, part, lambda share: whole * share)
+    return r.simplest(part / whole, part, lambda share: whole * share)
 
 
-def grouped_expansion(letter: str) -> tuple[ConfigRule, ...]:
+def grouped_expansion(letter: str) -> tuple[r.ConfigRule, ...]:
     """Heads of q and k, perhaps fewer than those of v, and V as a multiple of K."""
     path = f"mixers.{letter}."
 
-    def read(config: Any) -> Flat:
+    def read(config: Any) -> r.Flat:
         values = config.num_heads if config.num_v_heads is None else config.num_v_heads
         return {
             f"{path}num_heads": values,
@@ -199,7 +187,7 @@ def grouped_expansion(letter: str) -> tuple[ConfigRule, ...]:
             f"{path}value_head_dim": int(config.head_dim * config.expand_v),
         }
 
-    def write(flat: Flat) -> Flat:
+    def write(flat: r.Flat) -> r.Flat:
         if f"{path}num_heads" not in flat:
             return {}
         return {
@@ -209,34 +197,34 @@ def grouped_expansion(letter: str) -> tuple[ConfigRule, ...]:
             "expand_v": _share(flat[f"{path}value_head_dim"], flat[f"{path}head_dim"]),
         }
 
-    return (both("num_heads", "num_v_heads", "head_dim", "expand_v", read=read, write=write),)
+    return (r.both("num_heads", "num_v_heads", "head_dim", "expand_v", read=read, write=write),)
 
 
-def ungrouped() -> ConfigRule:
+def ungrouped() -> r.ConfigRule:
     """`num_kv_heads`: as many as there are heads."""
 
-    def read(config: Any) -> Flat:
+    def read(config: Any) -> r.Flat:
         if config.num_kv_heads not in (None, config.num_heads):
-            raise Inexpressible(
+            raise r.Inexpressible(
                 f"num_kv_heads: {config.num_kv_heads} of {config.num_heads} cannot be expressed"
                 " here: several queries to one state"
             )
         return {}
 
-    return both("num_kv_heads", read=read, write=lambda flat: {"num_kv_heads": None})
+    return r.both("num_kv_heads", read=read, write=lambda flat: {"num_kv_heads": None})
 
 
-def short_conv(letter: str) -> ConfigRule:
+def short_conv(letter: str) -> r.ConfigRule:
     """`use_short_conv` and `conv_size`."""
     path = f"mixers.{letter}.conv_size"
 
-    def write(flat: Flat) -> Flat:
+    def write(flat: r.Flat) -> r.Flat:
         if path not in flat:
             return {}
         size = {} if flat[path] is None else {"conv_size": flat[path]}
         return {"use_short_conv": flat[path] is not None, **size}
 
-    return both(
+    return r.both(
         "use_short_conv",
         "conv_size",
         read=lambda config: {path: config.conv_size if config.use_short_conv else None},
@@ -244,18 +232,18 @@ def short_conv(letter: str) -> ConfigRule:
     )
 
 
-def named_norm(letter: str) -> ConfigRule:
+def named_norm(letter: str) -> r.ConfigRule:
     """`fuse_norm` where the name of a weight depends on it."""
 
-    def read(config: Any) -> Flat:
+    def read(config: Any) -> r.Flat:
         if not config.fuse_norm and config.use_output_gate:
-            raise Inexpressible(
+            raise r.Inexpressible(
                 "fuse_norm: False gives attn.g_norm another name; it is the same as True with the"
                 " tensors renamed to attn.g_norm_swish_gate"
             )
         return {f"mixers.{letter}.output_gate": config.use_output_gate}
 
-    return both("fuse_norm", read=read, write=lambda flat: {"fuse_norm": True})
+    return r.both("fuse_norm", read=read, write=lambda flat: {"fuse_norm": True})
 
 
 def _sizes(options: Any) -> list[int]:
@@ -265,30 +253,30 @@ def _sizes(options: Any) -> list[int]:
     return [inner_key, inner_key, heads * value_dim]
 
 
-def ends() -> tuple[Rule, ...]:
+def ends() -> tuple[r.Rule, ...]:
     """Embeddings, the last norm and the head."""
     return (
-        rule("model.embeddings.weight", "model.embed_tokens.weight"),
-        *renames("model.", "model.", ["norm"]),
-        rule("lm_head.weight"),
+        r.rule("model.embeddings.weight", "model.embed_tokens.weight"),
+        *r.renames("model.", "model.", ["norm"]),
+        r.rule("lm_head.weight"),
     )
 
 
-SOFTMAX_WEIGHTS: tuple[Rule, ...] = renames(
-    THEIRS, MIXER, ["q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm"], mixer="SW"
+SOFTMAX_WEIGHTS: tuple[r.Rule, ...] = r.renames(
+    THEIRS, r.MIXER, ["q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm"], mixer="SW"
 )
-STACK_WEIGHTS: tuple[Rule, ...] = (
+STACK_WEIGHTS: tuple[r.Rule, ...] = (
     *ends(),
-    *renames(LAYER, LAYER, {"attn_norm": "mixer_residual.norm_in"}),
-    *renames(LAYER, LAYER, {"mlp_norm": "ffn_residual.norm_in"}),
+    *r.renames(r.LAYER, r.LAYER, {"attn_norm": "mixer_residual.norm_in"}),
+    *r.renames(r.LAYER, r.LAYER, {"mlp_norm": "ffn_residual.norm_in"}),
     *SOFTMAX_WEIGHTS,
-    *renames(f"{LAYER}mlp.", FFN, ["gate_proj", "up_proj", "down_proj"], ffn="-"),
+    *r.renames(f"{r.LAYER}mlp.", r.FFN, ["gate_proj", "up_proj", "down_proj"], ffn="-"),
 )
 
 
 def mixer_weights(
     letter: str, names: dict[str, str], qkv: Sequence[str] = "qkv"
-) -> tuple[Rule, ...]:
+) -> tuple[r.Rule, ...]:
     """What nearly all of their mixers have.
 
     Args:
@@ -298,6 +286,6 @@ def mixer_weights(
     """
     inputs = {f"{theirs}_proj": f"{ours}_proj" for theirs, ours in zip(qkv, "qkv", strict=True)}
     return (
-        *renames(THEIRS, MIXER, {**inputs, "o_proj": "o_proj", **names}, mixer=letter),
-        three_convolutions(THEIRS, letter, Fuse(sizes=_sizes), qkv),
+        *r.renames(THEIRS, r.MIXER, {**inputs, "o_proj": "o_proj", **names}, mixer=letter),
+        r.three_convolutions(THEIRS, letter, r.Fuse(sizes=_sizes), qkv),
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hybrid.convert.families.common import MIXER
+from hybrid.convert import rules as r
 from hybrid.convert.families.fla import (
     ATTN,
     DEFAULTS,
@@ -16,11 +16,9 @@ from hybrid.convert.families.fla import (
     mixer_weights,
     short_conv,
 )
-from hybrid.convert.family import Family, everywhere, key, must, register_family
-from hybrid.convert.weights import rule
 
-GATED_DELTANET = register_family(
-    Family(
+GATED_DELTANET = r.register_family(
+    r.Family(
         name="gated_deltanet",
         architecture="GatedDeltaNetForCausalLM",
         letters={"D": "gated_delta_net", **SOFTMAX},
@@ -29,12 +27,12 @@ GATED_DELTANET = register_family(
             ATTN,
             *grouped_expansion("D"),
             short_conv("D"),
-            key("use_gate", "mixers.D.output_gate"),
-            key("allow_neg_eigval", "mixers.D.negative_eigenvalues"),
-            must("output_gate_activation", "swish", "silu"),
+            r.key("use_gate", "mixers.D.output_gate"),
+            r.key("allow_neg_eigval", "mixers.D.negative_eigenvalues"),
+            r.must("output_gate_activation", "swish", "silu"),
         ),
         mixers=mixed("D"),
-        ffn=everywhere("-"),
+        ffn=r.everywhere("-"),
         weights=(
             *STACK_WEIGHTS,
             *mixer_weights(
@@ -44,8 +42,8 @@ GATED_DELTANET = register_family(
                     "o_norm": "norm",
                 },
             ),
-            rule(f"{THEIRS}A_log", f"{MIXER}A_log", mixer="D"),
-            rule(f"{THEIRS}dt_bias", f"{MIXER}dt_bias", mixer="D"),
+            r.rule(f"{THEIRS}A_log", f"{r.MIXER}A_log", mixer="D"),
+            r.rule(f"{THEIRS}dt_bias", f"{r.MIXER}dt_bias", mixer="D"),
         ),
         defaults={
             **DEFAULTS, **RECURRENT_DEFAULTS, "num_heads": 6, "num_v_heads": None, "head_dim": 256,

@@ -5,42 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 from hybrid.convert import published
-from hybrid.convert.families.common import (
-    ATTENTION_WEIGHTS,
-    DENSE_WEIGHTS,
-    GATED,
-    LAYER,
-    QK_NORMS,
-    SIZES,
-    attention,
-    attention_bias,
-    ends,
-    rope_by_type,
-)
-from hybrid.convert.family import (
-    ConfigRule,
-    Family,
-    Flat,
-    always,
-    both,
-    by_type,
-    everywhere,
-    key,
-    must,
-    register_family,
-)
-from hybrid.convert.older import words_by_type
-from hybrid.convert.weights import Rule, renames
+from hybrid.convert import rules as r
 
 TYPES = {"full_attention": "S", "sliding_attention": "W"}
 LETTERS = {"W": "sliding_window_attention", "S": "softmax_attention"}
 
 
-def _read_scale(config: Any) -> Flat:
+def _read_scale(config: Any) -> r.Flat:
     return dict.fromkeys(("mixers.S.scale", "mixers.W.scale"), config.query_pre_attn_scalar**-0.5)
 
 
-def _write_scale(flat: Flat) -> Flat:
+def _write_scale(flat: r.Flat) -> r.Flat:
     for letter in "SW":
         if f"mixers.{letter}.scale" in flat:
             scale, dim = flat[f"mixers.{letter}.scale"], flat[f"mixers.{letter}.head_dim"]
@@ -49,25 +24,25 @@ def _write_scale(flat: Flat) -> Flat:
 
 
 # what Gemma 2 and 3 share
-GEMMA: tuple[ConfigRule, ...] = (
-    *SIZES,
-    key("rms_norm_eps", "norm_eps"),
-    always(norm="zero_centered_rmsnorm", norm_position="sandwich"),
-    always(embedding_multiplier="sqrt_hidden_size"),
-    *(found for found in attention("SW") if found.keys != ("rope_parameters",)),
-    attention_bias("SW"),
-    both("query_pre_attn_scalar", read=_read_scale, write=_write_scale),
-    key("sliding_window", "mixers.W.window"),
-    key("intermediate_size", "feed_forwards.-.intermediate_size"),
-    key("hidden_activation", "feed_forwards.-.activation", values=GATED),
-    key("final_logit_softcapping", "logit_softcap"),
-    must("use_bidirectional_attention", False, None),
+GEMMA: tuple[r.ConfigRule, ...] = (
+    *r.SIZES,
+    r.key("rms_norm_eps", "norm_eps"),
+    r.always(norm="zero_centered_rmsnorm", norm_position="sandwich"),
+    r.always(embedding_multiplier="sqrt_hidden_size"),
+    *(found for found in r.attention("SW") if found.keys != ("rope_parameters",)),
+    r.attention_bias("SW"),
+    r.both("query_pre_attn_scalar", read=_read_scale, write=_write_scale),
+    r.key("sliding_window", "mixers.W.window"),
+    r.key("intermediate_size", "feed_forwards.-.intermediate_size"),
+    r.key("hidden_activation", "feed_forwards.-.activation", values=r.GATED),
+    r.key("final_logit_softcapping", "logit_softcap"),
+    r.must("use_bidirectional_attention", False, None),
 )
-GEMMA_WEIGHTS: tuple[Rule, ...] = (
-    *ends(),
-    *renames(
-        LAYER,
-        LAYER,
+GEMMA_WEIGHTS: tuple[r.Rule, ...] = (
+    *r.ends(),
+    *r.renames(
+        r.LAYER,
+        r.LAYER,
         {
             "input_layernorm": "mixer_residual.norm_in",
             "post_attention_layernorm": "mixer_residual.norm_out",
@@ -75,12 +50,12 @@ GEMMA_WEIGHTS: tuple[Rule, ...] = (
             "post_feedforward_layernorm": "ffn_residual.norm_out",
         },
     ),
-    *ATTENTION_WEIGHTS,
-    *DENSE_WEIGHTS,
+    *r.ATTENTION_WEIGHTS,
+    *r.DENSE_WEIGHTS,
 )
 
-GEMMA3 = register_family(
-    Family(
+GEMMA3 = r.register_family(
+    r.Family(
         name="gemma3_text",
         architecture="Gemma3ForCausalLM",
         limits=published.irregular,
@@ -88,18 +63,18 @@ GEMMA3 = register_family(
         letters=LETTERS,
         config=(
             *GEMMA,
-            rope_by_type(**TYPES),
-            always(
+            r.rope_by_type(**TYPES),
+            r.always(
                 **{f"mixers__{s}__qk_norm": "head" for s in "SW"},
                 **{f"mixers__{s}__qk_norm_type": "zero_centered_rmsnorm" for s in "SW"},
             ),
             # their class keeps it and does not use it
-            must("attn_logit_softcapping", None),
+            r.must("attn_logit_softcapping", None),
         ),
-        mixers=by_type(**TYPES),
-        ffn=everywhere("-"),
-        weights=(*GEMMA_WEIGHTS, *QK_NORMS),
-        older=words_by_type("rope_local_base_freq"),
+        mixers=r.by_type(**TYPES),
+        ffn=r.everywhere("-"),
+        weights=(*GEMMA_WEIGHTS, *r.QK_NORMS),
+        legacy_rope=r.words_by_type("rope_local_base_freq"),
         # the sizes from 4B on hold images too
         wrapped_in=("gemma3",),
         spellings=(

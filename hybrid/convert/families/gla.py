@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hybrid.convert.families.common import MIXER
+from hybrid.convert import rules as r
 from hybrid.convert.families.fla import (
     ATTN,
     DEFAULTS,
@@ -18,13 +18,11 @@ from hybrid.convert.families.fla import (
     short_conv,
     ungrouped,
 )
-from hybrid.convert.family import Family, always, everywhere, ignored, key, must, register_family
-from hybrid.convert.weights import rule
 
 FEATURES = {None: "identity", "swish": "silu", "silu": "silu", "relu": "relu"}
 
-GLA = register_family(
-    Family(
+GLA = r.register_family(
+    r.Family(
         name="gla",
         architecture="GLAForCausalLM",
         letters={"G": "gated_linear_attention", **SOFTMAX},
@@ -35,16 +33,16 @@ GLA = register_family(
             ungrouped(),
             short_conv("G"),
             named_norm("G"),
-            key("use_output_gate", "mixers.G.output_gate"),
-            key("clamp_min", "mixers.G.min_log_decay"),
-            key("feature_map", "mixers.G.feature_map", values=FEATURES),
-            must("elementwise_affine", True),
+            r.key("use_output_gate", "mixers.G.output_gate"),
+            r.key("clamp_min", "mixers.G.min_log_decay"),
+            r.key("feature_map", "mixers.G.feature_map", values=FEATURES),
+            r.must("elementwise_affine", True),
             # their layer has no key for these
-            always(mixers__G__gate_rank=16, mixers__G__tau=16.0, mixers__G__gate_bias=False),
-            ignored("use_gk", "use_gv"),
+            r.always(mixers__G__gate_rank=16, mixers__G__tau=16.0, mixers__G__gate_bias=False),
+            r.ignored("use_gk", "use_gv"),
         ),
         mixers=mixed("G"),
-        ffn=everywhere("-"),
+        ffn=r.everywhere("-"),
         weights=(
             *STACK_WEIGHTS,
             *mixer_weights(
@@ -52,9 +50,9 @@ GLA = register_family(
                 {"g_proj": "gate_proj", "gk_proj.0": "decay_proj.0", "gk_proj.1": "decay_proj.1"},
             ),
             *(
-                rule(
+                r.rule(
                     f"{THEIRS}{name}.weight",
-                    f"{MIXER}norm.weight",
+                    f"{r.MIXER}norm.weight",
                     mixer="G",
                     when=lambda options, gated=gated: options.output_gate == gated,
                 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from hybrid.convert.families.common import MIXER
+from hybrid.convert import rules as r
 from hybrid.convert.families.fla import (
     ATTN,
     DEFAULTS,
@@ -16,13 +16,11 @@ from hybrid.convert.families.fla import (
     mixer_weights,
     short_conv,
 )
-from hybrid.convert.family import Family, Flat, both, everywhere, must, register_family
-from hybrid.convert.weights import rule
 
 OUTPUT_NORM_EPS = 1e-5  # whatever norm_eps says
 
 
-def _read_heads(config: Any) -> Flat:
+def _read_heads(config: Any) -> r.Flat:
     width, heads = config.expand_ratio, config.num_heads
     if width is None:
         width = config.hidden_size // heads
@@ -39,40 +37,40 @@ def _read_heads(config: Any) -> Flat:
     }
 
 
-def _write_heads(flat: Flat) -> Flat:
+def _write_heads(flat: r.Flat) -> r.Flat:
     if "mixers.H.num_heads" not in flat:
         return {}
     return {"num_heads": flat["mixers.H.num_heads"], "expand_ratio": flat["mixers.H.head_dim"]}
 
 
-def _read_bound(config: Any) -> Flat:
+def _read_bound(config: Any) -> r.Flat:
     bound = config.use_lower_bound
     return {"mixers.H.lower_bound": bound, "mixers.H.bounds_over_depth": bound}
 
 
-HGRN2 = register_family(
-    Family(
+HGRN2 = r.register_family(
+    r.Family(
         name="hgrn2",
         architecture="HGRN2ForCausalLM",
         letters={"H": "hgrn2", **SOFTMAX},
         config=(
             *STACK,
             ATTN,
-            both("num_heads", "expand_ratio", read=_read_heads, write=_write_heads),
+            r.both("num_heads", "expand_ratio", read=_read_heads, write=_write_heads),
             short_conv("H"),
-            both(
+            r.both(
                 "use_lower_bound",
                 read=_read_bound,
                 write=lambda flat: {"use_lower_bound": flat.get("mixers.H.lower_bound", False)},
             ),
-            must("elementwise_affine", True),
+            r.must("elementwise_affine", True),
         ),
         mixers=mixed("H"),
-        ffn=everywhere("-"),
+        ffn=r.everywhere("-"),
         weights=(
             *STACK_WEIGHTS,
             *mixer_weights("H", {"g_norm": "norm.norm"}, qkv="qfi"),
-            rule("model.lower_bounds", f"{MIXER}lower_bounds", mixer="H"),
+            r.rule("model.lower_bounds", f"{r.MIXER}lower_bounds", mixer="H"),
         ),
         defaults={
             **DEFAULTS, **RECURRENT_DEFAULTS, "use_short_conv": False, "num_heads": None,

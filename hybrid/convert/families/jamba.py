@@ -6,29 +6,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from hybrid.convert import published
-from hybrid.convert.families.common import (
-    ATTENTION_WEIGHTS,
-    FFN,
-    GATED,
-    LAYER,
-    MIXER,
-    SIZES,
-    ends,
-    experts,
-)
+from hybrid.convert import rules as r
 from hybrid.convert.families.mamba1 import mamba_options, mamba_weights
-from hybrid.convert.family import (
-    Family,
-    LayerRule,
-    always,
-    ignored,
-    key,
-    register_family,
-)
-from hybrid.convert.weights import renames, rule
 
 
-def _periodic(symbol: str, other: str, period: str, offset: str) -> LayerRule:
+def _periodic(symbol: str, other: str, period: str, offset: str) -> r.LayerRule:
     """`symbol` in layers `offset`, `offset + period`, ..., `other` in the rest."""
 
     def read(config: Any) -> Sequence[str]:
@@ -41,55 +23,55 @@ def _periodic(symbol: str, other: str, period: str, offset: str) -> LayerRule:
             return {period: len(layers) + 1, offset: len(layers)}
         return {period: [*places, places[0] + len(layers)][1] - places[0], offset: places[0]}
 
-    return LayerRule((period, offset), read, write)
+    return r.LayerRule((period, offset), read, write)
 
 
-JAMBA = register_family(
-    Family(
+JAMBA = r.register_family(
+    r.Family(
         name="jamba",
         architecture="JambaForCausalLM",
         limits=published.renormalized,
         published=published.jamba,
         letters={"m": "mamba", "S": "softmax_attention"},
         config=(
-            *SIZES,
-            key("rms_norm_eps", "norm_eps"),
-            key("num_attention_heads", "mixers.S.num_heads"),
-            key("num_key_value_heads", "mixers.S.num_kv_heads"),
-            key("attention_dropout", "mixers.S.dropout"),
-            always(mixers__S__rope_parameters=None, mixers__m__inner_norm=True),
+            *r.SIZES,
+            r.key("rms_norm_eps", "norm_eps"),
+            r.key("num_attention_heads", "mixers.S.num_heads"),
+            r.key("num_key_value_heads", "mixers.S.num_kv_heads"),
+            r.key("attention_dropout", "mixers.S.dropout"),
+            r.always(mixers__S__rope_parameters=None, mixers__m__inner_norm=True),
             *mamba_options(
                 "mamba_d_state", "mamba_d_conv", "mamba_conv_bias", "mamba_proj_bias",
                 "mamba_dt_rank", "mamba_expand",
             ),
-            key(
+            r.key(
                 "intermediate_size",
                 "feed_forwards.-.intermediate_size",
                 "feed_forwards.E.intermediate_size",
             ),
-            key("hidden_act", "feed_forwards.-.activation", "feed_forwards.E.activation",
-                values=GATED),
-            key("num_experts", "feed_forwards.E.num_experts"),
-            key("num_experts_per_tok", "feed_forwards.E.top_k"),
-            always(feed_forwards__E__normalize_weights=False),
-            ignored("output_router_logits", "router_aux_loss_coef", "use_mamba_kernels",
+            r.key("hidden_act", "feed_forwards.-.activation", "feed_forwards.E.activation",
+                values=r.GATED),
+            r.key("num_experts", "feed_forwards.E.num_experts"),
+            r.key("num_experts_per_tok", "feed_forwards.E.top_k"),
+            r.always(feed_forwards__E__normalize_weights=False),
+            r.ignored("output_router_logits", "router_aux_loss_coef", "use_mamba_kernels",
                     "use_mambapy", "use_associative_scan"),
         ),
         mixers=_periodic("S", "m", "attn_layer_period", "attn_layer_offset"),
         ffn=_periodic("E", "-", "expert_layer_period", "expert_layer_offset"),
         weights=(
-            *ends("final_layernorm"),
-            *renames(LAYER, LAYER, {"input_layernorm": "mixer_residual.norm_in"}),
-            *renames(LAYER, LAYER, {"pre_ff_layernorm": "ffn_residual.norm_in"}),
-            *ATTENTION_WEIGHTS,
-            *mamba_weights(f"{LAYER}mamba."),
+            *r.ends("final_layernorm"),
+            *r.renames(r.LAYER, r.LAYER, {"input_layernorm": "mixer_residual.norm_in"}),
+            *r.renames(r.LAYER, r.LAYER, {"pre_ff_layernorm": "ffn_residual.norm_in"}),
+            *r.ATTENTION_WEIGHTS,
+            *mamba_weights(f"{r.LAYER}mamba."),
             *(
-                rule(f"{LAYER}mamba.{name}_layernorm.weight", f"{MIXER}inner_norms.{i}.weight")
+                r.rule(f"{r.LAYER}mamba.{name}_layernorm.weight", f"{r.MIXER}inner_norms.{i}.weight")
                 for i, name in enumerate(("dt", "b", "c"))
             ),
-            *renames(f"{LAYER}feed_forward.", FFN, ["gate_proj", "up_proj", "down_proj"], ffn="-"),
-            rule(f"{LAYER}feed_forward.router.weight", f"{FFN}router.weight", ffn="E"),
-            *experts(f"{LAYER}feed_forward.experts."),
+            *r.renames(f"{r.LAYER}feed_forward.", r.FFN, ["gate_proj", "up_proj", "down_proj"], ffn="-"),
+            r.rule(f"{r.LAYER}feed_forward.router.weight", f"{r.FFN}router.weight", ffn="E"),
+            *r.experts(f"{r.LAYER}feed_forward.experts."),
         ),
     )
 )  # fmt: skip

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from hybrid.convert.families.common import MIXER
+from hybrid.convert import rules as r
 from hybrid.convert.families.fla import (
     ATTN,
     DEFAULTS,
@@ -18,38 +18,27 @@ from hybrid.convert.families.fla import (
     mixer_weights,
     short_conv,
 )
-from hybrid.convert.family import (
-    Family,
-    Flat,
-    Inexpressible,
-    always,
-    both,
-    everywhere,
-    key,
-    register_family,
-)
-from hybrid.convert.weights import rule
 
 SAFE = -5.0  # what their chunked kernel takes as the lowest bound of its quick path
 
 
-def _read_gate(config: Any) -> Flat:
+def _read_gate(config: Any) -> r.Flat:
     if config.lower_bound is None:
         if config.safe_gate:
-            raise Inexpressible("safe_gate: True without lower_bound, which their kernel refuses")
+            raise r.Inexpressible("safe_gate: True without lower_bound, which their kernel refuses")
         return {"mixers.K.decay_gate": "softplus"}
     return {"mixers.K.decay_gate": "bounded", "mixers.K.lower_bound": config.lower_bound}
 
 
-def _write_gate(flat: Flat) -> Flat:
+def _write_gate(flat: r.Flat) -> r.Flat:
     if flat.get("mixers.K.decay_gate") != "bounded":
         return {"safe_gate": False, "lower_bound": None}
     bound = flat["mixers.K.lower_bound"]
     return {"safe_gate": bound >= SAFE, "lower_bound": bound}
 
 
-KDA = register_family(
-    Family(
+KDA = r.register_family(
+    r.Family(
         name="kda",
         architecture="KDAForCausalLM",
         letters={"K": "kimi_delta_attention", **SOFTMAX},
@@ -58,12 +47,12 @@ KDA = register_family(
             ATTN,
             *grouped_expansion("K"),
             short_conv("K"),
-            key("allow_neg_eigval", "mixers.K.negative_eigenvalues"),
-            both("safe_gate", "lower_bound", read=_read_gate, write=_write_gate),
-            always(mixers__K__gate_bias=True),
+            r.key("allow_neg_eigval", "mixers.K.negative_eigenvalues"),
+            r.both("safe_gate", "lower_bound", read=_read_gate, write=_write_gate),
+            r.always(mixers__K__gate_bias=True),
         ),
         mixers=mixed("K"),
-        ffn=everywhere("-"),
+        ffn=r.everywhere("-"),
         weights=(
             *STACK_WEIGHTS,
             *mixer_weights(
@@ -73,8 +62,8 @@ KDA = register_family(
                     "f_proj.1": "decay_proj.1", "g_proj.0": "gate_proj.0", "g_proj.1": "gate_proj.1",
                 },
             ),
-            rule(f"{THEIRS}A_log", f"{MIXER}A_log", mixer="K"),
-            rule(f"{THEIRS}dt_bias", f"{MIXER}dt_bias", mixer="K"),
+            r.rule(f"{THEIRS}A_log", f"{r.MIXER}A_log", mixer="K"),
+            r.rule(f"{THEIRS}dt_bias", f"{r.MIXER}dt_bias", mixer="K"),
         ),
         defaults={
             **{k: v for k, v in DEFAULTS.items() if k != "fuse_linear_cross_entropy"},

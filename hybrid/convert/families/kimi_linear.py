@@ -3,29 +3,19 @@
 from __future__ import annotations
 
 from hybrid.convert import published
-from hybrid.convert.families.common import (
-    FFN,
-    LAYER,
-    MIXER,
-    PRE_NORMS,
-    SIZES,
-    ends,
-    three_convolutions,
-)
+from hybrid.convert import rules as r
 from hybrid.convert.families.deepseek_v3 import (
     GROUPED_EXPERTS,
     LATENT,
     grouped_expert_weights,
     latent_weights,
 )
-from hybrid.convert.family import Family, always, by_type, key, must, register_family
-from hybrid.convert.weights import Reshape, renames, rule
 
-THEIRS, EXPERTS = f"{LAYER}self_attn.", f"{LAYER}block_sparse_moe."
+THEIRS, EXPERTS = f"{r.LAYER}self_attn.", f"{r.LAYER}block_sparse_moe."
 
 
-KIMI_LINEAR = register_family(
-    Family(
+KIMI_LINEAR = r.register_family(
+    r.Family(
         name="kimi_linear",
         architecture="KimiLinearForCausalLM",
         limits=published.scattered_experts,
@@ -34,28 +24,28 @@ KIMI_LINEAR = register_family(
         filed=((r"\.block_sparse_moe\.((?:gate|up|down)_proj\.)", r".mlp.\1"),),
         letters={"K": "kimi_delta_attention", "A": "multi_head_latent_attention"},
         config=(
-            *(found for found in SIZES if found.keys != ("tie_word_embeddings",)),
-            must("tie_word_embeddings", False),  # their class does not tie
-            always(tie_word_embeddings=False),
-            key("rms_norm_eps", "norm_eps"),
+            *(found for found in r.SIZES if found.keys != ("tie_word_embeddings",)),
+            r.must("tie_word_embeddings", False),  # their class does not tie
+            r.always(tie_word_embeddings=False),
+            r.key("rms_norm_eps", "norm_eps"),
             *LATENT,
-            always(mixers__A__rope_parameters=None),
-            key("linear_num_heads", "mixers.K.num_heads"),
-            key("linear_head_dim", "mixers.K.head_dim", "mixers.K.value_head_dim",
+            r.always(mixers__A__rope_parameters=None),
+            r.key("linear_num_heads", "mixers.K.num_heads"),
+            r.key("linear_head_dim", "mixers.K.head_dim", "mixers.K.value_head_dim",
                 "mixers.K.gate_rank"),
-            key("linear_conv_kernel_dim", "mixers.K.conv_size"),
+            r.key("linear_conv_kernel_dim", "mixers.K.conv_size"),
             *GROUPED_EXPERTS,
-            key("num_local_experts", "feed_forwards.E.num_experts"),
+            r.key("num_local_experts", "feed_forwards.E.num_experts"),
         ),
-        mixers=by_type(linear_attention="K", full_attention="A"),
-        ffn=by_type("mlp_layer_types", dense="-", sparse="E"),
+        mixers=r.by_type(linear_attention="K", full_attention="A"),
+        ffn=r.by_type("mlp_layer_types", dense="-", sparse="E"),
         weights=(
-            *ends(),
-            *PRE_NORMS,
+            *r.ends(),
+            *r.PRE_NORMS,
             *latent_weights(rotated=False),
-            *renames(
+            *r.renames(
                 THEIRS,
-                MIXER,
+                r.MIXER,
                 {
                     "q_proj": "q_proj", "k_proj": "k_proj", "v_proj": "v_proj", "o_proj": "o_proj",
                     "b_proj": "beta_proj", "o_norm": "norm", "f_a_proj": "decay_proj.0",
@@ -63,10 +53,10 @@ KIMI_LINEAR = register_family(
                 },
                 mixer="K",
             ),
-            three_convolutions(THEIRS, "K"),
-            rule(f"{THEIRS}A_log", f"{MIXER}A_log", Reshape(lambda o: (1, 1, -1, 1)), mixer="K"),
-            rule(f"{THEIRS}dt_bias", f"{MIXER}dt_bias", mixer="K"),
-            *renames(EXPERTS, FFN, ["gate_proj", "up_proj", "down_proj"], ffn="-"),
+            r.three_convolutions(THEIRS, "K"),
+            r.rule(f"{THEIRS}A_log", f"{r.MIXER}A_log", r.Reshape(lambda o: (1, 1, -1, 1)), mixer="K"),
+            r.rule(f"{THEIRS}dt_bias", f"{r.MIXER}dt_bias", mixer="K"),
+            *r.renames(EXPERTS, r.FFN, ["gate_proj", "up_proj", "down_proj"], ffn="-"),
             *grouped_expert_weights(EXPERTS, ("w1", "w3", "w2")),
         ),
         # what transformers writes for the dense layers is not what was published

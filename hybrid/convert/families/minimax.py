@@ -5,36 +5,13 @@ from typing import Any
 import torch
 
 from hybrid.convert import published
-from hybrid.convert.families.common import (
-    ATTENTION_WEIGHTS,
-    FFN,
-    LAYER,
-    MIXER,
-    PRE_NORMS,
-    SIZES,
-    attention,
-    ends,
-    experts,
-)
-from hybrid.convert.family import (
-    Family,
-    Flat,
-    always,
-    both,
-    by_type,
-    everywhere,
-    ignored,
-    key,
-    must,
-    register_family,
-)
-from hybrid.convert.weights import Split, constant, renames, rule
+from hybrid.convert import rules as r
 
-THEIRS = f"{LAYER}self_attn."
+THEIRS = f"{r.LAYER}self_attn."
 BLOCK = 256
 
 
-def _read_rotary(config: Any) -> Flat:
+def _read_rotary(config: Any) -> r.Flat:
     """Only the first dims of a head are rotated, which transformers' class knows nothing of."""
     head_dim = config.head_dim or config.hidden_size // config.num_attention_heads
     given = {name: value for name, value in config.rope_parameters.items() if value is not None}
@@ -45,12 +22,12 @@ def _read_rotary(config: Any) -> Flat:
     return {"mixers.S.rope_parameters": given | whole}
 
 
-def _write_rotary(flat: Flat) -> Flat:
+def _write_rotary(flat: r.Flat) -> r.Flat:
     partial = (flat.get("mixers.S.rope_parameters") or {}).get("partial_rotary_factor", 1)
     return {} if partial == 1 else {"rotary_dim": round(flat["mixers.S.head_dim"] * partial)}
 
 
-def _own_words(config: Flat) -> Flat:
+def _own_words(config: r.Flat) -> r.Flat:
     """The keys of MiniMax's own code -> those of transformers."""
     kinds = ("linear_attention", "full_attention")
     words = {
@@ -92,8 +69,8 @@ def _diagonal_decay(options: Any, layer: int, layers: int) -> torch.Tensor:
     return torch.exp(torch.where(decay >= 0, -decay, float("-inf")))
 
 
-MINIMAX = register_family(
-    Family(
+MINIMAX = r.register_family(
+    r.Family(
         name="minimax",
         architecture="MiniMaxForCausalLM",
         limits=published.other_minimax,
@@ -101,53 +78,53 @@ MINIMAX = register_family(
         letters={"L": "lightning_attention", "S": "softmax_attention"},
         aliases={"minimax_text_01": _own_words, "minimax_m1": _own_words},
         config=(
-            *SIZES,
-            key("rms_norm_eps", "norm_eps"),
-            always(norm_position="normed"),
-            *attention(),
-            both("rotary_dim", read=_read_rotary, write=_write_rotary),
-            must("postnorm", True),
-            must("shared_intermediate_size", 0),
-            key("num_attention_heads", "mixers.S.num_heads", "mixers.L.num_heads"),
-            key("head_dim", "mixers.S.head_dim", "mixers.L.head_dim", "mixers.L.value_head_dim"),
-            always(mixers__L__output_norm_eps=1e-6),
-            must("hidden_act", "silu"),
-            must("sliding_window", None),
+            *r.SIZES,
+            r.key("rms_norm_eps", "norm_eps"),
+            r.always(norm_position="normed"),
+            *r.attention(),
+            r.both("rotary_dim", read=_read_rotary, write=_write_rotary),
+            r.must("postnorm", True),
+            r.must("shared_intermediate_size", 0),
+            r.key("num_attention_heads", "mixers.S.num_heads", "mixers.L.num_heads"),
+            r.key("head_dim", "mixers.S.head_dim", "mixers.L.head_dim", "mixers.L.value_head_dim"),
+            r.always(mixers__L__output_norm_eps=1e-6),
+            r.must("hidden_act", "silu"),
+            r.must("sliding_window", None),
             *(
-                key(f"{theirs}_{factor}_factor", *[f"residuals.{s}.{option}" for s in symbols])
+                r.key(f"{theirs}_{factor}_factor", *[f"residuals.{s}.{option}" for s in symbols])
                 for theirs, symbols in (("full_attn", "S"), ("linear_attn", "L"), ("mlp", "E"))
                 for factor, option in (("alpha", "skip_multiplier"), ("beta", "output_multiplier"))
             ),
-            key("num_local_experts", "feed_forwards.E.num_experts"),
-            key("num_experts_per_tok", "feed_forwards.E.top_k"),
-            key("intermediate_size", "feed_forwards.E.intermediate_size"),
-            must("block_size", BLOCK),
-            ignored("output_router_logits", "router_aux_loss_coef", "router_jitter_noise"),
+            r.key("num_local_experts", "feed_forwards.E.num_experts"),
+            r.key("num_experts_per_tok", "feed_forwards.E.top_k"),
+            r.key("intermediate_size", "feed_forwards.E.intermediate_size"),
+            r.must("block_size", BLOCK),
+            r.ignored("output_router_logits", "router_aux_loss_coef", "router_jitter_noise"),
         ),
-        mixers=by_type(linear_attention="L", full_attention="S"),
-        ffn=everywhere("E"),
+        mixers=r.by_type(linear_attention="L", full_attention="S"),
+        ffn=r.everywhere("E"),
         weights=(
-            *ends(),
-            *PRE_NORMS,
-            *ATTENTION_WEIGHTS,
-            rule(
+            *r.ends(),
+            *r.PRE_NORMS,
+            *r.ATTENTION_WEIGHTS,
+            r.rule(
                 f"{THEIRS}qkv_proj.weight",
-                [f"{MIXER}{name}_proj.weight" for name in "qkv"],
-                Split(groups=lambda options: options.num_heads),
+                [f"{r.MIXER}{name}_proj.weight" for name in "qkv"],
+                r.Split(groups=lambda options: options.num_heads),
                 mixer="L",
             ),
-            *renames(
+            *r.renames(
                 THEIRS,
-                MIXER,
+                r.MIXER,
                 {"norm": "norm.norm", "out_proj": "o_proj", "output_gate": "gate_proj"},
                 mixer="L",
             ),
-            constant(f"{THEIRS}slope_rate", _slopes, mixer="L"),
-            constant(f"{THEIRS}query_decay", _query_decay, mixer="L"),
-            constant(f"{THEIRS}key_decay", _key_decay, mixer="L"),
-            constant(f"{THEIRS}diagonal_decay", _diagonal_decay, mixer="L"),
-            rule(f"{LAYER}block_sparse_moe.gate.weight", f"{FFN}router.weight", ffn="E"),
-            *experts(f"{LAYER}block_sparse_moe.experts.", ("w1", "w3", "w2")),
+            r.constant(f"{THEIRS}slope_rate", _slopes, mixer="L"),
+            r.constant(f"{THEIRS}query_decay", _query_decay, mixer="L"),
+            r.constant(f"{THEIRS}key_decay", _key_decay, mixer="L"),
+            r.constant(f"{THEIRS}diagonal_decay", _diagonal_decay, mixer="L"),
+            r.rule(f"{r.LAYER}block_sparse_moe.gate.weight", f"{r.FFN}router.weight", ffn="E"),
+            *r.experts(f"{r.LAYER}block_sparse_moe.experts.", ("w1", "w3", "w2")),
         ),
     )
 )

@@ -6,29 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from hybrid.convert import published
-from hybrid.convert.families.common import (
-    FFN,
-    MIXER,
-    PLAIN,
-    SIZES,
-    mamba2_clamp,
-    mamba2_options,
-    mamba2_weights,
-)
-from hybrid.convert.family import (
-    Family,
-    Flat,
-    Inexpressible,
-    LayerRule,
-    always,
-    both,
-    ignored,
-    key,
-    must,
-    register_family,
-)
-from hybrid.convert.mtp import MTPMap
-from hybrid.convert.weights import Stack, renames, rule
+from hybrid.convert import rules as r
 
 THEIRS = "backbone.layers.{i}."
 BLOCK = f"{THEIRS}mixer."
@@ -44,7 +22,7 @@ def _layers(only: str) -> Any:
     return read
 
 
-def _write_layers(layers: Sequence[str]) -> Flat:
+def _write_layers(layers: Sequence[str]) -> r.Flat:
     kinds = {symbol: kind for kind, symbol in TYPES.items()}
     # two mixers side by side are none of theirs; what is read back then differs, and is named
     return {"layers_block_type": [kinds.get(symbol, kinds["M"]) for symbol in layers]}
@@ -53,120 +31,120 @@ def _write_layers(layers: Sequence[str]) -> Flat:
 def _mtp_layout(config: Any) -> str:
     layout = "".join(TYPES[kind] for kind in config.mtp_layers_block_type)
     if not {*layout} & {*"-E"}:
-        raise Inexpressible(
+        raise r.Inexpressible(
             f"mtp_layers_block_type: {config.mtp_layers_block_type} cannot be expressed here without"
             " a feed-forward"
         )
     return layout
 
 
-def _write_mtp_layout(layout: str) -> Flat:
+def _write_mtp_layout(layout: str) -> r.Flat:
     types = _write_layers(list(layout))["layers_block_type"]
     return {"mtp_layers_block_type": types} if types else {}
 
 
-def _read_bias(config: Any) -> Flat:
+def _read_bias(config: Any) -> r.Flat:
     if config.mlp_bias and "moe" in config.layers_block_type:
-        raise Inexpressible(
+        raise r.Inexpressible(
             "mlp_bias: True cannot be expressed here with experts; it would be False"
         )
     return {"feed_forwards.-.bias": config.mlp_bias}
 
 
-NEMOTRON_H = register_family(
-    Family(
+NEMOTRON_H = r.register_family(
+    r.Family(
         name="nemotron_h",
         architecture="NemotronHForCausalLM",
         limits=published.clamped_below,
         published=published.nemotron_h,
         letters={"M": "mamba2", "S": "softmax_attention"},
         config=(
-            *SIZES,
-            key("layer_norm_epsilon", "norm_eps"),
-            key("num_attention_heads", "mixers.S.num_heads"),
-            key("num_key_value_heads", "mixers.S.num_kv_heads"),
-            key("head_dim", "mixers.S.head_dim"),
-            key("attention_dropout", "mixers.S.dropout"),
-            must("attention_bias", False),
-            must("sliding_window", None),
-            always(mixers__S__rope_parameters=None),
+            *r.SIZES,
+            r.key("layer_norm_epsilon", "norm_eps"),
+            r.key("num_attention_heads", "mixers.S.num_heads"),
+            r.key("num_key_value_heads", "mixers.S.num_kv_heads"),
+            r.key("head_dim", "mixers.S.head_dim"),
+            r.key("attention_dropout", "mixers.S.dropout"),
+            r.must("attention_bias", False),
+            r.must("sliding_window", None),
+            r.always(mixers__S__rope_parameters=None),
             *(
                 found
-                for found in mamba2_options(
+                for found in r.mamba2_options(
                     "mamba_num_heads", "mamba_head_dim", "ssm_state_size", "n_groups",
                     "conv_kernel", "use_conv_bias", "use_bias", "expand",
                 )
                 if found.keys not in (("time_step_limit",), ("expand",))
             ),
-            *mamba2_clamp(),
-            must("mamba_hidden_act", "silu"),
-            key("intermediate_size", "feed_forwards.-.intermediate_size"),
-            both(
+            *r.mamba2_clamp(),
+            r.must("mamba_hidden_act", "silu"),
+            r.key("intermediate_size", "feed_forwards.-.intermediate_size"),
+            r.both(
                 "mlp_bias",
                 read=_read_bias,
                 write=lambda flat: {"mlp_bias": flat.get("feed_forwards.-.bias", False)},
             ),
-            key(
+            r.key(
                 *("mlp_hidden_act", "feed_forwards.-.activation", "feed_forwards.E.activation"),
-                values=PLAIN,
+                values=r.PLAIN,
             ),
-            key("n_routed_experts", "feed_forwards.E.num_experts"),
-            key("num_experts_per_tok", "feed_forwards.E.top_k"),
-            key("moe_intermediate_size", "feed_forwards.E.intermediate_size"),
+            r.key("n_routed_experts", "feed_forwards.E.num_experts"),
+            r.key("num_experts_per_tok", "feed_forwards.E.top_k"),
+            r.key("moe_intermediate_size", "feed_forwards.E.intermediate_size"),
             # one, whose width is that of all
-            always(feed_forwards__E__num_shared_experts=1),
-            key("moe_shared_expert_intermediate_size", "feed_forwards.E.shared_intermediate_size"),
-            key("moe_latent_size", "feed_forwards.E.latent_size"),
-            key("routed_scaling_factor", "feed_forwards.E.scaling_factor"),
-            key("norm_topk_prob", "feed_forwards.E.normalize_weights"),
-            key("n_group", "feed_forwards.E.num_groups"),
-            key("topk_group", "feed_forwards.E.top_k_groups"),
-            always(
+            r.always(feed_forwards__E__num_shared_experts=1),
+            r.key("moe_shared_expert_intermediate_size", "feed_forwards.E.shared_intermediate_size"),
+            r.key("moe_latent_size", "feed_forwards.E.latent_size"),
+            r.key("routed_scaling_factor", "feed_forwards.E.scaling_factor"),
+            r.key("norm_topk_prob", "feed_forwards.E.normalize_weights"),
+            r.key("n_group", "feed_forwards.E.num_groups"),
+            r.key("topk_group", "feed_forwards.E.top_k_groups"),
+            r.always(
                 feed_forwards__E__score_function="sigmoid",
                 feed_forwards__E__score_correction_bias=True,
             ),
-            ignored(
+            r.ignored(
                 "time_step_limit", "expand", "mamba_proj_bias", "n_shared_experts", "chunk_size",
                 "hidden_dropout", "mamba_ssm_cache_dtype", "moe_shared_expert_overlap",
                 "num_logits_to_keep", "output_router_logits", "rescale_prenorm_residual",
                 "residual_in_fp32", "use_mamba_kernels",
             ),
         ),
-        mixers=LayerRule(("layers_block_type",), _layers("MS"), _write_layers),
-        ffn=LayerRule((), _layers("-E"), lambda layers: {}),
+        mixers=r.LayerRule(("layers_block_type",), _layers("MS"), _write_layers),
+        ffn=r.LayerRule((), _layers("-E"), lambda layers: {}),
         literal=True,
         weights=(
-            rule("backbone.embeddings.weight", "model.embed_tokens.weight"),
-            rule("backbone.norm_f.weight", "model.norm.weight"),
-            rule("lm_head.weight"),
-            *renames(THEIRS, OURS, {"norm": "mixer_residual.norm_in"}, mixer="MS"),
-            *renames(THEIRS, OURS, {"norm": "ffn_residual.norm_in"}, ffn="-E"),
-            *mamba2_weights(BLOCK),
-            *renames(BLOCK, MIXER, ["q_proj", "k_proj", "v_proj", "o_proj"], mixer="S"),
-            *renames(BLOCK, FFN, ["up_proj", "down_proj"], ffn="-"),
-            rule(f"{BLOCK}gate.weight", f"{FFN}router.weight", ffn="E"),
-            rule(
+            r.rule("backbone.embeddings.weight", "model.embed_tokens.weight"),
+            r.rule("backbone.norm_f.weight", "model.norm.weight"),
+            r.rule("lm_head.weight"),
+            *r.renames(THEIRS, OURS, {"norm": "mixer_residual.norm_in"}, mixer="MS"),
+            *r.renames(THEIRS, OURS, {"norm": "ffn_residual.norm_in"}, ffn="-E"),
+            *r.mamba2_weights(BLOCK),
+            *r.renames(BLOCK, r.MIXER, ["q_proj", "k_proj", "v_proj", "o_proj"], mixer="S"),
+            *r.renames(BLOCK, r.FFN, ["up_proj", "down_proj"], ffn="-"),
+            r.rule(f"{BLOCK}gate.weight", f"{r.FFN}router.weight", ffn="E"),
+            r.rule(
                 f"{BLOCK}gate.e_score_correction_bias",
-                f"{FFN}router.score_correction_bias",
+                f"{r.FFN}router.score_correction_bias",
                 ffn="E",
             ),
             *(
-                rule(
-                    f"{BLOCK}experts.{{e}}.{name}.weight", f"{FFN}experts.{name}", Stack(), ffn="E"
+                r.rule(
+                    f"{BLOCK}experts.{{e}}.{name}.weight", f"{r.FFN}experts.{name}", r.Stack(), ffn="E"
                 )
                 for name in ("up_proj", "down_proj")
             ),
-            *renames(
-                f"{BLOCK}shared_experts.", f"{FFN}shared_experts.", ["up_proj", "down_proj"],
+            *r.renames(
+                f"{BLOCK}shared_experts.", f"{r.FFN}shared_experts.", ["up_proj", "down_proj"],
                 ffn="E",
             ),
-            *renames(
-                BLOCK, FFN, {"fc1_latent_proj": "latent_in", "fc2_latent_proj": "latent_out"},
+            *r.renames(
+                BLOCK, r.FFN, {"fc1_latent_proj": "latent_in", "fc2_latent_proj": "latent_out"},
                 ffn="E",
             ),
         ),
         spellings=(("model.", "backbone."),),
-        mtp=MTPMap(
+        mtp=r.MTPMap(
             key="num_nextn_predict_layers",
             keys=("mtp_layers_block_type",),
             layout=_mtp_layout,

@@ -1,43 +1,31 @@
 """OLMo 2: layout S, norms behind the branches, RMSNorm over all queries and over all keys."""
 
-from hybrid.convert.families.common import (
-    ATTENTION_WEIGHTS,
-    DENSE_WEIGHTS,
-    LAYER,
-    QK_NORMS,
-    SIZES,
-    attention,
-    attention_bias,
-    dense,
-    ends,
-)
-from hybrid.convert.family import Family, always, everywhere, key, register_family
-from hybrid.convert.weights import renames
+from hybrid.convert import rules as r
 
-POST_NORMS = renames(
-    LAYER,
-    LAYER,
+POST_NORMS = r.renames(
+    r.LAYER,
+    r.LAYER,
     {
         "post_attention_layernorm": "mixer_residual.norm_out",
         "post_feedforward_layernorm": "ffn_residual.norm_out",
     },
 )
 
-OLMO2 = register_family(
-    Family(
+OLMO2 = r.register_family(
+    r.Family(
         name="olmo2",
         architecture="Olmo2ForCausalLM",
         letters={"S": "softmax_attention"},
         config=(
-            *SIZES,
-            key("rms_norm_eps", "norm_eps"),
-            always(norm_position="reordered", mixers__S__qk_norm="layer"),
-            *attention(),
-            attention_bias(),
-            *dense(),
+            *r.SIZES,
+            r.key("rms_norm_eps", "norm_eps"),
+            r.always(norm_position="reordered", mixers__S__qk_norm="layer"),
+            *r.attention(),
+            r.attention_bias(),
+            *r.dense(),
         ),
-        mixers=everywhere("S"),
-        ffn=everywhere("-"),
-        weights=(*ends(), *POST_NORMS, *ATTENTION_WEIGHTS, *QK_NORMS, *DENSE_WEIGHTS),
+        mixers=r.everywhere("S"),
+        ffn=r.everywhere("-"),
+        weights=(*r.ends(), *POST_NORMS, *r.ATTENTION_WEIGHTS, *r.QK_NORMS, *r.DENSE_WEIGHTS),
     )
 )

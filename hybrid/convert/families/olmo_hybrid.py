@@ -2,32 +2,9 @@
 
 from typing import Any
 
-from hybrid.convert.families.common import (
-    ATTENTION_WEIGHTS,
-    DELTA_NET,
-    DENSE_WEIGHTS,
-    LAYER,
-    MIXER,
-    QK_NORMS,
-    SIZES,
-    attention,
-    attention_bias,
-    ends,
-    three_convolutions,
-)
-from hybrid.convert.family import (
-    Family,
-    always,
-    by_type,
-    everywhere,
-    ignored,
-    key,
-    must,
-    register_family,
-)
-from hybrid.convert.weights import Fuse, renames, rule
+from hybrid.convert import rules as r
 
-THEIRS = f"{LAYER}linear_attn."
+THEIRS = f"{r.LAYER}linear_attn."
 
 
 def _channels(options: Any) -> list[int]:
@@ -35,8 +12,8 @@ def _channels(options: Any) -> list[int]:
     return [keys, keys, options.num_heads * options.value_head_dim]
 
 
-OLMO_HYBRID = register_family(
-    Family(
+OLMO_HYBRID = r.register_family(
+    r.Family(
         name="olmo_hybrid",
         architecture="OlmoHybridForCausalLM",
         filed=(
@@ -45,50 +22,50 @@ OLMO_HYBRID = register_family(
         ),
         letters={"D": "gated_delta_net", "S": "softmax_attention"},
         config=(
-            *SIZES,
-            key("rms_norm_eps", "norm_eps"),
-            always(norm_position__D="pre", norm_position__S="reordered"),
-            *attention(nope=True),
-            attention_bias(),
-            always(mixers__S__qk_norm="layer"),
-            *DELTA_NET,
-            key("linear_allow_neg_eigval", "mixers.D.negative_eigenvalues"),
-            always(mixers__D__output_norm_eps=1e-5),
-            key("intermediate_size", "feed_forwards.-.intermediate_size"),
-            must("hidden_act", "silu"),
-            *(ignored(f"linear_a_log_{end}", f"linear_dt_{end}") for end in ("min", "max")),
-            ignored("linear_dt_init_floor"),
+            *r.SIZES,
+            r.key("rms_norm_eps", "norm_eps"),
+            r.always(norm_position__D="pre", norm_position__S="reordered"),
+            *r.attention(nope=True),
+            r.attention_bias(),
+            r.always(mixers__S__qk_norm="layer"),
+            *r.DELTA_NET,
+            r.key("linear_allow_neg_eigval", "mixers.D.negative_eigenvalues"),
+            r.always(mixers__D__output_norm_eps=1e-5),
+            r.key("intermediate_size", "feed_forwards.-.intermediate_size"),
+            r.must("hidden_act", "silu"),
+            *(r.ignored(f"linear_a_log_{end}", f"linear_dt_{end}") for end in ("min", "max")),
+            r.ignored("linear_dt_init_floor"),
         ),
-        mixers=by_type(linear_attention="D", full_attention="S"),
-        ffn=everywhere("-"),
+        mixers=r.by_type(linear_attention="D", full_attention="S"),
+        ffn=r.everywhere("-"),
         weights=(
-            *ends(),
-            *renames(
-                LAYER,
-                LAYER,
+            *r.ends(),
+            *r.renames(
+                r.LAYER,
+                r.LAYER,
                 {
                     "attention_layer_norm": "mixer_residual.norm_in",
                     "feedforward_layer_norm": "ffn_residual.norm_in",
                 },
                 mixer="D",
             ),
-            *renames(
-                LAYER,
-                LAYER,
+            *r.renames(
+                r.LAYER,
+                r.LAYER,
                 {
                     "feedforward_layer_norm": "mixer_residual.norm_out",
                     "post_feedforward_layernorm": "ffn_residual.norm_out",
                 },
                 mixer="S",
             ),
-            *ATTENTION_WEIGHTS,
-            *QK_NORMS,
+            *r.ATTENTION_WEIGHTS,
+            *r.QK_NORMS,
             # their save cuts the three in equal parts
-            three_convolutions(THEIRS, "D", Fuse(_channels, loose=True)),
-            *(rule(THEIRS + name, MIXER + name, mixer="D") for name in ("A_log", "dt_bias")),
-            *renames(
+            r.three_convolutions(THEIRS, "D", r.Fuse(_channels, loose=True)),
+            *(r.rule(THEIRS + name, r.MIXER + name, mixer="D") for name in ("A_log", "dt_bias")),
+            *r.renames(
                 THEIRS,
-                MIXER,
+                r.MIXER,
                 {
                     **{f"{name}_proj": f"{name}_proj" for name in "qkvo"},
                     "a_proj": "decay_proj",
@@ -98,7 +75,7 @@ OLMO_HYBRID = register_family(
                 },
                 mixer="D",
             ),
-            *DENSE_WEIGHTS,
+            *r.DENSE_WEIGHTS,
         ),
         spellings=(
             (".input_layernorm.", ".attention_layer_norm."),

@@ -1,17 +1,7 @@
 """Qwen3.5, dense and MoE: Qwen3-Next with the linear projections less fused, text part only."""
 
 from hybrid.convert import published
-from hybrid.convert.families.common import (
-    DENSE_WEIGHTS,
-    MIXER,
-    PRE_NORMS,
-    QK_NORMS,
-    QWEN_MOE_WEIGHTS,
-    SHARED_EXPERT_WEIGHTS,
-    ends,
-    output_gate_weights,
-    qwen_mtp,
-)
+from hybrid.convert import rules as r
 from hybrid.convert.families.qwen3_next import (
     DELTA_NET_WEIGHTS,
     DENSE_WIDTH,
@@ -19,26 +9,23 @@ from hybrid.convert.families.qwen3_next import (
     QWEN_HYBRID,
     THEIRS,
 )
-from hybrid.convert.family import Family, by_type, everywhere, register_family
-from hybrid.convert.older import no_words
-from hybrid.convert.weights import Split, renames, rule
 
 LETTERS = {"D": "gated_delta_net", "S": "softmax_attention"}
-LAYERS = by_type(linear_attention="D", full_attention="S")
+LAYERS = r.by_type(linear_attention="D", full_attention="S")
 WEIGHTS = (
-    *ends(),
-    *PRE_NORMS,
-    *output_gate_weights(),
-    *QK_NORMS,
-    rule(
+    *r.ends(),
+    *r.PRE_NORMS,
+    *r.output_gate_weights(),
+    *r.QK_NORMS,
+    r.rule(
         f"{THEIRS}in_proj_qkv.weight",
-        [f"{MIXER}{name}_proj.weight" for name in "qkv"],
-        Split(),
+        [f"{r.MIXER}{name}_proj.weight" for name in "qkv"],
+        r.Split(),
         mixer="D",
     ),
-    *renames(
+    *r.renames(
         f"{THEIRS}in_proj_",
-        MIXER,
+        r.MIXER,
         {"z": "gate_proj", "b": "beta_proj", "a": "decay_proj"},
         mixer="D",
     ),
@@ -49,8 +36,8 @@ INSIDE = (("model.language_model.", "model."),)
 UNREAD = ("model.visual.*",)
 MTP = "mtp_num_hidden_layers"
 
-QWEN3_5 = register_family(
-    Family(
+QWEN3_5 = r.register_family(
+    r.Family(
         name="qwen3_5_text",
         architecture="Qwen3_5ForCausalLM",
         limits=published.irregular,
@@ -59,18 +46,18 @@ QWEN3_5 = register_family(
         letters=LETTERS,
         config=(*QWEN_HYBRID, DENSE_WIDTH),
         mixers=LAYERS,
-        ffn=everywhere("-"),
-        weights=(*WEIGHTS, *DENSE_WEIGHTS),
+        ffn=r.everywhere("-"),
+        weights=(*WEIGHTS, *r.DENSE_WEIGHTS),
         unread_weights=UNREAD,
         spellings=INSIDE,
-        older=no_words,  # as old as transformers 5
-        mtp=qwen_mtp(MTP, lambda config: "S-"),
+        legacy_rope=r.no_words,  # as old as transformers 5
+        mtp=r.qwen_mtp(MTP, lambda config: "S-"),
         wrapped_in=("qwen3_5",),
     )
 )
 
-QWEN3_5_MOE = register_family(
-    Family(
+QWEN3_5_MOE = r.register_family(
+    r.Family(
         name="qwen3_5_moe_text",
         architecture="Qwen3_5MoeForCausalLM",
         limits=published.irregular,
@@ -80,12 +67,12 @@ QWEN3_5_MOE = register_family(
         letters=LETTERS,
         config=(*QWEN_HYBRID, *QWEN_EXPERTS),
         mixers=LAYERS,
-        ffn=everywhere("E"),
-        weights=(*WEIGHTS, *QWEN_MOE_WEIGHTS, *SHARED_EXPERT_WEIGHTS),
+        ffn=r.everywhere("E"),
+        weights=(*WEIGHTS, *r.QWEN_MOE_WEIGHTS, *r.SHARED_EXPERT_WEIGHTS),
         unread_weights=UNREAD,
         spellings=INSIDE,
-        older=no_words,  # as old as transformers 5
-        mtp=qwen_mtp(MTP, lambda config: "SE"),
+        legacy_rope=r.no_words,  # as old as transformers 5
+        mtp=r.qwen_mtp(MTP, lambda config: "SE"),
         wrapped_in=("qwen3_5_moe",),
     )
 )

@@ -1,53 +1,32 @@
 """Qwen3-MoE: Qwen3 with a mixture of experts, every layer or every so many."""
 
-from hybrid.convert.families.common import (
-    ATTENTION_WEIGHTS,
-    DENSE_WEIGHTS,
-    PRE_NORMS,
-    QK_NORMS,
-    QWEN_MOE,
-    QWEN_MOE_WEIGHTS,
-    SIZES,
-    attention,
-    attention_bias,
-    ends,
-    qwen_ffn,
-)
-from hybrid.convert.family import (
-    Family,
-    always,
-    everywhere,
-    ignored,
-    key,
-    must,
-    register_family,
-)
+from hybrid.convert import rules as r
 
-QWEN3_MOE = register_family(
-    Family(
+QWEN3_MOE = r.register_family(
+    r.Family(
         name="qwen3_moe",
         architecture="Qwen3MoeForCausalLM",
         letters={"S": "softmax_attention"},
         config=(
-            *SIZES,
-            key("rms_norm_eps", "norm_eps"),
-            *attention(),
-            attention_bias(),
-            always(mixers__S__qk_norm="head"),
-            key("intermediate_size", "feed_forwards.-.intermediate_size"),
-            *QWEN_MOE,
-            must("use_sliding_window", False),
-            ignored("sliding_window"),
+            *r.SIZES,
+            r.key("rms_norm_eps", "norm_eps"),
+            *r.attention(),
+            r.attention_bias(),
+            r.always(mixers__S__qk_norm="head"),
+            r.key("intermediate_size", "feed_forwards.-.intermediate_size"),
+            *r.QWEN_MOE,
+            r.must("use_sliding_window", False),
+            r.ignored("sliding_window"),
         ),
-        mixers=everywhere("S"),
-        ffn=qwen_ffn(),
+        mixers=r.everywhere("S"),
+        ffn=r.qwen_ffn(),
         weights=(
-            *ends(),
-            *PRE_NORMS,
-            *ATTENTION_WEIGHTS,
-            *QK_NORMS,
-            *DENSE_WEIGHTS,
-            *QWEN_MOE_WEIGHTS,
+            *r.ends(),
+            *r.PRE_NORMS,
+            *r.ATTENTION_WEIGHTS,
+            *r.QK_NORMS,
+            *r.DENSE_WEIGHTS,
+            *r.QWEN_MOE_WEIGHTS,
         ),
     )
 )

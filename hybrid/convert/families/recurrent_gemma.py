@@ -8,23 +8,10 @@ from typing import Any
 
 import torch
 
-from hybrid.convert.families.common import GATED, LAYER, MIXER, SIZES, ends
-from hybrid.convert.family import (
-    Family,
-    Flat,
-    LayerRule,
-    always,
-    both,
-    everywhere,
-    ignored,
-    key,
-    register_family,
-    rope,
-)
+from hybrid.convert import rules as r
 from hybrid.convert.stack import repeated
-from hybrid.convert.weights import Squeeze, renames, rule
 
-THEIRS = f"{LAYER}temporal_block."
+THEIRS = f"{r.LAYER}temporal_block."
 TYPES = {"recurrent": "U", "attention": "W"}
 
 
@@ -33,93 +20,93 @@ def _read_layers(config: Any) -> Sequence[str]:
     return [TYPES[config.block_types[i % count]] for i in range(config.num_hidden_layers)]
 
 
-def _write_layers(layers: Sequence[str]) -> Flat:
+def _write_layers(layers: Sequence[str]) -> r.Flat:
     kinds = {letter: kind for kind, letter in TYPES.items()}
     return {"block_types": [kinds[letter] for letter in repeated(layers)]}
 
 
-def _read_embedding(config: Any) -> Flat:
+def _read_embedding(config: Any) -> r.Flat:
     """sqrt(D) in bfloat16, whatever the precision of the weights."""
     return {"embedding_multiplier": torch.tensor(config.hidden_size**0.5).bfloat16().item()}
 
 
-POSITIONS = rope("W", partial=True)
+POSITIONS = r.rope("W", partial=True)
 
 
-def _write_positions(flat: Flat) -> Flat:
+def _write_positions(flat: r.Flat) -> r.Flat:
     """With a share of 1 spelt out, for they take one half where there is none."""
     written = POSITIONS.write(flat)
     return {name: {"partial_rotary_factor": 1.0, **found} for name, found in written.items()}
 
 
-def _write_width(flat: Flat) -> Flat:
+def _write_width(flat: r.Flat) -> r.Flat:
     width = flat.get("feed_forwards.-.intermediate_size")
     return {} if width is None else {"intermediate_size": 2 * width}
 
 
-RECURRENT_GEMMA = register_family(
-    Family(
+RECURRENT_GEMMA = r.register_family(
+    r.Family(
         name="recurrent_gemma",
         architecture="RecurrentGemmaForCausalLM",
         letters={"U": "rg_lru", "W": "sliding_window_attention"},
         config=(
             *(
                 found
-                for found in SIZES
+                for found in r.SIZES
                 if found.keys not in (("max_position_embeddings",), ("initializer_range",))
             ),
-            key("rms_norm_eps", "norm_eps"),
-            always(norm="zero_centered_rmsnorm"),
-            both(read=_read_embedding, write=lambda flat: {}),
-            key("logits_soft_cap", "logit_softcap"),
-            key("num_attention_heads", "mixers.W.num_heads", "mixers.U.num_heads"),
-            key("num_key_value_heads", "mixers.W.num_kv_heads"),
-            key("attention_dropout", "mixers.W.dropout"),
-            key("attention_bias", "mixers.W.bias"),
-            always(mixers__W__output_bias=True),
-            key("attention_window_size", "mixers.W.window"),
+            r.key("rms_norm_eps", "norm_eps"),
+            r.always(norm="zero_centered_rmsnorm"),
+            r.both(read=_read_embedding, write=lambda flat: {}),
+            r.key("logits_soft_cap", "logit_softcap"),
+            r.key("num_attention_heads", "mixers.W.num_heads", "mixers.U.num_heads"),
+            r.key("num_key_value_heads", "mixers.W.num_kv_heads"),
+            r.key("attention_dropout", "mixers.W.dropout"),
+            r.key("attention_bias", "mixers.W.bias"),
+            r.always(mixers__W__output_bias=True),
+            r.key("attention_window_size", "mixers.W.window"),
             replace(POSITIONS, write=_write_positions),
-            key("lru_width", "mixers.U.width"),
-            key("conv1d_width", "mixers.U.conv_size"),
-            both(
+            r.key("lru_width", "mixers.U.width"),
+            r.key("conv1d_width", "mixers.U.conv_size"),
+            r.both(
                 "intermediate_size",
                 read=lambda config: {
                     "feed_forwards.-.intermediate_size": config.intermediate_size // 2
                 },
                 write=_write_width,
             ),
-            key(
+            r.key(
                 *("hidden_activation", "feed_forwards.-.activation"),
-                values={"gelu_pytorch_tanh": GATED["gelu_pytorch_tanh"]},
+                values={"gelu_pytorch_tanh": r.GATED["gelu_pytorch_tanh"]},
             ),
-            always(**{"feed_forwards__-__bias": True}),
-            ignored("w_init_variance_scale"),
+            r.always(**{"feed_forwards__-__bias": True}),
+            r.ignored("w_init_variance_scale"),
         ),
-        mixers=LayerRule(("block_types",), _read_layers, _write_layers),
-        ffn=everywhere("-"),
+        mixers=r.LayerRule(("block_types",), _read_layers, _write_layers),
+        ffn=r.everywhere("-"),
         weights=(
-            *ends("final_norm"),
-            *renames(LAYER, LAYER, {"temporal_pre_norm": "mixer_residual.norm_in"}),
-            *renames(LAYER, LAYER, {"channel_pre_norm": "ffn_residual.norm_in"}),
-            *renames(THEIRS, MIXER, ["q_proj", "k_proj", "v_proj", "o_proj"], mixer="W"),
-            *renames(
+            *r.ends("final_norm"),
+            *r.renames(r.LAYER, r.LAYER, {"temporal_pre_norm": "mixer_residual.norm_in"}),
+            *r.renames(r.LAYER, r.LAYER, {"channel_pre_norm": "ffn_residual.norm_in"}),
+            *r.renames(THEIRS, r.MIXER, ["q_proj", "k_proj", "v_proj", "o_proj"], mixer="W"),
+            *r.renames(
                 THEIRS,
-                MIXER,
+                r.MIXER,
                 {"linear_x": "x_proj", "linear_y": "gate_proj", "linear_out": "o_proj"},
                 mixer="U",
             ),
-            rule(f"{THEIRS}conv_1d.weight", f"{MIXER}conv.weight", Squeeze(1), mixer="U"),
-            rule(f"{THEIRS}conv_1d.bias", f"{MIXER}conv.bias", mixer="U"),
-            rule(f"{THEIRS}rg_lru.recurrent_param", f"{MIXER}decay_rate", mixer="U"),
+            r.rule(f"{THEIRS}conv_1d.weight", f"{r.MIXER}conv.weight", r.Squeeze(1), mixer="U"),
+            r.rule(f"{THEIRS}conv_1d.bias", f"{r.MIXER}conv.bias", mixer="U"),
+            r.rule(f"{THEIRS}rg_lru.recurrent_param", f"{r.MIXER}decay_rate", mixer="U"),
             *(
-                rule(f"{THEIRS}rg_lru.{theirs}_{kind}", f"{MIXER}{ours}.{kind}", mixer="U")
+                r.rule(f"{THEIRS}rg_lru.{theirs}_{kind}", f"{r.MIXER}{ours}.{kind}", mixer="U")
                 for theirs, ours in (
                     ("input_gate", "input_gate"), ("recurrent_gate", "recurrence_gate"),
                 )
                 for kind in ("weight", "bias")
             ),
-            *renames(
-                f"{LAYER}mlp_block.", f"{LAYER}ffn.", ["gate_proj", "up_proj", "down_proj"], ffn="-"
+            *r.renames(
+                f"{r.LAYER}mlp_block.", f"{r.LAYER}ffn.", ["gate_proj", "up_proj", "down_proj"], ffn="-"
             ),
         ),
     )

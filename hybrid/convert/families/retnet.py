@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from hybrid.convert import rules as r
 from hybrid.convert.families.fla import (
     ATTN,
     DEFAULTS,
@@ -14,10 +15,9 @@ from hybrid.convert.families.fla import (
     mixer_weights,
     ungrouped,
 )
-from hybrid.convert.family import Family, always, everywhere, ignored, key, must, register_family
 
-RETNET = register_family(
-    Family(
+RETNET = r.register_family(
+    r.Family(
         name="retnet",
         architecture="RetNetForCausalLM",
         letters={"T": "retention", **SOFTMAX},
@@ -26,19 +26,19 @@ RETNET = register_family(
             ATTN,
             *expansion("T"),
             ungrouped(),
-            must("use_output_gate", True),
-            must("feature_map", None),
-            key(
+            r.must("use_output_gate", True),
+            r.must("feature_map", None),
+            r.key(
                 "elementwise_affine",
                 "mixers.T.output_norm_weight",
                 values={True: True, None: False, False: False},
             ),
-            always(mixers__T__rope_theta=10000.0, mixers__T__conv_size=None),
+            r.always(mixers__T__rope_theta=10000.0, mixers__T__conv_size=None),
             # their stack does not hand these on to its layers
-            ignored("use_short_conv", "conv_size"),
+            r.ignored("use_short_conv", "conv_size"),
         ),
         mixers=mixed("T"),
-        ffn=everywhere("-"),
+        ffn=r.everywhere("-"),
         weights=(
             *STACK_WEIGHTS,
             *mixer_weights("T", {"g_proj": "gate_proj", "g_norm_swish_gate": "norm"}),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from hybrid.convert.families.common import LAYER, MIXER, SIZES
+from hybrid.convert import rules as r
 from hybrid.convert.families.fla import (
     ATTN,
     DEFAULTS,
@@ -18,10 +18,8 @@ from hybrid.convert.families.fla import (
     mixed,
     width,
 )
-from hybrid.convert.family import Family, LayerRule, always, key, must, register_family
-from hybrid.convert.weights import Reorder, Reshape, Transpose, renames, rule
 
-FFN = f"{LAYER}ffn."
+FFN = f"{r.LAYER}ffn."
 ORDER = (0, 2, 3, 1, 4)  # theirs is r, w, k, v, g; ours r, k, v, w, g
 
 
@@ -37,55 +35,58 @@ def _ranks(options: Any) -> list[int]:
     return [options.shift_rank] * len(ORDER)
 
 
-RWKV6 = register_family(
-    Family(
+RWKV6 = r.register_family(
+    r.Family(
         name="rwkv6",
         architecture="RWKV6ForCausalLM",
         letters={"R": "rwkv6", "c": "rwkv_channel_mix", **SOFTMAX},
         config=(
-            *SIZES,
-            key("norm_eps", "norm_eps", "mixers.R.norm_eps"),
-            always(norm="layernorm"),
-            key("norm_first", "embedding_norm"),
-            must("norm_bias", True),
-            must("hidden_act", "sqrelu"),
+            *r.SIZES,
+            r.key("norm_eps", "norm_eps", "mixers.R.norm_eps"),
+            r.always(norm="layernorm"),
+            r.key("norm_first", "embedding_norm"),
+            r.must("norm_bias", True),
+            r.must("hidden_act", "sqrelu"),
             ATTN,
             *expansion("R"),
-            key("proj_low_rank_dim", "mixers.R.shift_rank"),
-            key("gate_low_rank_dim", "mixers.R.decay_rank"),
+            r.key("proj_low_rank_dim", "mixers.R.shift_rank"),
+            r.key("gate_low_rank_dim", "mixers.R.decay_rank"),
             width("mixers.c.intermediate_size", 3.5, 1, 32),
             UNREAD,
         ),
-        mixers=LayerRule(("attn",), _read_layers, _write_layers),
-        ffn=LayerRule((), lambda config: [""] * 2 * config.num_hidden_layers, lambda layers: {}),
+        mixers=r.LayerRule(("attn",), _read_layers, _write_layers),
+        ffn=r.LayerRule((), lambda config: [""] * 2 * config.num_hidden_layers, lambda layers: {}),
         joins_next="RSW",
         weights=(
             *ends(),
-            *renames("model.layers.0.", "model.", {"pre_norm": "embed_norm"}),
-            *renames(LAYER, LAYER, {"attn_norm": "mixer_residual.norm_in"}, mixer="RSW"),
-            *renames(LAYER, LAYER, {"ffn_norm": "mixer_residual.norm_in"}, mixer="c"),
+            *r.renames("model.layers.0.", "model.", {"pre_norm": "embed_norm"}),
+            *r.renames(r.LAYER, r.LAYER, {"attn_norm": "mixer_residual.norm_in"}, mixer="RSW"),
+            *r.renames(r.LAYER, r.LAYER, {"ffn_norm": "mixer_residual.norm_in"}, mixer="c"),
             *SOFTMAX_WEIGHTS,
-            rule(f"{THEIRS}x_proj.0.mu", f"{MIXER}shift_base", mixer="R"),
-            rule(
+            r.rule(f"{THEIRS}x_proj.0.mu", f"{r.MIXER}shift_base", mixer="R"),
+            r.rule(
                 f"{THEIRS}x_proj.0.linear.weight",
-                f"{MIXER}shift_down.weight",
-                Reorder(_ranks, ORDER),
+                f"{r.MIXER}shift_down.weight",
+                r.Reorder(_ranks, ORDER),
                 mixer="R",
             ),
-            rule(
+            r.rule(
                 f"{THEIRS}x_proj.2.weight",
-                f"{MIXER}shift_up",
-                Transpose(),
-                Reorder(_ranks, ORDER),
-                Reshape(lambda options: (sum(_ranks(options)), -1)),
+                f"{r.MIXER}shift_up",
+                r.Transpose(),
+                r.Reorder(_ranks, ORDER),
+                r.Reshape(lambda options: (sum(_ranks(options)), -1)),
                 mixer="R",
             ),
-            rule(
-                f"{THEIRS}x_bias", f"{MIXER}shift", Reorder(lambda options: [1] * 5, ORDER), mixer="R"
+            r.rule(
+                f"{THEIRS}x_bias",
+                f"{r.MIXER}shift",
+                r.Reorder(lambda options: [1] * 5, ORDER),
+                mixer="R",
             ),
-            *renames(
+            *r.renames(
                 THEIRS,
-                MIXER,
+                r.MIXER,
                 {
                     "r_proj.linear": "q_proj", "k_proj.linear": "k_proj", "v_proj.linear": "v_proj",
                     "g_proj.linear": "gate_proj", "w_proj.linear.lora.0": "decay_proj.0",
@@ -93,17 +94,17 @@ RWKV6 = register_family(
                 },
                 mixer="R",
             ),
-            rule(f"{THEIRS}w_proj.linear.lora.2.weight", f"{MIXER}decay_proj.1.weight", mixer="R"),
-            rule(f"{THEIRS}w_proj.linear.lora.2.bias", f"{MIXER}decay_base", mixer="R"),
-            rule(f"{THEIRS}bonus", f"{MIXER}bonus", mixer="R"),
-            *renames(
+            r.rule(f"{THEIRS}w_proj.linear.lora.2.weight", f"{r.MIXER}decay_proj.1.weight", mixer="R"),
+            r.rule(f"{THEIRS}w_proj.linear.lora.2.bias", f"{r.MIXER}decay_base", mixer="R"),
+            r.rule(f"{THEIRS}bonus", f"{r.MIXER}bonus", mixer="R"),
+            *r.renames(
                 FFN,
-                MIXER,
+                r.MIXER,
                 {"key.linear": "k_proj", "value": "v_proj", "receptance.linear": "gate_proj"},
                 mixer="c",
             ),
-            rule(f"{FFN}key.mu", f"{MIXER}key_shift", mixer="c"),
-            rule(f"{FFN}receptance.mu", f"{MIXER}gate_shift", mixer="c"),
+            r.rule(f"{FFN}key.mu", f"{r.MIXER}key_shift", mixer="c"),
+            r.rule(f"{FFN}receptance.mu", f"{r.MIXER}gate_shift", mixer="c"),
         ),
         defaults={
             **{k: v for k, v in DEFAULTS.items() if k not in ("fuse_swiglu", "attnres_block_size")},

@@ -3,26 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from hybrid.convert.families.common import (
-    ATTENTION_WEIGHTS,
-    DENSE_WEIGHTS,
-    PRE_NORMS,
-    SIZES,
-    attention,
-    attention_bias,
-    dense,
-    ends,
-)
-from hybrid.convert.family import (
-    Family,
-    LayerRule,
-    always,
-    everywhere,
-    ignored,
-    key,
-    must,
-    register_family,
-)
+from hybrid.convert import rules as r
 
 
 def _read(config: Any) -> Sequence[str]:
@@ -33,24 +14,24 @@ def _write(layers: Sequence[str]) -> dict[str, Any]:
     return {"no_rope_layers": [int(letter == "S") for letter in layers]}
 
 
-SMOLLM3 = register_family(
-    Family(
+SMOLLM3 = r.register_family(
+    r.Family(
         name="smollm3",
         architecture="SmolLM3ForCausalLM",
         letters={"S": "softmax_attention", "N": "softmax_attention"},
         choose=lambda mixer, options: "N" if options.rope_parameters is None else "S",
         config=(
-            *SIZES,
-            key("rms_norm_eps", "norm_eps"),
-            *attention("SN"),
-            always(mixers__N__rope_parameters=None),
-            attention_bias("SN"),
-            *dense("mlp_bias"),
-            must("use_sliding_window", False),
-            ignored("sliding_window", "layer_types", "no_rope_layer_interval"),
+            *r.SIZES,
+            r.key("rms_norm_eps", "norm_eps"),
+            *r.attention("SN"),
+            r.always(mixers__N__rope_parameters=None),
+            r.attention_bias("SN"),
+            *r.dense("mlp_bias"),
+            r.must("use_sliding_window", False),
+            r.ignored("sliding_window", "layer_types", "no_rope_layer_interval"),
         ),
-        mixers=LayerRule(("no_rope_layers",), _read, _write),
-        ffn=everywhere("-"),
-        weights=(*ends(), *PRE_NORMS, *ATTENTION_WEIGHTS, *DENSE_WEIGHTS),
+        mixers=r.LayerRule(("no_rope_layers",), _read, _write),
+        ffn=r.everywhere("-"),
+        weights=(*r.ends(), *r.PRE_NORMS, *r.ATTENTION_WEIGHTS, *r.DENSE_WEIGHTS),
     )
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from hybrid.convert import rules as r
 from hybrid.convert.families.fla import (
     DEFAULTS,
     SOFTMAX,
@@ -11,16 +12,6 @@ from hybrid.convert.families.fla import (
     STACK_WEIGHTS,
     softmax_options,
     softmax_spec,
-)
-from hybrid.convert.family import (
-    Family,
-    Flat,
-    Inexpressible,
-    LayerRule,
-    both,
-    everywhere,
-    ignored,
-    register_family,
 )
 
 KEYS = ("num_heads", "num_kv_heads", "qkv_bias", "window_size", "rope_theta")
@@ -31,7 +22,7 @@ def _letter(config: Any) -> str:
     return "S" if config.window_size is None else "W"
 
 
-def _read(config: Any) -> Flat:
+def _read(config: Any) -> r.Flat:
     letter = _letter(config)
     eps = None if config.norm_eps == QK_NORM_EPS else QK_NORM_EPS
     norm = {"qk_norm": "head", "qk_norm_eps": eps} if config.qk_norm else {"qk_norm": None}
@@ -40,29 +31,29 @@ def _read(config: Any) -> Flat:
     }
 
 
-def _write(flat: Flat) -> Flat:
+def _write(flat: r.Flat) -> r.Flat:
     letter = next((word for word in flat["letters"] if word in SOFTMAX), None)
     if letter is None:
-        raise Inexpressible("no layer here has softmax attention alone, and theirs all have")
+        raise r.Inexpressible("no layer here has softmax attention alone, and theirs all have")
     return softmax_spec(letter, flat) | {"qk_norm": flat[f"mixers.{letter}.qk_norm"] is not None}
 
 
-TRANSFORMER = register_family(
-    Family(
+TRANSFORMER = r.register_family(
+    r.Family(
         name="transformer",
         architecture="TransformerForCausalLM",
         letters=SOFTMAX,
         config=(
             *STACK,
-            both(*KEYS, "qk_norm", read=_read, write=_write),
-            ignored("elementwise_affine"),  # their class has it and does not use it
+            r.both(*KEYS, "qk_norm", read=_read, write=_write),
+            r.ignored("elementwise_affine"),  # their class has it and does not use it
         ),
-        mixers=LayerRule(
+        mixers=r.LayerRule(
             ("window_size",),
             lambda config: [_letter(config)] * config.num_hidden_layers,
             lambda layers: {},
         ),
-        ffn=everywhere("-"),
+        ffn=r.everywhere("-"),
         weights=STACK_WEIGHTS,
         defaults={
             **{k: v for k, v in DEFAULTS.items() if k not in ("attn", "attn_mode")},

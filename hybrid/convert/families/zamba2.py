@@ -10,33 +10,9 @@ from dataclasses import replace
 from typing import Any
 
 from hybrid.convert import published
-from hybrid.convert.families.common import (
-    FFN,
-    GATED,
-    LAYER,
-    MIXER,
-    SIZES,
-    ends,
-    mamba2_clamp,
-    mamba2_expand,
-    mamba2_options,
-    mamba2_weights,
-)
-from hybrid.convert.family import (
-    Family,
-    Flat,
-    Inexpressible,
-    LayerRule,
-    always,
-    both,
-    ignored,
-    key,
-    must,
-    register_family,
-)
-from hybrid.convert.weights import Rule, Split, renames, rule
+from hybrid.convert import rules as r
 
-SHARED = f"{LAYER}shared_transformer."
+SHARED = f"{r.LAYER}shared_transformer."
 ADAPTERS = "model.layers.{block}.shared_transformer."
 FFN_TARGETS, SOFTMAX_TARGETS = ["gate_proj", "up_proj"], ["q_proj", "k_proj", "v_proj"]
 
@@ -45,70 +21,70 @@ def _read_layers(config: Any) -> Sequence[str]:
     return list("".join({"hybrid": "ZM"}.get(kind, "M") for kind in config.layers_block_type))
 
 
-def _write_layers(layers: Sequence[str]) -> Flat:
+def _write_layers(layers: Sequence[str]) -> r.Flat:
     text = "".join(layers)
     if "ZZ" in text or text.endswith("Z"):
-        raise Inexpressible("zamba2 has a Mamba-2 layer behind each shared block")
+        raise r.Inexpressible("zamba2 has a Mamba-2 layer behind each shared block")
     kinds = ["hybrid" if c == "Z" else "linear_attention" for c in text.replace("ZM", "Z")]
     return {"layers_block_type": kinds, "num_hidden_layers": len(kinds)}
 
 
-def _read_positions(config: Any) -> Flat:
+def _read_positions(config: Any) -> r.Flat:
     rope = dict(config.rope_parameters) if config.use_mem_rope else None
     return {"mixers.Z.rope_parameters": rope}
 
 
-def _write_positions(flat: Flat) -> Flat:
+def _write_positions(flat: r.Flat) -> r.Flat:
     rope = flat.get("mixers.Z.rope_parameters")
     return (
         {"use_mem_rope": False} if rope is None else {"use_mem_rope": True, "rope_parameters": rope}
     )
 
 
-def _read_targets(config: Any) -> Flat:
+def _read_targets(config: Any) -> r.Flat:
     more = SOFTMAX_TARGETS if config.use_shared_attention_adapter else []
     return {"shared.Z.lora_targets": [*FFN_TARGETS, *more]}
 
 
-def _write_targets(flat: Flat) -> Flat:
+def _write_targets(flat: r.Flat) -> r.Flat:
     targets = flat.get("shared.Z.lora_targets", ())
     return {"use_shared_attention_adapter": any(name in targets for name in SOFTMAX_TARGETS)}
 
 
-def _mamba(theirs: str, joined: bool) -> tuple[Rule, ...]:
+def _mamba(theirs: str, joined: bool) -> tuple[r.Rule, ...]:
     """A Mamba-2 layer below a prefix: one by itself, or one behind a shared block."""
     rules = (
-        *renames(theirs, LAYER, {"input_layernorm": "mixer_residual.norm_in"}, mixer="M"),
-        *mamba2_weights(f"{theirs}mamba."),
+        *r.renames(theirs, r.LAYER, {"input_layernorm": "mixer_residual.norm_in"}, mixer="M"),
+        *r.mamba2_weights(f"{theirs}mamba."),
     )
     return tuple(replace(found, joined=joined) for found in rules)
 
 
-ZAMBA2 = register_family(
-    Family(
+ZAMBA2 = r.register_family(
+    r.Family(
         name="zamba2",
         architecture="Zamba2ForCausalLM",
         limits=published.clamped_below,
         letters={"M": "mamba2", "Z": "softmax_attention"},
         config=(
-            *(found for found in SIZES if found.keys != ("tie_word_embeddings",)),
+            *(found for found in r.SIZES if found.keys != ("tie_word_embeddings",)),
             # without, their class shares no blocks either
-            must("tie_word_embeddings", True),
-            always(tie_word_embeddings=True),
+            r.must("tie_word_embeddings", True),
+            r.always(tie_word_embeddings=True),
             # the norm within Mamba-2 has this one whatever the config says
-            must("rms_norm_eps", 1e-5),
-            always(norm_eps=1e-5),
-            key("num_attention_heads", "mixers.Z.num_heads"),
-            key("num_key_value_heads", "mixers.Z.num_kv_heads"),
-            key("attention_dropout", "mixers.Z.dropout"),
-            both(
+            r.must("rms_norm_eps", 1e-5),
+            r.always(norm_eps=1e-5),
+            r.key("num_attention_heads", "mixers.Z.num_heads"),
+            r.key("num_key_value_heads", "mixers.Z.num_kv_heads"),
+            r.key("attention_dropout", "mixers.Z.dropout"),
+            r.both(
                 read=lambda config: {"mixers.Z.scale": (config.attention_head_dim / 2) ** -0.5},
                 write=lambda flat: {},
             ),
-            both("use_mem_rope", "rope_parameters", read=_read_positions, write=_write_positions),
+            r.both("use_mem_rope", "rope_parameters", read=_read_positions, write=_write_positions),
             *(
                 found
-                for found in mamba2_options(
+                for found in r.mamba2_options(
                     "n_mamba_heads", "mamba_headdim", "mamba_d_state", "mamba_ngroups",
                     "mamba_d_conv", "use_conv_bias", "add_bias_linear", "mamba_expand",
                 )
@@ -117,70 +93,70 @@ ZAMBA2 = register_family(
                     "time_step_limit",
                 )
             ),
-            mamba2_expand(
+            r.mamba2_expand(
                 "mamba_expand", read=lambda config: {"mixers.M.head_dim": config.mamba_headdim}
             ),
-            *mamba2_clamp(),
-            key("add_bias_linear", "mixers.M.bias", "feed_forwards.-.bias"),
-            key("intermediate_size", "feed_forwards.-.intermediate_size"),
-            key("hidden_act", "feed_forwards.-.activation", values=GATED),
-            key("num_mem_blocks", "shared.Z.blocks"),
-            key("adapter_rank", "shared.Z.lora_rank"),
-            both("use_shared_attention_adapter", read=_read_targets, write=_write_targets),
-            always(
+            *r.mamba2_clamp(),
+            r.key("add_bias_linear", "mixers.M.bias", "feed_forwards.-.bias"),
+            r.key("intermediate_size", "feed_forwards.-.intermediate_size"),
+            r.key("hidden_act", "feed_forwards.-.activation", values=r.GATED),
+            r.key("num_mem_blocks", "shared.Z.blocks"),
+            r.key("adapter_rank", "shared.Z.lora_rank"),
+            r.both("use_shared_attention_adapter", read=_read_targets, write=_write_targets),
+            r.always(
                 residuals__Z__skip_multiplier=0.0,
                 shared__Z__concat_embeddings=True,
                 shared__Z__depth_projection=True,
                 shared__Z__output="next",
             ),
-            ignored("use_conv_bias", "use_long_context", "chunk_size", "num_logits_to_keep",
+            r.ignored("use_conv_bias", "use_long_context", "chunk_size", "num_logits_to_keep",
                     "use_mamba_kernels", "use_mem_eff_path"),
         ),
-        mixers=LayerRule(("layers_block_type",), _read_layers, _write_layers),
-        ffn=LayerRule(
+        mixers=r.LayerRule(("layers_block_type",), _read_layers, _write_layers),
+        ffn=r.LayerRule(
             (),
             lambda config: ["-" if letter == "Z" else "" for letter in _read_layers(config)],
             lambda layers: {},
         ),
         joins_next="Z",
         weights=(
-            *ends("final_layernorm"),
-            *_mamba(LAYER, joined=False),
-            *_mamba(f"{LAYER}mamba_decoder.", joined=True),
-            *renames(LAYER, LAYER, {"linear": "depth_projection"}, mixer="Z"),
-            *renames(SHARED, LAYER, {"input_layernorm": "mixer_residual.norm_in"}, mixer="Z"),
-            *renames(SHARED, LAYER, {"pre_ff_layernorm": "ffn_residual.norm_in"}, mixer="Z"),
-            *renames(
-                f"{SHARED}self_attn.", MIXER, ["q_proj", "k_proj", "v_proj", "o_proj"], mixer="Z"
+            *r.ends("final_layernorm"),
+            *_mamba(r.LAYER, joined=False),
+            *_mamba(f"{r.LAYER}mamba_decoder.", joined=True),
+            *r.renames(r.LAYER, r.LAYER, {"linear": "depth_projection"}, mixer="Z"),
+            *r.renames(SHARED, r.LAYER, {"input_layernorm": "mixer_residual.norm_in"}, mixer="Z"),
+            *r.renames(SHARED, r.LAYER, {"pre_ff_layernorm": "ffn_residual.norm_in"}, mixer="Z"),
+            *r.renames(
+                f"{SHARED}self_attn.", r.MIXER, ["q_proj", "k_proj", "v_proj", "o_proj"], mixer="Z"
             ),
             *(
-                rule(
+                r.rule(
                     f"{ADAPTERS}self_attn.linear_{name}_adapter_list.{{depth}}.{number}.weight",
-                    f"{MIXER}{name}_proj.lora_{part}.weight",
+                    f"{r.MIXER}{name}_proj.lora_{part}.weight",
                     mixer="Z",
                 )
                 for name in "qkv"
                 for number, part in enumerate("ab")
             ),
             *(
-                rule(
+                r.rule(
                     f"{SHARED}feed_forward.gate_up_proj.{kind}",
-                    [f"{FFN}{name}.{kind}" for name in FFN_TARGETS],
-                    Split(),
+                    [f"{r.FFN}{name}.{kind}" for name in FFN_TARGETS],
+                    r.Split(),
                     ffn="-",
                 )
                 for kind in ("weight", "bias")
             ),
-            *renames(f"{SHARED}feed_forward.", FFN, ["down_proj"], ffn="-"),
-            rule(
+            *r.renames(f"{SHARED}feed_forward.", r.FFN, ["down_proj"], ffn="-"),
+            r.rule(
                 f"{ADAPTERS}feed_forward.gate_up_proj_adapter_list.{{depth}}.0.weight",
-                f"{FFN}gate_proj.lora_a.weight",
+                f"{r.FFN}gate_proj.lora_a.weight",
                 ffn="-",
             ),
-            rule(
+            r.rule(
                 f"{ADAPTERS}feed_forward.gate_up_proj_adapter_list.{{depth}}.1.weight",
-                [f"{FFN}{name}.lora_b.weight" for name in FFN_TARGETS],
-                Split(),
+                [f"{r.FFN}{name}.lora_b.weight" for name in FFN_TARGETS],
+                r.Split(),
                 ffn="-",
             ),
         ),

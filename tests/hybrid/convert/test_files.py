@@ -16,7 +16,7 @@ import hybrid
 from hybrid.cli import main
 from hybrid.convert import checkpoint as files
 from hybrid.convert import export, import_published
-from hybrid.convert.steps import Held, Respelt
+from hybrid.convert.tensor_sources import Held, Respelt
 
 SIZES: Any = {
     "vocab_size": 61, "hidden_size": 24, "intermediate_size": 28, "num_hidden_layers": 3,

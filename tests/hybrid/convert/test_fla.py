@@ -23,7 +23,9 @@ from hybrid.convert import FAMILIES
 from hybrid.convert.configs import BOOKKEEPING, to_ours
 from hybrid.convert.family import NotExpressible
 from hybrid.convert.stack import on_meta
-from hybrid.convert.steps import Held, read_steps, steps
+from hybrid.convert.tensor_plan import steps
+from hybrid.convert.tensor_sources import Held
+from hybrid.convert.tensor_streams import read_steps
 
 HERE = Path(__file__).parent / "fla_formats"
 RECORDED = {path.stem: json.loads(path.read_text()) for path in sorted(HERE.glob("*.json"))}

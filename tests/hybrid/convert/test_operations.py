@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hybrid.convert.weights import (
+from hybrid.convert.tensor_rules import (
     Fuse,
     Place,
     Reorder,

@@ -45,7 +45,7 @@ def test_exports_have_positions_in_the_words_of_the_published_file(path):
     """Beside those of transformers 5, for servers."""
     values = read_json(path)
     family, theirs = read_published(values, path)
-    found = family.older(json.loads(theirs.to_json_string(use_diff=False)))
+    found = family.legacy_rope(json.loads(theirs.to_json_string(use_diff=False)))
     published = {name: values[name] for name in WORDS if name in values}
     if scaling := published.get("rope_scaling"):
         published["rope_scaling"] = {"rope_type": scaling.get("type"), **scaling}

@@ -16,7 +16,7 @@ from hybrid.convert import export
 from hybrid.convert.checkpoint import Checkpoint
 from hybrid.convert.engine import on_disk
 from hybrid.convert.quantized import Dequantized
-from hybrid.convert.steps import Held
+from hybrid.convert.tensor_sources import Held
 
 SMALL = {
     "vocab_size": 61, "num_attention_heads": 4, "num_key_value_heads": 2, "bos_token_id": 1,

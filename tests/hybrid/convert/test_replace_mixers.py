@@ -10,8 +10,8 @@ import hybrid
 from hybrid.config import lookup
 from hybrid.config.registry import mixers
 from hybrid.convert.engine import import_published
-from hybrid.convert.inherit import INHERIT
-from hybrid.convert.relayout import relayout
+from hybrid.convert.init_from_attention import INIT_FROM_ATTENTION
+from hybrid.convert.replace_mixers import replace_mixers
 from hybrid.layout import LayoutError
 
 SIZES = {
@@ -23,7 +23,7 @@ SIZES = {
     "num_key_value_heads": 2,
     "initializer_range": 0.2,
 }
-LINEAR = [name for name in INHERIT if mixers.get(name).layer_type == "linear_attention"]
+LINEAR = [name for name in INIT_FROM_ATTENTION if mixers.get(name).layer_type == "linear_attention"]
 RECURRENT = sorted(set(LINEAR) - {"sliding_window_attention", "chunked_attention"})
 
 
@@ -59,7 +59,7 @@ def token_ids():
     return torch.randint(0, 61, (2, 21), generator=torch.Generator().manual_seed(1))
 
 
-@pytest.mark.parametrize("name", sorted(INHERIT))
+@pytest.mark.parametrize("name", sorted(INIT_FROM_ATTENTION))
 def test_everything_but_the_new_mixers_is_the_same_bit_for_bit(llama, from_llama, name):
     student = from_llama("SQ", mixers={"Q": {"type": name}})
     teacher = hybrid.HybridForCausalLM.from_published(llama).state_dict()
@@ -139,7 +139,7 @@ def test_rotary_positions_that_are_lost_are_named(from_llama, build, caplog):
     stretched = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}
     model = build(torch.float32, layout="SS", mixers={"S": {"num_heads": 2,
                   "rope_parameters": stretched}})  # fmt: skip
-    for make in (lambda: from_llama("SD"), lambda: relayout(model, "ST")):
+    for make in (lambda: from_llama("SD"), lambda: replace_mixers(model, "ST")):
         caplog.clear()
         with caplog.at_level(logging.WARNING):
             make()
@@ -205,7 +205,7 @@ def test_import_of_a_folder_is_what_from_published_gives(llama, tmp_path):
 
 def test_a_model_of_ours_changes_its_layout_and_shares_nothing(build, ids):
     model = build(torch.float32, layout="SLSS", mixers={"S": {"num_heads": 4, "num_kv_heads": 1}})
-    student = relayout(model, "SLSD")
+    student = replace_mixers(model, "SLSD")
     assert student.config.layout == "SLSD"
     with torch.no_grad():
         student.model.layers[0].mixer.q_proj.weight.zero_()
@@ -218,7 +218,7 @@ def test_settings_by_letter_go_over_to_the_new_letter(build):
     by_letter = {"S": "reordered", "default": "pre"}
     model = build(torch.float32, layout="SS", norm_position=by_letter,
                   ffn={"S": "-", "default": ""}, mixers={"S": {"num_heads": 2}})  # fmt: skip
-    student = relayout(model, "SD")
+    student = replace_mixers(model, "SD")
     assert lookup.norm_position_at(student.config, "D") == "reordered"
     assert [layer.ffn for layer in student.config.layers] == ["-", "-"]
 
@@ -263,7 +263,7 @@ def test_a_letter_that_means_nothing_is_a_layout_error(from_llama):
 )  # fmt: skip
 def test_teachers_that_cannot_hand_on_are_refused(build, config, layout, words):
     with pytest.raises(ValueError, match=words):
-        relayout(build(torch.float32, **config), layout)
+        replace_mixers(build(torch.float32, **config), layout)
 
 
 def test_the_command_line_takes_a_layout(llama, tmp_path, capsys):

@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import hybrid
 from hybrid.cli import main
 from hybrid.config.options import ConfigError
-from hybrid.convert.relayout import relayout
+from hybrid.convert.replace_mixers import replace_mixers
 from hybrid.distill import distill, load_config, parse_config
 from hybrid.distill.config import PARTS
 from hybrid.distill.measure import RowLosses, knock_outs, output_errors, row_losses
@@ -90,7 +90,7 @@ def values(teacher_folder, text_file, tmp_path):
 def pair(teacher_folder):
     """Teacher and student, S S S S and S D S D."""
     teacher = hybrid.HybridForCausalLM.from_published(teacher_folder)
-    return teacher, relayout(teacher, "SD")
+    return teacher, replace_mixers(teacher, "SD")
 
 
 @pytest.fixture(scope="module")
@@ -240,7 +240,7 @@ def test_divergence_is_its_definition_and_so_is_its_gradient(pair, temperature):
 
 
 def test_equations_find_the_projection_that_made_the_outputs(pair):
-    mixer = relayout(pair[0], "SD").model.layers[1].mixer
+    mixer = replace_mixers(pair[0], "SD").model.layers[1].mixer
     wanted, x = torch.randn(48, 48), torch.randn(2, 400, 48)
     reads, equations = [], Equations()
     handle = mixer.o_proj.register_forward_pre_hook(lambda module, args: reads.append(args[0]))
@@ -279,14 +279,14 @@ def test_what_the_teacher_sees_is_what_its_layers_are_given(pair, rows):
 
 def test_a_student_of_windows_has_no_error(pair, rows):
     teacher = pair[0]
-    student = relayout(teacher, "SW", {"W": {"window": T}})
+    student = replace_mixers(teacher, "SW", {"W": {"window": T}})
     errors = output_errors(teacher, student, (1, 3), rows[:2])
     assert max(errors.values()) < 1e-9
     assert min(output_errors(teacher, pair[1], (1, 3), rows[:2]).values()) > 0.05
 
 
 def test_a_branch_that_gives_zeros_is_shown_to_do_nothing(pair, rows):
-    student = relayout(pair[0], "SD")
+    student = replace_mixers(pair[0], "SD")
     with torch.no_grad():
         student.model.layers[1].mixer.o_proj.weight.zero_()
     whole = row_losses(student, rows)
@@ -306,7 +306,7 @@ def test_a_branch_that_gives_zeros_is_shown_to_do_nothing(pair, rows):
 
 
 def test_a_silenced_mixer_adds_nothing_to_the_stream(pair, rows):
-    student = relayout(pair[0], "SD")
+    student = replace_mixers(pair[0], "SD")
     ids = torch.from_numpy(rows[0]["input_ids"])[None]
     with torch.no_grad():
         with silenced(student, [1]):

@@ -43,7 +43,9 @@ import hybrid
 from hybrid.convert import FAMILIES
 from hybrid.convert.checkpoint import Checkpoint, read_json
 from hybrid.convert.configs import unmapped_keys
-from hybrid.convert.steps import Held, read_steps, steps
+from hybrid.convert.tensor_plan import steps
+from hybrid.convert.tensor_sources import Held
+from hybrid.convert.tensor_streams import read_steps
 
 TOLERANCE = 1e-5  # of the standard deviation of logits, and of the norm of gradients
 TIME, LENGTHS = 17, (17, 11, 6)
@@ -288,10 +290,10 @@ def assert_same_tensors(found, folder):
 def assert_older_words_say_the_same(family, kind, folder):
     """In an export, those of transformers 4 are redundant, and so are the newer ones beside them."""
     values = read_json(folder / "config.json")
-    older = family.older(values)
+    older = family.legacy_rope(values)
     assert older.items() <= values.items()
     without = {key: value for key, value in values.items() if key not in older}
-    assert family.older(without) == older
+    assert family.legacy_rope(without) == older
     expected = kind.from_dict(copy.deepcopy(without)).to_dict()
     # without a scaling, gpt-oss of transformers 5 takes its own, where transformers 4 took none
     if older and not (family.name == "gpt_oss" and older["rope_scaling"] is None):

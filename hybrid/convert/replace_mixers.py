@@ -4,9 +4,9 @@ Shapes: D model dim, H query heads, H_kv key heads, K head dim.
 
 A new mixer starts from the softmax attention that it replaces, as in MambaInLlama (arXiv 2408.15237,
 section 3.1) and LoLCATs (arXiv 2410.10254): queries become what reads the state, keys and values what
-is written to it, and the output projection stays. `INHERIT` (`hybrid.convert.inherit`) says for each
-mixer which options it gets and where its gates start. Feed-forwards, norms and embeddings are the same
-tensors, bit for bit.
+is written to it, and the output projection stays. `INIT_FROM_ATTENTION`
+(`hybrid.convert.init_from_attention`) says for each mixer which options it gets and where its gates
+start. Feed-forwards, norms and embeddings are the same tensors, bit for bit.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from hybrid.config.hybrid_config import HybridConfig
 from hybrid.config.options import did_you_mean
 from hybrid.config.registry import mixers as registered
 from hybrid.convert.checkpoint import Spec, some
-from hybrid.convert.inherit import INHERIT, PROJECTIONS, Inherit
+from hybrid.convert.init_from_attention import INIT_FROM_ATTENTION, PROJECTIONS, InitFromAttention
 from hybrid.convert.stack import fill, layout_of, on_meta
-from hybrid.convert.steps import Held
+from hybrid.convert.tensor_sources import Held
 from hybrid.layout import Layer, check_bound, parse, resolve
 from hybrid.mixers.base import Mixer
 from hybrid.mixers.grouped_heads import GroupedHeads
@@ -40,14 +40,14 @@ SETTINGS = ("norm_position", "residuals", "canon")
 """Settings that a config may hold by letter; a new letter has those of the one it replaces."""
 
 
-def relayout(
+def replace_mixers(
     model: HybridForCausalLM, layout: str, mixers: Options | None = None
 ) -> HybridForCausalLM:
-    """A new model with another layout and the weights of `model`; see `Relayout`.
+    """A new model with another layout and the weights of `model`; see `MixerReplacement`.
 
     Nothing is shared with the model given.
     """
-    plan = Relayout(model, layout, mixers)
+    plan = MixerReplacement(model, layout, mixers)
     held = Held(model.state_dict())
     tied = set(model.all_tied_weights_keys)
     fill(plan.model, plan.tensors((n, held.read(n)) for n in held.specs if n not in tied))
@@ -56,7 +56,7 @@ def relayout(
     return plan.model.eval()
 
 
-class Relayout:
+class MixerReplacement:
     """A model's tensors under another layout.
 
     Args:
@@ -233,10 +233,10 @@ def _refuse_kept(old: HybridConfig, layers: tuple[Layer, ...], given: Options) -
 
 def _rules(
     old: HybridConfig, layers: tuple[Layer, ...], replaced: tuple[int, ...], given: Options
-) -> dict[str, Inherit]:
+) -> dict[str, InitFromAttention]:
     """The rule of each new letter, where the layers that it replaces are attention."""
     lines: dict[str, str] = {}
-    rules: dict[str, Inherit] = {}
+    rules: dict[str, InitFromAttention] = {}
     for i in replaced:
         was, letter = old.layers[i].mixers[0], layers[i].mixers[0]
         cls, name = old.stack.mixers[was].cls, _mixer_name(old, letter, given)
@@ -245,11 +245,11 @@ def _rules(
             why = "shares its weights" if shared else "has no queries, keys and values to hand on"
             text = f"layer {i} ({was}, {cls.name}) {why}; layers that can be replaced are those of"
             lines.setdefault(was, f"{text} softmax_attention and sliding_window_attention")
-        if name in INHERIT:
-            rules[letter] = INHERIT[name]
+        if name in INIT_FROM_ATTENTION:
+            rules[letter] = INIT_FROM_ATTENTION[name]
         elif name in registered.names():
             text = f"layer {i} ({letter}, {name}) cannot inherit from softmax attention; those that"
-            lines.setdefault(letter, f"{text} can: {', '.join(sorted(INHERIT))}")
+            lines.setdefault(letter, f"{text} can: {', '.join(sorted(INIT_FROM_ATTENTION))}")
         else:
             near = did_you_mean(name, registered.names())
             lines.setdefault(letter, f"mixers.{letter}.type: no mixer {name!r}, {near}")
@@ -267,7 +267,7 @@ def _new_config(
     old: HybridConfig,
     layers: tuple[Layer, ...],
     replaced: tuple[int, ...],
-    rules: Mapping[str, Inherit],
+    rules: Mapping[str, InitFromAttention],
     given: Options,
 ) -> HybridConfig:
     values = old.to_dict()
@@ -289,7 +289,11 @@ def _new_config(
 
 
 def _carried(
-    name: str, held: Mapping[str, torch.Tensor], old: Any, wanted: torch.Size, rule: Inherit
+    name: str,
+    held: Mapping[str, torch.Tensor],
+    old: Any,
+    wanted: torch.Size,
+    rule: InitFromAttention,
 ) -> torch.Tensor:
     """One tensor of the old mixer in the shape that the new one wants."""
     tensor = held[name]

@@ -19,7 +19,7 @@ from hybrid.convert.family import (
 )
 from hybrid.convert.mtp import MTPMap
 from hybrid.convert.published import NO_CLAMP
-from hybrid.convert.weights import Fuse, Reorder, Rule, Split, Squeeze, Stack, renames, rule
+from hybrid.convert.tensor_rules import Fuse, Reorder, Rule, Split, Squeeze, Stack, renames, rule
 
 # their activation -> ours
 GATED = {"silu": "swiglu", "gelu": "geglu", "gelu_pytorch_tanh": "geglu_tanh", "relu": "reglu"}

@@ -2,8 +2,8 @@
 
 Shapes: H query heads, K head dim.
 
-One table, `INHERIT`. Gates start near the identity: memory long, output gate open, convolutions passing
-the present token on, norms at 1.
+One table, `INIT_FROM_ATTENTION`. Gates start near the identity: memory long, output gate open,
+convolutions passing the present token on, norms at 1.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ OPEN_SILU = 1.2784645427610738
 
 
 @dataclass(frozen=True)
-class Inherit:
+class InitFromAttention:
     """How one mixer takes over from softmax attention.
 
     Attributes:
@@ -130,7 +130,7 @@ def _plain_rope(softmax: GroupedHeadOptions) -> tuple[float | None, float]:
     return rope.get("rope_theta") if plain else None, rope.get("partial_rotary_factor", 1.0)
 
 
-def _attention(name: str) -> Inherit:
+def _attention(name: str) -> InitFromAttention:
     """Attention from attention: everything that both have."""
     names = [f.name for f in dataclasses.fields(registered.get(name).Options)]
 
@@ -138,7 +138,7 @@ def _attention(name: str) -> Inherit:
         return {name: getattr(softmax, name) for name in names if hasattr(softmax, name)}
 
     carried = (*PROJECTIONS, "gate_proj", "q_norm", "k_norm", "sinks")
-    return Inherit(options, carried=carried, keeps=tuple(names))
+    return InitFromAttention(options, carried=carried, keeps=tuple(names))
 
 
 _CLOSED_DECAY: dict[str, Value] = {"A_log": 0.0, "decay_proj.weight": 0.0}
@@ -146,26 +146,26 @@ _HALF_BETA: dict[str, Value] = {"beta_proj.weight": 0.0}
 _OPEN_GATE: dict[str, Value] = {"gate_proj.weight": 0.0, "gate_proj.bias": OPEN_SILU}
 _HALF_GATE: dict[str, Value] = {"gate_proj.weight": 0.0, "gate_proj.1.weight": 0.0}
 
-INHERIT: dict[str, Inherit] = {
+INIT_FROM_ATTENTION: dict[str, InitFromAttention] = {
     "softmax_attention": _attention("softmax_attention"),
     "sliding_window_attention": _attention("sliding_window_attention"),
     "chunked_attention": _attention("chunked_attention"),
     # fixed decays; a sigmoid gate that starts at 1/2 everywhere
-    "lightning_attention": Inherit(
+    "lightning_attention": InitFromAttention(
         _lightning,
         _HALF_GATE,
         (*PROJECTIONS, "gate_proj"),
         keeps=("bias", "output_gate", "rope_parameters"),
     ),
-    "norm_attention": Inherit(
+    "norm_attention": InitFromAttention(
         _plain, _HALF_GATE, (*PROJECTIONS, "gate_proj"), keeps=("bias", "output_gate")
     ),
-    "retention": Inherit(_retention, keeps=("rope_parameters",)),
-    "delta_net": Inherit(_ungated, _HALF_BETA),
-    "gated_delta_net": Inherit(
+    "retention": InitFromAttention(_retention, keeps=("rope_parameters",)),
+    "delta_net": InitFromAttention(_ungated, _HALF_BETA),
+    "gated_delta_net": InitFromAttention(
         _ungated, {**_HALF_BETA, **_CLOSED_DECAY, "dt_bias": _step_of_memory}
     ),
-    "kimi_delta_attention": Inherit(
+    "kimi_delta_attention": InitFromAttention(
         _heads,
         {
             **_HALF_BETA,
@@ -176,7 +176,7 @@ INHERIT: dict[str, Inherit] = {
         },
     ),
     # time steps of 1, so that values are written as they are; no skip, for softmax has none
-    "mamba2": Inherit(
+    "mamba2": InitFromAttention(
         _mamba2,
         {
             **_OPEN_GATE,
@@ -187,7 +187,7 @@ INHERIT: dict[str, Inherit] = {
         },
         keeps=("bias", "output_bias"),
     ),
-    "gated_linear_attention": Inherit(
+    "gated_linear_attention": InitFromAttention(
         _heads,
         {**_OPEN_GATE, "decay_proj.1.weight": 0.0, "decay_proj.1.bias": _logit_of_channels},
     ),

@@ -1,0 +1,70 @@
+"""A plan carried out, tensor by tensor, and the shapes and dtypes that come of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from hybrid.convert.checkpoint import Spec, some
+from hybrid.convert.tensor_plan import Step
+from hybrid.convert.tensor_rules import Tensors
+from hybrid.convert.tensor_sources import Source
+
+
+def our_specs(
+    planned: Sequence[Step], source: Source, dtype: torch.dtype | None
+) -> dict[str, Spec]:
+    """Shapes and dtypes of ours; `dtype` for all that are floating, or None to keep theirs."""
+    return {
+        name: Spec(shape, _cast(_dtype_of(step.theirs, source), dtype))
+        for step in planned
+        if step.is_read
+        for name, shape in zip(step.ours, step.place.shapes, strict=True)
+    }
+
+
+def their_specs(planned: Sequence[Step], source: Source) -> dict[str, Spec]:
+    """Shapes and dtypes of theirs, from ours in `source`."""
+    specs: dict[str, Spec] = {}
+    for step in planned:
+        dtype = _dtype_of(step.sources, source) if step.constant is None else step.constant.dtype
+        shapes = step.their_shapes()
+        specs |= {name: Spec(s, dtype) for name, s in zip(step.theirs, shapes, strict=True)}
+    return specs
+
+
+def _dtype_of(names: Sequence[str], source: Source) -> torch.dtype:
+    """The dtype of tensors that become one, or come from one."""
+    kinds = {source.specs[name].dtype for name in names}
+    if len(kinds) > 1:
+        listed = " and ".join(sorted(str(kind).removeprefix("torch.") for kind in kinds))
+        raise ValueError(
+            f"{some(list(names))}: belong together and are of different types, {listed}"
+        )
+    return kinds.pop()
+
+
+def _cast(found: torch.dtype, wanted: torch.dtype | None) -> torch.dtype:
+    return wanted if wanted is not None and found.is_floating_point else found
+
+
+def read_steps(
+    planned: Sequence[Step], source: Source, dtype: torch.dtype | None = None
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Our tensors, step by step."""
+    for step in planned:
+        if not step.is_read:
+            continue
+        for name, tensor in zip(step.ours, step.read(_all(step.theirs, source)), strict=True):
+            yield name, tensor.contiguous().to(_cast(tensor.dtype, dtype))
+
+
+def write_steps(planned: Sequence[Step], source: Source) -> Iterator[tuple[str, torch.Tensor]]:
+    """Their tensors, step by step."""
+    for step in planned:
+        yield from zip(step.theirs, step.write(_all(step.sources, source)), strict=True)
+
+
+def _all(names: Sequence[str], source: Source) -> Tensors:
+    return [source.read(name) for name in names]
