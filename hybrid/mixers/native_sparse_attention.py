@@ -20,10 +20,13 @@ from hybrid.config.sizes import Sizes
 from hybrid.mixers.base import Mixer, residual_projection
 from hybrid.mixers.grouped_heads import HeadSizeOptions
 from hybrid.mixers.sparse_blocks import Blocks, sparse_attention
-from hybrid.mixers.sparse_rows import AlignedRow, Rows, append, banded
+from hybrid.mixers.sparse_rows import AlignedRow, Rows, banded
 from hybrid.nn.packing import WHOLE_ROWS, Segments
-from hybrid.nn.past import Slot, StateSpec, TokenSpec
+from hybrid.nn.past import Slot, TokenSpec
 from hybrid.nn.rotary import build_rotary, rotate
+
+NEAR = ("k_window", "v_window", "k_raw", "v_raw")
+"""Names of what is kept of the last tokens only."""
 
 
 @dataclass(frozen=True)
@@ -184,7 +187,6 @@ class NativeSparseAttention(Mixer):
             k, v = (self._heads(grid.spread(y)) for y in (_flat(k), v))
             o = self._one_pass(self._heads(grid.spread(_flat(q))), k, v, near, angles, grid)
         else:
-            cache.begin(near, segments, lambda again: self._remember(again, None, cache))
             o = self._continued(q, k, self._heads(v), near, angles, grid, cache)
         o = grid.collect(torch.cat([branch.flatten(2) for branch in o], dim=-1))
         gates = torch.sigmoid(self.gate_proj(x)).unflatten(-1, (3, self.num_heads))
@@ -224,10 +226,13 @@ class NativeSparseAttention(Mixer):
 
         q, k, v (B, h, T, K) and near (B, T, C) come as they are in the batch, with padding between.
         """
-        near, phase = self._remember(grid.spread(near), grid.lengths, cache)
+        (real,) = cache.append(real=grid.real(k)[:, None, :, None])
+        real = real[:, 0, :, 0] > 0.5
+        seen = real.sum(dim=1) - grid.lengths
+        near = self._remember(grid.spread(near), grid.rows.lengths, cache)
         longest = near.shape[1] - self.past
         raw = near[:, self.past - self.blocks.size + 1 :]
-        k_blocks, v_blocks, end = self._compress(raw, angles, phase)
+        k_blocks, v_blocks, end = self._compress(raw, angles, seen % self.blocks.stride)
         end = end.clamp(max=longest)[:, None, :, None]  # blocks that end later go where none looks
 
         def at_their_ends(blocks: torch.Tensor) -> torch.Tensor:
@@ -236,41 +241,38 @@ class NativeSparseAttention(Mixer):
             room = blocks.new_zeros(*blocks.shape[:2], longest + 1, blocks.shape[3])
             return self._heads(grid.collect(_flat(room.scatter(2, place, blocks)[:, :, :-1])))
 
-        real = grid.real(k)[:, None, :, None].expand(-1, k.shape[1], -1, -1)
-        k, v = cache.append(
-            k=torch.cat([k, at_their_ends(k_blocks), real], dim=-1),
-            v=torch.cat([v, at_their_ends(v_blocks)], dim=-1),
+        k, v, k_blocks, v_blocks = cache.append(
+            k=k, v=v, k_block=at_their_ends(k_blocks), v_block=at_their_ends(v_blocks)
         )
-        k, v, total = _without_padding(k, v)
-        seen = total - grid.lengths
+        # tokens first, padding and what a static cache has not filled behind them
+        order = real.logical_not().to(torch.int8).argsort(dim=1, stable=True)[:, None, :, None]
+        k, v, k_blocks, v_blocks = (
+            y.gather(2, order.expand(-1, *y.shape[1:2], -1, y.shape[3]))
+            for y in (k, v, k_blocks, v_blocks)
+        )
         q = self._heads(grid.spread(_flat(q)))
         column = seen[:, None] + torch.arange(longest, device=k.device)
         column = column.clamp(max=k.shape[2] - 1)
         first, stride = self.blocks.size - 1, self.blocks.stride
-        (k, k_blocks), (v, v_blocks) = (y.split(self.head_dim, dim=-1)[:2] for y in (k, v))
         coarse = (k_blocks[:, :, first::stride], v_blocks[:, :, first::stride])
         o = sparse_attention(q, coarse, (k, v), column, grid.base, self.blocks, self.scaling)
         return [*o, self._nearby(q, near[:, self.past - self.window + 1 :], column)]
 
     def _remember(
         self, near: torch.Tensor, lengths: torch.Tensor | None, cache: Slot
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Put the last tokens of the past before `near` (N, T, C), and store what are the last now.
+    ) -> torch.Tensor:
+        """(N, P + T, C): `near` (N, T, C) behind the last P tokens before, which are kept.
 
-        Beside them, in a channel of its own, the state has as many ones as there are tokens after the
-        last whole stride. Returns both, (N, P + T, C), and that number as it was before, (N,).
+        Args:
+            near: keys and values of the window, then those to compress.
+            lengths: (N,), tokens of each row, padding behind them; None for T.
         """
-        if lengths is None:
-            lengths = near.new_full(near.shape[:1], near.shape[1], dtype=torch.long)
-        state = cache.state("conv")
-        if state is None:
-            state = near.new_zeros(near.shape[0], near.shape[2] + 1, self.past)
-        phase = (state[:, -1] > 0.5).sum(dim=1)
-        near, last = append(state[:, :-1], near, lengths)
-        column = torch.arange(self.past, device=near.device)
-        marks = column >= self.past - ((phase + lengths) % self.blocks.stride)[:, None]
-        cache.set_state("conv", torch.cat([last, marks[:, None].to(last.dtype)], dim=1))
-        return near, phase
+        time = near.shape[1]
+        parts = dict(zip(NEAR, near.chunk(4, dim=-1), strict=True))
+        tokens = {name: self._heads(part) for name, part in parts.items()}
+        found = cache.append(window=self.past + 1, lengths=lengths, **tokens)
+        near = torch.cat([_flat(y) for y in found], dim=-1)
+        return F.pad(near, (0, 0, self.past + time - near.shape[1], 0))
 
     def _compress(
         self, raw: torch.Tensor, angles: torch.Tensor | None, phase: torch.Tensor
@@ -341,13 +343,15 @@ class NativeSparseAttention(Mixer):
         return attended + self.num_kv_heads * made / sizes.stride
 
     def tokens(self) -> dict[str, TokenSpec]:
-        """A selection key and value, a compressed key and value, and a mark, per key head."""
-        k = TokenSpec(self.num_kv_heads, 2 * self.head_dim + 1)
-        return {"k": k, "v": TokenSpec(self.num_kv_heads, 2 * self.head_dim)}
+        """Keys and values of each branch.
 
-    def states(self) -> dict[str, StateSpec]:
-        """Keys and values of the window, as many to compress, and a mark, per token."""
-        return {"conv": StateSpec((4 * self.num_kv_heads * self.head_dim + 1, self.past))}
+        For all tokens: whether it is one, its key and value, and those of the compressed block that ends
+        with it. For the last P: those of the window, and those to compress.
+        """
+        every = TokenSpec(self.num_kv_heads, self.head_dim)
+        near = TokenSpec(self.num_kv_heads, self.head_dim, self.past + 1)
+        found = {"real": TokenSpec(1, 1), **dict.fromkeys(("k", "v", "k_block", "v_block"), every)}
+        return found | dict.fromkeys(NEAR, near)
 
 
 def _flat(y: torch.Tensor) -> torch.Tensor:
@@ -357,19 +361,6 @@ def _flat(y: torch.Tensor) -> torch.Tensor:
 
 def _sum_to(n: int) -> int:
     return n * (n + 1) // 2
-
-
-def _without_padding(
-    k: torch.Tensor, v: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Keys and values (B, H_kv, S, .) with the columns that k marks, in its last channel, first.
-
-    Returns them and the number of such columns, (B,). What a static cache has not filled is not marked.
-    """
-    real = k[:, 0, :, -1] > 0.5
-    order = real.logical_not().to(torch.int8).argsort(dim=1, stable=True)[:, None, :, None]
-    k, v = (y.gather(2, order.expand(-1, *y.shape[1:2], -1, y.shape[3])) for y in (k, v))
-    return k, v, real.sum(dim=1)
 
 
 class _Grid:

@@ -10,25 +10,6 @@ from collections.abc import Callable
 import torch
 
 
-def append(
-    state: torch.Tensor, new: torch.Tensor, lengths: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Put what is remembered before what is new.
-
-    Args:
-        state: (N, C, P), the last P tokens.
-        new: (N, T, C).
-        lengths: (N,), how many tokens of each row are real; the rest comes after them.
-
-    Returns:
-        Both, (N, P + T, C); and the last P tokens now, (N, C, P).
-    """
-    both = torch.cat([state.to(new.dtype).transpose(1, 2), new], dim=1)
-    place = lengths[:, None] + torch.arange(state.shape[2], device=new.device)
-    last = both.gather(1, place[..., None].expand(-1, -1, new.shape[2]))
-    return both, last.transpose(1, 2)
-
-
 def banded(
     attend: Callable[..., torch.Tensor],
     q: torch.Tensor,

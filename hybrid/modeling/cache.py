@@ -30,6 +30,10 @@ from hybrid.config.spec import HYBRID_KEYS, HYBRID_STATES
 from hybrid.nn.packing import Segments
 from hybrid.nn.past import Past
 
+_SEVERAL_ROWS = (
+    "a padded batch of several rows cannot be recorded for speculative decoding; one row can"
+)
+
 Map = Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -403,6 +407,8 @@ class CacheSlot:
         ):
             return self.cache.update(tokens["k"], tokens["v"], self.layer_idx)
         layer = self._layer()
+        if lengths is not None and layer.record_past and len(lengths) > 1:
+            raise ValueError(_SEVERAL_ROWS)
         return tuple(
             layer.append(self.slot_idx, name, x, window, lengths) for name, x in tokens.items()
         )
@@ -532,8 +538,6 @@ def _real_tokens(x: torch.Tensor, segments: Segments) -> torch.Tensor:
     if segments.index is None:
         return torch.ones(x.shape[1], dtype=torch.bool, device=x.device)
     if len(x) > 1:
-        raise ValueError(
-            "a padded batch of several rows cannot be recorded for speculative decoding; one row can"
-        )
+        raise ValueError(_SEVERAL_ROWS)
     real = torch.zeros(x.shape[1], dtype=torch.bool, device=x.device)
     return real.index_fill(0, segments.index, True)
