@@ -123,7 +123,7 @@ def token_before(
 ) -> torch.Tensor:
     """x_{t-1} of x (B, T, D), zeros at the start of a document: a convolution with the taps 1, 0.
 
-    The last token is kept in the cache's convolution slot.
+    The last token is kept as the state ``conv``.
     """
     taps = torch.tensor([[1.0, 0.0]], dtype=x.dtype, device=x.device).expand(x.shape[-1], 2)
     before, last = causal_conv1d(

@@ -51,7 +51,7 @@ class RWKV6(LinearMixer):
     Each of r, k, v, w, g is projected from its own interpolation between a token and the one before,
     lerp_c(x_t, x_{t-1}) = x_t + (x_{t-1} - x_t) * (mu_c + tanh(z_t A_c) B_c), z_t the same
     interpolation with weights mu_x; w = w_0 + tanh(x_w A_w) B_w; output GroupNorm(o) * silu(g)
-    (arXiv 2404.05892, eq. 12 to 20). The token before is kept in the cache's convolution slot.
+    (arXiv 2404.05892, eq. 12 to 20). The token before is kept as a state.
     """
 
     Options = RWKV6Options
