@@ -40,8 +40,6 @@ class Page:
 
     Attributes:
         title: heading of the page.
-        columns: of a first table of models, if any.
-        models: its lines.
         lead: what the numbers say, sentences for the head of the page.
         terms: words and what they mean.
         pictures: the first stands below the lead.
@@ -53,8 +51,6 @@ class Page:
     """
 
     title: str
-    columns: list[Column]
-    models: list[Record]
     lead: list[str] = field(default_factory=list)
     terms: list[tuple[str, str]] = field(default_factory=list)
     pictures: list[Picture] = field(default_factory=list)
@@ -158,8 +154,6 @@ def build(results: dict[str, Any], title: str) -> Page:
     sentences = [headline(shown), seed_note(shown)]
     return Page(
         title=title,
-        columns=[],
-        models=shown["models"],
         lead=[sentence for sentence in sentences if sentence],
         terms=list(terms(shown, tasks)),
         tables=[summary_table(shown), *tables(shown)],

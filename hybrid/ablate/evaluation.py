@@ -16,7 +16,7 @@ from hybrid_eval import Settings, evaluate
 from hybrid_eval.cells import cell_score
 from hybrid_eval.lm_harness import resolve
 from hybrid_eval.registry import TASKS, check_options
-from hybrid_eval.report import Column, Page, render
+from hybrid_eval.report import Page, render
 from hybrid_eval.report_figures import Picture
 from hybrid_eval.seeds import Score
 from hybrid_eval.tables import Table
@@ -102,8 +102,6 @@ def html(report: dict[str, Any], folder: Path) -> str:
         pictures.insert(0, Picture("figure.png", shown, (folder / "figure.png").read_bytes()))
     page = Page(
         title=f"Ablation: {report['name']}",
-        columns=[Column(head, cell, note) for head, note, cell in words.columns(report)],
-        models=report["variants"],
         lead=[line for line in (report["finding"], report["paper"]) if line],
         tables=_tables(report),
         pictures=pictures,
@@ -119,7 +117,10 @@ def html(report: dict[str, Any], folder: Path) -> str:
 
 
 def _tables(report: dict[str, Any]) -> list[Table]:
-    """Predictions and sweeps, where there are any."""
+    """The variants, and predictions and sweeps where there are any; wide ones are cut to fit a page."""
+    columns = words.columns(report)
+    cells = [[cell(variant) for _, _, cell in columns] for variant in report["variants"]]
+    variants = Table("Variants", [(head, note) for head, note, _ in columns], cells)
     found = []
     for title, headings, rows in (
         ("Predictions", words.EXPECT_HEADINGS, words.expect_rows(report)),
@@ -127,4 +128,4 @@ def _tables(report: dict[str, Any]) -> list[Table]:
     ):
         if rows:
             found.append(Table(title, [(heading, "") for heading in headings], rows))
-    return found
+    return [*found[:1], variants, *found[1:]]

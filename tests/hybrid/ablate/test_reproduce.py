@@ -38,8 +38,13 @@ def test_the_status_says_whether_predictions_hold(tmp_path, monkeypatch, capsys)
         "seeds=[0]",
     ]
     assert main(["reproduce", "knockout", *small]) == 1
-    assert "a verdict needs 3" in capsys.readouterr().out
-    assert (tmp_path / "runs" / "reproduce" / "knockout" / "report.html").is_file()
+    assert "predictions" in capsys.readouterr().out
+    folder = tmp_path / "runs" / "reproduce" / "knockout"
+    assert "open: 1 seed(s): a verdict needs 3" in (folder / "report.md").read_text()
+    html = (folder / "report.html").read_text()
+    # what is to be shown, then predictions, then the variants
+    places = [html.index(words) for words in ("softmax layers retrieve", "Predictions", "Variants")]
+    assert places == sorted(places)
 
 
 def test_findings_are_listed_and_others_refused(capsys):
