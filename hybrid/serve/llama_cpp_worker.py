@@ -3,8 +3,8 @@
     python llama_cpp_worker.py < request.json > answer.json
 
 The request holds `folder` (a GGUF file), `prompts` (lists of token ids) and `tokens`; the answer holds
-`version` and, for each prompt, the token ids and their log-probabilities. `{"find": "converter"}` is
-answered with the path of llama.cpp's converter, or null. It imports nothing of this package.
+`version` and, for each prompt, the `content` of llama.cpp's log-probabilities. `{"find": "converter"}`
+is answered with the path of llama.cpp's converter, or null. It imports nothing of this package.
 """
 
 import json
@@ -26,8 +26,7 @@ def main() -> None:
         answer = {"converter": _converter()}
     else:
         answers = _decode(xllamacpp, request["folder"], request["prompts"], request["tokens"])
-        build = str(xllamacpp.BUILD_INFO).split("-")[0].strip()
-        answer = {"version": build or version("xllamacpp"), "answers": answers}
+        answer = {"version": f"(xllamacpp {version('xllamacpp')})", "answers": answers}
     json.dump(answer, out)
     out.flush()
     os._exit(0)  # the server's threads would hold the process
@@ -49,6 +48,8 @@ def _decode(xllamacpp, file, prompts, count):
     params.n_parallel = 1
     params.n_gpu_layers = 0
     params.warmup = False
+    params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+    params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = os.cpu_count() or 1
     server = xllamacpp.Server(params)
     return [_greedy(server, prompt, count) for prompt in prompts]
@@ -69,11 +70,7 @@ def _greedy(server, prompt, count):
     answer = json.loads(answer) if isinstance(answer, str) else answer
     if "choices" not in answer:
         raise RuntimeError(str(answer)[:300])
-    content = answer["choices"][0]["logprobs"]["content"]
-    return {
-        "tokens": [int(token["id"]) for token in content],
-        "logprobs": [float(token["logprob"]) for token in content],
-    }
+    return answer["choices"][0]["logprobs"]["content"]
 
 
 if __name__ == "__main__":

@@ -27,10 +27,13 @@ TOKENS = 32
 
 
 class Decoded(NamedTuple):
-    """What one side decoded after a prompt: token ids and their log-probabilities."""
+    """What one side decoded after a prompt: token ids and their log-probabilities.
 
-    tokens: list[int]
-    logprobs: list[float]
+    None where a server does not show a token. What follows it tells whether it was the same.
+    """
+
+    tokens: Sequence[int | None]
+    logprobs: Sequence[float | None]
 
 
 @dataclass(frozen=True)
@@ -142,10 +145,10 @@ def compare(
     lines, largest = [], 0.0
     for prompt, ours, theirs in zip(prompts, expected, found, strict=True):
         pairs = list(zip(ours.tokens, theirs.tokens, strict=False))
-        agree = next((i for i, (a, b) in enumerate(pairs) if a != b), len(pairs))
-        gaps = [
-            abs(a - b) for a, b in zip(ours.logprobs[:agree], theirs.logprobs[:agree], strict=False)
-        ]
+        apart = (i for i, (a, b) in enumerate(pairs) if b is not None and a != b)
+        agree = next(apart, len(pairs))
+        scores = zip(ours.logprobs[:agree], theirs.logprobs[:agree], strict=False)
+        gaps = [abs(a - b) for a, b in scores if a is not None and b is not None]
         # not max, which passes NaN over
         worst = next((gap for gap in gaps if gap != gap), max(gaps, default=0.0))
         largest = worst if worst != worst else max(largest, worst)

