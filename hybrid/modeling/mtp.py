@@ -58,6 +58,8 @@ def module_config(config: HybridConfig) -> MTPConfig:
     )
     made.__class__ = MTPConfig
     made.num_hidden_layers = len(made.stack)
+    if not any(hasattr(part.options, "num_experts") for part in made.stack.feed_forwards.values()):
+        made._experts_implementation_internal = None  # the model's, which a stack without refuses
     return made  # type: ignore[return-value]
 
 

@@ -6,7 +6,7 @@ from torch import nn
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
-from hybrid import HybridConfig
+from hybrid import HybridConfig, HybridForCausalLM
 from hybrid.ffn import balance
 from hybrid.modeling.mtp import module_config
 from hybrid.modeling.speculative import MTPDrafts
@@ -281,3 +281,12 @@ def test_sampling_follows_the_main_model(make, ids):
 def test_a_model_without_modules_says_so(make, ids):
     with pytest.raises(ValueError, match="num_mtp_layers is 0"):
         generate(make(modules=0), ids(1, 4), use_mtp=True)
+
+
+def test_modules_without_experts_beside_experts():
+    config = HybridConfig(
+        layout="LS", ffn={"L": "E", "default": "-"}, hidden_size=32, vocab_size=61, num_mtp_layers=1
+    )
+    model = HybridForCausalLM(config)
+    assert model.config._experts_implementation == "grouped_mm"
+    assert model(torch.tensor([[1, 2, 3]]), labels=torch.tensor([[1, 2, 3]])).loss.isfinite()
