@@ -151,6 +151,7 @@ def _run_text(name: str, subject: Subject, settings: Settings, options, progress
 _WORDS = {
     "niah_grid": "one sentence hidden in text, every depth and length exact",
     "kv_recall": "a phone book, one entry looked up",
+    "latent_niah": "a needle that shares no word with its question, after NoLiMa",
     **{
         name: f"RULER's {name.removeprefix('ruler_')}, on RULER's own material"
         for name in TEXT_TASKS
@@ -203,7 +204,8 @@ _SMALL: tuple[tuple[str, Axis, str, Callable[..., dict[str, Any]], tuple[str, ..
         "accuracy",
         evaluate_state_tracking,
         (*_SAMPLED, "lengths"),
-        "running product in a group (parity, S3, S5), for models trained on it",
+        "running product in a group (parity, S3, S5, A5, Z2 ... Z64) or state of an automaton, "
+        "for models trained on it",
     ),
     (
         "phone_book",

@@ -171,6 +171,7 @@ TERMS = {
     "needle": "one key and its value hidden in real text, asked for at the end",
     "niah_grid": "one sentence with a number hidden in text, asked for at the end",
     "kv_recall": "a phone book, one entry of which is asked for",
+    "latent_niah": "a sentence hidden in text that shares no word with the question about it",
     "phone_book": "a phone book in bytes, some numbers of which are asked for",
     "heldout": "the loss on text that was kept out of training, in bits per byte: less is better",
     "cost": "the memory that a sequence occupies while the model writes, measured",

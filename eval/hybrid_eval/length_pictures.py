@@ -18,6 +18,7 @@ def curves(
     y_label: str,
     title: str,
     log_y: bool = False,
+    from_zero: bool = True,
 ) -> Figure:
     """Draw one line with markers per model over lengths (log scale).
 
@@ -27,6 +28,7 @@ def curves(
         y_label: of the axis.
         title: of the picture.
         log_y: logarithmic y axis.
+        from_zero: let a linear y axis begin at 0.
     """
     with new_figure(6.4, 3.9) as figure:
         axes = figure.add_subplot()
@@ -49,7 +51,7 @@ def curves(
         axes.minorticks_off()
         if log_y:
             axes.set_yscale("log")
-        else:
+        elif from_zero:
             axes.set_ylim(bottom=0)
             axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
         axes.set_xlabel(x_label)

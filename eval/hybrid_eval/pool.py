@@ -82,6 +82,10 @@ def _pool_task(results: Sequence[Record]) -> Record:
         merged["interval"] = _interval(scores)
     if "cells" in first and all(len(r.get("cells", ())) == len(first["cells"]) for r in results):
         merged["cells"] = _cells(results)
+    buckets = [result.get("positions") or [] for result in results]
+    if buckets[0] and len({len(own) for own in buckets}) == 1:
+        groups = zip(*buckets, strict=True)
+        merged["positions"] = [{**group[0], **_means(group, _FIGURES)} for group in groups]
     if len({len(score.items) for score in scores}) == 1 and scores[0].items:
         items = zip(*(score.items for score in scores), strict=True)
         merged["items"] = [math.fsum(values) / len(scores) for values in items]

@@ -90,6 +90,7 @@ class Task:
 _TEXT_OPTIONS = ("essays", "squad", "hotpot")
 _OWN_TEXT_OPTIONS = {
     "kv_recall": ("pairs",),
+    "latent_niah": ("hops",),
     "ruler_common_words": ("words",),
     "long_cwe": ("words",),
     **{name: ("mmlu",) for name in TEXT_TASKS if needs_mmlu(name)},
@@ -140,6 +141,7 @@ _POSITIVE = frozenset(
 # of tasks in words, which hand them on
 _OPTION_TYPES: dict[str, Any] = {
     "pairs": int | None,
+    "hops": int,
     **dict.fromkeys(("essays", "squad", "hotpot", "words", "mmlu"), str | None),
 }
 

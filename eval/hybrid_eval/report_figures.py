@@ -187,6 +187,30 @@ def _length_curves(results: dict[str, Any]) -> Iterator[Picture]:
         yield Picture(f"accuracy_by_length{number}.png", caption, pictures.to_png(figure), figure)
 
 
+def _by_position(results: dict[str, Any], task: str) -> Iterator[Picture]:
+    """Yield the loss against the position in the window, where there are several buckets of them."""
+    lines = {
+        model["name"]: [
+            (b["last"], b["loss"]) for b in model["results"][task].get("positions") or ()
+        ]
+        for model in results["models"]
+    }
+    if min(map(len, lines.values())) < 2:
+        return
+    figure = length_pictures.curves(
+        lines,
+        x_label="position in the window (tokens)",
+        y_label="loss (nats per token)",
+        title=f"{named(results, task)}: loss by position",
+        from_zero=False,
+    )
+    caption = (
+        f"Loss on {named(results, task)} by position: what a model gains from a longer context. Each "
+        "point is the mean of the positions since the one before it."
+    )
+    yield Picture(f"{task}_by_position.png", caption, pictures.to_png(figure), figure)
+
+
 def _heat_map(results: dict[str, Any], task: str) -> Picture:
     grids = {model["name"]: model["results"][task]["cells"] for model in results["models"]}
     n = results["models"][0]["results"][task]["cells"][0]["n"]
@@ -222,6 +246,8 @@ def figures(results: dict[str, Any]) -> Iterator[Picture]:
         for task in [*retrieval[:1], *reasoning[:1]]:
             yield _against_share(results, task)
     yield from _length_curves(results)
+    for task in language:
+        yield from _by_position(results, task)
     for task in retrieval:
         cells = results["models"][0]["results"][task].get("cells")
         if cells and "depth" in cells[0]:

@@ -99,6 +99,10 @@ _NOTES = {
         "niah_grid: one sentence with a number hidden in text; every cell has its exact length and "
         "depth. Forced mode counts an answer as right if greedy decoding would give exactly it."
     ),
+    "latent_niah": (
+        "latent_niah: after NoLiMa (arXiv 2502.05167), with places and names of our own: the needle has "
+        "a landmark, the question its city (hops = 2: its country)."
+    ),
     "kv_recall": "kv_recall: a phone book that fills the length; one entry is looked up.",
     "heldout": (
         "heldout: real text that was kept out of training; bits per byte of the very text scored."

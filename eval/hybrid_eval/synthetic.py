@@ -1,8 +1,8 @@
 """Small reasoning tasks for models trained from scratch, each with an endless training source.
 
-state_tracking  the running product of group elements: parity (Z2), S3 or S5. Scored at every
-                step: solving it takes a state that a stack with positive eigenvalues alone does
-                not have (arXiv 2411.12537).
+state_tracking  the running product of group elements: parity, S3, S5, A5, sums modulo a number, or the
+                state of an automaton (a regular language). Scored at every step: solving parity takes
+                a state that a stack with positive eigenvalues alone does not have (arXiv 2411.12537).
 hops_k          chains of assignments at a fixed length; the answer is k hops away. At k = 0 it is
                 pure retrieval, so what is lost from k = 0 to k = 4 is the reasoning.
 icl_fn          a random mapping shown in examples x y x y ..., asked again: accuracy against the
@@ -11,7 +11,8 @@ icl_fn          a random mapping shown in examples x y x y ..., asked again: acc
 Ids below 128 are free for text; tasks draw theirs from 128 upwards, as :mod:`hybrid_eval.mqar`.
 """
 
-from itertools import permutations
+import re
+from itertools import combinations, permutations
 from typing import Any
 
 import numpy as np
@@ -22,24 +23,62 @@ from .sources import Source
 from .stats import above_chance, clustered_interval, ratio_and_error
 
 FIRST_ID = 128
-_GROUPS = {"parity": 2, "S3": 3, "S5": 5}
+# permutations of so many points
+_GROUPS = {"parity": 2, "S3": 3, "S5": 5, "A5": 5}
+# symbol -> state -> next state of automata that are no groups
+_AUTOMATA: dict[str, list[list[int]]] = {
+    # keep, write 0, write 1: the regular language of the last write
+    "flip_flop": [[0, 1], [0, 0], [1, 1]],
+    # a walk of steps -1, 0, 1 on a circle of five
+    "cycle_5": [[(state + step) % 5 for state in range(5)] for step in (-1, 0, 1)],
+}
+_LARGEST_MODULUS = 64
 
 
-def _elements(group: str) -> np.ndarray:
-    """Return the elements of a group as permutations (count, points), the identity first."""
+def _even(permutation: tuple[int, ...]) -> bool:
+    """Whether a permutation is a product of an even number of swaps."""
+    return sum(a > b for a, b in combinations(permutation, 2)) % 2 == 0
+
+
+def group_elements(group: str) -> list[tuple[int, ...]]:
+    """Return the elements of a group as permutations, the identity first; none of an automaton."""
     if group not in _GROUPS:
-        raise ValueError(f"unknown group {group!r}{nearest(group, _GROUPS)}")
-    return np.asarray(list(permutations(range(_GROUPS[group]))))
+        return []
+    return [p for p in permutations(range(_GROUPS[group])) if group != "A5" or _even(p)]
+
+
+def transitions(group: str) -> np.ndarray:
+    """Return the next state for each symbol and state, shape (symbols, states); state 0 is the first.
+
+    Raises:
+        ValueError: an unknown group.
+    """
+    modulus = re.fullmatch(r"Z([1-9]\d*)", group)
+    if modulus is not None and 2 <= int(modulus[1]) <= _LARGEST_MODULUS:
+        numbers = np.arange(int(modulus[1]))
+        return (numbers[:, None] + numbers) % len(numbers)
+    if group in _AUTOMATA:
+        return np.asarray(_AUTOMATA[group])
+    if group not in _GROUPS:
+        known = [*_GROUPS, *_AUTOMATA]
+        raise ValueError(
+            f"unknown group {group!r}{nearest(group, known)}; Z2 to Z{_LARGEST_MODULUS} add modulo that"
+        )
+    elements = group_elements(group)
+    codes = {element: code for code, element in enumerate(elements)}
+    return np.asarray([[codes[tuple(a[i] for i in b)] for b in elements] for a in elements])
 
 
 class StateTracking(Source):
     """Rows of a word problem: group elements, and at each step the product so far as label.
 
     The label at position t + 1 is the product of the elements at positions 0 .. t, so the model
-    must know it when it has read the element at t. Product ids stand above the element ids.
+    must know it when it has read the element at t. Product ids stand above the element ids. For an
+    automaton read "symbol" for element and "state" for product.
 
     Args:
-        group: "parity", "S3" or "S5".
+        group: "parity", "S3", "S5", "A5" (60 elements, not solvable), "Z2" to "Z64" (sums modulo a
+            number), or the automata "flip_flop" and "cycle_5".
         sequence_length: tokens per row.
         seed: of the stream.
         start: index of the first row.
@@ -60,26 +99,24 @@ class StateTracking(Source):
         tokenizer: Any = None,
     ):
         super().__init__(sequence_length=sequence_length, seed=seed, start=start)
-        self.elements = _elements(group)
+        self.table = transitions(group)
+        self.elements = np.asarray(group_elements(group))
         self.group, self.first_id = group, first_id
-        codes = {tuple(p): i for i, p in enumerate(self.elements.tolist())}
-        self.table = np.asarray(
-            [[codes[tuple(a[b])] for b in self.elements] for a in self.elements]
-        )
 
     @property
     def chance(self) -> float:
-        """Accuracy of naming some element."""
-        return 1 / len(self.elements)
+        """Accuracy of naming some state."""
+        return 1 / self.table.shape[1]
 
     def draw(self, rng: np.random.Generator) -> dict[str, np.ndarray]:
         """Make one row from a generator of its own."""
-        drawn = rng.integers(0, len(self.elements), self.sequence_length)
+        symbols = len(self.table)
+        drawn = rng.integers(0, symbols, self.sequence_length)
         labels = np.full(self.sequence_length, IGNORE, dtype=np.int64)
         state = 0
-        for t, element in enumerate(drawn[:-1]):
-            state = int(self.table[element, state])
-            labels[t + 1] = self.first_id + len(self.elements) + state
+        for t, symbol in enumerate(drawn[:-1]):
+            state = int(self.table[symbol, state])
+            labels[t + 1] = self.first_id + symbols + state
         return {"input_ids": drawn + self.first_id, "labels": labels}
 
 

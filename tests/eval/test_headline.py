@@ -101,3 +101,16 @@ def test_length_curves_are_one_picture(tmp_path, count):
         assert (tmp_path / f"accuracy_by_length.{kind}").is_file()
     svg = (tmp_path / "accuracy_by_length.svg").read_text()
     assert svg.count(">needle") == count
+
+
+def test_loss_by_position_is_a_picture(tmp_path):
+    models = made.seeds("LS", [0.9, 0.8])
+    for shift, model in enumerate(models):
+        losses = ((1, 63, 3.0), (64, 127, 2.0 + shift))
+        model["results"]["heldout"]["positions"] = [
+            {"first": first, "last": last, "loss": loss} for first, last, loss in losses
+        ]
+    write_report(made.run(*models), tmp_path)
+    assert "heldout: loss by position" in (tmp_path / "heldout_by_position.svg").read_text()
+    (one,) = pooled(made.run(*models))["models"]
+    assert [b["loss"] for b in one["results"]["heldout"]["positions"]] == [3.0, 2.5]

@@ -23,7 +23,7 @@ def test_parity_labels_are_the_parity():
         np.testing.assert_array_equal(row["labels"][1:] - 130, np.cumsum(bits)[:-1] % 2)
 
 
-@pytest.mark.parametrize(("group", "order"), [("S3", 6), ("S5", 120)])
+@pytest.mark.parametrize(("group", "order"), [("S3", 6), ("S5", 120), ("A5", 60)])
 def test_products_are_those_of_permutation_matrices(group, order):
     source = StateTracking(group=group, sequence_length=30)
     assert len(source.elements) == order
@@ -35,6 +35,31 @@ def test_products_are_those_of_permutation_matrices(group, order):
         product = np.eye(points, dtype=int)[element].T @ product
         state = source.elements[row["labels"][t + 1] - 128 - order]
         np.testing.assert_array_equal(product, np.eye(points, dtype=int)[state].T)
+
+
+@pytest.mark.parametrize("modulus", [2, 7, 60])
+def test_sums_are_taken_modulo_the_number(modulus):
+    source = StateTracking(group=f"Z{modulus}", sequence_length=40)
+    row = source[1]
+    numbers = row["input_ids"] - 128
+    assert numbers.max() < modulus
+    expected = np.cumsum(numbers)[:-1] % modulus
+    np.testing.assert_array_equal(row["labels"][1:] - 128 - modulus, expected)
+    assert source.chance == 1 / modulus
+
+
+def test_automata_go_by_their_rules():
+    row = StateTracking(group="flip_flop", sequence_length=40)[0]
+    written = 0
+    for symbol, label in zip(row["input_ids"] - 128, row["labels"][1:] - 131, strict=False):
+        written = {0: written, 1: 0, 2: 1}[int(symbol)]
+        assert label == written
+    row = StateTracking(group="cycle_5", sequence_length=40)[0]
+    places = np.cumsum(row["input_ids"] - 129)[:-1] % 5
+    np.testing.assert_array_equal(row["labels"][1:] - 131, places)
+    for group in ("Z1", "Z65", "Z07", "cycle_6"):
+        with pytest.raises(ValueError, match=f"unknown group '{group}'"):
+            StateTracking(group=group)
 
 
 def test_one_who_keeps_the_state_scores_one_and_one_who_forgets_does_not(rule_model):

@@ -6,7 +6,7 @@ lm-eval calls ``docs.TASK(**metadata)`` for the documents of a task. What may st
     tokenizer, pretrained   counts the tokens (path or name)
     max_length              the model's; needed where its config states none
     lengths                 tokens per sample, default [4096]; powers of two
-    depths                  of the needle, for niah_grid and kv_recall
+    depths                  of the needle, for niah_grid, kv_recall and latent_niah
     samples                 per length (and depth), default 20
     seed                    default 0
     text, essays, squad, hotpot, mmlu   paths of your own material

@@ -11,7 +11,7 @@ from .sample import TextSample
 _ROOM = 16
 
 
-def _haystack_words(filler: Filler, start: int, count: int) -> list[str]:
+def haystack_words(filler: Filler, start: int, count: int) -> list[str]:
     """Return ``count`` words from ``start``, going round at the end."""
     size = len(filler.words)
     return [filler.words[(start + i) % size] for i in range(count)]
@@ -39,7 +39,7 @@ def niah_grid(
     rng = generator("niah_grid", seed, length, depth, index)
     (key,), (value,) = words.keys(rng, 1), numbers(rng, 1)
     needle = f"The special magic number for {key} is: {value}."
-    hay = _haystack_words(filler, int(rng.integers(len(filler.words))), length)
+    hay = haystack_words(filler, int(rng.integers(len(filler.words))), length)
     head = (
         "A special magic number is hidden within the following text. Make sure to memorize it. "
         "I will quiz you about the number afterwards.\n"

@@ -17,6 +17,7 @@ from ..errors import nearest
 from .chat import in_chat, template_tokens
 from .counter import Counter
 from .grid import kv_recall, niah_grid
+from .latent import latent_niah
 from .material import (
     Filler,
     Words,
@@ -36,7 +37,7 @@ from .sample import TextSample
 
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 RULER = (*NIAH, "vt", "cwe", "fwe", "qa_1", "qa_2")
-GRIDS = ("niah_grid", "kv_recall")
+GRIDS = ("niah_grid", "kv_recall", "latent_niah")
 # lm-eval has tasks of its own called ruler_vt, ruler_cwe and ruler_fwe
 _LONG_NAMES = {"vt": "variable_tracking", "cwe": "common_words", "fwe": "frequent_words"}
 _RULER_NAMES = {f"ruler_{_LONG_NAMES.get(name, name)}": name for name in RULER}
@@ -128,7 +129,7 @@ def maker(name: str, material: Material, counter: Counter) -> Callable[..., Text
         words = with_single(words, material.words)
     if name in GRIDS:
         filler = _filler(material, official=False)
-        grid = {"niah_grid": niah_grid, "kv_recall": kv_recall}[name]
+        grid = {"niah_grid": niah_grid, "kv_recall": kv_recall, "latent_niah": latent_niah}[name]
         return partial(grid, counter=counter, filler=filler, words=words)
     needs_text = own in _ESSAY_TASKS
     filler = _filler(material, official) if needs_text else Filler((), "none")
@@ -204,7 +205,7 @@ def samples(
         material: texts and questions of the user.
         chat: put each prompt into the tokenizer's chat template, or into RULER's of that name; its
             tokens count as well.
-        options: of the task (``pairs`` of kv_recall).
+        options: of the task (``pairs`` of kv_recall, ``hops`` of latent_niah).
 
     Raises:
         ValueError: an unknown task, missing material, or a length that is too short.
