@@ -13,6 +13,8 @@ from .text.tasks import NAMES, RULER, RULER2
 
 # columns of figures beside the model's name that fit a page of 1,200 pixels
 PAGE_COLUMNS = 6
+# letters beside each other that fit it, and those that the space between two columns takes
+PAGE_LETTERS, _GAP = 118, 3
 # Llama 2 7B at 4k tokens: the score by which RULER calls a length effective (arXiv 2404.06654, table 3)
 RULER_THRESHOLD = 0.856
 # share of a model's score at its shortest length that a length must keep
@@ -36,10 +38,12 @@ class Table:
     def parts(self, columns: int = PAGE_COLUMNS) -> list["Table"]:
         """Cut into tables that fit a page, each with the first column."""
         wide = len(self.headings) - 1
-        if wide <= columns:
+        # parts of about as many columns, as few as fit
+        count = max(1, -(-wide // columns))
+        while count < wide and self._widest(-(-wide // count)) > PAGE_LETTERS:
+            count += 1
+        if count == 1:
             return [self]
-        # parts of about equal width
-        count = -(-wide // columns)
         size = -(-wide // count)
         return [
             Table(
@@ -50,6 +54,22 @@ class Table:
             )
             for start in range(1, wide + 1, size)
         ]
+
+    def _widest(self, size: int) -> int:
+        """Return the letters of the widest line, if the table is cut after every ``size`` columns."""
+        letters = [
+            max(
+                [len(row[i]) for row in self.rows]
+                + [len(word) for word in f"{head} {note}".split()]
+            )
+            for i, (head, note) in enumerate(self.headings)
+        ]
+        # a first column is broken where it is long
+        first = min(letters[0], 24)
+        return max(
+            first + sum(n + _GAP for n in letters[start : start + size])
+            for start in range(1, len(letters), size)
+        )
 
     def csv(self) -> str:
         """Return the table as comma-separated values."""

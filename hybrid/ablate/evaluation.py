@@ -98,7 +98,7 @@ def html(report: dict[str, Any], folder: Path) -> str:
     pictures = [Picture("effects.png", caption, (folder / "effects.png").read_bytes())]
     if report.get("figure"):
         asked = report["figure"]
-        shown = f"{asked['y']} against {asked['x']}; bars are {seeds}s."
+        shown = f"{asked['y']} against {asked['x']}; bars are {report['confidence']:.0%} intervals."
         pictures.insert(0, Picture("figure.png", shown, (folder / "figure.png").read_bytes()))
     page = Page(
         title=f"Ablation: {report['name']}",

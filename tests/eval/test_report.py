@@ -86,6 +86,15 @@ def test_wide_tables_are_cut_to_fit_the_page():
     assert [part.note for part in parts] == ["", "", "note"]
 
 
+def test_tables_of_long_words_are_cut_earlier():
+    headings = [("model", ""), *((f"a_task_with_a_long_name@length={i}", "") for i in range(4))]
+    table = Table("Long", headings, [["m", *["0.123 [0.100, 0.150]"] * 4]])
+    parts = table.parts()
+    assert [len(part.headings) for part in parts] == [3, 3]
+    # a table of one column is left as it is
+    assert len(Table("One", headings[:2], [["m", "x" * 200]]).parts()) == 1
+
+
 def test_tables_are_files_for_a_spreadsheet_and_a_paper(tiny_llama, tmp_path):
     name = "50% & [a]_$x$, more"
     subjects = [load(tiny_llama, name=n, tokenizer="bytes") for n in (name, "_b")]
