@@ -120,7 +120,12 @@ def _places(
 
 
 def _line(variant: Variant, x: str) -> str:
-    """The line to which a variant belongs: its changes, and the axes that the picture has not."""
+    """The line to which a variant belongs: its changes, and the axes that the picture has not.
+
+    Against a cost, a line joins all cells of the grid.
+    """
+    if x in COSTS:
+        return variant.base_name
     others = [
         f"{short(axis)}={label}"
         for axis, label in variant.cell.labels

@@ -285,11 +285,15 @@ def test_the_figure_has_a_line_for_each_variant(values):
     assert lines["softmax, pairs=3"][0]["mean"] == pytest.approx(1.001)
     write_report(report, values["out"])
     assert (Path(values["out"]) / "figure.png").read_bytes()[:4] == b"\x89PNG"
-    by_cost = plan_runs(parsed(values, figure={"x": "state_bytes", "y": "eval_loss"}))
+    # against a cost, a line joins all cells
+    figure = {"x": "state_bytes", "y": "eval_loss"}
+    by_cost = plan_runs(parsed(values, grid=grid, figure=figure))
     report = summarise(by_cost, run_design(by_cost, launch=Tried(losses), report=lambda line: None))
-    xs = {name: points[0]["x"] for name, points in report["figure"]["lines"].items()}
-    assert xs["baseline"] > 0
-    assert xs["softmax"] == 0
+    lines = report["figure"]["lines"]
+    assert list(lines) == ["baseline", "softmax"]
+    xs = {name: [point["x"] for point in points] for name, points in lines.items()}
+    assert 0 < xs["baseline"][0] < xs["baseline"][1]
+    assert xs["softmax"] == [0, 0]
 
 
 def test_cells_and_knock_outs_are_measured(values, tmp_path):
