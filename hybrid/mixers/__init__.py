@@ -1,4 +1,7 @@
-"""Token mixers. A module is imported when its mixer, or a name of it, is first used."""
+"""Token mixers.
+
+Each module is imported on first use of its mixer or of one of its names.
+"""
 
 import lazy_loader
 

@@ -1,4 +1,4 @@
-"""What softmax attention needs beyond transformers' attention functions.
+"""Building blocks of softmax attention that transformers' attention functions lack.
 
 Shapes: B batch, T queries, S keys, H heads, H_kv key heads, K head dim, V value dim.
 """
@@ -21,45 +21,45 @@ from hybrid.mixers.parts import wide
 from hybrid.nn.cache import update_paged
 from hybrid.nn.rotary import build_rotary
 
-# Attention functions that know of sinks and caps themselves; one registered elsewhere is added here.
+# Attention functions that support sinks and soft caps. Add a function registered elsewhere here.
 CAPPED_FUNCTIONS = {"flex_attention"}
-# And those whose place `capped_attention` can take: it does the same and takes the same masks.
+# Attention functions that `capped_attention` can replace: same result, same masks.
 PLAIN_FUNCTIONS = ("eager", "sdpa")
 
 LOW = 256  # positions are LOW * high + low, both exact in bfloat16 up to position 65,535
 
 
 class SoftmaxMixer(Mixer):
-    """A mixer whose keys and values are attended to by transformers' attention functions.
+    """Base class of mixers that use transformers' attention functions.
 
-    Subclasses set `scaling` and have the options `rope_parameters` and `dropout`; the attention is that
-    of the config's `attn_implementation` (eager, sdpa, flash_attention_2, flex_attention, ...).
+    Subclasses set ``scaling`` and have the options ``rope_parameters`` and ``dropout``. The config's
+    ``attn_implementation`` selects the function (eager, sdpa, flash_attention_2, flex_attention, ...).
     """
 
     is_causal = True
     num_key_value_groups: int = 1
     scaling: float
     config: PreTrainedConfig | None = None
-    """The model's, in which the attention function is looked up; None: eager."""
+    """The model's config, which names the attention function; None for eager attention."""
 
     @classmethod
     def rotated_dim(cls, options: Any) -> int:
-        """Dims of a head that positions are for, of which `partial_rotary_factor` takes a share."""
+        """Return the dims of a head that can be rotated, before ``partial_rotary_factor``."""
         raise NotImplementedError
 
     @classmethod
     def rotary(cls, options: Any, sizes: Sizes) -> nn.Module | None:
-        """The rotary embedding of these options; None without positions."""
+        """Return the rotary embedding of these options; None without positions."""
         return build_rotary(options.rope_parameters, cls.rotated_dim(options), sizes)
 
     @property
     def attention_name(self) -> str:
-        """The attention function that the config names."""
+        """Name of the config's attention function."""
         return getattr(self.config, "_attn_implementation", None) or "eager"
 
     @property
     def active_dropout(self) -> float:
-        """Of the attention weights, in this mode."""
+        """Dropout probability of the attention weights; 0 in evaluation mode."""
         return self.options.dropout if self.training else 0.0
 
     def attend(
@@ -73,17 +73,22 @@ class SoftmaxMixer(Mixer):
         soft_cap: float | None = None,
         sinks: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The attention function of the config, or ours where it lacks caps and sinks.
+        """Apply the config's attention function.
+
+        Eager and sdpa attention are replaced by ``capped_attention`` if there are sinks or a soft cap.
 
         Args:
             q: (B, H, T, K).
             k, v: (B, H_kv, S, K) and (B, H_kv, S, V).
-            mask: as transformers' mask function for `attn_implementation` makes it.
-            kwargs: what the model passes on to attention functions.
-            soft_cap, sinks: as in `capped_attention`.
+            mask: as returned by transformers' mask function for ``attn_implementation``.
+            kwargs: keyword arguments that the model passes to attention functions.
+            soft_cap, sinks: as in ``capped_attention``.
 
         Returns:
-            o (B, T, H, V), and the weights (B, H, T, S) where the function returns them.
+            o (B, T, H, V), and the weights (B, H, T, S) if the function returns them, else None.
+
+        Raises:
+            ValueError: sinks or a soft cap with a function that does not support them.
         """
         name = self.attention_name
         dropout = self.active_dropout
@@ -95,8 +100,8 @@ class SoftmaxMixer(Mixer):
                     scaling=self.scaling, soft_cap=soft_cap, sinks=sinks, dropout=dropout,
                 )  # fmt: skip
             if name not in CAPPED_FUNCTIONS:
-                raise _unfit(
-                    name, "no sinks and no soft_cap", (*PLAIN_FUNCTIONS, *sorted(CAPPED_FUNCTIONS))
+                raise _unsupported(
+                    name, "sinks and soft_cap", (*PLAIN_FUNCTIONS, *sorted(CAPPED_FUNCTIONS))
                 )
             extra = {"softcap": soft_cap, "s_aux": sinks}
         k, v, kwargs = update_paged(k, v, self.layer_idx, kwargs)
@@ -104,22 +109,25 @@ class SoftmaxMixer(Mixer):
         scaling = self.scaling
         return function(self, q, k, v, mask, dropout=dropout, scaling=scaling, **extra, **kwargs)
 
-    def require_plain(self, what: str) -> None:
-        """Raise ValueError where the config's attention function is not one that ours may replace."""
+    def require_plain(self, feature: str) -> None:
+        """Raise ValueError if ``capped_attention`` cannot replace the config's attention function."""
         name = self.attention_name
         if name not in PLAIN_FUNCTIONS:
-            raise _unfit(name, what, PLAIN_FUNCTIONS)
+            raise _unsupported(name, feature, PLAIN_FUNCTIONS)
 
 
 class FullAttention(SoftmaxMixer):
-    """A softmax mixer whose keys and values are all cached."""
+    """Softmax mixer that caches the keys and values of all tokens."""
 
     layer_type = "full_attention"
     attends = "full"
 
 
-def _unfit(name: str, what: str, known: tuple[str, ...]) -> ValueError:
-    return ValueError(f"attn_implementation {name!r} knows {what}; these do: {', '.join(known)}")
+def _unsupported(name: str, feature: str, supported: tuple[str, ...]) -> ValueError:
+    return ValueError(
+        f"attn_implementation: expected a function that supports {feature}, got {name!r}; try"
+        f" {', '.join(supported)}"
+    )
 
 
 def capped_attention(
@@ -133,20 +141,20 @@ def capped_attention(
     sinks: torch.Tensor | None = None,
     dropout: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Softmax attention with a cap on the logits and a sink beside them, in plain PyTorch.
+    """Softmax attention with a soft cap on the logits and a sink per head, in plain PyTorch.
 
-    With z = scaling q . k, capped to c tanh(z / c): o = sum_s exp(z_s) v_s / (sum_s exp(z_s) + exp(b)),
-    b the sink of the head. Memory is O(T S).
+    o = sum_s exp(z_s) v_s / (sum_s exp(z_s) + exp(b)), where z = scaling q . k is capped to
+    c tanh(z / c) and b is the sink of the head. Memory is O(T S).
 
     Args:
         q: (B, H, T, K).
         k, v: (B, H_kv, S, K) and (B, H_kv, S, V); H_kv divides H.
-        mask: (B or 1, H or 1, T, S or more), bool (True: may attend) or added to the logits; None for
-            `causal_mask`.
-        scaling: of the logits.
+        mask: (B or 1, H or 1, T, S or more), bool (True: attend) or floating (added to the logits);
+            None for ``causal_mask``.
+        scaling: factor of the logits.
         soft_cap: c; None for no cap.
-        sinks: (H,); None for none.
-        dropout: probability, on the weights.
+        sinks: (H,); None for no sinks.
+        dropout: dropout probability of the weights.
 
     Returns:
         o (B, T, H, V) in v's dtype, and the weights (B, H, T, S).
@@ -166,13 +174,13 @@ def weighted_values(
     sinks: torch.Tensor | None = None,
     dropout: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The second half of `capped_attention`: from logits (B, H, T, S) on, v (B, H, S, V)."""
+    """Second half of ``capped_attention``, from logits (B, H, T, S) and v (B, H, S, V)."""
     if soft_cap is not None:
         logits = soft_cap * torch.tanh(logits / soft_cap)
     queries, keys = logits.shape[-2:]
     mask = causal_mask(queries, keys, v.device) if mask is None else mask[..., :keys]
     if mask.dtype == torch.bool:
-        # not -inf: a row of padding has nothing else, and must not become NaN
+        # not -inf: a row of padding is masked everywhere and must not become NaN
         logits = logits.masked_fill(~mask, torch.finfo(logits.dtype).min)
     else:
         logits = logits + mask
@@ -185,19 +193,20 @@ def weighted_values(
 
 
 def causal_mask(queries: int, keys: int, device: torch.device) -> torch.Tensor:
-    """The mask (T, S) that "no mask" stands for in transformers: causal from the top left.
+    """Return the mask (T, S) that transformers means by no mask: causal, aligned at the top left.
 
-    A single query sees all keys. Several see more keys than queries only where a static cache is
-    filled from its start, and its keys beyond the queries are empty.
+    A single query sees all keys. More keys than queries occur only while a static cache is filled from
+    its start. The keys after the queries are then empty.
     """
     mask = torch.ones(queries, keys, dtype=torch.bool, device=device)
     return mask if queries == 1 else mask.tril()
 
 
 def alibi_slopes(num_heads: int) -> list[float]:
-    """ALiBi's slope of each head (arXiv 2108.12409): 2^(-8h/H) for H a power of two.
+    """Return the ALiBi slope of each head (arXiv 2108.12409): 2^(-8h/H) if H is a power of two.
 
-    Otherwise those of the power of two below, and every second one of the power of two above.
+    Otherwise the slopes of the next lower power of two, followed by every second slope of the next
+    higher one.
     """
     below = 2 ** math.floor(math.log2(num_heads))
     slopes = [2 ** (-8 * (h + 1) / below) for h in range(below)]
@@ -211,17 +220,20 @@ def add_positions(
     slopes: torch.Tensor,
     scaling: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Append ALiBi's bias to q and k as two dims more: scaling q' . k' = scaling q . k + slope * p_k.
+    """Append the ALiBi bias to q and k as two extra dims: scaling q' . k' = scaling q . k + slope p_k.
 
-    What is missing, - slope * p_q, is the same for all keys of a query, and softmax does not see it. So
-    the positions of keys lie in the cache, whatever padding is between them, and any attention
-    function will do.
+    The term - slope * p_q is left out: it is the same for all keys of a query, so softmax does not
+    depend on it. The positions of keys are cached with the keys. Padding between tokens therefore has
+    no effect, and any attention function can be used.
 
     Args:
         q, k: (B, H, T, K), (B, H_kv, S, K).
-        position_ids: (B or 1, S), of the keys.
+        position_ids: (B or 1, S), positions of the keys.
         slopes: (H,).
-        scaling: of the logits.
+        scaling: factor of the logits.
+
+    Returns:
+        q (B, H, T, K + 2) and k (B, H_kv, S, K + 2).
     """
     weights = (slopes.to(q.dtype) / scaling)[:, None] * q.new_tensor([LOW, 1])
     q = torch.cat([q, weights[None, :, None].expand(*q.shape[:3], 2)], dim=-1)

@@ -1,12 +1,12 @@
-"""The mixer contract, and what linear mixers share.
+"""Base classes of token mixers.
 
 Shapes: B batch, T time, H heads, K key dim, V value dim, D model dim.
 
-A mixer is one class in one file. It turns x (B, T, D) into y (B, T, D); tokens meet one another
-nowhere else in the model. `Mixer` is the contract that the stack relies on. `LinearMixer` is the
-shared body of every mixer that is a parameterisation of `hybrid_kernels.linear_attention`: it
-projects x to (q, k, v, decay, beta), calls the op, and projects what comes back. A new mixer of that
-kind overrides a hook or two.
+A mixer is one class in one file. It maps x (B, T, D) to y (B, T, D). Only mixers exchange information
+between tokens. ``Mixer`` is the interface that the model relies on. ``LinearMixer`` is the base class
+of all parameterisations of ``hybrid_kernels.linear_attention``: it projects x to
+(q, k, v, decay, beta), calls the op, and projects the output. A new linear mixer overrides one or two
+methods.
 """
 
 from __future__ import annotations
@@ -32,39 +32,39 @@ from hybrid_kernels import causal_conv1d, linear_attention, split
 
 @dataclass(frozen=True)
 class MixerOptions:
-    """Base of every mixer's options dataclass."""
+    """Base class of the options of all mixers."""
 
     def complete(self, hidden_size: int) -> MixerOptions:
-        """These options with every default that depends on the model dim D filled in."""
+        """Return these options with all defaults that depend on the model dim D filled in."""
         return self
 
     def scaled_from(self, base: Any) -> MixerOptions:
-        """These options under muP, where `base` are those of the same mixer at the base width."""
+        """Return these options under muP; ``base`` are those of the same mixer at the base width."""
         return self
 
     def problems(self, sizes: Sizes) -> list[str]:
-        """What is wrong with the completed options, a line each ('num_heads: ...')."""
+        """Return the mistakes in the completed options, one line each ('num_heads: ...')."""
         return []
 
 
 class Mixer(nn.Module, ABC):
-    """One token mixer of one layer.
+    """Base class of token mixers.
 
     Class attributes:
-        name, symbol: set by `register_mixer`.
+        name, symbol: set by ``register_mixer``.
         Options: the options dataclass.
-        layer_type: the mask it wants, by transformers' name: `full_attention` (keys and values are
-            cached) or `linear_attention` (only states are).
-        attends: "full" or "local" (a window, a chunk) if it weighs keys of earlier tokens by softmax, ""
-            if what it knows of them is a state. `hybrid_eval` knocks out branches by it; None lets it
-            go by `layer_type`.
-        paper: where it comes from.
+        layer_type: transformers' name of the required mask: ``full_attention`` (keys and values are
+            cached) or ``linear_attention`` (only states are cached).
+        attends: "full" or "local" (window, chunk) for softmax over the keys of earlier tokens; "" for a
+            state. ``hybrid_eval`` selects the branches to knock out by this value; None: by
+            ``layer_type``.
+        paper: paper of the mixer.
         formula: one line, in the notation S_t = G_t * S_{t-1} + v_t k_t^T.
-        used_by: published models that have it.
-        kind: mixers of one kind are counted together (`Sizes.kind_idx`): the name of the first
-            registered class among the bases.
-        shared_by_stack: names of parameters that are one for all layers of the mixer in a stack.
-        continues_packed: whether it can go on from a cache with several documents in a row.
+        used_by: published models that use the mixer.
+        kind: name of the first registered class among the bases. Mixers of one kind are counted
+            together (``Sizes.kind_idx``).
+        shared_by_stack: names of parameters shared by all layers of the mixer in a stack.
+        continues_packed: whether packed documents can continue from a cache.
     """
 
     name: ClassVar[str]
@@ -96,80 +96,81 @@ class Mixer(nn.Module, ABC):
         cache: Slot | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Mix tokens.
+        """Mix the tokens of x.
 
         Args:
             x: (B, T, D).
-            attention_mask: the mask of `layer_type` as transformers' mask functions make it.
+            attention_mask: mask of ``layer_type`` as returned by transformers' mask functions.
             position_embeddings: (cos, sin) of the layer's rotary embedding, or None.
-            segments: documents and padding, for mixers with a state.
-            cache: the slot to continue from and to write to, or None.
+            segments: document boundaries and padding, for mixers with a state.
+            cache: cache slot to continue from and to write to, or None.
 
         Returns:
-            (y, weights): y (B, T, D); weights (B, H, T, T_total) where the mixer has them and the
-            attention implementation returns them, else None.
+            (y, weights): y (B, T, D); weights (B, H, T, T_total) if the mixer has attention weights and
+            the attention implementation returns them, else None.
         """
 
     def check_arguments(self, kwargs: dict[str, Any]) -> None:
-        """Refuse keyword arguments of `forward` that no mixer takes."""
+        """Raise TypeError for keyword arguments of ``forward`` that no mixer accepts."""
         known = MIXER_ARGUMENTS | {"attention_mask", "position_embeddings"}
         check_arguments(type(self).__name__, Mixer.forward, kwargs, known)
 
     @classmethod
     def uses_state(cls, options: Any) -> bool:
-        """Whether the cache holds a recurrent or a convolution state for it."""
+        """Return whether the cache holds a recurrent or convolution state of the mixer."""
         return cls.layer_type == "linear_attention"
 
     @classmethod
     def fits_paged(cls, options: Any) -> bool:
-        """Whether keys and values are all it remembers, and of one size, as paged caches want them."""
+        """Return whether paged caches fit: only keys and values are cached, and of equal size."""
         return False
 
     @classmethod
     def tensor_splits(cls, options: Any) -> tuple[Split, ...]:
-        """How tensor parallelism may split it; empty: each process has the whole mixer."""
+        """Return how tensor parallelism may split the mixer; empty: every process has all of it."""
         return ()
 
     @classmethod
     def samples(cls) -> list[dict[str, Any]]:
-        """Sets of options, small enough for D = 32, that the tests build this mixer with.
+        """Return sets of options for the tests, small enough for D = 32.
 
-        Every test of an invariant runs on each of them, so list one for each branch of the code.
+        Every invariant test runs on each set. List one set per branch of the code.
         """
         return [{"num_heads": 2}]
 
     @classmethod
     def rotary(cls, options: Any, sizes: Sizes) -> nn.Module | None:
-        """The rotary embedding that this mixer wants for these options, shared per symbol."""
+        """Return the rotary embedding for these options, shared per symbol; None for none."""
         return None
 
     def init_parameters(self, std: float) -> None:
-        """Initialise parameters and buffers of this module itself; Linear ones are done already."""
+        """Initialise parameters and buffers of this module. Linear modules are initialised already."""
 
     def mixing_flops(self, context: int) -> float:
-        """Forward FLOPs per token of the mixing alone (no projections), mean over `context` tokens."""
+        """Return forward FLOPs per token without projections, as a mean over ``context`` tokens."""
         return 0.0
 
     def tokens(self) -> dict[str, TokenSpec]:
-        """What `forward` appends to its slot for each token, by name."""
+        """Return the per-token entries that ``forward`` appends to its cache slot, by name."""
         return {}
 
     def states(self) -> dict[str, StateSpec]:
-        """The states that `forward` keeps in its slot, by name."""
+        """Return the states that ``forward`` keeps in its cache slot, by name."""
         return {}
 
 
 def residual_projection(d_in: int, d_out: int, bias: bool = False) -> nn.Linear:
-    """A Linear that writes into the residual stream; depth-scaled initialisation scales these."""
+    """Return a Linear that writes to the residual stream; depth-scaled initialisation applies to it."""
     linear = nn.Linear(d_in, d_out, bias=bias)
     linear.is_residual_projection = True  # type: ignore[assignment]
     return linear
 
 
 class ShortConvolution(nn.Module):
-    """Causal depthwise convolution over time, x (B, T, D) -> (B, T, D), with state and boundaries.
+    """Causal depthwise convolution over time, x (B, T, D) -> (B, T, D).
 
-    As before q, k, v in Mamba (arXiv 2312.00752) and DeltaNet (arXiv 2406.06484).
+    Supports a state and document boundaries. Mamba (arXiv 2312.00752) and DeltaNet (arXiv 2406.06484)
+    apply it before the recurrence.
     """
 
     def __init__(
@@ -180,10 +181,10 @@ class ShortConvolution(nn.Module):
         self.bias = nn.Parameter(torch.empty(channels)) if bias else None
         self.activation = activation
         self.residual = False
-        """Whether x is added to its convolution, before the activation: a canon layer."""
+        """Whether to add x to its convolution before the activation (canon layers)."""
 
     def init_parameters(self, std: float) -> None:
-        """Uniform with variance 1 / (3 W), torch's own default for a depthwise Conv1d; bias 0."""
+        """Initialise uniformly with variance 1 / (3 W), as torch's depthwise Conv1d; bias 0."""
         bound = self.weight.shape[1] ** -0.5
         init.uniform_(self.weight, -bound, bound)
         if self.bias is not None:
@@ -192,7 +193,7 @@ class ShortConvolution(nn.Module):
     def forward(
         self, x: torch.Tensor, cu_seqlens: torch.Tensor | None, cache: Slot | None
     ) -> torch.Tensor:
-        """Convolve packed x, continuing from and writing to the cache slot where there is one."""
+        """Convolve packed x, and continue from and write to the cache slot if there is one."""
         y, tail = causal_conv1d(
             x,
             self.weight.to(x.dtype),
@@ -211,20 +212,20 @@ class ShortConvolution(nn.Module):
     def split(
         self, parts: list[torch.Tensor], cu_seqlens: torch.Tensor | None, cache: Slot | None
     ) -> tuple[torch.Tensor, ...]:
-        """Convolve several tensors (B, T, ...) whose channels add up to D, in one call."""
+        """Convolve several tensors (B, T, ...), whose channels add up to D, in one call."""
         y = self(torch.cat(parts, dim=-1), cu_seqlens, cache)
         return split(y, [part.shape[-1] for part in parts])
 
     def states(self) -> dict[str, StateSpec]:
-        """The last W - 1 inputs, (D, W - 1), under the name that `forward` has for them."""
+        """Return the shape (D, W - 1) of the last W - 1 inputs, under the name used by ``forward``."""
         channels, width = self.weight.shape
         return {"conv": StateSpec((channels, width - 1))}
 
 
 class StateMixer(Mixer):
-    """A mixer whose memory of the past is a state: it sees documents one after the other.
+    """Mixer that keeps a state in place of keys and values, and sees documents one after the other.
 
-    Subclasses give `mix`, which never meets padding: the real tokens come packed.
+    Subclasses implement ``mix``. Its input has no padding: the real tokens are packed.
     """
 
     layer_type = "linear_attention"
@@ -238,7 +239,7 @@ class StateMixer(Mixer):
         cache: Slot | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, None]:
-        """See `Mixer.forward`; the mask is not used, padding comes in `segments`."""
+        """See ``Mixer.forward``. The mask is not used; ``segments`` describes the padding."""
         self.check_arguments(kwargs)
         batch, time, _ = x.shape
         if cache is not None:
@@ -250,14 +251,14 @@ class StateMixer(Mixer):
     def mix(
         self, x: torch.Tensor, cu_seqlens: torch.Tensor | None, cache: Slot | None
     ) -> torch.Tensor:
-        """x (B, T, D), or (1, tokens, D) with `cu_seqlens`, to y of the same shape."""
+        """Map x (B, T, D), or (1, tokens, D) with ``cu_seqlens``, to y of the same shape."""
 
 
 class LinearMixer(StateMixer):
-    """A mixer that is a parameterisation of `linear_attention`.
+    """Base class of parameterisations of ``linear_attention``.
 
-    Subclasses set the sizes with `build`, and override `gates` (decay, beta) and `read` (what happens
-    to the output) as their paper has it; where q, k, v and the gates depend on each other, `mix`.
+    Subclasses set the sizes with ``build`` and override ``gates`` (decay, beta) and ``read`` (the
+    output). If q, k, v and the gates depend on each other, override ``mix``.
     """
 
     scale: float = 1.0
@@ -280,11 +281,11 @@ class LinearMixer(StateMixer):
             num_heads: H, heads of v and of the state.
             key_dim: K.
             value_dim: V.
-            conv_size: W of a short convolution on q, k, v; None for none.
-            bias: biases on the projections.
-            key_heads: H_k, heads of q and k, each serving H / H_k heads; default H.
-            conv_bias: a bias on the convolution.
-            conv_activation: `silu` or None, after the convolution.
+            conv_size: W, width of a short convolution on q, k, v; None for no convolution.
+            bias: add biases to the projections.
+            key_heads: H_k, heads of q and k, each shared by H / H_k heads of v; default H.
+            conv_bias: add a bias to the convolution.
+            conv_activation: ``silu`` or None, after the convolution.
         """
         d_model = self.sizes.hidden_size
         self.num_heads, self.key_dim, self.value_dim = num_heads, key_dim, value_dim
@@ -303,7 +304,7 @@ class LinearMixer(StateMixer):
     def mix(
         self, x: torch.Tensor, cu_seqlens: torch.Tensor | None, cache: Slot | None
     ) -> torch.Tensor:
-        """Project, run the recurrence, read."""
+        """Project x, run the recurrence, and project the output."""
         q, k, v = self.project(x, cu_seqlens, cache)
         o = self.recur(q, k, v, cu_seqlens, cache, **self.gates(x))
         return self.o_proj(self.read(o, x))
@@ -318,10 +319,11 @@ class LinearMixer(StateMixer):
         carry: Callable[[torch.Tensor], torch.Tensor] | None = None,
         **gates: Any,
     ) -> torch.Tensor:
-        """The op, continuing from and writing to the cache slot where there is one: o (B, T, H, V).
+        """Call the op, and continue from and write to the cache slot if there is one: o (B, T, H, V).
 
-        Values too wide for the op are cut into parts, each with a state of its own: the columns of a
-        state do not meet. `carry` maps the final state (N, H, K, V) to what is stored.
+        Values that are too wide for the op are split into parts, each with its own state. The result is
+        the same, because the columns of a state do not interact. ``carry`` maps the final state
+        (N, H, K, V) to the state that is stored.
         """
         parts = value_parts(v.shape[-1])
         before = None if cache is None else cache.state("recurrent")
@@ -347,7 +349,7 @@ class LinearMixer(StateMixer):
     def project(
         self, x: torch.Tensor, cu_seqlens: torch.Tensor | None, cache: Slot | None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """x (B, T, D) -> q, k (B, T, H_k, K), v (B, T, H, V), convolved and through `features`."""
+        """Project x (B, T, D) to q, k (B, T, H_k, K), v (B, T, H, V); convolve; apply ``features``."""
         q, k, v = self.read_in(x)
         if self.conv is not None:
             q, k, v = self.conv.split([q, k, v], cu_seqlens, cache)
@@ -355,29 +357,29 @@ class LinearMixer(StateMixer):
         return self.features(q, k, v.unflatten(-1, (self.num_heads, -1)))
 
     def read_in(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """x (B, T, D) -> q, k (B, T, H_k * K), v (B, T, H * V), as they enter the convolution."""
+        """Project x (B, T, D) to the convolution's input: q, k (B, T, H_k * K), v (B, T, H * V)."""
         return self.q_proj(x), self.k_proj(x), self.v_proj(x)
 
     def features(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Activations or normalisation of q, k, v; none by default."""
+        """Apply activations or normalisation to q, k, v; identity by default."""
         return q, k, v
 
     def gates(self, x: torch.Tensor) -> dict[str, Any]:
-        """`log_decay` and `beta` of the op, from x (B, T, D); none by default."""
+        """Return the op's ``log_decay`` and ``beta`` for x (B, T, D); none by default."""
         return {}
 
     def read(self, o: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """o (B, T, H, V) -> (B, T, H * V), normalised and gated as the paper has it."""
+        """Map o (B, T, H, V) to (B, T, H * V); subclasses normalise and gate."""
         return o.flatten(-2)
 
     def mixing_flops(self, context: int) -> float:
-        """Decay, write and read of a K x V state per head: 1 + 2 + 2 FLOPs an element."""
+        """Count decay, write and read of a K x V state per head: 1 + 2 + 2 FLOPs per element."""
         return 5.0 * self.num_heads * self.key_dim * self.value_dim
 
     def states(self) -> dict[str, StateSpec]:
-        """One K x V state per head, and W - 1 inputs of the convolution."""
+        """Return one K x V state per head, and the last W - 1 inputs of the convolution."""
         conv = self.conv.states() if self.conv is not None else {}
         shape = (self.num_heads, self.key_dim, self.value_dim)
         return {"recurrent": StateSpec(shape, torch.float32), **conv}
@@ -387,14 +389,14 @@ MAX_HEAD_DIM = 256
 
 
 def value_parts(value_dim: int) -> int:
-    """Parts that values are cut into, so that each is at most what the op takes."""
+    """Return the number of parts to split values into, so that the op supports the width of each."""
     return -(-value_dim // MAX_HEAD_DIM)
 
 
 def _split_values(
     v: torch.Tensor, gates: dict[str, Any], parts: int
 ) -> tuple[torch.Tensor, dict[str, Any]]:
-    """v (B, T, H, V) -> (B, T, H * parts, V / parts), and each head's gates for all of its parts."""
+    """Split v (B, T, H, V) into (B, T, H * parts, V / parts), and repeat each head's gates."""
     heads_dim = {"log_decay": 2, "beta": 2, "write_scale": 2, "bonus": 0}
     split = dict(gates)
     for name, dim in heads_dim.items():
@@ -407,19 +409,19 @@ def _split_values(
 
 
 def _split_state(state: torch.Tensor, parts: int) -> torch.Tensor:
-    """(N, H, K, V) -> (N, H * parts, K, V / parts)."""
+    """Split states (N, H, K, V) into (N, H * parts, K, V / parts)."""
     return state.unflatten(-1, (parts, -1)).transpose(2, 3).flatten(1, 2)
 
 
 def _join_state(state: torch.Tensor, parts: int) -> torch.Tensor:
-    """The inverse of `_split_state`."""
+    """Invert ``_split_state``."""
     return state.unflatten(1, (-1, parts)).transpose(2, 3).flatten(-2)
 
 
 class OutputNorm(nn.Module):
-    """RMSNorm of o (B, T, H, V): over all heads together (`layer`) or over each (`head`).
+    """RMSNorm of o (B, T, H, V), over all heads together (``layer``) or over each head (``head``).
 
-    `layer` is MiniMax-01's, `head` the grouped norm of Ring-linear and RetNet.
+    MiniMax-01 uses ``layer``. Ring-linear and RetNet use ``head``.
     """
 
     def __init__(self, kind: str, num_heads: int, value_dim: int, eps: float) -> None:
@@ -430,7 +432,7 @@ class OutputNorm(nn.Module):
         )
 
     def forward(self, o: torch.Tensor) -> torch.Tensor:
-        """(B, T, H, V) -> (B, T, H * V)."""
+        """Normalise (B, T, H, V) and flatten to (B, T, H * V)."""
         return self.norm(o).flatten(-2) if self.per_head else self.norm(o.flatten(-2))
 
 
@@ -443,18 +445,18 @@ FEATURE_MAPS = {
 
 
 def head_problems(hidden_size: int, num_heads: int) -> list[str]:
-    """A line for a D that the heads do not divide, where nothing else gives the size of a head."""
+    """Return an error line if the heads do not divide D and no option sets the head dim."""
     if hidden_size % num_heads == 0:
         return []
     near = nearest_divisors(hidden_size, num_heads)
     return [
         f"num_heads: expected a divisor of hidden_size {hidden_size}, got {num_heads}; try {near}, or"
-        " give head_dim"
+        " set head_dim"
     ]
 
 
 def nearest_divisors(number: int, wanted: int) -> str:
-    """The divisors of `number` on both sides of `wanted`, as text: '8 or 16'."""
+    """Return the divisors of ``number`` next to ``wanted``, as text: '8 or 16'."""
     below = max((d for d in range(1, min(wanted, number) + 1) if number % d == 0), default=None)
     above = next((d for d in range(wanted + 1, number + 1) if number % d == 0), None)
     return " or ".join(str(d) for d in (below, above) if d is not None)

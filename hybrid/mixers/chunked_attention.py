@@ -1,6 +1,6 @@
-"""Chunked attention: each token attends to its own chunk of W tokens (Llama 4's local layers).
+"""Chunked attention: each token attends to its own chunk of W tokens (local layers of Llama 4).
 
-Llama 4 has three such layers, with rotary positions, to one full layer without.
+Llama 4 alternates three such layers, with rotary positions, and one full layer without positions.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from hybrid.nn.local_rows import Reach
 
 @dataclass(frozen=True)
 class ChunkedAttentionOptions(LocalAttentionOptions):
-    """Options of `chunked_attention`: those of `GroupedHeadOptions`, and:
+    """Options of ``chunked_attention``, in addition to those of ``GroupedHeadOptions``.
 
     Attributes:
-        chunk_size: W, tokens of a chunk, counted from the start of each document.
+        chunk_size: W, tokens per chunk, counted from the start of each document.
     """
 
     chunk_size: Size2 = 8192
@@ -28,7 +28,10 @@ class ChunkedAttentionOptions(LocalAttentionOptions):
 
 @register_mixer("chunked_attention", symbol="B")
 class ChunkedAttention(LocalAttention):
-    """o_t = sum_s softmax_s(scale * q_t . k_s) v_s over W floor(t / W) <= s <= t."""
+    """Chunked softmax attention mixer (Llama 4; block-wise attention of arXiv 2004.05150, section 3).
+
+    o_t = sum_s softmax_s(scale * q_t . k_s) v_s over W floor(t / W) <= s <= t.
+    """
 
     layer_type = "chunked_attention"
     Options = ChunkedAttentionOptions
@@ -42,7 +45,7 @@ class ChunkedAttention(LocalAttention):
 
     @classmethod
     def samples(cls) -> list[dict[str, Any]]:
-        """As Llama 4; no positions, biases, a gate, sinks."""
+        """Return the options of Llama 4; and no positions with biases, a gate and sinks."""
         return [
             {"chunk_size": 5, "num_heads": 4, "num_kv_heads": 2, "qk_norm": "head",
              "qk_norm_type": "weightless_rmsnorm"},
@@ -52,11 +55,11 @@ class ChunkedAttention(LocalAttention):
 
     @property
     def reach(self) -> Reach:
-        """Back to the start of the chunk."""
+        """The tokens since the start of the chunk."""
         return Reach(self.options.chunk_size, chunked=True)
 
     def mixing_flops(self, context: int) -> float:
-        """Logits and weighted sum over the tokens of the chunk up to each."""
+        """Count logits and weighted sum over the earlier tokens of the chunk."""
         width = self.reach.width
         whole, rest = divmod(context, width)
         pairs = whole * width * (width + 1) / 2 + rest * (rest + 1) / 2

@@ -1,4 +1,4 @@
-"""DeltaNet: the delta rule, no decay (arXiv 2406.06484), and the body that its descendants share."""
+"""DeltaNet: the delta rule without decay (arXiv 2406.06484), and the base of all delta rule mixers."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ class DeltaRuleOptions(HeadOptions):
 
     Attributes:
         num_heads: H, heads of v and of the state; default D / 128, at least 1.
-        num_key_heads: heads of q and k, each serving H / num_key_heads heads; default H.
+        num_key_heads: heads of q and k, each shared by H / num_key_heads heads of v; default H.
         head_dim: key dim K; default V, or D / H.
         value_head_dim: value dim V; default K.
-        conv_size: width of the short convolution on q, k, v; null for none.
-        negative_eigenvalues: beta in (0, 2) and not (0, 1), so that a transition can flip the sign
-            of what is stored (arXiv 2411.12537).
+        conv_size: width of the short convolution on q, k, v; null for no convolution.
+        negative_eigenvalues: beta in (0, 2) instead of (0, 1), so that a transition can flip the sign
+            of stored values (arXiv 2411.12537).
         output_gate: gate the normalised output.
-        output_norm_eps: epsilon of that norm; default the model's `norm_eps`.
+        output_norm_eps: epsilon of the output norm; default the model's ``norm_eps``.
     """
 
     num_key_heads: Size | None = None
@@ -41,14 +41,14 @@ class DeltaRuleOptions(HeadOptions):
     width = 128
 
     def complete(self, hidden_size: int) -> DeltaRuleOptions:
-        """Fill in heads and dims."""
+        """Return these options with heads and dims filled in."""
         done = super().complete(hidden_size)
         assert isinstance(done, DeltaRuleOptions)
         keys = done.num_heads if self.num_key_heads is None else self.num_key_heads
         return replace(done, num_key_heads=keys)
 
     def problems(self, sizes: Sizes) -> list[str]:
-        """Sizes that do not fit together."""
+        """Return an error line for each mismatch of sizes."""
         lines = super().problems(sizes)
         done = self.complete(sizes.hidden_size)
         if not lines:
@@ -57,10 +57,13 @@ class DeltaRuleOptions(HeadOptions):
 
 
 class DeltaRuleMixer(LinearMixer):
-    """S_t = G_t * (I - beta_t k_t k_t^T) S_{t-1} + beta_t k_t v_t^T, o_t = q_t^T S_t / sqrt(K).
+    """Base class of delta rule mixers.
 
-    q, k, v through a short convolution and SiLU; q and k L2-normalised; beta = sigmoid(x W_beta), or
-    twice that; output RMSNorm(o) per head, and gated. Subclasses give G_t (`gates`).
+    S_t = G_t * (I - beta_t k_t k_t^T) S_{t-1} + beta_t k_t v_t^T, o_t = q_t^T S_t / sqrt(K).
+
+    A short convolution and SiLU apply to q, k, v; q and k are L2-normalised. beta is sigmoid(x W_beta),
+    or twice that with ``negative_eigenvalues``. The output is RMSNorm(o) per head, then gated.
+    Subclasses define G_t in ``gates``.
     """
 
     gate_activation = "silu"
@@ -83,12 +86,12 @@ class DeltaRuleMixer(LinearMixer):
         self.norm = GatedRMSNorm(value_dim, eps, self.gate_activation)
 
     def build_gate(self) -> nn.Module:
-        """The projection of the output gate, D -> H * V."""
+        """Return the projection of the output gate, D -> H * V."""
         return nn.Linear(self.sizes.hidden_size, self.num_heads * self.value_dim, bias=False)
 
     @classmethod
     def samples(cls) -> list[dict[str, Any]]:
-        """Grouped heads and unequal dims; negative eigenvalues, no convolution, no gate."""
+        """Return grouped heads with unequal dims; negative eigenvalues without convolution and gate."""
         return [
             {"num_heads": 4, "num_key_heads": 2, "head_dim": 6, "value_head_dim": 8},
             {"num_heads": 2, "conv_size": None, "negative_eigenvalues": True,
@@ -98,35 +101,38 @@ class DeltaRuleMixer(LinearMixer):
     def features(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """SiLU, then q and k at length 1."""
-        if self.conv is None:  # which applies it otherwise
+        """Apply SiLU, then normalise q and k to length 1."""
+        if self.conv is None:  # otherwise the convolution applies SiLU
             q, k, v = F.silu(q), F.silu(k), F.silu(v)
         return l2_normalize(q), l2_normalize(k), v
 
     def gates(self, x: torch.Tensor) -> dict[str, Any]:
-        """beta (B, T, H)."""
+        """Return beta (B, T, H)."""
         beta = torch.sigmoid(wide(self.beta_proj(x)))
         return {"beta": 2 * beta if self.options.negative_eigenvalues else beta}
 
     def read(self, o: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """RMSNorm(o) per head, times the activated gate."""
+        """Return RMSNorm(o) per head, times the activated gate: (B, T, H * V)."""
         return self.norm(o, None if self.gate_proj is None else self.gate_proj(x))
 
     def mixing_flops(self, context: int) -> float:
-        """Decay, recall, write and read of a K x V state per head: 1 + 2 + 2 + 2 FLOPs an element."""
+        """Count decay, recall, write and read of a K x V state per head: 7 FLOPs per element."""
         return 7.0 * self.num_heads * self.key_dim * self.value_dim
 
 
 @dataclass(frozen=True)
 class DeltaNetOptions(DeltaRuleOptions):
-    """Options of `delta_net`: those of the delta rule, ungated by default as in the paper."""
+    """Options of ``delta_net``: those of the delta rule, without a gate by default as in the paper."""
 
     output_gate: bool = False
 
 
 @register_mixer("delta_net", symbol="P")
 class DeltaNet(DeltaRuleMixer):
-    """S_t = (I - beta_t k_t k_t^T) S_{t-1} + beta_t k_t v_t^T (arXiv 2406.06484, eq. 3)."""
+    """DeltaNet mixer (arXiv 2406.06484, eq. 3).
+
+    S_t = (I - beta_t k_t k_t^T) S_{t-1} + beta_t k_t v_t^T.
+    """
 
     Options = DeltaNetOptions
     paper = "arXiv 2406.06484; negative eigenvalues arXiv 2411.12537"
@@ -135,7 +141,7 @@ class DeltaNet(DeltaRuleMixer):
 
     @classmethod
     def samples(cls) -> list[dict[str, Any]]:
-        """As the paper has it; grouped heads, a gate, negative eigenvalues."""
+        """Return the options of the paper; and grouped heads with a gate and negative eigenvalues."""
         return [
             {"num_heads": 2},
             {"num_heads": 4, "num_key_heads": 2, "head_dim": 6, "value_head_dim": 5,

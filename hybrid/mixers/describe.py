@@ -1,4 +1,4 @@
-"""The mixers in a terminal: `hybrid mixers` and `hybrid mixers NAME`."""
+"""Output of the commands `hybrid mixers` and `hybrid mixers NAME`."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from hybrid.config.registry import mixers
 
 
 def print_mixers(console: Console) -> None:
-    """A table of all mixers: symbol, name, gate, paper."""
-    column = Column("mixer", no_wrap=True)  # whole, to be typed again
+    """Print a table of all mixers: symbol, name, gate, paper."""
+    column = Column("mixer", no_wrap=True)  # names stay whole, so that users can copy them
     table = Table("symbol", column, "gate", "paper")
     for cls in mixers.classes():
         table.add_row(cls.symbol or "", cls.name, cls.formula, cls.paper)
@@ -23,18 +23,18 @@ def print_mixers(console: Console) -> None:
 
 
 def print_mixer(name: str, console: Console) -> None:
-    """The documentation of one mixer and a table of its options with their defaults.
+    """Print the documentation of one mixer and a table of its options with their defaults.
 
     Args:
-        name: of the mixer, or its symbol.
-        console: where it goes.
+        name: name or symbol of the mixer.
+        console: console to print to.
 
     Raises:
-        ValueError: no mixer has the name.
+        ValueError: no mixer has this name.
     """
     cls = mixers.get(mixers.symbols().get(name, name))
     texts = [f"{cls.name} ({cls.symbol})" if cls.symbol else cls.name, inspect.getdoc(cls)]
-    for options in reversed(cls.Options.__mro__):  # what is shared stands above what adds to it
+    for options in reversed(cls.Options.__mro__):  # options of base classes first
         if dataclasses.is_dataclass(options) and dataclasses.fields(options):
             texts.append(inspect.getdoc(options))
     folded = fold("\n\n".join(filter(None, texts)), console.width)
@@ -48,10 +48,10 @@ def print_mixer(name: str, console: Console) -> None:
 
 
 def fold(text: str, width: int) -> str:
-    """A docstring in lines of at most `width`, as far as words allow, none shorter than it must be.
+    """Wrap a docstring to lines of at most ``width`` characters. Words are not split.
 
-    What begins at the margin is a paragraph up to the next blank line. An indented line is an entry,
-    such as that of an argument, and the lines behind it that are indented further belong to it.
+    Lines without indentation form a paragraph up to the next blank line. An indented line starts an
+    entry, such as an argument. The following lines with more indentation belong to that entry.
     """
     return "\n".join(
         textwrap.fill(
@@ -67,7 +67,7 @@ def fold(text: str, width: int) -> str:
 
 
 def _pieces(text: str) -> Iterator[tuple[int, list[str]]]:
-    """(indentation, lines) of each paragraph, entry and blank line."""
+    """Yield (indentation, lines) of each paragraph, entry and blank line."""
     indent = 0
     lines: list[str] = []
     for line in text.splitlines():

@@ -1,4 +1,4 @@
-"""Decaying fast weights: an outer-product decay over keys and values (DFW, arXiv 2210.04243)."""
+"""Decaying fast weights: decay by an outer product over keys and values (DFW, arXiv 2210.04243)."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from hybrid.mixers.parts import HeadOptions, wide
 
 @dataclass(frozen=True)
 class DecayingFastWeightsOptions(HeadOptions):
-    """Options of `dfw`.
+    """Options of ``dfw``.
 
     Attributes:
         num_heads: H; default D / 64, at least 1.
         head_dim: key dim K; default V, or D / H.
         value_head_dim: value dim V; default K.
-        conv_size: width of a short convolution on q, k, v; null for none, as in the paper.
-        output_norm: RMSNorm of the output over all heads (`layer`), over each (`head`), or null for
-            none, as in the paper, which starts from trained weights.
-        bias: biases on q, k, v and the output.
+        conv_size: width of a short convolution on q, k, v; null for no convolution, as in the paper.
+        output_norm: RMSNorm of the output over all heads (``layer``) or over each head (``head``); null
+            for no norm, as in the paper, which starts from trained weights.
+        bias: add biases to q, k, v and the output projection.
     """
 
     conv_size: Size2 | None = None
@@ -37,9 +37,12 @@ class DecayingFastWeightsOptions(HeadOptions):
 
 @register_mixer("dfw", symbol="F")
 class DecayingFastWeights(LinearMixer):
-    """S_t = (alpha_t beta_t^T) * S_{t-1} + k_t v_t^T, o_t = q_t^T S_t (arXiv 2210.04243, section 4).
+    """Decaying fast weights mixer (arXiv 2210.04243, section 4).
 
-    alpha_t (K) and beta_t (V) are sigmoids of linear maps of x; no feature map, no denominator.
+    S_t = (alpha_t beta_t^T) * S_{t-1} + k_t v_t^T, o_t = q_t^T S_t.
+
+    alpha_t (K,) and beta_t (V,) are sigmoids of linear maps of x. There is no feature map and no
+    denominator.
     """
 
     Options = DecayingFastWeightsOptions
@@ -59,7 +62,7 @@ class DecayingFastWeights(LinearMixer):
 
     @classmethod
     def samples(cls) -> list[dict[str, Any]]:
-        """As the paper has it; unequal dims, a convolution and a norm."""
+        """Return the options of the paper; and unequal dims with a convolution and a norm."""
         return [
             {"num_heads": 2},
             {"num_heads": 3, "head_dim": 5, "value_head_dim": 7, "conv_size": 4,
@@ -67,7 +70,7 @@ class DecayingFastWeights(LinearMixer):
         ]  # fmt: skip
 
     def gates(self, x: torch.Tensor) -> dict[str, Any]:
-        """log alpha (B, T, H, K) and log beta (B, T, H, V)."""
+        """Return log alpha (B, T, H, K) and log beta (B, T, H, V)."""
         alpha, beta = (
             F.logsigmoid(wide(proj(x))).unflatten(-1, (self.num_heads, -1))
             for proj in (self.key_decay_proj, self.value_decay_proj)
@@ -75,5 +78,5 @@ class DecayingFastWeights(LinearMixer):
         return {"log_decay": alpha, "value_log_decay": beta}
 
     def read(self, o: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """o, normalised where asked for."""
+        """Flatten o (B, T, H, V) to (B, T, H * V), normalised if ``output_norm`` is set."""
         return o.flatten(-2) if self.norm is None else self.norm(o)

@@ -1,13 +1,13 @@
-"""Dual chunk attention: long texts at inference with positions that training knew (arXiv 2402.17463).
+"""Dual chunk attention: inference on long sequences with positions seen in training.
 
-Positions are cut into chunks of s. A key at place p has the rotary position p mod s; a query has three,
-and which one meets a key depends on how many chunks lie between them:
+Positions are split into chunks of s tokens (arXiv 2402.17463). A key at position p has the rotary
+position p mod s. A query has three rotary positions, selected by the distance in chunks to the key:
 
     same chunk      p mod s                          true distances, below s
     chunk before    min(p mod s + s, s + w - 1)      true distances for the first w queries of a chunk
     further back    s + w - 1
 
-so that no distance is ever above s + w - 1, which is the paper's c - 1 with w = c - s.
+No distance exceeds s + w - 1, which is the paper's c - 1 with w = c - s.
 
 Shapes: B batch, T queries, S keys, H query heads, H_kv key heads, K head dim, R rotated dims.
 """
@@ -24,13 +24,13 @@ from hybrid.nn.rotary import RotaryEmbedding, rotate
 
 Angles = tuple[torch.Tensor, torch.Tensor]
 
-CHUNK_MARKS = 2  # numbers per key that say which chunk it is of
+CHUNK_MARKS = 2  # numbers per key that store the index of its chunk
 _BASE = 256  # the chunk is _BASE * high + low, both exact in bfloat16 up to 65,535
-_QUERIES = 128  # at a time, so that memory grows with S and not with T S
+_QUERIES = 128  # queries per step, so that memory grows with S and not with T S
 
 
 class DualChunkAngles(NamedTuple):
-    """cos and sin (B, T, R) of each role of a token, and the chunk (B, T) it is in."""
+    """cos and sin (B, T, R) of the three rotary positions of each token, and its chunk (B, T)."""
 
     same: Angles
     before: Angles
@@ -38,16 +38,16 @@ class DualChunkAngles(NamedTuple):
     chunk: torch.Tensor
 
     def rotate(self, q: torch.Tensor, k: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
-        """q (B, H, T, K) in its three roles, and k (B, H_kv, T, K)."""
+        """Rotate q (B, H, T, K) to its three positions, and k (B, H_kv, T, K) to its one."""
         queries = [rotate(q, *angles) for angles in (self.same, self.before, self.further)]
         return queries, rotate(k, *self.same)
 
 
 class DualChunkRotaryEmbedding(RotaryEmbedding):
-    """Plain rotary positions in training; at inference `DualChunkAngles`.
+    """Rotary embedding of dual chunk attention: plain in training, ``DualChunkAngles`` at inference.
 
     Args:
-        rope_parameters, head_dim, max_position_embeddings: as in `RotaryEmbedding`.
+        rope_parameters, head_dim, max_position_embeddings: as in ``RotaryEmbedding``.
         chunk_size: s.
         window: w.
     """
@@ -64,7 +64,7 @@ class DualChunkRotaryEmbedding(RotaryEmbedding):
         self.chunk_size, self.window = chunk_size, window
 
     def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> Angles | DualChunkAngles:
-        """Angles of x (B, T, D) at position_ids (B, T)."""
+        """Return the angles of x (B, T, D) at position_ids (B, T)."""
         if self.training:
             return super().forward(x, position_ids)
         place = position_ids % self.chunk_size
@@ -77,14 +77,14 @@ class DualChunkRotaryEmbedding(RotaryEmbedding):
 
 
 def mark_chunks(k: torch.Tensor, chunk: torch.Tensor) -> torch.Tensor:
-    """k (B, H_kv, T, K) with the chunk (B or 1, T) of each key as `CHUNK_MARKS` dims more."""
+    """Append the chunk (B or 1, T) of each key to k (B, H_kv, T, K) as ``CHUNK_MARKS`` extra dims."""
     high = torch.div(chunk, _BASE, rounding_mode="floor")
     marks = torch.stack([high, chunk - _BASE * high], dim=-1).to(k.dtype)
     return torch.cat([k, marks[:, None].expand(*k.shape[:3], CHUNK_MARKS)], dim=-1)
 
 
 def read_chunks(k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The inverse of `mark_chunks`: keys (B, H_kv, S, K), and their chunks (B, S)."""
+    """Invert ``mark_chunks``: return keys (B, H_kv, S, K) and their chunks (B, S)."""
     marks = k[:, 0, :, -CHUNK_MARKS:].long()
     return k[..., :-CHUNK_MARKS], _BASE * marks[..., 0] + marks[..., 1]
 
@@ -101,16 +101,16 @@ def dual_chunk_attention(
     soft_cap: float | None = None,
     sinks: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, None]:
-    """Softmax attention whose logits take the query in the role that fits the key's chunk.
+    """Softmax attention that rotates each query by its distance in chunks to the key.
 
     Args:
-        queries: three of (B, H, T, K), as `DualChunkAngles.rotate` returns them.
+        queries: three tensors (B, H, T, K), as returned by ``DualChunkAngles.rotate``.
         k, v: (B, H_kv, S, K).
         query_chunk, key_chunk: (B or 1, T) and (B, S).
-        mask, scaling, soft_cap, sinks: as in `capped_attention`.
+        mask, scaling, soft_cap, sinks: as in ``capped_attention``.
 
     Returns:
-        o (B, T, H, K); there are no weights.
+        o (B, T, H, K), and None in place of weights.
     """
     groups = queries[0].shape[1] // k.shape[1]
     k, v = (y.repeat_interleave(groups, dim=1) if groups > 1 else y for y in (k, v))

@@ -16,14 +16,16 @@ from hybrid.mixers.parts import init_log_uniform, init_time_step, softplus_log_d
 
 @dataclass(frozen=True)
 class GatedDeltaNetOptions(DeltaRuleOptions):
-    """Options of `gated_delta_net`: those of the delta rule."""
+    """Options of ``gated_delta_net``: those of the delta rule."""
 
 
 @register_mixer("gated_delta_net", symbol="D")
 class GatedDeltaNet(DeltaRuleMixer):
-    """S_t = gamma_t (I - beta_t k_t k_t^T) S_{t-1} + beta_t k_t v_t^T (arXiv 2412.06464, eq. 10).
+    """Gated DeltaNet mixer (arXiv 2412.06464, eq. 10).
 
-    gamma_t = exp(-exp(A_log) softplus(x W_a + dt_bias)), one per head, as in Mamba-2; output
+    S_t = gamma_t (I - beta_t k_t k_t^T) S_{t-1} + beta_t k_t v_t^T.
+
+    gamma_t = exp(-exp(A_log) softplus(x W_a + dt_bias)), one per head, as in Mamba-2. The output is
     RMSNorm(o) * silu(x W_g) per head.
     """
 
@@ -39,11 +41,11 @@ class GatedDeltaNet(DeltaRuleMixer):
         self.dt_bias = nn.Parameter(torch.empty(self.num_heads))
 
     def init_parameters(self, std: float) -> None:
-        """exp(A_log) uniform in (0, 16], time steps as Mamba-2's."""
+        """Draw exp(A_log) uniformly from (0, 16] and time steps as in Mamba-2."""
         init_log_uniform(self.A_log, 0.01, 16.0)  # away from 0, whose log is -inf
         init_time_step(self.dt_bias)
 
     def gates(self, x: torch.Tensor) -> dict[str, Any]:
-        """beta and log gamma, both (B, T, H)."""
+        """Return beta and log gamma, both (B, T, H)."""
         log_decay = softplus_log_decay(self.decay_proj(x), self.dt_bias, self.A_log)
         return {**super().gates(x), "log_decay": log_decay}

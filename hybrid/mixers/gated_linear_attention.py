@@ -18,19 +18,19 @@ from hybrid.mixers.parts import GatedRMSNorm, HeadOptions, low_rank, wide
 
 @dataclass(frozen=True)
 class GatedLinearAttentionOptions(HeadOptions):
-    """Options of `gated_linear_attention`.
+    """Options of ``gated_linear_attention``.
 
     Attributes:
         num_heads: H; default D / 256, at least 1.
         head_dim: key dim K; default V / 2, or D / 2H.
         value_head_dim: value dim V; default 2 K, or D / H.
         gate_rank: rank of the map from x to the decay.
-        tau: temperature: the decay is sigmoid(.)^(1 / tau), closer to 1 the larger it is.
-        min_log_decay: what the log of the decay is clamped to from below; null for no bound.
-        conv_size: width of a short convolution on q, k, v; null for none, as in the paper.
-        feature_map: of q and k, `identity`, `silu` or `relu`.
+        tau: temperature of the decay, sigmoid(.)^(1 / tau). A larger tau gives a decay closer to 1.
+        min_log_decay: lower bound of the log decay; null for no bound.
+        conv_size: width of a short convolution on q, k, v; null for no convolution, as in the paper.
+        feature_map: feature map of q and k: ``identity``, ``silu`` or ``relu``.
         output_gate: gate the normalised output.
-        gate_bias: a bias on the output gate, which published checkpoints go without.
+        gate_bias: add a bias to the output gate. Published checkpoints do not have one.
     """
 
     gate_rank: Size = 16
@@ -47,9 +47,10 @@ class GatedLinearAttentionOptions(HeadOptions):
 
 @register_mixer("gated_linear_attention", symbol="G")
 class GatedLinearAttention(LinearMixer):
-    """S_t = diag(alpha_t) S_{t-1} + k_t v_t^T, alpha_t = sigmoid(x W_1 W_2 + b)^(1 / tau).
+    """Gated linear attention mixer (arXiv 2312.06635, section 4.4).
 
-    Output RMSNorm(q_t^T S_t / sqrt(K)) * silu(x W_r + b_r) per head (arXiv 2312.06635, section 4.4).
+    S_t = diag(alpha_t) S_{t-1} + k_t v_t^T, alpha_t = sigmoid(x W_1 W_2 + b)^(1 / tau). The output is
+    RMSNorm(q_t^T S_t / sqrt(K)) * silu(x W_r + b_r) per head.
     """
 
     Options = GatedLinearAttentionOptions
@@ -70,7 +71,7 @@ class GatedLinearAttention(LinearMixer):
 
     @classmethod
     def samples(cls) -> list[dict[str, Any]]:
-        """As the paper has it; a convolution and another temperature; bounded, features, no gate."""
+        """Return the options of the paper, and sets for the other branches."""
         return [
             {"num_heads": 2, "gate_rank": 4},
             {"num_heads": 3, "head_dim": 5, "value_head_dim": 7, "conv_size": 4, "tau": 2.0},
@@ -82,12 +83,12 @@ class GatedLinearAttention(LinearMixer):
     def features(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """The feature map of q and k."""
+        """Apply the feature map to q and k."""
         feature_map = FEATURE_MAPS[self.options.feature_map]
         return feature_map(q), feature_map(k), v
 
     def gates(self, x: torch.Tensor) -> dict[str, Any]:
-        """log alpha (B, T, H, K)."""
+        """Return log alpha (B, T, H, K)."""
         f = wide(self.decay_proj(x)).unflatten(-1, (self.num_heads, -1))
         log_decay = F.logsigmoid(f) / self.options.tau
         if self.options.min_log_decay is not None:
@@ -95,5 +96,5 @@ class GatedLinearAttention(LinearMixer):
         return {"log_decay": log_decay}
 
     def read(self, o: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """RMSNorm(o) * silu(x W_r + b_r)."""
+        """Return RMSNorm(o) * silu(x W_r + b_r), (B, T, H * V)."""
         return self.norm(o, None if self.gate_proj is None else self.gate_proj(x))

@@ -18,10 +18,12 @@ from hybrid.mixers.retention import RetentionOptions, RotatedLinearMixer
 
 @dataclass(frozen=True)
 class GatedRetentionOptions(RetentionOptions):
-    """Options of `gated_retention`: those of `retention`, with V = K = D / H by default, and
+    """Options of ``gated_retention``, in addition to those of ``retention``.
+
+    By default V = K = D / H.
 
     Attributes:
-        tau: temperature: the decay is sigmoid(.)^(1 / tau), closer to 1 the larger it is.
+        tau: temperature of the decay, sigmoid(.)^(1 / tau). A larger tau gives a decay closer to 1.
     """
 
     tau: Positive = 16.0
@@ -31,9 +33,10 @@ class GatedRetentionOptions(RetentionOptions):
 
 @register_mixer("gated_retention", symbol="Y")
 class GatedRetention(RotatedLinearMixer):
-    """S_t = gamma_t e^{i theta} S_{t-1} + k_t v_t^T, gamma_t = sigmoid(x W_gamma)^(1 / tau) per head.
+    """Gated retention mixer (YOCO, arXiv 2405.05254, eq. 5 to 7).
 
-    Rotary positions, norm and gate as in RetNet (arXiv 2405.05254, eq. 5 to 7).
+    S_t = gamma_t e^{i theta} S_{t-1} + k_t v_t^T, gamma_t = sigmoid(x W_gamma)^(1 / tau) per head.
+    Rotary positions, norm and gate are those of RetNet.
     """
 
     Options = GatedRetentionOptions
@@ -47,12 +50,12 @@ class GatedRetention(RotatedLinearMixer):
 
     @classmethod
     def samples(cls) -> list[dict[str, Any]]:
-        """As the paper has it; no positions, unequal dims."""
+        """Return the options of the paper; and unequal dims without positions."""
         return [
             {"num_heads": 2},
             {"num_heads": 3, "head_dim": 5, "value_head_dim": 7, "rope_theta": None, "tau": 2.0},
         ]
 
     def gates(self, x: torch.Tensor) -> dict[str, Any]:
-        """log gamma (B, T, H)."""
+        """Return log gamma (B, T, H)."""
         return {"log_decay": F.logsigmoid(wide(self.decay_proj(x))) / self.options.tau}

@@ -1,4 +1,4 @@
-"""Gated short convolution: LFM2's mixer, the only state of which is the convolution's.
+"""Gated short convolution: the mixer of LFM2, whose only state is that of the convolution.
 
 Shapes: B batch, T time, D model dim.
 """
@@ -25,11 +25,11 @@ from hybrid.nn.past import Slot, StateSpec
 
 @dataclass(frozen=True)
 class GatedShortConvolutionOptions(MixerOptions):
-    """Options of `gated_short_convolution`.
+    """Options of ``gated_short_convolution``.
 
     Attributes:
-        conv_size: width of the convolution.
-        bias: biases on the projections and the convolution.
+        conv_size: W, width of the convolution.
+        bias: add biases to the projections and the convolution.
     """
 
     conv_size: Size2 = 3
@@ -38,9 +38,10 @@ class GatedShortConvolutionOptions(MixerOptions):
 
 @register_mixer("gated_short_convolution", symbol="C")
 class GatedShortConvolution(StateMixer):
-    """y = (C * conv(B * u)) W_o with [B, C, u] = x W_in, two gates around a depthwise convolution.
+    """Gated short convolution mixer (LFM2, arXiv 2511.23404, section 2).
 
-    LFM2 (arXiv 2511.23404, section 2), after Hyena's gating (arXiv 2302.10866).
+    y = (C * conv(B * u)) W_o with [B, C, u] = x W_in: a depthwise convolution between two gates, as in
+    Hyena (arXiv 2302.10866).
     """
 
     Options = GatedShortConvolutionOptions
@@ -57,20 +58,20 @@ class GatedShortConvolution(StateMixer):
 
     @classmethod
     def samples(cls) -> list[dict[str, Any]]:
-        """As LFM2; wider, with biases."""
+        """Return the options of LFM2; and a wider convolution with biases."""
         return [{}, {"conv_size": 5, "bias": True}]
 
     def mix(
         self, x: torch.Tensor, cu_seqlens: torch.Tensor | None, cache: Slot | None
     ) -> torch.Tensor:
-        """See the class."""
+        """Map x (B, T, D) to y (B, T, D); see the class."""
         B, C, u = self.in_proj(x).chunk(3, dim=-1)
         return self.o_proj(C * self.conv(B * u, cu_seqlens, cache))
 
     def mixing_flops(self, context: int) -> float:
-        """The two gates."""
+        """Count the two gates."""
         return 2.0 * self.sizes.hidden_size
 
     def states(self) -> dict[str, StateSpec]:
-        """W - 1 inputs of the convolution."""
+        """Return the last W - 1 inputs of the convolution."""
         return self.conv.states()

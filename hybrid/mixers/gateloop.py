@@ -20,20 +20,20 @@ from hybrid.nn.past import Slot, StateSpec
 
 @dataclass(frozen=True)
 class GateLoopOptions(HeadOptions):
-    """Options of `gateloop`.
+    """Options of ``gateloop``.
 
     Attributes:
-        num_heads: H; default D / 64, at least 1. The paper's best has a head per channel
-            (`num_heads: D`), whose state is one complex number each.
+        num_heads: H; default D / 64, at least 1. The best model of the paper has one head per channel
+            (``num_heads: D``), each with one complex number as its state.
         head_dim: complex key channels K; default V, or D / H.
         value_head_dim: value dim V; default K.
-        conv_size: width of a short convolution on q, k, v; null for none, as in the paper.
+        conv_size: width of a short convolution on q, k, v; null for no convolution, as in the paper.
     """
 
     conv_size: Size2 | None = None
 
     def problems(self, sizes: Sizes) -> list[str]:
-        """Sizes that do not fit together; a complex channel counts twice."""
+        """Return an error line for each mismatch of sizes; a complex channel counts twice."""
         lines = super().problems(sizes)
         done = self.complete(sizes.hidden_size)
         if not lines and done.head_dim is not None:
@@ -43,10 +43,11 @@ class GateLoopOptions(HeadOptions):
 
 @register_mixer("gateloop", symbol="O")
 class GateLoop(LinearMixer):
-    """S_t = a_t * S_{t-1} + k_t v_t^T complex, a_t = sigmoid(x W_a1) exp(i x W_a2) per key channel.
+    """GateLoop mixer (arXiv 2311.01927, eq. 6 to 9).
 
-    o_t = Re(q_t^T S_t), gated by silu(x W_g) (arXiv 2311.01927, eq. 6 to 9). q, k, v are real; in the
-    op a complex channel is a pair, q and k rotated by the sum of the phases so far.
+    S_t = a_t * S_{t-1} + k_t v_t^T is complex, with a_t = sigmoid(x W_a1) exp(i x W_a2) per key channel.
+    o_t = Re(q_t^T S_t), gated by silu(x W_g). q, k, v are real. For the op, a complex channel is a pair
+    of real channels, and q and k are rotated by the cumulative sum of the phases.
     """
 
     Options = GateLoopOptions
@@ -64,7 +65,7 @@ class GateLoop(LinearMixer):
 
     @classmethod
     def samples(cls) -> list[dict[str, Any]]:
-        """Matrix states with a convolution; a head per channel as in the paper."""
+        """Return matrix states with a convolution; and one head per channel as in the paper."""
         return [
             {"num_heads": 2, "head_dim": 5, "value_head_dim": 7, "conv_size": 3},
             {"num_heads": 8, "head_dim": 1, "value_head_dim": 1},
@@ -73,12 +74,12 @@ class GateLoop(LinearMixer):
     def mix(
         self, x: torch.Tensor, cu_seqlens: torch.Tensor | None, cache: Slot | None
     ) -> torch.Tensor:
-        """See the class."""
+        """Map x (B, T, D) to y (B, T, D); see the class."""
         q, k, v = self.project(x, cu_seqlens, cache)
         log_decay = F.logsigmoid(wide(self.decay_proj(x))).unflatten(-1, (self.num_heads, -1))
         phase = wide(self.phase_proj(x)).unflatten(-1, (self.num_heads, -1))
         angle, last = running_angle(phase, cu_seqlens)
-        # a real number is a pair with nothing in its imaginary half
+        # a real number is a pair whose imaginary half is zero
         q, k = (rotate(F.pad(y, (0, y.shape[-1])), angle) for y in (q, k))
         o = self.recur(
             q,
@@ -92,10 +93,10 @@ class GateLoop(LinearMixer):
         return self.o_proj(o.flatten(-2) * F.silu(self.gate_proj(x)))
 
     def mixing_flops(self, context: int) -> float:
-        """A complex channel is two real ones."""
+        """Count each complex channel as two real channels."""
         return 2 * super().mixing_flops(context)
 
     def states(self) -> dict[str, StateSpec]:
-        """One complex K x V state per head, as a real one of 2 K rows."""
+        """Return one complex K x V state per head, stored as a real state with 2 K rows."""
         shape = (self.num_heads, 2 * self.key_dim, self.value_dim)
         return {**super().states(), "recurrent": StateSpec(shape, torch.float32)}

@@ -1,4 +1,4 @@
-"""Query heads and grouped key heads: the options, projections and output that softmax mixers share.
+"""Query heads and grouped key heads: options, projections and output shared by softmax mixers.
 
 Shapes: B batch, T time, H query heads, H_kv key heads, K head dim, D model dim.
 """
@@ -27,15 +27,15 @@ Options = TypeVar("Options", bound="HeadSizeOptions")
 
 @dataclass(frozen=True)
 class HeadSizeOptions(MixerOptions):
-    """Options of every softmax mixer with grouped heads.
+    """Options of all softmax mixers with grouped heads.
 
     Attributes:
         num_heads: query heads H; default D / 64, at least 1.
-        num_kv_heads: key and value heads; default H (MHA); 1 is MQA; must divide H.
+        num_kv_heads: key and value heads; default H (MHA); 1 for MQA; must divide H.
         head_dim: K; default D / H.
-        rope_parameters: transformers' own rope dictionary (`rope_type`, `rope_theta`,
-            `partial_rotary_factor`, and what the type needs); null for no positions (NoPE).
-        scale: of the logits; default K ** -0.5.
+        rope_parameters: RoPE dictionary of transformers (``rope_type``, ``rope_theta``,
+            ``partial_rotary_factor``, and the keys of the type); null for no positions (NoPE).
+        scale: factor of the logits; default K ** -0.5.
     """
 
     num_heads: Size | None = None
@@ -47,7 +47,7 @@ class HeadSizeOptions(MixerOptions):
     scale: Positive | None = None
 
     def complete(self: Options, hidden_size: int) -> Options:
-        """Fill in heads and dims."""
+        """Return these options with heads and dims filled in."""
         heads = self.num_heads
         if heads is None:
             heads = max(1, hidden_size // (self.head_dim or 64))
@@ -68,43 +68,43 @@ class HeadSizeOptions(MixerOptions):
 
     @property
     def scaling(self) -> float:
-        """Of the logits, of completed options."""
+        """Factor of the logits, of completed options."""
         return self.sizes[2] ** -0.5 if self.scale is None else self.scale
 
     def scaled_from(self: Options, base: Options) -> Options:
-        """Logits scaled by 1 / d where the head dim d is not that of the base width (muP)."""
+        """Return options whose logits scale as 1 / d if the head dim d differs from the base (muP)."""
         return replace(self, scale=base.scaling / (self.sizes[2] / base.sizes[2]))
 
     def problems(self, sizes: Sizes) -> list[str]:
-        """Sizes that do not fit together."""
+        """Return an error line for each mismatch of sizes."""
         heads, kv_heads, head_dim = self.complete(sizes.hidden_size).sizes
         lines = head_problems(sizes.hidden_size, heads) if self.head_dim is None else []
         lines = lines or divides("num_kv_heads", kv_heads, "num_heads", heads)
         if self.rope_parameters is not None:
             rope = rope_problems(self.rope_parameters, max(2, head_dim), sizes)
-            # with heads that do not fit, what it says of their size would be a second complaint
+            # if the heads do not fit, an error about their size would repeat the first one
             lines += [line for line in rope if not lines or line.startswith("rope_parameters.")]
         return lines
 
 
 @dataclass(frozen=True)
 class GroupedHeadOptions(HeadSizeOptions):
-    """Those of `HeadSizeOptions`, and:
+    """Options of attention with grouped heads, in addition to those of ``HeadSizeOptions``.
 
     Attributes:
-        qk_norm: a norm of q and k: `head` (over K, one weight for all heads, Qwen3), `layer` (over all
-            heads together, OLMo 2), or null.
-        qk_norm_type: which norm: `rmsnorm`, `zero_centered_rmsnorm` (Gemma 3, Qwen3-Next),
-            `weightless_rmsnorm` (Llama 4), `layernorm`.
-        qk_norm_eps: epsilon of that norm; default the model's `norm_eps`.
-        bias: biases on q, k, v.
-        output_bias: bias on the output projection.
-        dropout: probability, on the attention weights in training.
+        qk_norm: norm of q and k: ``head`` (over K, one weight for all heads, Qwen3), ``layer`` (over all
+            heads together, OLMo 2), or null for no norm.
+        qk_norm_type: type of that norm: ``rmsnorm``, ``zero_centered_rmsnorm`` (Gemma 3, Qwen3-Next),
+            ``weightless_rmsnorm`` (Llama 4) or ``layernorm``.
+        qk_norm_eps: epsilon of that norm; default the model's ``norm_eps``.
+        bias: add biases to q, k, v.
+        output_bias: add a bias to the output projection.
+        dropout: dropout probability of the attention weights in training.
         output_gate: multiply the output by sigmoid(x W_g), per channel (arXiv 2505.06708; Qwen3-Next).
-        sinks: a learned logit per head that takes part in the softmax and adds nothing (GPT-OSS), so
-            that a head may attend to nothing.
-        soft_cap: logits z become c tanh(z / c) (Gemma 2, arXiv 2408.00118); null for no cap.
-        alibi: add -m_h (t - s) to the logits (arXiv 2108.12409); wants rope_parameters null.
+        sinks: add a learned logit per head to the softmax, without a value (GPT-OSS). A head can then
+            attend to nothing.
+        soft_cap: c; logits z become c tanh(z / c) (Gemma 2, arXiv 2408.00118); null for no cap.
+        alibi: add -m_h (t - s) to the logits (arXiv 2108.12409); requires ``rope_parameters: null``.
     """
 
     qk_norm: Literal["head", "layer"] | None = None
@@ -119,20 +119,26 @@ class GroupedHeadOptions(HeadSizeOptions):
     alibi: bool = False
 
     def problems(self, sizes: Sizes) -> list[str]:
-        """Sizes that do not fit together, and options that do not."""
+        """Return an error line for each mismatch of sizes and for options that exclude each other."""
         lines = super().problems(sizes)
         if self.alibi and self.rope_parameters is not None:
-            lines.append("alibi: takes the place of rotary positions; set rope_parameters to null")
+            lines.append(
+                "alibi: expected rope_parameters null, as ALiBi replaces rotary positions, got"
+                f" {self.rope_parameters}; try rope_parameters: null"
+            )
         if self.alibi and (self.sinks or self.soft_cap is not None):
-            lines.append("alibi: does not go with sinks or soft_cap")
+            lines.append(
+                "alibi: expected neither sinks nor soft_cap, got both alibi and one of them; try"
+                " alibi: false"
+            )
         return lines
 
 
 class GroupedHeads(Mixer):
-    """H query heads of dim K, in groups that share one of H_kv key heads (arXiv 2305.13245)."""
+    """Mixer with H query heads of dim K, in groups that share H_kv key heads (arXiv 2305.13245)."""
 
     def build(self, options: GroupedHeadOptions) -> None:
-        """Create the projections, norms, gate, sinks and slopes that the options ask for."""
+        """Create the projections, norms, gate, sinks and slopes set by the options."""
         d_model = self.sizes.hidden_size
         self.num_heads, self.num_kv_heads, self.head_dim = options.sizes
         self.num_key_value_groups = self.num_heads // self.num_kv_heads
@@ -145,7 +151,7 @@ class GroupedHeads(Mixer):
         self.gate_proj = (
             nn.Linear(d_model, inner, bias=options.bias) if options.output_gate else None
         )
-        if options.sinks:  # paged eager attention uses the attribute wherever there is one
+        if options.sinks:  # paged eager attention uses this attribute if it exists
             self.sinks = nn.Parameter(torch.empty(self.num_heads))
         self.slopes = nn.Buffer(self._slopes(), persistent=False) if options.alibi else None
         self.q_norm = self.k_norm = None
@@ -157,14 +163,14 @@ class GroupedHeads(Mixer):
 
     @classmethod
     def tensor_splits(cls, options: Any) -> tuple[Split, ...]:
-        """By heads, unless heads meet before the output projection or a buffer has one entry a head."""
+        """Return a split by heads; empty with ALiBi or if heads interact before the output."""
         if options.qk_norm == "layer" or options.alibi or getattr(options, "conv_size", None):
             return ()
         rules = dict.fromkeys(("q_proj", "k_proj", "v_proj"), "colwise") | {"o_proj": "rowwise"}
         if options.output_gate:
             rules["gate_proj"] = "colwise"
         if options.qk_norm:
-            # each process norms its own heads: the gradients of the weights are sums over processes
+            # each process normalises its own heads: weight gradients are summed over processes
             rules |= dict.fromkeys(("q_norm", "k_norm"), "replicated_with_grad_allreduce")
         if options.sinks:
             rules |= {"sinks": "colwise", "": "local_params"}
@@ -172,21 +178,21 @@ class GroupedHeads(Mixer):
 
     @property
     def sink_logits(self) -> torch.Tensor | None:
-        """The sinks (H,), or None without."""
+        """The sinks (H,), or None without sinks."""
         return getattr(self, "sinks", None)
 
     def _slopes(self) -> torch.Tensor:
         return torch.tensor(alibi_slopes(self.num_heads))
 
     def init_parameters(self, std: float) -> None:
-        """Sinks normal; slopes are a function of the config."""
+        """Draw sinks from a normal distribution; compute slopes from the config."""
         if self.sink_logits is not None:
             init.normal_(self.sinks, mean=0.0, std=std)
         if self.slopes is not None:
             init.copy_(self.slopes, self._slopes())
 
     def split_heads(self, y: torch.Tensor, norm: nn.Module | None = None) -> torch.Tensor:
-        """(B, T, H * K) -> (B, H, T, K), normalised per layer or per head."""
+        """Map (B, T, H * K) to (B, H, T, K), normalised per layer or per head."""
         if norm is not None and self.options.qk_norm == "layer":
             y = norm(y)
         y = y.unflatten(-1, (-1, self.head_dim))
@@ -195,11 +201,11 @@ class GroupedHeads(Mixer):
         return y.transpose(1, 2)
 
     def output(self, o: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """o (B, T, H * K), gated by x (B, T, D) where there is a gate -> (B, T, D)."""
+        """Project o (B, T, H * K) to (B, T, D), gated by x (B, T, D) if there is a gate."""
         if self.gate_proj is not None:
             o = o * torch.sigmoid(self.gate_proj(x))
         return self.o_proj(o)
 
     def logits_flops(self, keys: float) -> float:
-        """FLOPs of a token's logits with so many keys, and of the weighted sum of their values."""
+        """Return the FLOPs of one token's logits and weighted sum over ``keys`` keys."""
         return 2.0 * 2.0 * self.num_heads * self.head_dim * keys

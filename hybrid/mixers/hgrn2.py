@@ -21,19 +21,20 @@ from hybrid.nn.past import Slot
 
 @dataclass(frozen=True)
 class HGRN2Options(HeadOptions):
-    """Options of `hgrn2`.
+    """Options of ``hgrn2``.
 
     Attributes:
         num_heads: H; default D / 128, at least 1.
-        head_dim: key dim K, by how much the state is expanded; default V, or D / H.
+        head_dim: key dim K, the expansion of the state; default V, or D / H.
         value_head_dim: value dim V; default K.
-        conv_size: width of a short convolution on q, k, v; null for none, as in the paper.
-        scale: of q^T S, before the norm.
-        output_norm_eps: epsilon of that norm; default the model's `norm_eps`.
-        lower_bound: keep the forget gate above a learned gamma per key channel, which starts at l / n
-            in layer l (from 0) of n, so that upper layers remember longer; else gamma is 0.
-        bounds_over_depth: take them from one matrix B for the whole stack, a row for each layer with a
-            mixer: gamma_l is the sum of rows 1 to l of softmax(B) over depth, 0 in the first layer.
+        conv_size: width of a short convolution on q, k, v; null for no convolution, as in the paper.
+        scale: factor of q^T S, before the norm.
+        output_norm_eps: epsilon of the output norm; default the model's ``norm_eps``.
+        lower_bound: keep the forget gate above a learned gamma per key channel. It starts at l / n in
+            layer l (from 0) of n, so that higher layers forget more slowly. False: gamma is 0.
+        bounds_over_depth: compute gamma from one matrix B of the whole stack, with one row for each
+            layer that has a mixer: gamma_l is the sum of rows 1 to l of softmax(B) over depth, and 0 in
+            the first layer.
     """
 
     conv_size: Size2 | None = None
@@ -47,12 +48,13 @@ class HGRN2Options(HeadOptions):
 
 @register_mixer("hgrn2", symbol="H")
 class HGRN2(LinearMixer):
-    """S_t = diag(f_t) S_{t-1} + (1 - f_t) v_t^T, f_t = gamma + (1 - gamma) sigmoid(x W_f).
+    """HGRN-2 mixer (arXiv 2404.07904, section 3).
 
-    q = silu(x W_q), k = 1 - f, v = x W_v; output RMSNorm(q_t^T S_t) over all heads (arXiv 2404.07904,
-    section 3). The paper computes the gammas of all layers as one cumulative softmax over depth
-    (`bounds_over_depth`); by default each layer owns its gamma = sigmoid(b), which starts where theirs
-    starts.
+    S_t = diag(f_t) S_{t-1} + (1 - f_t) v_t^T, f_t = gamma + (1 - gamma) sigmoid(x W_f).
+
+    q = silu(x W_q), k = 1 - f, v = x W_v. The output is RMSNorm(q_t^T S_t) over all heads. The paper
+    computes the gammas of all layers by one cumulative softmax over depth (``bounds_over_depth``). By
+    default each layer has its own gamma = sigmoid(b), with the same initial value.
     """
 
     Options = HGRN2Options
@@ -63,7 +65,7 @@ class HGRN2(LinearMixer):
     def __init__(self, options: HGRN2Options, sizes: Sizes, layer_idx: int) -> None:
         super().__init__(options, sizes, layer_idx)
         heads, key_dim, value_dim = options.sizes
-        # k_proj gives the logits of the forget gate, from which the key follows
+        # k_proj computes the logits of the forget gate f; the key is 1 - f
         self.build(heads, key_dim, value_dim, options.conv_size)
         self.lower_bound_logit = self.lower_bounds = None
         if options.lower_bound and options.bounds_over_depth:
@@ -80,7 +82,7 @@ class HGRN2(LinearMixer):
 
     @classmethod
     def samples(cls) -> list[dict[str, Any]]:
-        """A bound per layer, and over depth; unequal dims, a convolution, no bound."""
+        """Return a bound per layer; a bound over depth; no bound with unequal dims and a convolution."""
         return [
             {"num_heads": 2},
             {"num_heads": 2, "bounds_over_depth": True},
@@ -89,7 +91,7 @@ class HGRN2(LinearMixer):
         ]  # fmt: skip
 
     def init_parameters(self, std: float) -> None:
-        """gamma = l / n in layer l of n, but 0.01 in the first: from 0 it would never move."""
+        """Set gamma to l / n in layer l of n, and to 0.01 in the first: at 0 it has no gradient."""
         if self.lower_bound_logit is not None:
             gamma = max(0.01, self.layer_idx / (self.sizes.num_hidden_layers or 1))
             init.constant_(self.lower_bound_logit, math.log(gamma / (1 - gamma)))
@@ -99,9 +101,9 @@ class HGRN2(LinearMixer):
     def mix(
         self, x: torch.Tensor, cu_seqlens: torch.Tensor | None, cache: Slot | None
     ) -> torch.Tensor:
-        """See the class."""
+        """Map x (B, T, D) to y (B, T, D); see the class."""
         q, f, v = self.project(x, cu_seqlens, cache)
-        # log f and 1 - f, each from logsigmoids, for neither 1 - sigmoid nor log(sum) keeps its digits
+        # log f and 1 - f from logsigmoids: 1 - sigmoid and log(sum) lose precision
         f = wide(f)
         log_f, k = F.logsigmoid(f), torch.sigmoid(-f)
         bound = self._log_bound()
@@ -113,7 +115,7 @@ class HGRN2(LinearMixer):
         return self.o_proj(self.norm(o))
 
     def _log_bound(self) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """log gamma and log(1 - gamma), both (H, K); None where gamma is 0."""
+        """Return log gamma and log(1 - gamma), both (H, K); None if gamma is 0."""
         if self.lower_bound_logit is not None:
             b = wide(self.lower_bound_logit)
             return F.logsigmoid(b), F.logsigmoid(-b)

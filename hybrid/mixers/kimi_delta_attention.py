@@ -23,15 +23,15 @@ from hybrid.mixers.parts import (
 
 @dataclass(frozen=True)
 class KimiDeltaAttentionOptions(DeltaRuleOptions):
-    """Options of `kimi_delta_attention`: those of the delta rule, and
+    """Options of ``kimi_delta_attention``, in addition to those of the delta rule.
 
     Attributes:
-        decay_gate: `softplus`: log decay = -exp(A_log) softplus(f + dt_bias) (Kimi Linear).
-            `bounded`: log decay = lower_bound * sigmoid(exp(A_log) (f + dt_bias)), never below
+        decay_gate: ``softplus``: log decay = -exp(A_log) softplus(f + dt_bias) (Kimi Linear).
+            ``bounded``: log decay = lower_bound * sigmoid(exp(A_log) (f + dt_bias)), never below
             lower_bound (Ling 3.0).
-        lower_bound: of the log decay per token, for `bounded`; below 0.
+        lower_bound: lower bound of the log decay per token, for ``bounded``; below 0.
         gate_rank: rank of the maps x -> f and x -> output gate; default V; 0 for full matrices.
-        gate_bias: a bias on the output gate.
+        gate_bias: add a bias to the output gate.
     """
 
     decay_gate: Literal["softplus", "bounded"] = "softplus"
@@ -40,7 +40,7 @@ class KimiDeltaAttentionOptions(DeltaRuleOptions):
     gate_bias: bool = False
 
     def complete(self, hidden_size: int) -> KimiDeltaAttentionOptions:
-        """Fill in heads, dims and the rank."""
+        """Return these options with heads, dims and the rank filled in."""
         done = super().complete(hidden_size)
         assert isinstance(done, KimiDeltaAttentionOptions)
         return replace(
@@ -50,11 +50,13 @@ class KimiDeltaAttentionOptions(DeltaRuleOptions):
 
 @register_mixer("kimi_delta_attention", symbol="K")
 class KimiDeltaAttention(DeltaRuleMixer):
-    """S_t = (I - beta_t k_t k_t^T) diag(alpha_t) S_{t-1} + beta_t k_t v_t^T (arXiv 2510.26692, eq. 1).
+    """Kimi Delta Attention mixer (arXiv 2510.26692, eq. 1).
 
-    alpha_t = exp(-exp(A_log) softplus(f(x) + dt_bias)), one per key channel, f of low rank; output
-    RMSNorm(o) * sigmoid(g(x)) per head, g of low rank. With `decay_gate: bounded` the log decay stays
-    above `lower_bound`, which lets kernels rescale without a guard.
+    S_t = (I - beta_t k_t k_t^T) diag(alpha_t) S_{t-1} + beta_t k_t v_t^T.
+
+    alpha_t = exp(-exp(A_log) softplus(f(x) + dt_bias)), one per key channel, with f of low rank. The
+    output is RMSNorm(o) * sigmoid(g(x)) per head, with g of low rank. With ``decay_gate: bounded`` the
+    log decay stays above ``lower_bound``, so that kernels can rescale without a guard.
     """
 
     Options = KimiDeltaAttentionOptions
@@ -71,7 +73,7 @@ class KimiDeltaAttention(DeltaRuleMixer):
         self.dt_bias = nn.Parameter(torch.empty(inner))
 
     def build_gate(self) -> nn.Module:
-        """The output gate, D -> H * V."""
+        """Return the projection of the output gate, D -> H * V."""
         return self._map(self.num_heads * self.value_dim, self.options.gate_bias)
 
     def _map(self, d_out: int, bias: bool = False) -> nn.Module:
@@ -82,7 +84,7 @@ class KimiDeltaAttention(DeltaRuleMixer):
 
     @classmethod
     def samples(cls) -> list[dict[str, Any]]:
-        """As Kimi Linear, unequal dims; the bounded gate, full matrices, grouped heads."""
+        """Return unequal dims as in Kimi Linear; the bounded gate, full matrices, grouped heads."""
         return [
             {"num_heads": 2, "head_dim": 6, "value_head_dim": 8},
             {"num_heads": 4, "num_key_heads": 2, "decay_gate": "bounded", "gate_rank": 0,
@@ -90,12 +92,12 @@ class KimiDeltaAttention(DeltaRuleMixer):
         ]  # fmt: skip
 
     def init_parameters(self, std: float) -> None:
-        """exp(A_log) uniform in [1, 16], time steps as Mamba-2's."""
+        """Draw exp(A_log) uniformly from [1, 16] and time steps as in Mamba-2."""
         init_log_uniform(self.A_log, 1.0, 16.0)
         init_time_step(self.dt_bias)
 
     def gates(self, x: torch.Tensor) -> dict[str, Any]:
-        """beta (B, T, H) and log alpha (B, T, H, K)."""
+        """Return beta (B, T, H) and log alpha (B, T, H, K)."""
         f = self.decay_proj(x).unflatten(-1, (self.num_heads, -1))
         bias, rate = self.dt_bias.unflatten(0, (self.num_heads, -1)), self.A_log.unsqueeze(-1)
         if self.options.decay_gate == "bounded":

@@ -22,19 +22,19 @@ from hybrid.nn.precision import Float32Buffers
 
 @dataclass(frozen=True)
 class LinearAttentionOptions(HeadOptions):
-    """Options that the plain linear mixers share.
+    """Options of linear mixers without data-dependent gates.
 
     Attributes:
         num_heads: H; default D / 64, at least 1.
         head_dim: key dim K; default V, or D / H.
         value_head_dim: value dim V; default K.
-        feature_map: what q and k go through.
-        conv_size: width of a short causal convolution on q, k, v; null for none.
-        output_norm: RMSNorm of the output over all heads (`layer`) or over each (`head`).
-        output_norm_eps: epsilon of that norm; default the model's `norm_eps`. A large one leaves an
-            output small that is small, where a small one blows it up to unit size.
+        feature_map: feature map of q and k.
+        conv_size: width of a short causal convolution on q, k, v; null for no convolution.
+        output_norm: RMSNorm of the output over all heads (``layer``) or over each head (``head``).
+        output_norm_eps: epsilon of that norm; default the model's ``norm_eps``. With a large epsilon
+            small outputs stay small; with a small one they are scaled up to unit size.
         output_gate: multiply the normalised output by sigmoid(x W_g).
-        bias: biases on the projections.
+        bias: add biases to the projections.
     """
 
     feature_map: Literal["identity", "silu", "relu", "elu+1"] = "silu"
@@ -46,7 +46,7 @@ class LinearAttentionOptions(HeadOptions):
 
 
 class PlainLinearAttention(LinearMixer):
-    """q, k through a feature map; the output normalised and, if asked for, gated."""
+    """Base class of linear mixers with a feature map on q and k and a norm and optional gate on o."""
 
     def __init__(self, options: LinearAttentionOptions, sizes: Sizes, layer_idx: int) -> None:
         super().__init__(options, sizes, layer_idx)
@@ -60,7 +60,7 @@ class PlainLinearAttention(LinearMixer):
 
     @classmethod
     def samples(cls) -> list[dict[str, Any]]:
-        """Equal dims; a convolution, unequal dims and the other norm; biases, no gate."""
+        """Return equal dims; unequal dims with a convolution and a norm per head; biases, no gate."""
         return [
             {"num_heads": 2},
             {"num_heads": 3, "head_dim": 5, "value_head_dim": 7, "conv_size": 4,
@@ -71,31 +71,31 @@ class PlainLinearAttention(LinearMixer):
     def features(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """The feature map on q and k."""
+        """Apply the feature map to q and k."""
         phi = FEATURE_MAPS[self.options.feature_map]
         return phi(q), phi(k), v
 
     def read(self, o: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """RMSNorm(o) * sigmoid(x W_g)."""
+        """Return RMSNorm(o) * sigmoid(x W_g), (B, T, H * V)."""
         y = self.norm(o)
         return y if self.gate_proj is None else y * torch.sigmoid(self.gate_proj(x))
 
 
 @dataclass(frozen=True)
 class LightningAttentionOptions(LinearAttentionOptions):
-    """Options of `lightning_attention`: those above, and
+    """Options of ``lightning_attention``, in addition to those of ``LinearAttentionOptions``.
 
     Attributes:
-        depth_scaled_decay: scale the decays from 1 at the first layer to 0 at the last, as MiniMax-01
-            does; else every layer has the same.
-        depth_offset: number of the first layer in that scaling: 0, or -1 as Ring-linear has it, whose
-            decays end a layer later.
+        depth_scaled_decay: scale the log decays by a factor from 1 in the first layer to 0 in the last
+            (MiniMax-01). False: all layers have the same decays.
+        depth_offset: index of the first layer in that scaling: 0, or -1 (Ring-linear), where the scale
+            reaches 0 one layer later.
         qk_norm: RMSNorm of q and k over each head, after the feature map (Ring-linear).
-        rope_theta: base of rotary positions on q and k; null for none.
+        rope_theta: base of the rotary positions of q and k; null for no positions.
         rotary_share: share of K that is rotated.
         scaled: multiply the output by K ** -0.5.
-        output_norm_groups: equal groups of channels that `output_norm: layer` is over, each on its own
-            (Ring-linear, 4).
+        output_norm_groups: number of equal groups of channels that ``output_norm: layer`` normalises
+            separately (4 in Ring-linear).
     """
 
     depth_scaled_decay: bool = True
@@ -108,11 +108,11 @@ class LightningAttentionOptions(LinearAttentionOptions):
 
     @property
     def rotated(self) -> int:
-        """Channels of K that are rotated, of completed options."""
+        """Number of rotated channels of K, of completed options."""
         return 0 if self.rope_theta is None else int(self.sizes[1] * self.rotary_share)
 
     def problems(self, sizes: Sizes) -> list[str]:
-        """Sizes that do not fit together."""
+        """Return an error line for each mismatch of sizes."""
         lines = super().problems(sizes)
         if lines:
             return lines
@@ -136,11 +136,13 @@ class LightningAttentionOptions(LinearAttentionOptions):
 
 @register_mixer("lightning_attention", symbol="L")
 class LightningAttention(Float32Buffers, PlainLinearAttention):
-    """S_t = exp(-s_h) S_{t-1} + k_t v_t^T, o_t = q_t^T S_t, with SiLU on q, k and v.
+    """Lightning attention mixer (arXiv 2401.04658, eq. 8; MiniMax-01, arXiv 2501.08313, section 2.2).
 
-    The slope of head h (from 1) of H in layer l of n is s_h = 2^(-8 h / H) (1 - l / (n - 1) + 1e-5),
-    ALiBi's slopes scaled by depth (arXiv 2501.08313, section 2.2; arXiv 2401.04658, eq. 8). With
-    positions q and k are rotated, without counting: see `hybrid.mixers.rotation`.
+    S_t = exp(-s_h) S_{t-1} + k_t v_t^T, o_t = q_t^T S_t, with SiLU on q, k and v.
+
+    The slope of head h (from 1) of H in layer l (from 0) of n is
+    s_h = 2^(-8 h / H) (1 - l / (n - 1) + 1e-5): ALiBi's slopes, scaled by depth. With ``rope_theta``, q
+    and k are rotated; see ``hybrid.mixers.rotation``.
     """
 
     Options = LightningAttentionOptions
@@ -167,7 +169,7 @@ class LightningAttention(Float32Buffers, PlainLinearAttention):
 
     @classmethod
     def samples(cls) -> list[dict[str, Any]]:
-        """Those of all, and as Ring-linear has it."""
+        """Return the sets of the base class, and the options of Ring-linear."""
         return [
             *super().samples(),
             {"num_heads": 2, "head_dim": 8, "feature_map": "identity", "depth_offset": -1,
@@ -190,14 +192,14 @@ class LightningAttention(Float32Buffers, PlainLinearAttention):
         return -depth * torch.exp2(-8.0 * heads / self.num_heads)
 
     def init_parameters(self, std: float) -> None:
-        """Decays and angles are functions of the config, not weights."""
+        """Compute decays and angles, which are functions of the config and not weights."""
         init.copy_(self.log_decay, self._log_decay())
         init.copy_(self.theta, self._theta())
 
     def features(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """The feature map on q, k and v."""
+        """Apply the feature map to q, k and v, then the norm to q and k."""
         phi = FEATURE_MAPS[self.options.feature_map]
         q, k, v = phi(q), phi(k), phi(v)
         if self.q_norm is not None and self.k_norm is not None:
@@ -214,11 +216,11 @@ class LightningAttention(Float32Buffers, PlainLinearAttention):
         carry: Any = None,
         **gates: Any,
     ) -> torch.Tensor:
-        """The recurrence, of rotated q and k where there are positions."""
+        """Run the recurrence, with q and k rotated if there are positions: o (B, T, H, V)."""
         if self.theta.numel():
             q, k, carry = positioned(q, k, self.theta, cu_seqlens)
         return super().recur(q, k, v, cu_seqlens, cache, carry=carry, **gates)
 
     def gates(self, x: torch.Tensor) -> dict[str, Any]:
-        """The fixed log decay, (H,)."""
+        """Return the fixed log decay, (H,)."""
         return {"log_decay": self.log_decay}

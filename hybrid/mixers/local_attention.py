@@ -1,6 +1,6 @@
-"""Softmax attention to a bounded number of tokens before: what windows and chunks share.
+"""Softmax attention to a bounded number of earlier tokens: base of sliding windows and chunks.
 
-Shapes: B rows, T tokens, P columns of earlier ones, S = P + T, H query heads, H_kv key heads, K head
+Shapes: B rows, T tokens, P columns of earlier tokens, S = P + T, H query heads, H_kv key heads, K head
 dim, W reach.
 """
 
@@ -37,30 +37,32 @@ LEAST_BLOCK = 64
 
 @dataclass(frozen=True)
 class LocalAttentionOptions(GroupedHeadOptions):
-    """Options of softmax mixers with a bounded reach: those of `GroupedHeadOptions`."""
+    """Options of softmax mixers with a bounded reach: those of ``GroupedHeadOptions``."""
 
     def problems(self, sizes: Sizes) -> list[str]:
-        """Sizes that do not fit together."""
+        """Return an error line for each mismatch of sizes."""
         lines = super().problems(sizes)
         kind = (self.rope_parameters or {}).get("rope_type", "default")
         if kind in BY_LENGTH:
             lines.append(
-                f"rope_parameters.rope_type: {kind!r} depends on the length of the sequence, which a"
-                " window does not see; take another"
+                "rope_parameters.rope_type: expected a type that does not depend on the sequence length,"
+                f" which a window does not see, got {kind!r}; try 'default' or 'yarn'"
             )
         return lines
 
 
 class LocalAttention(GroupedHeads, SoftmaxMixer):
-    """o_t = sum_s softmax_s(scale * q_t . k_s) v_s over the tokens within reach, W at most.
+    """Base class of softmax attention over at most W tokens within reach.
 
-    The attention is transformers' (`attn_implementation`), which is handed the window by its name. sdpa,
-    and a function that lacks what the options ask for, go over blocks of queries with the keys within
-    their reach, so that time and memory grow with T W; eager attention returns all weights, and so needs
-    memory for T S. Flash attention and others get the window; none of them has chunks, for which sdpa
-    takes their place.
+    o_t = sum_s softmax_s(scale * q_t . k_s) v_s over the tokens s within reach of t.
 
-    The cache holds the last W - 1 keys and values; padding takes no room.
+    transformers' attention function (``attn_implementation``) receives the window as a keyword argument.
+    Sdpa, and any function without support for the options, runs over blocks of queries with the keys
+    within their reach: time and memory grow with T W. Eager attention returns all weights and needs
+    O(T S) memory. Flash attention and other functions receive the window. They do not support chunks,
+    for which sdpa replaces them.
+
+    The cache holds the last W - 1 keys and values, without padding.
     """
 
     attends = "local"
@@ -68,16 +70,16 @@ class LocalAttention(GroupedHeads, SoftmaxMixer):
     @property
     @abstractmethod
     def reach(self) -> Reach:
-        """How far a token sees."""
+        """The tokens that a token attends to."""
 
     @classmethod
     def rotated_dim(cls, options: Any) -> int:
-        """K."""
+        """Return the head dim K."""
         return options.sizes[2]
 
     @classmethod
     def rotary(cls, options: Any, sizes: Sizes) -> nn.Module | None:
-        """The rotary embedding of these options, exact at any distance from the start; None without."""
+        """Return a rotary embedding that is exact at any position; None without positions."""
         return build_rotary(options.rope_parameters, options.sizes[2], sizes, ExactRotaryEmbedding)
 
     def forward(
@@ -90,7 +92,7 @@ class LocalAttention(GroupedHeads, SoftmaxMixer):
         cache: Slot | None = None,
         **kwargs: Any,
     ) -> Attended:
-        """See `Mixer.forward`; by default rows follow from `segments` and `position_ids`."""
+        """See ``Mixer.forward``. Without a mask, rows follow from ``segments`` and ``position_ids``."""
         self.check_arguments(kwargs)
         q = self.split_heads(self.q_proj(x), self.q_norm)
         k = self.split_heads(self.k_proj(x), self.k_norm)
@@ -126,13 +128,14 @@ class LocalAttention(GroupedHeads, SoftmaxMixer):
         rows: LocalRows,
         kwargs: dict[str, Any],
     ) -> Attended:
-        """o (B, T, H, K), and the weights (B, H, T, S) of eager attention."""
+        """Return o (B, T, H, K), and the weights (B, H, T, S) of eager attention."""
         name, past = self.attention_name, k.shape[2] - q.shape[2]
         caps: dict[str, Any] = {"soft_cap": self.options.soft_cap, "sinks": self.sink_logits}
         capped = any(cap is not None for cap in caps.values())
         if name == "eager":
             mask = rows.mask(self.reach, past, slice(0, q.shape[2]), slice(0, k.shape[2]))
-            if self.slopes is not None:  # positions are large, and eager rounds logits to q's dtype
+            if self.slopes is not None:
+                # positions are large, and eager attention rounds logits to q.dtype
                 q, k = wide(q), wide(k)
             dropout = self.active_dropout
             return capped_attention(q, k, v, mask, scaling=self.scaling, dropout=dropout, **caps)
@@ -154,7 +157,7 @@ class LocalAttention(GroupedHeads, SoftmaxMixer):
         v: torch.Tensor,
         rows: LocalRows,
     ) -> torch.Tensor:
-        """o (B, T, H, K), block of queries by block, each with the keys within its reach."""
+        """Attend in blocks of queries, each with the keys within its reach: o (B, T, H, K)."""
         time, past, width = q.shape[2], k.shape[2] - q.shape[2], self.reach.width
         if rows.sees_all(self.reach, past):
             return attend(q, k, v, None)
@@ -173,7 +176,7 @@ class LocalAttention(GroupedHeads, SoftmaxMixer):
         return torch.cat(outputs, dim=1) if outputs else empty
 
     def _blocks(self, time: int, rows: LocalRows) -> list[tuple[int, int]]:
-        """Start and end of each block: half a window, or a chunk."""
+        """Return start and end of each block of queries: half a window, or a chunk."""
         width = self.reach.width
         if not self.reach.chunked:
             bounds = [*range(0, time, max(width // 2, LEAST_BLOCK)), time]
@@ -185,7 +188,7 @@ class LocalAttention(GroupedHeads, SoftmaxMixer):
     def _sdpa(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None
     ) -> torch.Tensor:
-        """A mask of None: causal."""
+        """Apply sdpa attention; causal if ``mask`` is None."""
         function = ALL_ATTENTION_FUNCTIONS["sdpa"]
         return function(
             self, q, k, v, mask, dropout=self.active_dropout, scaling=self.scaling
@@ -201,7 +204,7 @@ class LocalAttention(GroupedHeads, SoftmaxMixer):
         )[0]  # fmt: skip
 
     def tokens(self) -> dict[str, TokenSpec]:
-        """Keys and values of a window of W; with ALiBi a key has its position in two numbers."""
+        """Return keys and values of W tokens; with ALiBi, keys have two extra dims for positions."""
         marks = 2 * (self.slopes is not None)
         k = TokenSpec(self.num_kv_heads, self.head_dim + marks, self.reach.width)
         return {"k": k, "v": TokenSpec(self.num_kv_heads, self.head_dim, self.reach.width)}

@@ -32,19 +32,19 @@ from hybrid_kernels import selective_scan
 
 @dataclass(frozen=True)
 class MambaOptions(MixerOptions):
-    """Options of `mamba`.
+    """Options of ``mamba``.
 
     Attributes:
         inner_size: E; default 2 D.
         state_size: N.
         conv_size: width of the short convolution.
-        conv_bias: a bias on it.
-        bias: biases on the input and output projections.
+        conv_bias: add a bias to the convolution.
+        bias: add biases to the input and output projections.
         dt_rank: rank of the map to the time step; default D / 16, rounded up.
-        inner_norm: RMSNorm of the time step's input, of B and of C (Jamba); `weightless`: without
+        inner_norm: RMSNorm of the time step's input, of B and of C (Jamba); ``weightless``: without
             weights (Falcon-Mamba).
-        inner_norm_eps: epsilon of those norms; default: the config's norm_eps.
-        dt_min, dt_max, dt_floor: the range that initial time steps are drawn from, log-uniformly.
+        inner_norm_eps: epsilon of those norms; default the model's ``norm_eps``.
+        dt_min, dt_max, dt_floor: range of the initial time steps, drawn log-uniformly, and their floor.
     """
 
     inner_size: Size | None = None
@@ -60,7 +60,7 @@ class MambaOptions(MixerOptions):
     dt_floor: Positive = 1e-4
 
     def complete(self, hidden_size: int) -> MambaOptions:
-        """Fill in the inner width and the rank."""
+        """Return these options with the inner width and the rank filled in."""
         return replace(
             self,
             inner_size=2 * hidden_size if self.inner_size is None else self.inner_size,
@@ -68,16 +68,18 @@ class MambaOptions(MixerOptions):
         )
 
     def problems(self, sizes: Sizes) -> list[str]:
-        """An empty range of time steps."""
+        """Return an error line for an empty range of time steps."""
         return step_problems(self.dt_min, self.dt_max)
 
 
 @register_mixer("mamba", symbol="m")
 class Mamba(StateMixer):
-    """h_t = exp(dt_t A) * h_{t-1} + (dt_t u_t) B_t^T, y_t = h_t C_t + D u_t; A = -exp(A_log) (E, N).
+    """Mamba mixer (arXiv 2312.00752, algorithm 2 and section 3.4).
 
-    u = silu(conv(x W_u)); dt_t = softplus(u W_1 W_2 + b) per channel, B and C linear in u; output
-    y * silu(x W_z) (arXiv 2312.00752, algorithm 2 and section 3.4).
+    h_t = exp(dt_t A) * h_{t-1} + (dt_t u_t) B_t^T, y_t = h_t C_t + D u_t, with A = -exp(A_log) (E, N).
+
+    u = silu(conv(x W_u)) and dt_t = softplus(u W_1 W_2 + b) per channel; B and C are linear in u. The
+    output is y * silu(x W_z).
     """
 
     Options = MambaOptions
@@ -108,7 +110,7 @@ class Mamba(StateMixer):
 
     @classmethod
     def samples(cls) -> list[dict[str, Any]]:
-        """As the paper has it; Jamba's inner norms, biases, another width; Falcon-Mamba's norms."""
+        """Return the options of the paper; Jamba's inner norms with biases; Falcon-Mamba's norms."""
         return [
             {"state_size": 5},
             {"inner_size": 24, "state_size": 4, "conv_size": 3, "conv_bias": False, "bias": True,
@@ -117,7 +119,7 @@ class Mamba(StateMixer):
         ]  # fmt: skip
 
     def init_parameters(self, std: float) -> None:
-        """A = -1, ..., -N in every channel (S4D-real), D one, time steps log-uniform."""
+        """Set A = -1, ..., -N in every channel (S4D-real) and D to 1; draw time steps log-uniformly."""
         o = self.options
         rates = torch.arange(1, o.state_size + 1, dtype=torch.float32)
         init.copy_(self.A_log, rates.log().expand_as(self.A_log))
@@ -128,7 +130,7 @@ class Mamba(StateMixer):
     def mix(
         self, x: torch.Tensor, cu_seqlens: torch.Tensor | None, cache: Slot | None
     ) -> torch.Tensor:
-        """See the class."""
+        """Map x (B, T, D) to y (B, T, D); see the class."""
         u, z = self.in_proj(x).chunk(2, dim=-1)
         u = self.conv(u, cu_seqlens, cache)
         parts = self.x_proj(u).split(self.splits, dim=-1)
@@ -153,10 +155,10 @@ class Mamba(StateMixer):
         return self.o_proj(y * F.silu(z))
 
     def mixing_flops(self, context: int) -> float:
-        """Decay, write and read of an E x N state: 2 + 3 + 2 FLOPs an element."""
+        """Count decay, write and read of an E x N state: 2 + 3 + 2 FLOPs per element."""
         return 7.0 * self.A_log.numel()
 
     def states(self) -> dict[str, StateSpec]:
-        """E x N, and W - 1 inputs of the convolution."""
+        """Return the E x N state, and the last W - 1 inputs of the convolution."""
         recurrent = StateSpec(tuple(self.A_log.shape), torch.float32)
         return {"recurrent": recurrent, **self.conv.states()}

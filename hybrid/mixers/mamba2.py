@@ -33,26 +33,26 @@ from hybrid.nn.past import Slot
 
 @dataclass(frozen=True)
 class Mamba2Options(MixerOptions):
-    """Options of `mamba2`.
+    """Options of ``mamba2``.
 
     Attributes:
         num_heads: H; default expand * D / head_dim, at least 1.
         head_dim: P, the value dim of a head.
         state_size: N, the key dim of a head.
-        num_groups: G groups of heads that share B and C; must divide H.
-        expand: inner width H * P over D, where num_heads is not given.
-        conv_size: width of the short convolution on x, B, C; null for none.
-        conv_bias: a bias on it.
-        bias: biases on the projections.
+        num_groups: G, groups of heads that share B and C; must divide H.
+        expand: ratio of the inner width H * P to D, used if num_heads is null.
+        conv_size: width of the short convolution on x, B, C; null for no convolution.
+        conv_bias: add a bias to the convolution.
+        bias: add biases to the projections.
         skip: add D_h * x to the output of head h.
-        output_norm: `gated`: RMSNorm(y * silu(z)) (Mamba-2). `gated_after`: RMSNorm(y) * silu(z).
-            `none`: y * silu(z) (some Falcon-H1).
-        norm_groups: groups of channels that are normalised each on its own; default G.
-        dt_min, dt_max, dt_floor: the range that initial time steps are drawn from, log-uniformly.
-        dt_limit: [low, high] that time steps are clamped to; null for no limit.
-        a_range: [low, high] that the initial rates A are drawn from, uniformly.
-        projection_multipliers: five numbers that multiply the parts z, x, B, C, dt of the input
-            projection (Falcon-H1's `ssm_multipliers`, arXiv 2507.22448); null for none.
+        output_norm: ``gated``: RMSNorm(y * silu(z)) (Mamba-2). ``gated_after``: RMSNorm(y) * silu(z).
+            ``none``: y * silu(z) (some Falcon-H1 models).
+        norm_groups: number of groups of channels that are normalised separately; default G.
+        dt_min, dt_max, dt_floor: range of the initial time steps, drawn log-uniformly, and their floor.
+        dt_limit: [low, high], bounds of the time steps; null for no bounds.
+        a_range: [low, high], range of the initial rates A, drawn uniformly.
+        projection_multipliers: five factors of the parts z, x, B, C, dt of the input projection
+            (``ssm_multipliers`` of Falcon-H1, arXiv 2507.22448); null for none.
     """
 
     num_heads: Size | None = None
@@ -74,7 +74,7 @@ class Mamba2Options(MixerOptions):
     projection_multipliers: Annotated[list[float], Field(min_length=5, max_length=5)] | None = None
 
     def complete(self, hidden_size: int) -> Mamba2Options:
-        """Fill in heads and the groups of the norm."""
+        """Return these options with heads and the groups of the norm filled in."""
         heads = self.num_heads
         if heads is None:
             heads = max(1, int(self.expand * hidden_size) // max(1, self.head_dim))
@@ -82,7 +82,7 @@ class Mamba2Options(MixerOptions):
         return replace(self, num_heads=heads, norm_groups=groups)
 
     def problems(self, sizes: Sizes) -> list[str]:
-        """Sizes that do not fit together."""
+        """Return an error line for each mismatch of sizes."""
         lines = too_wide(head_dim=self.head_dim, state_size=self.state_size)
         if not lines:
             done = self.complete(sizes.hidden_size)
@@ -96,12 +96,14 @@ class Mamba2Options(MixerOptions):
 
 @register_mixer("mamba2", symbol="M")
 class Mamba2(LinearMixer):
-    """S_t = exp(-dt_t exp(A_log)) S_{t-1} + B_t (dt_t x_t)^T, y_t = C_t^T S_t + D x_t.
+    """Mamba-2 mixer (arXiv 2405.21060, eq. 1 and section 7.1).
 
-    dt_t = softplus(x W_dt + dt_bias), one per head; x, B, C through a short convolution and SiLU;
-    output RMSNorm(y * silu(z)) (arXiv 2405.21060, eq. 1 and section 7.1). In the words of the op, C is
-    q, B is k, x is v and dt is the write's scale. The published input projection [z, x, B, C, dt] is
-    five matrices here: `gate_proj`, `v_proj`, `k_proj`, `q_proj`, `dt_proj`.
+    S_t = exp(-dt_t exp(A_log)) S_{t-1} + B_t (dt_t x_t)^T, y_t = C_t^T S_t + D x_t.
+
+    dt_t = softplus(x W_dt + dt_bias), one per head. A short convolution and SiLU apply to x, B, C. The
+    output is RMSNorm(y * silu(z)). C, B, x and dt are the op's q, k, v and ``write_scale``. The
+    published input projection [z, x, B, C, dt] is split into five matrices: ``gate_proj``, ``v_proj``,
+    ``k_proj``, ``q_proj``, ``dt_proj``.
     """
 
     Options = Mamba2Options
@@ -138,7 +140,7 @@ class Mamba2(LinearMixer):
 
     @classmethod
     def samples(cls) -> list[dict[str, Any]]:
-        """Two groups and a norm for each; no convolution, no skip, clamps, biases, multipliers."""
+        """Return two groups with separate norms; limits and biases, no convolution and skip."""
         return [
             {"head_dim": 8, "state_size": 6, "num_heads": 4, "num_groups": 2},
             {"head_dim": 4, "state_size": 5, "num_heads": 3, "conv_size": None, "skip": False,
@@ -147,7 +149,7 @@ class Mamba2(LinearMixer):
         ]  # fmt: skip
 
     def init_parameters(self, std: float) -> None:
-        """Time steps log-uniform in [dt_min, dt_max], A uniform in a_range, D one."""
+        """Draw time steps log-uniformly from [dt_min, dt_max], A uniformly from a_range; set D to 1."""
         o = self.options
         init_time_step(self.dt_bias, o.dt_min, o.dt_max, o.dt_floor)
         init_log_uniform(self.A_log, *o.a_range)
@@ -157,7 +159,7 @@ class Mamba2(LinearMixer):
     def mix(
         self, x: torch.Tensor, cu_seqlens: torch.Tensor | None, cache: Slot | None
     ) -> torch.Tensor:
-        """See the class."""
+        """Map x (B, T, D) to y (B, T, D); see the class."""
         C, B, u = self.project(x, cu_seqlens, cache)
         step = scaled(self.dt_proj(x), self.multipliers["dt"])
         dt = F.softplus(wide(step) + wide(self.dt_bias))
@@ -171,7 +173,7 @@ class Mamba2(LinearMixer):
         return self.o_proj(self._gate(y.flatten(-2), F.silu(z)))
 
     def read_in(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """C, B and x as they are projected, with their multipliers."""
+        """Return C, B and x after the projection, with their multipliers applied."""
         C, B, u = super().read_in(x)
         by = self.multipliers
         return scaled(C, by["C"]), scaled(B, by["B"]), scaled(u, by["x"])
@@ -179,7 +181,7 @@ class Mamba2(LinearMixer):
     def project(
         self, x: torch.Tensor, cu_seqlens: torch.Tensor | None, cache: Slot | None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """C, B (B, T, G, N) and x (B, T, H, P); SiLU also where there is no convolution."""
+        """Return C, B (B, T, G, N) and x (B, T, H, P); SiLU applies without a convolution, too."""
         C, B, u = super().project(x, cu_seqlens, cache)
         return (C, B, u) if self.conv is not None else (F.silu(C), F.silu(B), F.silu(u))
 

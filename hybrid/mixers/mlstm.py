@@ -1,4 +1,4 @@
-"""mLSTM: a matrix memory with an input gate, exponential or sigmoid (xLSTM, arXiv 2405.04517).
+"""mLSTM: a matrix memory with an exponential or sigmoid input gate (xLSTM, arXiv 2405.04517).
 
 Shapes: B batch, T time, N documents, H heads, K key dim, V value dim.
 """
@@ -24,18 +24,18 @@ from hybrid_kernels import linear_attention
 
 @dataclass(frozen=True)
 class MLSTMOptions(HeadOptions):
-    """Options of `mlstm`.
+    """Options of ``mlstm``.
 
     Attributes:
         num_heads: H; default D / 128, at least 1.
-        head_dim: key dim K; default V / 2, or D / 2H, as xLSTM 7B.
+        head_dim: key dim K; default V / 2, or D / 2H, as in xLSTM 7B.
         value_head_dim: value dim V; default 2 K, or D / H.
-        input_gate: `exp`: exponential, with a normaliser and a stabiliser (xLSTM). `sigmoid`: neither
-            is needed (arXiv 2503.14376).
-        gate_soft_cap: gate logits z become c tanh(z / c); null for no cap.
-        conv_size: width of a short convolution on q, k, v; null for none, as xLSTM 7B.
-        normalizer_eps: added to what the exponential gate's output is divided by, after all has been
-            divided by exp(m_t) (1e-6 in xLSTM 7B).
+        input_gate: ``exp``: exponential, with a normaliser and a stabiliser (xLSTM). ``sigmoid``:
+            without both (arXiv 2503.14376).
+        gate_soft_cap: c; gate logits z become c tanh(z / c); null for no cap.
+        conv_size: width of a short convolution on q, k, v; null for no convolution, as in xLSTM 7B.
+        normalizer_eps: epsilon of the exponential gate's denominator, added after the division by
+            exp(m_t) (1e-6 in xLSTM 7B).
     """
 
     input_gate: Literal["exp", "sigmoid"] = "exp"
@@ -49,15 +49,17 @@ class MLSTMOptions(HeadOptions):
 
 @register_mixer("mlstm", symbol="X")
 class MLSTM(LinearMixer):
-    """C_t = f_t C_{t-1} + i_t k_t v_t^T, n_t = f_t n_{t-1} + i_t k_t, f_t = sigmoid(x W_f + b).
+    """mLSTM mixer (arXiv 2405.04517, eq. 19 to 27; arXiv 2503.13427; arXiv 2503.14376).
 
-    h_t = q_t^T C_t / max(|q_t^T n_t|, 1) with q scaled by 1 / sqrt(K) and i_t = exp(x W_i + b); or
-    i_t = sigmoid and h_t = q_t^T C_t. Output LayerNorm(h) per head * sigmoid(x W_o) (arXiv 2405.04517,
-    eq. 19 to 27; 2503.13427; 2503.14376).
+    C_t = f_t C_{t-1} + i_t k_t v_t^T, n_t = f_t n_{t-1} + i_t k_t, f_t = sigmoid(x W_f + b).
 
-    The normaliser n is one more value column, of ones. All is kept divided by exp(m_t), with
-    m_t = max(log f_t + m_{t-1}, log i_t): h does not depend on m, which only keeps exponents below
-    zero; it is stored with the state as one more column.
+    Exponential gate: i_t = exp(x W_i + b) and h_t = q_t^T C_t / max(|q_t^T n_t|, 1), with q scaled by
+    1 / sqrt(K). Sigmoid gate: i_t = sigmoid(x W_i + b) and h_t = q_t^T C_t. The output is LayerNorm(h)
+    per head * sigmoid(x W_o).
+
+    The normaliser n is one extra value column of ones. C and n are stored divided by exp(m_t), with
+    m_t = max(log f_t + m_{t-1}, log i_t). h does not depend on m, which only keeps exponents below
+    zero. m is stored as one more column of the state.
     """
 
     Options = MLSTMOptions
@@ -74,13 +76,13 @@ class MLSTM(LinearMixer):
         self.forget_gate_proj = nn.Linear(sizes.hidden_size, heads)
         self.gate_proj = nn.Linear(sizes.hidden_size, heads * value_dim, bias=False)
         self.norm = GroupedLayerNorm(heads, heads * value_dim, sizes.norm_eps)
-        # V + 1 columns of a state are cut into parts that the op takes
+        # V + 1 columns of a state are split into parts of a width that the op supports
         self.parts = value_parts(value_dim + 1)
         self.columns = -(-(value_dim + 1) // self.parts)
 
     @classmethod
     def samples(cls) -> list[dict[str, Any]]:
-        """As xLSTM 7B; the sigmoid gate, unequal dims, a convolution, no cap; wide values."""
+        """Return xLSTM 7B; the sigmoid gate with unequal dims and a convolution, no cap; wide values."""
         return [
             {"num_heads": 2},
             {"num_heads": 3, "head_dim": 5, "value_head_dim": 7, "input_gate": "sigmoid",
@@ -89,7 +91,7 @@ class MLSTM(LinearMixer):
         ]  # fmt: skip
 
     def init_parameters(self, std: float) -> None:
-        """Gates start as constants: forgetting little (3 to 6 over the heads), writing little (-10)."""
+        """Set the gates to constants: forget little (logits 3 to 6 over heads), write little (-10)."""
         init.zeros_(self.input_gate_proj.weight)
         init.zeros_(self.forget_gate_proj.weight)
         init.constant_(self.input_gate_proj.bias, -10.0)
@@ -98,7 +100,7 @@ class MLSTM(LinearMixer):
     def mix(
         self, x: torch.Tensor, cu_seqlens: torch.Tensor | None, cache: Slot | None
     ) -> torch.Tensor:
-        """See the class."""
+        """Map x (B, T, D) to y (B, T, D); see the class."""
         q, k, v = self.project(x, cu_seqlens, cache)
         log_i = self._cap(wide(self.input_gate_proj(x)))
         log_f = F.logsigmoid(self._cap(wide(self.forget_gate_proj(x))))
@@ -123,13 +125,13 @@ class MLSTM(LinearMixer):
         cu_seqlens: torch.Tensor | None,
         cache: Slot | None,
     ) -> torch.Tensor:
-        """h (B, T, H, V) of the exponential gate."""
+        """Return h (B, T, H, V) with the exponential gate."""
         stored = None if cache is None else cache.state("recurrent")
         state, start = None, None
         if stored is not None:
             state, start = stored[..., :-1], stored[:, :: self.parts, 0, -1]
         m, m_before, m_last = stabiliser(log_f.detach(), log_i.detach(), start, cu_seqlens)
-        # at most 0 but for rounding, which is taken off without closing the way of the gradient
+        # at most 0 up to rounding; subtract the excess without blocking the gradient
         log_decay = log_f + (m_before - m)
         log_decay = log_decay - log_decay.detach().clamp(min=0)
         columns = F.pad(v, (0, 1), value=1.0)
@@ -155,12 +157,12 @@ class MLSTM(LinearMixer):
         return (h / (torch.maximum(n.abs(), floor) + self.options.normalizer_eps)).to(v.dtype)
 
     def states(self) -> dict[str, StateSpec]:
-        """K x V per head; with the exponential gate, K more for the normaliser, K for the stabiliser."""
-        found = super().states()
+        """Return K x V per head, and two more columns with the exponential gate: n and m."""
+        specs = super().states()
         if self.options.input_gate == "exp":
             shape = (self.num_heads * self.parts, self.key_dim, self.columns + 1)
-            found["recurrent"] = StateSpec(shape, torch.float32)
-        return found
+            specs["recurrent"] = StateSpec(shape, torch.float32)
+        return specs
 
 
 def stabiliser(
@@ -169,14 +171,15 @@ def stabiliser(
     start: torch.Tensor | None,
     cu_seqlens: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """m_t = max(log f_t + m_{t-1}, log i_t) within each document, from m_0 = `start`, or 0.
+    """Compute m_t = max(log f_t + m_{t-1}, log i_t) within each document, from m_0 = ``start`` or 0.
 
-    A doubling scan over time: a token's value is (a, b), meaning m_t = max(a + m_before, b).
+    A parallel scan over time in log2(T) steps. The element (a, b) of a token means
+    m_t = max(a + m_before, b).
 
     Args:
         log_f, log_i: (B, T, H).
-        start: (N, H), or None.
-        cu_seqlens: (N + 1,), or None where rows are whole.
+        start: (N, H), or None for zeros.
+        cu_seqlens: (N + 1,) document boundaries, or None for one document per row.
 
     Returns:
         m_t and m_{t-1}, (B, T, H); and m after the last token of each document, (N, H).
@@ -190,7 +193,7 @@ def stabiliser(
         start = log_f.new_zeros(bounds.shape[0] - 1, heads)
     a, b = log_f.flatten(0, 1), log_i.flatten(0, 1)
     total = a.shape[0]
-    # documents without tokens point past the end, to a row that is cut off
+    # empty documents point past the end, to a row that is dropped
     filled = bounds[1:] > bounds[:-1]
     first = torch.where(filled, bounds[:-1], total)
     before = a.new_zeros(total + 1, heads).index_copy(0, first, start.to(a.dtype))[:total]

@@ -1,7 +1,7 @@
-"""Multi-head latent attention: keys and values from one cached latent (DeepSeek-V2, 2405.04434).
+"""Multi-head latent attention: keys and values from one cached latent (DeepSeek-V2, arXiv 2405.04434).
 
-Shapes: B batch, T queries, S keys, H heads, R latent dim, P position dim, N the rest of a head's key,
-V value dim, D model dim.
+Shapes: B batch, T queries, S keys, H heads, R latent dim, P rotated dims of a key, N other dims of a
+key, V value dim, D model dim.
 """
 
 from __future__ import annotations
@@ -26,22 +26,22 @@ from hybrid.nn.rotary import apply_rotary, rope_problems, yarn_mscale
 
 @dataclass(frozen=True)
 class MultiHeadLatentAttentionOptions(MixerOptions):
-    """Options of `multi_head_latent_attention`.
+    """Options of ``multi_head_latent_attention``.
 
     Attributes:
         num_heads: H; default D / 128, at least 1.
-        latent_dim: R, of the latent that keys and values are made from; default 4 V.
-        query_latent_dim: of a latent that queries are made from; null for a full projection.
-        head_dim: N, dims of a head's key that come from the latent.
-        rope_dim: P, further dims of a head's query that meet a key shared by all heads.
+        latent_dim: R, dim of the latent of keys and values; default 4 V.
+        query_latent_dim: dim of a latent of queries; null for a full projection.
+        head_dim: N, dims of a head's key that are projected from the latent.
+        rope_dim: P, further dims of a head's query, for the key shared by all heads.
         value_head_dim: V.
-        rope_parameters: transformers' rope dictionary, for those P dims; null leaves them unrotated
-            (Kimi Linear).
-        scale: of the logits; default (N + P) ** -0.5, times yarn's mscale squared where
-            rope_parameters has `mscale_all_dim` (DeepSeek-V2, V3).
-        dropout: probability, on the attention weights in training.
-        latent_norm_eps: of the norms of both latents; default the model's `norm_eps`. Published models
-            have 1e-6 here whatever theirs is.
+        rope_parameters: RoPE dictionary of transformers, for the P dims; null for no rotation (Kimi
+            Linear).
+        scale: factor of the logits; default (N + P) ** -0.5, times YaRN's mscale squared if
+            rope_parameters has ``mscale_all_dim`` (DeepSeek-V2, V3).
+        dropout: dropout probability of the attention weights in training.
+        latent_norm_eps: epsilon of the norms of both latents; default the model's ``norm_eps``.
+            Published models use 1e-6 here, independent of their other norms.
         output_gate: multiply a head's output by sigmoid(w x), one number per head (Ling 3.0; per
             channel in arXiv 2505.06708).
     """
@@ -61,7 +61,7 @@ class MultiHeadLatentAttentionOptions(MixerOptions):
     output_gate: bool = False
 
     def complete(self, hidden_size: int) -> MultiHeadLatentAttentionOptions:
-        """Fill in heads and the latent's dim."""
+        """Return these options with heads and the latent dim filled in."""
         return replace(
             self,
             num_heads=max(1, hidden_size // 128) if self.num_heads is None else self.num_heads,
@@ -69,7 +69,7 @@ class MultiHeadLatentAttentionOptions(MixerOptions):
         )
 
     def problems(self, sizes: Sizes) -> list[str]:
-        """Positions that do not fit."""
+        """Return an error line for each mistake in ``rope_parameters``."""
         if self.rope_parameters is None:
             return []
         return rope_problems(self.rope_parameters, self.rope_dim, sizes)
@@ -77,13 +77,17 @@ class MultiHeadLatentAttentionOptions(MixerOptions):
 
 @register_mixer("multi_head_latent_attention", symbol="A")
 class MultiHeadLatentAttention(FullAttention):
-    """Softmax attention with [k_N, v] = c W_b, c = RMSNorm(x W_a) of dim R, and a shared key k_P.
+    """Multi-head latent attention mixer (arXiv 2405.04434, eq. 9 to 19).
 
-    q = [q_N, q_P], k = [k_N, k_P], q_P and k_P rotated (arXiv 2405.04434, eq. 9 to 19). Only c and k_P
-    are cached: R + P numbers per token, whatever H is. A single new token attends to the latents
-    themselves, W_b absorbed (where `plain_weight` has it): q_N . k_N = (q_N W_bk^T) . c, and values
-    are made from the mean latent.
-    Rotated pairs are (j, j + P/2), where DeepSeek's are (2j, 2j + 1): the same up to an order of rows.
+    Softmax attention with [k_N, v] = c W_b, where c = RMSNorm(x W_a) is a latent of dim R, and a key k_P
+    shared by all heads: q = [q_N, q_P], k = [k_N, k_P]. q_P and k_P are rotated.
+
+    Only c and k_P are cached: R + P numbers per token, independent of H. In decode, a single token
+    attends to the latents directly, with W_b absorbed into the query if ``plain_weight`` returns it:
+    q_N . k_N = (q_N W_bk^T) . c. The values are then projected from the weighted mean of the latents.
+
+    Rotated pairs are (j, j + P/2). DeepSeek's are (2j, 2j + 1), which is the same up to a permutation of
+    rows.
     """
 
     Options = MultiHeadLatentAttentionOptions
@@ -91,7 +95,7 @@ class MultiHeadLatentAttention(FullAttention):
     formula = "o_t = sum_s softmax_s(scale q_t . k_s) v_s, k_s and v_s linear in a latent c_s"
     used_by = "DeepSeek-V2, V3, Kimi K2, Kimi Linear, Ling 3.0"
     absorb: bool | None = None
-    """Whether queries attend to the latents; None: where there is one of them, and it is faster."""
+    """Whether queries attend to the latents; None: only for a single query, where it is faster."""
 
     def __init__(
         self, options: MultiHeadLatentAttentionOptions, sizes: Sizes, layer_idx: int
@@ -125,7 +129,7 @@ class MultiHeadLatentAttention(FullAttention):
 
     @classmethod
     def samples(cls) -> list[dict[str, Any]]:
-        """As DeepSeek-V2; as Kimi Linear, without positions; as Ling 3.0, with a gate."""
+        """Return options like DeepSeek-V2; Kimi Linear, without positions; Ling 3.0, with a gate."""
         small = {"num_heads": 2, "latent_dim": 12, "head_dim": 6, "rope_dim": 4}
         return [
             {**small, "value_head_dim": 5, "query_latent_dim": 10},
@@ -135,7 +139,7 @@ class MultiHeadLatentAttention(FullAttention):
 
     @classmethod
     def rotated_dim(cls, options: MultiHeadLatentAttentionOptions) -> int:
-        """P."""
+        """Return P."""
         return options.rope_dim
 
     def forward(
@@ -148,7 +152,7 @@ class MultiHeadLatentAttention(FullAttention):
         cache: Slot | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """See `Mixer.forward`."""
+        """See ``Mixer.forward``."""
         self.check_arguments(kwargs)
         q = x
         if self.q_down_proj is not None and self.q_norm is not None:
@@ -163,8 +167,8 @@ class MultiHeadLatentAttention(FullAttention):
             latent, place = cache.append(k=latent, v=place)
         absorb = x.shape[1] == 1 if self.absorb is None else self.absorb
         up = plain_weight(self.kv_proj) if absorb else None
-        given = (q, q_place, latent, place, attention_mask, kwargs)
-        o, weights = self._expanded(*given) if up is None else self._absorbed(up, *given)
+        inputs = (q, q_place, latent, place, attention_mask, kwargs)
+        o, weights = self._expanded(*inputs) if up is None else self._absorbed(up, *inputs)
         if self.gate_proj is not None:
             o = o * torch.sigmoid(wide(self.gate_proj(x))).to(o.dtype).unsqueeze(-1)
         return self.o_proj(o.flatten(2)), weights
@@ -178,7 +182,7 @@ class MultiHeadLatentAttention(FullAttention):
         mask: torch.Tensor | None,
         kwargs: dict[str, Any],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """o (B, T, H, V) with the keys and values of every head made from the latents."""
+        """Return o (B, T, H, V), with the keys and values of every head projected from the latents."""
         kv = self.kv_proj(latent[:, 0]).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
         k, v = kv.split([self.head_dim, self.value_dim], dim=-1)
         k = torch.cat([k, place.expand(-1, self.num_heads, -1, -1)], dim=-1)
@@ -194,7 +198,7 @@ class MultiHeadLatentAttention(FullAttention):
         mask: torch.Tensor | None,
         kwargs: dict[str, Any],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """o (B, T, H, V) as multi-query attention over the latents; `up` is the weight of `kv_proj`."""
+        """Return o (B, T, H, V) by multi-query attention to latents; ``up``: weight of kv_proj."""
         up = up.unflatten(0, (self.num_heads, -1))
         to_key, to_value = up.split([self.head_dim, self.value_dim], dim=1)
         q = torch.cat([torch.einsum("bhtn,hnr->bhtr", q, to_key), q_place], dim=-1)
@@ -204,10 +208,10 @@ class MultiHeadLatentAttention(FullAttention):
         return torch.einsum("bthr,hvr->bthv", o, to_value), weights
 
     def mixing_flops(self, context: int) -> float:
-        """Logits and weighted sum, expanded, over the (context + 1) / 2 tokens seen on average."""
+        """Count expanded logits and weighted sum over a mean of (context + 1) / 2 tokens."""
         width = self.head_dim + self.rope_dim + self.value_dim
         return 2.0 * self.num_heads * width * (context + 1) / 2
 
     def tokens(self) -> dict[str, TokenSpec]:
-        """The latent as key, and the shared key as value."""
+        """Return the latent as key, and the shared key as value."""
         return {"k": TokenSpec(1, self.latent_dim), "v": TokenSpec(1, self.rope_dim)}

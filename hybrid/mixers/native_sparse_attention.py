@@ -1,7 +1,7 @@
 """Native sparse attention: compressed, selected and recent tokens (DeepSeek, arXiv 2502.11089).
 
 Shapes: B rows, T time, S columns of keys, H query heads, H_kv key heads, K head dim, D model dim,
-C channels of what is cached.
+C cached channels, R rotated dims.
 """
 
 from __future__ import annotations
@@ -26,23 +26,23 @@ from hybrid.nn.past import Slot, TokenSpec
 from hybrid.nn.rotary import build_rotary, rotate
 
 NEAR = ("k_window", "v_window", "k_raw", "v_raw")
-"""Names of what is kept of the last tokens only."""
+"""Names of the cache entries that hold only the last tokens."""
 
 
 @dataclass(frozen=True)
 class NativeSparseAttentionOptions(HeadSizeOptions):
-    """Options of `native_sparse_attention`: those of `HeadSizeOptions`, and:
+    """Options of ``native_sparse_attention``, in addition to those of ``HeadSizeOptions``.
 
     Attributes:
-        block_size: l, tokens of a compressed block; at most l'.
-        block_stride: d, tokens from one compressed block to the next; divides l and l'.
-        compress: what makes one key (or value) of the l of a block: `mlp` (a two-layer network over
-            all of them and their places in the block, as the paper has it) or `mean`.
-        select_size: l', tokens of a selection block.
+        block_size: l, tokens per compressed block; at most l'.
+        block_stride: d, tokens between the starts of two compressed blocks; must divide l and l'.
+        compress: map from the l keys (or values) of a block to one: ``mlp`` (a two-layer network over
+            all of them with position embeddings, as in the paper) or ``mean``.
+        select_size: l', tokens per selection block.
         num_selected: n, selection blocks that a query attends to.
-        num_initial: of these, how many are always the first ones of the document.
-        num_local: of these, how many are always the last ones, the query's own included.
-        window: w, tokens of the window branch, the query's own included.
+        num_initial: how many of the n are always the first blocks of the document.
+        num_local: how many of the n are always the last blocks, including the query's own block.
+        window: w, tokens of the window branch, including the query's own token.
     """
 
     block_size: Size = 32
@@ -56,7 +56,7 @@ class NativeSparseAttentionOptions(HeadSizeOptions):
 
     @property
     def blocks(self) -> Blocks:
-        """The sizes of blocks."""
+        """The block sizes."""
         return Blocks(
             self.block_size,
             self.block_stride,
@@ -67,7 +67,7 @@ class NativeSparseAttentionOptions(HeadSizeOptions):
         )
 
     def problems(self, sizes: Sizes) -> list[str]:
-        """Sizes that do not fit together."""
+        """Return an error line for each mismatch of sizes."""
         lines = []
         for name in ("block_size", "select_size"):
             if getattr(self, name) % self.block_stride:
@@ -89,16 +89,24 @@ class NativeSparseAttentionOptions(HeadSizeOptions):
 
 @register_mixer("native_sparse_attention", symbol="V")
 class NativeSparseAttention(Mixer):
-    """o_t = g_c o_compressed + g_s o_selected + g_w o_window, each gate sigmoid(x_t w) per head (eq. 5).
+    """Native sparse attention mixer (arXiv 2502.11089, eq. 5).
 
-    Three branches of softmax attention with keys and values of their own and the same queries: over
-    one compressed key per block of l tokens (eq. 7), over the tokens of the n blocks whose compressed
-    keys weigh most, the same for all heads of a group (eq. 8 to 12), and over the last w tokens.
+    o_t = g_c o_compressed + g_s o_selected + g_w o_window, each gate sigmoid(x_t w) per head.
 
-    A block's key is W_2 silu(W_1 [k_1 + e_1, ..., k_l + e_l]), or the mean of k_1 to k_l, likewise its
-    value; made before rotation, and with the position of the last token of the block.
-    The cache holds, per token, its selection key and value and those of the compressed block that ends
-    there, where one does; and a window of w or l tokens, whichever is more, for the rest.
+    Three branches of softmax attention share the queries and have their own keys and values:
+
+    - over one compressed key per block of l tokens (eq. 7);
+    - over the tokens of the n blocks with the largest weights of compressed keys, the same blocks for
+      all heads of a group (eq. 8 to 12);
+    - over the last w tokens.
+
+    The compressed key of a block is W_2 silu(W_1 [k_1 + e_1, ..., k_l + e_l]), or the mean of k_1 to
+    k_l. Values are compressed likewise. Compression comes before rotation; a compressed key has the
+    position of the last token of its block.
+
+    The cache holds, per token, the selection key and value, and the key and value of the compressed
+    block that ends at the token, if any. It holds a window of max(w, l) tokens for the other keys and
+    values.
     """
 
     Options = NativeSparseAttentionOptions
@@ -117,12 +125,12 @@ class NativeSparseAttention(Mixer):
         self.past = max(self.window, self.blocks.size) - 1
         inner = self.num_heads * self.head_dim
         self.q_proj = nn.Linear(d_model, inner, bias=False)
-        # one block of rows for each of compress, select, window
+        # one block of rows for each branch: compress, select, window
         self.k_proj = nn.Linear(d_model, 3 * self.num_kv_heads * self.head_dim, bias=False)
         self.v_proj = nn.Linear(d_model, 3 * self.num_kv_heads * self.head_dim, bias=False)
         self.gate_proj = nn.Linear(d_model, 3 * self.num_heads, bias=False)
         self.o_proj = residual_projection(inner, d_model)
-        # of keys and of values; on the mixer itself, for transformers passes over modules without
+        # for keys and values; parameters of the mixer itself, so that transformers initialises them
         self.places = self.up = self.down = None
         if options.compress == "mlp":
             size, dim = self.blocks.size, self.head_dim
@@ -131,19 +139,19 @@ class NativeSparseAttention(Mixer):
             self.down = nn.Parameter(torch.empty(2, dim, dim))
 
     def init_parameters(self, std: float) -> None:
-        """Normal."""
+        """Draw the parameters of the compression from a normal distribution."""
         for parameter in (self.places, self.up, self.down):
             if parameter is not None:
                 init.normal_(parameter, mean=0.0, std=std)
 
     @classmethod
     def uses_state(cls, options: NativeSparseAttentionOptions) -> bool:
-        """The window, and what the next compressed block needs."""
+        """Return True: the window and the inputs of the next compressed block are a state."""
         return True
 
     @classmethod
     def samples(cls) -> list[dict[str, Any]]:
-        """Overlapping blocks, few of which are selected; mean blocks side by side, no positions."""
+        """Return overlapping blocks with few selected; mean over disjoint blocks without positions."""
         return [
             {"num_heads": 4, "num_kv_heads": 2, "block_size": 4, "block_stride": 2,
              "select_size": 4, "num_selected": 3, "num_local": 1, "window": 3},
@@ -154,7 +162,7 @@ class NativeSparseAttention(Mixer):
 
     @classmethod
     def rotary(cls, options: NativeSparseAttentionOptions, sizes: Sizes) -> nn.Module | None:
-        """The rotary embedding of these options; None without positions."""
+        """Return the rotary embedding of these options; None without positions."""
         return build_rotary(options.rope_parameters, options.sizes[2], sizes)
 
     def forward(
@@ -166,7 +174,7 @@ class NativeSparseAttention(Mixer):
         cache: Slot | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, None]:
-        """See `Mixer.forward`; the mask is not used, padding and documents come in `segments`."""
+        """See ``Mixer.forward``. The mask is not used; ``segments`` has padding and documents."""
         self.check_arguments(kwargs)
         q = self._heads(self.q_proj(x))
         k_coarse, k, k_near = self._heads(self.k_proj(x)).chunk(3, dim=1)
@@ -180,8 +188,9 @@ class NativeSparseAttention(Mixer):
         angles = None if angles is None else grid.spread(angles)
         if cache is not None and grid.is_packed:
             raise ValueError(
-                "native_sparse_attention cannot continue packed documents (position_ids that restart)"
-                " from a cache or another process; give each document a row of its own"
+                "position_ids: expected one document per row, as native_sparse_attention cannot continue"
+                " packed documents from a cache or another process, got position_ids that restart; try"
+                " one row per document"
             )
         if cache is None:
             k, v = (self._heads(grid.spread(y)) for y in (_flat(k), v))
@@ -202,12 +211,12 @@ class NativeSparseAttention(Mixer):
         angles: torch.Tensor | None,
         grid: _Grid,
     ) -> list[torch.Tensor]:
-        """o (B, S, H, K) of each branch, without a cache, on the grid."""
+        """Return o (B, S, H, K) of each branch, on the grid and without a cache."""
         near = grid.spread(near)
         column = torch.arange(near.shape[1], device=near.device).expand(len(near), -1)
         raw = F.pad(near, (0, 0, self.blocks.size - 1, 0))
         k_blocks, v_blocks, _ = self._compress(raw, angles, column.new_zeros(len(near)))
-        incomplete = self.blocks.size // self.blocks.stride - 1  # they began before the text
+        incomplete = self.blocks.size // self.blocks.stride - 1  # blocks that start before the text
         coarse = (k_blocks[:, :, incomplete:], v_blocks[:, :, incomplete:])
         o = sparse_attention(q, coarse, (k, v), column, grid.base, self.blocks, self.scaling)
         return [*o, self._nearby(q, near, column - grid.base)]
@@ -222,9 +231,9 @@ class NativeSparseAttention(Mixer):
         grid: _Grid,
         cache: Slot,
     ) -> list[torch.Tensor]:
-        """o (B, T, H, K) of each branch, after what the cache holds; a row of the grid is one text.
+        """Return o (B, T, H, K) of each branch, continued from the cache; one text per row of the grid.
 
-        q, k, v (B, h, T, K) and near (B, T, C) come as they are in the batch, with padding between.
+        q, k, v (B, h, T, K) and near (B, T, C) are in the order of the batch, with padding.
         """
         (real,) = cache.append(real=grid.real(k)[:, None, :, None])
         real = real[:, 0, :, 0] > 0.5
@@ -233,10 +242,11 @@ class NativeSparseAttention(Mixer):
         longest = near.shape[1] - self.past
         raw = near[:, self.past - self.blocks.size + 1 :]
         k_blocks, v_blocks, end = self._compress(raw, angles, seen % self.blocks.stride)
-        end = end.clamp(max=longest)[:, None, :, None]  # blocks that end later go where none looks
+        # blocks that end later go to an unused column
+        end = end.clamp(max=longest)[:, None, :, None]
 
         def at_their_ends(blocks: torch.Tensor) -> torch.Tensor:
-            """(B, H_kv, C, K) -> (B, H_kv, T, K), zeros where no block ends."""
+            """Scatter (B, H_kv, C, K) to (B, H_kv, T, K), with zeros where no block ends."""
             place = end.expand_as(blocks)
             room = blocks.new_zeros(*blocks.shape[:2], longest + 1, blocks.shape[3])
             return self._heads(grid.collect(_flat(room.scatter(2, place, blocks)[:, :, :-1])))
@@ -244,7 +254,7 @@ class NativeSparseAttention(Mixer):
         k, v, k_blocks, v_blocks = cache.append(
             k=k, v=v, k_block=at_their_ends(k_blocks), v_block=at_their_ends(v_blocks)
         )
-        # tokens first, padding and what a static cache has not filled behind them
+        # tokens first, then padding and unfilled columns of a static cache
         order = real.logical_not().to(torch.int8).argsort(dim=1, stable=True)[:, None, :, None]
         k, v, k_blocks, v_blocks = (
             y.gather(2, order.expand(-1, *y.shape[1:2], -1, y.shape[3]))
@@ -261,32 +271,32 @@ class NativeSparseAttention(Mixer):
     def _remember(
         self, near: torch.Tensor, lengths: torch.Tensor | None, cache: Slot
     ) -> torch.Tensor:
-        """(N, P + T, C): `near` (N, T, C) behind the last P tokens before, which are kept.
+        """Prepend the last P cached tokens to ``near`` (N, T, C): (N, P + T, C). Update the cache.
 
         Args:
             near: keys and values of the window, then those to compress.
-            lengths: (N,), tokens of each row, padding behind them; None for T.
+            lengths: (N,), tokens of each row, followed by padding; None for T.
         """
         time = near.shape[1]
         parts = dict(zip(NEAR, near.chunk(4, dim=-1), strict=True))
         tokens = {name: self._heads(part) for name, part in parts.items()}
-        found = cache.append(window=self.past + 1, lengths=lengths, **tokens)
-        near = torch.cat([_flat(y) for y in found], dim=-1)
+        windows = cache.append(window=self.past + 1, lengths=lengths, **tokens)
+        near = torch.cat([_flat(y) for y in windows], dim=-1)
         return F.pad(near, (0, 0, self.past + time - near.shape[1], 0))
 
     def _compress(
         self, raw: torch.Tensor, angles: torch.Tensor | None, phase: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """The compressed blocks that end among T tokens.
+        """Compute the compressed blocks that end among T tokens.
 
         Args:
-            raw: (N, l - 1 + T, C), the tokens, with the l - 1 before them.
-            angles: (N, T, 2 R), cos and sin.
-            phase: (N,), tokens after the last whole stride before the T.
+            raw: (N, l - 1 + T, C), the T tokens and the l - 1 tokens before them.
+            angles: (N, T, 2 R), cos and sin, or None.
+            phase: (N,), number of tokens since the last whole stride before the T tokens.
 
         Returns:
-            Keys and values (N, H_kv, ceil(T / d), K), and the token each ends with (N, ceil(T / d)); a
-            block that would end at T or later is none.
+            Keys and values (N, H_kv, ceil(T / d), K), and the last token of each block
+            (N, ceil(T / d)). Ignore blocks whose last token is T or later.
         """
         size, stride = self.blocks.size, self.blocks.stride
         time = raw.shape[1] - size + 1
@@ -309,7 +319,7 @@ class NativeSparseAttention(Mixer):
         return k, v, end
 
     def _nearby(self, q: torch.Tensor, near: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
-        """o (B, T, H, K) of the window branch for q (B, H, T, K), `place` (B, T) in their documents."""
+        """Return o (B, T, H, K) of the window branch; ``place`` (B, T): positions in the documents."""
         k, v = (self._heads(y) for y in near[..., : near.shape[2] // 2].chunk(2, dim=-1))
         ahead = near.shape[1] - q.shape[2]
         column = torch.arange(q.shape[2], device=q.device) + ahead
@@ -323,11 +333,11 @@ class NativeSparseAttention(Mixer):
         return o.transpose(1, 2)
 
     def _heads(self, y: torch.Tensor) -> torch.Tensor:
-        """(B, T, h K) -> (B, h, T, K)."""
+        """Split (B, T, h K) into (B, h, T, K)."""
         return y.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
     def mixing_flops(self, context: int) -> float:
-        """Logits and weighted sums of the three branches, and the making of compressed keys."""
+        """Count logits and weighted sums of the three branches, and the compression."""
         sizes = self.blocks
         starts = max(0, context - sizes.size + 1)  # tokens that see at least one block
         whole, rest = divmod(starts, sizes.stride)
@@ -338,24 +348,24 @@ class NativeSparseAttention(Mixer):
         fine = _sum_to(early) + late * (selected - sizes.select_size)
         fine += whole * _sum_to(sizes.select_size) + _sum_to(rest)
         near = _sum_to(min(context, self.window)) + max(0, context - self.window) * self.window
-        made = 2.0 * sum(w.numel() for w in (self.up, self.down) if w is not None)
+        compression = 2.0 * sum(w.numel() for w in (self.up, self.down) if w is not None)
         attended = 4.0 * self.num_heads * self.head_dim * (coarse + fine + near) / context
-        return attended + self.num_kv_heads * made / sizes.stride
+        return attended + self.num_kv_heads * compression / sizes.stride
 
     def tokens(self) -> dict[str, TokenSpec]:
-        """Keys and values of each branch.
+        """Return the keys and values of each branch.
 
-        For all tokens: whether it is one, its key and value, and those of the compressed block that ends
-        with it. For the last P: those of the window, and those to compress.
+        For all tokens: a flag for real tokens, key and value, and key and value of the compressed block
+        that ends at the token. For the last P tokens: keys and values of the window and to compress.
         """
         every = TokenSpec(self.num_kv_heads, self.head_dim)
         near = TokenSpec(self.num_kv_heads, self.head_dim, self.past + 1)
-        found = {"real": TokenSpec(1, 1), **dict.fromkeys(("k", "v", "k_block", "v_block"), every)}
-        return found | dict.fromkeys(NEAR, near)
+        specs = {"real": TokenSpec(1, 1), **dict.fromkeys(("k", "v", "k_block", "v_block"), every)}
+        return specs | dict.fromkeys(NEAR, near)
 
 
 def _flat(y: torch.Tensor) -> torch.Tensor:
-    """(B, h, T, K) -> (B, T, h K)."""
+    """Flatten (B, h, T, K) to (B, T, h K)."""
     return y.transpose(1, 2).flatten(2)
 
 
@@ -364,14 +374,14 @@ def _sum_to(n: int) -> int:
 
 
 class _Grid:
-    """Where the tokens of a batch lie while they are attended to.
+    """Positions of the tokens of a batch during attention.
 
-    A row each where rows are whole or padded, without the padding; packed documents in one row, each
-    from a multiple of l' on.
+    Whole and padded rows keep one row each, without the padding. Packed documents share one row, and
+    each starts at a multiple of l'.
 
     Attributes:
-        lengths: (rows,), real tokens of each row.
-        base: (1, columns or 1), the first column of the document that each column is in.
+        lengths: (rows,), number of real tokens of each row.
+        base: (1, columns or 1), first column of the document of each column.
     """
 
     def __init__(self, segments: Segments, x: torch.Tensor, align: int) -> None:
@@ -390,18 +400,18 @@ class _Grid:
 
     @property
     def is_packed(self) -> bool:
-        """Whether several documents lie in one row."""
+        """Whether one row holds several documents."""
         return isinstance(self.rows, AlignedRow)
 
     def spread(self, y: torch.Tensor) -> torch.Tensor:
-        """(B, T, C) -> (rows, columns, C)."""
+        """Arrange (B, T, C) as (rows, columns, C)."""
         return self.rows.spread(self.segments.pack(y))
 
     def collect(self, y: torch.Tensor) -> torch.Tensor:
-        """The inverse of `spread`, zeros at padding."""
+        """Invert ``spread``, with zeros at padding."""
         return self.segments.unpack(self.rows.collect(y), *self.shape)
 
     def real(self, like: torch.Tensor) -> torch.Tensor:
-        """1 at tokens (B, T), 0 at padding."""
+        """Return (B, T): 1 at tokens, 0 at padding."""
         ones = like.new_ones(*self.shape, 1)
         return self.segments.unpack(self.segments.pack(ones), *self.shape)[..., 0]

@@ -1,4 +1,4 @@
-"""NormAttention: no decay, the output's norm keeps it stable (TransNormer, arXiv 2210.10340)."""
+"""NormAttention: no decay; a norm of the output stabilises it (TransNormer, arXiv 2210.10340)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hybrid.mixers.lightning_attention import LinearAttentionOptions, PlainLinea
 
 @dataclass(frozen=True)
 class NormAttentionOptions(LinearAttentionOptions):
-    """Options of `norm_attention`: those of the plain linear mixers, with TransNormer's defaults."""
+    """Options of ``norm_attention``: ``LinearAttentionOptions`` with the defaults of TransNormer."""
 
     feature_map: Literal["identity", "silu", "relu", "elu+1"] = "elu+1"
     output_gate: bool = False
@@ -19,9 +19,10 @@ class NormAttentionOptions(LinearAttentionOptions):
 
 @register_mixer("norm_attention", symbol="N")
 class NormAttention(PlainLinearAttention):
-    """S_t = S_{t-1} + k_t v_t^T, y_t = RMSNorm(q_t^T S_t) (arXiv 2210.10340, eq. 8).
+    """NormAttention mixer (arXiv 2210.10340, eq. 8).
 
-    The norm takes the place of linear attention's denominator, whose gradient is unbounded.
+    S_t = S_{t-1} + k_t v_t^T, y_t = RMSNorm(q_t^T S_t). The norm replaces the denominator of linear
+    attention, whose gradient is unbounded.
     """
 
     Options = NormAttentionOptions

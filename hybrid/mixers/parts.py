@@ -1,4 +1,4 @@
-"""Pieces that several linear mixers are made of.
+"""Building blocks shared by several linear mixers.
 
 Shapes: B batch, T time, H heads, K key dim, V value dim, D model dim.
 """
@@ -31,19 +31,19 @@ if TYPE_CHECKING:
 
 
 def wide(x: torch.Tensor) -> torch.Tensor:
-    """x in float32, or float64 if it is: gates are never computed in less."""
+    """Convert x to float32, the lowest precision of gates; float64 stays."""
     return x if x.dtype == torch.float64 else x.float()
 
 
 @dataclass(frozen=True)
 class HeadOptions(MixerOptions):
-    """Sizes that most linear mixers have; each sets the defaults of its paper.
+    """Sizes of most linear mixers; subclasses set the defaults of their paper.
 
     Attributes:
-        num_heads: H; default D / `width`, at least 1.
-        head_dim: key dim K; default `key_share` * D / H.
-        value_head_dim: value dim V; default `value_share` * D / H. Where one of K and V is given, the
-            other keeps the ratio of the two shares.
+        num_heads: H; default D / ``width``, at least 1.
+        head_dim: key dim K; default ``key_share`` * D / H.
+        value_head_dim: value dim V; default ``value_share`` * D / H. If only one of K and V is set, the
+            other follows from the ratio of the two shares.
     """
 
     num_heads: Size | None = None
@@ -55,7 +55,7 @@ class HeadOptions(MixerOptions):
     value_share: ClassVar[float] = 1.0
 
     def complete(self, hidden_size: int) -> HeadOptions:
-        """Fill in heads and dims."""
+        """Return these options with heads and dims filled in."""
         keys, values = self.head_dim, self.value_head_dim
         slot: float = self.width
         if self.num_heads is not None:
@@ -82,7 +82,7 @@ class HeadOptions(MixerOptions):
         return self.num_heads, self.head_dim, self.value_head_dim
 
     def problems(self, sizes: Sizes) -> list[str]:
-        """Sizes that do not fit together, or that the op does not take."""
+        """Return an error line for each mismatch of sizes and each size that the op does not support."""
         done = self.complete(sizes.hidden_size)
         assert done.num_heads is not None
         lines = []
@@ -92,7 +92,7 @@ class HeadOptions(MixerOptions):
 
 
 def too_wide(**dims: int | None) -> list[str]:
-    """A line for each dim of a head that is more than the op takes."""
+    """Return an error line for each head dim above the maximum of the op."""
     return [
         f"{name}: expected at most {MAX_HEAD_DIM}, got {dim}; try more heads"
         for name, dim in dims.items()
@@ -101,12 +101,12 @@ def too_wide(**dims: int | None) -> list[str]:
 
 
 def step_problems(dt_min: float, dt_max: float) -> list[str]:
-    """A line for an empty range of initial time steps."""
+    """Return an error line if the range of initial time steps is empty."""
     return [f"dt_min: expected at most dt_max {dt_max}, got {dt_min}"] if dt_min > dt_max else []
 
 
 def divides(name: str, part: int, whole_name: str, whole: int) -> list[str]:
-    """A line if `part` does not divide `whole`."""
+    """Return an error line if ``part`` does not divide ``whole``."""
     if whole % part == 0:
         return []
     near = nearest_divisors(whole, part)
@@ -114,16 +114,16 @@ def divides(name: str, part: int, whole_name: str, whole: int) -> list[str]:
 
 
 def low_rank(d_in: int, rank: int, d_out: int, bias: bool = False) -> nn.Sequential:
-    """x W_1 W_2 (+ b), W_1 (D_in, rank), W_2 (rank, D_out)."""
+    """Return the low-rank map x W_1 W_2 (+ b), with W_1 (D_in, rank) and W_2 (rank, D_out)."""
     return nn.Sequential(nn.Linear(d_in, rank, bias=False), nn.Linear(rank, d_out, bias=bias))
 
 
 def token_before(
     x: torch.Tensor, cu_seqlens: torch.Tensor | None, cache: Slot | None
 ) -> torch.Tensor:
-    """x_{t-1} of x (B, T, D), zeros at the start of a document: a convolution with the taps 1, 0.
+    """Return x_{t-1} for x (B, T, D), with zeros at the start of each document.
 
-    The last token is kept as the state ``conv``.
+    This is a convolution with the taps 1, 0. The last token is stored as the state ``conv``.
     """
     taps = torch.tensor([[1.0, 0.0]], dtype=x.dtype, device=x.device).expand(x.shape[-1], 2)
     before, last = causal_conv1d(
@@ -139,7 +139,7 @@ def token_before(
 
 
 def l2_normalize(x: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
-    """x / sqrt(|x|^2 + eps) over the last dimension, computed in float32 at least."""
+    """Compute x / sqrt(|x|^2 + eps) over the last dimension, in float32 or float64."""
     y = wide(x)
     return (y * torch.rsqrt(y.square().sum(-1, keepdim=True) + eps)).to(x.dtype)
 
@@ -147,9 +147,9 @@ def l2_normalize(x: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
 def softplus_log_decay(
     step: torch.Tensor, dt_bias: torch.Tensor, a_log: torch.Tensor
 ) -> torch.Tensor:
-    """-exp(A_log) * softplus(step + dt_bias), Mamba's discretised decay (arXiv 2312.00752, eq. 4).
+    """Compute -exp(A_log) * softplus(step + dt_bias), Mamba's log decay (arXiv 2312.00752, eq. 4).
 
-    All broadcast against one another; the result is float32 at least.
+    The arguments are broadcast. The result is float32, or float64 if an argument is.
     """
     return -wide(a_log).exp() * F.softplus(wide(step) + wide(dt_bias))
 
@@ -157,7 +157,7 @@ def softplus_log_decay(
 def init_time_step(
     dt_bias: torch.Tensor, dt_min: float = 1e-3, dt_max: float = 0.1, dt_floor: float = 1e-4
 ) -> None:
-    """softplus(dt_bias) log-uniform in [dt_min, dt_max] (arXiv 2312.00752, section 3.6)."""
+    """Draw softplus(dt_bias) log-uniformly from [dt_min, dt_max] (arXiv 2312.00752, section 3.6)."""
     low, high = math.log(dt_min), math.log(dt_max)
     dt = torch.empty_like(dt_bias, dtype=torch.float32).uniform_(low, high).exp_()
     dt = dt.clamp_(min=dt_floor)
@@ -165,12 +165,12 @@ def init_time_step(
 
 
 def init_log_uniform(a_log: torch.Tensor, low: float, high: float) -> None:
-    """exp(A_log) uniform in [low, high]."""
+    """Draw exp(A_log) uniformly from [low, high]."""
     init.copy_(a_log, torch.empty_like(a_log, dtype=torch.float32).uniform_(low, high).log_())
 
 
 class _GroupedNorm(nn.Module):
-    """A norm within each of G equal groups of channels, with one weight per channel."""
+    """Norm within each of G equal groups of channels, with one weight per channel."""
 
     def __init__(self, groups: int, channels: int, eps: float, bias: bool = False) -> None:
         super().__init__()
@@ -179,17 +179,17 @@ class _GroupedNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(channels)) if bias else None
 
     def normalize(self, x: torch.Tensor) -> torch.Tensor:
-        """(..., G, channels / G) normalised over the last dimension."""
+        """Normalise (..., G, channels / G) over the last dimension."""
         raise NotImplementedError
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(..., channels) -> (..., channels)."""
+        """Normalise (..., channels)."""
         y = self.normalize(x.unflatten(-1, (self.groups, -1))).flatten(-2) * self.weight
         return y if self.bias is None else y + self.bias
 
 
 def _uneven(value_dim: int | None) -> list[str]:
-    """A line for values that are wider than the op takes, and cannot be cut into equal parts."""
+    """Return an error line for values too wide for the op that cannot be split into equal parts."""
     parts = value_parts(value_dim or 1)
     if value_dim is None or value_dim % parts == 0:
         return []
@@ -208,15 +208,15 @@ class GroupedRMSNorm(_GroupedNorm):
 
 
 class GroupedLayerNorm(_GroupedNorm):
-    """LayerNorm within each group, i.e. GroupNorm over channels, for channels that come last."""
+    """LayerNorm within each group: GroupNorm over channels, with channels in the last dimension."""
 
     def normalize(self, x: torch.Tensor) -> torch.Tensor:
-        """Take the mean away and divide by the standard deviation."""
+        """Subtract the mean and divide by the standard deviation."""
         return F.layer_norm(x, x.shape[-1:], eps=self.eps)
 
 
 class GatedRMSNorm(nn.Module):
-    """RMSNorm(o) * act(gate) per head, one weight for all heads (gated DeltaNet, KDA, GLA)."""
+    """RMSNorm(o) * act(gate) per head, with one weight for all heads (Gated DeltaNet, KDA, GLA)."""
 
     def __init__(self, value_dim: int, eps: float, activation: str = "silu") -> None:
         super().__init__()
@@ -224,7 +224,7 @@ class GatedRMSNorm(nn.Module):
         self.eps, self.activation = eps, activation
 
     def forward(self, o: torch.Tensor, gate: torch.Tensor | None) -> torch.Tensor:
-        """o (B, T, H, V), gate (B, T, H * V) or None for no gate -> (B, T, H * V)."""
+        """Map o (B, T, H, V) and gate (B, T, H * V), or None for no gate, to (B, T, H * V)."""
         y = rms_norm(o, self.weight, self.eps).flatten(-2)
         if gate is None:
             return y
@@ -233,10 +233,11 @@ class GatedRMSNorm(nn.Module):
 
 
 def plain_weight(linear: nn.Module) -> torch.Tensor | None:
-    """The weight (D_out, D_in) of a bias-free Linear that is nothing but its weight; else None.
+    """Return the weight (D_out, D_in) of a plain Linear without bias; None if it is not plain.
 
-    None where calling the module does more, or the weight is not here as it is used: adapters,
-    parametrizations, quantization, hooks (offloading, pruning), shards. Call the module then.
+    A module is not plain if calling it does more than a matrix product, or if its weight is not stored
+    as used: adapters, parametrizations, quantization, hooks (offloading, pruning), shards. Call the
+    module in that case.
     """
     if type(linear) is not nn.Linear or linear.bias is not None or "forward" in vars(linear):
         return None

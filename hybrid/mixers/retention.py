@@ -23,15 +23,15 @@ from hybrid.nn.precision import Float32Buffers
 
 @dataclass(frozen=True)
 class RetentionOptions(HeadOptions):
-    """Options of `retention`.
+    """Options of ``retention``.
 
     Attributes:
         num_heads: H; default D / 128, at least 1.
-        head_dim: key dim K, even where there are positions; default V / 2, or D / H.
+        head_dim: key dim K, even if there are positions; default V / 2, or D / H.
         value_head_dim: value dim V; default 2 K, or 2 D / H.
-        rope_theta: base of the rotary positions; null for none.
-        output_norm_weight: a weight on the norm of the output, one for all heads.
-        conv_size: width of a short convolution on q, k, v; null for none, as in the paper.
+        rope_theta: base of the rotary positions; null for no positions.
+        output_norm_weight: add a weight to the norm of the output, one for all heads.
+        conv_size: width of a short convolution on q, k, v; null for no convolution, as in the paper.
     """
 
     rope_theta: Positive | None = 10000.0
@@ -42,19 +42,22 @@ class RetentionOptions(HeadOptions):
     value_share = 2.0
 
     def problems(self, sizes: Sizes) -> list[str]:
-        """Sizes that do not fit together."""
+        """Return an error line for each mismatch of sizes."""
         lines = super().problems(sizes)
         head_dim = self.complete(sizes.hidden_size).head_dim
         if not lines and self.rope_theta is not None and head_dim is not None and head_dim % 2:
-            lines.append(f"head_dim: expected an even number, to be rotated, got {head_dim}")
+            lines.append(
+                f"head_dim: expected an even number, to be rotated, got {head_dim}; try {head_dim + 1}"
+                " or rope_theta: null"
+            )
         return lines
 
 
 class RotatedLinearMixer(Float32Buffers, LinearMixer):
-    """A linear mixer with rotary positions, its output normalised per head and gated by SiLU.
+    """Linear mixer with rotary positions, whose output is normalised per head and gated by SiLU.
 
-    Positions need no counting: a rotation by theta per step is a part of the decay, and the state is
-    kept in the frame of the last token (see `hybrid.mixers.rotation`).
+    The cache does not store a position: the rotation by theta per step is part of the decay, and the
+    state is relative to the last token (see ``hybrid.mixers.rotation``).
     """
 
     float32_buffers = ("theta",)
@@ -73,7 +76,7 @@ class RotatedLinearMixer(Float32Buffers, LinearMixer):
         return rope_angles(self.options.rope_theta, self.key_dim)
 
     def init_parameters(self, std: float) -> None:
-        """The angles are a function of the config, not a weight."""
+        """Compute the angles, which are a function of the config and not a weight."""
         init.copy_(self.theta, self._theta())
 
     def recur(
@@ -86,23 +89,24 @@ class RotatedLinearMixer(Float32Buffers, LinearMixer):
         carry: Any = None,
         **gates: Any,
     ) -> torch.Tensor:
-        """The recurrence with q and k rotated, the state turned back to the last token's frame."""
+        """Run the recurrence with q and k rotated: o (B, T, H, V)."""
         if not self.theta.numel():
             return super().recur(q, k, v, cu_seqlens, cache, carry, **gates)
         q, k, carry = positioned(q, k, self.theta, cu_seqlens)
         return super().recur(q, k, v, cu_seqlens, cache, carry=carry, **gates)
 
     def read(self, o: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """RMSNorm(o) per head times silu(x W_g)."""
+        """Return RMSNorm(o) per head times silu(x W_g), (B, T, H * V)."""
         return self.norm(o).flatten(-2) * F.silu(self.gate_proj(x))
 
 
 @register_mixer("retention", symbol="T")
 class Retention(RotatedLinearMixer):
-    """S_t = gamma_h e^{i theta} S_{t-1} + k_t v_t^T, gamma_h = 1 - 2^(-5 - h), h from 0.
+    """Retention mixer (RetNet, arXiv 2307.08621, eq. 6 to 8).
 
-    o_t = q_t^T S_t / sqrt(K), normalised per head and gated (arXiv 2307.08621, eq. 6 to 8). Pairs are
-    (j, j + K/2), where the published code has (2j, 2j + 1): the same up to an order of columns.
+    S_t = gamma_h e^{i theta} S_{t-1} + k_t v_t^T, gamma_h = 1 - 2^(-5 - h), h from 0.
+    o_t = q_t^T S_t / sqrt(K), normalised per head and gated. Rotated pairs are (j, j + K/2). The
+    published code uses (2j, 2j + 1), which is the same up to a permutation of columns.
     """
 
     Options = RetentionOptions
@@ -120,13 +124,13 @@ class Retention(RotatedLinearMixer):
         return torch.log1p(-torch.exp2(-5.0 - heads))
 
     def init_parameters(self, std: float) -> None:
-        """Angles and decays are functions of the config."""
+        """Compute angles and decays, which are functions of the config."""
         super().init_parameters(std)
         init.copy_(self.log_decay, self._log_decay())
 
     @classmethod
     def samples(cls) -> list[dict[str, Any]]:
-        """As the paper has it; no positions, a convolution, odd dims."""
+        """Return the options of the paper; and odd dims with a convolution, without positions."""
         return [
             {"num_heads": 2},
             {
@@ -140,5 +144,5 @@ class Retention(RotatedLinearMixer):
         ]
 
     def gates(self, x: torch.Tensor) -> dict[str, Any]:
-        """The fixed log decay, (H,)."""
+        """Return the fixed log decay, (H,)."""
         return {"log_decay": self.log_decay}

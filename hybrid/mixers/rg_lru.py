@@ -1,4 +1,4 @@
-"""RG-LRU: a gated diagonal recurrence (Griffin, arXiv 2402.19427; RecurrentGemma, 2404.07839).
+"""RG-LRU: a gated diagonal recurrence (Griffin, arXiv 2402.19427; RecurrentGemma, arXiv 2404.07839).
 
 Shapes: B batch, T time, N documents, E width of the recurrence, H blocks of the gates.
 """
@@ -31,12 +31,12 @@ RATE = 8.0  # c in a_t = a^(c r_t)
 
 @dataclass(frozen=True)
 class RGLRUOptions(MixerOptions):
-    """Options of `rg_lru`.
+    """Options of ``rg_lru``.
 
     Attributes:
         width: E, channels of the recurrence; default D.
         num_heads: H, blocks of the block-diagonal gates; default E / 256, at least 1; must divide E.
-        conv_size: width of the short convolution before the recurrence; null for none.
+        conv_size: width of the short convolution before the recurrence; null for no convolution.
     """
 
     width: Size | None = None
@@ -44,13 +44,13 @@ class RGLRUOptions(MixerOptions):
     conv_size: Size2 | None = 4
 
     def complete(self, hidden_size: int) -> RGLRUOptions:
-        """Fill in the width and the blocks."""
+        """Return these options with the width and the blocks filled in."""
         width = hidden_size if self.width is None else self.width
         heads = max(1, width // 256) if self.num_heads is None else self.num_heads
         return replace(self, width=width, num_heads=heads)
 
     def problems(self, sizes: Sizes) -> list[str]:
-        """Sizes that do not fit together."""
+        """Return an error line for each mismatch of sizes."""
         done = self.complete(sizes.hidden_size)
         assert done.width is not None
         assert done.num_heads is not None
@@ -59,7 +59,7 @@ class RGLRUOptions(MixerOptions):
 
 
 class BlockDiagonal(nn.Module):
-    """x (B, T, E) -> (B, T, E), each of H blocks of channels through its own matrix."""
+    """Block-diagonal linear map of x (B, T, E), with one matrix for each of H blocks of channels."""
 
     def __init__(self, blocks: int, size: int) -> None:
         super().__init__()
@@ -67,24 +67,25 @@ class BlockDiagonal(nn.Module):
         self.bias = nn.Parameter(torch.empty(blocks, size))
 
     def init_parameters(self, std: float) -> None:
-        """Normal with variance 1 / block size; bias 0."""
+        """Draw weights from a normal distribution with variance 1 / block size; set the bias to 0."""
         init.normal_(self.weight, mean=0.0, std=self.weight.shape[-1] ** -0.5)
         init.zeros_(self.bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, T, E) -> (B, T, E)."""
+        """Map x (B, T, E) to (B, T, E)."""
         x = x.unflatten(-1, (self.weight.shape[0], -1))
         return (torch.einsum("bthi,hij->bthj", x, self.weight) + self.bias).flatten(-2)
 
 
 @register_mixer("rg_lru", symbol="U")
 class RGLRU(StateMixer):
-    """h_t = a_t * h_{t-1} + sqrt(1 - a_t^2) * (i_t * u_t), log a_t = -8 r_t softplus(Lambda).
+    """RG-LRU mixer (arXiv 2402.19427, eq. 1 to 4 and section 2.3).
 
-    u = conv(x W_u), r_t and i_t sigmoids of block-diagonal maps of u_t; output (h * gelu(x W_y)) W_o
-    (arXiv 2402.19427, eq. 1 to 4 and section 2.3). As RecurrentGemma has it, a token that meets an
-    empty state is written whole, without the square root. A block of channels is a head of the op
-    with K = 1, its decay over values.
+    h_t = a_t * h_{t-1} + sqrt(1 - a_t^2) * (i_t * u_t), log a_t = -8 r_t softplus(Lambda).
+
+    u = conv(x W_u); r_t and i_t are sigmoids of block-diagonal maps of u_t. The output is
+    (h * gelu(x W_y)) W_o. As in RecurrentGemma, the factor sqrt(1 - a_t^2) is left out if the state is
+    empty. A block of channels is a head of the op with K = 1 and a decay over values.
     """
 
     Options = RGLRUOptions
@@ -110,11 +111,11 @@ class RGLRU(StateMixer):
 
     @classmethod
     def samples(cls) -> list[dict[str, Any]]:
-        """As RecurrentGemma; another width, no convolution."""
+        """Return the options of RecurrentGemma; and another width without convolution."""
         return [{"num_heads": 2}, {"width": 24, "num_heads": 3, "conv_size": None}]
 
     def init_parameters(self, std: float) -> None:
-        """a^2 uniform in [0.9^2, 0.999^2] (section 2.4 of the paper), a = exp(-softplus(Lambda))."""
+        """Draw a^2 uniformly from [0.9^2, 0.999^2] (section 2.4), where a = exp(-softplus(Lambda))."""
         square = torch.empty_like(self.decay_rate, dtype=torch.float32)
         rate = -0.5 * square.uniform_(0.9**2, 0.999**2).log_()
         init.copy_(self.decay_rate, rate.expm1().log())
@@ -122,7 +123,7 @@ class RGLRU(StateMixer):
     def mix(
         self, x: torch.Tensor, cu_seqlens: torch.Tensor | None, cache: Slot | None
     ) -> torch.Tensor:
-        """See the class."""
+        """Map x (B, T, D) to y (B, T, D); see the class."""
         u = self.x_proj(x)
         if self.conv is not None:
             u = self.conv(u, cu_seqlens, cache)
@@ -150,11 +151,11 @@ class RGLRU(StateMixer):
         return self.o_proj(h.flatten(-2).to(x.dtype) * gate)
 
     def mixing_flops(self, context: int) -> float:
-        """The block-diagonal gates, and a dozen operations a channel."""
+        """Count the block-diagonal gates, and 12 operations per channel."""
         return 2.0 * 2.0 * self.input_gate.weight.numel() + 12.0 * self.width
 
     def states(self) -> dict[str, StateSpec]:
-        """E, and W - 1 inputs of the convolution."""
+        """Return E numbers of the recurrence, and the last W - 1 inputs of the convolution."""
         shape = (self.num_heads, 1, self.width // self.num_heads)
         conv = self.conv.states() if self.conv is not None else {}
         return {"recurrent": StateSpec(shape, torch.float32), **conv}
@@ -163,7 +164,7 @@ class RGLRU(StateMixer):
 def _meets_empty_state(
     u: torch.Tensor, state: torch.Tensor | None, cu_seqlens: torch.Tensor | None
 ) -> torch.Tensor:
-    """(B, T, 1) bool: the first token of each document whose state (N, H, 1, V) is all zeros."""
+    """Mark (B, T, 1) the first token of each document whose state (N, H, 1, V) is all zeros."""
     batch, time, _ = u.shape
     documents = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
     empty = torch.ones(documents, dtype=torch.bool, device=u.device)
@@ -173,7 +174,7 @@ def _meets_empty_state(
     if cu_seqlens is None:
         return torch.cat([empty[:, None], first[:, 1:]], dim=1)[:, :time, None]
     bounds = cu_seqlens.long()
-    # documents without tokens point past the end, to a column that is cut off
+    # empty documents point past the end, to a column that is dropped
     place = torch.where(bounds[1:] > bounds[:-1], bounds[:-1], time)
     padded = torch.cat([first, first.new_zeros(batch, 1)], dim=1)
     return padded.index_copy(1, place, empty[None])[:, :time, None]

@@ -1,4 +1,4 @@
-"""RWKV-6 time mixing: token shift, a doubly exponential decay, a bonus (Finch, arXiv 2404.05892)."""
+"""RWKV-6 time mixing: token shift, double exponential decay and bonus (Finch, arXiv 2404.05892)."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ from hybrid.mixers.parts import (
 )
 from hybrid.nn.past import Slot, StateSpec
 
-MIXED = 5  # inputs of r, k, v, the decay w and the gate g, each shifted in its own way
+MIXED = 5  # inputs of r, k, v, the decay w and the gate g, each with its own token shift
 
 
 @dataclass(frozen=True)
 class RWKV6Options(HeadOptions):
-    """Options of `rwkv6`.
+    """Options of ``rwkv6``.
 
     Attributes:
         num_heads: H; default D / 64, at least 1.
         head_dim: key dim K; default V, or D / H.
         value_head_dim: value dim V; default K.
-        shift_rank: rank of the data-dependent part of the token shift, for each of its five.
+        shift_rank: rank of the data-dependent part of each of the five token shifts.
         decay_rank: rank of the data-dependent part of the decay.
-        norm_eps: of the norm of each head's output; the published one is 1e-5 * 8^2.
+        norm_eps: epsilon of the norm of each head's output; the published value is 1e-5 * 8^2.
     """
 
     shift_rank: Size = 32
@@ -46,12 +46,14 @@ class RWKV6Options(HeadOptions):
 
 @register_mixer("rwkv6", symbol="R")
 class RWKV6(LinearMixer):
-    """S_t = diag(exp(-exp(w_t))) S_{t-1} + k_t v_t^T, o_t = r_t^T (S_{t-1} + diag(u) k_t v_t^T).
+    """RWKV-6 time mixing (arXiv 2404.05892, eq. 12 to 20).
 
-    Each of r, k, v, w, g is projected from its own interpolation between a token and the one before,
-    lerp_c(x_t, x_{t-1}) = x_t + (x_{t-1} - x_t) * (mu_c + tanh(z_t A_c) B_c), z_t the same
-    interpolation with weights mu_x; w = w_0 + tanh(x_w A_w) B_w; output GroupNorm(o) * silu(g)
-    (arXiv 2404.05892, eq. 12 to 20). The token before is kept as a state.
+    S_t = diag(exp(-exp(w_t))) S_{t-1} + k_t v_t^T, o_t = r_t^T (S_{t-1} + diag(u) k_t v_t^T).
+
+    Each of r, k, v, w, g is projected from its own interpolation between a token and the previous one:
+    lerp_c(x_t, x_{t-1}) = x_t + (x_{t-1} - x_t) * (mu_c + tanh(z_t A_c) B_c). z_t is the same
+    interpolation with weights mu_x. w = w_0 + tanh(x_w A_w) B_w. The output is GroupNorm(o) * silu(g).
+    The previous token is a state.
     """
 
     Options = RWKV6Options
@@ -77,14 +79,14 @@ class RWKV6(LinearMixer):
 
     @classmethod
     def samples(cls) -> list[dict[str, Any]]:
-        """As the paper has it; unequal dims."""
+        """Return the options of the paper; and unequal dims."""
         return [
             {"num_heads": 2, "shift_rank": 3, "decay_rank": 4},
             {"num_heads": 3, "head_dim": 5, "value_head_dim": 7, "shift_rank": 2, "decay_rank": 3},
         ]
 
     def init_parameters(self, std: float) -> None:
-        """The published schedule over depth and channels; the data-dependent parts start at zero."""
+        """Apply the published schedule over depth and channels; data-dependent parts start at zero."""
         layers = self.sizes.num_hidden_layers or 1
         depth = self.layer_idx / max(1, layers - 1)  # 0 to 1
         rest = 1 - self.layer_idx / layers  # 1 to almost 0
@@ -109,7 +111,7 @@ class RWKV6(LinearMixer):
     def mix(
         self, x: torch.Tensor, cu_seqlens: torch.Tensor | None, cache: Slot | None
     ) -> torch.Tensor:
-        """See the class."""
+        """Map x (B, T, D) to y (B, T, D); see the class."""
         x_r, x_k, x_v, x_w, x_g = self._shifted(x, cu_seqlens, cache)
         r, k = (y.unflatten(-1, (self.num_heads, -1)) for y in (self.q_proj(x_r), self.k_proj(x_k)))
         v = self.v_proj(x_v).unflatten(-1, (self.num_heads, -1))
@@ -122,7 +124,7 @@ class RWKV6(LinearMixer):
     def _shifted(
         self, x: torch.Tensor, cu_seqlens: torch.Tensor | None, cache: Slot | None
     ) -> tuple[torch.Tensor, ...]:
-        """The five interpolations of x (B, T, D) and the token before."""
+        """Return the five interpolations of x (B, T, D) and the previous token."""
         step = token_before(x, cu_seqlens, cache) - x
         z = torch.tanh(self.shift_down(x + step * self.shift_base))
         z = z.unflatten(-1, (MIXED, -1))
@@ -130,9 +132,9 @@ class RWKV6(LinearMixer):
         return tuple(x + step * m for m in moved)
 
     def mixing_flops(self, context: int) -> float:
-        """The recurrence, and the data-dependent part of the shift."""
+        """Count the recurrence, and the data-dependent part of the shift."""
         return super().mixing_flops(context) + 2.0 * self.shift_up.numel()
 
     def states(self) -> dict[str, StateSpec]:
-        """One K x V state per head, and the token before."""
+        """Return one K x V state per head, and the previous token."""
         return {**super().states(), "conv": StateSpec((self.sizes.hidden_size, 1))}

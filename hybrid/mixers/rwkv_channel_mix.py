@@ -1,4 +1,4 @@
-"""RWKV's channel mixing: a feed-forward that sees the token before (arXiv 2404.05892)."""
+"""RWKV channel mixing: a feed-forward that also reads the previous token (arXiv 2404.05892)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from hybrid.nn.past import Slot, StateSpec
 
 @dataclass(frozen=True)
 class RWKVChannelMixOptions(MixerOptions):
-    """Options of `rwkv_channel_mix`.
+    """Options of ``rwkv_channel_mix``.
 
     Attributes:
         intermediate_size: inner width; default 3.5 D, rounded up to a multiple of 32.
@@ -29,25 +29,27 @@ class RWKVChannelMixOptions(MixerOptions):
     intermediate_size: Size | None = None
 
     def complete(self, hidden_size: int) -> RWKVChannelMixOptions:
-        """Fill in the inner width."""
+        """Return these options with the inner width filled in."""
         if self.intermediate_size is not None:
             return self
         return replace(self, intermediate_size=32 * -(-int(hidden_size * 3.5) // 32))
 
     @property
     def width(self) -> int:
-        """The inner width of completed options."""
+        """Inner width of completed options."""
         assert self.intermediate_size is not None
         return self.intermediate_size
 
 
 @register_mixer("rwkv_channel_mix")
 class RWKVChannelMix(StateMixer):
-    """y = sigmoid(r) * (relu(k)^2 W_v), r and k from a token and the one before (arXiv 2404.05892, 3.2).
+    """RWKV channel mixing (arXiv 2404.05892, section 3.2).
 
-    k = (x_t + (x_{t-1} - x_t) * mu_k) W_k, and r likewise. It stands after each `rwkv6` in a layer of
-    its own, where other stacks have a feed-forward; it is a mixer, for it has a state. No letter of
-    its own: bind one in the config, `{"c": {"type": "rwkv_channel_mix"}}` with the layout `Rc`.
+    y = sigmoid(r) * (relu(k)^2 W_v), with k = (x_t + (x_{t-1} - x_t) * mu_k) W_k, and r likewise.
+
+    It forms a layer of its own after each ``rwkv6``, in place of a feed-forward. It is a mixer because
+    it has a state. It has no default letter. Bind one in the config: ``{"c": {"type":
+    "rwkv_channel_mix"}}`` with the layout ``Rc``.
     """
 
     Options = RWKVChannelMixOptions
@@ -67,11 +69,11 @@ class RWKVChannelMix(StateMixer):
 
     @classmethod
     def samples(cls) -> list[dict[str, Any]]:
-        """The default width; another."""
+        """Return the default width; and another width."""
         return [{}, {"intermediate_size": 20}]
 
     def init_parameters(self, std: float) -> None:
-        """The published schedule over depth and channels, the same for both."""
+        """Apply the published schedule over depth and channels to both shifts."""
         rest = 1 - self.layer_idx / (self.sizes.num_hidden_layers or 1)  # 1 to almost 0
         channel = torch.arange(self.sizes.hidden_size) / self.sizes.hidden_size
         for shift in (self.key_shift, self.gate_shift):
@@ -80,15 +82,15 @@ class RWKVChannelMix(StateMixer):
     def mix(
         self, x: torch.Tensor, cu_seqlens: torch.Tensor | None, cache: Slot | None
     ) -> torch.Tensor:
-        """See the class."""
+        """Map x (B, T, D) to y (B, T, D); see the class."""
         step = token_before(x, cu_seqlens, cache) - x
         value = self.v_proj(F.relu(self.k_proj(x + step * self.key_shift)).square())
         return torch.sigmoid(self.gate_proj(x + step * self.gate_shift)) * value
 
     def mixing_flops(self, context: int) -> float:
-        """The two interpolations and the gate."""
+        """Count the two interpolations and the gate."""
         return 5.0 * self.sizes.hidden_size
 
     def states(self) -> dict[str, StateSpec]:
-        """The token before."""
+        """Return the previous token."""
         return {"conv": StateSpec((self.sizes.hidden_size, 1))}

@@ -1,4 +1,4 @@
-"""Sliding window attention: each token attends to the last W (arXiv 2004.05150; Mistral, 2310.06825)."""
+"""Sliding window attention: each token attends to the last W tokens (arXiv 2004.05150, 2310.06825)."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from hybrid.nn.local_rows import Reach
 
 @dataclass(frozen=True)
 class SlidingWindowAttentionOptions(LocalAttentionOptions):
-    """Options of `sliding_window_attention`: those of `GroupedHeadOptions`, and:
+    """Options of ``sliding_window_attention``, in addition to those of ``GroupedHeadOptions``.
 
     Attributes:
-        window: W, tokens that a token attends to, itself included.
+        window: W, tokens that a token attends to, including itself.
     """
 
     window: Size2 = 2048
@@ -25,7 +25,10 @@ class SlidingWindowAttentionOptions(LocalAttentionOptions):
 
 @register_mixer("sliding_window_attention", symbol="W")
 class SlidingWindowAttention(LocalAttention):
-    """o_t = sum_s softmax_s(scale * q_t . k_s) v_s over t - W < s <= t."""
+    """Sliding window softmax attention mixer (arXiv 2004.05150; Mistral, arXiv 2310.06825).
+
+    o_t = sum_s softmax_s(scale * q_t . k_s) v_s over t - W < s <= t.
+    """
 
     layer_type = "sliding_attention"
     Options = SlidingWindowAttentionOptions
@@ -41,7 +44,7 @@ class SlidingWindowAttention(LocalAttention):
 
     @classmethod
     def samples(cls) -> list[dict[str, Any]]:
-        """Grouped heads and QK-norm; no positions, biases, a gate; sinks and a cap; ALiBi."""
+        """Return grouped heads with QK-norm; biases and a gate, no positions; sinks and a cap; ALiBi."""
         return [
             {"window": 5, "num_heads": 4, "num_kv_heads": 2, "qk_norm": "head"},
             {"window": 16, "num_heads": 2, "rope_parameters": None, "bias": True,
@@ -58,7 +61,7 @@ class SlidingWindowAttention(LocalAttention):
         return Reach(self.options.window, chunked=False)
 
     def mixing_flops(self, context: int) -> float:
-        """Logits and weighted sum over the tokens of the window, fewer at the start."""
+        """Count logits and weighted sum over the tokens of the window, fewer at the start."""
         width = self.reach.width
         short = min(context, width)
         return self.logits_flops((short * (short + 1) / 2 + (context - short) * width) / context)

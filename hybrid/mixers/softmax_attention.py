@@ -33,23 +33,23 @@ from hybrid.nn.rotary import BY_LENGTH, apply_rotary
 
 @dataclass(frozen=True)
 class SoftmaxAttentionOptions(GroupedHeadOptions):
-    """Options of `softmax_attention`: those of `GroupedHeadOptions`, and:
+    """Options of ``softmax_attention``, in addition to those of ``GroupedHeadOptions``.
 
     Attributes:
         conv_size: width of a short causal convolution on q, k, v (Primer, arXiv 2109.08668); null for
-            none.
-        nope_every: no positions in every n-th softmax layer of the stack, from the n-th on (RNoPE,
-            arXiv 2501.18795; SmolLM3); null for positions in all.
-        temperature: a: queries are scaled by 1 + a ln(1 + floor((t + offset) / n)), so that logits do
-            not flatten out as there are more of them (arXiv 2501.19399; Llama 4, Ministral 3); null
-            for none. With `nope_every` only in the layers without positions.
-        temperature_length: n, tokens at one temperature (Llama 4's `floor_scale`).
-        temperature_offset: 1 as Llama 4 has it, 0 as Ministral 3.
-        dual_chunk_size: s: at inference, keys further away than the model was trained for are met at
-            positions that it knows, chunk by chunk (dual chunk attention, arXiv 2402.17463); null for
-            plain positions. Training never uses it.
-        dual_chunk_window: w, tokens before a chunk that keep their true distance; the largest distance
-            that occurs is s + w - 1. Default s / 3, so that s is 3/4 of the length trained for.
+            no convolution.
+        nope_every: n; every n-th softmax layer of the stack has no positions (RNoPE, arXiv 2501.18795;
+            SmolLM3); null for positions in all layers.
+        temperature: a; queries are scaled by 1 + a ln(1 + floor((t + offset) / n)), which keeps the
+            softmax sharp over many keys (arXiv 2501.19399; Llama 4, Ministral 3); null for no scaling.
+            With ``nope_every``, only layers without positions are scaled.
+        temperature_length: n, tokens per step of the temperature (``floor_scale`` of Llama 4).
+        temperature_offset: offset of t; 1 in Llama 4, 0 in Ministral 3.
+        dual_chunk_size: s, chunk size of dual chunk attention (arXiv 2402.17463); null for plain
+            positions. At inference, distances beyond the training length are mapped to positions seen
+            in training, chunk by chunk. Training does not use it.
+        dual_chunk_window: w, tokens before a chunk that keep their true distance. The largest distance
+            is s + w - 1. Default s / 3, for s equal to 3/4 of the training length.
     """
 
     conv_size: Size2 | None = None
@@ -62,39 +62,48 @@ class SoftmaxAttentionOptions(GroupedHeadOptions):
 
     @property
     def dual_chunk(self) -> tuple[int, int] | None:
-        """s and w of dual chunk attention; None where it is off."""
+        """s and w of dual chunk attention; None if it is off."""
         if self.dual_chunk_size is None:
             return None
         window = self.dual_chunk_window
         return self.dual_chunk_size, max(1, self.dual_chunk_size // 3) if window is None else window
 
     def problems(self, sizes: Sizes) -> list[str]:
-        """Sizes that do not fit together."""
+        """Return an error line for each mismatch of sizes."""
         return super().problems(sizes) + self._dual_chunk_problems()
 
     def _dual_chunk_problems(self) -> list[str]:
         if self.dual_chunk_size is None:
             if self.dual_chunk_window is None:
                 return []
-            return ["dual_chunk_window: has no meaning without dual_chunk_size"]
+            return [
+                "dual_chunk_window: expected null without dual_chunk_size, got"
+                f" {self.dual_chunk_window}; try setting dual_chunk_size"
+            ]
         if self.rope_parameters is None:
-            return ["dual_chunk_size: is about rotary positions; give rope_parameters"]
+            return [
+                "dual_chunk_size: expected rope_parameters, as dual chunks change rotary positions, got"
+                " null; try setting rope_parameters"
+            ]
         kind, window = self.rope_parameters.get("rope_type", "default"), self.dual_chunk_window
         if window is not None and window > self.dual_chunk_size:
             at_most = f"at most dual_chunk_size {self.dual_chunk_size}"
             return [f"dual_chunk_window: expected {at_most}, got {window}"]
         if kind in BY_LENGTH:
-            return [f"dual_chunk_size: does not go with rope_type {kind!r}, which stretches too"]
+            return [
+                "dual_chunk_size: expected a rope_type that does not depend on the sequence length, got"
+                f" {kind!r}; try 'default'"
+            ]
         return []
 
 
 @register_mixer("softmax_attention", symbol="S")
 class SoftmaxAttention(GroupedHeads, FullAttention):
-    """Causal softmax attention with grouped heads.
+    """Causal softmax attention mixer with grouped heads.
 
-    o_t = sum_{s <= t} softmax_s(scale * q_t . k_s) v_s (arXiv 1706.03762, eq. 1); grouped heads
-    after arXiv 2305.13245, rotary positions after arXiv 2104.09864. The attention itself is
-    transformers' (`attn_implementation`: eager, sdpa, flash_attention_2, flex_attention, ...).
+    o_t = sum_{s <= t} softmax_s(scale * q_t . k_s) v_s (arXiv 1706.03762, eq. 1), with grouped heads
+    (arXiv 2305.13245) and rotary positions (arXiv 2104.09864). transformers computes the attention
+    (``attn_implementation``: eager, sdpa, flash_attention_2, flex_attention, ...).
     """
 
     Options = SoftmaxAttentionOptions
@@ -109,25 +118,25 @@ class SoftmaxAttention(GroupedHeads, FullAttention):
         if options.conv_size:
             inner = (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
             self.conv = ShortConvolution(inner, options.conv_size)
-        # every n-th softmax layer of the stack goes without positions
+        # every n-th softmax layer of the stack has no positions
         every = options.nope_every
         self.has_positions = every is None or (sizes.kind_idx + 1) % every != 0
         self.tuned = options.temperature is not None and not (every and self.has_positions)
 
     @classmethod
     def uses_state(cls, options: SoftmaxAttentionOptions) -> bool:
-        """Only the convolution has one."""
+        """Return whether there is a convolution, the only part with a state."""
         return options.conv_size is not None
 
     @classmethod
     def fits_paged(cls, options: SoftmaxAttentionOptions) -> bool:
-        """Plain attention only: no convolution, no marks beside keys, no function of ours."""
+        """Return True for plain attention: no convolution, no extra dims of keys, no sinks, no cap."""
         beside = options.conv_size or options.alibi or options.dual_chunk_size
         return not (beside or options.sinks or options.soft_cap is not None)
 
     @classmethod
     def samples(cls) -> list[dict[str, Any]]:
-        """MHA; GQA, dual chunks, sinks and cap; MQA, ALiBi; convolution, gate, sinks, NoPE tuned."""
+        """Return MHA; GQA with dual chunks, sinks, cap; MQA with ALiBi; convolution, gate, NoPE."""
         partial = {"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 0.5}
         return [
             {"num_heads": 2},
@@ -142,12 +151,12 @@ class SoftmaxAttention(GroupedHeads, FullAttention):
 
     @classmethod
     def rotated_dim(cls, options: SoftmaxAttentionOptions) -> int:
-        """K."""
+        """Return the head dim K."""
         return options.sizes[2]
 
     @classmethod
     def rotary(cls, options: SoftmaxAttentionOptions, sizes: Sizes) -> nn.Module | None:
-        """The rotary embedding of these options, of dual chunks where they ask for it."""
+        """Return the rotary embedding of these options, with dual chunks if they are on."""
         if options.dual_chunk is None or options.rope_parameters is None:
             return super().rotary(options, sizes)
         return DualChunkRotaryEmbedding(
@@ -167,7 +176,7 @@ class SoftmaxAttention(GroupedHeads, FullAttention):
         cache: Slot | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """See `Mixer.forward`."""
+        """See ``Mixer.forward``."""
         self.check_arguments(kwargs)
         q, k, v = self._project(x, segments, cache)
         positions = kwargs.get("position_ids")
@@ -199,7 +208,7 @@ class SoftmaxAttention(GroupedHeads, FullAttention):
     def _project(
         self, x: torch.Tensor, segments: Segments, cache: Slot | None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """x (B, T, D) -> q (B, H, T, K), k and v (B, H_kv, T, K), convolved and normalised."""
+        """Project x (B, T, D) to q (B, H, T, K), k and v (B, H_kv, T, K); convolve and normalise."""
         q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
         if self.conv is not None:
             batch, time, _ = x.shape
@@ -217,7 +226,7 @@ class SoftmaxAttention(GroupedHeads, FullAttention):
         )
 
     def _temperature(self, positions: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """1 + a ln(1 + floor((t + offset) / n)) of positions (B, T), as (B, 1, T, 1)."""
+        """Return 1 + a ln(1 + floor((t + offset) / n)) of positions (B, T), as (B, 1, T, 1)."""
         options = self.options
         steps = torch.div(
             positions + options.temperature_offset,
@@ -235,8 +244,8 @@ class SoftmaxAttention(GroupedHeads, FullAttention):
         mask: torch.Tensor | None,
         cache: Slot | None,
     ) -> tuple[torch.Tensor, None]:
-        """Dual chunk attention; the cache holds rotated keys, and which chunk each belongs to."""
-        self.require_plain("no dual chunks")
+        """Apply dual chunk attention; the cache holds rotated keys and their chunks."""
+        self.require_plain("dual chunks")
         queries, k = angles.rotate(q, k)
         k = mark_chunks(k, angles.chunk)
         if cache is not None:
@@ -248,11 +257,11 @@ class SoftmaxAttention(GroupedHeads, FullAttention):
         )  # fmt: skip
 
     def mixing_flops(self, context: int) -> float:
-        """Logits and weighted sum over the (context + 1) / 2 tokens a token sees on average."""
+        """Count logits and weighted sum over a mean of (context + 1) / 2 tokens."""
         return self.logits_flops((context + 1) / 2)
 
     def tokens(self) -> dict[str, TokenSpec]:
-        """Keys and values; with ALiBi the position, with dual chunks the chunk, in two numbers each."""
+        """Return keys and values; keys have two extra dims each for ALiBi and dual chunks."""
         marks = 0
         if self.has_positions:
             marks = 2 * (self.slopes is not None) + CHUNK_MARKS * bool(self.options.dual_chunk)
@@ -260,5 +269,5 @@ class SoftmaxAttention(GroupedHeads, FullAttention):
         return {"k": k, "v": TokenSpec(self.num_kv_heads, self.head_dim)}
 
     def states(self) -> dict[str, StateSpec]:
-        """The convolution's."""
+        """Return the state of the convolution, if any."""
         return self.conv.states() if self.conv is not None else {}

@@ -1,8 +1,8 @@
-"""The compressed and the selected branch of native sparse attention (arXiv 2502.11089, section 3.3).
+"""Compressed and selected branches of native sparse attention (arXiv 2502.11089, section 3.3).
 
-Keys lie in columns on a grid: compressed block c covers columns [c d, c d + l), selection block j covers
-[j l', (j + 1) l'). Every document starts on a multiple of l', so that one grid serves all documents
-of a row. Queries go a few at a time, so that memory grows with the number of keys alone.
+Keys are columns of a grid: compressed block c covers columns [c d, c d + l), selection block j covers
+[j l', (j + 1) l'). Every document starts at a multiple of l', so that all documents of a row use one
+grid. Queries are processed in small steps, so that memory grows only with the number of keys.
 
 Shapes: B batch, T queries, S columns, H query heads, H_kv key heads, G = H / H_kv, K head dim,
 C compressed blocks, J selection blocks.
@@ -18,19 +18,20 @@ from torch.utils.checkpoint import checkpoint
 
 from hybrid.mixers.parts import wide
 
-# Numbers that one step over queries may hold at a time; sets how many queries it takes.
+# Maximum number of elements held by one step over queries. It determines the queries per step.
 _BUDGET = 2**24
 
 
 @dataclass(frozen=True)
 class Blocks:
-    """Sizes, in tokens and blocks.
+    """Block sizes in tokens, and numbers of blocks.
 
     Attributes:
         size, stride: l and d of the compressed blocks; d divides l.
         select_size: l' of the selection blocks; d divides l'.
         selected: n, blocks that a query selects.
-        initial, local: of these, the first of the document, and the last up to the query's own.
+        initial: how many of the n are the first blocks of the document.
+        local: how many of the n are the last blocks up to the query's own.
     """
 
     size: int
@@ -41,10 +42,11 @@ class Blocks:
     local: int
 
     def overlaps(self, like: torch.Tensor) -> torch.Tensor:
-        """How many strides compressed block c and selection block j share.
+        """Return the number of strides shared by compressed block c and selection block j.
 
-        By c - j l' / d, from 1 - l / d on: how often c = j l' / d + m - n in the sum of eq. 9. (The
-        equation as printed has - m - n, which would count blocks that lie before j.)
+        The result is indexed by c - j l' / d, from 1 - l / d on. It counts the terms with
+        c = j l' / d + m - n in the sum of eq. 9. (The printed equation has - m - n, which would count
+        blocks before j.)
         """
         strides, narrow = self.select_size // self.stride, self.size // self.stride
         offset = torch.arange(1 - narrow, strides, device=like.device)
@@ -61,16 +63,16 @@ def sparse_attention(
     blocks: Blocks,
     scaling: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention to compressed blocks, and to the tokens of the blocks whose compressed ones weigh most.
+    """Attend to compressed blocks, and to the tokens of the blocks with the largest compressed weights.
 
     Args:
         q: (B, H, T, K).
         compressed: keys and values of the compressed blocks (B, H_kv, C, K).
         keys: keys and values of tokens (B, H_kv, S, K).
-        column: (B, T), the column of each query's own token.
-        base: (B or 1, T), the first column of its document, a multiple of l'.
-        blocks: sizes.
-        scaling: of the logits.
+        column: (B, T), column of each query's own token.
+        base: (B or 1, T), first column of its document, a multiple of l'.
+        blocks: block sizes.
+        scaling: factor of the logits.
 
     Returns:
         o of both branches, (B, T, H, K). The compressed one is 0 where no block is complete.
@@ -86,12 +88,12 @@ def sparse_attention(
     outputs = []
     for start in range(0, time, step):
         part = slice(start, start + step)
-        given = (q[:, :, :, part], *compressed, k, v, column[:, part], base[:, part])
+        inputs = (q[:, :, :, part], *compressed, k, v, column[:, part], base[:, part])
         if step < time and torch.is_grad_enabled():
-            # the selected keys of all queries together would be many times the keys there are
-            outputs.append(checkpoint(_step, *given, blocks, scaling, use_reentrant=False))
+            # do not save the selected keys for backward: they are many times larger than all keys
+            outputs.append(checkpoint(_step, *inputs, blocks, scaling, use_reentrant=False))
         else:
-            outputs.append(_step(*given, blocks, scaling))
+            outputs.append(_step(*inputs, blocks, scaling))
     if not outputs:
         empty = q.new_empty(batch, 0, heads, v.shape[3])
         return empty, empty
@@ -113,7 +115,7 @@ def _step(
     blocks: Blocks,
     scaling: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Both branches for q (B, H_kv, G, t, K); o (B, H_kv, G, t, K) each."""
+    """Compute both branches for q (B, H_kv, G, t, K); each o is (B, H_kv, G, t, K)."""
     start = blocks.stride * torch.arange(k_blocks.shape[2], device=q.device)
     visible = (start >= base[..., None]) & (start + blocks.size <= column[..., None] + 1)
     logits = wide(q @ k_blocks[:, :, None].mT) * scaling
@@ -125,7 +127,7 @@ def _step(
 
 
 def masked_softmax(logits: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Softmax over the last dimension where `mask` is True; zeros where it is nowhere."""
+    """Softmax over the entries of the last dimension where ``mask`` is True; all zeros without any."""
     logits = logits.masked_fill(~mask, torch.finfo(logits.dtype).min)
     return torch.softmax(logits, dim=-1) * mask
 
@@ -134,16 +136,16 @@ def masked_softmax(logits: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 def select(
     weights: torch.Tensor, column: torch.Tensor, base: torch.Tensor, blocks: Blocks, columns: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Choose blocks by the weights of the compressed ones in them (eq. 9 to 11).
+    """Select blocks by the weights of the compressed blocks in them (eq. 9 to 11).
 
     Args:
         weights: (B, H_kv, T, C), summed over the heads of a group.
-        column, base: (B, T), as in `sparse_attention`.
-        blocks: sizes.
+        column, base: (B, T), as in ``sparse_attention``.
+        blocks: block sizes.
         columns: S, a multiple of l'.
 
     Returns:
-        Numbers of the blocks (B, H_kv, T, n), ascending, and whether each is one.
+        Indices of the blocks (B, H_kv, T, n), ascending, and a bool mask of the valid ones.
     """
     ratio, total = blocks.select_size // blocks.stride, columns // blocks.select_size
     left = blocks.size // blocks.stride - 1
@@ -157,7 +159,7 @@ def select(
     score = score.masked_fill(forced[:, None], float("inf"))
     score = score.masked_fill(~visible[:, None], float("-inf"))
     best = score.topk(min(blocks.selected, total), dim=-1)
-    # sorted, so that what is not seen cannot change the order of a sum
+    # sort, so that blocks outside the mask cannot change the order of a sum
     chosen, order = best.indices.sort(dim=-1)
     return chosen, best.values.gather(-1, order) > float("-inf")
 
@@ -172,7 +174,7 @@ def _attend_selected(
     blocks: Blocks,
     scaling: float,
 ) -> torch.Tensor:
-    """Attention of q (B, H_kv, G, t, K) to the tokens of its blocks (B, H_kv, t, n), up to its own."""
+    """Attend from q (B, H_kv, G, t, K) to the tokens of its blocks (B, H_kv, t, n), up to its own."""
     within = torch.arange(blocks.select_size, device=q.device)
     place = (chosen[..., None] * blocks.select_size + within).flatten(3)  # (B, H_kv, t, n l')
     seen = real.repeat_interleave(blocks.select_size, dim=3) & (place <= column[:, None, :, None])

@@ -1,4 +1,4 @@
-"""Rows of documents, and attention within a band, for native sparse attention.
+"""Arrangement of documents in rows, and banded attention, for native sparse attention.
 
 Shapes: B rows, T time, N documents, H query heads, H_kv key heads, K head dim.
 """
@@ -18,13 +18,14 @@ def banded(
     first: torch.Tensor,
     width: int,
 ) -> torch.Tensor:
-    """Attention within a band of `width` columns, in blocks of queries.
+    """Attend within a band of ``width`` columns, in blocks of queries.
 
     Args:
-        attend: (q, k, v, mask) of a block -> o (B, t, H, K), with as many heads of k and v as of q.
+        attend: function (q, k, v, mask) -> o (B, t, H, K) of a block, with equal heads of q, k and v.
         q: (B, H, T, K).
-        k, v: (B, H_kv, S, K), S >= T; query t stands at column t + S - T.
-        first: (B or 1, T), the first column that each query sees, above t + S - T - width.
+        k, v: (B, H_kv, S, K), S >= T; query t is at column t + S - T.
+        first: (B or 1, T), first column that each query sees, above t + S - T - width.
+        width: number of columns of the band.
 
     Returns:
         o (B, T, H, K).
@@ -45,10 +46,10 @@ def banded(
 
 
 class Rows:
-    """Documents packed in one row, spread out to a row each and back; whole rows stay as they are.
+    """Arrangement of packed documents with one row per document; whole rows are unchanged.
 
     Attributes:
-        lengths: (N,), tokens of each document; None where rows are whole.
+        lengths: (N,), tokens of each document; None for whole rows.
     """
 
     def __init__(self, cu_seqlens: torch.Tensor | None, x: torch.Tensor) -> None:
@@ -63,28 +64,28 @@ class Rows:
         self.place = starts[document] + token - bounds[document]
 
     def arrange(self, lengths: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int]]:
-        """The flat place (N,) of the first token of each document, and the shape of it all."""
+        """Return the flat index (N,) of the first token of each document, and the (rows, columns)."""
         longest = int(lengths.max())
         starts = longest * torch.arange(len(lengths), device=lengths.device)
         return starts, (len(lengths), longest)
 
     def spread(self, x: torch.Tensor) -> torch.Tensor:
-        """(1, tokens, C) -> (rows, columns, C), zeros where no token is."""
+        """Arrange (1, tokens, C) as (rows, columns, C), with zeros in empty columns."""
         if self.lengths is None:
             return x
         flat = x.new_zeros(self.shape[0] * self.shape[1], x.shape[2])
         return flat.index_copy(0, self.place, x[0]).view(*self.shape, x.shape[2])
 
     def collect(self, x: torch.Tensor) -> torch.Tensor:
-        """(rows, columns, C) -> (1, tokens, C)."""
+        """Invert ``spread``: (rows, columns, C) to (1, tokens, C)."""
         return x if self.lengths is None else x.flatten(0, 1)[self.place][None]
 
 
 class AlignedRow(Rows):
-    """Documents packed in one row, moved apart so that each begins at a multiple of `align`.
+    """Arrangement of packed documents in one row, each starting at a multiple of ``align``.
 
     Attributes:
-        base: (1, columns), the column where the document that a column belongs to begins.
+        base: (1, columns), first column of the document of each column.
     """
 
     def __init__(self, cu_seqlens: torch.Tensor, x: torch.Tensor, align: int) -> None:
@@ -92,7 +93,7 @@ class AlignedRow(Rows):
         super().__init__(cu_seqlens, x)
 
     def arrange(self, lengths: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int]]:
-        """See `Rows.arrange`."""
+        """See ``Rows.arrange``."""
         ends = (-(-lengths // self.align) * self.align).cumsum(0)
         starts = torch.cat([ends.new_zeros(1), ends[:-1]])
         columns = int(ends[-1])

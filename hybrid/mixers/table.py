@@ -1,4 +1,4 @@
-"""The table of all mixers, `docs/mixers.md`: `python -m hybrid.mixers.table > docs/mixers.md`."""
+"""Generator of ``docs/mixers.md``: `python -m hybrid.mixers.table > docs/mixers.md`."""
 
 from __future__ import annotations
 
@@ -12,13 +12,12 @@ HIDDEN_SIZE, CONTEXT = 1024, 4096
 
 HEAD = f"""# Mixers
 
-Made from the registry by `python -m hybrid.mixers.table`; a test keeps the two the same.
+Generated from the registry by `python -m hybrid.mixers.table`; a test checks that both agree.
 
-The state of a linear mixer follows S_t = G_t * S_(t-1) + v_t k_t^T, read as o_t = S_t q_t, but where
-the formula says otherwise. Sizes and costs are those of one layer with default options at
-D = {HIDDEN_SIZE}, without a feed-forward: its parameters; the forward FLOPs of a token, a mean over
-{CONTEXT} tokens, projections included; elements of fixed size in the cache; elements that the cache
-grows by per token.
+The state of a linear mixer is S_t = G_t * S_(t-1) + v_t k_t^T and its output is o_t = S_t q_t, unless
+the formula differs. Sizes and costs are those of one layer with default options at D = {HIDDEN_SIZE},
+without a feed-forward: parameters; forward FLOPs per token with projections, as a mean over {CONTEXT}
+tokens; cache elements of fixed size; cache elements per token.
 
 | symbol | mixer | formula | paper | parameters | FLOPs per token | state | per token | used by |
 |---|---|---|---|---|---|---|---|---|
@@ -26,12 +25,12 @@ grows by per token.
 
 
 def markdown() -> str:
-    """The whole page."""
+    """Return the whole page."""
     return HEAD + "".join(_row(name) for name in _ours())
 
 
 def _ours() -> list[str]:
-    """Mixers of this package, those with a symbol first, in the order of registration."""
+    """Return the mixers of this package in the order of registration, those with a symbol first."""
     names = [n for n in mixers.names() if mixers.get(n).__module__.startswith("hybrid.mixers.")]
     return sorted(names, key=lambda name: mixers.get(name).symbol is None)
 
@@ -39,7 +38,7 @@ def _ours() -> list[str]:
 def _row(name: str) -> str:
     cls = mixers.get(name)
     cost = _cost(name)
-    state = cost.state_bytes // 4  # weights and states alike are counted in float32
+    state = cost.state_bytes // 4  # weights and states are both counted in float32
     cells = [
         f"`{cls.symbol}`" if cls.symbol else "",
         f"`{name}`",
@@ -55,7 +54,7 @@ def _row(name: str) -> str:
 
 
 def _cost(name: str) -> Plan:
-    """The plan of one layer of the mixer; a vocabulary of one token adds next to nothing."""
+    """Return the plan of one layer of the mixer; a vocabulary of one token adds almost nothing."""
     config = HybridConfig(
         layout="Q", ffn="", hidden_size=HIDDEN_SIZE, vocab_size=1, mixers={"Q": {"type": name}}
     )

@@ -212,9 +212,9 @@ def test_layers_without_positions_do_not_see_them():
     [
         (
             {"alibi": True, "rope_parameters": {"rope_theta": 1e4}},
-            "alibi: takes the place of rotary",
+            "alibi: expected rope_parameters null, as ALiBi replaces rotary positions",
         ),
-        ({"alibi": True, "sinks": True}, "alibi: does not go with sinks"),
+        ({"alibi": True, "sinks": True}, "alibi: expected neither sinks nor soft_cap"),
         ({"soft_cap": 0.0}, "soft_cap: expected above 0, got 0.0"),
         ({"nope_every": 0}, "nope_every: expected at least 1, got 0"),
     ],
@@ -227,5 +227,8 @@ def test_mistakes_are_named(options, message):
 def test_an_attention_function_without_sinks_is_refused():
     mixer = build(sinks=True)
     mixer.config._attn_implementation = "flash_attention_2"
-    with pytest.raises(ValueError, match=r"'flash_attention_2' knows no sinks.*eager, sdpa, flex"):
+    message = (
+        r"expected a function that supports sinks.* got 'flash_attention_2'; try eager, sdpa, flex"
+    )
+    with pytest.raises(ValueError, match=message):
         mixer(torch.randn(1, 3, D, dtype=torch.float64))

@@ -140,7 +140,8 @@ def test_chunks_beside_keys_survive_bfloat16():
 def test_dual_chunks_need_an_attention_function_that_ours_may_replace(build_mixer):
     mixer, rotary = build_mixer(dual_chunk_size=4)
     mixer.config._attn_implementation = "flex_attention"
-    with pytest.raises(ValueError, match=r"'flex_attention' knows no dual chunks; these do: eager"):
+    message = r"expected a function that supports dual chunks, got 'flex_attention'; try eager"
+    with pytest.raises(ValueError, match=message):
         run(mixer, rotary, text(5))
 
 
@@ -176,19 +177,25 @@ def test_temperature_with_nope_every_is_for_layers_without_positions():
         ({"temperature": -1.0}, "temperature: expected above 0, got -1.0"),
         ({"temperature_length": 0}, "temperature_length: expected at least 1"),
         ({"temperature_offset": 2}, "temperature_offset: expected one of 0 or 1, got 2"),
-        ({"dual_chunk_window": 4}, "dual_chunk_window: has no meaning without dual_chunk_size"),
+        (
+            {"dual_chunk_window": 4},
+            "dual_chunk_window: expected null without dual_chunk_size, got 4",
+        ),
         ({"dual_chunk_size": 0}, "dual_chunk_size: expected at least 1, got 0"),
         (
             {"dual_chunk_size": 8, "dual_chunk_window": 9},
             "dual_chunk_window: expected at most dual_chunk_size 8, got 9",
         ),
-        ({"dual_chunk_size": 8, "rope_parameters": None}, "dual_chunk_size: is about rotary"),
+        (
+            {"dual_chunk_size": 8, "rope_parameters": None},
+            "dual_chunk_size: expected rope_parameters",
+        ),
         (
             {
                 "dual_chunk_size": 8,
                 "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0},
             },
-            "dual_chunk_size: does not go with rope_type 'dynamic'",
+            "dual_chunk_size: expected a rope_type that does not depend .*, got 'dynamic'",
         ),
         ({"qk_norm_type": "rms"}, "qk_norm_type: .* got 'rms'; try 'rmsnorm'"),
     ],
