@@ -62,7 +62,8 @@ class Source(Declared):
     name: Text | None = Field(None, description="configuration of a hub data set")
     streaming: bool = Field(False, description="read and tokenise as training goes")
     options: dict[str, Any] = Field(
-        default_factory=dict, description="of a plug-in; they may stand beside `source`, too"
+        default_factory=dict,
+        description="options of a plug-in; they can also stand beside `source` in the entry",
     )
 
     @model_validator(mode="before")

@@ -102,12 +102,12 @@ class RowsConfig(Declared):
     long_documents: LongDocuments = Field("split", description="documents longer than a row")
     eval_data: Sources = Field(
         default_factory=list,
-        description="rows of which the loss is taken every training.eval_steps",
+        description="data of the evaluation loss, computed every training.eval_steps",
     )
     save_minutes: Annotated[float, Field(ge=0, le=1 << 20)] | None = Field(
         None,
-        description="minutes between checkpoints; 0: none by time; null: 10, unless"
-        " training.save_steps or training.save_strategy says when",
+        description="minutes between checkpoints; 0: never by time; null: 10, unless"
+        " training.save_steps or training.save_strategy is set",
     )
     device: Device = Field(
         "auto", description="auto: an accelerator where there is one, else the CPU"
