@@ -24,6 +24,8 @@ pytestmark = [
 VOCAB, LONGEST = 256, 512
 LENGTHS = (1, 3, 17, 40, 130)
 REFUSED = {"native_sparse_attention"}
+# of whole blocks of vLLM's, and without sinks
+CHUNKS = {"chunk_size": 128, "num_heads": 4, "num_kv_heads": 2, "qk_norm": "head"}
 SHARED = {"lora_rank": 3, "concat_embeddings": True, "depth_projection": True, "output": "next"}
 LATENT = {"num_heads": 2, "latent_dim": 40, "head_dim": 24, "rope_dim": 8, "value_head_dim": 20}
 STACK = {
@@ -119,6 +121,8 @@ def assert_same(prompts, expected, found, tolerance=2e-4):
 def test_every_mixer(name, save, start):
     """One layer of each of its samples, twice."""
     samples = [s for s in mixers.get(name).samples() if "dual_chunk_size" not in s]
+    if name == "chunked_attention":
+        samples = [CHUNKS, {**CHUNKS, "rope_parameters": None}]
     letters = {"QXYZUV"[i]: {"type": name, **options} for i, options in enumerate(samples)}
     folder = save(layout="".join(letters) * 2, mixers=letters)
     prompts = random_prompts(VOCAB, LENGTHS, 0)
@@ -240,6 +244,7 @@ def test_bfloat16_is_no_further_from_float32_than_ours(save, start):
     [
         ({"layout": "Q", "mixers": {"Q": {"type": "native_sparse_attention", "num_heads": 2}}}, {},
          "mixers.Q: native_sparse_attention is not served by vLLM"),
+        ({"layout": "B", "mixers": {"B": {"chunk_size": 8}}}, {}, "expected a multiple of vLLM's block"),
         ({"layout": "S", "mixers": {"S": {"dual_chunk_size": 8}}}, {}, "dual_chunk_size: not served"),
         ({"layout": "LS"}, {"quantization": "fp8", "dtype": "bfloat16"},
          "quantization: not supported"),
