@@ -130,7 +130,11 @@ class MLSTM(LinearMixer):
         state, start = None, None
         if stored is not None:
             state, start = stored[..., :-1], stored[:, :: self.parts, 0, -1]
-        m, m_before, m_last = stabiliser(log_f.detach(), log_i.detach(), start, cu_seqlens)
+        eps = self.options.normalizer_eps
+        # without eps, h does not depend on m
+        gates = (log_f, log_i) if eps else (log_f.detach(), log_i.detach())
+        m_of_gates, m_before, m_last = stabiliser(*gates, start, cu_seqlens)
+        m, m_before = m_of_gates.detach(), m_before.detach()
         # at most 0 up to rounding; subtract the excess without blocking the gradient
         log_decay = log_f + (m_before - m)
         log_decay = log_decay - log_decay.detach().clamp(min=0)
@@ -154,7 +158,9 @@ class MLSTM(LinearMixer):
         o = wide(o).unflatten(2, (-1, self.parts)).flatten(3)
         h, n = o[..., : self.value_dim], o[..., self.value_dim : self.value_dim + 1]
         floor = (-m).exp().clamp(min=torch.finfo(m.dtype).tiny).unsqueeze(-1)
-        return (h / (torch.maximum(n.abs(), floor) + self.options.normalizer_eps)).to(v.dtype)
+        # everywhere else exp(m) cancels; here it is a part of the function
+        added = eps * (m_of_gates - m).exp().unsqueeze(-1) if eps else 0.0
+        return (h / (torch.maximum(n.abs(), floor) + added)).to(v.dtype)
 
     def states(self) -> dict[str, StateSpec]:
         """Return K x V per head, and two more columns with the exponential gate: n and m."""

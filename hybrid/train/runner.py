@@ -24,6 +24,7 @@ from hybrid.train.config import TrainConfig
 from hybrid.train.engines import refuse_other_engine
 from hybrid.train.model import load_model, model_config
 from hybrid.train.optim import Decay
+from hybrid.train.pickles import refuse_code
 from hybrid.train.slicing import check_slices, held_out, sliced, spread
 from hybrid.train.storage import check_storage, sole_run
 from hybrid.train.throughput import training_flops_per_token
@@ -225,6 +226,7 @@ def _find_checkpoint(trainer: HybridTrainer) -> Path | None:
     if found[0] is not None:
         refuse_other_run(found[0], trainer.run)
         refuse_other_engine(found[0], trainer)
+        refuse_code(found[0])
         if args.process_index == 0:
             print(f"continuing from {found[0]}", file=sys.stderr)
     return found[0]

@@ -30,6 +30,7 @@ from hybrid.train.engines import load_model, load_optimizer, shard_ties_with_the
 from hybrid.train.expert_load import ExpertLoad
 from hybrid.train.interrupt import StopSignals
 from hybrid.train.optim import Decay, Several, decaying, groups, matrices
+from hybrid.train.pickles import refuse_code
 from hybrid.train.probes import Probe, Probes
 from hybrid.train.progress import LossWatch, Progress
 from hybrid.train.schedule import MultiStepConfig
@@ -279,7 +280,9 @@ class HybridTrainer(Trainer):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_best_model(self) -> None:
-        if not load_model(self, Path(str(self.state.best_model_checkpoint)), self.model):
+        folder = Path(str(self.state.best_model_checkpoint))
+        refuse_code(folder)
+        if not load_model(self, folder, self.model):
             super()._load_best_model()
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:

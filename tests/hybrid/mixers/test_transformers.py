@@ -366,14 +366,18 @@ def test_lightning_attention_of_minimax(layer_idx):
     )
 
 
-def test_mlstm_of_xlstm():
-    # without eps, which is added after a division by exp(m): nothing then depends on m
+@pytest.mark.parametrize("eps", [0.0, 1e-6, 0.5])
+def test_mlstm_of_xlstm(eps):
+    """Their eps is added after a division by exp(m), so it shows which m either has; 0 hides it.
+
+    The norm takes out how large a head is, and with it the normaliser, but for its own large eps.
+    """
     config = modeling_xlstm.xLSTMConfig(
         hidden_size=D, num_heads=2, qk_dim_factor=0.5, v_dim_factor=1.0, num_hidden_layers=1,
-        chunk_size=8, gate_soft_cap=15.0, norm_eps=1e-6, weight_mode="single", eps=0.0,
+        chunk_size=8, gate_soft_cap=15.0, norm_eps=1.0, weight_mode="single", eps=eps,
     )  # fmt: skip
     theirs = layer(modeling_xlstm.xLSTMLayer, config)
-    ours = mixer("mlstm", num_heads=2)
+    ours = mixer("mlstm", num_heads=2, normalizer_eps=eps, norm_eps=1.0)
     names = {
         "igate_preact": "input_gate_proj", "fgate_preact": "forget_gate_proj",
         "ogate_preact": "gate_proj", "out_proj": "o_proj", "multihead_norm": "norm",

@@ -21,6 +21,9 @@ def model(request, build):
 
 def test_a_typo_is_refused_with_the_right_name(model, ids):
     message = r"{}\.forward got an unexpected keyword argument 'cach'; did you mean 'cache'\?"
+    of_layer = (
+        r"HybridLayer\.forward got an unexpected keyword argument 'pas'; did you mean 'past'\?"
+    )
     with pytest.raises(TypeError, match=message.format("HybridForCausalLM")):
         model(ids(1, 4), cach=None)
     with pytest.raises(TypeError, match=message.format("HybridModel")):
@@ -29,8 +32,8 @@ def test_a_typo_is_refused_with_the_right_name(model, ids):
     with pytest.raises(TypeError, match=message.format("HybridForSequenceClassification")):
         classifier(ids(1, 4), cach=None)
     layer = model.model.layers[0]
-    with pytest.raises(TypeError, match=message.format("HybridLayer")):
-        layer(torch.zeros(1, 4, 32), attention_mask={}, position_embeddings={}, cach=None)
+    with pytest.raises(TypeError, match=of_layer):
+        layer(torch.zeros(1, 4, 32), attention_mask={}, position_embeddings={}, pas=None)
     mixer = layer.mixer
     with pytest.raises(TypeError, match=message.format(type(mixer).__name__)):
         mixer(torch.zeros(1, 4, 32), cach=None)

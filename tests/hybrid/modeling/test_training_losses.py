@@ -188,9 +188,9 @@ def test_a_hook_on_the_head_is_kept(build, ids):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"z_loss": -1e-4}, "z_loss: must not be below 0"),
-        ({"logit_softcap": 0.0}, "logit_softcap: must be greater than 0"),
-        ({"loss_backend": "chunk"}, "loss_backend: .*did you mean 'chunked'"),
+        ({"z_loss": -1e-4}, "z_loss: expected at least 0, got -0.0001"),
+        ({"logit_softcap": 0.0}, "logit_softcap: expected above 0, got 0.0"),
+        ({"loss_backend": "chunk"}, "loss_backend: expected one of .*, got 'chunk'; try 'chunked'"),
         ({"final_logit_softcapping": 30.0}, "did you mean 'logit_softcap'"),
     ],
 )
