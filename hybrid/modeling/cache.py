@@ -118,8 +118,10 @@ class HybridCacheLayer(CacheLayerMixin):
         slots: slot number -> what it holds.
         record_past: whether tokens may be taken back that were not yet written.
         length: tokens so far.
+        layer_type: that of the model's layers, by which `hybrid.nn.input_checks` knows another layout.
     """
 
+    layer_type = HYBRID_KEYS
     is_croppable = True
     is_compileable = False
     is_sliding = False
@@ -367,12 +369,14 @@ class StaticHybridCacheLayer(HybridCacheLayer):
 class BoundedCacheLayer(HybridCacheLayer):
     """`HybridCacheLayer` without keys of all tokens: transformers does not offload such layers."""
 
+    layer_type = HYBRID_STATES
     is_sliding = True
 
 
 class StaticBoundedCacheLayer(StaticHybridCacheLayer):
     """`StaticHybridCacheLayer` without keys of all tokens."""
 
+    layer_type = HYBRID_STATES
     is_sliding = True
 
 

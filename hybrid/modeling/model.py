@@ -49,7 +49,13 @@ from hybrid.nn.arguments import (
     pick_cache,
 )
 from hybrid.nn.cache import is_empty, is_paged, past_length
-from hybrid.nn.input_checks import check_cache, check_masks, check_tokens
+from hybrid.nn.input_checks import (
+    check_cache,
+    check_logits_to_keep,
+    check_masks,
+    check_tokens,
+    explain_index,
+)
 from hybrid.nn.local_rows import LocalRows
 from hybrid.nn.norms import build_norm
 from hybrid.nn.packing import (
@@ -142,8 +148,8 @@ class HybridModel(HybridPreTrainedModel):
         if paged is not None:
             past = None
         check_tokens(input_ids, inputs_embeds, self.config.hidden_size)
-        check_cache(past, len(self.layers))
-        x: torch.Tensor = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        check_cache(past, self.config.layer_types)
+        x = self._embed(input_ids) if inputs_embeds is None else inputs_embeds
         batch, time = x.shape[:2]
         given_cache = past
         if not losses_follow and self.training and torch.is_grad_enabled():
@@ -217,6 +223,14 @@ class HybridModel(HybridPreTrainedModel):
             slots.count(x)
         returned: dict[str, Any] = {CACHE: past}
         return BaseModelOutputWithPast(last_hidden_state=x, **returned)
+
+    def _embed(self, ids: torch.Tensor | None) -> torch.Tensor:
+        """(B, T) -> (B, T, D)."""
+        try:
+            return self.embed_tokens(ids)
+        except IndexError as error:
+            explain_index(error, "input_ids", ids, self.config.vocab_size)
+            raise
 
     def run(
         self,
@@ -449,6 +463,7 @@ class HybridForCausalLM(Objective, HybridPreTrainedModel, GenerationMixin):
         paged = is_paged(pick_cache(cache, past_key_values))
         known = MODEL_ARGUMENTS | PAGED_ARGUMENTS if paged else MODEL_ARGUMENTS
         check_arguments("HybridForCausalLM", HybridForCausalLM.forward, kwargs, known)
+        check_logits_to_keep(logits_to_keep)
         loss_kwargs = {name: kwargs.pop(name) for name in LOSS_ARGUMENTS if name in kwargs}
         outputs = self.model(
             input_ids=input_ids,

@@ -21,7 +21,7 @@ from hybrid.modeling.losses import (
     transform_logits,
 )
 from hybrid.modeling.outputs import HybridOutput
-from hybrid.nn.input_checks import check_labels
+from hybrid.nn.input_checks import check_count, check_labels, explain_index
 
 logger = logging.get_logger(__name__)
 
@@ -121,6 +121,7 @@ class Objective:
         if not self.has_loss_of_its_own:
             batch, time = outputs.last_hidden_state.shape[:2]
             check_labels(labels, kwargs.get("shift_labels"), batch, time)
+            check_count("num_items_in_batch", items)
         targets = None
         if labels is not None:
             targets = next_tokens(labels, kwargs.get("shift_labels")).long()
@@ -161,10 +162,14 @@ class Objective:
             size = self.config.vocab_size
             return self.loss_function(logits=found.logits, labels=labels, vocab_size=size, **kwargs)
         z_loss = self.config.z_loss if self.training else 0.0
-        if found.logits is None:
-            total = self._score(outputs.last_hidden_state, targets, smoothing)
-        else:
-            total = of_logits(found.logits, targets, z_loss=z_loss, label_smoothing=smoothing)
+        try:
+            if found.logits is None:
+                total = self._score(outputs.last_hidden_state, targets, smoothing)
+            else:
+                total = of_logits(found.logits, targets, z_loss=z_loss, label_smoothing=smoothing)
+        except (IndexError, RuntimeError) as error:
+            explain_index(error, "labels", targets, self.config.vocab_size, ignored=IGNORED)
+            raise
         return total / _count(targets, kwargs.get("num_items_in_batch"), total.device)
 
     def _score(self, hidden: torch.Tensor, targets: torch.Tensor, smoothing: float) -> torch.Tensor:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import DynamicCache
+from transformers import DynamicCache, StaticCache
 
 B, T = 2, 8
 
@@ -72,8 +72,57 @@ def test_what_does_not_fit_is_named(model, x, given, words):
 @pytest.mark.parametrize("training", [False, True])
 def test_a_label_beyond_the_vocabulary_is_an_error(model, x, label, training):
     """Also a negative one, which is not -100."""
-    with pytest.raises((IndexError, RuntimeError), match="out of bounds"):
+    message = (
+        rf"labels: .* vocab_size is 61\), or -100 for none, got {label}, which is out of bounds"
+    )
+    with pytest.raises(IndexError, match=message) as found:
         model.train(training)(x, labels=torch.full_like(x, label))
+    assert isinstance(found.value, ValueError)
+
+
+@pytest.mark.parametrize("backend", ["full", "chunked"])
+def test_it_is_named_in_every_loss(build, x, backend):
+    labels = x.clone()
+    labels[0, 3:5] = torch.tensor([-100, 200])
+    for training in (False, True):
+        model = build(layout="LS", loss_backend=backend).train(training)
+        for options in ({}, {"label_smoothing": 0.1}):
+            with pytest.raises(ValueError, match=r"labels: .* got 200"):
+                model(x, labels=labels, **options)
+
+
+@pytest.mark.parametrize("id", [61, -1])
+def test_an_id_beyond_the_vocabulary_is_named(model, x, id):
+    x[1, 2] = id
+    with pytest.raises(ValueError, match=rf"input_ids: .* from 0 to 60 .*, got {id}, .*tokenizer"):
+        model(x)
+
+
+@pytest.mark.parametrize(
+    "value", [-1, 1.5, True, "all", torch.tensor([0.5]), None], ids=lambda value: f"{value}"
+)
+def test_logits_to_keep_is_a_number_or_indices(model, x, value):
+    with pytest.raises(ValueError, match="logits_to_keep: expected"):
+        model(x, logits_to_keep=value)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [float("nan"), float("inf"), -1, "3", torch.tensor(float("nan")), torch.tensor([3, 4])],
+    ids=lambda value: f"{value}",
+)
+def test_num_items_in_batch_is_a_count(model, x, value):
+    with pytest.raises(ValueError, match="num_items_in_batch: expected"):
+        model(x, labels=x, num_items_in_batch=value)
+
+
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize(("layout", "other"), [("LS", "SL"), ("SS", "LS"), ("LL", "LS")])
+def test_the_cache_of_another_layout_is_refused_by_layer(build, x, layout, other, static):
+    config = build(layout=other).config
+    cache = StaticCache(config, max_cache_len=16) if static else DynamicCache(config=config)
+    with pytest.raises(ValueError, match=r"cache(\.layers\[\d\]: expected one for| .*cannot hold)"):
+        build(layout=layout)(x, past_key_values=cache)
 
 
 def test_labels_of_another_kind_of_integer_are_taken(model, x):
