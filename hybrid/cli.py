@@ -231,10 +231,11 @@ def _prepare(
 def _eval(context: typer.Context, imports: Imports = None) -> int:
     """Measure retrieval, reasoning, held-out loss and memory; write a report."""
     import hybrid  # noqa: F401  (registers the model with transformers)
+    from hybrid.train.trained_sizes import trained_sizes
     from hybrid_eval.cli import main as evaluate
 
     epilog = f"--import FILE: {HELP}"
-    return evaluate(context.args, prog="hybrid eval", epilog=epilog)
+    return evaluate(context.args, prog="hybrid eval", epilog=epilog, defaults=trained_sizes)
 
 
 @command("plan")

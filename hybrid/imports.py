@@ -11,6 +11,7 @@ import argparse
 import importlib
 import importlib.util
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -34,7 +35,8 @@ def import_user_code(names: Sequence[str]) -> None:
     that the files beside it can be imported.
 
     Raises:
-        ConfigError: there is no such file or module, or another module has the name of the file.
+        ConfigError: there is no such file or module, another module has the name of the file, or the
+            file raises an error.
     """
     for name in names:
         path = Path(name)
@@ -61,7 +63,21 @@ def _import_file(path: Path) -> None:
             [f"{path.name}: the module {path.stem!r} is another, {found}; rename the file"],
             "--import",
         )
-    importlib.import_module(path.stem)
+    try:
+        importlib.import_module(path.stem)
+    except Exception as error:
+        raise ConfigError([_mistake(error, path)], "--import") from error
+
+
+def _mistake(error: Exception, path: Path) -> str:
+    """An error of a user's file in one line, with the line of the file that led to it."""
+    lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == str(path)]
+    if isinstance(error, SyntaxError):
+        lines.append(error.lineno)
+    place = f"line {lines[-1]}: " if lines else ""
+    # as Python prints it; only its last line says what is wrong
+    reason = traceback.format_exception_only(error)[-1].strip()
+    return f"{path}: {place}{reason}"
 
 
 def _import_module(name: str) -> None:
@@ -70,11 +86,19 @@ def _import_module(name: str) -> None:
         importlib.import_module(name)
     except ModuleNotFoundError as error:
         if error.name is None or not f"{name}.".startswith(f"{error.name}."):
-            raise  # a module that theirs needs
+            raise ConfigError([_mistake(error, _source_of(name))], "--import") from error
         raise ConfigError(
             [f"no module {error.name!r}, installed or in {Path.cwd()}; a file ends in .py"],
             "--import",
         ) from error
+    except Exception as error:
+        raise ConfigError([_mistake(error, _source_of(name))], "--import") from error
+
+
+def _source_of(name: str) -> Path:
+    """The file of a module that is there, or its name where it has none."""
+    spec = importlib.util.find_spec(name)
+    return Path(name if spec is None or spec.origin is None else spec.origin)
 
 
 def _add_to_path(folder: Path) -> None:

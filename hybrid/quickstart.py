@@ -24,14 +24,6 @@ from hybrid.terminal import console, text_column
 from hybrid.train.launch import shown, training_command
 from hybrid.train.yaml import find_config
 
-# What the evaluation measures, beside recall at the size that was trained.
-EVALUATION = [
-    *("--tasks", "mqar,needle,heldout,cost"),
-    *("--lengths", "32,64,128,256,512"),
-    *("--depths", "0,0.25,0.5,0.75,1"),
-    *("--context", "32k"),
-]
-
 
 @dataclass(frozen=True)
 class Run:
@@ -75,19 +67,19 @@ def quickstart(
         run, log, status = failed
         print(f"training of {run.name} failed; the end of {log}:\n{_tail(log)}", file=sys.stderr)
         return status
-    status = subprocess.call(evaluation_command(runs, out, _recall_size(path, overrides)))
+    status = subprocess.call(evaluation_command(runs, out))
     if status:
         return status
     _print_end(Path(out), path, runs, time.perf_counter() - started)
     return 0
 
 
-def evaluation_command(runs: Sequence[Run], out: str | Path, recall: Sequence[str]) -> list[str]:
-    """`hybrid eval NAME=FOLDER ... --out OUT` with this Python."""
+def evaluation_command(runs: Sequence[Run], out: str | Path) -> list[str]:
+    """`hybrid eval NAME=FOLDER ... --out OUT` with this Python: what it measures by default."""
     models = [f"{run.name}={run.folder}" for run in runs]
     title = f"Quickstart: {', '.join(dict.fromkeys(run.layout for run in runs))}"
     command = [sys.executable, "-m", "hybrid.cli", "eval", *models, "--out", str(out)]
-    return [*command, *EVALUATION, *recall, "--title", title, *import_arguments()]
+    return [*command, "--title", title, *import_arguments()]
 
 
 def _runs(out: Path, layouts: Sequence[str], seeds: Sequence[int]) -> list[Run]:
@@ -108,18 +100,6 @@ def _parameters(path: Path, runs: Sequence[Run], overrides: Sequence[str]) -> di
         config = load_model_config(str(path), [*overrides, f"model.layout={layout}"])
         sizes[layout] = plan(config, context=1).parameters
     return sizes
-
-
-def _recall_size(path: Path, overrides: Sequence[str]) -> list[str]:
-    """Evaluate associative recall at the row length and number of pairs of the training rows."""
-    from hybrid.train import load_config
-
-    config = load_config(path, overrides)
-    sizes = {"sequence_length": config.sequence_length}
-    for source in config.data:
-        if source.source == "mqar":
-            sizes |= {k: v for k, v in source.options.items() if k in ("pairs", "queries")}
-    return [word for k, v in sizes.items() for word in ("--set", f"mqar.{k}={v}")]
 
 
 def _print_sizes(sizes: dict[str, int]) -> None:
@@ -230,7 +210,7 @@ def _print_end(out: Path, config: Path, runs: Sequence[Run], seconds: float) -> 
     for command in (
         f"accelerate launch -m hybrid.train {config} model.layout=LSLS"
         f" training.output_dir={out / 'LSLS'}",
-        f"hybrid eval {first} {out / 'LSLS'} --tasks mqar,needle,heldout --out {out / 'compare'}",
+        f"hybrid eval {first} {out / 'LSLS'} --out {out / 'compare'}",
         f"hybrid plan {first} --context 128k",
     ):
         print(f"  {command}")

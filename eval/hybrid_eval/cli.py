@@ -7,9 +7,9 @@ they are: brackets in them are not markup, colons not emoji.
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 from rich.console import Console
@@ -18,14 +18,17 @@ from rich.table import Column, Table
 from transformers.utils.logging import disable_progress_bar
 
 from .corpus import load_corpus
-from .errors import NotFiniteError
+from .errors import NotFiniteError, closest
 from .merge import merge
+from .models import split_name
 from .pool import pooled
 from .registry import TASKS, Settings
 from .report import table_columns, write_report
 from .runner import evaluate
 from .text.chat import check_template
 
+# from checkpoints to options by task
+Defaults = Callable[[Sequence[str]], Mapping[str, Mapping[str, Any]]]
 # of tokens, samples or rows: more than any machine measures
 _MOST = 10**9
 
@@ -81,9 +84,21 @@ def _names(text: str) -> list[str]:
     return names
 
 
+class _Parser(argparse.ArgumentParser):
+    """A parser that names the nearest option to one that it does not have."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print the message with that option, and end the process with status 2."""
+        _, unknown, words = message.partition("unrecognized arguments: ")
+        if unknown and words.startswith("--"):
+            near = closest(words.split()[0].partition("=")[0], self._option_string_actions)
+            message += f"; did you mean {near}?" if near else ""
+        super().error(message)
+
+
 def build_parser(prog: str, epilog: str | None = None) -> argparse.ArgumentParser:
     """Return the parser of the command line; `epilog` ends its help."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog=prog,
         epilog=epilog,
         description="Measure retrieval, reasoning, held-out loss and memory of causal language "
@@ -162,8 +177,13 @@ def parse_options(words: Sequence[str]) -> dict[str, dict[str, Any]]:
     return options
 
 
-def _options(arguments: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    options = parse_options(arguments.set)
+def _options(
+    arguments: argparse.Namespace, defaults: Mapping[str, Mapping[str, Any]]
+) -> dict[str, dict[str, Any]]:
+    given = parse_options(arguments.set)
+    options = {
+        task: {**defaults.get(task, {}), **given.get(task, {})} for task in {**defaults, **given}
+    }
     if arguments.mmlu_dir is not None:
         for form in ("mmlu_letters", "mmlu_cloze"):
             options.setdefault(form, {}).setdefault("path", str(arguments.mmlu_dir))
@@ -209,11 +229,12 @@ def print_table(results: dict[str, Any], console: Console) -> None:
     names = ["", *(headings.cell(record) for record in models)]
     table = Table(*(Column(words, overflow="fold") for words in names))
     for column in rest:
-        table.add_row(column.heading, *(column.cell(record) for record in models))
+        heading = f"{column.heading}\n({column.note})" if column.note else column.heading
+        table.add_row(heading, *(column.cell(record) for record in models))
     console.print(table)
 
 
-def _run(arguments: argparse.Namespace, console: Console) -> None:
+def _run(arguments: argparse.Namespace, console: Console, defaults: Defaults | None) -> None:
     if arguments.template is not None:
         if arguments.chat:
             raise ValueError("--chat and --template name two templates; give one of them")
@@ -230,6 +251,7 @@ def _run(arguments: argparse.Namespace, console: Console) -> None:
         allow_longer=arguments.allow_longer,
         chat=arguments.template or arguments.chat,
     )
+    known = {} if defaults is None else defaults([split_name(m)[1] for m in arguments.models])
     # one bar per task is enough: transformers draws one per checkpoint of its own
     disable_progress_bar()
     columns = (
@@ -245,7 +267,7 @@ def _run(arguments: argparse.Namespace, console: Console) -> None:
             list(dict.fromkeys(names)) or None,
             out=arguments.out,
             settings=settings,
-            options=_options(arguments),
+            options=_options(arguments, known),
             ablate=arguments.ablate,
             include_path=arguments.include_path,
             axes={
@@ -269,9 +291,20 @@ def _report(results: dict[str, Any], arguments: argparse.Namespace, console: Con
 
 
 def main(
-    argv: Sequence[str] | None = None, *, prog: str = "hybrid-eval", epilog: str | None = None
+    argv: Sequence[str] | None = None,
+    *,
+    prog: str = "hybrid-eval",
+    epilog: str | None = None,
+    defaults: Defaults | None = None,
 ) -> int:
-    """Run the command line; return the exit status."""
+    """Run the command line; return the exit status.
+
+    Args:
+        argv: the words; None takes those of the process.
+        prog: name of the command.
+        epilog: end of its help.
+        defaults: from the checkpoints to options by task, which ``--set`` overrides.
+    """
     parser = build_parser(prog, epilog)
     arguments = parser.parse_args(argv)
     if not arguments.models and not arguments.list:
@@ -283,7 +316,7 @@ def main(
         elif arguments.merge:
             _report(merge(arguments.models), arguments, console)
         else:
-            _run(arguments, console)
+            _run(arguments, console, defaults)
         sys.stdout.flush()
     except BrokenPipeError:
         # whoever read the table has seen enough: the report is written already

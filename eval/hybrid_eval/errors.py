@@ -1,16 +1,34 @@
 """Words for wrong names: every refusal says what was found and the nearest right thing."""
 
 import difflib
+import re
 from collections.abc import Iterable, Sequence
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """Return the tail of a message: ``; did you mean 'x'?`` or the list of known names."""
     names = sorted(known)
-    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-    if close:
-        return f"; did you mean {close[0]!r}?"
+    close = closest(name, names)
+    if close is not None:
+        return f"; did you mean {close!r}?"
     return f"; known: {', '.join(names)}"
+
+
+def closest(name: str, known: Iterable[str]) -> str | None:
+    """Return the known name that is most like ``name``; whole words count before letters."""
+    asked = _words(name)
+    scores = {}
+    for candidate in sorted(known):
+        likeness = difflib.SequenceMatcher(None, name.lower(), candidate.lower()).ratio()
+        common = asked & _words(candidate)
+        if likeness >= 0.5 or (asked and common == asked):
+            scores[candidate] = (len(common), likeness, candidate)
+    return max(scores, key=lambda candidate: scores[candidate], default=None)
+
+
+def _words(name: str) -> set[str]:
+    """Return the words of a name; a plural is the same word."""
+    return {word.rstrip("s") for word in re.split(r"[\W_]+", name.lower()) if word}
 
 
 def id_range(name: str, ids: Sequence[int]) -> tuple[int, int]:

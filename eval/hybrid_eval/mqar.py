@@ -224,6 +224,7 @@ def evaluate_mqar(
         "nll": nll,
         "nll_stderr": nll_error,
         "n": n,
+        "pairs": source.pairs,
         "queries": int(sum(asked)),
         "tokens": {"min": source.sequence_length, "max": source.sequence_length},
         "truncated": 0,

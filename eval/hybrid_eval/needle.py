@@ -26,6 +26,7 @@ from .sources import Source
 from .stats import above_chance, mean_and_error, proportion_interval
 from .tokens import ByteEncoder, Encoder, Haystack
 
+LENGTHS = (32, 64, 128, 256, 512)
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
@@ -199,7 +200,7 @@ def _byte_haystack() -> Haystack:
 def evaluate_needle(
     model,
     *,
-    lengths: Sequence[int] = (64, 128, 256),
+    lengths: Sequence[int] = LENGTHS,
     depths: Sequence[float] = DEPTHS,
     n: int = 32,
     needles: int = 1,

@@ -16,6 +16,7 @@ from .pictures import human_bytes, human_tokens, to_vectors
 from .pool import pooled
 from .report_figures import Picture, Record, figures, interval_of, named
 from .report_notes import footer, knocked_out, notes, ran
+from .sizes import sizes
 from .tables import Table, tables
 
 
@@ -94,7 +95,8 @@ def table_columns(results: dict[str, Any]) -> list[Column]:
                 continue
             metric = result["metric"].replace("_", " ")
             heading = f"{named(results, task)}: {metric}"
-            columns.append(Column(heading, _interval_cell(task), note="95% interval"))
+            note = f"{sizes(result)}; 95% interval"
+            columns.append(Column(heading, _interval_cell(task), note=note))
             for key in result.get("also", ()):
                 words = key.removeprefix("accuracy_").replace("_", " ")
                 columns.append(Column(f"{named(results, task)}: {words}", _plain_cell(task, key)))

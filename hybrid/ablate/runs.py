@@ -22,6 +22,7 @@ import yaml
 
 from hybrid.ablate.config import TRAINING_METRICS, Ablation, Evaluator
 from hybrid.ablate.design import Design, Variant
+from hybrid.config.changes import changes
 from hybrid.config.options import ConfigError
 from hybrid.files import write_text
 from hybrid.locks import sole_writer
@@ -186,28 +187,16 @@ def refuse_other_runs(design: Design) -> None:
         path = folder / CONFIG
         if not path.is_file():
             continue
-        before = _leaves(yaml.safe_load(path.read_text(encoding="utf-8")))
-        planned = _leaves(run_values(variant, seed, folder))
-        for key in sorted({*before, *planned} - {"training.output_dir"}):
-            if before.get(key) != planned.get(key):
-                lines.append(f"{folder}: {key} was {before.get(key)!r}, is {planned.get(key)!r}")
+        before = yaml.safe_load(path.read_text(encoding="utf-8"))
+        planned = run_values(variant, seed, folder)
+        before["training"]["output_dir"] = planned["training"]["output_dir"]
+        lines += [f"{folder}: {line}" for line in changes(before, planned)]
     if lines:
         raise ConfigError(
             lines,
             f"{design.out} holds runs of another ablation (choose another `out`, or remove those"
             " folders); it",
         )
-
-
-def _leaves(values: Any, path: str = "") -> dict[str, Any]:
-    """Path -> value of nested mappings and lists."""
-    if isinstance(values, Mapping):
-        items = [(f"{path}.{k}" if path else str(k), v) for k, v in values.items()]
-    elif isinstance(values, list):
-        items = [(f"{path}[{i}]", v) for i, v in enumerate(values)]
-    else:
-        return {path: values}
-    return {k: v for inner, value in items for k, v in _leaves(value, inner).items()}
 
 
 def _train(values: dict[str, Any], folder: Path, launch: Launcher) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -22,9 +23,14 @@ def nearest(name: str, known: Iterable[str]) -> str | None:
 
     `num_layer` is nearer to `num_hidden_layers`, with which it shares two words, than to `mixers`.
     """
-    known = sorted(str(k) for k in known)
-    near = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
-    return max(near, key=lambda k: _common_words(name, k), default=None)
+    asked = words_of(name)
+    scores = {}
+    for candidate in sorted(str(k) for k in known):
+        likeness = difflib.SequenceMatcher(None, name.lower(), candidate.lower()).ratio()
+        common = asked & words_of(candidate)
+        if likeness >= 0.6 or (asked and common == asked):
+            scores[candidate] = (len(common), likeness, candidate)
+    return max(scores, key=lambda k: scores[k], default=None)
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
@@ -36,12 +42,9 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     return f"known: {', '.join(first_few(known, 20))}" if known else "none are known here"
 
 
-def _common_words(name: str, known: str) -> int:
-    """Number of words that two names share; a plural is the same word."""
-    first, second = (
-        {word.rstrip("s") for word in text.lower().split("_")} for text in (name, known)
-    )
-    return len(first & second)
+def words_of(name: str) -> set[str]:
+    """The words of a name; a plural is the same word."""
+    return {word.rstrip("s") for word in re.split(r"[_.\-\s]+", name.lower()) if word}
 
 
 def first_few(lines: list[str], most: int = 8) -> list[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from functools import lru_cache
@@ -15,7 +14,7 @@ from transformers import GenerationConfig, PreTrainedConfig
 from hybrid.config import block_validation, lookup, loss_validation
 from hybrid.config.declare import build, check_keys, show
 from hybrid.config.fields import StackFields
-from hybrid.config.options import did_you_mean
+from hybrid.config.options import did_you_mean, nearest
 from hybrid.config.registry import Registry, feed_forwards, mixers
 from hybrid.config.sizes import Sizes
 from hybrid.layout import (
@@ -104,9 +103,9 @@ def _hint(config: StackFields, key: str, names: list[str]) -> str:
         f"feed_forwards: {{{s}: {{{o}: ...}}}}": o
         for s, o in _options(config, "feed_forwards", feed_forwards)
     }
-    near = difflib.get_close_matches(key, [*nested.values(), *names], n=1, cutoff=0.6)
-    if near and near[0] not in names:
-        return f"did you mean {next(path for path, o in nested.items() if o == near[0])}?"
+    near = nearest(key, {*nested.values(), *names})
+    if near is not None and near not in names:
+        return f"did you mean {next(path for path, o in nested.items() if o == near)}?"
     return did_you_mean(key, names)
 
 

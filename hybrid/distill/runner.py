@@ -40,6 +40,7 @@ from hybrid.locks import sole_writer
 from hybrid.modeling.model import HybridForCausalLM
 from hybrid.tokenizer import load_tokenizer
 from hybrid.train import TrainConfig, build, run
+from hybrid.train.checkpoints import refuse_changes
 from hybrid.train.runner import RESULT
 
 START = "student"  # the student before the first stage
@@ -127,14 +128,12 @@ def _refuse_other_run(out: Path, config: DistillConfig) -> None:
     path = out / CONFIG
     if not path.is_file():
         return
-    before, present = read_json(path), json.loads(json.dumps(config.as_dict()))
-    changed = [key for key in sorted(present) if before.get(key) != present[key]]
-    if changed:
-        title = (
-            f"{out} belongs to a different run, and this one cannot continue it (put the keys back,"
-            " remove the folder, or set another output_dir); it"
-        )
-        raise ConfigError([f"{key}: was another" for key in changed], title)
+    refuse_changes(
+        read_json(path),
+        json.loads(json.dumps(config.as_dict())),
+        f"{out} belongs to a different run, and this one cannot continue it (put the keys back,"
+        " remove the folder, or set another output_dir); it",
+    )
 
 
 class _Distillation:

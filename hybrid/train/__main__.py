@@ -34,21 +34,19 @@ def _main(arguments: Sequence[str] | None, first: bool) -> int:
     from hybrid.data.mixture import DataError
     from hybrid.train.checkpoints import CheckpointError
     from hybrid.train.config import load_config
+    from hybrid.train.failures import OutOfMemory, failed
     from hybrid.train.runner import run
 
     logging.disable_progress_bar()  # one bar is ours, those of file writing tear it apart
     try:
         import_user_code(parsed.imports)
         result = run(load_config(parsed.config, parsed.overrides))
-    except (CheckpointError, DataError) as error:
+    except (CheckpointError, DataError, OutOfMemory) as error:
         # which may be the trouble of one process alone
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return failed(f"error: {error}")
     except (ConfigError, FloatingPointError) as error:
         # all processes find the same, and those of another machine may look at other files
-        if int(os.environ.get("LOCAL_RANK", "0")) == 0:
-            print(f"error: {error}", file=sys.stderr)
-        return 2
+        return failed(f"error: {error}", silent=int(os.environ.get("LOCAL_RANK", "0")) > 0)
     if first:
         loss = f", loss {result.losses[-1][1]:.4f}" if result.losses else ""
         print(

@@ -20,7 +20,8 @@ from typing import Any
 from safetensors import SafetensorError
 from torch.distributed.checkpoint.api import CheckpointException
 
-from hybrid.config.options import ConfigError
+from hybrid.config.changes import changes
+from hybrid.config.options import ConfigError, first_few
 from hybrid.files import sync, sync_folder, write_json
 
 MANIFEST = "manifest.json"
@@ -173,9 +174,25 @@ def refuse_other_run(folder: Path, run: Mapping[str, Any]) -> None:
     keys = [k for k in changed if not k.startswith("data[")]
     changed = keys or known
     if changed:
-        lines = [f"{k}: was {before.get(k)!r}, is {present.get(k)!r}" for k in changed]
-        title = (
+        refuse_changes(
+            {k: before.get(k) for k in changed},
+            {k: present.get(k) for k in changed},
             f"{folder} belongs to a different run, and this one cannot continue it (put the keys"
-            " back, remove the folder, or set another training.output_dir); it"
+            " back, remove the folder, or set another training.output_dir); it",
         )
-        raise ConfigError(lines, title)
+
+
+def refuse_changes(before: Mapping[str, Any], present: Mapping[str, Any], title: str) -> None:
+    """Refuse to continue what was made by another configuration.
+
+    Args:
+        before: of what is on disk.
+        present: of the run that would continue it.
+        title: what is on disk, and the way on.
+
+    Raises:
+        ConfigError: they differ; one line for each key, with both values.
+    """
+    lines = changes(before, present)
+    if lines:
+        raise ConfigError(first_few(lines, 20), title)

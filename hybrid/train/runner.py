@@ -22,6 +22,7 @@ from hybrid.train import build
 from hybrid.train.checkpoints import newest_whole, refuse_other_run, step_of, writing
 from hybrid.train.config import TrainConfig
 from hybrid.train.engines import refuse_other_engine
+from hybrid.train.failures import memory_refusals
 from hybrid.train.model import load_model, model_config
 from hybrid.train.optim import Decay
 from hybrid.train.pickles import refuse_code
@@ -87,10 +88,11 @@ def run(
         ConfigError: the configuration cannot be run here, or the output folder holds checkpoints of
             another run (before anything is computed).
         CheckpointError: a checkpoint could not be written; earlier ones are kept.
+        OutOfMemory: model, optimizer and rows do not fit into memory.
         FloatingPointError: the loss is not finite; `diverged.json` in the output folder says so, too.
         Interrupted: SIGINT or SIGTERM ended the run after a step, of which there is a checkpoint.
     """
-    with ExitStack() as stack:
+    with ExitStack() as stack, memory_refusals(config):
         return _run(prepare_run(config, trainer_class, stack))
 
 

@@ -103,6 +103,7 @@ def test_results_hold_what_the_footer_needs(tiny_llama):
         (["{tmp}/tiny", "--tasks", "needle", "--lengths", "4k"], "max_position_embeddings = 512"),
         (["{tmp}/tiny", "--set", "mqar.pair=3"], "no option 'pair'; did you mean 'pairs'?"),
         (["{tmp}/tiny", "--set", "pairs"], "TASK.OPTION=VALUE"),
+        (["{tmp}/tiny", "--tasks", "recall_kv"], "did you mean 'kv_recall'?"),
         (["a={tmp}/tiny", "a={tmp}/tiny", "--tasks", "cost"], "two models are called 'a'"),
         (["{tmp}/tiny", "--set", "mqar.pairs=many"], "mqar.pairs must be a whole number"),
         (["{tmp}/tiny", "--set", "mqar.n=1.5"], "mqar.n must be a whole number, got 1.5"),

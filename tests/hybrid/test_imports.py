@@ -63,10 +63,26 @@ def test_mistakes(folder, case, capsys):
     assert re.search(message, capsys.readouterr().err)
 
 
-def test_a_module_that_theirs_needs_is_no_mistake_of_the_option(folder):
-    (folder / "needy.py").write_text("import a_module_that_is_not_there")
-    with pytest.raises(ModuleNotFoundError, match="a_module_that_is_not_there"):
-        main(["mixers", "--import", "needy.py"])
+ERRORS = {
+    "a module that it needs": (
+        "import gone",
+        1,
+        "ModuleNotFoundError: No module named 'gone'",
+    ),
+    "syntax": ("x = 1\ndef f(:\n", 2, "SyntaxError: invalid syntax"),
+    "a name": ("x = 1\n\nprint(y)", 3, "NameError: name 'y' is not defined"),
+    "deeper": ("import json\njson.loads('')", 2, "json.decoder.JSONDecodeError: Expecting value"),
+}
+
+
+@pytest.mark.parametrize("name", ["broken.py", "broken"])
+@pytest.mark.parametrize("case", ERRORS)
+def test_an_error_of_the_file_is_one_line_with_its_place(folder, case, name, capsys):
+    code, line, message = ERRORS[case]
+    (folder / "broken.py").write_text(code)
+    assert main(["mixers", "--import", name]) == 2
+    (text,) = capsys.readouterr().err.splitlines()
+    assert f"--import: {folder / 'broken.py'}: line {line}: {message}" in text
 
 
 @pytest.mark.slow

@@ -431,8 +431,11 @@ def test_a_teacher_without_a_tokenizer_is_refused(values, teacher_folder, tmp_pa
 
 def test_the_folder_of_another_run_is_refused(finished):
     config = finished[0].model_copy(update={"layout": "SSSD"})
-    with pytest.raises(ConfigError, match="belongs to a different run"):
+    with pytest.raises(ConfigError, match="belongs to a different run") as caught:
         distill(config)
+    was = finished[0].layout
+    assert caught.value.mistakes == [f"layout: was {was!r}, is 'SSSD'"]
+    assert "set another output_dir" in str(caught.value)
 
 
 def test_several_processes_are_refused(values, monkeypatch):

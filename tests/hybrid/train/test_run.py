@@ -374,9 +374,11 @@ def test_another_optimizer_cannot_go_on(values):
 def test_a_checkpoint_of_another_run_is_refused_with_the_keys_that_differ(values):
     run(changed(values, max_steps=3))
     values["sequence_length"] = 64
+    values["model"] = values["model"] | {"num_hidden_layers": 1}
     with pytest.raises(ConfigError) as caught:
         run(changed(values, seed=7))
     assert caught.value.mistakes == [
+        "model.num_hidden_layers: was 2, is 1",
         "sequence_length: was 32, is 64",
         "training.data_seed: was 42, is 7",
         "training.seed: was 42, is 7",

@@ -1,0 +1,50 @@
+"""Sizes of the synthetic tasks that checkpoints were trained on, for their evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from hybrid.train.trainer import CONFIG_NAME
+
+# Options of a task's rows, whose value in training is also the one to measure at.
+SIZES = {"mqar": ("pairs", "queries")}
+
+
+def trained_sizes(folders: Sequence[str | Path]) -> dict[str, dict[str, Any]]:
+    """Row length and sizes of the tasks among the training data of all these checkpoints.
+
+    Args:
+        folders: checkpoints; one that no training run of this package has written counts for nothing.
+
+    Returns:
+        Options by task, e.g. ``{"mqar": {"sequence_length": 128, "pairs": 16}}``. A task that the
+        checkpoints were trained on in different sizes is left out: they are compared at its defaults.
+    """
+    found: dict[str, list[dict[str, Any]]] = {}
+    for folder in folders:
+        for task, sizes in _sizes_of(Path(folder) / CONFIG_NAME):
+            found.setdefault(task, []).append(sizes)
+    return {task: every[0] for task, every in found.items() if every.count(every[0]) == len(every)}
+
+
+def _sizes_of(path: Path) -> list[tuple[str, dict[str, Any]]]:
+    """Tasks and their sizes in one run's configuration; none where it cannot be read."""
+    try:
+        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+        length, data = config["sequence_length"], config["data"]
+        sources = [source for source in data if isinstance(source, dict)]
+        return [
+            (source["source"], {"sequence_length": length, **_chosen(source)})
+            for source in [*sources, *({"source": s} for s in data if isinstance(s, str))]
+            if source["source"] in SIZES
+        ]
+    except (OSError, ValueError, yaml.YAMLError, LookupError, TypeError):
+        return []
+
+
+def _chosen(source: dict[str, Any]) -> dict[str, Any]:
+    return {key: source[key] for key in SIZES[source["source"]] if key in source}
