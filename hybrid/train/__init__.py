@@ -1,4 +1,4 @@
-"""Training: a YAML in, a Hugging Face checkpoint out, on transformers' `Trainer`.
+"""Training: a YAML in, a Hugging Face checkpoint out, on transformers' ``Trainer``.
 
 accelerate launch -m hybrid.train CONFIG [key=value ...]
 

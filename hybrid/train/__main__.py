@@ -1,4 +1,4 @@
-"""`accelerate launch -m hybrid.train CONFIG [key=value ...]`."""
+"""``accelerate launch -m hybrid.train CONFIG [key=value ...]``."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hybrid.terminal import guarded
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Train by a YAML file; return the exit status."""
+    """Train a model from a YAML file and return the exit status."""
     first = int(os.environ.get("RANK", "0")) == 0
     return guarded("hybrid train", lambda: _main(arguments, first), quiet=not first)
 
@@ -27,7 +27,7 @@ def _main(arguments: Sequence[str] | None, first: bool) -> int:
     )
     add_option(parser)
     parsed = parser.parse_intermixed_args(arguments)
-    # After the arguments: `--help` should not wait for transformers.
+    # After parsing: `--help` should not import transformers.
     from transformers.utils import logging
 
     from hybrid.config.options import ConfigError
@@ -37,15 +37,15 @@ def _main(arguments: Sequence[str] | None, first: bool) -> int:
     from hybrid.train.failures import OutOfMemory, failed
     from hybrid.train.runner import run
 
-    logging.disable_progress_bar()  # one bar is ours, those of file writing tear it apart
+    logging.disable_progress_bar()  # progress bars of file writing would break up ours
     try:
         import_user_code(parsed.imports)
         result = run(load_config(parsed.config, parsed.overrides))
     except (CheckpointError, DataError, OutOfMemory) as error:
-        # which may be the trouble of one process alone
+        # the error may occur in one process only
         return failed(f"error: {error}")
     except (ConfigError, FloatingPointError) as error:
-        # all processes find the same, and those of another machine may look at other files
+        # all processes of a machine raise the same error; another machine may read other files
         return failed(f"error: {error}", silent=int(os.environ.get("LOCAL_RANK", "0")) > 0)
     if first:
         loss = f", loss {result.losses[-1][1]:.4f}" if result.losses else ""

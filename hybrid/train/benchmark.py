@@ -1,12 +1,13 @@
-"""A whole training step of a small hybrid against the nearest transformers model under plain `Trainer`.
+"""A whole training step of a small hybrid against the nearest transformers model under plain
+``Trainer``.
 
     python -m hybrid.train.benchmark [--pairs LLLS DDDS MMMS] [--sizes text wide] [--json FILE]
 
 A step is all that lies between the ends of two successive optimizer steps: a row fetched and
-collated, forward, backward, clipping, AdamW, zeroing, logging. Both sides have equal sizes (parameters
-within 2%), the same random rows, the same arguments, and train in one process by turns (A/B/A/B). The
-clock is the process's CPU time on one thread, the figures are medians over turns, so that a busy machine
-disturbs both sides alike.
+collated, forward, backward, clipping, AdamW, zeroing, logging. Both sides have equal sizes
+(parameters within 2%), the same random rows, the same arguments, and train in one process by turns
+(A/B/A/B). The clock is the process's CPU time on one thread, the figures are medians over turns, so
+that a busy machine disturbs both sides alike.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ class Size:
 
     @property
     def heads(self) -> int:
-        """Heads of every mixer, of `HEAD` dims each."""
+        """Heads of every mixer, of ``HEAD`` dims each."""
         return self.hidden_size // HEAD
 
     @property
@@ -143,7 +144,7 @@ def build(layout: str, size: Size) -> tuple[PreTrainedModel, PreTrainedModel]:
     """Our model and theirs, with random weights.
 
     Raises:
-        ValueError: their numbers of parameters differ by more than `AGREE`.
+        ValueError: their numbers of parameters differ by more than ``AGREE``.
     """
     mixers, model_type, keys = PAIRS[layout](size.heads)
     torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""A checked configuration becomes arguments and data, or is refused."""
+"""Build training arguments and data from a checked configuration."""
 
 from __future__ import annotations
 
@@ -33,20 +33,20 @@ if TYPE_CHECKING:
 
 
 def training_arguments(config: TrainConfig) -> TrainingArguments:
-    """transformers' arguments, on the device that was asked for.
+    """Return the arguments of transformers' ``Trainer``, on the selected device.
 
     Raises:
-        ConfigError: the device is absent, or transformers refuses a value.
+        ConfigError: the device is not available, or transformers refuses a value.
     """
     values, environment = dict(config.training), {}
     check_device(config.device)
     if config.device == "cpu" or not torch.accelerator.is_available():
-        # Said outright, else several processes on CPUs would not find each other.
+        # Explicit: otherwise several processes on CPUs do not connect.
         values["use_cpu"] = True
     if values.get("use_cpu"):
-        # Pinned memory is for copies to an accelerator; torch warns where there is none.
+        # Pinned memory is for copies to an accelerator; torch warns without one.
         values.setdefault("dataloader_pin_memory", False)
-        # accelerate would number the CPUs of several processes; torch loads no checkpoint onto "cpu:0".
+        # accelerate numbers the CPUs of several processes; torch cannot load a checkpoint onto "cpu:0".
         environment["ACCELERATE_TORCH_DEVICE"] = "cpu"
     values["remove_unused_columns"] = False
     values.setdefault("prediction_loss_only", True)
@@ -85,7 +85,7 @@ def training_arguments(config: TrainConfig) -> TrainingArguments:
 
 @contextmanager
 def refusals(path: str) -> Iterator[None]:
-    """What transformers refuses while it sets a run up, as a mistake in the config."""
+    """Convert errors of transformers during the set-up of a run to a ``ConfigError``."""
     try:
         yield
     except ConfigError:
@@ -95,10 +95,10 @@ def refusals(path: str) -> Iterator[None]:
 
 
 def make_folder(args: TrainingArguments) -> None:
-    """The folder of the run.
+    """Create the output folder of the run.
 
     Raises:
-        ConfigError: it cannot be made, or nothing can be written to it.
+        ConfigError: the folder cannot be created or is not writable.
     """
     try:
         Path(str(args.output_dir)).mkdir(parents=True, exist_ok=True)
@@ -112,7 +112,9 @@ def make_folder(args: TrainingArguments) -> None:
 
 
 def _renamed(values: dict[str, Any]) -> dict[str, Any]:
-    """Gradient checkpointing by the name that the installed transformers wants (newer than 5.17)."""
+    """Name the keys of gradient checkpointing as the installed transformers does (changed after
+    5.17).
+    """
     known = {f.name for f in dataclasses.fields(TrainingArguments)}
     renamed = {}
     for key, value in values.items():
@@ -122,10 +124,10 @@ def _renamed(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_trackers(names: Iterable[str]) -> None:
-    """Refuse trackers that transformers does not know, or whose package is absent.
+    """Refuse trackers that transformers does not know, or whose package is not installed.
 
     Raises:
-        ConfigError: with one line for each.
+        ConfigError: with one line for each tracker.
     """
     mistakes = []
     callbacks: dict[str, Any] = integration_utils.INTEGRATION_TO_CALLBACK
@@ -134,7 +136,7 @@ def check_trackers(names: Iterable[str]) -> None:
         if name not in callbacks:
             near = did_you_mean(name, [*callbacks, "none", "all"])
             mistakes.append(f"training.report_to: no tracker {name!r}, {near}")
-        # one that somebody registered says itself what it needs
+        # a tracker registered by the user checks its own requirements
         elif callbacks[name].__module__ == integration_utils.__name__ and name not in present:
             mistakes.append(
                 f"training.report_to: {name!r} is not installed here; pip install {name}, or name one"
@@ -148,7 +150,7 @@ def check_device(device: str) -> None:
     """Refuse a device that this machine does not have.
 
     Raises:
-        ConfigError: naming what there is.
+        ConfigError: lists the available devices.
     """
     if device in ("auto", "cpu"):
         return
@@ -159,10 +161,10 @@ def check_device(device: str) -> None:
 
 
 def check_engine(accelerator: Accelerator) -> None:
-    """Refuse an engine that accelerate was asked for and passed over.
+    """Refuse an engine that was requested but that accelerate does not use.
 
     Raises:
-        ConfigError: FSDP was asked for on the CPU, where accelerate would copy instead of shard.
+        ConfigError: FSDP on a CPU, where accelerate would replicate instead of shard.
     """
     asked = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
     if asked and accelerator.distributed_type is not DistributedType.FSDP:
@@ -182,7 +184,7 @@ def open_sources(
     vocabulary: int,
     seed: int,
 ) -> list[Rows]:
-    """Every source opened and its first row looked at.
+    """Open every source and check its first row.
 
     Raises:
         ConfigError: with one line for each source that cannot be used.
@@ -191,7 +193,7 @@ def open_sources(
     opened, mistakes = [], []
     for number, source in enumerate(configs):
         try:
-            # Each source draws from a stream of its own.
+            # Each source has its own random stream.
             opened.append(open_source(source, tokenizer, rows, seed * 1000 + number))
             check_ids(opened[-1].row(0), vocabulary)
         except (ValueError, TypeError) as error:
@@ -204,7 +206,7 @@ def open_sources(
 def open_probes(
     config: TrainConfig, tokenizer: PreTrainedTokenizerBase, made: PreTrainedConfig, seed: int
 ) -> list[Probe]:
-    """Every probe with its rows drawn, from a stream that training does not see.
+    """Open every probe and draw its rows, from a random stream that training does not use.
 
     Raises:
         ConfigError: with one line for each probe that cannot be used.
@@ -231,17 +233,17 @@ def open_probes(
 
 
 def row_format(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, length: int) -> RowFormat:
-    """Rows of `length` tokens, laid out as the config says."""
+    """Return the format of rows of ``length`` tokens."""
     ids: list[Any] = [tokenizer.pad_token_id, tokenizer.eos_token_id, 0]
     pad_id = next(value for value in ids if isinstance(value, int))
     return RowFormat(length, pad_id, config.packing, config.long_documents)
 
 
 def total_steps(args: TrainingArguments, sources: Sequence[Rows], rows_per_step: int) -> int:
-    """Optimizer steps of the run: `max_steps`, or what `num_train_epochs` over finite data makes.
+    """Return the optimizer steps of the run: ``max_steps``, or ``num_train_epochs`` over finite data.
 
     Raises:
-        ConfigError: neither says when to end.
+        ConfigError: ``max_steps`` is not set and a source is endless.
     """
     if args.max_steps > 0:
         return args.max_steps
@@ -257,16 +259,16 @@ def total_steps(args: TrainingArguments, sources: Sequence[Rows], rows_per_step:
 
 
 def rows_per_epoch(sources: Sequence[Rows]) -> int | None:
-    """Rows after which every source has come to its end once; None if one has none."""
+    """Return the rows of one epoch over all sources; None if a source is endless."""
     sizes = [s.per_epoch for s in sources]
     return None if None in sizes else sum(s or 0 for s in sizes)
 
 
 def epochs_as_steps(args: TrainingArguments, sources: Sequence[Rows], rows_per_step: int) -> None:
-    """Turn `save_strategy: epoch` and its like into steps: to `Trainer` a run is one epoch.
+    """Convert strategies ``epoch`` (save, eval, logging) to steps: ``Trainer`` sees a run as one epoch.
 
     Raises:
-        ConfigError: a source has no end.
+        ConfigError: a source is endless.
     """
     rows = rows_per_epoch(sources)
     for what in ("save", "eval", "logging"):
@@ -291,10 +293,10 @@ def mixture(
     seed: int,
     vocabulary: int,
 ) -> Mixture:
-    """The rows of a run as one data set.
+    """Return the rows of a run as one data set.
 
     Raises:
-        ConfigError: a weight is too small to count.
+        ConfigError: a weight is too small for one row in 1000.
     """
     try:
         return Mixture(sources, [c.weight for c in configs], rows, seed, vocabulary)

@@ -1,9 +1,9 @@
-"""Checkpoints that can be trusted: whole or skipped.
+"""Write and verify checkpoints: each is complete, or is skipped.
 
-A checkpoint is whole when its manifest, which is written last and put in place at once, lists every
-file with the size and the CRC-32 that the file still has, and has a CRC-32 of its own. The manifest
-also names what the run was made of, so that a checkpoint is not continued by a run that would mean
-something else.
+A checkpoint is complete if its manifest matches its files. The manifest is written last and
+atomically. It lists every file with its size and CRC-32, and has a CRC-32 of its own. It also
+records the configuration of the run, so that another run does not resume from the checkpoint by
+mistake.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ BLOCK = 1 << 22  # bytes read at a time
 
 
 class CheckpointError(OSError):
-    """A checkpoint, or what a run leaves at its end, could not be written."""
+    """A checkpoint, or the final model of a run, could not be written."""
 
 
 @contextmanager
 def writing(what: Path) -> Iterator[None]:
-    """Whatever says that a disk is full or gone ends in one error.
+    """Convert errors of a full or missing disk to one error.
 
     Raises:
-        CheckpointError: `what` could not be written.
+        CheckpointError: ``what`` could not be written.
     """
     try:
         yield
@@ -57,14 +57,14 @@ def writing(what: Path) -> Iterator[None]:
 
 
 def _of_torch_save(error: RuntimeError) -> bool:
-    """Whether an error comes from torch's zip writer, which a full disk stops with a RuntimeError."""
+    """Return whether an error is of torch's zip writer, which raises RuntimeError on a full disk."""
     return any(part in str(error) for part in ("PytorchStreamWriter", "inline_container"))
 
 
 def write_manifest(folder: Path, run: Mapping[str, Any]) -> None:
-    """Mark a checkpoint as whole, when its files are on the disk.
+    """Write the manifest of a checkpoint, after its files are on disk.
 
-    `run` is what `refuse_other_run` compares later.
+    ``run`` is compared by ``refuse_other_run`` on resume.
     """
     inside = sorted(path for path in folder.rglob("*") if path.name != MANIFEST)
     sync_folder(folder)
@@ -74,9 +74,9 @@ def write_manifest(folder: Path, run: Mapping[str, Any]) -> None:
         for path in inside
         if path.is_file()
     }
-    # as it will be read: keys that are numbers become text, which sorts otherwise
+    # as it will be read: JSON turns numeric keys into text, which sorts differently
     content = json.loads(json.dumps({"format": FORMAT, "files": files, "run": dict(run)}))
-    # on the disk before an older checkpoint goes
+    # synced before an older checkpoint is removed
     write_json(folder / MANIFEST, {**content, "checksum": _checksum_of(content)})
 
 
@@ -85,7 +85,7 @@ def _checksum_of(content: Mapping[str, Any]) -> int:
 
 
 def checksum(path: Path) -> int:
-    """CRC-32 of a file."""
+    """Return the CRC-32 of a file."""
     value = 0
     with open(path, "rb") as file:
         while block := file.read(BLOCK):
@@ -94,11 +94,11 @@ def checksum(path: Path) -> int:
 
 
 def damage(folder: Path, contents: bool = True) -> str | None:
-    """What is wrong with a checkpoint, or None if it is whole.
+    """Return what is wrong with a checkpoint, or None if it is complete.
 
     Args:
         folder: the checkpoint.
-        contents: False looks at the sizes of its files only, which takes no time.
+        contents: if False, compare only the sizes of its files, which is fast.
     """
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
@@ -122,7 +122,7 @@ def damage(folder: Path, contents: bool = True) -> str | None:
 
 
 def numbered(output_dir: Path) -> list[Path]:
-    """Checkpoint folders, whole or not, newest first."""
+    """Return the checkpoint folders, complete or not, newest first."""
     if not output_dir.is_dir():
         return []
     found = [p for p in output_dir.iterdir() if re.fullmatch(r"checkpoint-\d+", p.name)]
@@ -130,15 +130,17 @@ def numbered(output_dir: Path) -> list[Path]:
 
 
 def step_of(folder: Path) -> int:
-    """The optimizer step after which a checkpoint was written."""
+    """Return the optimizer step of a checkpoint."""
     return int(folder.name.rpartition("-")[2])
 
 
 def remove_old(newest: Path, limit: int | None, best: str | None) -> None:
-    """Keep `newest`, which is whole, the `limit - 1` before it, and the best; remove older ones.
+    """Keep ``newest``, the ``limit - 1`` complete checkpoints before it, and the best.
 
-    What was cut off, lacks a file or part of one, or is of a later step than `newest`, is not
-    counted: transformers' own rotation would keep it, and remove whole ones for it.
+    Remove older ones.
+
+    Incomplete checkpoints, and checkpoints of later steps than ``newest``, do not count.
+    transformers' own rotation would count them, and would remove complete checkpoints instead.
     """
     if limit is None:
         return
@@ -150,7 +152,7 @@ def remove_old(newest: Path, limit: int | None, best: str | None) -> None:
 
 
 def newest_whole(output_dir: Path, report: Callable[[str], None]) -> Path | None:
-    """The newest whole checkpoint; each one that is skipped is reported in one line."""
+    """Return the newest complete checkpoint; report each skipped one in one line."""
     for folder in numbered(output_dir):
         problem = damage(folder)
         if problem is None:
@@ -160,7 +162,7 @@ def newest_whole(output_dir: Path, report: Callable[[str], None]) -> Path | None
 
 
 def refuse_other_run(folder: Path, run: Mapping[str, Any]) -> None:
-    """Compare what a checkpoint's run was made of with the present one.
+    """Compare the configuration recorded in a checkpoint with that of the current run.
 
     Raises:
         ConfigError: they differ; one line for each key.
@@ -168,9 +170,9 @@ def refuse_other_run(folder: Path, run: Mapping[str, Any]) -> None:
     before = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["run"]
     present = json.loads(json.dumps(dict(run)))
     changed = [k for k in sorted({*before, *present}) if before.get(k) != present.get(k)]
-    # what a source holds (`data[0] ...`): None is not known, as without a connection to the hub
+    # fingerprints of a source (`data[0] ...`): None means unknown, e.g. without a connection to the hub
     known = [k for k in changed if before.get(k) is not None and present.get(k) is not None]
-    # and it depends on the keys: not said again where those differ
+    # the fingerprint depends on the keys: do not report it again if those differ
     keys = [k for k in changed if not k.startswith("data[")]
     changed = keys or known
     if changed:

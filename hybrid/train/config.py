@@ -1,4 +1,4 @@
-"""The training configuration: typed, with every mistake named before anything is computed."""
+"""The training configuration: typed; all mistakes are reported before training starts."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from hybrid.train.schedule import MultiStepConfig
 
 Device = Literal["auto", "cpu", "cuda", "xpu", "mps", "npu"]
 
-# Where we differ from the defaults of transformers.TrainingArguments, and why.
+# Differences from the defaults of transformers.TrainingArguments, with the reasons.
 TRAINING_DEFAULTS: dict[str, Any] = {
-    "report_to": "none",  # a tracker is asked for by name
+    "report_to": "none",  # trackers are opt-in
     "logging_steps": 10,  # the progress bar shows the loss
-    "logging_nan_inf_filter": False,  # a loss that is not finite is news
-    "ddp_find_unused_parameters": False,  # every step uses every parameter; else DDP says so
+    "logging_nan_inf_filter": False,  # report losses that are not finite
+    "ddp_find_unused_parameters": False,  # every step uses every parameter; otherwise DDP reports it
 }
 
 
@@ -32,7 +32,7 @@ def _as_list(values: Any) -> Any:
 
 
 def _switched(values: Any) -> Any:
-    """Options that `true` turns on as they are, and `false` off."""
+    """Replace ``true`` by default options and ``false`` by None."""
     return {True: {}, False: None}[values] if isinstance(values, bool) else values
 
 
@@ -55,9 +55,9 @@ Sources = Annotated[list[SourceConfig], BeforeValidator(_as_list)]
 
 
 class MuonConfig(Declared):
-    """Muon (Jordan et al. 2024) for the matrices inside layers; AdamW keeps the rest.
+    """Muon (Jordan et al. 2024) for the matrices inside layers; AdamW updates all other parameters.
 
-    The rest: embeddings, the head, norms, gates, depthwise convolutions, experts (stacks of matrices).
+    AdamW updates embeddings, the head, norms, gates, depthwise convolutions, and experts (3-d weights).
     """
 
     learning_rate: NotNegative | None = Field(None, description="null: training.learning_rate")
@@ -71,9 +71,9 @@ class MuonConfig(Declared):
 
 
 class ProbeConfig(Source):
-    """Recall measured while a run trains: rows of a plug-in, and how many of their labels are met.
+    """A probe: recall measured during training, on the labels of a plug-in's rows.
 
-    The other keys are those of a source, as in `data:`.
+    The other keys are those of a source, as in ``data:``.
     """
 
     every: Count = Field(
@@ -89,7 +89,7 @@ class ProbeConfig(Source):
 
 
 class RowsConfig(Declared):
-    """Rows of a run, and where it runs."""
+    """The data of a run, and its device."""
 
     data: Annotated[Sources, Field(min_length=1)] = Field(
         description="one source, or several with weights"
@@ -115,7 +115,7 @@ class RowsConfig(Declared):
 
 
 class TrainConfig(RowsConfig):
-    """What `hybrid.train.run` needs; the YAML file has the same keys."""
+    """The configuration of ``hybrid.train.run``; the YAML file has the same keys."""
 
     model: Annotated[dict[str, Any], AfterValidator(_check_model)] = Field(
         description="keys of HybridConfig; or model_type: NAME; or path: DIR"
@@ -155,7 +155,7 @@ class TrainConfig(RowsConfig):
         return self
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values that `parse_config` reads again."""
+        """Return plain values that ``parse_config`` accepts."""
         values = self.model_dump()
         for key in ("data", "eval_data"):
             values[key] = [source.as_dict() for source in getattr(self, key)]
@@ -164,11 +164,11 @@ class TrainConfig(RowsConfig):
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
-    """A YAML file, with `key=value` overrides, as a checked configuration.
+    """Read a YAML file, apply ``key=value`` overrides, and return the checked configuration.
 
     Args:
-        path: the file. Its name gives the default `training.output_dir`, `runs/NAME`.
-        overrides: e.g. `training.max_steps=10`, `data[0].weight=0.3`; values are YAML.
+        path: the file. Its name is the default of ``training.output_dir``: ``runs/NAME``.
+        overrides: e.g. ``training.max_steps=10``, ``data[0].weight=0.3``; values are YAML.
 
     Raises:
         ConfigError: with one line for each mistake.
@@ -181,7 +181,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
 
 
 def parse_config(values: Mapping[str, Any], title: str = "the config") -> TrainConfig:
-    """Plain values as a checked configuration; the mistakes of all parts are reported together.
+    """Check plain values and return the configuration; report the mistakes of all parts together.
 
     Raises:
         ConfigError: with one line for each mistake.

@@ -1,13 +1,13 @@
-"""Checkpoints of one engine continued by another.
+"""Resume a checkpoint of one engine with another.
 
-What a checkpoint holds depends on who wrote it:
+The files of a checkpoint depend on the engine that wrote it:
 
     plain     one process or DDP: model.safetensors, optimizer.pt with parameters by number
-    full      FSDP2, whole: pytorch_model_fsdp.bin, optimizer.bin with parameters by name
-    sharded   FSDP2, a part from each process: pytorch_model_fsdp_0/, optimizer_0/
-    deepspeed its own folders, which DeepSpeed alone reads
+    full      FSDP2, full state dict: pytorch_model_fsdp.bin, optimizer.bin with parameters by name
+    sharded   FSDP2, one part per process: pytorch_model_fsdp_0/, optimizer_0/
+    deepspeed folders that only DeepSpeed reads
 
-The first three hold the same and continue each other, on any number of processes.
+The first three hold the same tensors and resume each other, on any number of processes.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ PLAIN, FULL, SHARDED, DEEPSPEED = "plain", "full", "sharded", "deepspeed"
 
 
 def written_by(folder: Path) -> str:
-    """What a whole checkpoint holds."""
+    """Return the format of a complete checkpoint."""
     if any(folder.glob("global_step*")):
         return DEEPSPEED
     if (folder / f"{FSDP_MODEL_NAME}_0").is_dir():
@@ -52,7 +52,7 @@ def written_by(folder: Path) -> str:
 
 
 def wanted_by(trainer: Trainer) -> str:
-    """What the engine of a run reads by itself."""
+    """Return the format that the engine of a run reads by itself."""
     if trainer.is_deepspeed_enabled:
         return DEEPSPEED
     plugin = trainer.accelerator.state.fsdp_plugin if trainer.is_fsdp_enabled else None
@@ -62,10 +62,11 @@ def wanted_by(trainer: Trainer) -> str:
 
 
 def refuse_other_engine(folder: Path, trainer: Trainer) -> None:
-    """DeepSpeed and the others do not continue each other.
+    """Refuse to resume a DeepSpeed checkpoint with another engine, or another checkpoint with
+    DeepSpeed.
 
     Raises:
-        ConfigError: the checkpoint is one's and the run the other's.
+        ConfigError: exactly one of the checkpoint and the run uses DeepSpeed.
     """
     found, wanted = written_by(folder), wanted_by(trainer)
     if DEEPSPEED in (found, wanted) and found != wanted:
@@ -80,13 +81,14 @@ def refuse_other_engine(folder: Path, trainer: Trainer) -> None:
 
 
 def load_model(trainer: Trainer, folder: Path, model: Any) -> bool:
-    """Load weights that another engine wrote; False where the engine's own loading will do.
+    """Load weights that another engine wrote; return False if the engine's own loading works.
 
-    It will not do for models whose weights transformers files under other names, not even where the
-    same engine wrote them: `Trainer` loads by the names in the model, and leaves the rest as it is.
+    The engine's own loading does not work for models that transformers saves under other weight
+    names, even if the same engine wrote them. ``Trainer`` loads by the names in the model and
+    ignores all others.
 
     Raises:
-        ConfigError: the checkpoint lacks a weight of the model, or has one that the model has not.
+        ConfigError: the checkpoint lacks a weight of the model, or has a weight that the model lacks.
     """
     found, wanted = written_by(folder), wanted_by(trainer)
     whole: Any = trainer.accelerator.unwrap_model(model)
@@ -94,7 +96,7 @@ def load_model(trainer: Trainer, folder: Path, model: Any) -> bool:
         return False
     _refuse_other_weights(folder, found, whole)
     if found == wanted:
-        whole.load_state_dict(_weights(folder, whole), strict=False)  # for the sake of ties
+        whole.load_state_dict(_weights(folder, whole), strict=False)  # not strict: tied weights
     elif found == PLAIN:
         first = trainer.args.process_index == 0
         weights: dict[str, Any] = dict(_weights(folder, whole)) if first else {}
@@ -109,7 +111,9 @@ def load_model(trainer: Trainer, folder: Path, model: Any) -> bool:
 
 
 def _refuse_other_weights(folder: Path, found: str, model: Any) -> None:
-    """torch would leave what is missing as it is: loading is not strict, for the sake of ties."""
+    """Check weight names: loading is not strict, because of tied weights, so torch would ignore
+    missing ones.
+    """
     tied: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
     # tied weights are stored under one of their names
     there = {tied.get(name, name) for name in _names(folder, found)}
@@ -126,7 +130,9 @@ def _refuse_other_weights(folder: Path, found: str, model: Any) -> None:
 
 
 def _filed_names(model: Any) -> set[str]:
-    """Names of a model's weights in files of transformers, which has experts there one by one."""
+    """Return the names of a model's weights in files of transformers, which stores experts one by
+    one.
+    """
     empty = {
         name: torch.empty(tensor.shape, device="meta")
         for name, tensor in get_model_state_dict(model).items()
@@ -139,7 +145,7 @@ def _renamed(model: Any) -> bool:
 
 
 def _names(folder: Path, found: str) -> Iterable[str]:
-    """Names of the weights in a checkpoint, without reading them."""
+    """Return the names of the weights in a checkpoint, without reading them."""
     if found == FULL:
         file = folder / f"{FSDP_MODEL_NAME}.bin"
         return torch.load(file, "cpu", weights_only=True, mmap=True).keys()
@@ -154,7 +160,7 @@ def _names(folder: Path, found: str) -> Iterable[str]:
 
 
 def load_optimizer(trainer: Trainer, folder: Path) -> bool:
-    """Load the optimizer's state that another engine wrote; False as in `load_model`."""
+    """Load an optimizer state that another engine wrote; return False as in ``load_model``."""
     found, wanted = written_by(folder), wanted_by(trainer)
     if found == wanted:
         return False
@@ -175,13 +181,13 @@ def load_optimizer(trainer: Trainer, folder: Path) -> bool:
 
 
 class UntiedLayer(HybridLayer):
-    """A layer that shares no parameter with another, which FSDP may shard by itself."""
+    """A layer without shared parameters, which can be an FSDP unit of its own."""
 
 
 def shard_ties_with_the_stack(trainer: Trainer) -> None:
-    """Leave layers with tied parameters to FSDP's outermost unit: a unit must own its parameters.
+    """Keep layers with tied parameters in FSDP's outermost unit: a unit must own its parameters.
 
-    accelerate picks the layers that become units by their class.
+    accelerate selects the layers that become units by their class.
     """
     layers = [m for m in _modules(trainer) if isinstance(m, HybridLayer)]
     uses = Counter(id(p) for layer in layers for p in layer.parameters())
@@ -200,14 +206,17 @@ def _modules(trainer: Trainer) -> Iterable[nn.Module]:
 
 @contextmanager
 def _alone() -> Iterator[None]:
-    """Where one process loads what several wrote, torch warns that it takes that to be meant."""
+    """Silence torch's warning when one process loads what several processes wrote.
+
+    Here this is intended.
+    """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         yield
 
 
 def _plugin(kind: str) -> FullyShardedDataParallelPlugin:
-    """Tells accelerate's loading what lies in the folder."""
+    """Return a plugin that tells accelerate the format of the folder."""
     return FullyShardedDataParallelPlugin(
         fsdp_version=2,
         state_dict_type="FULL_STATE_DICT" if kind == FULL else "SHARDED_STATE_DICT",
@@ -219,7 +228,7 @@ def _from_first() -> StateDictOptions:
 
 
 def _weights(folder: Path, model: Any) -> dict[str, torch.Tensor]:
-    """Those of a plain checkpoint, by their names in the model."""
+    """Return the weights of a plain checkpoint by their names in the model."""
     if _renamed(model):
         return AutoModelForCausalLM.from_pretrained(folder, dtype="auto").state_dict()
     found: dict[str, torch.Tensor] = {}
@@ -229,7 +238,7 @@ def _weights(folder: Path, model: Any) -> dict[str, torch.Tensor]:
 
 
 def _by_name(state: dict[str, Any], optimizer: Any, model: nn.Module) -> dict[str, Any]:
-    """An optimizer's state with parameters by name instead of by number."""
+    """Return an optimizer state with parameters by name instead of by number."""
     names = {id(p): name for name, p in model.named_parameters()}
     order = [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
     return {

@@ -1,4 +1,4 @@
-"""The load of experts during training: biases moved, imbalance logged, histograms kept."""
+"""The load of experts during training: update biases, log the imbalance, write histograms."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ FILE = "expert_load.jsonl"
 
 
 class ExpertLoad(TrainerCallback):
-    """Ends each optimizer step for `hybrid.ffn.balance`, and adds up loads from log to log.
+    """Callback that ends each optimizer step of ``hybrid.ffn.balance`` and sums loads between two logs.
 
-    Works with any `Trainer` and any model of this package; models without experts pass untouched.
+    Works with any ``Trainer`` and any model of this package; has no effect on models without experts.
     """
 
     def __init__(self) -> None:
@@ -33,10 +33,10 @@ class ExpertLoad(TrainerCallback):
         control: TrainerControl,
         **kwargs: Any,
     ) -> None:
-        """Drop histograms of steps that a resumed run takes again."""
+        """Drop histograms of steps that a resumed run repeats."""
         path = Path(str(args.output_dir)) / FILE
         if state.is_world_process_zero and path.is_file():
-            # the last line of a run that was killed may be half a line
+            # the last line of a killed run may be incomplete
             lines = [
                 x for x in path.read_text(encoding="utf-8").splitlines(True) if x.endswith("\n")
             ]
@@ -50,16 +50,17 @@ class ExpertLoad(TrainerCallback):
         control: TrainerControl,
         **kwargs: Any,
     ) -> None:
-        """Move the biases and take over the counts."""
+        """Update the biases and add the counts."""
         for name, load in balance.finish_step(kwargs["model"]).items():
             self.loads[name] = self.loads[name] + load if name in self.loads else load
 
     def summary(self) -> dict[str, float]:
-        """What is logged since the last log; empty without experts.
+        """Return the values to log since the last log; empty without experts.
 
-        `expert_imbalance` is the load of the busiest expert over the mean, less one (MaxVio of arXiv
-        2408.15664), in the worst layer; `expert_idle_share` the share of experts, of all layers, that
-        got no token. No token is ever dropped: experts have no capacity.
+        ``expert_imbalance`` is the load of the busiest expert divided by the mean load, minus one
+        (MaxVio of arXiv 2408.15664), in the layer where it is largest. ``expert_idle_share`` is the
+        share of experts, over all layers, without a token. No token is ever dropped: experts have
+        no capacity.
         """
         if not self.loads:
             return {}
@@ -70,9 +71,10 @@ class ExpertLoad(TrainerCallback):
     def write(
         self, args: TrainingArguments, state: TrainerState, writers: Iterable[Any] = ()
     ) -> None:
-        """One line of `expert_load.jsonl`, tokens of each expert by router, and start anew.
+        """Append one line to ``expert_load.jsonl``, the tokens of each expert by router, and reset
+        the counts.
 
-        `writers`, of TensorBoard, get a histogram of each router over the numbers of its experts.
+        ``writers`` of TensorBoard get one histogram per router over the expert indices.
         """
         loads, self.loads = self.loads, {}
         if not loads or not state.is_world_process_zero:
@@ -89,7 +91,10 @@ class ExpertLoad(TrainerCallback):
 
 
 def _add_histogram(writer: Any, tag: str, load: list[int], step: int) -> None:
-    """Expert i as a bar from i to i + 1; the sums are those of experts' numbers, one per token."""
+    """Write expert i as a bar from i to i + 1.
+
+    The sums are those of the expert indices, one per token.
+    """
     tokens = list(enumerate(load))
     writer.add_histogram_raw(
         tag,

@@ -3,10 +3,10 @@
     python -m hybrid.train.gpu_benchmark --out DIR [--layouts LLLS DDDS MMMS] [--lengths 4096 32768]
 
 Tokens a second, peak memory and MFU of whole steps (forward, backward, fused AdamW) in bfloat16, on
-random rows that differ from step to step; medians. MFU counts what `hybrid.plan` counts for our model,
-for both sides. Where flash-linear-attention is installed, transformers calls its kernels. Both
-sides have equal sizes and parameters within 2%, as `hybrid.train.benchmark` builds them. With
-`--dry-run` it runs on a CPU at tiny sizes, which shows that it works and nothing else.
+random rows that differ from step to step; medians. MFU counts what ``hybrid.plan`` counts for our
+model, for both sides. Where flash-linear-attention is installed, transformers calls its kernels.
+Both sides have equal sizes and parameters within 2%, as ``hybrid.train.benchmark`` builds them.
+With ``--dry-run`` it runs on a CPU at tiny sizes, which shows that it works and nothing else.
 
 Writes DIR/model.json after each model; a model that fails is a row with the error.
 """
@@ -166,7 +166,7 @@ def line(row: dict[str, Any]) -> str:
 
 
 def unequal(found: Sequence[dict[str, Any]]) -> list[str]:
-    """Pairs whose parameters differ by more than `AGREE`, in words."""
+    """Pairs whose parameters differ by more than ``AGREE``, in words."""
     sizes: dict[str, dict[str, int]] = {}
     for row in found:
         if "error" not in row:

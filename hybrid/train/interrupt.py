@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: a run ends after the step that it is in, with a checkpoint."""
+"""Ctrl-C and SIGTERM: a run stops after the current step, with a checkpoint."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from hybrid.terminal import INTERRUPTED, Interrupted
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-# A terminal signals every process, and launchers pass the signal on: that is the same Ctrl-C.
+# A terminal signals every process, and launchers forward the signal: both are the same Ctrl-C.
 SAME = 5.0  # seconds
 
 
 class Agreement:
-    """A number on which all processes of a run agree after each step: the largest of theirs.
+    """The maximum over all processes of a number, agreed on after each step.
 
-    Each process reads the maximum one step later, when it has been computed anyway, so that no step
-    waits for it.
+    Each process reads the maximum one step later, when its all-reduce is complete, so that no step
+    waits.
     """
 
     def __init__(self) -> None:
         self._largest: torch.Tensor | None = None
 
     def of(self, value: int, args: TrainingArguments) -> int:
-        """The largest value of the step before; of a single process, its value now."""
+        """Return the maximum of the previous step; with one process, its current value."""
         if not dist.is_initialized() or args.world_size == 1:
             return value
         before = 0 if self._largest is None else int(self._largest.item())
@@ -42,9 +42,9 @@ class Agreement:
 
 
 class StopSignals(TrainerCallback):
-    """Stops a run after the step in which any of its processes gets SIGINT or SIGTERM.
+    """Stop a run after the step in which one of its processes receives SIGINT or SIGTERM.
 
-    All processes stop after the same step. A second SIGINT stops at once.
+    All processes stop after the same step. A second SIGINT stops immediately.
     """
 
     def __init__(self) -> None:
@@ -55,7 +55,7 @@ class StopSignals(TrainerCallback):
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Handle signals meanwhile; only a process's main thread can."""
+        """Handle signals in this context; only a process's main thread can."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -69,7 +69,7 @@ class StopSignals(TrainerCallback):
             elif number == signal.SIGINT and time.monotonic() - self._since > SAME:
                 raise KeyboardInterrupt
 
-        # a signal that is ignored (nohup, a job in the background) stays so
+        # an ignored signal (nohup, a background job) stays ignored
         watched = [n for n in SIGNALS if signal.getsignal(n) is not signal.SIG_IGN]
         before = {number: signal.signal(number, handle) for number in watched}
         try:
@@ -85,7 +85,7 @@ class StopSignals(TrainerCallback):
         control: TrainerControl,
         **kwargs: Any,
     ) -> TrainerControl:
-        """Ask for a checkpoint and the end."""
+        """Request a checkpoint and the end of training."""
         if self._asked(args) and state.global_step < state.max_steps:
             self.stopped = True
             control.should_save = args.save_strategy != "no"
@@ -93,13 +93,13 @@ class StopSignals(TrainerCallback):
         return control
 
     def _asked(self, args: TrainingArguments) -> int:
-        """The signal that some process has got, as all of them know of it."""
+        """Return the signal that one of the processes has received, agreed by all."""
         agreed = self._agreement.of(self.signal, args)
         self.signal = self.signal or agreed
         return agreed
 
     def outcome(self, args: TrainingArguments, step: int) -> Interrupted:
-        """What was kept, and how to go on."""
+        """Return the exception that ends the run: what is saved, and how to resume."""
         kept = f"{args.output_dir}/checkpoint-{step} is kept: start the same command again to go on"
         if args.save_strategy == "no":
             kept = "nothing is kept, for training.save_strategy is no"

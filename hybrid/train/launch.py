@@ -1,9 +1,9 @@
-"""`accelerate launch` whose end is one line, not the launcher's traceback.
+"""``accelerate launch`` that ends with one line instead of the launcher's traceback.
 
 python -m hybrid.train.launch [options of accelerate launch] -m hybrid.train CONFIG [key=value ...]
 
-A training process says itself what is wrong and what it kept; this one passes signals on to the
-processes that it starts, waits for them and ends with their status.
+The training process prints its own error and what it saved. This process forwards signals to the
+processes that it starts, waits for them, and exits with their status.
 """
 
 from __future__ import annotations
@@ -28,20 +28,22 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 def training_command(
     config: str | Path, overrides: Sequence[str] = (), engine: Sequence[str] = ()
 ) -> list[str]:
-    """`accelerate launch -m hybrid.train CONFIG [key=value ...]` with this Python."""
-    # quiet: after an error of ours, its own traceback would say nothing
+    """Return the command ``accelerate launch -m hybrid.train CONFIG [key=value ...]`` with this
+    Python.
+    """
+    # quiet: accelerate's traceback adds nothing to our error
     launch = [sys.executable, "-m", "hybrid.train.launch", "--quiet"]
     words = [str(config), *overrides, *import_arguments()]
     return [*launch, *engine, "-m", "hybrid.train", *words]
 
 
 def shown(command: Sequence[str]) -> str:
-    """A training command as one types it."""
+    """Return a training command as one would type it."""
     return f"$ {shlex.join(['accelerate', 'launch', *command[3:]])}"
 
 
 def launch(words: Sequence[str]) -> int:
-    """Run `accelerate launch WORDS`; return the exit status.
+    """Run ``accelerate launch WORDS``; return the exit status.
 
     Raises:
         ValueError: accelerate refuses its own options or its config file.
@@ -50,9 +52,9 @@ def launch(words: Sequence[str]) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     arguments = launch_command_parser().parse_args(words)
-    # or torch's launcher would end on a signal before its processes have saved
+    # otherwise a signal ends torch's launcher before its processes have saved
     arguments.signals_to_handle = "SIGQUIT"
-    arguments.quiet = False  # which would hide the exit status
+    arguments.quiet = False  # quiet hides the exit status
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     logging.getLogger("accelerate.commands.launch").setLevel(logging.ERROR)  # lists its defaults
     received: list[int] = []

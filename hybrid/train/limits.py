@@ -1,4 +1,4 @@
-"""Keys of `training:` that a run decides itself, and values that cannot be meant."""
+"""Keys of ``training:`` that a run sets itself, and values out of range."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from transformers import TrainingArguments
 from hybrid.config.declare import LARGEST, bounded, check_keys, refuse
 from hybrid.config.options import did_you_mean
 
-# Keys that would break what a run promises, and why.
+# Keys that would break a guarantee of a run, with the reasons.
 DECIDED: dict[str, str] = {
     "resume_from_checkpoint": "the same command goes on from the newest whole checkpoint by itself",
     "ignore_data_skip": "a run goes on with the rows that come next",
@@ -27,7 +27,7 @@ DECIDED: dict[str, str] = {
     "train_sampling_strategy": "the rows' order is that of the mixture",
 }
 
-# What others call a key of transformers', too far from it in letters to be found by them.
+# Names of other libraries for keys of transformers that are too different for "did you mean".
 USUAL_NAMES: dict[str, str] = {
     "batch_size": "per_device_train_batch_size",
     "micro_batch_size": "per_device_train_batch_size",
@@ -90,7 +90,7 @@ BOUNDS: dict[str, Any] = {
 
 @cache
 def training_hints() -> dict[str, Any]:
-    """The keys of transformers.TrainingArguments and what they may hold."""
+    """Return the keys of transformers.TrainingArguments with their type annotations."""
     hints = typing.get_type_hints(TrainingArguments)
     return {
         f.name: bounded(_named(hints[f.name]), *filter(None, [BOUNDS.get(f.name)]))
@@ -100,7 +100,7 @@ def training_hints() -> dict[str, Any]:
 
 
 def _named(hint: Any) -> Any:
-    """`SomeEnum | str` as the names of that enumeration; else the annotation as it is."""
+    """Return the names of the enumeration for ``SomeEnum | str``, else the annotation itself."""
     parts = typing.get_args(hint)
     for part in parts:
         if isinstance(part, type) and issubclass(part, Enum) and str in parts:
@@ -110,7 +110,7 @@ def _named(hint: Any) -> Any:
 
 
 def training_values(values: Any) -> dict[str, Any]:
-    """The checked keys of `training:`; a validator of pydantic."""
+    """Check the keys of ``training:``; a validator of pydantic."""
     known = {f.name: f.default for f in dataclasses.fields(TrainingArguments) if f.init}
     lines = [f"{k}: unknown key, {nearest(str(k), known)}" for k in values if k not in known]
     given = {key: value for key, value in values.items() if key in known}
@@ -126,7 +126,7 @@ def training_values(values: Any) -> dict[str, Any]:
 
 
 def without_effect(values: Mapping[str, Any]) -> list[str]:
-    """One line for each key of `training:` that another one has to go with."""
+    """Return one line for each key of ``training:`` that has no effect without another key."""
     if values.get("dataloader_num_workers"):
         return []
     return [
@@ -137,14 +137,14 @@ def without_effect(values: Mapping[str, Any]) -> list[str]:
 
 
 def nearest(key: str, known: Iterable[str]) -> str:
-    """The tail of an error message on a key of `training:` that there is not."""
+    """Return the end of an error message on an unknown key of ``training:``."""
     if key in USUAL_NAMES:
         return f"did you mean {USUAL_NAMES[key]!r}?"
     return did_you_mean(key, set(known) - set(DECIDED))
 
 
 def decided(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> list[str]:
-    """One line for each key that asks for something else than what a run does."""
+    """Return one line for each key that conflicts with what a run sets itself."""
     return [
         f"{key}: {why}; leave it out"
         for key, why in DECIDED.items()

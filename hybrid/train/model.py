@@ -1,4 +1,4 @@
-"""The model of a run: a new one by the keys of its configuration, or that of a checkpoint."""
+"""The model of a run: a new one from its configuration, or a checkpoint's."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 
 
 def model_config(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:
-    """The model's configuration; sizes and ids that the config leaves open come from the tokenizer.
+    """Return the model's configuration.
+
+    The tokenizer supplies sizes and ids that the config leaves unset.
 
     Raises:
         ConfigError: unknown keys, or a model too small for its tokenizer or for its rows.
@@ -29,7 +31,7 @@ def model_config(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> Pre
         refuse_unknown(type(base), keys)
         made = make(lambda: AutoConfig.from_pretrained(path, **keys))
     else:
-        # before the ids of a tokenizer that is too large are complained of
+        # before errors about the ids of a tokenizer that is too large
         if lines := _too_small(config.model.get("vocab_size"), config, tokenizer):
             raise ConfigError(lines)
         made = new_config(config.model, tokenizer)
@@ -38,7 +40,10 @@ def model_config(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> Pre
 
 
 def _too_small(size: Any, config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """What is wrong with a vocabulary of this size; what is no size is for others to say."""
+    """Return why a vocabulary of this size is too small.
+
+    Other checks report values that are not sizes.
+    """
     if not isinstance(size, int) or not 0 < size < len(tokenizer):
         return []
     return [
@@ -63,11 +68,11 @@ def _check_sizes(
 
 
 def load_model(config: TrainConfig, made: PreTrainedConfig) -> PreTrainedModel:
-    """A new model, or that of `model.path`; float32 unless `model.dtype` says otherwise.
+    """Return a new model, or that of ``model.path``; in float32 unless ``model.dtype`` is set.
 
     Raises:
-        ConfigError: the folder of `model.path` has not all weights of the model, or they cannot be
-            read; or transformers refuses to build the model.
+        ConfigError: the folder of ``model.path`` lacks weights of the model, or they cannot be read; or
+            transformers refuses to build the model.
     """
     dtype = config.model.get("dtype", "float32")
     loaded: Any = None
@@ -79,7 +84,7 @@ def load_model(config: TrainConfig, made: PreTrainedConfig) -> PreTrainedModel:
             config.model["path"],
             config=made,
             dtype=dtype,
-            ignore_mismatched_sizes=True,  # which are named below
+            ignore_mismatched_sizes=True,  # reported below
             output_loading_info=True,
         )
     except (OSError, ValueError, ImportError, SafetensorError) as error:

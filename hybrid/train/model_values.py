@@ -1,4 +1,4 @@
-"""`model:` of a training configuration: a model config from its keys, and their mistakes."""
+"""``model:`` of a training configuration: build a model config from its keys and report mistakes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def model_mistakes(model: dict[str, Any]) -> list[str]:
-    """What is wrong with `model:` on its own, whatever the tokenizer."""
+    """Return the mistakes in ``model:`` that do not depend on the tokenizer."""
     if "path" in model:
         path = model["path"]
         if isinstance(path, str) and Path(path).is_dir():
@@ -35,11 +35,11 @@ def model_mistakes(model: dict[str, Any]) -> list[str]:
 def new_config(
     model: dict[str, Any], tokenizer: PreTrainedTokenizerBase | None
 ) -> PreTrainedConfig:
-    """The configuration of a new model by the keys of `model:`.
+    """Return the configuration of a new model from the keys of ``model:``.
 
     Args:
-        model: the keys, `model_type` among them (default: a hybrid).
-        tokenizer: whence the size of the vocabulary and the ids that are left open come; None for none.
+        model: the keys, with ``model_type`` among them (default: a hybrid).
+        tokenizer: supplies the vocabulary size and token ids that are unset; None for none.
 
     Raises:
         ConfigError: an unknown model type or key, or values that the model type refuses.
@@ -60,7 +60,7 @@ def new_config(
 
 
 def make(build_config: Callable[[], PreTrainedConfig]) -> PreTrainedConfig:
-    """Call `build_config`; whatever it refuses is a ConfigError about `model`."""
+    """Call ``build_config``; convert its errors to a ConfigError about ``model``."""
     try:
         return build_config()
     except ConfigError as error:
@@ -70,9 +70,9 @@ def make(build_config: Callable[[], PreTrainedConfig]) -> PreTrainedConfig:
 
 
 def refuse_unknown(config_class: type, keys: dict[str, Any]) -> None:
-    """Refuse keys that a config class does not have, which transformers would keep in silence."""
+    """Refuse keys that a config class does not have; transformers would store them silently."""
     if config_class is HybridConfig:
-        return  # which names its own mistakes, and those of its mixers
+        return  # it reports its own mistakes and those of its mixers
     if dataclasses.is_dataclass(config_class):
         known = {f.name for f in dataclasses.fields(config_class) if f.init}
     else:

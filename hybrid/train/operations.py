@@ -1,4 +1,4 @@
-"""Where the steps that `hybrid.train.benchmark` compares go: CPU time by operation, both sides.
+"""Where the steps that ``hybrid.train.benchmark`` compares go: CPU time by operation, both sides.
 
     python -m hybrid.train.operations [--pair LLLS] [--size text] [--length 4096] [--steps 4]
 
@@ -29,7 +29,7 @@ WARM = 3  # steps before the clock starts
 
 
 class OperationTimes(TorchDispatchMode):
-    """While it is entered: `seconds` and `calls` of each operation, by name."""
+    """While it is entered: ``seconds`` and ``calls`` of each operation, by name."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -48,7 +48,7 @@ class OperationTimes(TorchDispatchMode):
 
 
 def watch(model: PreTrainedModel, vocabulary: int, length: int, steps: int) -> OperationTimes:
-    """Train a model for some steps on one random row of `length`, the warm ones unwatched."""
+    """Train a model for some steps on one random row of ``length``, the warm ones unwatched."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(vocabulary, (1, length), generator=generator)
     batch = {"input_ids": ids, "labels": ids}

@@ -1,10 +1,12 @@
-"""Which parameters decay, how fast each learns, and Muon beside AdamW as one optimizer.
+"""Parameter groups: weight decay, learning rates, and Muon combined with AdamW.
 
-No weight decay on embeddings (OLMo 2, arXiv 2501.00656), on the weights of norms, and on gates: what a
-module names in `no_weight_decay` (a tuple of names, or a method that returns one; e.g. the projection of
-a decay), and all else that is no matrix, biases among it. `Decay` turns it on for each kind.
+By default there is no weight decay on embeddings (OLMo 2, arXiv 2501.00656), on the weights of
+norms, on gates, and on all parameters that are not matrices, such as biases. Gates are the
+parameters that a module lists in ``no_weight_decay`` (a tuple of names, or a method that returns
+one), e.g. the projection of a decay. ``Decay`` enables weight decay for each kind.
 
-Under muP (`mup_base_width`, `hybrid.modeling.mup`) matrices that have grown have groups of their own.
+Under muP (``mup_base_width``, ``hybrid.modeling.mup``) matrices whose width is scaled have their
+own groups.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from hybrid.modeling.mup import growths
 
 @dataclass(frozen=True)
 class Decay:
-    """Weight decay on what has none by default."""
+    """Which kinds of parameters have weight decay in addition to matrices."""
 
     embeddings: bool = False
     norms: bool = False
@@ -30,7 +32,7 @@ class Decay:
 
 
 def decaying(model: nn.Module, decay: Decay = Decay()) -> list[str]:
-    """Names of the parameters that weight decay applies to."""
+    """Return the names of the parameters with weight decay."""
     wanted = {"embedding": decay.embeddings, "norm": decay.norms, "gate": decay.gates}
     exempt: set[int] = set()
     for module in model.modules():
@@ -44,7 +46,7 @@ def decaying(model: nn.Module, decay: Decay = Decay()) -> list[str]:
 
 
 def _kind(module: nn.Module, name: str, parameter: nn.Parameter, gates: set[str]) -> str:
-    """`embedding`, `norm`, `bias`, `gate` or `matrix`."""
+    """Return ``embedding``, ``norm``, ``bias``, ``gate`` or ``matrix``."""
     if isinstance(module, nn.Embedding):
         return "embedding"
     if type(module).__name__.endswith("Norm"):
@@ -60,10 +62,10 @@ def _declared(module: Any) -> set[str]:
 
 
 def matrices(model: nn.Module) -> list[str]:
-    """Names of the parameters that Muon is for: decaying matrices that are not the output head.
+    """Return the names of Muon's parameters: matrices with weight decay, without the output head.
 
-    Nor those of depthwise convolutions (C, W): each row is a filter of one channel, and maps nothing
-    to the others.
+    Depthwise convolutions (C, W) are excluded: each row is a filter of one channel and is not a
+    linear map between channels.
     """
     others: list[nn.Module] = [m for m in model.modules() if isinstance(m, ShortConvolution)]
     head = getattr(model, "get_output_embeddings", lambda: None)()
@@ -74,7 +76,7 @@ def matrices(model: nn.Module) -> list[str]:
 
 
 class Group(TypedDict, total=False):
-    """A parameter group as torch's optimizers take it; `lr` where it is not that of the others."""
+    """A parameter group of torch's optimizers; ``lr`` is set if it differs from the default."""
 
     params: list[nn.Parameter]
     weight_decay: float
@@ -89,10 +91,11 @@ def groups(
     decay: Decay = Decay(),
     learning_rate: float | None = None,
 ) -> list[Group]:
-    """The trainable parameters of these names in groups: with decay, and without.
+    """Return the trainable parameters of these names in groups: with decay, and without.
 
-    Given a learning rate, matrices that muP has scaled are in groups with a rate of their own, one for
-    each growth: the rate divided by it, and the decay times it, so that their product stays.
+    With a learning rate, matrices that muP scales have groups of their own, one for each growth
+    factor. Their rate is divided by the factor and their decay is multiplied by it, so that the
+    product stays the same.
     """
     chosen, decays = set(names), set(decaying(model, decay))
     grown = {} if learning_rate is None else growths(model)
@@ -111,10 +114,10 @@ def groups(
 
 
 class Several(torch.optim.Optimizer):
-    """Optimizers over disjoint parameters as one.
+    """Several optimizers over disjoint parameters as one optimizer.
 
-    The inner optimizers work on this one's own groups and state, so schedulers, accelerate's sharding
-    and checkpoints, which know nothing of them, see a plain optimizer.
+    The inner optimizers share this object's groups and state. So schedulers, accelerate's sharding and
+    checkpoints see a plain optimizer.
     """
 
     def __init__(self, optimizers: list[torch.optim.Optimizer]) -> None:
@@ -132,7 +135,7 @@ class Several(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step of each, in order."""
+        """Run one step of each optimizer, in order."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -142,6 +145,6 @@ class Several(torch.optim.Optimizer):
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore what `state_dict` returned."""
+        """Restore a state of ``state_dict``."""
         super().load_state_dict(state_dict)
         self._share()

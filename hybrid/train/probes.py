@@ -1,14 +1,15 @@
-"""Recall while a run trains: exact matches of labelled tokens, by length and by depth.
+"""Probes: recall during training as exact matches of labelled tokens, by length and by depth.
 
-A probe draws its rows once, from a stream of its own, and asks the model for every label by teacher
-forcing. It leaves the run alone: no dropout, no gradient, no random number drawn, nothing counted; the
-losses with a probe are those without, bit for bit.
+A probe draws its rows once, from its own random stream, and evaluates every label by teacher
+forcing. It does not affect the run: no dropout, no gradient, no random numbers, no counters. The
+losses with and without a probe are equal bit for bit.
 
-The label at t is asked for by the token at t - 1. The last place before where that token was followed
-by this label is where the answer stands: a needle, or a key and its value. Its place over t - 1 is the
-depth, 0 at the start of the row. Labels that stand nowhere before (a running product) have no depth.
+The label at t is predicted from the token at t - 1. The answer's position is the last earlier
+position at which that token was followed by this label: a needle, or a key and its value. The depth
+is this position divided by t - 1, and is 0 at the start of the row. Labels that do not occur
+earlier (e.g. a running product) have no depth.
 
-Legend: B rows, T tokens, P asked positions, V vocabulary.
+Legend: B rows, T tokens, P labelled positions, V vocabulary.
 """
 
 from __future__ import annotations
@@ -34,13 +35,14 @@ ANYWHERE = -1  # the bucket of labels without a depth
 
 @dataclass(frozen=True)
 class Probe:
-    """What is asked, and when.
+    """The rows of a probe, and when it runs.
 
     Attributes:
-        name: figures are logged as `eval_NAME_accuracy...`, so that trackers group them as evaluation.
+        name: results are logged as ``eval_NAME_accuracy...``, so that trackers group them with
+            evaluation.
         every: optimizer steps between two probes.
         rows: length -> rows of that length.
-        depth_buckets: parts of a row that are told apart.
+        depth_buckets: number of equal parts of a row for accuracy by depth.
     """
 
     name: str
@@ -49,15 +51,15 @@ class Probe:
     depth_buckets: int
 
     def due(self, step: int, last: int) -> bool:
-        """Whether to ask after optimizer step `step` of `last`."""
+        """Return whether the probe runs after optimizer step ``step`` of ``last``."""
         return step % self.every == 0 or step == last
 
 
 def draw(source: Rows, rows: int) -> list[Row]:
-    """The first rows of a source.
+    """Return the first rows of a source.
 
     Raises:
-        ValueError: none of them has a label.
+        ValueError: no row has a label.
     """
     drawn = [source.row(i) for i in range(rows)]
     if all((row["labels"][1:] == IGNORE).all() for row in drawn):
@@ -66,7 +68,7 @@ def draw(source: Rows, rows: int) -> list[Row]:
 
 
 def buckets(ids: np.ndarray, labels: np.ndarray, parts: int) -> np.ndarray:
-    """(T,) int64: of each label the part of the row where its answer stands, from 0, or `ANYWHERE`."""
+    """Return (T,) int64: the part of the row with the answer to each label, from 0, or ``ANYWHERE``."""
     found = np.full(len(ids), ANYWHERE, np.int64)
     for t in np.flatnonzero(labels != IGNORE):
         if t < 2:
@@ -78,7 +80,7 @@ def buckets(ids: np.ndarray, labels: np.ndarray, parts: int) -> np.ndarray:
 
 
 class Probes(TrainerCallback):
-    """Asks after the optimizer steps for which a probe is due."""
+    """Callback that runs the probes that are due after an optimizer step."""
 
     def __init__(
         self,
@@ -95,19 +97,21 @@ class Probes(TrainerCallback):
         control: TrainerControl,
         **kwargs: Any,
     ) -> None:
-        """Log the figures of the probes that are due; training's own log and clock stay as they are."""
+        """Log the results of the probes that are due; training's own log and clock do not change."""
         due = [p for p in self.probes if p.due(state.global_step, state.max_steps)]
         if due:
             with self.clock_stopped():
                 wanted = control.should_log
                 for probe in due:
                     self.trainer.log(ask(self.trainer, probe))
-                control.should_log = wanted  # which `log` took as answered
+                control.should_log = wanted  # `log` has reset it
 
 
 @torch.no_grad()
 def ask(trainer: Trainer, probe: Probe) -> dict[str, float]:
-    """The share of labels that have the largest logit: in all, by length, and by length and depth."""
+    """Return the share of labels with the largest logit: overall, by length, and by length and
+    depth.
+    """
     counts = {
         length: _count(trainer, rows, probe.depth_buckets) for length, rows in probe.rows.items()
     }
@@ -115,7 +119,10 @@ def ask(trainer: Trainer, probe: Probe) -> dict[str, float]:
 
 
 def figures(prefix: str, counts: dict[int, torch.Tensor]) -> dict[str, float]:
-    """Counts (parts + 1, 2) of right and asked by length -> what is logged, less empty buckets."""
+    """Convert counts (parts + 1, 2) of correct and all labels, by length, to logged values.
+
+    Skip empty buckets.
+    """
     logs = {prefix: _share(torch.stack([c.sum(0) for c in counts.values()]).sum(0))}
     for length, count in counts.items():
         if len(counts) > 1:
@@ -134,9 +141,12 @@ def _share(count: torch.Tensor) -> float:
 
 
 def _count(trainer: Trainer, rows: Sequence[Row], parts: int) -> torch.Tensor:
-    """(parts + 1, 2): labels met and asked in each part; the last row is of those without a depth."""
+    """Return (parts + 1, 2): correct and all labels in each part.
+
+    The last row is labels without a depth.
+    """
     counts = torch.zeros(parts + 1, 2, dtype=torch.int64)
-    model: Any = trainer.model  # sharded where it is sharded, and not compiled for our lengths
+    model: Any = trainer.model  # sharded if the run is; not compiled for the probe's lengths
     training = model.training
     model.eval()
     try:
@@ -152,7 +162,10 @@ def _count(trainer: Trainer, rows: Sequence[Row], parts: int) -> torch.Tensor:
 
 
 def _batches(trainer: Trainer, rows: Sequence[Row]) -> Iterator[list[Row]]:
-    """This process's rows; every process gets as many batches, as a sharded model wants."""
+    """Yield this process's rows.
+
+    Every process gets the same number of batches, which sharding requires.
+    """
     size, world = trainer.args.per_device_eval_batch_size, trainer.args.world_size
     filled = [*rows, *[silent(rows[0])] * (-len(rows) % world)]
     mine = filled[trainer.args.process_index :: world]
@@ -161,7 +174,9 @@ def _batches(trainer: Trainer, rows: Sequence[Row]) -> Iterator[list[Row]]:
 
 
 def _met(trainer: Trainer, model: nn.Module, batch: list[Row]) -> tuple[np.ndarray, np.ndarray]:
-    """(B, T - 1) bool, twice: whether label t + 1 has the largest logit at t, and is asked for."""
+    """Return (B, T - 1) bool, twice: whether label t + 1 has the largest logit at t, and whether it
+    exists.
+    """
     inputs: Any = trainer._prepare_inputs(RowCollator()(batch))
     asked = torch.from_numpy(np.stack([row["labels"] for row in batch])[:, 1:]) != IGNORE
     positions = asked.any(0).nonzero().squeeze(-1)  # (P,)

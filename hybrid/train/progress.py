@@ -10,7 +10,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 
 class Progress(TrainerCallback):
-    """A bar over optimizer steps; silent under `training.disable_tqdm`."""
+    """A progress bar over optimizer steps; disabled by ``training.disable_tqdm``."""
 
     def __init__(self) -> None:
         self.bar: Any = None
@@ -23,7 +23,7 @@ class Progress(TrainerCallback):
         control: TrainerControl,
         **kwargs: Any,
     ) -> None:
-        """Open the bar where the run stands."""
+        """Open the bar at the current step."""
         if state.is_world_process_zero and not args.disable_tqdm:
             self.bar = tqdm(
                 total=state.max_steps, initial=state.global_step, desc="train", unit="step"
@@ -36,7 +36,7 @@ class Progress(TrainerCallback):
         control: TrainerControl,
         **kwargs: Any,
     ) -> None:
-        """One step on."""
+        """Advance the bar by one step."""
         if self.bar is not None:
             self.bar.update(state.global_step - self.bar.n)
 
@@ -48,7 +48,7 @@ class Progress(TrainerCallback):
         logs: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Show what was logged."""
+        """Show the logged values."""
         if self.bar is None or not logs:
             return
         shown = {k: f"{v:.4f}" for k, v in logs.items() if k in ("loss", "eval_loss")}
@@ -77,10 +77,10 @@ class Progress(TrainerCallback):
 
 
 class LossWatch(TrainerCallback):
-    """Logs where it saves and at the end, and stops a run whose loss is not finite.
+    """Log at each checkpoint and at the end, and stop a run whose loss is not finite.
 
-    The logged loss is a mean since the last log. Logging at each save makes the means after a
-    resumed checkpoint the means of an uninterrupted run.
+    The logged loss is the mean since the last log. Logging at each checkpoint makes the means of a
+    resumed run equal to those of an uninterrupted one.
     """
 
     def on_step_end(
@@ -90,7 +90,7 @@ class LossWatch(TrainerCallback):
         control: TrainerControl,
         **kwargs: Any,
     ) -> TrainerControl:
-        """Ask for a log wherever a checkpoint is asked for, and at the end."""
+        """Request a log wherever a checkpoint is requested, and at the end."""
         ended = state.global_step >= state.max_steps
         control.should_log = control.should_log or control.should_save or ended
         return control
@@ -103,7 +103,7 @@ class LossWatch(TrainerCallback):
         logs: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Refuse to go on with a loss that is not a number."""
+        """Stop if the loss is not finite."""
         loss = (logs or {}).get("loss")
         if loss is not None and not math.isfinite(loss):
             raise FloatingPointError(

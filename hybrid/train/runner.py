@@ -1,4 +1,4 @@
-"""One training run from a configuration to a checkpoint."""
+"""Run training from a configuration to a checkpoint."""
 
 from __future__ import annotations
 
@@ -39,26 +39,26 @@ if TYPE_CHECKING:
     from hybrid.data.sources import SourceConfig
 
 RESULT = "train_result.json"
-DIVERGED = "diverged.json"  # why a run ended without a result
+DIVERGED = "diverged.json"  # the reason, if the loss diverged
 
 
 @dataclass(frozen=True)
 class RunResult:
-    """What a run leaves in `train_result.json`.
+    """The result of a run, saved as ``train_result.json``.
 
     Attributes:
         output_dir: the checkpoint's folder.
         steps: optimizer steps of the whole run.
-        losses: (step, mean training loss since the last entry) over the whole run, in nats a token.
-        eval_losses: (step, loss on eval_data), in nats a token.
+        losses: (step, mean training loss since the last entry) over the whole run, in nats per token.
+        eval_losses: (step, loss on eval_data), in nats per token.
         probes: name -> (step, accuracy over all its labels).
         seconds: wall time of this process's training.
-        tokens: tokens of this process's steps, all processes together.
-        tokens_per_second: while steps were taken; loading, saving and evaluating not counted.
-        flops_per_token: forward and backward, by each mixer's own count; None for foreign models.
-        mfu: share of the devices' peak, 0..1; None where the peak is not known.
-        parameters: of the model.
-        resumed_from: step this process started at, 0 for a new run.
+        tokens: tokens in this process's steps, over all ranks.
+        tokens_per_second: during steps; without loading, saving and evaluation.
+        flops_per_token: forward and backward, from each mixer's own count; None for other models.
+        mfu: model FLOPs utilisation, 0..1; None if the peak of the device is not known.
+        parameters: number of parameters of the model.
+        resumed_from: first step of this process, 0 for a new run.
     """
 
     output_dir: str
@@ -78,19 +78,20 @@ class RunResult:
 def run(
     config: TrainConfig, trainer_class: Callable[..., HybridTrainer] = HybridTrainer
 ) -> RunResult:
-    """Train; the same call again continues from the newest whole checkpoint in the output folder.
+    """Train a model. If the output folder has a complete checkpoint, continue from the newest one.
 
     Args:
-        config: of the run.
-        trainer_class: another trainer, or what makes one, for another objective on the same data.
+        config: configuration of the run.
+        trainer_class: another trainer class or factory, for another objective on the same data.
 
     Raises:
-        ConfigError: the configuration cannot be run here, or the output folder holds checkpoints of
-            another run (before anything is computed).
+        ConfigError: the configuration cannot run here, or the output folder has checkpoints of
+            another run (before training starts).
         CheckpointError: a checkpoint could not be written; earlier ones are kept.
-        OutOfMemory: model, optimizer and rows do not fit into memory.
-        FloatingPointError: the loss is not finite; `diverged.json` in the output folder says so, too.
-        Interrupted: SIGINT or SIGTERM ended the run after a step, of which there is a checkpoint.
+        OutOfMemory: the model, the optimizer and the batch do not fit in memory.
+        FloatingPointError: the loss is not finite; ``diverged.json`` in the output folder has the
+            reason.
+        Interrupted: SIGINT or SIGTERM ended the run after a step, with a checkpoint.
     """
     with ExitStack() as stack, memory_refusals(config):
         return _run(prepare_run(config, trainer_class, stack))
@@ -105,12 +106,12 @@ def _run(trainer: HybridTrainer) -> RunResult:
     seconds = time.perf_counter() - started
     plugin = trainer.accelerator.state.fsdp_plugin if trainer.is_fsdp_enabled else None
     if plugin is not None:
-        # Checkpoints may be sharded; what the run leaves is for anybody to load.
+        # Checkpoints may be sharded; the final model must load anywhere.
         plugin.set_state_dict_type("FULL_STATE_DICT")
     with writing(Path(str(args.output_dir))):
         trainer.save_model()
         if args.should_save:
-            for path in Path(str(args.output_dir)).iterdir():  # checkpoints are there already
+            for path in Path(str(args.output_dir)).iterdir():  # checkpoints are synced already
                 if path.is_file():
                     sync(path)
     resumed_from = 0 if checkpoint is None else step_of(checkpoint)
@@ -127,14 +128,14 @@ def prepare_run(
     trainer_class: Callable[..., HybridTrainer] = HybridTrainer,
     stack: ExitStack | None = None,
 ) -> HybridTrainer:
-    """Everything that comes before the first step.
+    """Build everything before the first step, and return the trainer.
 
     Args:
-        config, trainer_class: see `run`.
-        stack: takes the lock of the output folder; without it nothing is locked.
+        config, trainer_class: see ``run``.
+        stack: holds the lock of the output folder; if None, the folder is not locked.
 
     Raises:
-        ConfigError: the configuration cannot be run here.
+        ConfigError: the configuration cannot run here.
     """
     args = build.training_arguments(config)
     tokenizer = load_tokenizer(config.tokenizer)
@@ -186,7 +187,9 @@ def prepare_run(
             data_collator=RowCollator(),
             processing_class=tokenizer,
         )
-        trainer.get_optimizer_cls_and_kwargs(args, model)  # refuses one that is not installed
+        trainer.get_optimizer_cls_and_kwargs(
+            args, model
+        )  # raises if the optimizer is not installed
     build.check_engine(trainer.accelerator)
     spread(trainer.model, parts)
     return trainer
@@ -195,9 +198,9 @@ def prepare_run(
 def _identity(
     resolved: dict[str, Any], args: TrainingArguments, data_seed: int, rows_per_step: int
 ) -> dict[str, Any]:
-    """What must stay as it was for a checkpoint to be continued."""
+    """Return the values that must not change when a checkpoint is resumed."""
     keys = ("model", "tokenizer", "data", "sequence_length", "packing", "long_documents", "muon")
-    kinds = ("decay_embeddings", "decay_norms", "decay_gates")  # groups of the optimizer
+    kinds = ("decay_embeddings", "decay_norms", "decay_gates")  # parameter groups of the optimizer
     return {key: resolved[key] for key in (*keys, *kinds)} | {
         "training.optim": args.optim,
         "training.seed": args.seed,
@@ -207,7 +210,7 @@ def _identity(
 
 
 def _seen(configs: Sequence[SourceConfig], opened: Sequence[Rows]) -> dict[str, Any]:
-    """What shows that a source holds other data than it did, under the same name."""
+    """Return fingerprints of the sources, to detect changed data under the same name."""
     found: dict[str, Any] = {}
     for number, (config, source) in enumerate(zip(configs, opened, strict=True)):
         name = f"data[{number}] ({config.source})"
@@ -217,7 +220,7 @@ def _seen(configs: Sequence[SourceConfig], opened: Sequence[Rows]) -> dict[str, 
 
 
 def _find_checkpoint(trainer: HybridTrainer) -> Path | None:
-    """What to resume from; the first process looks, all go by what it found."""
+    """Return the checkpoint to resume from; the first process selects it for all."""
     args = trainer.args
     found: list[Any] = [None, None]
     if args.process_index == 0:
@@ -236,17 +239,17 @@ def _find_checkpoint(trainer: HybridTrainer) -> Path | None:
 
 @contextmanager
 def _stopped_by_signals(trainer: HybridTrainer) -> Iterator[None]:
-    """Training that SIGINT or SIGTERM ends after a step.
+    """Stop training after the current step on SIGINT or SIGTERM.
 
     Raises:
-        Interrupted: one did.
+        Interrupted: a signal was received.
     """
     stop = trainer.stop_signals
     try:
         with stop.watching():
             yield
     except RuntimeError as error:
-        # a signal to all processes ends the workers that load data, which torch reports here
+        # a signal to all processes also ends the data workers, which torch reports here
         if not stop.signal or "DataLoader worker" not in str(error):
             raise
         raise Interrupted("interrupted; start the same command again to go on") from error
@@ -260,7 +263,7 @@ def _stopped_by_signals(trainer: HybridTrainer) -> Iterator[None]:
 
 @contextmanager
 def _divergence_on_disk(args: TrainingArguments) -> Iterator[None]:
-    """For whoever started this process, or comes later."""
+    """Write the reason of a divergence to disk, for the process that started this one."""
     path = Path(str(args.output_dir)) / DIVERGED
     if args.should_save:
         path.unlink(missing_ok=True)

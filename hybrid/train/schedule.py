@@ -1,4 +1,4 @@
-"""The learning rate over a run: the multi-step schedule, and a check of those of transformers."""
+"""Learning rate schedules: the multi-step schedule, and checks of those of transformers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from hybrid.config.options import ConfigError
 
 
 class MultiStepConfig(Declared):
-    """Warm-up, then a rate that falls in steps (DeepSeek LLM, arXiv 2401.02954, section 2.3)."""
+    """Warm-up, then a piecewise constant rate (DeepSeek LLM, arXiv 2401.02954, section 2.3)."""
 
     at: list[Share] = Field([0.8, 0.9], description="where it falls, as shares of the steps")
     factors: list[NotNegative] = Field(
@@ -37,7 +37,10 @@ class MultiStepConfig(Declared):
         return self
 
     def schedule(self, optimizer: torch.optim.Optimizer, warmup: int, steps: int) -> LambdaLR:
-        """Linear from 0 over `warmup` steps; the shares are those of all `steps`."""
+        """Return the scheduler: linear from 0 over ``warmup`` steps.
+
+        ``at`` counts shares of all ``steps``.
+        """
         return LambdaLR(optimizer, partial(_factor, self, warmup, steps))
 
 
@@ -49,10 +52,10 @@ def _factor(config: MultiStepConfig, warmup: int, steps: int, step: int) -> floa
 
 
 def check_schedule(args: TrainingArguments) -> None:
-    """Refuse options that the schedule of a name does not take, or lacks.
+    """Refuse options that the selected schedule does not accept, and missing ones.
 
     Raises:
-        ConfigError: with transformers' own words.
+        ConfigError: with transformers' own message.
     """
     optimizer = torch.optim.SGD([torch.zeros(1)])
     options: Any = args.lr_scheduler_kwargs or {}  # a mapping by now

@@ -1,4 +1,4 @@
-"""Rows spread over several processes: what it takes of a run (`hybrid.modeling.context_parallel`)."""
+"""Training requirements of context parallelism (``hybrid.modeling.context_parallel``)."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ if TYPE_CHECKING:
 
     from hybrid.train.config import TrainConfig
 
-# Attention that takes a mask of its own for documents that begin on other processes.
+# Attention implementations with an explicit mask for documents that start on other processes.
 MASKED = ("sdpa", "eager", "flex_attention")
 
 R = TypeVar("R", bound=Mixture | FilledRows)
 
 
 def check_slices(config: TrainConfig, args: TrainingArguments, made: PreTrainedConfig) -> None:
-    """Refuse what cannot be spread over `context_parallel` processes.
+    """Refuse configurations that cannot be split over ``context_parallel`` processes.
 
     Raises:
         ConfigError: with one line for each reason.
@@ -80,18 +80,18 @@ def _unable(made: HybridConfig) -> list[str]:
 
 
 def sliced(rows: R, parts: int, batch: int) -> R | SlicedRows:
-    """Rows as the processes of a group take them; as they are for groups of one."""
+    """Return rows in the order of the groups' processes; unchanged for groups of one."""
     return rows if parts == 1 else SlicedRows(rows, parts, batch)
 
 
 def held_out(rows: Mixture, parts: int, batch: int, processes: int) -> Dataset:
-    """Rows to evaluate on, filled up so that every process has as many batches."""
+    """Return evaluation rows, padded so that every process has the same number of batches."""
     groups = processes // parts
     return sliced(rows if processes == 1 else FilledRows(rows, groups * batch), parts, batch)
 
 
 def spread(model: nn.Module | None, parts: int) -> None:
-    """Let every `parts` processes that follow each other share their rows."""
+    """Let every group of ``parts`` consecutive processes share its rows."""
     if parts == 1:
         return
     assert model is not None

@@ -1,4 +1,4 @@
-"""The output folder as the processes of a run see it."""
+"""Checks of the output folder over all processes of a run."""
 
 from __future__ import annotations
 
@@ -20,9 +20,10 @@ if TYPE_CHECKING:
 
 
 def check_storage(args: TrainingArguments) -> None:
-    """Refuse folders in which several processes would not find each other's checkpoints.
+    """Refuse an output folder that is not shared by all processes.
 
-    A run that writes none, and has none to go on from, may have a folder on each machine.
+    A run without checkpoints, and without one to resume from, can have a separate folder on each
+    machine.
 
     Raises:
         ConfigError: a process does not see what the first one writes.
@@ -43,10 +44,10 @@ def check_storage(args: TrainingArguments) -> None:
 
 @contextmanager
 def sole_run(args: TrainingArguments) -> Iterator[None]:
-    """Keep other runs out of the output folder; the first process does, for all of this run.
+    """Lock the output folder against other runs; the first process holds the lock for the whole run.
 
     Raises:
-        ConfigError: another run is in there.
+        ConfigError: another run uses the folder.
     """
     with ExitStack() as stack:
         problem: list[Any] = [None]
@@ -62,7 +63,7 @@ def sole_run(args: TrainingArguments) -> Iterator[None]:
 
 
 def _sees_mark(args: TrainingArguments) -> tuple[str, bool]:
-    """The folder of the first process, and whether what that puts there is in this one's, too."""
+    """Return the folder of the first process, and whether this process sees a file written there."""
     folder, first = Path(str(args.output_dir)), args.process_index == 0
     needed = args.save_strategy != "no" or bool(numbered(folder))
     given: list[Any] = [str(folder), needed, f".shared-{uuid4().hex}"]

@@ -1,4 +1,4 @@
-"""How much of the hardware a run uses: FLOPs by each mixer's own count, against the device's peak."""
+"""Hardware utilisation of a run: FLOPs from each mixer's own count, relative to the device's peak."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from hybrid.plan import plan
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, TrainingArguments
 
-# Dense bfloat16 FLOPs a second of one device, from the makers' data sheets; the first name that the
-# device's own name contains counts.
+# Dense bfloat16 FLOPs per second of one device, from the makers' data sheets. The first name that the
+# device's own name contains is used.
 PEAK_BF16 = {
     "H100 PCIe": 756e12,
     "H100": 989e12,
@@ -29,10 +29,10 @@ PEAK_BF16 = {
 
 
 def training_flops_per_token(config: PreTrainedConfig, length: int) -> float | None:
-    """FLOPs that a token of a row of `length` tokens costs, forward and backward.
+    """Return the FLOPs per token, forward and backward, in rows of ``length`` tokens.
 
-    Counted as if the row were one document, by what each mixer does (see `hybrid.plan`), not as if
-    every layer were softmax. None for a model that is not ours.
+    The row counts as one document. Each mixer counts its own operations (see ``hybrid.plan``); not
+    every layer counts as softmax. None for a model of another package.
     """
     if not isinstance(config, HybridConfig):
         return None
@@ -40,7 +40,7 @@ def training_flops_per_token(config: PreTrainedConfig, length: int) -> float | N
 
 
 def peak_flops(args: TrainingArguments) -> float | None:
-    """FLOPs a second of all devices of a run together; None where no data sheet says."""
+    """Return the peak FLOPs per second of all devices of a run; None if no data sheet is known."""
     if args.device.type != "cuda" or not (args.bf16 or args.fp16):
         return None
     name = torch.cuda.get_device_name(args.device)

@@ -1,4 +1,4 @@
-"""Checkpoints by time: a run that is killed loses minutes, however long its steps take."""
+"""Checkpoints by time: a killed run loses minutes, independent of the time of its steps."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from hybrid.train.interrupt import Agreement
 
-MINUTES = 10.0  # between checkpoints, where a config does not say
-KEPT = 2  # newest checkpoints, where a config does not say
+MINUTES = 10.0  # default minutes between checkpoints
+KEPT = 2  # default number of newest checkpoints to keep
 
 
 def minutes_between_saves(minutes: float | None, training: Mapping[str, Any]) -> float:
-    """Minutes between checkpoints; 0 for none by time.
+    """Return the minutes between checkpoints; 0 means never by time.
 
     Args:
-        minutes: ``save_minutes`` of the config. None: ``MINUTES``, unless ``training`` says when to
-            save.
+        minutes: ``save_minutes`` of the config. None: ``MINUTES``, unless ``training`` selects when
+            to save.
         training: keys of ``transformers.TrainingArguments`` that the config sets.
     """
     if training.get("save_strategy") == "no":
@@ -30,10 +30,10 @@ def minutes_between_saves(minutes: float | None, training: Mapping[str, Any]) ->
 
 
 class TimedSaves(TrainerCallback):
-    """Asks for a checkpoint after the first step that ends a number of minutes after the last one.
+    """Request a checkpoint after the first step that ends some minutes after the last checkpoint.
 
     Args:
-        minutes: since the last checkpoint, or since the start; 0 for no checkpoints by time.
+        minutes: since the last checkpoint, or since the start; 0 means never by time.
     """
 
     def __init__(self, minutes: float) -> None:
@@ -50,17 +50,17 @@ class TimedSaves(TrainerCallback):
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Start the clock again, whoever asked for the checkpoint."""
+        """Restart the clock after any checkpoint."""
         self._start()
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Ask for a checkpoint when it is time on any process."""
+        """Request a checkpoint when the time has passed on any process."""
         due = bool(self.seconds) and time.monotonic() - self._since >= self.seconds
         if self.seconds and self._agreement.of(int(due), args):
             control.should_save = True
 
     def _start(self) -> None:
         self._since = time.monotonic()
-        self._agreement = Agreement()  # what was agreed on has been done
+        self._agreement = Agreement()  # the request has been handled

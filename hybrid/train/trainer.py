@@ -1,4 +1,4 @@
-"""transformers' `Trainer` with rows by index, trusted checkpoints and our parameter groups."""
+"""transformers' ``Trainer`` with rows by index, verified checkpoints and our parameter groups."""
 
 from __future__ import annotations
 
@@ -41,19 +41,19 @@ CONFIG_NAME = "train_config.yaml"
 
 
 class HybridTrainer(Trainer):
-    """`Trainer` for data whose row i is a function of i.
+    """``Trainer`` for data whose row i is a function of i.
 
     Args:
-        tokens_per_step: tokens that one optimizer step sees, all processes together.
-        flops_per_token: forward and backward, for `mfu`; None where it is not known.
-        muon: options of Muon, or None for the optimizer that `args.optim` names.
-        decay: what has weight decay beside matrices.
-        multi_step: that schedule, or None for the one that `args.lr_scheduler_type` names.
-        resolved: the configuration, saved beside every checkpoint.
-        run: what the manifest of a checkpoint records of the run.
-        probes: asked while the run trains.
-        save_minutes: between checkpoints; 0 for none by time.
-        kwargs: of `Trainer`.
+        tokens_per_step: tokens per optimizer step, over all processes.
+        flops_per_token: forward and backward, for ``mfu``; None if not known.
+        muon: options of Muon, or None for the optimizer of ``args.optim``.
+        decay: parameters with weight decay in addition to matrices.
+        multi_step: the multi-step schedule, or None for the one of ``args.lr_scheduler_type``.
+        resolved: the configuration, saved with every checkpoint.
+        run: values that the manifest of a checkpoint records.
+        probes: probes to run during training.
+        save_minutes: minutes between checkpoints; 0 means never by time.
+        kwargs: arguments of ``Trainer``.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class HybridTrainer(Trainer):
         shard_ties_with_the_stack(self)
         self.label_smoothing = 0.0
         if isinstance(self.model, HybridForCausalLM):
-            # `Trainer` would smooth its logits, and leave out the losses that the config adds
+            # `Trainer` would smooth the logits itself and ignore the additional losses of the config
             self.label_smoothing, self.label_smoother = self.args.label_smoothing_factor, None
         self.tokens_per_step = tokens_per_step
         self.flops_per_token = flops_per_token
@@ -85,33 +85,33 @@ class HybridTrainer(Trainer):
         self.resolved = dict(resolved)
         self.run = dict(run)
         self.probes = list(probes)
-        self.step_seconds = 0.0  # of steps taken, without saving and evaluating
+        self.step_seconds = 0.0  # time of steps, without saving and evaluation
         self._clock: tuple[float, int] | None = None
-        self._held = (0.0, 0)  # summed loss and labels of the evaluation
+        self._held = (0.0, 0)  # sum of losses and number of labels of the evaluation
         for callback in (ProgressCallback, PrinterCallback):
             self.remove_callback(callback)
         self.expert_load = ExpertLoad()
         self.add_callback(self.expert_load)
-        # Before the watch, which logs where a checkpoint is asked for.
+        # Before the watch, which logs where a checkpoint is requested.
         self.stop_signals = StopSignals()
         self.add_callback(self.stop_signals)
         self.add_callback(TimedSaves(save_minutes))
         self.add_callback(Probes(self, self.probes, self.clock_stopped))
-        # The watch first: the bar shows what is logged.
+        # The watch first: the bar shows the logged values.
         self.add_callback(LossWatch())
         self.add_callback(Progress())
 
     def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler:
-        """Rows in their own order, which the mixture has drawn; `Trainer` skips by index."""
+        """Return rows in the order of the mixture; ``Trainer`` skips by index."""
         rows: Any = self.train_dataset if train_dataset is None else train_dataset
         return SequentialSampler(rows)
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
-        """See `hybrid.train.optim`."""
+        """See ``hybrid.train.optim``."""
         return decaying(model, self.decay)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Muon for matrices where the config asks for it, `Trainer`'s choice for all else."""
+        """Create Muon for matrices if the config selects it; otherwise ``Trainer``'s optimizer."""
         whole: Any = self.model if model is None else model
         if self.optimizer is not None or (self.muon is None and not growths(whole)):
             return super().create_optimizer(model)
@@ -143,7 +143,7 @@ class HybridTrainer(Trainer):
     def create_scheduler(
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
     ) -> torch.optim.lr_scheduler.LRScheduler:
-        """The multi-step schedule where the config asks for it, else `Trainer`'s by name."""
+        """Create the multi-step schedule if the config selects it; otherwise ``Trainer``'s by name."""
         if self.multi_step is not None and self.lr_scheduler is None:
             self.lr_scheduler = self.multi_step.schedule(
                 self.optimizer if optimizer is None else optimizer,
@@ -156,9 +156,10 @@ class HybridTrainer(Trainer):
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> Any:
-        """As `Trainer`, without a cache: transformers' models mind document boundaries only then.
+        """As ``Trainer``, without a cache: transformers' models respect document boundaries only
+        without one.
 
-        Labels are smoothed in training alone, by the model where it is a hybrid one.
+        Label smoothing applies in training only. A hybrid model applies it itself.
         """
         inputs = {**inputs, "use_cache": False}
         if self.label_smoothing and model.training:
@@ -171,30 +172,30 @@ class HybridTrainer(Trainer):
             self.label_smoother = smoother
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """As `Trainer`; the clock starts with the first step."""
+        """As ``Trainer``; the clock starts with the first step."""
         self._clock, self.step_seconds = None, 0.0
         return super().train(*args, **kwargs)
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """As `Trainer`; starts the clock."""
+        """As ``Trainer``; starts the clock."""
         if self._clock is None:
             self._clock = time.perf_counter(), self.state.global_step
         return super().training_step(*args, **kwargs)
 
     @contextmanager
     def clock_stopped(self) -> Iterator[None]:
-        """What happens here is not time that training takes."""
+        """Exclude this context from the training time."""
         clock, before = self._clock, time.perf_counter()
         yield
         if clock is not None:
             self._clock = clock[0] + time.perf_counter() - before, clock[1]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds `tokens_per_second` and `mfu` since the last log, without saving and evaluating.
+        """Add ``tokens_per_second`` and ``mfu`` since the last log, without saving and evaluation.
 
-        And for experts what `ExpertLoad` has of their load.
+        For models with experts, also add the summary of ``ExpertLoad``.
         """
-        if "train_runtime" in logs:  # at the end; the last steps may not have been logged
+        if "train_runtime" in logs:  # at the end; the last steps may not be logged yet
             self._lap()
         if "loss" in logs and (speed := self._lap()) is not None:
             logs["tokens_per_second"] = speed
@@ -205,14 +206,17 @@ class HybridTrainer(Trainer):
             callbacks = self.callback_handler.callbacks
             boards = [c.tb_writer for c in callbacks if getattr(c, "tb_writer", None) is not None]
             self.expert_load.write(self.args, self.state, boards)
-        # transformers 5.17 divides these, which it logs at the end, by the steps of the whole run, of
-        # which a resumed process took the last ones only.
+        # transformers 5.17 logs these at the end. It divides them by the steps of the whole run, of
+        # which a resumed process ran only the last ones.
         for key in ("train_loss", "train_samples_per_second", "train_steps_per_second"):
             logs.pop(key, None)
         super().log(logs, start_time)
 
     def _lap(self) -> float | None:
-        """Add the time since the last lap to that of steps; tokens a second, None without a step."""
+        """Add the time since the last lap to ``step_seconds``.
+
+        Return tokens per second, or None without a step.
+        """
         if self._clock is None or (steps := self.state.global_step - self._clock[1]) == 0:
             return None
         now = time.perf_counter()
@@ -222,7 +226,7 @@ class HybridTrainer(Trainer):
         return steps * self.tokens_per_step / seconds
 
     def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> Any:
-        """As `Trainer`, with every row: `dataloader_drop_last` is for training."""
+        """As ``Trainer``, with every row: ``dataloader_drop_last`` applies to training only."""
         drop, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
         try:
             return super().get_eval_dataloader(*args, **kwargs)
@@ -230,14 +234,14 @@ class HybridTrainer(Trainer):
             self.args.dataloader_drop_last = drop
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """As `Trainer`, while the clock stands."""
+        """As ``Trainer``, with the clock stopped."""
         with self.clock_stopped():
             return super().evaluate(*args, **kwargs)
 
     def evaluation_loop(
         self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any
     ) -> EvalLoopOutput:
-        """As `Trainer`; the loss is the mean over all labels, in whatever batches they come."""
+        """As ``Trainer``; the loss is the mean over all labels, independent of the batches."""
         self._held = (0.0, 0)
         found = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         loss, labels = (sum(part) for part in zip(*gather_object([self._held]), strict=True))
@@ -250,19 +254,19 @@ class HybridTrainer(Trainer):
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-        """As `Trainer`; adds up the loss of every label."""
+        """As ``Trainer``; sums the loss over labels."""
         found = super().prediction_step(model, inputs, *args, **kwargs)
         count = self._get_num_items_in_batch([inputs], self.args.device)
         if count is None:  # a model whose loss is the mean of its own batch
             count = (inputs["labels"][..., 1:] != IGNORE).sum()
-        # one process that drives several devices has it once for each
+        # one process with several devices has the count once per device
         if found[0] is not None and (labels := int(torch.as_tensor(count).max())):
             loss, before = found[0].item() * labels, self._held
             self._held = before[0] + loss, before[1] + labels
         return found
 
     def utilisation(self, tokens_per_second: float) -> float | None:
-        """Model FLOPs utilisation (MFU), 0..1; None where the device's peak is not known."""
+        """Return the model FLOPs utilisation (MFU), 0..1; None if the device's peak is not known."""
         if self.flops_per_token is None or self.peak_flops is None:
             return None
         return self.flops_per_token * tokens_per_second / self.peak_flops
@@ -293,20 +297,20 @@ class HybridTrainer(Trainer):
         self.lr_scheduler.load_state_dict(state)
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
-        """As `Trainer`; a tied weight is not missing, it is stored under its other name."""
+        """As ``Trainer``; a tied weight is not missing, because it is stored under its other name."""
         tied = getattr(self.model, "all_tied_weights_keys", None) or {}
         missing = [key for key in load_result.missing_keys if key not in tied]
         super()._issue_warnings_after_load(load_result._replace(missing_keys=missing))
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Save, mark as whole, and only then let older checkpoints go."""
+        """Save, write the manifest, and only then remove older checkpoints."""
         folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
         with self.clock_stopped(), writing(folder):
             self._save_whole(folder, model, trial)
 
     def _save_whole(self, folder: Path, model: nn.Module, trial: Any) -> None:
         if self.args.should_save and folder.exists():
-            # What a killed run left half-written must not mix with what we write.
+            # Incomplete files of a killed run must not mix with new ones.
             shutil.rmtree(folder)
         self.accelerator.wait_for_everyone()
         limit, self.args.save_total_limit = self.args.save_total_limit, None

@@ -1,4 +1,4 @@
-"""YAML as people write it: `1e-3` is a number, a key given twice is a mistake."""
+"""YAML loading in which ``1e-3`` is a number and duplicate keys are refused."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from hybrid.config.options import ConfigError
 
-DEEPEST = 50  # mappings and lists within each other
+DEEPEST = 50  # nesting depth of mappings and lists
 _PATH = re.compile(r"[^.\[\]]+(\.[^.\[\]]+|\[\d+\])*")
 
 
@@ -37,7 +37,7 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-# PyYAML follows YAML 1.1, for which 1e-3 (no point) is a string.
+# PyYAML follows YAML 1.1, in which 1e-3 (without a point) is a string.
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(r"^[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+$"),
@@ -46,10 +46,10 @@ _Loader.add_implicit_resolver(
 
 
 def parse(text: str, where: str) -> Any:
-    """YAML text -> plain values.
+    """Parse YAML text into plain values.
 
     Raises:
-        ConfigError: it is no YAML; `where` says where it stands.
+        ConfigError: the text is not valid YAML; ``where`` names its origin.
     """
     try:
         values = yaml.load(text, Loader=_Loader)
@@ -60,13 +60,13 @@ def parse(text: str, where: str) -> Any:
     except ValueError as error:  # of a date, or of a number with too many digits
         raise ConfigError([f"not valid YAML: {error}"], where) from error
     except yaml.YAMLError as error:
-        # PyYAML's words for text that is in no file; `where` names what it is in
+        # PyYAML's name for text without a file; `where` names the origin
         reason = " ".join(str(error).replace('in "<unicode string>", ', "at ").split())
         raise ConfigError([f"not valid YAML: {reason}"], where) from error
 
 
 def _refuse_circles(values: Any, outer: tuple[int, ...]) -> None:
-    """Refuse what deepens without an end: an alias to something that the alias is in."""
+    """Refuse recursive values: an alias to a value that contains the alias."""
     if id(values) in outer or len(outer) > DEEPEST:
         raise RecursionError
     inner = values.values() if isinstance(values, dict) else values
@@ -75,10 +75,10 @@ def _refuse_circles(values: Any, outer: tuple[int, ...]) -> None:
 
 
 def read(path: str | Path) -> dict[str, Any]:
-    """A YAML file that holds a mapping.
+    """Read a YAML file that holds a mapping.
 
     Raises:
-        ConfigError: there is no such file, or it holds something else.
+        ConfigError: the file does not exist, or does not hold a mapping.
     """
     path = Path(path)
     if not path.is_file():
@@ -96,12 +96,13 @@ def read(path: str | Path) -> dict[str, Any]:
 
 
 def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """A copy of nested mappings and lists with overrides `a.b[0].c=VALUE`, OmegaConf's dot list.
+    """Return a copy of nested mappings and lists with overrides ``a.b[0].c=VALUE``, OmegaConf's dot
+    list.
 
-    A value is YAML and takes the place of what is there. `${...}` is not resolved.
+    A value is YAML and replaces the existing one. ``${...}`` is not resolved.
 
     Raises:
-        ConfigError: an override has no `=`, a path leads nowhere, or a key is given twice.
+        ConfigError: an override has no ``=``, a path does not exist, or a key is given twice.
     """
     mistakes = []
     seen: set[str] = set()
@@ -123,10 +124,10 @@ def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> dict[st
 
 
 def with_key(values: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
-    """A copy of nested mappings and lists with `a.b[0].c` set; missing mappings are made.
+    """Return a copy of nested mappings and lists with ``a.b[0].c`` set; create missing mappings.
 
     Raises:
-        LookupError: the path leads nowhere; its argument says why.
+        LookupError: the path does not exist; the argument has the reason.
     """
     if not _PATH.fullmatch(path):
         raise LookupError(
@@ -154,10 +155,10 @@ def _is_place(step: str, length: int) -> bool:
 
 
 def find_config(name: str) -> Path:
-    """A file of `configs/`: below the working directory, in the source tree, or in the wheel.
+    """Find a file of ``configs/``: in the working directory, in the source tree, or in the wheel.
 
     Raises:
-        ConfigError: it is in none of them.
+        ConfigError: no folder has it.
     """
     package = Path(__file__).parents[1]
     folders = [Path("configs"), package.parent / "configs", package / "configs"]
