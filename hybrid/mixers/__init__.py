@@ -14,6 +14,7 @@ mixers.declare(
         "delta_net": ("P", "DeltaNet"),
         "dfw": ("F", "DecayingFastWeights"),
         "gated_delta_net": ("D", "GatedDeltaNet"),
+        "gated_delta_product": ("d", "GatedDeltaProduct"),
         "gated_linear_attention": ("G", "GatedLinearAttention"),
         "retention": ("T", "Retention"),
         "gated_retention": ("Y", "GatedRetention"),

@@ -3,6 +3,7 @@ from . import chunked_attention as chunked_attention
 from . import delta_net as delta_net
 from . import dfw as dfw
 from . import gated_delta_net as gated_delta_net
+from . import gated_delta_product as gated_delta_product
 from . import gated_linear_attention as gated_linear_attention
 from . import gated_retention as gated_retention
 from . import gated_short_convolution as gated_short_convolution

@@ -274,6 +274,7 @@ class LinearMixer(StateMixer):
         key_heads: int | None = None,
         conv_bias: bool = False,
         conv_activation: str | None = None,
+        writes: int = 1,
     ) -> None:
         """Create the projections of q, k (H_k x K) and v (H x V), the convolution, and the output.
 
@@ -286,20 +287,21 @@ class LinearMixer(StateMixer):
             key_heads: H_k, heads of q and k, each shared by H / H_k heads of v; default H.
             conv_bias: add a bias to the convolution.
             conv_activation: ``silu`` or None, after the convolution.
+            writes: keys and values per token. Those of one write follow those of the write before: k has
+                writes x H_k x K channels, v writes x H x V. Subclasses use them in ``mix``.
         """
         d_model = self.sizes.hidden_size
         self.num_heads, self.key_dim, self.value_dim = num_heads, key_dim, value_dim
         self.key_heads = num_heads if key_heads is None else key_heads
         inner_key, inner = self.key_heads * key_dim, num_heads * value_dim
         self.q_proj = nn.Linear(d_model, inner_key, bias=bias)
-        self.k_proj = nn.Linear(d_model, inner_key, bias=bias)
-        self.v_proj = nn.Linear(d_model, inner, bias=bias)
+        self.k_proj = nn.Linear(d_model, writes * inner_key, bias=bias)
+        self.v_proj = nn.Linear(d_model, writes * inner, bias=bias)
         self.o_proj = residual_projection(inner, d_model, bias=bias)
         self.conv = None
         if conv_size:
-            self.conv = ShortConvolution(
-                2 * inner_key + inner, conv_size, conv_bias, conv_activation
-            )
+            channels = inner_key + writes * (inner_key + inner)
+            self.conv = ShortConvolution(channels, conv_size, conv_bias, conv_activation)
 
     def mix(
         self, x: torch.Tensor, cu_seqlens: torch.Tensor | None, cache: Slot | None
@@ -349,12 +351,15 @@ class LinearMixer(StateMixer):
     def project(
         self, x: torch.Tensor, cu_seqlens: torch.Tensor | None, cache: Slot | None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Project x (B, T, D) to q, k (B, T, H_k, K), v (B, T, H, V); convolve; apply ``features``."""
+        """Project x (B, T, D) to q, k (B, T, H_k, K), v (B, T, H, V); convolve; apply ``features``.
+
+        With several writes per token, k and v have ``writes`` times as many heads.
+        """
         q, k, v = self.read_in(x)
         if self.conv is not None:
             q, k, v = self.conv.split([q, k, v], cu_seqlens, cache)
-        q, k = (y.unflatten(-1, (self.key_heads, -1)) for y in (q, k))
-        return self.features(q, k, v.unflatten(-1, (self.num_heads, -1)))
+        q, k = (y.unflatten(-1, (-1, self.key_dim)) for y in (q, k))
+        return self.features(q, k, v.unflatten(-1, (-1, self.value_dim)))
 
     def read_in(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Project x (B, T, D) to the convolution's input: q, k (B, T, H_k * K), v (B, T, H * V)."""

@@ -13,7 +13,16 @@ from hybrid.config.declare import Positive, Size, Size2
 from hybrid.config.registry import register_mixer
 from hybrid.config.sizes import Sizes
 from hybrid.mixers.base import LinearMixer
-from hybrid.mixers.parts import GatedRMSNorm, HeadOptions, divides, l2_normalize, wide
+from hybrid.mixers.parts import (
+    GatedRMSNorm,
+    HeadOptions,
+    divides,
+    init_log_uniform,
+    init_time_step,
+    l2_normalize,
+    softplus_log_decay,
+    wide,
+)
 
 
 @dataclass(frozen=True)
@@ -64,11 +73,14 @@ class DeltaRuleMixer(LinearMixer):
     A short convolution and SiLU apply to q, k, v; q and k are L2-normalised. beta is sigmoid(x W_beta),
     or twice that with ``negative_eigenvalues``. The output is RMSNorm(o) per head, then gated.
     Subclasses define G_t in ``gates``.
+    With several writes per token, ``gates`` returns a beta for each, and subclasses override ``mix``.
     """
 
     gate_activation = "silu"
 
-    def __init__(self, options: DeltaRuleOptions, sizes: Sizes, layer_idx: int) -> None:
+    def __init__(
+        self, options: DeltaRuleOptions, sizes: Sizes, layer_idx: int, writes: int = 1
+    ) -> None:
         super().__init__(options, sizes, layer_idx)
         heads, key_dim, value_dim = options.sizes
         self.scale = key_dim**-0.5
@@ -79,8 +91,9 @@ class DeltaRuleMixer(LinearMixer):
             options.conv_size,
             key_heads=options.num_key_heads,
             conv_activation="silu",
+            writes=writes,
         )
-        self.beta_proj = nn.Linear(sizes.hidden_size, heads, bias=False)
+        self.beta_proj = nn.Linear(sizes.hidden_size, writes * heads, bias=False)
         self.gate_proj = self.build_gate() if options.output_gate else None
         eps = sizes.norm_eps if options.output_norm_eps is None else options.output_norm_eps
         self.norm = GatedRMSNorm(value_dim, eps, self.gate_activation)
@@ -107,7 +120,7 @@ class DeltaRuleMixer(LinearMixer):
         return l2_normalize(q), l2_normalize(k), v
 
     def gates(self, x: torch.Tensor) -> dict[str, Any]:
-        """Return beta (B, T, H)."""
+        """Return beta (B, T, writes * H)."""
         beta = torch.sigmoid(wide(self.beta_proj(x)))
         return {"beta": 2 * beta if self.options.negative_eigenvalues else beta}
 
@@ -118,6 +131,33 @@ class DeltaRuleMixer(LinearMixer):
     def mixing_flops(self, context: int) -> float:
         """Count decay, recall, write and read of a K x V state per head: 7 FLOPs per element."""
         return 7.0 * self.num_heads * self.key_dim * self.value_dim
+
+
+class ScalarDecayDeltaRule(DeltaRuleMixer):
+    """Base class of delta rule mixers with one data-dependent decay per head, as in Mamba-2.
+
+    G_t = exp(-exp(A_log) softplus(x W_a + dt_bias)) (arXiv 2412.06464, section 3.4).
+    """
+
+    def build_decay(self) -> None:
+        """Create the projection and the parameters of the decay."""
+        self.decay_proj = nn.Linear(self.sizes.hidden_size, self.num_heads, bias=False)
+        self.A_log = nn.Parameter(torch.empty(self.num_heads))
+        self.dt_bias = nn.Parameter(torch.empty(self.num_heads))
+
+    def init_parameters(self, std: float) -> None:
+        """Draw exp(A_log) uniformly from (0, 16] and time steps as in Mamba-2."""
+        if "A_log" in self._parameters:
+            init_log_uniform(self.A_log, 0.01, 16.0)  # away from 0, whose log is -inf
+            init_time_step(self.dt_bias)
+
+    def gates(self, x: torch.Tensor) -> dict[str, Any]:
+        """Return beta (B, T, writes * H) and, after ``build_decay``, log G_t (B, T, H)."""
+        gates = super().gates(x)
+        if "A_log" in self._parameters:
+            decay = softplus_log_decay(self.decay_proj(x), self.dt_bias, self.A_log)
+            gates["log_decay"] = decay
+        return gates
 
 
 @dataclass(frozen=True)

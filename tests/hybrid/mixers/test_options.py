@@ -35,6 +35,7 @@ MISTAKES = [
         {"num_heads": 5},
         "num_heads: .* divisor of hidden_size 64, got 5; try 4 or 8",
     ),
+    ("gated_delta_product", {"num_householder": 0}, "num_householder: expected at least 1, got 0"),
     ("kimi_delta_attention", {"lower_bound": 1.0}, "lower_bound: expected below 0, got 1.0"),
     ("kimi_delta_attention", {"gate_rank": -1}, "gate_rank: expected at least 0, got -1"),
     ("gated_linear_attention", {"tau": 0.0}, "tau: expected above 0, got 0.0"),
@@ -121,14 +122,16 @@ def test_head_sizes_follow_from_those_given(options, expected):
     assert options.sizes == expected
 
 
-@pytest.mark.parametrize("name", ["mamba2", "gated_delta_net", "kimi_delta_attention"])
+@pytest.mark.parametrize(
+    "name", ["mamba2", "gated_delta_net", "gated_delta_product", "kimi_delta_attention"]
+)
 def test_time_steps_and_rates_start_as_published(name):
     mixer = built(name, hidden_size=2048)
     dt = F.softplus(mixer.dt_bias)
     assert dt.min() >= 1e-3 * (1 - 1e-4)
     assert dt.max() <= 0.1 * (1 + 1e-4)
     low, high = mixer.A_log.exp().aminmax()
-    assert low >= (0.01 if name == "gated_delta_net" else 1.0) * (1 - 1e-5)
+    assert low >= (0.01 if name.startswith("gated_delta") else 1.0) * (1 - 1e-5)
     assert high <= 16.0 * (1 + 1e-5)
 
 

@@ -1,0 +1,74 @@
+"""The core of each mixer against a record of flash-linear-attention's plain functions (float32).
+
+`fla_naive/record.py` makes the record. Projections, gates and output are replaced by the recorded
+inputs, so that what is compared is what a mixer does between them.
+"""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import hybrid
+from hybrid.modeling.backends import use_backends_of
+
+RECORD = json.loads((Path(__file__).parent / "fla_naive" / "record.json").read_text())
+CLOSE = {"rtol": 1e-5, "atol": 1e-6}
+
+
+def recorded(name):
+    """Inputs by name, tensors in float64, and the output."""
+    inputs = {
+        key: torch.tensor(value, dtype=torch.float64) if isinstance(value, list) else value
+        for key, value in RECORD[name]["inputs"].items()
+    }
+    return inputs, torch.tensor(RECORD[name]["output"], dtype=torch.float64)
+
+
+def bare(name, monkeypatch, **options):
+    """A mixer whose output is that of its recurrence, (B, T, H * V)."""
+    config = hybrid.HybridConfig(layout="Q", hidden_size=8, mixers={"Q": {"type": name, **options}})
+    mixer = config.stack[0].mixers[0].build(0).double()
+    use_backends_of(config, mixer)
+    mixer.o_proj = torch.nn.Identity()
+    monkeypatch.setattr(mixer, "read", lambda o, x: o.flatten(-2))
+    return mixer
+
+
+@pytest.mark.parametrize("decode", [False, True])
+def test_gated_delta_product(monkeypatch, decode):
+    given, expected = recorded("gated_delta_product")
+    mixer = bare(
+        "gated_delta_product", monkeypatch, num_heads=2, head_dim=3, value_head_dim=4, num_householder=2
+    )  # fmt: skip
+    batch, time = expected.shape[:2]
+    k, v = (given[name].reshape(batch, time, 4, -1) for name in ("k", "v"))
+    beta = given["beta"].reshape(batch, time, 4)
+    assert given["scale"] == pytest.approx(mixer.scale)
+    found = run_core(
+        mixer, monkeypatch, (given["q"], k, v), {"beta": beta, "log_decay": given["g"]}, decode
+    )
+    torch.testing.assert_close(found, expected.flatten(-2), **CLOSE)
+
+
+class States(dict):
+    """A slot that holds states only."""
+
+    def state(self, name):
+        return self.get(name)
+
+    set_state = dict.__setitem__
+
+
+@torch.no_grad()
+def run_core(mixer, monkeypatch, qkv, gates, decode):
+    """The mixer's output on these q, k, v and gates, in one pass or token by token."""
+    time = qkv[0].shape[1]
+    slot, found = (States(), []) if decode else (None, [])
+    for at in [slice(t, t + 1) for t in range(time)] if decode else [slice(time)]:
+        now = {name: gate[:, at] for name, gate in gates.items()}
+        monkeypatch.setattr(mixer, "project", lambda *_, at=at: tuple(y[:, at] for y in qkv))
+        monkeypatch.setattr(mixer, "gates", lambda x, now=now: dict(now))
+        found.append(mixer.mix(torch.zeros(len(qkv[0]), at.stop - (at.start or 0), 8), None, slot))
+    return torch.cat(found, dim=1)
