@@ -17,7 +17,7 @@ from torch import nn
 from hybrid.config.hybrid_config import HybridConfig
 from hybrid.config.options import ConfigError, did_you_mean
 from hybrid.ffn import FeedForward
-from hybrid.ffn.moe import MoEOptions
+from hybrid.ffn.moe_options import MoEOptions
 from hybrid.files import read_json
 from hybrid.mixers import Mixer, ShortConvolution
 from hybrid.modeling.canon import Canon
@@ -207,7 +207,7 @@ def load_model_config(
     Raises:
         ValueError: no such file, or a config with mistakes; each is named.
     """
-    from hybrid.train import yaml
+    from hybrid.config import yaml
 
     if Path(path).is_dir() or path.endswith(".json"):
         file = Path(path) / "config.json" if Path(path).is_dir() else Path(path)

@@ -19,10 +19,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from hybrid.config.yaml import find_config
 from hybrid.imports import import_arguments
 from hybrid.terminal import console, text_column
 from hybrid.train.launch import shown, training_command
-from hybrid.train.yaml import find_config
 
 
 @dataclass(frozen=True)

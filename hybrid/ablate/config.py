@@ -13,9 +13,9 @@ from hybrid.ablate.expect import Prediction, parse_prediction
 from hybrid.ablate.grid import axes_of
 from hybrid.ablate.grid import problems as grid_problems
 from hybrid.ablate.metrics import parse_metric
+from hybrid.config import yaml
 from hybrid.config.declare import Count, Declared, Seed, Share, Size, Text, build, refuse, show
 from hybrid.config.options import ConfigError, did_you_mean
-from hybrid.train import yaml
 from hybrid.train.config import TrainConfig, parse_config
 from hybrid_eval.seeds import Score
 

@@ -10,11 +10,11 @@ from functools import cache, lru_cache
 from typing import TYPE_CHECKING, Any
 
 from hybrid.ablate.config import Match, present_at
+from hybrid.config import yaml
 from hybrid.config.hybrid_config import HybridConfig
 from hybrid.config.options import ConfigError
 from hybrid.plan import plan
 from hybrid.tokenizer import load_tokenizer
-from hybrid.train import yaml
 from hybrid.train.config import TrainConfig
 from hybrid.train.model import model_config
 

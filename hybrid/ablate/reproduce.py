@@ -14,8 +14,8 @@ from rich.console import Console
 from rich.table import Table
 
 from hybrid.ablate.command import run_ablation
+from hybrid.config import yaml
 from hybrid.config.options import ConfigError, did_you_mean
-from hybrid.train import yaml
 
 SCALES = ("laptop", "gpu")
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import bisect
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import accumulate, islice
 from typing import Any, Protocol
 
@@ -102,18 +103,21 @@ class StreamedRows:
         """See `Rows.row`."""
         if self._last is not None and self._last[0] == index:
             return self._last[1]
-        if self._last is None or self._last[0] > index:
-            self._rows, self._last = self._start(), None
-        position = -1 if self._last is None else self._last[0]
-        for reached in range(position + 1, index + 1):
-            row = next(self._rows, None)
-            if row is None:
-                raise ValueError(
-                    f"the source ended after {reached} rows; training rows have no end"
-                )
-            self._last = reached, row
-        assert self._last is not None
-        return self._last[1]
+        last = self._last
+        self._last = None  # an iterator that raises is at its end: the next call starts again
+        with _unsplit():
+            if last is None or last[0] > index:
+                self._rows, last = self._start(), None
+            for reached in range(0 if last is None else last[0] + 1, index + 1):
+                row = next(self._rows, None)
+                if row is None:
+                    raise ValueError(
+                        f"the source ended after {reached} rows; training rows have no end"
+                    )
+                last = reached, row
+        assert last is not None
+        self._last = last
+        return last[1]
 
     def identity(self) -> dict[str, int | str | None]:
         """See `Rows.identity`: of the first rows, and of the files or the revision that they are of."""
@@ -121,6 +125,23 @@ class StreamedRows:
         return {f"CRC-32 of its first {len(rows)} rows": rows_checksum(self.row, rows)} | (
             self._origin()
         )
+
+
+@contextmanager
+def _unsplit() -> Iterator[None]:
+    """Hide from readers that this process is a worker of a `DataLoader`.
+
+    Streams of `datasets` and many iterable datasets of torch yield only a worker's share of their
+    rows. Here the sampler shares rows out by index, and row i is the same in every process.
+    """
+    from torch.utils.data._utils import worker
+
+    info = worker._worker_info
+    worker._worker_info = None
+    try:
+        yield
+    finally:
+        worker._worker_info = info
 
 
 class PluginRows:

@@ -283,7 +283,10 @@ def _open_plugin(
             sequence_length=rows.length, seed=seed, tokenizer=tokenizer, **config.options
         )
 
+    from torch.utils.data import IterableDataset
+
     made = start()
-    if hasattr(made, "__getitem__"):
+    # torch's iterable data sets, and with them those of `datasets`, have a `__getitem__` that raises
+    if hasattr(made, "__getitem__") and not isinstance(made, IterableDataset):
         return PluginRows(made, rows.length, rows.pad_id)
     return StreamedRows(lambda: (complete(r, rows.length, rows.pad_id) for r in start()))

@@ -9,11 +9,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
+from hybrid.config import yaml
 from hybrid.config.declare import Count0, Declared, Positive, Size, Text, parse, refuse
 from hybrid.config.options import ConfigError
 from hybrid.layout import LayoutError
 from hybrid.layout import parse as parse_layout
-from hybrid.train import TrainConfig, yaml
+from hybrid.train import TrainConfig
 from hybrid.train import parse_config as parse_training
 from hybrid.train.config import RowsConfig, Sources
 from hybrid.train.limits import training_values

@@ -6,8 +6,7 @@ Shapes: B batch, T time, N tokens, D model dim, E experts, k experts of a token,
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,193 +16,14 @@ from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, use_experts_implementation
 
-from hybrid.config.declare import NotNegative, Positive, Size, Size0
 from hybrid.config.parallel import Split
 from hybrid.config.registry import register_feed_forward
 from hybrid.config.sizes import Sizes
-from hybrid.ffn.base import FeedForward, FeedForwardOptions
-from hybrid.ffn.dense import ACTIVATIONS, Dense, DenseOptions
+from hybrid.ffn.base import FeedForward
+from hybrid.ffn.dense import ACTIVATIONS, Dense
+from hybrid.ffn.moe_options import MoEOptions
 from hybrid.ffn.router import build_router
 from hybrid.mixers.base import residual_projection
-
-
-@dataclass(frozen=True)
-class MoEOptions(FeedForwardOptions):
-    """Options of `mixture_of_experts`.
-
-    Attributes:
-        num_experts: E, routed experts.
-        top_k: k, routed experts of a token.
-        intermediate_size: I, inner width of an expert; default: all experts of a token together are
-            as wide as the default of `dense`. Granularity is 2 D / I.
-        activation: as of `dense`; or `clamped_swiglu`, (up + 1) * gate * sigmoid(swiglu_alpha * gate)
-            with gate at most `swiglu_limit` and up within it on both sides (gpt-oss, arXiv 2508.10925).
-        swiglu_alpha, swiglu_limit: of `clamped_swiglu`.
-        bias: biases on the projections of the experts (gpt-oss).
-        latent_size: dim in which the routed experts work, between two projections that they share
-            (Nemotron 3); default D.
-        num_shared_experts: experts that every token goes through (arXiv 2401.06066), computed as one
-            feed-forward of `num_shared_experts * shared_intermediate_size`.
-        shared_intermediate_size: inner width of a shared expert; default I.
-        shared_gate: multiply the shared experts by sigmoid(w x) (Qwen2-MoE, Qwen3-Next).
-        router_bias: a learnt bias on the router's logits (gpt-oss).
-        score_function: `softmax` over the experts (Mixtral, Qwen3-MoE), or `sigmoid` of each
-            (DeepSeek-V3).
-        normalize_weights: make the weights of a token's k experts sum to one. With `softmax` that is
-            the softmax over the logits of those k alone (Mixtral, Granite, gpt-oss).
-        normalize_epsilon: added to that sum (1e-6 in LFM2).
-        scaling_factor: multiplies the weights, after they are normalised.
-        num_groups, top_k_groups: experts stand in `num_groups` equal groups, and a token chooses
-            among those of its `top_k_groups` best (DeepSeek-V2, V3).
-        group_score: a group is as good as the sum of its two best experts (`top2`, DeepSeek-V3), or
-            its best (`max`, DeepSeek-V2).
-        score_correction_bias: a bias per expert that is added to the scores for the choice alone; a
-            buffer, not a parameter. `bias_update_rate` implies it.
-        bias_update_rate: gamma of loss-free balancing (arXiv 2408.15664; 0.001 in 2412.19437): after
-            each optimizer step the bias of an expert rises by gamma if it got fewer tokens than the
-            mean, and falls by gamma if more. 0: leave the bias as it is.
-        balance_loss: alpha of the auxiliary loss alpha * E * sum_i f_i P_i per layer (arXiv
-            2101.03961, eq. 4), f_i the share of choices that fell on expert i, P_i its mean
-            probability: alpha where the load is even, whatever E and k.
-        balance_statistics: f_i of `local` tokens (of this process and forward), or of the `global`
-            batch: all processes, and the forwards since the last optimizer step (arXiv 2501.11873).
-        sequence_balance_loss: alpha of the same loss with f and P of each row of the batch on its
-            own, mean over rows (arXiv 2412.19437, eq. 17-20; 0.0001 there).
-        router_z_loss: lambda of lambda * mean(logsumexp(logits)^2) per layer (arXiv 2202.08906,
-            eq. 5; 0.001 there).
-    """
-
-    num_experts: Size = 8
-    top_k: Size = 2
-    intermediate_size: Size | None = None
-    activation: Literal[
-        "swiglu", "geglu", "geglu_tanh", "reglu", "relu2", "gelu", "silu", "clamped_swiglu"
-    ] = "swiglu"
-    swiglu_alpha: float = 1.702
-    swiglu_limit: Positive = 7.0
-    bias: bool = False
-    latent_size: Size | None = None
-    num_shared_experts: Size0 = 0
-    shared_intermediate_size: Size | None = None
-    shared_gate: bool = False
-    router_bias: bool = False
-    score_function: Literal["softmax", "sigmoid"] = "softmax"
-    normalize_weights: bool = True
-    normalize_epsilon: Positive = 1e-20
-    scaling_factor: Positive = 1.0
-    num_groups: Size = 1
-    top_k_groups: Size = 1
-    group_score: Literal["top2", "max"] = "top2"
-    score_correction_bias: bool = False
-    bias_update_rate: NotNegative = 0.0
-    balance_loss: NotNegative = 0.0
-    balance_statistics: Literal["local", "global"] = "global"
-    sequence_balance_loss: NotNegative = 0.0
-    router_z_loss: NotNegative = 0.0
-
-    def complete(self, hidden_size: int) -> MoEOptions:
-        """Fill in the widths."""
-        inner = self.intermediate_size
-        if inner is None:
-            whole = DenseOptions(activation=self.dense_activation).complete(hidden_size)
-            assert whole.intermediate_size is not None
-            inner = 32 * max(1, whole.intermediate_size // max(1, self.active_experts) // 32)
-        shared = self.shared_intermediate_size
-        if self.num_shared_experts and shared is None:
-            shared = inner
-        return replace(self, intermediate_size=inner, shared_intermediate_size=shared)
-
-    @property
-    def dense_activation(self) -> Any:
-        """The activation of `dense` that is as wide, and as gated, as this one."""
-        return "swiglu" if self.activation == "clamped_swiglu" else self.activation
-
-    @property
-    def shared_options(self) -> DenseOptions:
-        """Of the one feed-forward that the shared experts are, of completed options."""
-        assert self.shared_intermediate_size is not None
-        return DenseOptions(
-            intermediate_size=self.num_shared_experts * self.shared_intermediate_size,
-            activation=self.dense_activation,
-            bias=self.bias,
-        )
-
-    @property
-    def has_correction_bias(self) -> bool:
-        """Whether the choice is corrected by a bias per expert."""
-        return self.score_correction_bias or self.bias_update_rate > 0
-
-    @property
-    def has_losses(self) -> bool:
-        """Whether training adds something to the loss."""
-        return max(self.balance_loss, self.sequence_balance_loss, self.router_z_loss) > 0
-
-    @property
-    def total_experts(self) -> int:
-        """Routed and shared."""
-        return self.num_experts + self.num_shared_experts
-
-    @property
-    def active_experts(self) -> int:
-        """Those that one token goes through, routed and shared."""
-        return self.top_k + self.num_shared_experts
-
-    @property
-    def activation_ratio(self) -> float:
-        """Active / total experts."""
-        return self.active_experts / self.total_experts
-
-    @property
-    def sparsity(self) -> float:
-        """Total / active experts."""
-        return self.total_experts / self.active_experts
-
-    def granularity(self, hidden_size: int) -> float:
-        """G = 2 D / I, of completed options."""
-        assert self.intermediate_size is not None
-        return 2 * hidden_size / self.intermediate_size
-
-    def problems(self, sizes: Sizes) -> list[str]:
-        """Groups that do not fit."""
-        return [*self._routing_problems(), *self._shared_problems()]
-
-    def _routing_problems(self) -> list[str]:
-        experts, groups, kept = self.num_experts, self.num_groups, self.top_k_groups
-        if self.top_k > experts:
-            return [f"top_k: a token cannot choose {self.top_k} of num_experts {experts}"]
-        if experts % groups:
-            fit = [g for g in range(1, experts + 1) if experts % g == 0]
-            near = [max(g for g in fit if g < groups), *(g for g in fit if g > groups)][:2]
-            return [
-                f"num_groups: {groups} equal groups cannot be made of num_experts {experts};"
-                f" {' or '.join(map(str, near))} can"
-            ]
-        lines = []
-        size = experts // groups
-        if kept > groups:
-            lines.append(f"top_k_groups: a token cannot choose {kept} of num_groups {groups}")
-        elif self.top_k > kept * size:
-            lines.append(
-                f"top_k: a token cannot choose {self.top_k} of the {kept * size} experts in its"
-                f" top_k_groups {kept} (of {size} experts each)"
-            )
-        if groups > 1 and size < 2 and self.group_score == "top2":
-            lines.append(
-                f"group_score: 'top2' needs two experts in a group, and num_groups {groups} of"
-                f" num_experts {experts} have one; use 'max'"
-            )
-        return lines
-
-    def _shared_problems(self) -> list[str]:
-        if self.num_shared_experts:
-            if self.activation != "clamped_swiglu":
-                return []
-            return [
-                "activation: 'clamped_swiglu' is for routed experts, and num_shared_experts is"
-                f" {self.num_shared_experts}; use 'swiglu'"
-            ]
-        given = [n for n in ("shared_intermediate_size", "shared_gate") if getattr(self, n)]
-        return [f"{name}: set, but num_shared_experts is 0" for name in given]
 
 
 class Experts(nn.Module):

@@ -5,7 +5,7 @@ Shapes: N tokens, D model dim, E experts, k experts of a token.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import nn
@@ -13,11 +13,9 @@ from torch.nn import functional as F
 from transformers import initialization as init
 from transformers.utils.generic import maybe_autocast
 
+from hybrid.ffn.moe_options import MoEOptions
 from hybrid.mixers.parts import wide
 from hybrid.nn.precision import Float32Buffers
-
-if TYPE_CHECKING:
-    from hybrid.ffn.moe import MoEOptions
 
 
 class Router(nn.Module):

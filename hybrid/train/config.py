@@ -8,10 +8,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
+from hybrid.config import yaml
 from hybrid.config.declare import Below1, Count, Declared, NotNegative, Text, parse, refuse
 from hybrid.data.packing import LongDocuments, Packing
 from hybrid.data.sources import Source, SourceConfig
-from hybrid.train import yaml
 from hybrid.train.limits import training_values
 from hybrid.train.model_values import model_mistakes
 from hybrid.train.schedule import MultiStepConfig

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from hybrid_kernels import backends
 from hybrid_kernels.arguments import CausalConv1d, LinearAttention, SelectiveScan
+from hybrid_kernels.backends import resolve
 
 
 def linear_attention(
@@ -96,7 +96,7 @@ def linear_attention(
         _scale(scale, q),
         chunk_size,
     )
-    o, final_state = backends.resolve(arguments, backend, overwrite_state)(arguments)
+    o, final_state = resolve(arguments, backend, overwrite_state)(arguments)
     return o, final_state if output_final_state else None
 
 
@@ -149,7 +149,7 @@ def causal_conv1d(
         ImportError: the named backend needs a package that is not installed.
     """
     arguments = CausalConv1d(x, weight, bias, initial_state, cu_seqlens, activation)
-    y, final_state = backends.resolve(arguments, backend)(arguments)
+    y, final_state = resolve(arguments, backend)(arguments)
     return y, final_state if output_final_state else None
 
 
@@ -200,5 +200,5 @@ def selective_scan(
         ImportError: the named backend needs a package that is not installed.
     """
     arguments = SelectiveScan(u, delta, A, B, C, D, initial_state, cu_seqlens)
-    y, final_state = backends.resolve(arguments, backend, overwrite_state)(arguments)
+    y, final_state = resolve(arguments, backend, overwrite_state)(arguments)
     return y, final_state if output_final_state else None

@@ -21,7 +21,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hybrid_kernels import validation
 from hybrid_kernels.arguments import (
     Arguments,
     CausalConv1d,
@@ -34,6 +33,7 @@ from hybrid_kernels.transforms import (
     transformed,
     without_autocast,
 )
+from hybrid_kernels.validation import check
 
 logger = logging.getLogger("hybrid_kernels")
 
@@ -158,7 +158,7 @@ def resolve(arguments: Arguments, name: str | None, overwrite_state: bool = Fals
             # An argument cannot be hashed; the check raises the error.
             form = None
     if run is None:
-        validation.check(arguments)
+        check(arguments)
         run = choose(arguments, name, overwrite_state)
         if form is not None:
             if len(_KNOWN) >= _KNOWN_LIMIT:

@@ -12,7 +12,7 @@ import transformers
 import typer
 
 from hybrid.cli import app, main
-from hybrid.train.yaml import find_config
+from hybrid.config.yaml import find_config
 
 ROOT = Path(__file__).parents[2]
 CONFIG = str(ROOT / "configs" / "quickstart.yaml")

@@ -214,7 +214,7 @@ def recall_states(x: InputChunks, rows: AdditiveRows, span: ChunkSpan, saved: Sa
     return states
 
 
-def forward(
+def additive_forward(
     x: InputChunks,
     span: ChunkSpan,
     carry: StateCarry,

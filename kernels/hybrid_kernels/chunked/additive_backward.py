@@ -67,7 +67,7 @@ class DecayTerms(NamedTuple):
     value_total: Tensor | None
 
 
-def backward(
+def additive_backward(
     x: InputChunks,
     span: ChunkSpan,
     carry: StateCarry,

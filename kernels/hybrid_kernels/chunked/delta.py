@@ -219,7 +219,7 @@ def recall(x: InputChunks, rows: DeltaRows, span: ChunkSpan, saved: Saved) -> De
     return DeltaWrites(query_pairs, inverse, written)
 
 
-def forward(
+def delta_forward(
     x: InputChunks,
     span: ChunkSpan,
     carry: StateCarry,
@@ -227,7 +227,7 @@ def forward(
     work: Scratch,
     out: Tensor,
 ) -> None:
-    """Compute the output of one span; arguments as for ``additive.forward``."""
+    """Compute the output of one span; arguments as for ``additive_forward``."""
     rows = load_rows(x, span, work)
     m = rows.buffers
     if saved is None:

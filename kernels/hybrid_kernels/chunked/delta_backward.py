@@ -108,7 +108,7 @@ def _lay_out(x: InputChunks, span: ChunkSpan, m: DeltaBuffers, work: Scratch) ->
     )
 
 
-def backward(
+def delta_backward(
     x: InputChunks,
     span: ChunkSpan,
     carry: StateCarry,
@@ -118,7 +118,7 @@ def backward(
     grad_output: Tensor,
     grads: ChunkGradients,
 ) -> None:
-    """Compute the gradients of one span; arguments as for ``additive_backward.backward``."""
+    """Compute the gradients of one span; arguments as for ``additive_backward``."""
     rows = load_rows(x, span, work)
     writes = recall(x, rows, span, saved)
     m = rows.buffers

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from hybrid_kernels.arguments import LinearAttention
-from hybrid_kernels.chunked import passes, stepwise
 from hybrid_kernels.chunked.decode import is_single_step, linear_attention_step
 from hybrid_kernels.chunked.gradients import GradientMemory, fuse
 from hybrid_kernels.chunked.inputs import InputChunks, cut_inputs
+from hybrid_kernels.chunked.passes import backward_pass, forward_pass
 from hybrid_kernels.chunked.saved import Saved
 from hybrid_kernels.chunked.sizes import saved_size
+from hybrid_kernels.chunked.stepwise import is_finite, stepwise_backward, stepwise_forward
 from hybrid_kernels.custom_ops import BackwardInputs, Wanted, custom_op
 from hybrid_kernels.fused_qkv_grad import Places, places
 
@@ -36,10 +37,10 @@ def _forward(a: LinearAttention, wanted: Wanted) -> tuple[Tensor, Tensor, Tensor
     state = _to_chunk_order(x, a.initial_state)
     memory = state.new_empty(saved_size(a, plan) if wanted else 0)
     saved = _saved(x, memory) if wanted else None
-    passes.forward(x, state, out.unflatten(3, (x.heads, -1)).transpose(2, 3), saved)
-    if not stepwise.is_finite(state):
+    forward_pass(x, state, out.unflatten(3, (x.heads, -1)).transpose(2, 3), saved)
+    if not is_finite(state):
         # NaN tells the backward pass to use the reference loop as well.
-        return *stepwise.forward(a), memory.fill_(torch.nan)
+        return *stepwise_forward(a), memory.fill_(torch.nan)
     return plan.result(whole), _from_chunk_order(x, state), memory
 
 
@@ -50,7 +51,7 @@ def _backward(a: LinearAttention, given: BackwardInputs) -> tuple:
     fused = places(a.q, a.k, a.v) if given.fused else None
 
     def by_steps() -> tuple:
-        results = stepwise.backward(a, grad_output, grad_state)
+        results = stepwise_backward(a, grad_output, grad_state)
         return LinearAttention.Gradients(**(fuse(fused, results) if fused else results))
 
     if memory.numel() and bool(memory[0].isnan()):
@@ -62,8 +63,8 @@ def _backward(a: LinearAttention, given: BackwardInputs) -> tuple:
         return x.plan.chunks(y.unflatten(2, (x.heads, -1))).transpose(2, 3)
 
     output = None if given.output is None else cut(given.output)
-    passes.backward(x, _saved(x, memory), output, cut(grad_output), dstate, grads.chunks)
-    if not stepwise.is_finite(dstate):
+    backward_pass(x, _saved(x, memory), output, cut(grad_output), dstate, grads.chunks)
+    if not is_finite(dstate):
         return by_steps()
     results = grads.results(a)
     if a.initial_state is not None:

@@ -9,7 +9,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from hybrid_kernels.chunked import additive, additive_backward, delta, delta_backward
+from hybrid_kernels.chunked.additive import additive_forward
+from hybrid_kernels.chunked.additive_backward import additive_backward
+from hybrid_kernels.chunked.delta import delta_forward
+from hybrid_kernels.chunked.delta_backward import delta_backward
 from hybrid_kernels.chunked.gradients import ChunkGradients
 from hybrid_kernels.chunked.inputs import InputChunks
 from hybrid_kernels.chunked.memory import Scratch
@@ -17,7 +20,7 @@ from hybrid_kernels.chunked.saved import Saved
 from hybrid_kernels.chunked.state_walk import StateCarry
 
 
-def forward(x: InputChunks, state: Tensor, out: Tensor, saved: Saved | None) -> None:
+def forward_pass(x: InputChunks, state: Tensor, out: Tensor, saved: Saved | None) -> None:
     """Compute the output and the final states.
 
     Args:
@@ -26,14 +29,14 @@ def forward(x: InputChunks, state: Tensor, out: Tensor, saved: Saved | None) -> 
         out: (leading, sequences, G, C, r, V) the output, to be filled.
         saved: to be filled for the backward pass, or None.
     """
-    form = additive if x.beta is None else delta
+    forward = additive_forward if x.beta is None else delta_forward
     work, carry = Scratch(x.dtype, state.device), StateCarry(state, x.plan)
     for span in x.plan.spans:
-        form.forward(x, span, carry, saved, work, out[span.lead])
+        forward(x, span, carry, saved, work, out[span.lead])
     carry.finish()
 
 
-def backward(
+def backward_pass(
     x: InputChunks,
     saved: Saved,
     output: Tensor | None,
@@ -45,16 +48,16 @@ def backward(
 
     Args:
         x: the inputs.
-        saved: what ``forward`` saved.
+        saved: what ``forward_pass`` saved.
         output: (leading, sequences, G, C, r, V), or None.
         grad_output: its gradient, of the same shape.
         grad_state: gradient of the final states; becomes that of the initial ones.
         grads: to be filled.
     """
-    form = additive_backward if x.beta is None else delta_backward
+    backward = additive_backward if x.beta is None else delta_backward
     work, carry = Scratch(x.dtype, grad_state.device), StateCarry(grad_state, x.plan)
     for span in reversed(x.plan.spans):
         lead = span.lead
         o = None if output is None else output[lead]
-        form.backward(x, span, carry, saved, work, o, grad_output[lead], grads.span(lead))
+        backward(x, span, carry, saved, work, o, grad_output[lead], grads.span(lead))
     carry.finish()

@@ -29,12 +29,12 @@ def is_finite(states: Tensor) -> bool:
     return bool(torch.isfinite(states.sum()))
 
 
-def forward(a: LinearAttention) -> tuple[Tensor, Tensor]:
+def stepwise_forward(a: LinearAttention) -> tuple[Tensor, Tensor]:
     """Return the output and the final states."""
     return reference.linear_attention(a)
 
 
-def backward(a: LinearAttention, do: Tensor, dfinal: Tensor | None) -> dict[str, Tensor]:
+def stepwise_backward(a: LinearAttention, do: Tensor, dfinal: Tensor | None) -> dict[str, Tensor]:
     """Return the gradients of the floating inputs, by name."""
     tensors = _tensors(a)
     grads = {name: torch.zeros_like(x) for name, x in tensors.items()}

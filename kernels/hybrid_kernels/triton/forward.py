@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hybrid_kernels.triton import launch as shipped
+import hybrid_kernels.triton.launch as shipped
 from hybrid_kernels.triton.fused_chunks import fused_chunk_forward_kernel
 from hybrid_kernels.triton.inputs import ChunkedInputs, tiles
 from hybrid_kernels.triton.launch import Config, block

@@ -13,8 +13,8 @@ import torch
 import triton
 from torch import Tensor
 
+import hybrid_kernels.triton.launch as shipped
 from hybrid_kernels.arguments import LinearAttention
-from hybrid_kernels.triton import launch as shipped
 from hybrid_kernels.triton.launch import Config, block
 from hybrid_kernels.triton.layout import Chunks, chunks
 

@@ -11,11 +11,21 @@ from torch import Tensor
 
 from hybrid_kernels.arguments import LinearAttention
 from hybrid_kernels.custom_ops import BackwardInputs, Wanted, custom_op
-from hybrid_kernels.triton import backward as grad
-from hybrid_kernels.triton import forward as run
-from hybrid_kernels.triton.backward import ValueSide
+from hybrid_kernels.triton.backward import (
+    ValueSide,
+    keys_backward,
+    pairs_backward,
+    states_backward,
+    values_backward,
+)
 from hybrid_kernels.triton.decode import decode
-from hybrid_kernels.triton.forward import DecayedRows
+from hybrid_kernels.triton.forward import (
+    DecayedRows,
+    decay_rows,
+    fused_chunk_forward,
+    outputs_forward,
+    states_forward,
+)
 from hybrid_kernels.triton.inputs import ChunkedInputs, chunk_inputs, swap_kv
 from hybrid_kernels.triton.launch import default_chunk, inverse_parts, operands, stored_dtype
 from hybrid_kernels.triton.layout import counts
@@ -105,18 +115,18 @@ def _exclusive(o: Tensor, a: LinearAttention) -> Tensor:
 def forward(a: LinearAttention, wanted: Wanted) -> tuple[Tensor, Tensor, Tensor]:
     """Return the output, the final states, and the inverse of the delta rule (or nothing)."""
     p = chunk_inputs(a)
-    rows = run.decay_rows(p)
+    rows = decay_rows(p)
     inverse = p.empty(0) if rows.inverse is None else rows.inverse
     if p.walks:
-        return *run.fused_chunk_forward(p, rows), inverse
-    s = run.states_forward(p, rows)
-    return run.outputs_forward(p, rows, s), s.final, inverse
+        return *fused_chunk_forward(p, rows), inverse
+    s = states_forward(p, rows)
+    return outputs_forward(p, rows, s), s.final, inverse
 
 
 def backward(a: LinearAttention, given: BackwardInputs) -> tuple:
     """Return ``LinearAttention.Gradients``."""
     p = chunk_inputs(a, backward=True)
-    rows = run.decay_rows(p, given.saved if p.delta else None)
+    rows = decay_rows(p, given.saved if p.delta else None)
     do, dfinal = given.grad_output.contiguous(), given.grad_state
     if dfinal is None:
         dfinal = torch.zeros(p.chunks.sequences, *p.state_shape, device=p.device)
@@ -133,11 +143,11 @@ def backward(a: LinearAttention, given: BackwardInputs) -> tuple:
 def _additive_backward(
     p: ChunkedInputs, rows: DecayedRows, do: Tensor, dfinal: Tensor
 ) -> NamedGradients:
-    states = run.states_forward(p, rows).states
-    dstates, dinitial = grad.states_backward(p, rows, do, dfinal)
+    states = states_forward(p, rows).states
+    dstates, dinitial = states_backward(p, rows, do, dfinal)
     dv = p.like(p.v)
-    grad.values_backward(p, rows, do, dv, dstates)
-    keys = grad.keys_backward(p, states, dstates, grad.pairs_backward(p, p.v, do))
+    values_backward(p, rows, do, dv, dstates)
+    keys = keys_backward(p, states, dstates, pairs_backward(p, p.v, do))
     grads = {"q": keys.q, "k": keys.k, "v": dv, "log_decay": keys.decay}
     return {**grads, "initial_state": dinitial}
 
@@ -146,20 +156,20 @@ def _value_backward(
     p: ChunkedInputs, rows: DecayedRows, do: Tensor, dfinal: Tensor
 ) -> NamedGradients:
     """With a decay over values the second half is the first with keys and values swapped."""
-    states = run.states_forward(p, rows).states
-    dstates, dinitial = grad.states_backward(p, rows, do, dfinal)
+    states = states_forward(p, rows).states
+    dstates, dinitial = states_backward(p, rows, do, dfinal)
     swapped = swap_kv(p, do)
-    columns = run.decay_rows(swapped)
+    columns = decay_rows(swapped)
     assert columns.pairs is not None
     across = ValueSide(columns.k, columns.q, columns.pairs * p.scale, total=columns.total)
-    keys = grad.keys_backward(p, states, dstates, across)
+    keys = keys_backward(p, states, dstates, across)
     if p.vector:
         assert rows.pairs is not None
         across = ValueSide(rows.k, rows.q, rows.pairs * p.scale, total=rows.total, swapped=True)
     else:
         q = p.q.repeat_interleave(p.heads // p.q.shape[2], dim=2)
-        across = grad.pairs_backward(swapped, p.k, q)._replace(swapped=True)
-    values = grad.keys_backward(swapped, states, dstates, across)
+        across = pairs_backward(swapped, p.k, q)._replace(swapped=True)
+    values = keys_backward(swapped, states, dstates, across)
     grads = {"q": keys.q, "k": keys.k, "v": values.k, "log_decay": keys.decay}
     return {**grads, "value_log_decay": values.decay, "initial_state": dinitial}
 
@@ -167,12 +177,12 @@ def _value_backward(
 def _delta_backward(
     p: ChunkedInputs, rows: DecayedRows, do: Tensor, dfinal: Tensor
 ) -> NamedGradients:
-    s = run.states_forward(p, rows)
+    s = states_forward(p, rows)
     dx, dv = torch.empty_like(s.written), p.like(p.v)
     # What u gains of the chunk's own outputs; the rest is known once the states' gradients are.
-    grad.values_backward(p, rows, do, dx, None)
-    dstates, dinitial = grad.states_backward(p, rows, do, dfinal, dv, dx)
-    keys = grad.keys_backward(p, s.states, dstates, grad.pairs_backward(p, s.written, do, dx))
+    values_backward(p, rows, do, dx, None)
+    dstates, dinitial = states_backward(p, rows, do, dfinal, dv, dx)
+    keys = keys_backward(p, s.states, dstates, pairs_backward(p, s.written, do, dx))
     grads = {"q": keys.q, "k": keys.k, "v": dv, "log_decay": keys.decay, "beta": keys.beta}
     return {**grads, "initial_state": dinitial}
 

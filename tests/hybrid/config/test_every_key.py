@@ -14,6 +14,7 @@ import torch
 from hybrid import ConfigError, HybridConfig, HybridForCausalLM
 from hybrid.ablate.config import Ablation, Match, parse_ablation
 from hybrid.config.registry import feed_forwards, mixers
+from hybrid.config.yaml import with_key
 from hybrid.data.sources import SourceConfig, plugins
 from hybrid.distill.config import DistillFile, LanguageStage, LogitsStage, OutputsStage
 from hybrid.distill.config import TeacherConfig as Teacher
@@ -23,7 +24,6 @@ from hybrid.train.build import training_arguments
 from hybrid.train.config import MuonConfig, ProbeConfig, TrainConfig
 from hybrid.train.limits import training_hints
 from hybrid.train.schedule import MultiStepConfig
-from hybrid.train.yaml import with_key
 
 STRANGE = [
     *(None, "", [], {}, True, -1, 0, 0.5, math.nan, math.inf, 1e30, 10**400, "abc", "1e-3"),

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from torch.utils.data import DataLoader
 
 from hybrid.config.declare import build
 from hybrid.config.options import ConfigError
@@ -118,6 +119,29 @@ def test_a_stream_gives_rows_without_end_and_by_index(tmp_path):
     back = rows_of(config)
     for index in (7, 3, 3, 11):
         np.testing.assert_array_equal(back.row(index)["input_ids"], ahead[index])
+
+
+def test_workers_read_a_stream_of_several_files_whole(tmp_path):
+    for number in range(3):
+        lines = [json.dumps({"text": f"{number} {i} " + "a" * 12}) for i in range(4)]
+        (tmp_path / f"{number}.jsonl").write_text("\n".join(lines))
+    rows = rows_of(SourceConfig(source=str(tmp_path), streaming=True))
+    expected = [rows.row(i)["input_ids"] for i in range(9)]
+    loader = DataLoader(Mixture([rows], [1.0], 9, seed=0), batch_size=None, num_workers=2)
+    found = [batch["input_ids"].numpy() for batch in loader]
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_a_stream_is_read_again_after_an_error():
+    def start():
+        yield complete({"input_ids": [1], "labels": [1]}, 1, 0)
+        raise ValueError("row 1 is broken")
+
+    rows = StreamedRows(start)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="row 1 is broken"):
+            rows.row(1)
+        assert rows.row(0)["input_ids"] == 1
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -277,6 +301,24 @@ def test_a_row_that_is_none(row, message):
     with pytest.raises(ValueError, match="row") as caught:
         complete(row, 2, 0)
     assert message in str(caught.value)
+
+
+def test_a_plug_in_is_not_split_among_workers(plugin):
+    plugin(
+        "from torch.utils.data import IterableDataset, get_worker_info\n"
+        "class Numbers(IterableDataset):\n"
+        "    def __iter__(self):\n"
+        "        info = get_worker_info()\n"
+        "        step = 1 if info is None else info.num_workers\n"
+        "        for i in range(0 if info is None else info.id, 100, step):\n"
+        "            yield {'input_ids': [i], 'labels': [i]}\n"
+        "def numbers(*, sequence_length, seed, tokenizer):\n"
+        "    return Numbers()\n"
+    )
+    rows = rows_of(SourceConfig(source="numbers"), length=1)
+    rows.row(20)
+    loader = DataLoader(Mixture([rows], [1.0], 8, seed=0), batch_size=None, num_workers=2)
+    assert [int(batch["input_ids"]) for batch in loader] == list(range(8))
 
 
 def test_a_plug_in_that_ends():

@@ -459,7 +459,7 @@ def test_the_command_distils_and_prints_the_report(values, tmp_path, capsys):
 
 
 def test_the_config_in_the_tree_is_sound():
-    from hybrid.train.yaml import find_config
+    from hybrid.config.yaml import find_config
 
     config = load_config(find_config("distill/smollm2.yaml"))
     assert list(config.stages) == ["outputs", "logits", "language"]

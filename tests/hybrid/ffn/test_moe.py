@@ -8,7 +8,8 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from hybrid import HybridConfig
 from hybrid.ffn import balance
-from hybrid.ffn.moe import MixtureOfExperts, MoEOptions
+from hybrid.ffn.moe import MixtureOfExperts
+from hybrid.ffn.moe_options import MoEOptions
 from hybrid.train.optim import decaying
 
 D, WIDTH, E, K = 32, 24, 8, 3

@@ -8,12 +8,12 @@ from transformers import TrainingArguments
 
 from hybrid import HybridConfig, HybridForCausalLM
 from hybrid.config.options import ConfigError
+from hybrid.config.yaml import apply_overrides, parse
 from hybrid.tokenizer import byte_tokenizer
 from hybrid.train import load_config, parse_config
 from hybrid.train.build import make_folder, training_arguments
 from hybrid.train.limits import DECIDED, USUAL_NAMES
 from hybrid.train.model import load_model, model_config
-from hybrid.train.yaml import apply_overrides, parse
 
 RECIPES = Path(__file__).parents[3] / "configs" / "train"
 GOOD = """

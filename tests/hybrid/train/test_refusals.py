@@ -11,13 +11,14 @@ from torch.nn import functional as F
 from transformers import Trainer, TrainingArguments
 
 import hybrid
+from hybrid.config import yaml
 from hybrid.config.options import ConfigError
 from hybrid.data.mixture import DataError, check_ids, shares
 from hybrid.data.packing import IGNORE, row_from_spans
 from hybrid.data.rows import complete
 from hybrid.plan import load_model_config
 from hybrid.terminal import Interrupted
-from hybrid.train import parse_config, run, yaml
+from hybrid.train import parse_config, run
 from hybrid.train.build import training_arguments
 from hybrid.train.interrupt import StopSignals
 from hybrid.train.runner import prepare_run
