@@ -1,4 +1,4 @@
-"""Published checkpoints into layouts and back: one file per family, one engine for all."""
+"""Import and export of published checkpoints: one file per family, one engine for all."""
 
 from hybrid.convert import families as _families  # noqa: F401  (registers them)
 from hybrid.convert.engine import export, fitting, from_published, import_published

@@ -1,4 +1,4 @@
-"""Checkpoint folders: safetensors read and written tensor by tensor, never a whole file in memory."""
+"""Checkpoint folders: read and write safetensors tensor by tensor, without a whole file in memory."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-# Endings of files with weights that are not read as they are, and why.
+# Suffixes of weight files that are not read, and the reasons.
 NOT_READ = {
     (".safetensors",): "which an index has to list",
     (".bin", ".pt", ".pth"): "and pickled weights are never loaded",
@@ -34,14 +34,14 @@ NOT_READ = {
 }
 DEFAULT_SHARD_SIZE = "5GB"
 
-# What belongs to a model beside its config and weights, and is copied as it stands.
+# Files of a model beside its config and weights, which are copied unchanged.
 COMPANIONS = (
     "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model",
     "tiktoken.model", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt",
     "merges.txt", "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
 
-# safetensors' names of the dtypes that a checkpoint may hold
+# safetensors' names of the supported dtypes
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
@@ -53,35 +53,35 @@ UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
 class Spec(NamedTuple):
-    """What a file says of a tensor before it is read."""
+    """Shape and dtype of a tensor, known before it is read."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the tensor in a file."""
+        """Return the bytes of the tensor in a file."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
 class Checkpoint:
-    """The tensors of a folder: `specs` from the headers at once, each tensor when it is asked for.
+    """The tensors of a folder: ``specs`` from the headers, and each tensor on request.
 
-    Files are read, not mapped: what has been read and dropped takes no memory, and a tensor that is
-    kept does not change with its file.
+    Files are read, not memory-mapped: a released tensor uses no memory, and a tensor in use does
+    not change with its file.
 
     Raises:
-        ValueError: no safetensors in the folder, an index that names files or tensors which are not
-            there, a tensor in two files of which the index names neither, or a file that is damaged;
-            each is named.
+        ValueError: the folder has no safetensors; the index lists missing files or tensors; two
+            files have a tensor that the index does not list; or a file is damaged. The message
+            names each.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._stack = ExitStack()
         self._places: dict[str, tuple[BufferedReader, int]] = {}
-        self._wanted: dict[str, str] = {}  # tensor -> file, as the index has it
-        # tensors that another file has than the index names: name -> file, offset, spec
+        self._wanted: dict[str, str] = {}  # tensor -> file, from the index
+        # tensors in other files than the index lists: name -> file, offset, spec
         self._copies: list[tuple[str, BufferedReader, int, Spec]] = []
         self.specs: dict[str, Spec] = {}
         try:
@@ -104,11 +104,11 @@ class Checkpoint:
         self._stack.close()
 
     def read(self, name: str) -> torch.Tensor:
-        """One tensor, in the dtype of the file."""
+        """Return one tensor in the dtype of the file."""
         return _read_tensor(name, *self._places[name], self.specs[name])
 
     def _files(self) -> list[str]:
-        """Names of the files with weights; what the index says of them goes to `_wanted`."""
+        """Return the names of the weight files; store the entries of the index in ``_wanted``."""
         index, single = self.folder / INDEX, (self.folder / SINGLE).is_file()
         if not index.is_file():
             if not single:
@@ -120,7 +120,7 @@ class Checkpoint:
         shards = sorted(set(weight_map.values()))
         missing = [x for x in shards if not inside(self.folder, x, INDEX).is_file()]
         if single and SINGLE not in shards:
-            if missing != shards:  # transformers would take the one file, others take the index
+            if missing != shards:  # transformers would use the single file, other readers the index
                 raise ValueError(
                     f"{self.folder}: {SINGLE} is there, and {INDEX} names other files; remove the"
                     " weights that are not meant"
@@ -136,7 +136,7 @@ class Checkpoint:
         return shards
 
     def _instead(self) -> str:
-        """What is there in place of weights that could be read."""
+        """Describe the files that are there instead of readable weights."""
         others = sorted(path.name for path in self.folder.iterdir())
         for endings, why in NOT_READ.items():
             if found := [name for name in others if name.endswith(endings)]:
@@ -179,7 +179,7 @@ class Checkpoint:
             self.specs[name] = spec
 
     def _check_copies(self) -> None:
-        """Refuse a tensor that two files hold with different values: readers take one or the other."""
+        """Refuse a tensor with different values in two files: readers differ in which one they use."""
         for name, file, start, spec in self._copies:
             place = self.folder / self._wanted[name]
             same = spec == self.specs[name] and torch.equal(
@@ -221,14 +221,15 @@ def _spec(file: Any, name: str, path: Path) -> Spec:
 
 @contextmanager
 def new_folder(out: str | Path) -> Iterator[Path]:
-    """A folder to write into, whose files are in `out` when all went well, and which else vanishes.
+    """Create a temporary folder whose files move to ``out`` on success; on an error, remove it.
 
-    It is beside `out`, and takes its name; or within, where `out` is there and empty, for that may be
-    a mount point, or a link. What was written is on the disk before it gets its name.
+    The folder is beside ``out`` and is renamed to it. If ``out`` exists and is empty, the folder is
+    inside ``out``, because ``out`` may be a mount point or a link. Files are synced to disk before
+    the rename.
 
     Raises:
-        ValueError: `out` exists and is not an empty folder, or cannot be made.
-        OSError: the disk is full or gone; `out` is as it was.
+        ValueError: ``out`` exists and is not an empty folder, or cannot be created.
+        OSError: the disk is full or missing; ``out`` is unchanged.
     """
     out = Path(out)
     try:
@@ -243,7 +244,7 @@ def new_folder(out: str | Path) -> Iterator[Path]:
     try:
         yield made
         sync_folder(made)
-        if present:  # the config last, so that half of it is no checkpoint
+        if present:  # the config last: without it an incomplete folder is not a checkpoint
             for path in sorted(made.iterdir(), key=lambda path: path.name == "config.json"):
                 path.rename(out / path.name)
         else:
@@ -261,13 +262,13 @@ def write_weights(
     tensors: Callable[[], Iterator[tuple[str, torch.Tensor]]],
     max_shard_size: str | int = DEFAULT_SHARD_SIZE,
 ) -> None:
-    """Write tensors into safetensors files, each to its place as it comes.
+    """Write tensors to safetensors files, each directly to its place.
 
     Args:
-        folder: where to.
-        specs: every tensor that will come, in the order of the files.
+        folder: the output folder.
+        specs: all tensors to write, in the order of the files.
         tensors: yields (name, tensor) in any order.
-        max_shard_size: bytes of one file, such as `5GB`; a larger tensor has a file of its own.
+        max_shard_size: bytes of one file, such as ``5GB``; a larger tensor has its own file.
     """
     shards = _shards(specs, parse_size(max_shard_size))
     places: dict[str, tuple[Path, int]] = {}
@@ -306,14 +307,14 @@ def _shards(specs: Mapping[str, Spec], limit: int) -> list[list[str]]:
 
 
 def _write_header(path: Path, specs: Mapping[str, Spec]) -> dict[str, int]:
-    """Write the header of a safetensors file, its data as a hole; the offset of each tensor."""
+    """Write the header of a safetensors file and reserve its data; return the offset of each tensor."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, (shape, dtype) in specs.items():
         start, end = end, end + Spec(shape, dtype).nbytes
         header[name] = {"dtype": NAMES[dtype], "shape": shape, "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # the format asks for data aligned to 8 bytes
+    text += b" " * (-len(text) % 8)  # the format aligns data to 8 bytes
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         file.truncate(8 + len(text) + end)
@@ -321,10 +322,10 @@ def _write_header(path: Path, specs: Mapping[str, Spec]) -> dict[str, int]:
 
 
 def parse_size(size: str | int) -> int:
-    """`5GB` -> 5_000_000_000, decimal units as transformers has them.
+    """Parse a size: ``5GB`` -> 5_000_000_000, in decimal units as in transformers.
 
     Raises:
-        ValueError: no size, or none above 0.
+        ValueError: not a size, or not above 0.
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?B?)", str(size).strip().upper())
     if not match or match[2] not in UNITS or int(float(match[1]) * UNITS[match[2]]) < 1:
@@ -333,10 +334,10 @@ def parse_size(size: str | int) -> int:
 
 
 def copy_companions(source: Path, out: Path) -> None:
-    """Copy the tokenizer and the generation config, where there are any.
+    """Copy the tokenizer and the generation config, if they exist.
 
     Raises:
-        ValueError: one that leaves the folder, or a damaged one, with which the copy would not load.
+        ValueError: a link leaves the folder, or a file is damaged so that the copy would not load.
     """
     for name in COMPANIONS:
         if (path := inside(source, name)).is_file():
@@ -346,6 +347,6 @@ def copy_companions(source: Path, out: Path) -> None:
 
 
 def some(names: list[str], most: int = 3) -> str:
-    """The first few of a list, and how many more there are."""
+    """Return the first names of a list as text, and the number of the others."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more

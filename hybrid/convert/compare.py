@@ -1,4 +1,4 @@
-"""What a family could not say: a model, and what came of it when it was written and read back."""
+"""Options that a family cannot express: compare a model with its export read back."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hybrid.convert.family import Family
 from hybrid.convert.stack import Block, Part, blocks, mtp_blocks
 from hybrid.modeling.model import HybridForCausalLM
 
-# Keys of ours that a converted model need not share: they matter to training, or to nothing but words.
+# Our keys that a converted model need not share: they affect only training or names.
 TOP_UNCOMPARED = {
     "layout", "num_hidden_layers", "ffn", "mixers", "feed_forwards", "init", "initializer_range",
     "use_cache", "max_position_embeddings", "pad_token_id", "bos_token_id", "eos_token_id",
@@ -23,7 +23,7 @@ UNCOMPARED = {
     "dropout", "dt_min", "dt_max", "dt_floor", "a_range", "expand", "bias_update_rate",
     "balance_loss", "balance_statistics", "sequence_balance_loss", "router_z_loss",
 }  # fmt: skip
-# Options that say nothing unless another one does: (option, of what, its neutral value).
+# Options without effect unless another one is set: (option, part, its neutral value).
 MOOT = (
     ("group_score", "num_groups", 1),
     ("top_k_groups", "num_groups", 1),
@@ -39,12 +39,13 @@ MOOT = (
 
 
 def differences(family: Family, model: HybridForCausalLM, again: HybridForCausalLM) -> list[str]:
-    """One line for each option, with the layers it is about, and what the family can say instead.
+    """Return one line for each difference: the option, its layers, and the value that the family
+    can express.
 
     Args:
-        family: as which it was written.
-        model: ours.
-        again: what was read back.
+        family: the family of the export.
+        model: our model.
+        again: the export, read back.
     """
     stack, other = blocks(model, family.literal), blocks(again, family.literal)
     ahead, their_ahead = (mtp_blocks(each, family.literal) for each in (model, again))
@@ -68,7 +69,7 @@ def differences(family: Family, model: HybridForCausalLM, again: HybridForCausal
 
 
 def _in_stack(family: Family, ours: Sequence[Block], theirs: Sequence[Block]) -> list[str]:
-    """One line for each option, with the layers that it is about."""
+    """Return one line for each option, with the layers that it concerns."""
     layers: dict[str, list[int]] = {}
     for block, other in zip(ours, theirs, strict=False):
         for layer, line in _in_block(family, block, other):
@@ -80,7 +81,10 @@ LAYERS = "{layers}"
 
 
 def _in_block(family: Family, ours: Block, theirs: Block) -> Iterator[tuple[int, str]]:
-    """(layer, line) of one block; `{layers}` stands where all layers that share the line will."""
+    """Yield (layer, line) for one block.
+
+    ``{layers}`` is a placeholder for all layers with the same line.
+    """
     count = max(len(ours.mixers), len(theirs.mixers))
     pad: tuple[Part | None, ...] = (None,) * count
     pairs = zip((*ours.mixers, *pad)[:count], (*theirs.mixers, *pad)[:count], strict=True)
@@ -103,7 +107,7 @@ def _in_part(family: Family, field: str, part: Part | None, other: Part | None) 
         return
     name = f"{field}.{part.letter}"
     mine, yours = comparable(part), comparable(other)
-    known = mine.keys() & yours.keys()  # what is moot on one side follows from another difference
+    known = mine.keys() & yours.keys()  # options on one side only follow from another difference
     ours = {f"{name}.{key}": mine[key] for key in known} | part.around
     theirs = {f"{name}.{key}": yours[key] for key in known} | respelt(other, part.letter)
     for path in sorted(ours.keys() | theirs.keys()):
@@ -113,12 +117,12 @@ def _in_part(family: Family, field: str, part: Part | None, other: Part | None) 
 
 
 def by_layers(found: Mapping[str, list[int]]) -> list[str]:
-    """Lines with `{layers}` in them, and the layers that share each -> lines that name them."""
+    """Fill ``{layers}`` in each line with the layers that share it."""
     return [line.replace(LAYERS, _ranges(layers)) for line, layers in found.items()]
 
 
 def _ranges(layers: list[int]) -> str:
-    """[0, 1, 2, 5] -> 'layers 0-2, 5'."""
+    """Format layer indices: [0, 1, 2, 5] -> 'layers 0-2, 5'."""
     runs: list[list[int]] = []
     for layer in layers:
         if runs and layer == runs[-1][-1] + 1:
@@ -130,7 +134,7 @@ def _ranges(layers: list[int]) -> str:
 
 
 def respelt(part: Part, letter: str) -> dict[str, Any]:
-    """What stands around a part, under another letter."""
+    """Return the block options of a part, under another letter."""
     return {
         ".".join([setting, letter, *rest]): value
         for path, value in part.around.items()
@@ -139,7 +143,7 @@ def respelt(part: Part, letter: str) -> dict[str, Any]:
 
 
 def comparable(part: Part) -> dict[str, Any]:
-    """The options of a part as far as they touch what it computes, one spelling for each meaning."""
+    """Return the options of a part that affect its computation, in a canonical form."""
     options = dict(vars(part.options))
     if hasattr(part.options, "has_correction_bias"):
         options["score_correction_bias"] = part.options.has_correction_bias

@@ -1,4 +1,4 @@
-"""Configs through a family's map: theirs to ours, ours to theirs, and what stands in the way."""
+"""Convert configs through a family's map, in both directions, and report what cannot be expressed."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from hybrid.convert.stack import Block, Part, blocks, layout_of, mtp_blocks, on_
 from hybrid.layout import DEFAULT
 from hybrid.modeling.model import HybridForCausalLM
 
-# Settings that may differ by letter: `norm_position.S`, `residuals.-.output_multiplier`.
+# Settings that can differ by letter: `norm_position.S`, `residuals.-.output_multiplier`.
 AROUND = ("norm_position", "residuals", "canon", "shared")
-# Keys of theirs that say how weights are stored, not what is computed with them.
+# Published keys about the storage of weights, not about the computation.
 QUANTIZED = ("quantization_config", "compression_config")
 STORED = (*QUANTIZED, "dtype", "torch_dtype")
-# Their classes build a list of as many layers before anything can be checked.
+# The config classes build a list of this many layers before any check.
 LAYER_COUNTS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "num_blocks")
 MOST_LAYERS = 100_000
-# Keys of theirs that no family has to mention.
+# Published keys that a family need not mention.
 BOOKKEEPING = {
     "use_cache", "transformers_version", "architectures", "dtype", "torch_dtype", "auto_map",
     *PreTrainedConfig().to_dict(),
@@ -35,21 +35,23 @@ BOOKKEEPING = {
 
 
 def read_published(values: Mapping[str, Any], where: str | Path) -> tuple[Family, Any]:
-    """The family of a config.json, and their config, the inner one where a model of images holds it.
+    """Return the family and the published config of a config.json.
+
+    The text config of a multimodal model.
 
     Args:
-        values: of the file; what it says of dtypes and quantization is left out (see `quantized`).
+        values: content of the file; its dtype and quantization are ignored here (see ``quantized``).
         where: the file, for messages.
 
     Raises:
-        ValueError: no family, one without a map, no inner config where there has to be one, or a
-            value that their class refuses.
+        ValueError: the family is unknown or has no map, a required ``text_config`` is missing, or
+            the config class refuses a value.
     """
     if "model_type" not in values:
         raise ValueError(f"{where}: no model_type, so the family is unknown")
     family = get_family(str(values["model_type"]), values.get("architectures"))
     if values["model_type"] in family.wrapped_in:
-        # the outer config may hold what the inner one leaves out, such as whether weights are tied
+        # the outer config may have keys that the inner one lacks, such as whether weights are tied
         outer = {k: values[k] for k in ("tie_word_embeddings",) if k in values}
         inner = values.get("text_config")
         if not isinstance(inner, dict):
@@ -64,15 +66,15 @@ def read_published(values: Mapping[str, Any], where: str | Path) -> tuple[Family
 
 
 def to_ours(family: Family, theirs: Any, mtp: bool = False) -> HybridConfig:
-    """Their config -> ours.
+    """Convert a published config to ours.
 
     Args:
-        family: whose.
-        theirs: their config.
-        mtp: with the modules for multi-token prediction that it speaks of.
+        family: the family of the config.
+        theirs: the published config.
+        mtp: whether to include its multi-token prediction modules.
 
     Raises:
-        NotExpressible: one line for each option of theirs that cannot be expressed here.
+        NotExpressible: one line for each option that we cannot express.
     """
     flat: dict[str, Any] = {}
     mistakes: list[str] = []
@@ -110,7 +112,7 @@ def to_ours(family: Family, theirs: Any, mtp: bool = False) -> HybridConfig:
 
 
 def _modules(mtp: MTPMap, theirs: Any) -> dict[str, Any]:
-    """Our options for the modules that their config speaks of."""
+    """Return our options for the multi-token prediction modules of their config."""
     count = mtp.count(theirs)
     if count > 1 and mtp.shared:
         raise Inexpressible(
@@ -121,7 +123,7 @@ def _modules(mtp: MTPMap, theirs: Any) -> dict[str, Any]:
 
 
 def _by_symbol(flat: Mapping[str, Any], symbols: set[str]) -> dict[str, Any]:
-    """The settings around the mixers that rules gave for single letters."""
+    """Group the block options that rules set for single letters."""
     settings: dict[str, Any] = {}
     for path, value in flat.items():
         setting, _, rest = path.partition(".")
@@ -147,8 +149,8 @@ def _options(flat: Mapping[str, Any], prefix: str) -> dict[str, Any]:
 
 
 def unmapped_keys(family: Family, theirs: Any) -> list[str]:
-    """Options of their config class that no rule of the family reads, ignores or pins."""
-    if family.defaults:  # there is no class: whatever the file holds
+    """Return the options of their config class that no rule of the family reads, ignores or pins."""
+    if family.defaults:  # no config class: use the keys of the file
         names = {name for name in vars(theirs) if not name.startswith("_")}
     elif dataclasses.is_dataclass(theirs):
         names = {f.name for f in dataclasses.fields(theirs)}
@@ -158,7 +160,7 @@ def unmapped_keys(family: Family, theirs: Any) -> list[str]:
 
 
 def _unread(family: Family, theirs: Any) -> list[str]:
-    """Options that were changed from their default, and that the map knows nothing of."""
+    """Return a line for each option that differs from its default and is unknown to the map."""
     lines = []
     names = unmapped_keys(family, theirs)
     usual = family.their_config({}) if names else None
@@ -172,26 +174,26 @@ def _unread(family: Family, theirs: Any) -> list[str]:
 def to_theirs(
     family: Family, model: HybridForCausalLM
 ) -> tuple[PreTrainedConfig, HybridForCausalLM]:
-    """Our config -> theirs, and ours again in the family's own letters (on the meta device).
+    """Convert our config to the published form, and back to ours in the family's letters (meta device).
 
     Args:
-        family: whose.
-        model: ours; only its config and its modules' options are looked at.
+        family: the family to write.
+        model: our model; only its config and the options of its modules are read.
 
     Raises:
-        NotExpressible: one line for each layer and each option that the family has no place for.
+        NotExpressible: one line for each layer and each option that the family cannot express.
     """
     stack = blocks(model, family.literal)
     letters, mistakes = _letters(family, stack)
     ahead = mtp_blocks(model, family.literal) if family.mtp is not None else []
-    module = ahead[0] if ahead else []  # all are alike
+    module = ahead[0] if ahead else []  # all modules are equal
     words, more = _letters(family, module, "of the MTP modules: ")
     mistakes += more
     if mistakes:
         raise NotExpressible(f"this model cannot be written as {family.name}", mistakes)
     values: dict[str, Any] = {"num_hidden_layers": len(stack)}
     flat = _flatten(model.config, [*stack, *module], [*letters, *words])
-    # a path too, for keys that say both where a mixer is and how
+    # also as a path, for keys that select both a mixer's position and its options
     flat["letters"] = letters
     sources: list[tuple[Any, Any]] = [(rule, flat) for rule in family.config]
     symbols, both = _with_ffn(stack, letters)
@@ -222,7 +224,7 @@ def to_theirs(
 def _letters(
     family: Family, stack: Sequence[Block], where: str = ""
 ) -> tuple[list[str], list[str]]:
-    """The family's letters for each block, and what has none."""
+    """Return the family's letters for each block, and the blocks without one."""
     letters, mistakes = [], []
     homeless: dict[str, list[int]] = {}
     for i, block in enumerate(stack):
@@ -245,7 +247,7 @@ def _letters(
 
 
 def _with_ffn(stack: Sequence[Block], letters: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The feed-forward of each block, "" for none, and its letters with it."""
+    """Return the feed-forward of each block ("" for none) with the letters of its mixers."""
     symbols = [block.ffn.letter if block.ffn else "" for block in stack]
     return symbols, [word + symbol for word, symbol in zip(letters, symbols, strict=True)]
 
@@ -253,7 +255,10 @@ def _with_ffn(stack: Sequence[Block], letters: Sequence[str]) -> tuple[list[str]
 def _flatten(
     config: HybridConfig, stack: Sequence[Block], letters: Sequence[str]
 ) -> dict[str, Any]:
-    """Our config as paths and values, in the family's letters; the first layer of a letter speaks."""
+    """Flatten our config to paths and values in the family's letters.
+
+    Each letter's first layer is used.
+    """
     flat = {name: getattr(config, name) for name in inspect.get_annotations(HybridConfig)}
     named: list[tuple[str, str, Part]] = []
     for block, word in zip(stack, letters, strict=True):
@@ -269,7 +274,7 @@ def _flatten(
 def _read_back(
     family: Family, values: Mapping[str, Any]
 ) -> tuple[PreTrainedConfig, HybridForCausalLM, list[str]]:
-    """Their config from what was written, and ours from theirs."""
+    """Build their config from the written keys, and ours from theirs."""
     nothing: Any = None
     try:
         theirs = family.their_config(values)

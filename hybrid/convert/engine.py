@@ -1,4 +1,4 @@
-"""Published checkpoints in and out: from a folder, a hub name or a model, to a model or a folder."""
+"""Import and export published checkpoints: a folder, a hub name or a model to a model or a folder."""
 
 from __future__ import annotations
 
@@ -65,24 +65,25 @@ def from_published(
     mtp: bool = True,
     **hub_options: Any,
 ) -> HybridForCausalLM:
-    """Read a published model into a hybrid, of the equal layout or of another.
+    """Read a published model as a hybrid, with the same or another layout.
 
     Args:
-        source: a folder with `config.json` and safetensors, the hub name of one, a GGUF file, or a
-            model of transformers. The weights are copied: nothing is shared with a model given.
-        dtype: of the floating weights, such as `torch.bfloat16` or its name; None keeps each
-            tensor's own. What is quantized (`mxfp4`, or `fp8` in blocks) becomes bfloat16 then.
-        gguf_file: a GGUF file of the folder, which transformers reads.
-        layout: another layout, such as `SSSL`, which cycles over the depth: layers that it leaves keep
-            their weights, new ones inherit from the softmax layers that they replace (see
-            `hybrid.convert.replace_mixers`).
-        mixers: with `layout`: letter -> options of its mixer, over those that it inherits.
-        mtp: with the modules for multi-token prediction (`hybrid.modeling.mtp`), where there are any.
-        hub_options: for the hub's `snapshot_download`, such as `revision` or `token`.
+        source: a folder with ``config.json`` and safetensors, a hub name, a GGUF file, or a model of
+            transformers. The weights are copied and never shared with a given model.
+        dtype: dtype of the floating-point weights, such as ``torch.bfloat16`` or its name; None keeps
+            the dtype of each tensor. Quantized weights (``mxfp4``, or ``fp8`` in blocks) then
+            become bfloat16.
+        gguf_file: a GGUF file in the folder, which transformers reads.
+        layout: another layout, such as ``SSSL``, which cycles over the depth. Unchanged layers keep
+            their weights; new mixers are initialised from the softmax layers that they replace (see
+            ``hybrid.convert.replace_mixers``).
+        mixers: with ``layout``: letter -> options of its mixer, which override the inherited ones.
+        mtp: whether to read multi-token prediction modules (``hybrid.modeling.mtp``), if there are any.
+        hub_options: arguments of the hub's ``snapshot_download``, such as ``revision`` or ``token``.
 
     Raises:
         ValueError: a family without a map, options that cannot be expressed (all are listed), or
-            weights whose names or shapes do not fit; each is named.
+            weights whose names or shapes do not fit (each is named).
     """
     cast = _dtype(dtype)
     source, gguf_file = _gguf(source, gguf_file)
@@ -113,19 +114,19 @@ def import_published(
     max_shard_size: str | int = DEFAULT_SHARD_SIZE,
     **hub_options: Any,
 ) -> HybridConfig:
-    """Convert a published checkpoint into one of ours, tensor by tensor, without building a model.
+    """Convert a published checkpoint to one of ours, tensor by tensor, without building a model.
 
     Args:
-        source: a folder, a hub name, or a GGUF file, which is read whole, with its tokenizer.
-        out: the new folder; it must not exist, or be empty. It appears when all went well.
-        dtype, layout, mixers, mtp, hub_options: as of `from_published`.
-        max_shard_size: bytes of one file, such as `5GB`.
+        source: a folder, a hub name, or a GGUF file. A GGUF file is read whole, with its tokenizer.
+        out: the new folder; it must not exist or must be empty. It is written only on success.
+        dtype, layout, mixers, mtp, hub_options: see ``from_published``.
+        max_shard_size: bytes of one file, such as ``5GB``.
 
     Returns:
         The config of the new checkpoint.
 
     Raises:
-        ValueError: as `from_published`; or `out` exists.
+        ValueError: see ``from_published``; or ``out`` exists.
     """
     cast = _dtype(dtype)
     path, gguf_file = _gguf(source, None)
@@ -166,24 +167,24 @@ def export(
     *,
     max_shard_size: str | int = DEFAULT_SHARD_SIZE,
 ) -> str:
-    """Write a model of ours as a published architecture's own checkpoint.
+    """Write a model of ours as a checkpoint of a published architecture.
 
     Args:
-        source: a model, or the folder of one; from a folder the weights stream.
-        out: the new folder; it must not exist, or be empty. It appears when all went well.
-        family: the architecture, by its `model_type`, or by another that it is published under
-            (`kimi_k2`; what is written has that of transformers' class, `deepseek_v3`); None for the
-            one that the model was imported from (`imported_from` of its config), where it still
-            fits. Else the one that fits: of several, the one whose kinds of mixers and feed-forwards
-            the model has all (`llama` for plain softmax).
-        max_shard_size: bytes of one file, such as `5GB`.
+        source: a model, or the folder of one; weights of a folder are streamed.
+        out: the new folder; it must not exist or must be empty. It is written only on success.
+        family: the architecture, by its ``model_type`` or by an alias (``kimi_k2``; the export then has
+            the type of transformers' class, ``deepseek_v3``). None: the family in ``imported_from`` of
+            the config, if the model still fits it; otherwise the family that fits. If several
+            families fit, the one whose layer types all occur in the model (``llama`` for plain
+            softmax).
+        max_shard_size: bytes of one file, such as ``5GB``.
 
     Returns:
         The name of the family.
 
     Raises:
-        ValueError: layers or options that the family has no place for, all of them listed with what
-            it can say; several families that fit, or none, where none was asked for; or `out` exists.
+        ValueError: layers or options that the family cannot express, all listed with what it can
+            express; ``family`` is None and several or no families fit; or ``out`` exists.
     """
     with _ours(source) as (model, weights, folder):
         if family is not None:
@@ -214,7 +215,7 @@ def export(
 
 
 def published_config(family: Family, config: PreTrainedConfig) -> dict[str, Any]:
-    """Their config as an export has it: in the words of transformers, and in the published ones."""
+    """Return their config as exported: with the keys of transformers and the published ones."""
     values = json.loads(config.to_json_string(use_diff=False))
     values |= {"torch_dtype": values["dtype"], "model_type": family.model_type or family.name}
     for line in family.limits(values):
@@ -226,7 +227,7 @@ def published_config(family: Family, config: PreTrainedConfig) -> dict[str, Any]
 
 
 def _limits(model: HybridForCausalLM, out: Path) -> list[str]:
-    """What servers cannot do with an export of any family."""
+    """Return what servers do not support in exports of any family."""
     lines = []
     if model.config.num_mtp_layers:
         lines.append(
@@ -241,19 +242,19 @@ def _limits(model: HybridForCausalLM, out: Path) -> list[str]:
 
 
 def fitting(model: HybridForCausalLM) -> tuple[list[str], dict[str, NotExpressible]]:
-    """The families that can hold a model, and for the others what stands in the way."""
+    """Return the families that fit a model, and for the others the reasons why they do not."""
     candidates, refused = _candidates(model, sorted(FAMILIES))
     return [*candidates], refused
 
 
-# a family's config, and the model again in the family's own letters: see `to_theirs`
+# a family's config, and the model in the family's letters: see `to_theirs`
 _Written = tuple[PreTrainedConfig, HybridForCausalLM]
 
 
 def _candidates(
     model: HybridForCausalLM, names: Iterable[str]
 ) -> tuple[dict[str, _Written], dict[str, NotExpressible]]:
-    """`to_theirs` for each of these families: what it returns, or what it raises."""
+    """Run ``to_theirs`` for each of these families; return its result or its error."""
     fit, refused = {}, {}
     for name in names:
         try:
@@ -264,14 +265,14 @@ def _candidates(
 
 
 def _only_fit(model: HybridForCausalLM) -> tuple[Family, PreTrainedConfig, HybridForCausalLM]:
-    """The family to write a model as, with the result of `to_theirs`; each is tried once."""
+    """Return the family to export to, with the result of ``to_theirs``; each family is tried once."""
     origin = model.config.imported_from
     known = [origin] if origin in FAMILIES else []
     candidates, refused = _candidates(model, known)
     if not candidates:
         candidates, others = _candidates(model, sorted(FAMILIES.keys() - {*known}))
         refused = {name: (refused | others)[name] for name in sorted(refused | others)}
-        # a hybrid family can say plain softmax, too, but one that has nothing else is meant
+        # hybrid families also fit plain softmax; prefer a family without other layer types
         full = {n: w for n, w in candidates.items() if _uses_all_of(FAMILIES[n], w[1])}
         candidates = full or candidates
     fit = [*candidates]
@@ -300,7 +301,7 @@ def _first(lines: Sequence[str]) -> str:
 
 
 def _uses_all_of(family: Family, model: HybridForCausalLM) -> bool:
-    """Whether a model in a family's letters has each kind of mixer and of feed-forward of the family."""
+    """Return whether a model has every mixer and feed-forward type of the family."""
     stack = blocks(model, family.literal)
     letters = {part.letter for block in stack for part in block.mixers}
     symbols = {block.ffn.letter for block in stack if block.ffn is not None}
@@ -321,7 +322,7 @@ def _planned_import(
 
 
 def _modules(family: Family, theirs: Any, weights: Source, wanted: bool) -> tuple[Source, bool]:
-    """Whether to read modules for multi-token prediction, and the tensors without them if not."""
+    """Return whether to read multi-token prediction modules, and the tensors without them if not."""
     if family.mtp is None:
         return weights, False
     depth = theirs.num_hidden_layers
@@ -346,9 +347,9 @@ def _opened(
     hub_options: Mapping[str, Any],
     dtype: torch.dtype | None = None,
 ) -> Iterator[tuple[Family, Any, Source, Path | None]]:
-    """The family, their config, their tensors as on disk, and the folder if there is one.
+    """Return the family, their config, their tensors as stored, and the folder if there is one.
 
-    What is quantized on disk is read as `dtype`, or as bfloat16.
+    Quantized tensors are read as ``dtype``, or as bfloat16.
     """
     if isinstance(source, PreTrainedModel):
         if any(p.itemsize < 2 for p in source.parameters()):
@@ -370,9 +371,9 @@ def _opened(
 
 
 def on_disk(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """A model of transformers' tensors by the names and in the shapes that `save_pretrained` writes."""
+    """Return a model's tensors with the names and shapes that ``save_pretrained`` writes."""
     held = remove_tied_weights_from_state_dict(model.state_dict(), model)
-    # as its class writes them, not as the file that it came from: that may have been quantized
+    # as the class writes them, not as in the original file, which may be quantized
     anew = copy(model)
     anew.__dict__.pop("_weight_conversions", None)
     return revert_weight_conversion(anew, held)
@@ -381,7 +382,7 @@ def on_disk(model: PreTrainedModel) -> dict[str, torch.Tensor]:
 def _gguf(
     source: str | Path | PreTrainedModel, gguf_file: str | None
 ) -> tuple[str | Path | PreTrainedModel, str | None]:
-    """The folder and the name of a GGUF file, however it is named; else as they are."""
+    """Return the folder and the name of a GGUF file in any form; other sources unchanged."""
     if isinstance(source, PreTrainedModel):
         return source, gguf_file
     path = Path(source)
@@ -419,7 +420,7 @@ def _folder(source: str | Path, hub_options: Mapping[str, Any]) -> Path:
 def _ours(
     source: str | Path | HybridForCausalLM,
 ) -> Iterator[tuple[HybridForCausalLM, Source, Path | None]]:
-    """Our model (on the meta device if from a folder), its tensors, and its folder."""
+    """Return our model (on the meta device if from a folder), its tensors, and its folder."""
     if isinstance(source, HybridForCausalLM):
         yield source, Held(source.state_dict()), None
         return
@@ -447,7 +448,7 @@ def _generation_config(
 
 
 def _tracked(what: str, planned: Sequence[Step], tensors: Named) -> Named:
-    """The tensors, with a bar on the terminal if there is one."""
+    """Yield the tensors with a progress bar, if there is a terminal."""
     description = text_column("{task.description}")
     columns = (description, BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
     screen = console(stderr=True)
@@ -461,7 +462,7 @@ def _tracked(what: str, planned: Sequence[Step], tensors: Named) -> Named:
 
 
 def _main_dtype(specs: Mapping[str, Spec]) -> torch.dtype:
-    """The dtype of most of the bytes."""
+    """Return the dtype with the most bytes."""
     sizes: Counter[torch.dtype] = Counter()
     for spec in specs.values():
         sizes[spec.dtype] += spec.nbytes

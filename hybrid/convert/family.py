@@ -1,9 +1,9 @@
-"""What a published family is: a config map, a layer map and a weight map, each read both ways.
+"""A published family: a config map, a layer map and a weight map, each used in both directions.
 
-Config maps work on two flat views. Theirs is an object with their config's attributes. Ours is a
-mapping of paths: `hidden_size`, `mixers.S.num_heads`, `feed_forwards.E.top_k`; letters are the
-family's. Reading asks each rule for paths and values; writing asks each for keys and values. What a
-family has no place for needs no rule: an export is read back and compared (see `engine`).
+Config maps work on two flat views. Theirs is an object with the attributes of their config. Ours is
+a mapping of paths: ``hidden_size``, ``mixers.S.num_heads``, ``feed_forwards.E.top_k``, with the family's
+letters. To read, each rule returns paths and values; to write, it returns keys and values. Options
+that a family cannot express need no rule: an export is read back and compared (see ``engine``).
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ Flat = Mapping[str, Any]
 
 
 class Inexpressible(ValueError):
-    """A value that the other side has no word for."""
+    """A value that the other side cannot express."""
 
 
 class NotExpressible(ValueError):
-    """What stands in the way of a conversion; `obstacles` holds one line of text for each."""
+    """A conversion that is not possible; ``obstacles`` has one line of text for each reason."""
 
     def __init__(self, what: str, obstacles: Sequence[str]) -> None:
         self.obstacles = list(obstacles)
@@ -44,12 +44,12 @@ class NotExpressible(ValueError):
 
 @dataclass(frozen=True)
 class ConfigRule:
-    """Some of their keys and some of our paths.
+    """A rule between some of their keys and some of our paths.
 
     Attributes:
-        keys: the keys of theirs that it is about.
+        keys: their keys that the rule covers.
         read: their config -> {our path: value}.
-        write: ours -> {their key: value}. Paths of a letter that the layout does not use are absent.
+        write: ours -> {their key: value}. Paths of letters that the layout does not use are absent.
     """
 
     keys: tuple[str, ...]
@@ -64,18 +64,18 @@ def key(
     values: Mapping[Any, Any] | None = None,
     optional: bool = False,
 ) -> ConfigRule:
-    """One key of theirs that says the same as one path of ours, or as several that must agree.
+    """Map one of their keys to one of our paths, or to several paths that must be equal.
 
     Args:
         theirs: the key.
-        ours: the paths; default: the same name, at the top. Writing takes the first that is used.
-        values: their value -> ours, where they differ (names of activations).
-        optional: where ours is None, an export takes their default.
+        ours: the paths; default: the same name at the top level. Export reads the first one in use.
+        values: their value -> ours, if they differ (names of activations).
+        optional: if our value is None, the export uses their default.
     """
     paths = ours or (theirs,)
 
     def read(config: Any) -> Flat:
-        if not hasattr(config, theirs):  # left out of config.json: both sides have their default
+        if not hasattr(config, theirs):  # missing in config.json: both sides use their default
             return {}
         value = getattr(config, theirs)
         if values is not None:
@@ -96,7 +96,7 @@ def key(
 
 
 def must(theirs: str, *allowed: Any) -> ConfigRule:
-    """A key of theirs that only has a meaning here if it is one of some values; the first is written."""
+    """Require one of some values for a key of theirs; export writes the first one."""
 
     def read(config: Any) -> Flat:
         value = getattr(config, theirs, allowed[0])
@@ -111,22 +111,22 @@ def must(theirs: str, *allowed: Any) -> ConfigRule:
 
 
 def always(**ours: Any) -> ConfigRule:
-    """Options of ours that the family has no key for, because it always has them so.
+    """Set options of ours that the family has no key for, because they are always the same.
 
-    Dots of a path are written as double underscores: `always(mixers__S__qk_norm="head")`; the dense
-    feed-forward's path is `feed_forwards__-__bias`, which wants `**{...}`.
+    Dots of a path are written as double underscores: ``always(mixers__S__qk_norm="head")``. The
+    path of the dense feed-forward, ``feed_forwards__-__bias``, needs ``**{...}``.
     """
     flat = {path.replace("__", "."): value for path, value in ours.items()}
     return ConfigRule((), lambda config: flat, lambda flat: {})
 
 
 def both(*keys: str, read: Callable[[Any], Flat], write: Callable[[Flat], Flat]) -> ConfigRule:
-    """Keys and paths related by two functions, inverse to each other. Either may raise Inexpressible."""
+    """Relate keys and paths by two inverse functions. Either can raise Inexpressible."""
     return ConfigRule(keys, read, write)
 
 
 def ignored(*keys: str) -> ConfigRule:
-    """Keys of theirs that do not touch what the model computes; they keep their defaults in exports."""
+    """Ignore keys of theirs that do not affect the computation; exports have their defaults."""
     return ConfigRule(keys, lambda config: {}, lambda flat: {}, ignored=True)
 
 
@@ -137,14 +137,14 @@ def rope(
     drop: Sequence[str] = (),
     nope: bool = False,
 ) -> ConfigRule:
-    """Their rope dictionary, the same as ours, for some of the family's softmax letters.
+    """Map their RoPE dictionary, equal to ours, for some softmax letters of the family.
 
     Args:
         letters: the letters.
-        key: theirs.
-        partial: whether their class heeds `partial_rotary_factor`; many have it and do not.
-        drop: other entries that do not touch what the model computes.
-        nope: whether their class goes without positions where there is no base (OLMo Hybrid).
+        key: their key.
+        partial: whether their class uses ``partial_rotary_factor``; many accept and ignore it.
+        drop: other entries that do not affect the computation.
+        nope: whether their class has no positions if there is no base (OLMo Hybrid).
     """
     paths = [f"mixers.{letter}.rope_parameters" for letter in letters]
     left_out = {*drop} if partial else {*drop, "partial_rotary_factor"}
@@ -166,13 +166,13 @@ def rope(
 
 @dataclass(frozen=True)
 class LayerRule:
-    """What stands in each layer, in their words and in the family's letters.
+    """The contents of each layer, from their keys to the family's letters.
 
     Attributes:
-        keys: the keys of theirs that it reads.
-        read: their config -> for each layer a string of letters, "" for nothing there.
-        write: that list -> {their key: value}. What it cannot say it may leave out: an export is read
-            back, and the layer that comes out different is named.
+        keys: their keys that the rule reads.
+        read: their config -> a string of letters for each layer, "" for an empty layer.
+        write: that list -> {their key: value}. It can omit what it cannot express: an export is
+            read back, and the error names each layer that differs.
     """
 
     keys: tuple[str, ...]
@@ -181,12 +181,12 @@ class LayerRule:
 
 
 def everywhere(letters: str) -> LayerRule:
-    """The same in every layer; "" for nothing in any."""
+    """Return a rule with the same letters in every layer; "" for none."""
     return LayerRule((), lambda config: [letters] * config.num_hidden_layers, lambda layers: {})
 
 
 def by_type(key: str = "layer_types", /, **letters: str) -> LayerRule:
-    """A list of types, one a layer: `by_type(full_attention="S", linear_attention="D")`."""
+    """Return a rule for a list of types: ``by_type(full_attention="S", linear_attention="D")``."""
 
     def read(config: Any) -> Sequence[str]:
         return [_translate(key, kind, letters) for kind in getattr(config, key)]
@@ -203,38 +203,38 @@ class Family:
     """One published architecture.
 
     Attributes:
-        name: its `model_type`, or its own where two architectures share one.
-        model_type: that one.
-        architecture: the class that `config.json` names, such as `LlamaForCausalLM`.
-        letters: letter -> mixer; the family's own alphabet, whatever letters a layout uses for them.
+        name: its ``model_type``, or a unique name if two architectures share a type.
+        model_type: the ``model_type``.
+        architecture: the class in ``config.json``, such as ``LlamaForCausalLM``.
+        letters: letter -> mixer; the family's alphabet, independent of the letters of a layout.
         config: config rules.
-        mixers, ffn: layer rules for the two halves of a layer.
+        mixers, ffn: layer rules for the mixers and for the feed-forwards.
         weights: weight rules.
-        choose: (mixer, its options) -> letter, for an alphabet with one mixer under two letters.
-        unread_weights: patterns (of `fnmatch`) of tensors that their class does not read either.
-        spellings: (prefix or part of a name in some checkpoints, what it is here): what else their
-            class accepts.
-        wrapped_in: model types that hold this one as their `text_config` (images are left out).
-        aliases: model types under which it is published (its own, where older words are in use), and
-            what turns the keys of each into those of their class.
-        literal: each of their layers is a mixer or a feed-forward, never both (Nemotron-H); then
-            `mixers` writes both kinds, for one list of theirs holds them.
-        joins_next: letters of layers of ours that are one with the next layer in theirs (Zamba2's
-            shared block and the Mamba-2 that it feeds). In names of tensors `{depth}` is the number
-            of such a layer among them, and `{block}` their index of the one whose weights it has.
-        mtp: where its multi-token prediction modules are; None for a family without.
-        published: a config of theirs as it is written -> the published keys that are written beside,
-            for servers (see `published`).
-        wrap_as: model type under which an export is written, the text model as its `text_config`.
-        filed: (pattern, replacement) of `re.sub`: names of tensors that were published otherwise than
-            transformers writes them. `spellings` reads both.
-        filed_whole: parts of the names of tensors that were published under the `whole` name of their
-            rule (experts stacked into one).
-        limits: a config of theirs as it is written -> what servers ignore or cannot do, a line each.
-        legacy_rope: a config of theirs as it is written -> the RoPE keys of transformers 4, which
-            exports write too, for servers (see `legacy_rope`).
-        defaults: their config's defaults, for a family that transformers has no config class for.
-        notes: what is worth knowing.
+        choose: (mixer, its options) -> letter, for an alphabet with two letters for one mixer.
+        unread_weights: patterns (of ``fnmatch``) of tensors that their class does not read either.
+        spellings: (prefix or part of a tensor name in some checkpoints, replacement) that their
+            class also accepts.
+        wrapped_in: model types that hold this one as their ``text_config`` (image parts are ignored).
+        aliases: other published model types (or its own, for older keys), each with a function that
+            converts its keys to those of their class.
+        literal: each of their layers is a mixer or a feed-forward, never both (Nemotron-H). Then
+            ``mixers`` writes both kinds, because one list of theirs holds them.
+        joins_next: symbols merged with the following layer in the Hugging Face model (Zamba2's
+            shared block and the Mamba-2 layer after it). In tensor names ``{depth}`` is the index
+            of such a layer among them, and ``{block}`` their index of the layer whose weights it
+            shares.
+        mtp: names of its multi-token prediction modules; None for a family without.
+        published: their written config -> additional published keys for servers (see ``published``).
+        wrap_as: model type of an export that has the text model as its ``text_config``.
+        filed: (pattern, replacement) of ``re.sub`` for tensors published under other names than
+            transformers writes. ``spellings`` reads both.
+        filed_whole: parts of the names of tensors that were published under the ``whole`` name of
+            their rule (stacked experts).
+        limits: their written config -> what servers ignore or do not support, one line each.
+        legacy_rope: their written config -> the RoPE keys of transformers 4. Exports also write
+            them, for servers (see ``legacy_rope``).
+        defaults: defaults of their config, for a family without a config class in transformers.
+        notes: remarks for users.
     """
 
     name: str
@@ -263,13 +263,13 @@ class Family:
     notes: str = ""
 
     def file_name(self, name: str) -> str:
-        """The name under which a tensor of transformers' class was published."""
+        """Return the published name of a tensor of transformers' class."""
         for pattern, replacement in self.filed:
             name = re.sub(pattern, replacement, name)
         return name
 
     def letter(self, mixer: str, options: Any) -> str:
-        """The letter of a mixer. Raises Inexpressible where the family has no such mixer."""
+        """Return the letter of a mixer. Raises Inexpressible if the family has no such mixer."""
         fitting = [letter for letter, name in self.letters.items() if name == mixer]
         if not fitting:
             known = " and ".join(sorted(set(self.letters.values())))
@@ -279,14 +279,14 @@ class Family:
         return self.choose(mixer, options)
 
     def their_config(self, values: Mapping[str, Any]) -> PreTrainedConfig:
-        """A config of theirs from its keys, with their own defaults and their own checks.
+        """Build their config from its keys, with their defaults and their checks.
 
         Raises:
-            ValueError: a value that their class refuses; or a transformers without that class.
+            ValueError: their class refuses a value, or this transformers does not have the class.
         """
-        known = deepcopy({**self.defaults, **values})  # for their class writes into dictionaries
+        known = deepcopy({**self.defaults, **values})  # their class modifies dictionaries
         known.pop("model_type", None)
-        if known.get("rope_scaling", 0) is None:  # a deprecated word, here for nothing
+        if known.get("rope_scaling", 0) is None:  # a deprecated key without a value
             del known["rope_scaling"]
         name = CONFIG_MAPPING_NAMES.get(self.name)
         if name is None and not self.defaults:
@@ -297,18 +297,18 @@ class Family:
         if name is None:
             kind = type("PublishedConfig", (PreTrainedConfig,), {"model_type": self.name})
             return kind(**known)
-        # by its own module, for other packages may put a class of theirs behind the model type
+        # by module name: other packages can register a class of theirs for the model type
         try:
             return getattr(transformers, name).from_dict(known)
         except StrictDataclassError as error:
             raise ValueError(" ".join(str(error).split())) from error
-        # of rotary positions; of what is not a field; of a value that their class reads unchecked
+        # errors of RoPE checks, of unknown fields, and of unchecked values
         except (KeyError, AttributeError, TypeError, ArithmeticError) as error:
             raise ValueError(f"{name} of transformers refuses this config: {error}") from error
 
     @property
     def read_keys(self) -> set[str]:
-        """Every key of theirs that some rule reads or ignores on purpose."""
+        """Return every key of theirs that a rule reads or ignores."""
         rules = (*self.config, self.mixers, self.ffn)
         return (
             {name for found in rules for name in found.keys}
@@ -318,7 +318,7 @@ class Family:
 
     @property
     def written_keys(self) -> set[str]:
-        """Those that an export carries over, whether there are modules for more tokens or not."""
+        """Return the keys that an export writes, with or without multi-token prediction modules."""
         ignored = {name for found in self.config if found.ignored for name in found.keys}
         return self.read_keys - ignored - self._mtp_keys
 
@@ -331,7 +331,7 @@ FAMILIES: dict[str, Family] = {}
 
 
 def register_family(family: Family) -> Family:
-    """Add a family; refuses a second one for the same model type."""
+    """Register a family; refuse a second one for the same model type."""
     if family.name in FAMILIES:
         raise ValueError(f"the family {family.name!r} is registered already")
     FAMILIES[family.name] = family
@@ -339,14 +339,14 @@ def register_family(family: Family) -> Family:
 
 
 def get_family(name: str, architectures: object = None) -> Family:
-    """The family of a model type, its own or one of its others (`aliases`, `wrapped_in`).
+    """Return the family of a model type, including ``aliases`` and ``wrapped_in``.
 
     Args:
         name: the model type.
-        architectures: of the config, where two families share the model type.
+        architectures: ``architectures`` of the config, if two families share the model type.
 
     Raises:
-        ValueError: there is none; with the nearest right name.
+        ValueError: the family is unknown; the message has the nearest name.
     """
     for family in FAMILIES.values():
         named = isinstance(architectures, list) and family.architecture in architectures

@@ -1,4 +1,4 @@
-"""GGUF files, which transformers reads."""
+"""Read GGUF files through transformers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 logger = logging.getLogger(__name__)
 
 SUFFIX = ".gguf"
-# what the reader trips over in a file that is damaged, or is not one
+# errors of the reader on a damaged file or another format
 UNREADABLE = (
     OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, MemoryError,
     struct.error,
@@ -21,12 +21,12 @@ UNREADABLE = (
 
 
 def read_gguf(folder: str, name: str, dtype: torch.dtype | None = None) -> PreTrainedModel:
-    """The model of a GGUF file, dequantized, as transformers reads it.
+    """Read a GGUF file with transformers and return the dequantized model.
 
     Args:
-        folder: that the file is in, or the hub name of one.
-        name: of the file.
-        dtype: of the weights; default: float32.
+        folder: folder of the file, or a hub name.
+        name: name of the file.
+        dtype: dtype of the weights; default: float32.
 
     Raises:
         ValueError: a damaged file, or an architecture that transformers does not read from GGUF.
@@ -41,10 +41,10 @@ def read_gguf(folder: str, name: str, dtype: torch.dtype | None = None) -> PreTr
 
 
 def save_tokenizer(folder: str, name: str, out: Path) -> None:
-    """Write the tokenizer of a GGUF file into a checkpoint folder; warn where it has none."""
+    """Write the tokenizer of a GGUF file to a checkpoint folder; warn if there is none."""
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(folder, gguf_file=name)
-    except Exception as error:  # tokenizers raises no narrower one
+    except Exception as error:  # tokenizers raises no more specific error
         reason = " ".join(str(error).split())
         logger.warning("%s: no tokenizer that transformers reads: %s", name, reason)
         return

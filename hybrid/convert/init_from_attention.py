@@ -1,9 +1,9 @@
-"""What each mixer takes over from the softmax attention that it replaces, and where its gates start.
+"""Initialisation of each mixer from the softmax attention that it replaces, and its initial gates.
 
 Shapes: H query heads, K head dim.
 
-One table, `INIT_FROM_ATTENTION`. Gates start near the identity: memory long, output gate open,
-convolutions passing the present token on, norms at 1.
+The table is ``INIT_FROM_ATTENTION``. Gates start near the identity: a long memory, an open output gate,
+convolutions as the identity, and norms at 1.
 """
 
 from __future__ import annotations
@@ -24,22 +24,22 @@ Value = float | Callable[[Any], torch.Tensor]
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 OPEN_SILU = 1.2784645427610738
-"""silu(b) = 1: the bias of an output gate that starts open."""
+"""silu(b) = 1: the bias of an output gate that is open at the start."""
 
 
 @dataclass(frozen=True)
 class InitFromAttention:
-    """How one mixer takes over from softmax attention.
+    """Initialisation of one mixer from softmax attention.
 
     Attributes:
-        options: the softmax's completed options -> options of the new mixer.
-        start: parameter -> where it starts, a number or a function of the new mixer. Names that a
-            mixer does not have with its options are passed over; what is not named starts as in
+        options: the completed options of the softmax mixer -> options of the new mixer.
+        start: parameter -> initial value, a number or a function of the new mixer. Parameters that
+            the mixer does not have with its options are skipped. All others are initialised as in
             training from scratch.
-        carried: modules and parameters that are taken over under their own names where both have
-            them; keys and values are repeated where each query head has its own.
-        keeps: options of the softmax that still mean something. The others are dropped, with a
-            warning where they are set.
+        carried: modules and parameters copied by name if both mixers have them; keys and values are
+            repeated if each query head has its own.
+        keeps: options of the softmax mixer that still apply. Other options are dropped, with a
+            warning if set.
     """
 
     options: Callable[[GroupedHeadOptions], dict[str, Any]]
@@ -48,7 +48,7 @@ class InitFromAttention:
     keeps: tuple[str, ...] = ()
 
     def lost(self, softmax: GroupedHeadOptions, new: Any) -> set[str]:
-        """Options of the softmax that are set and mean nothing with those of the new mixer."""
+        """Return the options of the softmax mixer that are set but have no effect in the new mixer."""
         kept = set(self.keeps)
         if getattr(new, "rope_theta", softmax) is None:
             kept.discard("rope_parameters")
@@ -57,7 +57,7 @@ class InitFromAttention:
 
     @torch.no_grad()
     def open(self, mixer: nn.Module) -> None:
-        """Put the gates and convolutions of a new mixer where they start."""
+        """Set the gates and convolutions of a new mixer to their initial values."""
         parameters = dict(mixer.named_parameters())
         for name, value in self.start.items():
             if name in parameters:
@@ -68,7 +68,7 @@ class InitFromAttention:
 
 
 def _memory(mixer: Any) -> torch.Tensor:
-    """Tokens that each head remembers, (H,): from 32 to 4096, as RetNet spreads its decays."""
+    """Return the memory of each head in tokens, (H,): 32 to 4096, spaced like RetNet's decays."""
     return torch.exp2(torch.linspace(5, 12, mixer.num_heads))
 
 
@@ -77,17 +77,17 @@ def _before_softplus(y: torch.Tensor) -> torch.Tensor:
 
 
 def _step_of_memory(mixer: Any) -> torch.Tensor:
-    """dt_bias so that, with A_log and the projection 0, a head decays by exp(-1 / memory); (H,)."""
+    """Return dt_bias, (H,): with A_log and the projection at 0, a head decays by exp(-1 / memory)."""
     return _before_softplus(1 / _memory(mixer))
 
 
 def _step_of_channels(mixer: Any) -> torch.Tensor:
-    """The same for each key channel, (H * K,)."""
+    """Return the same for each key channel, (H * K,)."""
     return _step_of_memory(mixer).repeat_interleave(mixer.key_dim)
 
 
 def _logit_of_channels(mixer: Any) -> torch.Tensor:
-    """The bias of sigmoid(.)^(1 / tau) with the same decays, one for each key channel, (H * K,)."""
+    """Return the bias of sigmoid(.)^(1 / tau) with the same decays, for each key channel, (H * K,)."""
     kept = torch.exp(-mixer.options.tau / _memory(mixer).double())
     return torch.logit(kept).repeat_interleave(mixer.key_dim)
 
@@ -103,14 +103,14 @@ def _plain(softmax: GroupedHeadOptions) -> dict[str, Any]:
 
 
 def _ungated(softmax: GroupedHeadOptions) -> dict[str, Any]:
-    # a SiLU gate without bias cannot start open
+    # a SiLU gate without bias cannot be open at the start
     return {**_heads(softmax), "output_gate": False}
 
 
 def _mamba2(softmax: GroupedHeadOptions) -> dict[str, Any]:
     heads, _, head_dim = softmax.sizes
     sizes = {"num_heads": heads, "num_groups": heads, "head_dim": head_dim, "state_size": head_dim}
-    return {**sizes, "bias": True}  # for the bias of the gate
+    return {**sizes, "bias": True}  # the gate needs a bias
 
 
 def _lightning(softmax: GroupedHeadOptions) -> dict[str, Any]:
@@ -124,14 +124,14 @@ def _retention(softmax: GroupedHeadOptions) -> dict[str, Any]:
 
 
 def _plain_rope(softmax: GroupedHeadOptions) -> tuple[float | None, float]:
-    """Base and rotated share of RoPE; no base where there is none, or one of stretched frequencies."""
+    """Return base and rotary fraction of RoPE; no base without RoPE or with scaled frequencies."""
     rope = softmax.rope_parameters or {}
     plain = rope.get("rope_type", "default") == "default"
     return rope.get("rope_theta") if plain else None, rope.get("partial_rotary_factor", 1.0)
 
 
 def _attention(name: str) -> InitFromAttention:
-    """Attention from attention: everything that both have."""
+    """Return the initialisation of attention from attention: all common parameters are copied."""
     names = [f.name for f in dataclasses.fields(registered.get(name).Options)]
 
     def options(softmax: GroupedHeadOptions) -> dict[str, Any]:
@@ -150,7 +150,7 @@ INIT_FROM_ATTENTION: dict[str, InitFromAttention] = {
     "softmax_attention": _attention("softmax_attention"),
     "sliding_window_attention": _attention("sliding_window_attention"),
     "chunked_attention": _attention("chunked_attention"),
-    # fixed decays; a sigmoid gate that starts at 1/2 everywhere
+    # fixed decays; a sigmoid gate that starts at 1/2
     "lightning_attention": InitFromAttention(
         _lightning,
         _HALF_GATE,
@@ -175,7 +175,7 @@ INIT_FROM_ATTENTION: dict[str, InitFromAttention] = {
             "dt_bias": _step_of_channels,
         },
     ),
-    # time steps of 1, so that values are written as they are; no skip, for softmax has none
+    # time steps of 1, so that values are written unscaled; no skip, because softmax has none
     "mamba2": InitFromAttention(
         _mamba2,
         {
@@ -193,7 +193,7 @@ INIT_FROM_ATTENTION: dict[str, InitFromAttention] = {
     ),
 }
 
-# Options of softmax attention that change what it computes, and the values that do not.
+# Options of softmax attention that affect its computation, with their neutral values.
 NEUTRAL: dict[str, Any] = {
     "rope_parameters": None, "qk_norm": None, "bias": False, "output_bias": False,
     "output_gate": False, "sinks": False, "soft_cap": None, "alibi": False, "conv_size": None,

@@ -1,7 +1,7 @@
-"""Rotary positions in the words of transformers 4, which published files have and servers read.
+"""RoPE keys of transformers 4, which published checkpoints have and servers read.
 
-transformers 5 has one dictionary, `rope_parameters`, and reads the older words where that is missing.
-An export has both, saying the same.
+transformers 5 has one dictionary, ``rope_parameters``, and reads the older keys if it is missing. An
+export has both, with equal values.
 """
 
 from __future__ import annotations
@@ -12,13 +12,14 @@ from typing import Any
 Words = Mapping[str, Any]
 
 BESIDE = ("rope_theta", "partial_rotary_factor")
-"""What stood beside the scaling, and is within the dictionary now."""
+"""Keys beside `rope_scaling` in transformers 4, which are inside the dictionary now."""
 
 
 def rope_words(values: Words) -> Words:
-    """`rope_theta`, `rope_scaling` and `partial_rotary_factor` for a config of theirs, as written.
+    """Return ``rope_theta``, ``rope_scaling`` and ``partial_rotary_factor`` for a written config of
+    theirs.
 
-    Nothing where there are no positions, or other ones by the type of layer.
+    Empty if there are no positions, or if positions differ by layer type.
     """
     found = values.get("rope_parameters") or {}
     if found.get("rope_theta") is None:
@@ -28,10 +29,11 @@ def rope_words(values: Words) -> Words:
 
 
 def words_by_type(local_base: str | None = None) -> Callable[[Words], Words]:
-    """The words of a family whose sliding layers are never scaled.
+    """Return the keys of a family whose sliding-window layers are never scaled.
 
     Args:
-        local_base: their key for the base of these, `rope_local_base_freq`; None if it is the same.
+        local_base: their key for the base of these layers, ``rope_local_base_freq``; None if it is
+            the same.
     """
 
     def words(values: Words) -> Words:
@@ -48,7 +50,7 @@ def words_by_type(local_base: str | None = None) -> Callable[[Words], Words]:
 
 
 def no_words(values: Words) -> Words:
-    """For a family that was never published in them."""
+    """Return no keys, for a family that was never published with them."""
     return {}
 
 

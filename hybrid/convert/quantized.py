@@ -1,9 +1,10 @@
-"""Checkpoints that are published quantized only: read as if they were not, one tensor at a time.
+"""Dequantize checkpoints that are published only in quantized form, one tensor at a time.
 
-Two formats. `mxfp4` (OCP Microscaling Formats 1.0; the experts of gpt-oss): `NAME_blocks` (E, R, G, 16),
-two values of 4 bits in a byte, and `NAME_scales` (E, R, G), an exponent for each 32 values; together
-`NAME` (E, 32 G, R). `fp8` (DeepSeek-V3, arXiv 2412.19437, section 3.3; Kimi K2, Qwen3-FP8): `NAME` in 8
-bits and `NAME_scale_inv`, a factor for each block, 128 x 128 as a rule, or one for the whole matrix.
+Two formats. ``mxfp4`` (OCP Microscaling Formats 1.0; the experts of gpt-oss): ``NAME_blocks`` (E, R, G,
+16) with two 4-bit values per byte, and ``NAME_scales`` (E, R, G) with one exponent per 32 values;
+together they are ``NAME`` (E, 32 G, R). ``fp8`` (DeepSeek-V3, arXiv 2412.19437, section 3.3; Kimi K2,
+Qwen3-FP8): ``NAME`` in 8 bits and ``NAME_scale_inv`` with one factor per block, usually 128 x 128,
+or one for the whole matrix.
 """
 
 from __future__ import annotations
@@ -25,17 +26,17 @@ FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 FACTORS = (torch.float32, torch.bfloat16, torch.float16, torch.float8_e8m0fnu)
 MX_BLOCK = 32  # values that share an exponent
 MX_BYTES = MX_BLOCK // 2
-MX_ROWS = 2**16  # blocks at a time: what is needed beside the tensor itself stays at a few MB
+MX_ROWS = 2**16  # blocks at a time: additional memory stays at a few MB
 
 Dequantize = Callable[[torch.Tensor, torch.Tensor, torch.dtype], torch.Tensor]
 
 
 class Packed(NamedTuple):
-    """One tensor that the file holds as values and scales.
+    """One tensor that the file stores as values and scales.
 
     Attributes:
-        values, scales: their names.
-        shape: of the tensor that they make.
+        values, scales: names of the stored tensors.
+        shape: shape of the dequantized tensor.
         dequantize: (values, scales, dtype) -> the tensor.
     """
 
@@ -46,15 +47,15 @@ class Packed(NamedTuple):
 
 
 class Dequantized:
-    """A quantized checkpoint as a `Source` of plain tensors.
+    """A quantized checkpoint as a ``Source`` of dequantized tensors.
 
     Args:
         source: the tensors of the files.
-        settings: `quantization_config` of their config.json.
-        dtype: of what is dequantized; the rest stays as it is.
+        settings: ``quantization_config`` of their config.json.
+        dtype: dtype of dequantized tensors; other tensors are unchanged.
 
     Raises:
-        ValueError: another format; scales or values that are missing, or of the wrong shape or dtype.
+        ValueError: another format; missing scales or values, or a wrong shape or dtype.
     """
 
     def __init__(
@@ -63,7 +64,7 @@ class Dequantized:
         self.source, self.dtype = source, dtype
         self.packed = METHODS[method_of(settings)](source.specs, settings)
         used = {n for p in self.packed.values() for n in (p.values, p.scales)}
-        # scales of activations, for those that multiply in 8 bits
+        # scales of activations, for 8-bit matrix products
         used |= {name.removesuffix("weight") + "activation_scale" for name in self.packed}
         self.specs: Mapping[str, Spec] = {
             **{name: spec for name, spec in source.specs.items() if name not in used},
@@ -71,7 +72,7 @@ class Dequantized:
         }
 
     def read(self, name: str) -> torch.Tensor:
-        """One tensor."""
+        """Return one tensor."""
         if name not in self.packed:
             return self.source.read(name)
         values, scales, _, dequantize = self.packed[name]
@@ -81,16 +82,16 @@ class Dequantized:
 def plain(
     source: Source, config: Mapping[str, Any], folder: Path, dtype: torch.dtype | None = None
 ) -> Source:
-    """The source as it is, or dequantized where the config says so.
+    """Return the source, dequantized if the config requires it.
 
     Args:
         source: the tensors of the files.
         config: their config.json.
         folder: for messages.
-        dtype: of what is dequantized; None for bfloat16.
+        dtype: dtype of dequantized tensors; None for bfloat16.
 
     Raises:
-        ValueError: as of `Dequantized`, with the folder named.
+        ValueError: see ``Dequantized``; the message names the folder.
     """
     inner = config.get("text_config")
     found = [
@@ -112,11 +113,11 @@ def plain(
 
 
 def method_of(settings: Any) -> str:
-    """The format of a `quantization_config`. Raises ValueError where it is none that is read."""
+    """Return the format of a ``quantization_config``. Raises ValueError if it is not supported."""
     if not isinstance(settings, Mapping):
         raise ValueError(f"quantization_config: expected an object, found {settings!r}")
     method = settings.get("quant_method")
-    if method not in [*METHODS]:  # a list, for what is found may be one, which has no hash
+    if method not in [*METHODS]:  # a list, because the value may be unhashable
         raise ValueError(
             f"the weights are quantized by {method!r}, and only {' and '.join(METHODS)} are read;"
             " take the checkpoint that they were made from (its card names it), or give"
@@ -168,7 +169,7 @@ def _fp8(specs: Mapping[str, Spec], settings: Mapping[str, Any]) -> dict[str, Pa
 
 
 def _block(found: Any) -> tuple[int, int] | None:
-    """Rows and columns of a block; None for one of the whole matrix."""
+    """Return rows and columns of a block; None for one block per matrix."""
     if found is None:
         return None
     match found:
@@ -189,7 +190,9 @@ def _from_mxfp4(blocks: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) 
 
 
 def _from_fp8(rows: int, columns: int) -> Dequantize:
-    """Own, for transformers' refuses a last block that is not full: 576 rows in DeepSeek-V3's keys."""
+    """Our own, because transformers refuses an incomplete last block: 576 rows in DeepSeek-V3's
+    keys.
+    """
 
     def dequantize(values: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """(..., N, K) and (..., ceil(N / rows), ceil(K / columns)) -> (..., N, K)."""

@@ -1,12 +1,12 @@
-"""Another layout for a model that stands: layers that stay keep their weights, new ones inherit.
+"""Convert a model to another layout; new mixers are initialised from the attention they replace.
 
 Shapes: D model dim, H query heads, H_kv key heads, K head dim.
 
-A new mixer starts from the softmax attention that it replaces, as in MambaInLlama (arXiv 2408.15237,
-section 3.1) and LoLCATs (arXiv 2410.10254): queries become what reads the state, keys and values what
-is written to it, and the output projection stays. `INIT_FROM_ATTENTION`
-(`hybrid.convert.init_from_attention`) says for each mixer which options it gets and where its gates
-start. Feed-forwards, norms and embeddings are the same tensors, bit for bit.
+A new mixer is initialised from the softmax attention that it replaces, as in MambaInLlama (arXiv
+2408.15237, section 3.1) and LoLCATs (arXiv 2410.10254): queries read the state, keys and values are
+written to it, and the output projection stays. ``INIT_FROM_ATTENTION``
+(``hybrid.convert.init_from_attention``) has the options and the initial gates of each mixer.
+Feed-forwards, norms and embeddings are the same tensors, bit for bit.
 """
 
 from __future__ import annotations
@@ -37,15 +37,15 @@ Named = Iterator[tuple[str, torch.Tensor]]
 Options = Mapping[str, Mapping[str, Any]]
 
 SETTINGS = ("norm_position", "residuals", "canon")
-"""Settings that a config may hold by letter; a new letter has those of the one it replaces."""
+"""Settings by letter; a new letter inherits those of the letter that it replaces."""
 
 
 def replace_mixers(
     model: HybridForCausalLM, layout: str, mixers: Options | None = None
 ) -> HybridForCausalLM:
-    """A new model with another layout and the weights of `model`; see `MixerReplacement`.
+    """Return a new model with another layout and the weights of ``model``; see ``MixerReplacement``.
 
-    Nothing is shared with the model given.
+    It shares no memory with ``model``.
     """
     plan = MixerReplacement(model, layout, mixers)
     held = Held(model.state_dict())
@@ -60,18 +60,19 @@ class MixerReplacement:
     """A model's tensors under another layout.
 
     Args:
-        model: the model as it stands; only its config and the names and shapes of its tensors are
-            looked at, so that it may be on the meta device.
-        layout: cycles over the depth. A letter that the model has at the same place keeps its layer.
-        mixers: letter -> options of its mixer over those that it inherits, as in a config.
+        model: the current model. Only its config and the names and shapes of its tensors are read,
+            so it can be on the meta device.
+        layout: cycles over the depth. A layer keeps its mixer if its letter does not change.
+        mixers: letter -> options of its mixer that override the inherited ones, as in a config.
 
     Attributes:
         model: the new model on the meta device.
-        replaced: the layers with new mixers.
+        replaced: indices of the layers with new mixers.
 
     Raises:
-        LayoutError: the layout does not fill the depth, or has a letter that means nothing.
-        ValueError: a layer that cannot be replaced, or a mixer that cannot inherit; all are listed.
+        LayoutError: the layout does not fill the depth, or has an unknown letter.
+        ValueError: a layer that cannot be replaced, or a mixer that cannot be initialised from
+            attention; all are listed.
     """
 
     def __init__(
@@ -90,7 +91,7 @@ class MixerReplacement:
         self._report()
 
     def specs(self, old: Mapping[str, Spec]) -> dict[str, Spec]:
-        """What the tensors will be, from what the model's own are."""
+        """Return the specs of the new tensors from those of the model."""
         kept = {name: spec for name, spec in old.items() if self._place(name) is None}
         for i in self.replaced:
             dtype = old[f"model.layers.{i}.mixer.q_proj.weight"].dtype
@@ -99,9 +100,10 @@ class MixerReplacement:
         return kept
 
     def tensors(self, named: Named) -> Named:
-        """The new model's tensors from the old one's, in one pass; those of a layer are held at most.
+        """Yield the new model's tensors from the old ones, in one pass.
 
-        (Of several layers, where the tensors come in another order.)
+        At most the tensors of one layer are in memory, or of several if the tensors come in another
+        order.
         """
         wanted = {i: set(self._old[i].state_dict()) for i in self.replaced}
         held: dict[int, dict[str, torch.Tensor]] = {i: {} for i in self.replaced}
@@ -117,7 +119,7 @@ class MixerReplacement:
         assert not held, f"layers without all their tensors: {sorted(held)}"
 
     def _place(self, name: str) -> tuple[int, str] | None:
-        """(layer, name in its mixer) of a tensor that a replaced mixer has; None for all others."""
+        """Return (layer, name in its mixer) of a tensor of a replaced mixer; None for all others."""
         parts = name.split(".", 4)
         if parts[:2] != ["model", "layers"] or parts[3] != "mixer":
             return None
@@ -128,7 +130,7 @@ class MixerReplacement:
         return self.config.layers[layer].mixers[0]
 
     def _new(self, layer: int) -> Any:
-        """The new mixer of a layer, on the meta device."""
+        """Return the new mixer of a layer, on the meta device."""
         return self.model.model.layers[layer].mixer
 
     def _layer(self, layer: int, held: Mapping[str, torch.Tensor]) -> Named:
@@ -142,7 +144,7 @@ class MixerReplacement:
             yield f"model.layers.{layer}.mixer.{name}", tensor.to(dtype).contiguous()
 
     def _fresh(self, layer: int) -> Mixer:
-        """A new mixer on the CPU with its gates where they start; the same in every process."""
+        """Return a new mixer on the CPU with initial gates; the same in every process."""
         spec = self.config.stack[layer].mixers[0]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(layer)
@@ -152,7 +154,7 @@ class MixerReplacement:
         return made
 
     def _check(self, model: HybridForCausalLM) -> None:
-        """Refuse options under which a tensor that is to be carried over does not fit."""
+        """Refuse options with which a copied tensor does not fit."""
         lines = {}
         for i in self.replaced:
             old, new, letter = self._old[i], self._new(i), self._letter(i)
@@ -171,7 +173,7 @@ class MixerReplacement:
         _raise_all([f"the new layout would add or take away {some(odd)}"] if odd else [])
 
     def _report(self) -> None:
-        """Warn of what the softmax layers did and the new ones cannot."""
+        """Warn of features of the softmax layers that the new mixers lack."""
         lost: dict[str, set[str]] = {}
         for i in self.replaced:
             found = self._rules[self._letter(i)].lost(self._old[i].options, self._new(i).options)
@@ -194,7 +196,7 @@ def _raise_all(lines: Any) -> None:
 
 
 def _laid_out(old: HybridConfig, layout: str, given: Options) -> tuple[Layer, ...]:
-    """The new stack; every layer has what the old one has there, but for its mixer."""
+    """Return the new stack; each layer differs from the old one only in its mixer."""
     parsed = parse(layout)
     check_bound(parsed, [*registered.symbols(), *(old.mixers or {}), *given])
     layers = resolve(parsed, "-" if parsed.names_ffn else "", old.num_hidden_layers)
@@ -215,7 +217,7 @@ def _laid_out(old: HybridConfig, layout: str, given: Options) -> tuple[Layer, ..
 
 
 def _refuse_kept(old: HybridConfig, layers: tuple[Layer, ...], given: Options) -> None:
-    """Options for letters that keep their layers, and options that would change what those do."""
+    """Refuse options for letters that keep their layers, and options that would change those layers."""
     lines = []
     kept = {
         s for new, was in zip(layers, old.layers, strict=True) if new == was for s in new.mixers
@@ -234,7 +236,7 @@ def _refuse_kept(old: HybridConfig, layers: tuple[Layer, ...], given: Options) -
 def _rules(
     old: HybridConfig, layers: tuple[Layer, ...], replaced: tuple[int, ...], given: Options
 ) -> dict[str, InitFromAttention]:
-    """The rule of each new letter, where the layers that it replaces are attention."""
+    """Return the rule of each new letter; the layers that it replaces must be attention."""
     lines: dict[str, str] = {}
     rules: dict[str, InitFromAttention] = {}
     for i in replaced:
@@ -258,7 +260,7 @@ def _rules(
 
 
 def _mixer_name(old: HybridConfig, letter: str, given: Options) -> str:
-    """The mixer that a letter stands for: by the options given, the model's own, the registry's."""
+    """Return the mixer of a letter: from the given options, the model, or the registry."""
     bound = given.get(letter) or (old.mixers or {}).get(letter, {})
     return str(bound.get("type", registered.symbols().get(letter, letter)))
 
@@ -272,7 +274,7 @@ def _new_config(
 ) -> HybridConfig:
     values = old.to_dict()
     bound = {s: dict(options) for s, options in (old.mixers or {}).items()}
-    for i in reversed(replaced):  # the first layer of a letter has the last word
+    for i in reversed(replaced):  # the first layer of a letter decides
         was, letter = old.layers[i].mixers[0], layers[i].mixers[0]
         own = dict(given.get(letter) or (old.mixers or {}).get(letter, {}))
         bound[letter] = {**rules[letter].options(old.stack.mixers[was].options), **own}
@@ -295,7 +297,7 @@ def _carried(
     wanted: torch.Size,
     rule: InitFromAttention,
 ) -> torch.Tensor:
-    """One tensor of the old mixer in the shape that the new one wants."""
+    """Return one tensor of the old mixer in the shape that the new one needs."""
     tensor = held[name]
     heads, kv_heads, head_dim = old.options.sizes
     if name[:6] in ("q_proj", "k_proj") and "qk_norm" not in rule.keeps:
@@ -307,7 +309,7 @@ def _carried(
 
 
 def _folded(tensor: torch.Tensor, weight: torch.Tensor | None, kind: str) -> torch.Tensor:
-    """The weight of a norm of q or k put into the projection; the division is what is dropped."""
+    """Fold the weight of a norm of q or k into the projection; the normalisation itself is dropped."""
     if weight is None:
         return tensor
     factor = weight.float() + (1.0 if kind == "zero_centered_rmsnorm" else 0.0)

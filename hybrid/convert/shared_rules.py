@@ -1,4 +1,4 @@
-"""What many families have in common: sizes, softmax attention, gated feed-forwards, experts."""
+"""Rules common to many families: sizes, softmax attention, gated feed-forwards, experts."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ LAYER = "model.layers.{i}."
 MIXER = f"{LAYER}mixer."
 FFN = f"{LAYER}ffn."
 
-# two norms in a layer, each before its half
+# two norms in a layer, each before its branch
 PRE_NORMS: tuple[Rule, ...] = (
     *renames(LAYER, LAYER, {"input_layernorm": "mixer_residual.norm_in"}),
     *renames(LAYER, LAYER, {"post_attention_layernorm": "ffn_residual.norm_in"}),
@@ -49,7 +49,7 @@ PRE_NORMS: tuple[Rule, ...] = (
 
 
 def ends(norm: str = "norm") -> tuple[Rule, ...]:
-    """The embeddings, the last norm (by their name for it) and the head."""
+    """Return the rules of the embeddings, the last norm (by their name) and the head."""
     return (
         rule("model.embed_tokens.weight"),
         *renames("model.", "model.", {norm: "norm"}),
@@ -64,12 +64,12 @@ def attention(
     drop: Sequence[str] = (),
     nope: bool = False,
 ) -> tuple[ConfigRule, ...]:
-    """Heads, positions and dropout of softmax attention, the same for several letters.
+    """Return the rules of heads, positions and dropout of softmax attention, for several letters.
 
     Args:
         letters: the family's softmax letters.
-        head_dim: whether their class heeds it, or always takes hidden_size / heads.
-        partial, drop, nope: as of `rope`.
+        head_dim: whether their class reads it, or always uses hidden_size / heads.
+        partial, drop, nope: see ``rope``.
     """
 
     def paths(option: str) -> list[str]:
@@ -85,7 +85,7 @@ def attention(
 
 
 def rope_by_type(**letters: str) -> ConfigRule:
-    """A rope dictionary for each type of layer: `rope_by_type(full_attention="S")`."""
+    """Map one RoPE dictionary per layer type: ``rope_by_type(full_attention="S")``."""
     paths = {kind: f"mixers.{letter}.rope_parameters" for kind, letter in letters.items()}
 
     def read(config: Any) -> Flat:
@@ -101,13 +101,13 @@ def rope_by_type(**letters: str) -> ConfigRule:
 
 
 def attention_bias(letters: str = "S", output: bool = True) -> ConfigRule:
-    """`attention_bias`: of q, k, v, and of the output projection as well."""
+    """Map ``attention_bias``: of q, k, v, and of the output projection."""
     options = ("bias", "output_bias") if output else ("bias",)
     return key("attention_bias", *[f"mixers.{s}.{option}" for s in letters for option in options])
 
 
 def dense(bias: str | None = None) -> tuple[ConfigRule, ...]:
-    """A gated dense feed-forward; `bias` is their key for its biases, if they have one."""
+    """Return the rules of a gated dense feed-forward; ``bias`` is their key for its biases, if any."""
     return (
         key("intermediate_size", "feed_forwards.-.intermediate_size"),
         key("hidden_act", "feed_forwards.-.activation", values=GATED),
@@ -118,11 +118,13 @@ def dense(bias: str | None = None) -> tuple[ConfigRule, ...]:
 def experts(
     prefix: str, names: Sequence[str] = ("gate_proj", "up_proj", "down_proj")
 ) -> tuple[Rule, ...]:
-    """A matrix per expert, as stacked here; files may hold the stacked ones (Qwen3.5).
+    """Return the rules of experts: one matrix each, stacked in ours.
+
+    Files can have stacked ones (Qwen3.5).
 
     Args:
-        prefix: their name up to the expert's number, such as `model.layers.{i}.mlp.experts.`.
-        names: their gate, up and down.
+        prefix: their name up to the index of the expert, such as ``model.layers.{i}.mlp.experts.``.
+        names: their gate, up and down projections.
     """
     gate, up, down = (f"{prefix}{{e}}.{name}.weight" for name in names)
     return (
@@ -158,7 +160,9 @@ QWEN_MOE: tuple[ConfigRule, ...] = (
 
 
 def qwen_ffn() -> LayerRule:
-    """Experts in every `decoder_sparse_step`-th layer that `mlp_only_layers` does not except."""
+    """Return the layer rule with experts in every ``decoder_sparse_step``-th layer, except
+    ``mlp_only_layers``.
+    """
 
     def read(config) -> Sequence[str]:
         step = config.decoder_sparse_step
@@ -178,9 +182,9 @@ def qwen_ffn() -> LayerRule:
 
 
 def simplest(near: float, wanted: float, meaning: Callable[[float], float]) -> float:
-    """The number of fewest digits beside `near` whose meaning is exactly `wanted`.
+    """Return the number with the fewest digits near ``near`` whose meaning is exactly ``wanted``.
 
-    A quotient of two floats is not always the number that one of them was multiplied by.
+    The quotient of two floats is not always the factor that one of them was multiplied by.
     """
     beside = (near, math.nextafter(near, math.inf), math.nextafter(near, -math.inf))
     rounded = (float(f"{number:.{digits}g}") for digits in range(1, 18) for number in beside)
@@ -191,7 +195,7 @@ def mamba2_options(
     heads: str, head_dim: str, state: str, groups: str, conv: str, conv_bias: str, bias: str,
     expand: str,
 ) -> tuple[ConfigRule, ...]:  # fmt: skip
-    """Mamba-2's sizes under the names that a family has for them, for the letter M."""
+    """Map Mamba-2's sizes by the family's names for them, for the letter M."""
     return (
         key(heads, "mixers.M.num_heads"),
         key(head_dim, "mixers.M.head_dim"),
@@ -206,7 +210,7 @@ def mamba2_options(
 
 
 def mamba2_expand(expand: str, read: Callable[[Any], Flat] = lambda config: {}) -> ConfigRule:
-    """The inner width over D, which follows from the heads."""
+    """Map the expansion factor (inner width / D), which follows from the heads."""
 
     def write(flat: Flat) -> Flat:
         if "mixers.M.num_heads" not in flat:
@@ -223,7 +227,9 @@ def mamba2_expand(expand: str, read: Callable[[Any], Flat] = lambda config: {}) 
 
 
 def mamba2_clamp() -> tuple[ConfigRule, ...]:
-    """Time steps clamped from below by `time_step_min`, which others only initialise them with."""
+    """Clamp time steps from below by ``time_step_min``, which other classes use for initialisation
+    only.
+    """
 
     def read(config: Any) -> Flat:
         low = config.time_step_min
@@ -252,7 +258,7 @@ def _write_limit(flat: Flat) -> Flat:
 
 
 def mamba2_weights(theirs: str, ours: str = MIXER) -> tuple[Rule, ...]:
-    """Mamba-2's tensors below a prefix of theirs: z, x, B, C, dt fused; x, B, C convolved."""
+    """Return the rules of Mamba-2's tensors: z, x, B, C, dt are fused; x, B, C are convolved."""
 
     def blocks(options: Any) -> list[int]:
         shared = options.num_groups * options.state_size
@@ -309,7 +315,9 @@ SHARED_EXPERT_WEIGHTS: tuple[Rule, ...] = (
 
 
 def output_gate_weights(letter: str = "S") -> tuple[Rule, ...]:
-    """Queries and output gate in one `q_proj`, head by head, and the other three (Qwen3-Next)."""
+    """Return the rules of queries and output gate in one ``q_proj``, by head, and of k, v and o
+    (Qwen3-Next).
+    """
     theirs = f"{LAYER}self_attn."
     return (
         *(
@@ -331,7 +339,7 @@ EQUAL_PARTS = Fuse(parts=3)
 def three_convolutions(
     theirs: str, letter: str, fuse: Fuse = EQUAL_PARTS, names: Sequence[str] = "qkv"
 ) -> Rule:
-    """Convolutions of q, k and v, one tensor each, as the one that is run here."""
+    """Map the three convolutions of q, k and v to our single one."""
     return rule(
         [f"{theirs}{name}_conv1d.weight" for name in names],
         f"{MIXER}conv.weight",
@@ -342,7 +350,7 @@ def three_convolutions(
 
 
 def dense_first(key: str) -> LayerRule:
-    """Dense feed-forwards in the first layers, experts after them; `key` says how many layers."""
+    """Return the layer rule with ``key`` dense feed-forwards first, and experts after them."""
 
     def read(config: Any) -> Sequence[str]:
         first = getattr(config, key)
@@ -355,17 +363,17 @@ def dense_first(key: str) -> LayerRule:
 
 
 def mtp_after(layout: str, norm: str, copies: Mapping[str, str] | None = None) -> MTPMap:
-    """Modules for multi-token prediction as layers after the last, as DeepSeek-V3 names them.
+    """Map multi-token prediction modules stored as layers after the last one, as in DeepSeek-V3.
 
     Args:
-        layout: the layers of each.
+        layout: the layers of each module.
         norm: their name for the norm before the head, below the layer.
-        copies: their names below the layer -> the tensors of ours that they are copies of.
+        copies: their names below the layer -> our tensors of which they are copies.
     """
     place = "model.layers.{first}."
     return MTPMap(
         key="num_nextn_predict_layers",
-        keys=("num_mtp_layers",),  # another name that transformers' classes have for it
+        keys=("num_mtp_layers",),  # another name in transformers' classes
         layout=lambda config: layout,
         layers=("model.layers.", "model.layers."),
         embedding_norm=f"{place}enorm",
@@ -377,7 +385,7 @@ def mtp_after(layout: str, norm: str, copies: Mapping[str, str] | None = None) -
 
 
 def qwen_mtp(key: str, layout: Callable[[Any], str], default: int = 0) -> MTPMap:
-    """One module for multi-token prediction, of a softmax layer."""
+    """Map one multi-token prediction module with a softmax layer."""
     return MTPMap(
         key=key,
         layout=layout,

@@ -1,4 +1,4 @@
-"""A model of ours as a family sees it: blocks of mixers and a feed-forward, with their options."""
+"""Our model in a family's view: blocks of mixers and a feed-forward, with their options."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ class Part(NamedTuple):
     """One mixer or feed-forward.
 
     Attributes:
-        name: as it is registered.
+        name: its registered name.
         options: its completed options.
-        letter: of the layout.
-        around: what stands around its branch, as paths (see `hybrid.config.block_options`).
+        letter: its symbol in the layout.
+        around: its block options, as paths (see ``hybrid.config.block_options``).
     """
 
     name: str
@@ -34,7 +34,7 @@ class Part(NamedTuple):
 
 
 class Block(NamedTuple):
-    """One layer of a family: mixers, a feed-forward or both, and the layers of ours they are in."""
+    """One layer of a family: mixers, a feed-forward or both, and the indices of our layers."""
 
     mixers: tuple[Part, ...]
     ffn: Part | None
@@ -43,13 +43,13 @@ class Block(NamedTuple):
 
 
 def on_meta(config: HybridConfig) -> HybridForCausalLM:
-    """The model of a config, without memory for its weights."""
+    """Build the model of a config without memory for its weights."""
     with torch.device("meta"):
         return HybridForCausalLM(config)
 
 
 def fill(model: HybridForCausalLM, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
-    """Put weights into a model on the meta device, and compute what is a function of the config."""
+    """Load weights into a model on the meta device, and compute buffers that depend on the config."""
     for name, tensor in tensors:
         owner, leaf = name.rpartition(".")[::2]
         module = model.get_submodule(owner)
@@ -64,7 +64,7 @@ def fill(model: HybridForCausalLM, tensors: Iterable[tuple[str, torch.Tensor]]) 
         for name, buffer in module._buffers.items():
             if buffer is not None and buffer.is_meta:
                 module._buffers[name] = torch.empty_like(buffer, device="cpu")
-        model._init_weights(module)  # leaves alone what is marked as initialised
+        model._init_weights(module)  # skips modules marked as initialised
     for tensor in (*model.parameters(), *model.buffers()):
         assert not tensor.is_meta
         if hasattr(tensor, "_is_hf_initialized"):
@@ -72,12 +72,15 @@ def fill(model: HybridForCausalLM, tensors: Iterable[tuple[str, torch.Tensor]]) 
 
 
 def blocks(model: HybridForCausalLM, literal: bool = False) -> list[Block]:
-    """The stack of a model; a feed-forward joins the mixer before it, unless the family is literal."""
+    """Return the stack of a model.
+
+    A feed-forward joins the mixer before it, unless the family is literal.
+    """
     return _blocks(model.model, literal)
 
 
 def mtp_blocks(model: HybridForCausalLM, literal: bool = False) -> list[list[Block]]:
-    """Likewise the layers of each of its multi-token prediction modules."""
+    """Return the layers of each multi-token prediction module in the same form."""
     modules: Any = () if model.mtp is None else model.mtp.depths
     return [_blocks(module.stack, literal) for module in modules]
 
@@ -102,7 +105,7 @@ def _blocks(stack: HybridModel, literal: bool) -> list[Block]:
 def _around(
     layer: LayerSpec, symbol: str, branch: BranchSpec, part: BranchSpec | MixerSpec
 ) -> dict[str, Any]:
-    """Norms, multipliers, canon layers and sharing of one branch, by the paths of a config."""
+    """Return norms, multipliers, canon layers and weight sharing of one branch, by config path."""
     shared = layer.shared
     return {
         f"norm_position.{symbol}": branch.norm_position,
@@ -133,7 +136,7 @@ def _mixers(layer: LayerSpec, module: Any) -> Iterator[Part]:
 
 
 def layout_of(mixers: Sequence[str], ffns: Sequence[str]) -> dict[str, Any]:
-    """The shortest `layout` and `ffn` for the letters of each layer, "" for nothing there."""
+    """Return the shortest ``layout`` and ``ffn`` for the letters of each layer, "" for empty."""
     pairs = set(zip(mixers, ffns, strict=True))
     by_letter = all(len(letters) == 1 for letters in mixers) and len(pairs) == len(set(mixers))
     if all(mixers) and (all(ffns) or not any(ffns) or by_letter):
@@ -152,7 +155,7 @@ def layout_of(mixers: Sequence[str], ffns: Sequence[str]) -> dict[str, Any]:
 
 
 def _pattern(ffns: Sequence[str]) -> str:
-    """The shortest pattern that, laid cyclically, gives these feed-forwards; "" for none."""
+    """Return the shortest pattern that repeats to these feed-forwards; "" for none."""
     if not any(ffns):
         return ""
     first = repeated(ffns)
@@ -162,7 +165,7 @@ def _pattern(ffns: Sequence[str]) -> str:
 
 
 def repeated(symbols: Sequence[str]) -> Sequence[str]:
-    """The shortest beginning that, laid cyclically, gives them all."""
+    """Return the shortest prefix that repeats to all symbols."""
     periods = range(1, len(symbols) + 1)
     return next(
         symbols[:n] for n in periods if all(s == symbols[i % n] for i, s in enumerate(symbols))

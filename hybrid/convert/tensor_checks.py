@@ -1,4 +1,4 @@
-"""Tensors of a checkpoint against a plan: missing, left over, of another shape, unequal copies."""
+"""Check the tensors of a checkpoint against a plan."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from hybrid.modeling.model import HybridForCausalLM
 
 
 def check_theirs(family: Family, planned: Sequence[Step], source: Source, tied: bool) -> list[str]:
-    """Compare what a checkpoint holds with what is wanted; nothing has been read by then.
+    """Compare the tensors of a checkpoint with the planned ones, before any tensor is read.
 
     Returns:
-        Names of tensors that nobody reads, neither their class nor ours.
+        Names of tensors that neither their class nor ours reads.
 
     Raises:
-        ValueError: tensors that are missing, left over, of another shape or no floating type.
+        ValueError: missing or unexpected tensors, wrong shapes, or dtypes that are not floating-point.
     """
     wanted = {name for step in planned for name in step.theirs if step.is_read}
     missing = sorted(wanted - source.specs.keys())
@@ -92,10 +92,10 @@ def check_modules(family: Family, planned: Sequence[Step], source: Source, depth
 
 
 def check_ours(model: HybridForCausalLM, source: Source) -> None:
-    """Compare what a checkpoint of ours holds with what its config says.
+    """Compare the tensors of a checkpoint of ours with its config.
 
     Raises:
-        ValueError: tensors that are missing, left over, or of another shape.
+        ValueError: missing or unexpected tensors, or wrong shapes.
     """
     tied = model.all_tied_weights_keys
     wanted = {n: tuple(t.shape) for n, t in model.state_dict().items() if n not in tied}
@@ -111,10 +111,10 @@ def check_ours(model: HybridForCausalLM, source: Source) -> None:
 
 
 def check_copies(planned: Sequence[Step], source: Source) -> None:
-    """See that tensors of theirs which have to be copies are; these are read, two at a time.
+    """Check that tensors of theirs that must be copies are equal; reads two tensors at a time.
 
     Raises:
-        ValueError: one is not; it is named.
+        ValueError: a copy differs; the message names it.
     """
     theirs = {ours: step.theirs[0] for step in planned if step.is_read for ours in step.ours}
     for step in planned:

@@ -1,4 +1,4 @@
-"""A weight map laid over a model: which tensors of theirs make which of ours, one step at a time."""
+"""The tensor plan: a weight map applied to a model, as steps from their tensors to ours."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from hybrid.modeling.model import HybridForCausalLM
 
 
 class Step(NamedTuple):
-    """Some tensors of theirs, those of ours that hold the same, and the way between.
+    """Some of their tensors, the corresponding ones of ours, and the operations between them.
 
     Attributes:
         theirs, ours: their names.
         operations: from theirs to ours.
-        place: where it is.
-        constant: what theirs is, where it follows from the config; it is written and not read.
-        copy_of: the tensor of ours that theirs is a copy of, where another step makes that one; it is
-            written, and read to see that it is.
-        whole: another name of theirs, of one tensor that is ours as it is; files may have either.
+        place: the layer in which the step is applied.
+        constant: the value of theirs, if it follows from the config; it is written and not read.
+        copy_of: our tensor of which theirs is a copy, if another step creates it; it is written,
+            and on import it is only compared.
+        whole: another name of theirs for our tensor as it is; files can have either.
     """
 
     theirs: tuple[str, ...]
@@ -38,22 +38,22 @@ class Step(NamedTuple):
 
     @property
     def is_read(self) -> bool:
-        """Whether ours are made from theirs."""
+        """Return whether ours are created from theirs."""
         return self.constant is None and self.copy_of is None
 
     @property
     def sources(self) -> tuple[str, ...]:
-        """The tensors of ours that theirs are made from."""
+        """Return the names of our tensors from which theirs are created."""
         return self.ours if self.copy_of is None else (self.copy_of,)
 
     def read(self, tensors: Tensors) -> Tensors:
-        """Theirs -> ours."""
+        """Convert theirs to ours."""
         for operation in self.operations:
             tensors = operation.read(tensors, self.place)
         return tensors
 
     def write(self, tensors: Tensors) -> Tensors:
-        """Ours -> theirs."""
+        """Convert ours to theirs."""
         if self.constant is not None:
             return [self.constant]
         for operation in reversed(self.operations):
@@ -61,12 +61,12 @@ class Step(NamedTuple):
         return tensors
 
     def their_shapes(self) -> list[tuple[int, ...]]:
-        """The shapes that theirs must have, by way of ours."""
+        """Return the shapes that theirs must have, computed from ours."""
         ours = [torch.empty(shape, device="meta") for shape in self.place.shapes]
         return [tuple(tensor.shape) for tensor in self.write(ours)]
 
     def misfit(self, found: Sequence[tuple[int, ...]]) -> str | None:
-        """What is wrong with the shapes that a checkpoint has for theirs; None if they fit."""
+        """Return what is wrong with the shapes of theirs in a checkpoint; None if they fit."""
         wanted = self.their_shapes()
         loose = [o for o in self.operations if isinstance(o, Fuse) and o.loose]
         if loose and _whole(found, loose[0].dim) == _whole(wanted, loose[0].dim):
@@ -77,22 +77,22 @@ class Step(NamedTuple):
 
 
 def _whole(shapes: Sequence[tuple[int, ...]], dim: int) -> tuple[int, ...]:
-    """The shape of tensors put together along a dim."""
+    """Return the shape of tensors concatenated along a dim."""
     return (*shapes[0][:dim], sum(shape[dim] for shape in shapes), *shapes[0][dim + 1 :])
 
 
 def steps(
     family: Family, model: HybridForCausalLM, spelt: HybridForCausalLM | None = None
 ) -> list[Step]:
-    """The family's weight map for one model of ours.
+    """Return the steps of the family's weight map for one model of ours.
 
     Args:
-        family: whose map.
-        model: ours, on any device.
-        spelt: the same stack in the family's own letters, where `model` has others.
+        family: the family of the map.
+        model: our model, on any device.
+        spelt: the same stack in the family's letters, if ``model`` has others.
 
     Raises:
-        ValueError: a weight of ours that the map makes from nothing; it is named.
+        ValueError: the map does not create a weight of ours; the message names it.
     """
     stack = blocks(model, family.literal)
     named = stack if spelt is None else blocks(spelt, family.literal)
@@ -116,7 +116,7 @@ def steps(
 
 
 def as_filed(planned: Sequence[Step], source: Source) -> list[Step]:
-    """The steps by the names that a checkpoint has, where it may have one of two."""
+    """Return the steps with the names in a checkpoint, if it can have one of two."""
     return [
         step._replace(theirs=(step.whole,), operations=()) if step.whole in source.specs else step
         for step in planned
@@ -124,7 +124,7 @@ def as_filed(planned: Sequence[Step], source: Source) -> list[Step]:
 
 
 def as_published(family: Family, planned: Sequence[Step]) -> list[Step]:
-    """The steps by the names under which tensors were published."""
+    """Return the steps with the published tensor names."""
     found = []
     for step in planned:
         if any(part in step.whole for part in family.filed_whole):
@@ -134,15 +134,15 @@ def as_published(family: Family, planned: Sequence[Step]) -> list[Step]:
 
 
 class Site(NamedTuple):
-    """One layer of ours, or none, and where it is in theirs.
+    """One layer of ours, or none, and its position in theirs.
 
     Attributes:
         block: the layer.
-        letters: its mixers', of the family.
-        layers: how many there are in theirs.
-        i: the index of theirs.
-        depth, block_i: of layers that share weights, see `Family.joins_next`.
-        joined: whether it is one with the layer before.
+        letters: letters of its mixers in the family.
+        layers: number of layers in theirs.
+        i: index of the layer in theirs.
+        depth, block_i: for layers that share weights, see ``Family.joins_next``.
+        joined: whether it is merged with the layer before.
     """
 
     block: Block | None
@@ -154,7 +154,7 @@ class Site(NamedTuple):
     joined: bool = False
 
     def spell(self, name: str) -> str:
-        """A name of theirs with its numbers."""
+        """Fill the indices into a name of theirs."""
         for mark, number in (("i", self.i), ("depth", self.depth), ("block", self.block_i)):
             name = name.replace(f"{{{mark}}}", str(number))
         return name
@@ -166,7 +166,7 @@ OUTSIDE = Site(None)
 def _sites(
     family: Family, model: HybridForCausalLM, stack: Sequence[Block], letters: Sequence[str]
 ) -> list[Site]:
-    """Where each layer of ours is in theirs."""
+    """Return the position of each of our layers in theirs."""
     joins = [bool(word) and word in family.joins_next for word in letters]
     index = [i - sum(joins[:i]) for i in range(len(stack))]
     number = {block.mixer_layer: i for block, i in zip(stack, index, strict=True) if block.mixers}
@@ -193,7 +193,10 @@ def _module_steps(
     depth: int,
     shapes: Mapping[str, tuple[int, ...]],
 ) -> Iterator[Step | None]:
-    """The steps of a model's multi-token prediction modules; `depth`: layers of their main stack."""
+    """Return the steps of a model's multi-token prediction modules.
+
+    ``depth``: layers of their main stack.
+    """
     if family.mtp is None:
         return
     stacks, named = (mtp_blocks(each, family.literal) for each in (model, spelt))
@@ -207,7 +210,7 @@ def _module_steps(
                 if rule.per_layer:
                     yield _step(family.mtp.layer_rule(rule, k), site, shapes)
         for theirs, ours in family.mtp.own_copies(first, size).items():
-            # a head that is tied is the embedding
+            # a tied head is the embedding
             source = ours if ours in shapes else model.all_tied_weights_keys[ours]
             yield Step((theirs,), (), (), Place(None, (shapes[source],)), copy_of=source)
 
@@ -244,7 +247,7 @@ def _step(rule: Rule, site: Site, shapes: Mapping[str, tuple[int, ...]]) -> Step
 
 
 def _index(ours: str, block: Block | None) -> str:
-    """Our name with the index of our layer, which may differ from theirs."""
+    """Return our name with the index of our layer, which can differ from theirs."""
     if block is None:
         return ours
     in_ffn = "{i}.ffn" in ours

@@ -1,10 +1,11 @@
-"""Weight maps: rules that turn a family's tensors into ours, and ours into theirs.
+"""Weight maps: rules that convert a family's tensors to ours, and ours to theirs.
 
-A rule names some of their tensors and some of ours, and lists operations that lead from the first to
-the second. Each operation is a rearrangement, so reading and writing are exact inverses, and what was
-imported comes out bit for bit. Sizes come from the shapes of our own tensors, so few are written down.
+A rule names some of their tensors and some of ours, and lists the operations from the first to the
+second. Each operation is a rearrangement. So reading and writing are exact inverses, and an
+imported checkpoint is exported bit for bit. Sizes come from the shapes of our tensors, so few are
+written down.
 
-In names, `{i}` is the index of a layer and `{e}` that of an expert (all of them, in order).
+In names, ``{i}`` is the index of a layer and ``{e}`` the index of an expert (all of them, in order).
 """
 
 from __future__ import annotations
@@ -22,12 +23,12 @@ Shape = tuple[int, ...]
 
 
 class Place(NamedTuple):
-    """Where a rule is applied: what its operations may ask.
+    """The context of a rule for its operations.
 
     Attributes:
-        options: completed options of the layer's mixer, or of its feed-forward (whichever the rule
-            is restricted to); None for rules outside the layers.
-        shapes: of our tensors that the rule makes.
+        options: completed options of the layer's mixer or feed-forward, whichever the rule is
+            restricted to; None for rules outside the layers.
+        shapes: shapes of the tensors of ours that the rule creates.
     """
 
     options: Any
@@ -35,20 +36,20 @@ class Place(NamedTuple):
 
 
 class Operation(ABC):
-    """One step from their tensors to ours, and back."""
+    """One operation from their tensors to ours, and back."""
 
     @abstractmethod
     def read(self, tensors: Tensors, place: Place) -> Tensors:
-        """Theirs -> ours."""
+        """Convert theirs to ours."""
 
     @abstractmethod
     def write(self, tensors: Tensors, place: Place) -> Tensors:
-        """Ours -> theirs."""
+        """Convert ours to theirs."""
 
 
 @dataclass(frozen=True)
 class Squeeze(Operation):
-    """Drop a dim of size 1: their Conv1d weights (C, 1, W) are (C, W) here."""
+    """Drop a dim of size 1: their Conv1d weights (C, 1, W) are (C, W) in ours."""
 
     dim: int = 1
 
@@ -84,7 +85,7 @@ class Transpose(Operation):
     second: int = -1
 
     def read(self, tensors: Tensors, place: Place) -> Tensors:
-        """Swap."""
+        """Swap the two dims."""
         return [tensor.transpose(self.first, self.second) for tensor in tensors]
 
     write = read
@@ -92,7 +93,7 @@ class Transpose(Operation):
 
 @dataclass(frozen=True)
 class Reshape(Operation):
-    """Their tensors have our elements in our order, in another shape.
+    """Reshape: their tensors have our elements in our order, in another shape.
 
     Attributes:
         theirs: options -> their shape, -1 for one dim.
@@ -101,22 +102,23 @@ class Reshape(Operation):
     theirs: Callable[[Any], Sequence[int]]
 
     def read(self, tensors: Tensors, place: Place) -> Tensors:
-        """To the shapes of ours."""
+        """Reshape to our shapes."""
         return [t.reshape(shape) for t, shape in zip(tensors, place.shapes, strict=True)]
 
     def write(self, tensors: Tensors, place: Place) -> Tensors:
-        """To theirs."""
+        """Reshape to their shapes."""
         return [tensor.reshape(*self.theirs(place.options)) for tensor in tensors]
 
 
 @dataclass(frozen=True)
 class Split(Operation):
-    """Their one fused tensor is several of ours, which follow one another along a dim.
+    """Split their fused tensor into several of ours, consecutive along a dim.
 
     Attributes:
         dim: the dim.
-        groups: options -> number of groups; the fused tensor holds the first group's share of each of
-            ours, then the second group's, and so on (Qwen3-Next's `in_proj_qkvz`). Default: one.
+        groups: options -> number of groups. The fused tensor has the first group's share of each of
+            ours, then the second group's, and so on (Qwen3-Next's ``in_proj_qkvz``). Default: one
+            group.
     """
 
     dim: int = 0
@@ -126,7 +128,7 @@ class Split(Operation):
         return 1 if self.groups is None else self.groups(place.options)
 
     def read(self, tensors: Tensors, place: Place) -> Tensors:
-        """Cut, by the sizes of ours."""
+        """Split by our sizes."""
         (fused,) = tensors
         count = self._count(place)
         sizes = [shape[self.dim] // count for shape in place.shapes]
@@ -134,7 +136,7 @@ class Split(Operation):
         return [part.flatten(self.dim, self.dim + 1) for part in parts]
 
     def write(self, tensors: Tensors, place: Place) -> Tensors:
-        """Join."""
+        """Concatenate."""
         count = self._count(place)
         parts = [tensor.unflatten(self.dim, (count, -1)) for tensor in tensors]
         return [torch.cat(parts, dim=self.dim + 1).flatten(self.dim, self.dim + 1)]
@@ -142,13 +144,13 @@ class Split(Operation):
 
 @dataclass(frozen=True)
 class Fuse(Operation):
-    """Several of their tensors are one of ours, and follow one another along a dim.
+    """Concatenate several of their tensors along a dim into one of ours.
 
     Attributes:
         sizes: options -> size of each along the dim; default: equal parts.
-        parts: how many they are, where sizes is not given.
+        parts: number of parts, if ``sizes`` is not set.
         dim: the dim.
-        loose: files may have cut it at other places, and only the whole has to fit.
+        loose: files can split it at other positions; only the total size must fit.
     """
 
     sizes: Callable[[Any], Sequence[int]] | None = None
@@ -157,11 +159,11 @@ class Fuse(Operation):
     loose: bool = False
 
     def read(self, tensors: Tensors, place: Place) -> Tensors:
-        """Join."""
+        """Concatenate."""
         return [torch.cat(tensors, dim=self.dim)]
 
     def write(self, tensors: Tensors, place: Place) -> Tensors:
-        """Cut."""
+        """Split."""
         (fused,) = tensors
         if self.sizes is None:
             return list(fused.chunk(self.parts, dim=self.dim))
@@ -170,11 +172,11 @@ class Fuse(Operation):
 
 @dataclass(frozen=True)
 class Reorder(Operation):
-    """Blocks along a dim that stand in another order: x, B, C of Mamba-2's convolution are C, B, x here.
+    """Reorder blocks along a dim: x, B, C of Mamba-2's convolution are C, B, x in ours.
 
     Attributes:
         sizes: options -> sizes of THEIR blocks, in their order.
-        order: our blocks by their numbers in theirs.
+        order: indices of our blocks in their order.
         dim: the dim.
     """
 
@@ -183,12 +185,12 @@ class Reorder(Operation):
     dim: int = 0
 
     def read(self, tensors: Tensors, place: Place) -> Tensors:
-        """To our order."""
+        """Convert to our order."""
         sizes = list(self.sizes(place.options))
         return [self._pick(tensor, sizes, list(self.order)) for tensor in tensors]
 
     def write(self, tensors: Tensors, place: Place) -> Tensors:
-        """To theirs."""
+        """Convert to their order."""
         theirs = self.sizes(place.options)
         sizes = [theirs[number] for number in self.order]
         inverse = [self.order.index(number) for number in range(len(sizes))]
@@ -201,10 +203,10 @@ class Reorder(Operation):
 
 @dataclass(frozen=True)
 class Deinterleave(Operation):
-    """Rows that take turns along a dim, g0 u0 g1 u1, stand in blocks here: g0 g1 u0 u1 (gpt-oss).
+    """Deinterleave rows along a dim: g0 u0 g1 u1 becomes g0 g1 u0 u1 (gpt-oss).
 
     Attributes:
-        parts: how many take turns.
+        parts: number of interleaved parts.
         dim: the dim.
     """
 
@@ -212,11 +214,11 @@ class Deinterleave(Operation):
     dim: int = -1
 
     def read(self, tensors: Tensors, place: Place) -> Tensors:
-        """To blocks."""
+        """Deinterleave to blocks."""
         return [self._turn(tensor, (-1, self.parts)) for tensor in tensors]
 
     def write(self, tensors: Tensors, place: Place) -> Tensors:
-        """To turns."""
+        """Interleave."""
         return [self._turn(tensor, (self.parts, -1)) for tensor in tensors]
 
     def _turn(self, tensor: torch.Tensor, sizes: tuple[int, int]) -> torch.Tensor:
@@ -226,22 +228,22 @@ class Deinterleave(Operation):
 
 @dataclass(frozen=True)
 class DeinterleaveTail(Operation):
-    """The last rows of each group take turns by two, and stand in two halves here (DeepSeek's rotation).
+    """Deinterleave the last rows of each group from pairs to two halves (DeepSeek's RoPE).
 
     Attributes:
         groups: options -> number of groups along dim 0.
-        kept: options -> rows of a group before those.
+        kept: options -> number of rows of a group before those.
     """
 
     groups: Callable[[Any], int]
     kept: Callable[[Any], int]
 
     def read(self, tensors: Tensors, place: Place) -> Tensors:
-        """To halves."""
+        """Deinterleave to halves."""
         return [self._turn(tensor, place, Deinterleave(dim=1).read) for tensor in tensors]
 
     def write(self, tensors: Tensors, place: Place) -> Tensors:
-        """To turns."""
+        """Interleave to pairs."""
         return [self._turn(tensor, place, Deinterleave(dim=1).write) for tensor in tensors]
 
     def _turn(
@@ -256,18 +258,18 @@ class DeinterleaveTail(Operation):
 
 @dataclass(frozen=True)
 class Stack(Operation):
-    """Their matrix per expert is our stacked one: all `{e}` of each name, then fused along dim 1.
+    """Stack one matrix per expert: all ``{e}`` of each name, then concatenated along dim 1.
 
-    `gate {e}`, `up {e}`, each (I, D), become `gate_up_proj` (E, 2 I, D).
+    ``gate {e}``, ``up {e}``, each (I, D), become ``gate_up_proj`` (E, 2 I, D).
 
     Attributes:
-        names: how many of their names take part.
+        names: number of their names.
     """
 
     names: int = 1
 
     def read(self, tensors: Tensors, place: Place) -> Tensors:
-        """[name x expert] -> one."""
+        """Convert [name x expert] to one tensor."""
         experts = len(tensors) // self.names
         stacked = [
             torch.stack(tensors[start : start + experts])
@@ -276,29 +278,29 @@ class Stack(Operation):
         return [torch.cat(stacked, dim=1) if self.names > 1 else stacked[0]]
 
     def write(self, tensors: Tensors, place: Place) -> Tensors:
-        """One -> [name x expert]."""
+        """Convert one tensor to [name x expert]."""
         (stacked,) = tensors
         return [t for part in stacked.chunk(self.names, dim=1) for t in part.unbind(0)]
 
 
 @dataclass(frozen=True)
 class Rule:
-    """Some of their tensors, some of ours, and the way between.
+    """Some of their tensors, some of ours, and the operations between them.
 
     Attributes:
-        theirs: a name, or several.
-        ours: likewise; default: the same names. None at all where `constant` is given.
-        operations: from theirs to ours, one after the other.
-        mixer: only in layers that have this symbol of the family (`S`); several as a string (`SN`).
-        ffn: only in layers that have this feed-forward (`E`).
-        constant: (options, layer, layers) -> their tensor, which follows from the config: it is
-            written, and not read.
-        when: only where the options of that mixer or feed-forward are such.
-        joined: only in layers that stand in one of theirs with the layer before (True), or that do
-            not (False); None for both. See `Family.joins_next`.
-        whole: their name for the one tensor of ours, where some files hold it as it is here.
+        theirs: one or several names.
+        ours: one or several names; default: the same names. None if ``constant`` is set.
+        operations: from theirs to ours, in order.
+        mixer: only in layers with this symbol of the family (``S``); several as a string (``SN``).
+        ffn: only in layers with this feed-forward (``E``).
+        constant: (options, layer, layers) -> their tensor, which follows from the config; it is
+            written and not read.
+        when: only if this predicate holds for the options of that mixer or feed-forward.
+        joined: only in layers merged with the layer before in theirs (True), or not (False); None
+            for both. See ``Family.joins_next``.
+        whole: their name for our tensor, if some files store it as it is in ours.
 
-    A rule takes part where our model has the tensors it makes: one for a bias needs no condition.
+    A rule applies if our model has the tensors that it creates: a rule for a bias needs no condition.
     """
 
     theirs: str | tuple[str, ...]
@@ -313,12 +315,12 @@ class Rule:
 
     @property
     def their_names(self) -> tuple[str, ...]:
-        """Theirs, as a tuple."""
+        """Return their names as a tuple."""
         return (self.theirs,) if isinstance(self.theirs, str) else self.theirs
 
     @property
     def our_names(self) -> tuple[str, ...]:
-        """Ours, as a tuple."""
+        """Return our names as a tuple."""
         if self.constant is not None:
             return ()
         ours = self.ours or self.theirs
@@ -326,7 +328,7 @@ class Rule:
 
     @property
     def per_layer(self) -> bool:
-        """Whether it is applied to each layer."""
+        """Return whether the rule applies to each layer."""
         return any("{i}" in name for name in self.our_names or self.their_names)
 
 
@@ -339,25 +341,26 @@ def rule(
     when: Callable[[Any], bool] | None = None,
     whole: str = "",
 ) -> Rule:
-    """A `Rule`, its operations written one after the other."""
+    """Return a ``Rule`` with operations as positional arguments."""
     names = [n if isinstance(n, str) else tuple(n) for n in (theirs, ours)]
     return Rule(names[0], names[1], operations, mixer, ffn, when=when, whole=whole)
 
 
 def constant(theirs: str, make: Constant, mixer: str = "", ffn: str = "") -> Rule:
-    """A tensor of theirs that follows from the config, such as a buffer of decays."""
+    """Return a rule for a tensor of theirs that follows from the config, such as a buffer of decays."""
     return Rule(theirs, (), (), mixer, ffn, make)
 
 
 def renames(
     theirs: str, ours: str, names: dict[str, str] | Sequence[str], mixer: str = "", ffn: str = ""
 ) -> tuple[Rule, ...]:
-    """Rules for several tensors of one module, weights and biases: prefixes, and names below them.
+    """Return rules for several tensors of one module, weights and biases: prefixes, and names below
+    them.
 
     Args:
         theirs, ours: prefixes that end in a dot.
-        names: their name -> ours, without `.weight` and `.bias`; a sequence where they are the same.
-        mixer, ffn: as of `Rule`.
+        names: their name -> ours, without ``.weight`` and ``.bias``; a sequence if they are equal.
+        mixer, ffn: see ``Rule``.
     """
     pairs = names if isinstance(names, dict) else {name: name for name in names}
     return tuple(

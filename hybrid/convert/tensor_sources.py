@@ -1,4 +1,4 @@
-"""Where tensors come from: a checkpoint, memory, or either under other names."""
+"""Sources of tensors: a checkpoint, memory, or either under other names."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from hybrid.convert.checkpoint import Spec
 
 
 class Source(Protocol):
-    """Tensors to be had by name: a checkpoint folder, or a state dict."""
+    """Tensors by name: a checkpoint folder, or a state dict."""
 
     @property
     def specs(self) -> Mapping[str, Spec]:
-        """Shape and dtype of every tensor."""
+        """Return shape and dtype of every tensor."""
         ...
 
     def read(self, name: str) -> torch.Tensor:
-        """One tensor."""
+        """Return one tensor."""
         ...
 
 
 class Held:
-    """A state dict as a `Source`."""
+    """A state dict as a ``Source``."""
 
     def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
         self.tensors = tensors
@@ -33,15 +33,15 @@ class Held:
         }
 
     def read(self, name: str) -> torch.Tensor:
-        """One tensor, with memory of its own."""
+        """Return one tensor as a copy."""
         return self.tensors[name].detach().cpu().clone()
 
 
 class Respelt:
-    """A source under other names: prefixes or parts of names, each with what stands for it here.
+    """A source under other names: prefixes or parts of names with their replacements.
 
     Raises:
-        ValueError: two tensors whose names are one here.
+        ValueError: two tensors have the same new name.
     """
 
     def __init__(self, source: Source, spellings: Sequence[tuple[str, str]]) -> None:
@@ -59,12 +59,12 @@ class Respelt:
         self.specs: Mapping[str, Spec] = {n: source.specs[old] for n, old in self.names.items()}
 
     def read(self, name: str) -> torch.Tensor:
-        """One tensor."""
+        """Return one tensor."""
         return self.source.read(self.names[name])
 
 
 class Without:
-    """A source less some of its tensors."""
+    """A source without some of its tensors."""
 
     def __init__(self, source: Source, names: Collection[str]) -> None:
         self.source = source
@@ -73,5 +73,5 @@ class Without:
         }
 
     def read(self, name: str) -> torch.Tensor:
-        """One tensor."""
+        """Return one tensor."""
         return self.source.read(name)

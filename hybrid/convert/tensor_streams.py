@@ -1,4 +1,4 @@
-"""A plan carried out, tensor by tensor, and the shapes and dtypes that come of it."""
+"""Execute a tensor plan tensor by tensor, and compute the resulting shapes and dtypes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from hybrid.convert.tensor_sources import Source
 def our_specs(
     planned: Sequence[Step], source: Source, dtype: torch.dtype | None
 ) -> dict[str, Spec]:
-    """Shapes and dtypes of ours; `dtype` for all that are floating, or None to keep theirs."""
+    """Return the specs of our tensors; ``dtype`` is for all floating-point ones, None keeps theirs."""
     return {
         name: Spec(shape, _cast(_dtype_of(step.theirs, source), dtype))
         for step in planned
@@ -25,7 +25,7 @@ def our_specs(
 
 
 def their_specs(planned: Sequence[Step], source: Source) -> dict[str, Spec]:
-    """Shapes and dtypes of theirs, from ours in `source`."""
+    """Return the specs of their tensors, from ours in ``source``."""
     specs: dict[str, Spec] = {}
     for step in planned:
         dtype = _dtype_of(step.sources, source) if step.constant is None else step.constant.dtype
@@ -35,7 +35,7 @@ def their_specs(planned: Sequence[Step], source: Source) -> dict[str, Spec]:
 
 
 def _dtype_of(names: Sequence[str], source: Source) -> torch.dtype:
-    """The dtype of tensors that become one, or come from one."""
+    """Return the common dtype of tensors of one step."""
     kinds = {source.specs[name].dtype for name in names}
     if len(kinds) > 1:
         listed = " and ".join(sorted(str(kind).removeprefix("torch.") for kind in kinds))
@@ -52,7 +52,7 @@ def _cast(found: torch.dtype, wanted: torch.dtype | None) -> torch.dtype:
 def read_steps(
     planned: Sequence[Step], source: Source, dtype: torch.dtype | None = None
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Our tensors, step by step."""
+    """Yield our tensors, step by step."""
     for step in planned:
         if not step.is_read:
             continue
@@ -61,7 +61,7 @@ def read_steps(
 
 
 def write_steps(planned: Sequence[Step], source: Source) -> Iterator[tuple[str, torch.Tensor]]:
-    """Their tensors, step by step."""
+    """Yield their tensors, step by step."""
     for step in planned:
         yield from zip(step.theirs, step.write(_all(step.sources, source)), strict=True)
 
