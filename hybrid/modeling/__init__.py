@@ -1,1 +1,1 @@
-"""The model: layers, residuals, embeddings, losses, multi-token prediction, context parallelism."""
+"""Model: layers, residuals, embeddings, losses, multi-token prediction, context parallelism."""

@@ -1,4 +1,4 @@
-"""The model classes in transformers' Auto classes; importing this module registers them."""
+"""Registration of the model classes in transformers' Auto classes, on import of this module."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from hybrid.modeling.classification import (
 )
 from hybrid.modeling.model import HybridForCausalLM, HybridModel
 
-# The tables of class names are filled, too: transformers' Trainer shifts labels for label smoothing
-# only of classes that it finds there.
+# Also fill the tables of class names: transformers' Trainer shifts labels for label smoothing only for
+# classes in these tables.
 for auto_class, names, model in (
     (auto.AutoModel, auto.MODEL_MAPPING_NAMES, HybridModel),
     (auto.AutoModelForCausalLM, auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, HybridForCausalLM),

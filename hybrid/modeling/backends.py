@@ -1,4 +1,4 @@
-"""Modules whose back-end transformers looks up in the model's config each time they run."""
+"""Config of the modules whose backend transformers looks up in the model's config in each forward."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from hybrid.mixers.attention import SoftmaxMixer
 
 
 def use_backends_of(config: PreTrainedConfig, module: nn.Module) -> None:
-    """Give the config to softmax mixers (`attn_implementation`) and experts (`experts_implementation`).
+    """Set ``config`` on softmax mixers and experts.
 
-    transformers' attention and experts functions read them from `module.config`.
+    transformers' functions read ``attn_implementation`` and ``experts_implementation`` from
+    ``module.config``.
     """
     for part in module.modules():
         if isinstance(part, (SoftmaxMixer, Experts)):

@@ -1,16 +1,16 @@
-"""Slots of mixers in transformers' caches, and the cache layer that holds them.
+"""Cache layers for mixers in transformers' caches, and the slots in them.
 
-`DynamicCache(config=...)` and `StaticCache(config=...)`, which `generate` makes too, choose the class of
-each of their layers by `config.layer_types`. Layers of softmax attention alone have transformers' own
-class; all others have one of these, made here under two names:
+``DynamicCache(config=...)`` and ``StaticCache(config=...)``, which ``generate`` also creates, select the
+class of each layer by ``config.layer_types``. Layers with only softmax attention use transformers' own
+class. All other layers use a class of this module, under one of two layer types:
 
-    hybrid_states   states, and tokens of a window: what they hold does not grow
-    hybrid_keys     keys and values of all tokens as well
+    hybrid_states   states and the tokens of a window: the size is bounded
+    hybrid_keys     also keys and values of all tokens
 
-Speculative decoding takes tokens back (`Cache.crop`). Columns of tokens can be dropped; recurrent states
-cannot be unwound. So while transformers asks its layers to record the past, a slot with states keeps
-those at a mark and the inputs of its mixer since; after a crop, the mixer runs on those that are left
-once more (`CacheSlot.begin`).
+Speculative decoding removes tokens (``Cache.crop``). Columns of tokens can be dropped, but a recurrent
+state cannot be reversed. While transformers asks its layers to record the past, a slot with states
+therefore saves the states at a mark and the inputs of its mixer since the mark. After a crop, the mixer
+runs again on the remaining inputs (``CacheSlot.begin``).
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ from hybrid.nn.packing import Segments
 from hybrid.nn.past import Past
 
 _SEVERAL_ROWS = (
-    "a padded batch of several rows cannot be recorded for speculative decoding; one row can"
+    "attention_mask: expected one row, or no padding, while the cache records the past for speculative"
+    " decoding, got a padded batch of several rows; try a batch of one row"
 )
 
 Map = Callable[[torch.Tensor], torch.Tensor]
@@ -39,43 +40,43 @@ Map = Callable[[torch.Tensor], torch.Tensor]
 
 @dataclass
 class Recording:
-    """What it takes to roll the states of one slot back to any token since a mark."""
+    """Data to roll the states of one slot back to any token since a mark."""
 
     states: dict[str, torch.Tensor]
-    """As they were at the mark."""
+    """States at the mark."""
     inputs: list[torch.Tensor] = field(default_factory=list)
-    """The mixer's inputs since, (B, t, D) each."""
+    """Inputs of the mixer since the mark, (B, t, D) each."""
     real: list[torch.Tensor] = field(default_factory=list)
-    """Which of them are not padding, (t,) each."""
+    """Bool masks of the inputs that are not padding, (t,) each."""
     removed: int = 0
-    """How many of them were taken back."""
+    """Number of inputs removed by ``crop``."""
     settled: bool = False
-    """Whether `crop` was called since the last input: the next forward sets a new mark."""
+    """Whether ``crop`` was called since the last input. The next forward then sets a new mark."""
 
     @property
     def length(self) -> int:
-        """Tokens since the mark, padding included, that are left."""
+        """Number of remaining tokens since the mark, including padding."""
         return sum(x.shape[1] for x in self.inputs) - self.removed
 
     def kept(self) -> torch.Tensor:
-        """The inputs that are left, without padding, (B, t, D)."""
+        """Return the remaining inputs without padding, (B, t, D)."""
         left = self.length
         return torch.cat(self.inputs, dim=1)[:, :left][:, torch.cat(self.real)[:left]]
 
 
 @dataclass
 class Columns:
-    """The tokens of one name in one slot, (B, heads, S, dim), S growing up to the window."""
+    """Cached tokens of one name in one slot, (B, heads, S, dim); S grows up to the window."""
 
     window: int | None
     tensor: torch.Tensor | None = None
     total: int = 0
-    """Tokens since the start."""
+    """Number of tokens since the start."""
 
     def append(
         self, new: torch.Tensor, lengths: torch.Tensor | None, *, recording: bool
     ) -> torch.Tensor:
-        """See `Slot.append`; while recording, columns that have left the window are kept."""
+        """See ``Slot.append``. While recording, columns outside the window are kept."""
         past, time = self.tensor, new.shape[2]
         both = new if past is None else torch.cat([past.to(new.dtype), new], dim=2)
         self.total += time
@@ -89,14 +90,14 @@ class Columns:
 
     @property
     def spare(self) -> int:
-        """How many tokens can be taken back, so that what the next one sees is left."""
+        """Number of tokens that can be removed while the window of the next token stays complete."""
         held = 0 if self.tensor is None else self.tensor.shape[2]
         if self.window is None or held == self.total:
             return held
         return held - (self.window - 1)
 
     def crop(self, tokens: int) -> None:
-        """Drop the last columns."""
+        """Drop the last ``tokens`` columns."""
         if self.tensor is not None and tokens:
             self.tensor = self.tensor[:, :, : self.tensor.shape[2] - tokens]
             self.total -= tokens
@@ -104,7 +105,7 @@ class Columns:
 
 @dataclass
 class SlotMemory:
-    """What one slot holds."""
+    """Contents of one slot."""
 
     tokens: dict[str, Columns] = field(default_factory=dict)
     states: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -112,13 +113,13 @@ class SlotMemory:
 
 
 class HybridCacheLayer(CacheLayerMixin):
-    """Tokens and states of the mixers of one layer, by slot and name.
+    """Cache layer with the tokens and states of the mixers of one layer, by slot and name.
 
     Attributes:
-        slots: slot number -> what it holds.
-        record_past: whether tokens may be taken back that were not yet written.
-        length: tokens so far.
-        layer_type: that of the model's layers, by which `hybrid.nn.input_checks` knows another layout.
+        slots: slot number -> contents.
+        record_past: whether to record future tokens, so that ``crop`` can remove them.
+        length: number of tokens so far.
+        layer_type: layer type of this class; ``hybrid.nn.input_checks`` compares it with the layout.
     """
 
     layer_type = HYBRID_KEYS
@@ -133,10 +134,10 @@ class HybridCacheLayer(CacheLayerMixin):
         self.record_past = False
         self.length: int | torch.Tensor = 0
 
-    # What slots do.
+    # Methods for slots.
 
     def slot(self, slot_idx: int) -> SlotMemory:
-        """What the slot of this number holds."""
+        """Return the contents of a slot."""
         return self.slots.setdefault(slot_idx, SlotMemory())
 
     def append(
@@ -147,21 +148,21 @@ class HybridCacheLayer(CacheLayerMixin):
         window: int | None = None,
         lengths: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """See `Slot.append`, which is of several names."""
+        """See ``Slot.append``, which appends several names."""
         columns = self.slot(slot_idx).tokens.setdefault(name, Columns(window))
         return columns.append(new, lengths, recording=self.record_past)
 
     def set_state(self, slot_idx: int, name: str, value: torch.Tensor) -> None:
-        """See `Slot.set_state`."""
+        """See ``Slot.set_state``."""
         if not torch.compiler.is_compiling() and not value.requires_grad and _is_part(value):
-            value = value.clone()  # a view would hold on to the whole prefill
+            value = value.clone()  # a view would keep the memory of the whole prefill
         self.slot(slot_idx).states[name] = value
 
     def count(self, time: int, device: torch.device) -> None:
-        """Note that so many tokens were run."""
+        """Add ``time`` tokens to the length."""
         self.length = self.length + time
 
-    # What transformers asks of a cache layer.
+    # Interface of transformers' cache layers.
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.slots.keys()})"
@@ -169,43 +170,44 @@ class HybridCacheLayer(CacheLayerMixin):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Append to the keys and values of slot 0, from outside a model; they are counted."""
+        """Append to the keys and values of slot 0 from outside a model, and count the tokens."""
         k = self.append(0, "k", key_states)
         v = self.append(0, "v", value_states)
         self.count(key_states.shape[2], key_states.device)
         return k, v
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """Nothing: slots come with their first use."""
+        """Do nothing: slots are created on first use."""
 
     def get_seq_length(self) -> int | torch.Tensor:  # type: ignore[override]
-        """Tokens so far, whether or not any of them are kept."""
+        """Return the number of tokens so far, cached or not."""
         return self.length
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Keys in all and the place of the first, of mixers that keep all."""
+        """Return the number of keys and the position of the first, for mixers that cache all keys."""
         return int(self.length) + query_length, 0
 
     def get_max_length(self) -> int:
-        """-1: no limit."""
+        """Return -1 for no limit."""
         return -1
 
     def activate_past_recording(self) -> None:
-        """Make it possible to take back the tokens that come from now on."""
+        """Record future tokens, so that ``crop`` can remove them."""
         self.record_past = True
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Take back the last tokens.
+        """Remove the last tokens.
 
         Args:
-            tokens_to_remove: their number, negative as transformers passes it, or 0.
+            tokens_to_remove: number of tokens as transformers passes it: negative, or 0.
 
         Raises:
-            ValueError: a positive number, or more than were recorded.
+            ValueError: a positive number, or more tokens than were recorded.
         """
         if tokens_to_remove > 0:
             raise ValueError(
-                f"crop: expected minus the number of tokens to remove, got {tokens_to_remove}"
+                f"crop: expected minus the number of tokens to remove, got {tokens_to_remove}; try"
+                f" {-tokens_to_remove}"
             )
         tokens = -tokens_to_remove
         for memory in self.slots.values():
@@ -224,56 +226,56 @@ class HybridCacheLayer(CacheLayerMixin):
             spare.append(0 if memory.recording is None else memory.recording.length)
         if tokens > min(spare, default=tokens):
             raise ValueError(
-                f"crop: the cache was cropped by {tokens} tokens, more than the {min(spare)} tokens that"
-                " a layer has recorded; states and windows cannot go back further. Call"
-                " cache.activate_past_recording() before the tokens that may be taken back"
+                f"crop: expected at most {min(spare)} tokens, which a layer with a state or a window has"
+                f" recorded, got {tokens}; try cache.activate_past_recording() before the tokens to"
+                " remove are run"
             )
 
     def reset(self) -> None:
-        """Forget everything."""
+        """Clear the cache."""
         self.slots.clear()
         self.length = 0
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-        """Rows in a new order, for beam search."""
+        """Reorder the rows, for beam search."""
         self._map(lambda x: x.index_select(0, beam_idx.to(x.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Each row so many times."""
+        """Repeat each row ``repeats`` times."""
         self._map(lambda x: x.repeat_interleave(repeats, dim=0))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Some rows only."""
+        """Select rows."""
         self._map(lambda x: x[indices.to(x.device)])
 
     def offload(self) -> None:
-        """To the memory of the host, where transformers offloads keys."""
+        """Move all tensors to host memory, when transformers offloads the cache."""
         self.device = next((x.device for x in self.tensors()), None)
         self._map(lambda x: x.to("cpu", non_blocking=True))
 
     def prefetch(self) -> None:
-        """Back from there."""
+        """Move all tensors back to their device."""
         device = getattr(self, "device", None)
         if device is not None:
             self._map(lambda x: x.to(device, non_blocking=True))
 
     @property
     def keys(self) -> torch.Tensor | None:  # type: ignore[override]
-        """Keys of the first slot that has any."""
+        """Keys of the first slot with keys."""
         return self._first("k")
 
     @property
     def values(self) -> torch.Tensor | None:  # type: ignore[override]
-        """Values of the first slot that has any."""
+        """Values of the first slot with values."""
         return self._first("v")
 
     def tensors(self) -> list[torch.Tensor]:
-        """Everything it holds but recordings."""
-        found = []
+        """Return all cached tensors except recordings."""
+        tensors = []
         for memory in self.slots.values():
-            found += [c.tensor for c in memory.tokens.values() if c.tensor is not None]
-            found += memory.states.values()
-        return found
+            tensors += [c.tensor for c in memory.tokens.values() if c.tensor is not None]
+            tensors += memory.states.values()
+        return tensors
 
     def _first(self, name: str) -> torch.Tensor | None:
         for memory in self.slots.values():
@@ -293,10 +295,10 @@ class HybridCacheLayer(CacheLayerMixin):
 
 
 class StaticHybridCacheLayer(HybridCacheLayer):
-    """The same for a `StaticCache`: tensors of fixed shapes, written in place, for compiled decoding.
+    """``HybridCacheLayer`` for a ``StaticCache``: fixed shapes, written in place, for compiled decode.
 
-    Tokens of a window are the last W - 1, zeros before the first token; all others stand in
-    `max_cache_len` columns.
+    A window holds the last W - 1 tokens, with zeros before the first token. Other tokens have
+    ``max_cache_len`` columns.
     """
 
     is_croppable = False
@@ -315,7 +317,7 @@ class StaticHybridCacheLayer(HybridCacheLayer):
         window: int | None = None,
         lengths: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """See `HybridCacheLayer.append`."""
+        """See ``HybridCacheLayer.append``."""
         columns = self.slot(slot_idx).tokens.setdefault(name, Columns(window))
         if columns.tensor is None:
             size = self.max_cache_len if window is None else window - 1
@@ -330,7 +332,7 @@ class StaticHybridCacheLayer(HybridCacheLayer):
         return both
 
     def set_state(self, slot_idx: int, name: str, value: torch.Tensor) -> None:
-        """See `Slot.set_state`."""
+        """See ``Slot.set_state``."""
         states = self.slot(slot_idx).states
         if name in states and states[name].shape == value.shape:
             states[name].copy_(value)
@@ -339,42 +341,43 @@ class StaticHybridCacheLayer(HybridCacheLayer):
             _mark_static(states[name])
 
     def count(self, time: int, device: torch.device) -> None:
-        """See `HybridCacheLayer.count`; in place."""
+        """See ``HybridCacheLayer.count``; updates the length in place."""
         if self.length.device != device:
             self.length = self.length.to(device)
             _mark_static(self.length)
         self.length.add_(time)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """See `HybridCacheLayer.get_mask_sizes`."""
+        """See ``HybridCacheLayer.get_mask_sizes``."""
         return self.max_cache_len, 0
 
     def get_max_length(self) -> int:
-        """`max_cache_len`."""
+        """Return ``max_cache_len``."""
         return self.max_cache_len
 
     def _check_crop(self, memory: SlotMemory, tokens: int) -> None:
         super()._check_crop(memory, tokens)
         if tokens and any(columns.window is not None for columns in memory.tokens.values()):
             raise ValueError(
-                "a static cache cannot be cropped in layers with a window; use a DynamicCache"
+                f"crop: expected 0 tokens in a static cache with a window, got {tokens}; try a"
+                " DynamicCache"
             )
 
     def reset(self) -> None:
-        """Forget everything."""
+        """Clear the cache."""
         self.slots.clear()
         self.length.zero_()
 
 
 class BoundedCacheLayer(HybridCacheLayer):
-    """`HybridCacheLayer` without keys of all tokens: transformers does not offload such layers."""
+    """``HybridCacheLayer`` without keys of all tokens; transformers does not offload such layers."""
 
     layer_type = HYBRID_STATES
     is_sliding = True
 
 
 class StaticBoundedCacheLayer(StaticHybridCacheLayer):
-    """`StaticHybridCacheLayer` without keys of all tokens."""
+    """``StaticHybridCacheLayer`` without keys of all tokens."""
 
     layer_type = HYBRID_STATES
     is_sliding = True
@@ -388,7 +391,7 @@ STATIC_LAYER_TYPE_MAPPING[HYBRID_STATES] = StaticBoundedCacheLayer
 
 @dataclass(frozen=True)
 class CacheSlot:
-    """`hybrid.nn.past.Slot` in a transformers cache."""
+    """``hybrid.nn.past.Slot`` in a transformers cache."""
 
     cache: Cache
     layer_idx: int
@@ -401,7 +404,7 @@ class CacheSlot:
         lengths: torch.Tensor | None = None,
         **tokens: torch.Tensor,
     ) -> tuple[torch.Tensor, ...]:
-        """See `Slot.append`."""
+        """See ``Slot.append``."""
         layers = self.cache.layers
         layer = layers[self.layer_idx] if self.layer_idx < len(layers) else None
         if (
@@ -418,28 +421,29 @@ class CacheSlot:
         )
 
     def state(self, name: str) -> torch.Tensor | None:
-        """See `Slot.state`."""
+        """See ``Slot.state``."""
         value = self._memory().states.get(name)
         if value is None or torch.is_grad_enabled():
-            # a static cache writes in place, and the graph must keep the old values
+            # a static cache is written in place, and autograd needs the old values
             static = isinstance(self._layer(), StaticHybridCacheLayer)
             return value.clone() if value is not None and static else value
         return value.clone() if value.requires_grad else value
 
     def set_state(self, name: str, value: torch.Tensor) -> None:
-        """See `Slot.set_state`."""
+        """See ``Slot.set_state``."""
         layer = self._layer()
         if layer.record_past and layer.slot(self.slot_idx).recording is None:
             raise ValueError(
-                f"layer {self.layer_idx} is asked to record the past, for speculative decoding, and its"
-                " mixer does not: derive it from StateMixer, or call cache.begin before each forward"
+                f"layer {self.layer_idx}: expected a mixer that records its inputs for speculative"
+                " decoding, got set_state without cache.begin; try deriving the mixer from StateMixer,"
+                " or calling cache.begin in each forward"
             )
         layer.set_state(self.slot_idx, name, value)
 
     def begin(
         self, x: torch.Tensor, segments: Segments, run: Callable[[torch.Tensor], object]
     ) -> None:
-        """See `Slot.begin`."""
+        """See ``Slot.begin``."""
         layer, memory = self._layer(), self._memory()
         recording = memory.recording
         if recording is not None and recording.settled:
@@ -450,7 +454,7 @@ class CacheSlot:
             memory.recording = None
             return
         if memory.recording is None:
-            # copies: an op may write the next state where the last one lies
+            # copies, as an op may overwrite the last state with the next one
             states = {name: state.clone() for name, state in memory.states.items()}
             memory.recording = Recording(states)
         memory.recording.inputs.append(x.detach())
@@ -478,24 +482,25 @@ class CacheSlot:
         layer = layers[self.layer_idx] if self.layer_idx < len(layers) else None
         if not isinstance(layer, HybridCacheLayer):
             raise ValueError(
-                f"layer {self.layer_idx} of this cache cannot hold a recurrent state; make the cache"
-                " with DynamicCache(config=model.config), or pass none and let the model make it"
+                f"layer {self.layer_idx} of this cache cannot hold a recurrent state: expected"
+                f" {HybridCacheLayer.__name__}, got {type(layer).__name__}; try"
+                " DynamicCache(config=model.config), or no cache, so that the model creates it"
             )
         return layer
 
 
 @dataclass(frozen=True)
 class CachePast(Past):
-    """`hybrid.nn.past.Past` in a transformers cache."""
+    """``hybrid.nn.past.Past`` in a transformers cache."""
 
     cache: Cache
 
     def slot(self, layer_idx: int, slot_idx: int) -> CacheSlot:
-        """See `Past.slot`."""
+        """See ``Past.slot``."""
         return CacheSlot(self.cache, layer_idx, slot_idx)
 
     def count(self, x: torch.Tensor) -> None:
-        """Note that the tokens of x (B, T, D) were run by every layer."""
+        """Count the tokens of x (B, T, D), after every layer has run on them."""
         for layer in self.cache.layers:
             if isinstance(layer, HybridCacheLayer):
                 layer.count(x.shape[1], x.device)
@@ -504,17 +509,18 @@ class CachePast(Past):
 def last_columns(
     x: torch.Tensor, time: int, lengths: torch.Tensor | None, kept: int
 ) -> torch.Tensor:
-    """The last columns (B, heads, kept, dim) of x (B, heads, S, dim) that hold tokens.
+    """Return the last columns with tokens, (B, heads, kept, dim), of x (B, heads, S, dim).
 
     Args:
-        x: earlier columns, and behind them `time` new ones.
-        lengths: (B,), how many of these hold tokens; None for all.
-        kept: how many columns to return; where a row has fewer tokens, the first ones are anything.
+        x: earlier columns, followed by ``time`` new ones.
+        time: number of new columns.
+        lengths: (B,), number of new columns with tokens; None for all.
+        kept: number of columns to return. If a row has fewer tokens, its first columns are undefined.
     """
     past = x.shape[2] - time
     if lengths is None:
         last = x[:, :, x.shape[2] - kept :]
-        # a view would hold on to a whole prefill
+        # a view would keep the memory of the whole prefill
         return last.clone() if x.shape[2] > 2 * kept else last
     place = (lengths + past - kept)[:, None] + torch.arange(kept, device=x.device)
     place = place.clamp(min=0)[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3])
@@ -522,7 +528,7 @@ def last_columns(
 
 
 def _is_part(x: torch.Tensor) -> bool:
-    """Whether x is a view of more memory than it has elements."""
+    """Return whether x is a view of more memory than its own elements."""
     return x.untyped_storage().nbytes() > x.numel() * x.element_size()
 
 
@@ -532,13 +538,13 @@ def _map_states(states: dict[str, torch.Tensor], function: Map) -> None:
 
 
 def _mark_static(x: torch.Tensor) -> None:
-    """As transformers does, so that compiled decoding can use captured graphs."""
+    """Mark the address of x as static, as transformers does, so that CUDA graphs can capture it."""
     if not torch.compiler.is_compiling():
         torch._dynamo.mark_static_address(x)
 
 
 def _real_tokens(x: torch.Tensor, segments: Segments) -> torch.Tensor:
-    """Which columns of x (B, T, D) are not padding, (T,)."""
+    """Return a bool mask (T,) of the columns of x (B, T, D) that are not padding."""
     if segments.index is None:
         return torch.ones(x.shape[1], dtype=torch.bool, device=x.device)
     if len(x) > 1:

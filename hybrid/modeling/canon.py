@@ -1,14 +1,15 @@
-"""Canon layers: short causal convolutions with a residual, all over a layer.
+"""Canon layers: short causal convolutions with a residual, at four positions of a layer.
 
-From "Physics of Language Models: Part 4.1" (Allen-Zhu, 2025), which names four positions:
+"Physics of Language Models: Part 4.1" (Allen-Zhu, 2025) defines the positions:
 
     A  before the mixer, after its norm
     B  on q, k, v within the mixer
     C  before the feed-forward, after its norm
-    D  within the feed-forward, on the gate and what it gates, before the activation
+    D  within the feed-forward, on both inputs of the gated activation
 
-Each is x_t + sum_w a_w * x_{t-w}, w < W = 4, a depthwise convolution that costs about a thousandth of
-the parameters. Shapes: B batch, T time, C channels.
+Each is x_t + sum_w a_w * x_{t-w}, w < W = 4, a depthwise convolution with about 0.1% of the parameters.
+
+Shapes: B batch, T time, C channels.
 """
 
 from __future__ import annotations
@@ -21,14 +22,14 @@ from hybrid.nn.past import Slot
 
 
 class Canon(ShortConvolution):
-    """x + convolution of x, on the whole batch, with padding and documents as `segments` has them."""
+    """Canon layer x + conv(x), which respects the padding and document boundaries of a batch."""
 
     def __init__(self, channels: int, width: int) -> None:
         super().__init__(channels, width)
         self.residual = True
 
     def run(self, x: torch.Tensor, segments: Segments, cache: Slot | None) -> torch.Tensor:
-        """(B, T, C) -> (B, T, C), continuing from and writing to the cache slot where there is one."""
+        """Map x (B, T, C) to (B, T, C); continue from and write to the cache slot if there is one."""
         if cache is not None:
             cache.begin(x, segments, lambda again: self(again, None, cache))
         y = self(segments.pack(x), segments.cu_seqlens, cache)

@@ -1,4 +1,4 @@
-"""Classification of whole texts and of tokens: reward models, AutoModelForSequenceClassification.
+"""Classification of whole sequences, such as by reward models, and of tokens.
 
 Shapes: B batch, T time, D model dim, C labels.
 """
@@ -21,7 +21,7 @@ from hybrid.nn.arguments import CACHE, check_arguments, pick_cache
 
 
 class HybridForSequenceClassification(HybridPreTrainedModel):
-    """The stack and a linear head on the last token of each text: ids (B, T) -> logits (B, C)."""
+    """Model with a linear head on the last token of each sequence: ids (B, T) -> logits (B, C)."""
 
     def __init__(self, config: HybridConfig) -> None:
         super().__init__(config)
@@ -43,16 +43,19 @@ class HybridForSequenceClassification(HybridPreTrainedModel):
         past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> SequenceClassifierOutputWithPast:
-        """As `HybridModel.forward`, and the head on each row's last token.
+        """Run ``HybridModel.forward``, and the head on the last token of each row.
 
-        That is the last one that `attention_mask` keeps; without a mask, the last whose id is not
-        `pad_token_id`, as in transformers' own models.
+        The last token is the last one with a nonzero ``attention_mask``. Without a mask, it is the last
+        one whose id is not ``pad_token_id``, as in transformers' own models.
 
         Args:
-            labels: (B,) int64 classes; (B,) or (B, C) floats for regression and for several labels.
+            labels: (B,) int64 classes; (B,) or (B, C) floats for regression or multi-label problems.
+
+        Returns:
+            Logits (B, C), and the loss if there are labels.
 
         Raises:
-            ValueError: several rows, with neither a mask nor a `pad_token_id`.
+            ValueError: several rows, with neither a mask nor a ``pad_token_id``.
         """
         check_arguments(type(self).__name__, type(self).forward, kwargs, MODEL_ARGUMENTS)
         outputs = self.model(
@@ -84,7 +87,7 @@ class HybridForSequenceClassification(HybridPreTrainedModel):
     def _last_tokens(
         self, hidden: torch.Tensor, ids: torch.Tensor | None, mask: torch.Tensor | None
     ) -> torch.Tensor:
-        """(B,), the index of each row's last token."""
+        """Return the index (B,) of the last token of each row."""
         batch, time = hidden.shape[:2]
         pad = self.config.pad_token_id
         if mask is not None and mask.ndim == 2:
@@ -95,11 +98,12 @@ class HybridForSequenceClassification(HybridPreTrainedModel):
             real = torch.ones(batch, time, dtype=torch.bool)
         else:
             raise ValueError(
-                f"attention_mask: expected (B, T) with 0 at padding for a batch of {batch} rows; give"
-                " one, or set pad_token_id in the config and hand over input_ids"
+                f"attention_mask: expected (B, T) with 0 at padding for a batch of {batch} rows, got"
+                " neither a mask nor pad_token_id and input_ids; try attention_mask, or pad_token_id in"
+                " the config"
             )
         return (torch.arange(time, device=real.device) * real).argmax(-1)
 
 
 class HybridForTokenClassification(GenericForTokenClassification, HybridPreTrainedModel):
-    """The stack and a linear head on every token: ids (B, T) -> logits (B, T, C)."""
+    """Model with a linear head on every token: ids (B, T) -> logits (B, T, C)."""

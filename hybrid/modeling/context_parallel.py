@@ -1,11 +1,11 @@
-"""Context parallelism: each process holds a slice of the same rows, the earlier tokens the lower rank.
+"""Context parallelism: each process holds a slice of the same rows, with earlier tokens on lower ranks.
 
-What a layer needs of the tokens before its slice is what it would find in a cache: keys and values in a
-softmax layer, states and tails of convolutions in a linear one. So a slice runs as the continuation of a
-prefill, with a "cache" whose past is on the process before. What is stored there goes on to the process
-after, and in the backward pass the gradients come back the same way (the state passing of LASP, arXiv
-2404.02882, for every mixer at once). A process is at layer l + 1 while the next one is at layer l, so a
-stack deeper than the number of processes keeps them all busy.
+A layer needs from the tokens before its slice what a cache would hold: keys and values for softmax
+layers, states and the last inputs of convolutions for linear layers. A slice therefore runs as the
+continuation of a prefill, with a "cache" on the previous process. Values that are stored in this cache
+are sent to the next process. In the backward pass the gradients return the same way. This is the state
+passing of LASP (arXiv 2404.02882), for every mixer. A process runs layer l + 1 while the next one runs
+layer l, so a stack with more layers than processes keeps all processes busy.
 
 Shapes: B rows, T tokens of a slice, N documents in the slices of this process, P processes.
 """
@@ -32,34 +32,34 @@ from hybrid.nn.local_rows import LocalRows
 from hybrid.nn.packing import WHOLE_ROWS, Segments, from_positions
 from hybrid.nn.past import Past
 
-# A message of unknown shape has a header: whose it is, its dtype, its number of dimensions, and these.
+# A message of unknown shape has a header: its key, dtype, number of dimensions, and dimensions.
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MOST_DIMENSIONS = 6
 
-_NAMES: dict[int, str] = {}  # by their checksums, for messages
+_NAMES: dict[int, str] = {}  # names by checksum, for error messages
 
 
 class Key(NamedTuple):
-    """Whose message it is; B and T are in it because shapes depend on them."""
+    """Key of a message: the sender. It includes B and T because shapes depend on them."""
 
     batch: int
     time: int
     layer: int
     slot: int
     name: int
-    """A checksum of the name in the slot."""
+    """Checksum of the name in the slot."""
 
 
 @dataclass
 class ContextGroup:
-    """The processes that share rows, in the order of their slices.
+    """Group of processes that share rows, in the order of their slices.
 
     Attributes:
-        group: of torch.distributed. Nothing else may send in it: the order of messages is all that tells
-            them apart.
-        pending: messages on their way, kept until they have left.
-        shapes: what the process before sends under a key; it says so once.
-        announced: keys for which the process after has been told.
+        group: process group of torch.distributed. Do not send other messages in it: messages are matched
+            by their order.
+        pending: messages being sent, with tensors that must stay alive.
+        shapes: dtype and shape of the previous process's message for each key, which is sent once.
+        announced: keys whose dtype and shape were sent to the next process.
     """
 
     group: dist.ProcessGroup
@@ -69,32 +69,32 @@ class ContextGroup:
 
     @property
     def size(self) -> int:
-        """P."""
+        """Number of processes P."""
         return dist.get_world_size(self.group)
 
     @property
     def rank(self) -> int:
-        """The number of this process's slice, from 0."""
+        """Index of this process's slice, from 0."""
         return dist.get_rank(self.group)
 
     @property
     def is_first(self) -> bool:
-        """Whether rows begin here."""
+        """Whether this process holds the start of the rows."""
         return self.rank == 0
 
     @property
     def is_last(self) -> bool:
-        """Whether rows end here."""
+        """Whether this process holds the end of the rows."""
         return self.rank == self.size - 1
 
     def gather(self, x: torch.Tensor) -> list[torch.Tensor]:
-        """x of every process, in order."""
-        found = [torch.empty_like(x) for _ in range(self.size)]
-        dist.all_gather(found, x.contiguous(), group=self.group)
-        return found
+        """Gather x from every process, in order."""
+        parts = [torch.empty_like(x) for _ in range(self.size)]
+        dist.all_gather(parts, x.contiguous(), group=self.group)
+        return parts
 
     def send(self, x: torch.Tensor, step: int) -> None:
-        """Send x to the process before (-1) or after (1), without waiting until it has left."""
+        """Send x to the previous (-1) or next (1) process, without waiting for completion."""
         self.pending = [(work, kept) for work, kept in self.pending if not work.is_completed()]
         x = x.detach().contiguous()
         work = dist.isend(x, dist.get_global_rank(self.group, self.rank + step), self.group)
@@ -102,12 +102,12 @@ class ContextGroup:
         self.pending.append((work, x))
 
     def receive(self, x: torch.Tensor, step: int) -> torch.Tensor:
-        """Wait for what the process before (-1) or after (1) sends, and write it to x."""
+        """Receive from the previous (-1) or next (1) process into x, and wait for it."""
         dist.recv(x, dist.get_global_rank(self.group, self.rank + step), self.group)
         return x
 
     def send_on(self, x: torch.Tensor, key: Key) -> None:
-        """Send x to the process after; the first time under this key, what it is, before it."""
+        """Send x to the next process; for a new key, first send a header with dtype and shape."""
         if key not in self.announced:
             numbers = [*key, DTYPES.index(x.dtype), x.ndim, *x.shape]
             self.send(_header(numbers, x.device), 1)
@@ -115,19 +115,20 @@ class ContextGroup:
         self.send(x, 1)
 
     def receive_on(self, key: Key, device: torch.device) -> torch.Tensor:
-        """Wait for what the process before sends under the same key.
+        """Receive the tensor that the previous process sends for the same key.
 
         Raises:
-            ValueError: it sends something else first.
+            ValueError: the next message has another key.
         """
         if key not in self.shapes:
             numbers = self.receive(_header([], device), -1).tolist()
-            found, (dtype, dimensions, *shape) = Key(*numbers[: len(key)]), numbers[len(key) :]
-            if found != key:
+            sent, (dtype, dimensions, *shape) = Key(*numbers[: len(key)]), numbers[len(key) :]
+            if sent != key:
                 raise ValueError(
-                    f"layer {key.layer} reads {_NAMES[key.name]!r} of slot {key.slot} before"
-                    f" {_NAMES.get(found.name)!r} of {found.slot}, and stores them the other way round:"
-                    " across processes the order must be one"
+                    f"layer {key.layer}: expected a mixer that reads and stores its cache entries in one"
+                    f" order, got {_NAMES[key.name]!r} of slot {key.slot} read first and"
+                    f" {_NAMES.get(sent.name)!r} of slot {sent.slot} stored first; try the same order in"
+                    " the mixer's forward"
                 )
             self.shapes[key] = DTYPES[dtype], shape[:dimensions]
         dtype, shape = self.shapes[key]
@@ -140,7 +141,7 @@ def _header(numbers: list[int], device: torch.device) -> torch.Tensor:
 
 
 class _Send(torch.autograd.Function):
-    """x -> a token; its gradient is what the process after sends back."""
+    """Send x to the next process and return a scalar; the gradient of x comes from that process."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, anchor: torch.Tensor, group: ContextGroup, key: Key):
@@ -157,7 +158,7 @@ class _Send(torch.autograd.Function):
 
 
 class _Receive(torch.autograd.Function):
-    """What the process before sent; the gradient goes back to it."""
+    """Receive a tensor from the previous process; its gradient is sent back to that process."""
 
     @staticmethod
     def forward(ctx: Any, anchor: torch.Tensor, group: ContextGroup, key: Key):
@@ -172,7 +173,7 @@ class _Receive(torch.autograd.Function):
 
 
 class _Tie(torch.autograd.Function):
-    """x, which from here on depends on `others` too, so that their backward passes run."""
+    """Identity of x that also depends on ``others``, so that their backward passes run."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, *others: torch.Tensor):
@@ -185,13 +186,13 @@ class _Tie(torch.autograd.Function):
 
 
 class Neighbours(Past):
-    """One forward over a slice: the past on the process before, for every layer.
+    """Past of one forward pass over a slice: the earlier tokens are on the previous process.
 
     Args:
         group: the processes.
-        position_ids: (1 or B, T), those of this slice; a new document wherever they do not go up by one.
-            None for rows that are one document each.
-        x: (B, T, D), the input of the stack.
+        position_ids: (1 or B, T), positions of this slice. A position that does not follow the previous
+            one starts a new document. None for one document per row.
+        x: (B, T, D), input of the stack.
     """
 
     def __init__(
@@ -199,7 +200,7 @@ class Neighbours(Past):
     ) -> None:
         self.group, (self.batch, self.time) = group, x.shape[:2]
         self.past = group.rank * self.time
-        # what no input needs a gradient for (frozen embeddings) must still be in the graph
+        # messages must be in the graph even if no input needs a gradient (frozen embeddings)
         self.anchor = torch.zeros((), device=x.device, requires_grad=torch.is_grad_enabled())
         self.ties: list[torch.Tensor] = []
         if position_ids is None:
@@ -216,20 +217,20 @@ class Neighbours(Past):
             self.first, self.last = bounds[:-1], bounds[1:] - 1
 
     def _documents(self) -> torch.Tensor | None:
-        """Numbers of the documents of all tokens up to the end of this slice, (B, past + T)."""
+        """Return the document index of all tokens up to the end of this slice, (B, past + T)."""
         whole = torch.cat(self.group.gather(self.position_ids), dim=1)
-        found = find_packed_sequence_indices(whole)
-        return None if found is None else found[:, : self.past + self.time]
+        documents = find_packed_sequence_indices(whole)
+        return None if documents is None else documents[:, : self.past + self.time]
 
     @property
     def continues(self) -> torch.Tensor:
-        """(B,), whether the first document of a row began on a process before."""
+        """Bool (B,): whether the first document of a row started on an earlier process."""
         if self.documents is None:
             return torch.ones(self.batch, dtype=torch.bool, device=self.position_ids.device)
         return self.documents[:, self.past] == self.documents[:, self.past - 1]
 
     def mask(self, config: PreTrainedConfig, x: torch.Tensor) -> Any:
-        """transformers' causal mask of T queries over past + T keys, within documents."""
+        """Return transformers' causal mask of T queries over past + T keys, within documents."""
         within = None
         if self.documents is not None:
             within = packed_sequence_mask_function(self.documents)
@@ -242,7 +243,7 @@ class Neighbours(Past):
         )
 
     def local_rows(self) -> LocalRows:
-        """Where the tokens of the slice stand, for layers of bounded reach."""
+        """Return the positions of the slice's tokens, for layers with bounded reach."""
         if self.documents is None:
             return LocalRows.plain(self.past, self.time, self.position_ids.device)
         column = torch.arange(self.documents.shape[1], device=self.documents.device)
@@ -251,35 +252,35 @@ class Neighbours(Past):
         place = column - torch.where(begins, column, 0).cummax(dim=1).values
         return LocalRows(place[:, self.past :])
 
-    # What `create_causal_mask` asks of a cache.
+    # Cache interface used by `create_causal_mask`.
 
     is_compileable = False
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Tokens before this slice."""
+        """Return the number of tokens before this slice."""
         return self.past
 
     get_query_offset = get_seq_length
 
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
-        """Keys in all, and the place of the first."""
+        """Return the number of keys, and the position of the first."""
         return self.past + query_length, 0
 
-    # `hybrid.nn.past.Past`.
+    # Interface `hybrid.nn.past.Past`.
 
     def slot(self, layer_idx: int, slot_idx: int) -> NeighbourSlot:
-        """The past of one mixer."""
+        """Return the past of one mixer."""
         return NeighbourSlot(self, layer_idx, slot_idx)
 
     def tie(self, x: torch.Tensor) -> torch.Tensor:
-        """x (B, T, D) of the end of a layer, with all that the layer sent and received."""
+        """Make a layer's output x (B, T, D) depend on all messages that the layer sent and received."""
         ties, self.ties = self.ties, []
         return _Tie.apply(x, *ties) if ties and torch.is_grad_enabled() else x
 
 
 @dataclass(frozen=True)
 class NeighbourSlot:
-    """`hybrid.nn.past.Slot` whose past is on the process before."""
+    """``hybrid.nn.past.Slot`` whose past is on the previous process."""
 
     neighbours: Neighbours
     layer_idx: int
@@ -292,9 +293,9 @@ class NeighbourSlot:
         lengths: torch.Tensor | None = None,
         **tokens: torch.Tensor,
     ) -> tuple[torch.Tensor, ...]:
-        """Put the earlier columns before these (B, heads, T, dim), and send on what the next may see.
+        """Prepend the earlier columns to ``tokens`` (B, heads, T, dim), and send those in reach onward.
 
-        Slices have no padding, so `lengths` is None.
+        Slices have no padding, so ``lengths`` is None.
         """
         both = []
         for name, own in tokens.items():
@@ -306,26 +307,26 @@ class NeighbourSlot:
         return tuple(both)
 
     def state(self, name: str) -> torch.Tensor | None:
-        """The state (N, ...) that each document begins with; None where rows begin here."""
+        """Return the initial state (N, ...) of each document; None on the first process."""
         near = self.neighbours
         if near.group.is_first:
             return None
-        came = self._receive(name)
-        came = came * near.continues.view(-1, *[1] * (came.ndim - 1)).to(came.dtype)
+        state = self._receive(name)
+        state = state * near.continues.view(-1, *[1] * (state.ndim - 1)).to(state.dtype)
         if near.segments.cu_seqlens is None:
-            return came
-        begin = came.new_zeros(len(near.segments.cu_seqlens) - 1, *came.shape[1:])
-        return begin.index_copy(0, near.first, came)
+            return state
+        initial = state.new_zeros(len(near.segments.cu_seqlens) - 1, *state.shape[1:])
+        return initial.index_copy(0, near.first, state)
 
     def set_state(self, name: str, value: torch.Tensor) -> None:
-        """Send on the state after the last document of each row, of (N, ...)."""
+        """Send the state after the last document of each row, from ``value`` (N, ...)."""
         whole = self.neighbours.segments.cu_seqlens is None
         self._send(value if whole else value[self.neighbours.last], name)
 
     def begin(
         self, x: torch.Tensor, segments: Segments, run: Callable[[torch.Tensor], object]
     ) -> None:
-        """Nothing: no token is taken back in training."""
+        """Do nothing: training removes no tokens."""
 
     def _key(self, name: str) -> Key:
         near = self.neighbours
@@ -340,6 +341,6 @@ class NeighbourSlot:
 
     def _receive(self, name: str) -> torch.Tensor:
         near = self.neighbours
-        came = _Receive.apply(near.anchor, near.group, self._key(name))
-        near.ties.append(came)
-        return came
+        received = _Receive.apply(near.anchor, near.group, self._key(name))
+        near.ties.append(received)
+        return received

@@ -1,7 +1,7 @@
-"""Reading and writing of published checkpoints, as `hybrid.convert` registers it for the models.
+"""Registry of the functions that read and write published checkpoints.
 
-The conversion is built on the model, so the model does not import it; it is imported by name when a
-method needs it, as the registry does with the mixers.
+``hybrid.convert`` depends on the model, so the model does not import it. It is imported by name when a
+method needs it, as the registry does with mixers.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ HOME = "hybrid.convert"
 
 @dataclass(frozen=True)
 class Converter:
-    """Both directions.
+    """Functions for both directions of conversion.
 
     Attributes:
-        read: a published model, its folder or its name -> a `HybridForCausalLM` with its weights.
-        write: a `HybridForCausalLM`, a folder and the name of a family -> the family written.
+        read: maps a published model, its folder or its name to a ``HybridForCausalLM`` with its weights.
+        write: maps a ``HybridForCausalLM``, a folder and a family name to the name of that family.
     """
 
     read: Callable[..., Any]
@@ -31,12 +31,12 @@ _registered: list[Converter] = []
 
 
 def register_converter(converter: Converter) -> None:
-    """Make a converter the one that models use."""
+    """Set the converter that models use."""
     _registered[:] = [converter]
 
 
 def get_converter() -> Converter:
-    """The registered converter; imports `hybrid.convert` where none is."""
+    """Return the registered converter; import ``hybrid.convert`` if there is none."""
     if not _registered:
         importlib.import_module(HOME)
     return _registered[0]

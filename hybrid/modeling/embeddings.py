@@ -1,4 +1,4 @@
-"""Embeddings of ids, with their multiplier.
+"""Token embeddings with a multiplier.
 
 Shapes: B batch, T time, D model dim, V vocabulary.
 """
@@ -12,10 +12,10 @@ from hybrid.config.fields import StackFields
 
 
 class ScaledEmbedding(nn.Embedding):
-    """Embeddings times a multiplier, which may be rounded to the precision of the weights first.
+    """Token embeddings times a multiplier.
 
-    So Gemma has it (arXiv 2403.08295): in bfloat16 sqrt(3072) is 55.5. Granite and Falcon-H1 do not
-    round.
+    With ``rounded``, the multiplier is first rounded to the dtype of the weights. Gemma rounds (arXiv
+    2403.08295): in bfloat16, sqrt(3072) is 55.5. Granite and Falcon-H1 do not round.
     """
 
     def __init__(
@@ -25,7 +25,7 @@ class ScaledEmbedding(nn.Embedding):
         self.multiplier, self.rounded = multiplier, rounded
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """ids (B, T) -> (B, T, D)."""
+        """Map ids (B, T) to embeddings (B, T, D)."""
         x = super().forward(input)
         if not self.rounded:
             return x * self.multiplier
@@ -33,7 +33,7 @@ class ScaledEmbedding(nn.Embedding):
 
 
 def build_embedding(config: StackFields) -> nn.Embedding:
-    """The embedding, ids -> (B, T, D)."""
+    """Return the embedding module, which maps ids (B, T) to (B, T, D)."""
     sizes = config.vocab_size, config.hidden_size, config.pad_token_id
     multiplier = config.embedding_multiplier
     if isinstance(multiplier, str):

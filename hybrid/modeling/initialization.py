@@ -1,9 +1,9 @@
-"""Initial values of every parameter and buffer.
+"""Initialisation of all parameters and buffers.
 
-A module sets those it knows about in `init_parameters(std)`, with the functions of
-`transformers.initialization`, which leave alone what a checkpoint has filled. `initialize` is called
-once for every module, children first, after transformers' own defaults (normal weights, zero biases,
-norms of one).
+A module initialises its own tensors in ``init_parameters(std)`` with the functions of
+``transformers.initialization``, which do not change tensors loaded from a checkpoint. ``initialize`` is
+called once for every module, children first, after transformers' own defaults (normal weights, zero
+biases, norm weights of one).
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ def initialize(module: nn.Module, config: StackFields, sizes: Sizes, *, is_head:
     """Initialise one module beyond transformers' defaults.
 
     Args:
-        module: any module of the model; its children are done already.
-        config: its `initializer_range`.
-        sizes: of the stack, with `init` and the depth.
-        is_head: whether it is the output head, which `xavier` and `deepnorm` leave alone.
+        module: any module of the model, whose children are initialised.
+        config: config with ``initializer_range``.
+        sizes: sizes of the stack, with ``init`` and the depth.
+        is_head: whether the module is the output head, which ``xavier`` and ``deepnorm`` do not change.
     """
     if hasattr(module, "init_parameters"):
         module.init_parameters(config.initializer_range)
@@ -50,19 +50,19 @@ def _initialize_linear(linear: nn.Linear, sizes: Sizes, std: float, is_head: boo
 
 
 def has_say(module: nn.Module) -> bool:
-    """Whether a module has `init_parameters` to call, and there is something that it may still set."""
+    """Return whether a module has ``init_parameters`` and any tensor left to initialise."""
     if not hasattr(module, "init_parameters") or is_set(module):
         return False
     return not all(map(is_set, itertools.chain(module.parameters(), module.buffers())))
 
 
 def is_set(thing: nn.Module | torch.Tensor) -> bool:
-    """Whether transformers has marked a tensor as loaded, or a module as initialised."""
+    """Return whether transformers has marked a tensor as loaded, or a module as initialised."""
     return getattr(thing, "_is_hf_initialized", False)
 
 
 def unset_tensors(module: nn.Module) -> dict[str, int]:
-    """Names of a module's own tensors that no checkpoint filled, and how often each was written to."""
+    """Return the names of a module's own tensors not loaded from a checkpoint, with version counters."""
     own = itertools.chain(
         module.named_parameters(recurse=False), module.named_buffers(recurse=False)
     )
@@ -74,15 +74,15 @@ def unset_tensors(module: nn.Module) -> dict[str, int]:
 
 
 def fill_untouched(module: nn.Module, before: dict[str, int], std: float) -> None:
-    """Initialise parameters that a checkpoint lacks and nothing has set: normal, biases zero.
+    """Initialise parameters missing in the checkpoint that nothing has set: normal, biases zero.
 
     Args:
-        module: whose `unset_tensors` were `before`.
-        before: name -> number of writes.
-        std: of the normal distribution.
+        module: module with the result ``before`` of ``unset_tensors``.
+        before: name -> version counter.
+        std: standard deviation of the normal distribution.
 
     Raises:
-        ValueError: a buffer is left without a value.
+        ValueError: a buffer has no value.
     """
     for name, version in before.items():
         tensor = getattr(module, name)
@@ -92,12 +92,12 @@ def fill_untouched(module: nn.Module, before: dict[str, int], std: float) -> Non
         if not isinstance(tensor, nn.Parameter):
             raise ValueError(
                 f"{kind}.{name}: expected a value from the checkpoint or from"
-                f" {kind}.init_parameters, got neither; set the buffer in init_parameters(std), as"
-                " memory that a constructor filled is lost on loading"
+                f" {kind}.init_parameters, got neither; try setting the buffer in init_parameters(std),"
+                " as loading discards values set in a constructor"
             )
         logger.warning_once(
-            f"{kind}.{name} is not in the checkpoint, and {kind}.init_parameters does not set it; it"
-            " starts as any weight does (biases 0)"
+            f"{kind}.{name} is not in the checkpoint, and {kind}.init_parameters does not set it; it is"
+            " initialised with the default (weights normal, biases 0)"
         )
         if name.endswith("bias"):
             init.zeros_(tensor)

@@ -1,4 +1,4 @@
-"""One layer of the stack: its mixers and its feed-forward, and what is around them.
+"""One layer of the stack: mixers, feed-forward, residuals, canon layers and shared weights.
 
 Shapes: B batch, T time, D model dim.
 """
@@ -28,11 +28,11 @@ from hybrid.nn.past import Past, Slot
 __all__ = ["HybridLayer", "Masks", "ParallelMixers", "Residual"]
 
 Masks = dict[str, Any]
-"""By the type of a mixer: a tensor or None, or `LocalRows` for those of bounded reach."""
+"""Masks by layer type: a tensor or None, or ``LocalRows`` for mixers with bounded reach."""
 
 
 class Call(NamedTuple):
-    """What a layer is called with beside the stream."""
+    """Arguments of a layer besides the residual stream."""
 
     masks: Masks
     positions: dict[str, tuple[torch.Tensor, torch.Tensor]]
@@ -42,7 +42,7 @@ class Call(NamedTuple):
 
 
 class HybridLayer(GradientCheckpointingLayer):
-    """One layer of the layout: mixer(s), a feed-forward, or both, each with its own residual."""
+    """Layer of the layout: mixers, a feed-forward, or both, each with its own residual."""
 
     def __init__(self, spec: LayerSpec) -> None:
         super().__init__()
@@ -65,12 +65,12 @@ class HybridLayer(GradientCheckpointingLayer):
 
     @property
     def reads_embeddings(self) -> bool:
-        """Whether it wants what the stack began with."""
+        """Whether the layer also reads the embeddings, the input of the stack."""
         return self.shared is not None and self.shared.concat_embeddings
 
     @property
     def feeds_next(self) -> bool:
-        """Whether what it returns is for the next layer, and not the stream."""
+        """Whether the output is an extra input of the next layer and not the residual stream."""
         return self.shared is not None and self.shared.output == "next"
 
     def _build_mixer(self, spec: LayerSpec) -> Mixer | ParallelMixers | None:
@@ -87,7 +87,7 @@ class HybridLayer(GradientCheckpointingLayer):
         return built[0] if built else None
 
     def _build_canon(self, spec: LayerSpec) -> nn.ModuleDict:
-        """The layer's own canon layers, by position; B is in the mixers."""
+        """Return the layer's own canon layers by position; position B is in the mixers."""
         widths = {"C": spec.hidden_size}
         if spec.mixer_branch is not None:
             widths["A"] = spec.mixer_branch.input_size
@@ -96,7 +96,7 @@ class HybridLayer(GradientCheckpointingLayer):
         return nn.ModuleDict({at: Canon(widths[at], spec.canon_width) for at in spec.canon})
 
     def _build_own_depth(self, spec: LayerSpec) -> None:
-        """What a layer of shared weights has to itself: adapters and a projection."""
+        """Build the modules that a layer with shared weights does not share: adapters, a projection."""
         self.depth_projection = None
         if self.shared is None:
             return
@@ -106,7 +106,7 @@ class HybridLayer(GradientCheckpointingLayer):
             self.depth_projection = residual_projection(spec.hidden_size, spec.hidden_size)
 
     def _mark_value_paths(self) -> None:
-        """What DeepNorm starts smaller: values, outputs and feed-forwards, not queries and keys."""
+        """Mark the weights that DeepNorm scales: values, outputs and feed-forwards."""
         for name, module in self.named_modules():
             last = name.rpartition(".")[2]
             in_ffn = name.startswith("ffn.") and not isinstance(module, Router)
@@ -125,17 +125,23 @@ class HybridLayer(GradientCheckpointingLayer):
         past: Past | None = None,
         **kwargs: Any,
     ) -> torch.Tensor:
-        """The stream after this layer; of a layer that feeds the next, what it feeds.
+        """Run the layer.
 
         Args:
-            x: the stream, (B, T, D).
-            beside: what the layer before feeds this one, (B, T, D): its first branch reads x + beside.
-            embeddings: what the stack began with, (B, T, D), for layers that read it again. These
-                three are positional: reentrant checkpointing finds gradients of no others.
-            attention_mask, position_embeddings: by layer type; by symbol.
-            segments: documents and padding.
-            past: where the tokens before these are (see `hybrid.nn.past`); None where none are.
-            kwargs: for attention functions.
+            x: residual stream, (B, T, D).
+            beside: output of a previous layer with ``feeds_next``, (B, T, D). The first branch reads
+                x + beside.
+            embeddings: input of the stack, (B, T, D), for layers with ``reads_embeddings``. The first
+                three arguments are positional, as reentrant checkpointing computes no other gradients.
+            attention_mask: masks by layer type.
+            position_embeddings: (cos, sin) by symbol.
+            segments: document boundaries and padding.
+            past: access to earlier tokens (see ``hybrid.nn.past``); None for none.
+            kwargs: keyword arguments of attention functions.
+
+        Returns:
+            The residual stream after the layer, (B, T, D), or the extra input of the next layer if
+            ``feeds_next``.
         """
         check_arguments("HybridLayer", HybridLayer.forward, kwargs, MIXER_ARGUMENTS)
         call = Call(attention_mask, position_embeddings, segments, past, kwargs)
@@ -164,7 +170,7 @@ class HybridLayer(GradientCheckpointingLayer):
         return self.mixer(h, **self._mixer_calls([self.mixer], call)[0])[0]
 
     def _mixer_calls(self, mixers: Sequence[nn.Module], call: Call) -> list[dict[str, Any]]:
-        """The keyword arguments of each mixer."""
+        """Return the keyword arguments of each mixer."""
         return [
             {
                 **call.kwargs,
@@ -183,7 +189,7 @@ class HybridLayer(GradientCheckpointingLayer):
         return self.ffn(h, convolve=lambda inner: self._canon("D", inner, call))
 
     def _canon(self, at: str, x: torch.Tensor, call: Call) -> torch.Tensor:
-        """x + convolution of x where this layer has one at that position; their slots come last."""
+        """Apply the canon layer at a position, if any. Canon slots follow those of the mixers."""
         if at not in self.canon:
             return x
         slot = self._slot(call.past, len(self.symbols) + list(self.canon).index(at))

@@ -1,15 +1,14 @@
 """Cross entropy of next tokens from hidden states, without the logits of a whole batch.
 
-The head and the loss run on a chunk of tokens at a time. No float32 copy of all logits exists, forward
-or backward, and the z-loss lambda log^2 Z (PaLM, arXiv 2204.02311, section 5) is taken of the same
-chunk. Three back-ends by name, the config key `loss_backend`:
+The head and the loss run on one chunk of tokens at a time. No float32 copy of all logits exists, neither
+in forward nor in backward. The z-loss lambda log^2 Z (PaLM, arXiv 2204.02311, section 5) is computed on
+the same chunk. The config key ``loss_backend`` selects one of three backends:
 
-    chunked   here. The gradient of a chunk is taken while its logits exist, so that nothing is
-              recomputed; there is no second derivative. A head that is more than its weight (an
-              adapter, a quantised or sharded one, one with hooks) is called as the module it is,
-              checkpointed.
-    liger     the Triton kernels of liger-kernel, where installed; a plain head, on an accelerator.
-    full      all logits at once, as transformers' loss takes them.
+    chunked   this module. The gradient of a chunk is computed while its logits exist, so that nothing is
+              recomputed. There is no second derivative. A head that is more than its weight (with an
+              adapter or hooks, quantised, sharded) is called as a module, with checkpointing.
+    liger     the Triton kernels of liger-kernel, if installed; for a plain head, on an accelerator.
+    full      all logits at once, as transformers' loss.
 
 Shapes: B batch, T time, N = B * T tokens, m tokens of a chunk, D model dim, V vocabulary.
 """
@@ -29,14 +28,14 @@ from hybrid.config.fields import LossBackend
 from hybrid.mixers.parts import wide
 
 IGNORED = -100
-"""The label of a position with nothing to predict."""
+"""Label of positions that are not predicted."""
 
 CHUNK_ELEMENTS = 2**26
-"""Logits of a chunk: 256 MiB in float32, 2,048 tokens of a vocabulary of 32,768."""
+"""Number of logits in a chunk: 256 MiB in float32, or 2,048 tokens with a vocabulary of 32,768."""
 
 
 def next_tokens(labels: torch.Tensor, shift_labels: torch.Tensor | None = None) -> torch.Tensor:
-    """What each position is to predict, (B, T): the label after it, or `shift_labels` as given."""
+    """Return the target of each position, (B, T): the next label, or ``shift_labels`` unchanged."""
     if shift_labels is not None:
         return shift_labels
     return F.pad(labels, (0, 1), value=IGNORED)[..., 1:]
@@ -45,15 +44,15 @@ def next_tokens(labels: torch.Tensor, shift_labels: torch.Tensor | None = None) 
 def transform_logits(
     products: torch.Tensor, multiplier: float = 1.0, cap: float | None = None
 ) -> torch.Tensor:
-    """The logits of a model from the products of its head: multiplied, then soft-capped.
+    """Compute logits from the output of the head: multiply, then soft-cap.
 
-    The head itself stays a plain Linear, which others may resize, replace or read the weight of.
+    The head stays a plain Linear, so that other code can resize it, replace it, or read its weight.
 
     Args:
         products: head(hidden), (..., V).
-        multiplier: `config.logit_scale`.
-        cap: c of c * tanh(logits / c), of absolute value below c (Gemma 2, arXiv 2408.00118,
-            section 2); None for none.
+        multiplier: ``config.logit_scale``.
+        cap: c of c * tanh(logits / c), which bounds absolute values by c (Gemma 2, arXiv 2408.00118,
+            section 2); None for no cap.
     """
     logits = scaled(products, multiplier)
     return logits if cap is None else cap * torch.tanh(logits / cap)
@@ -71,26 +70,28 @@ def cross_entropy(
     backend: LossBackend = "chunked",
     chunk_elements: int = CHUNK_ELEMENTS,
 ) -> torch.Tensor:
-    """Sum over targets of -log softmax(x)_target + z_loss * (log Z)^2, x = transform_logits(head(h)).
+    """Compute the summed cross entropy of the targets, with z-loss and label smoothing.
 
-    With label smoothing e the first term is -sum_v y_v log softmax(x)_v, where y is 1 - e at the
-    target plus e / V everywhere (Szegedy et al., arXiv 1512.00567, section 7).
+    The loss is the sum over targets of -log softmax(x)_target + z_loss * (log Z)^2 in nats, with
+    x = transform_logits(head(hidden)). With label smoothing e the first term is
+    -sum_v y_v log softmax(x)_v, where y is 1 - e at the target plus e / V everywhere (Szegedy et al.,
+    arXiv 1512.00567, section 7).
 
     Args:
         hidden: (..., D), inputs of the head.
-        head: D -> V.
-        targets: (...) int64, -100 where there is none.
+        head: module that maps D to V.
+        targets: (...) int64, -100 for none.
         z_loss: lambda; 0.0001 in PaLM, 0.00001 in OLMo 2.
         label_smoothing: e, 0 <= e < 1.
-        multiplier, cap: of the logits, see `transform_logits`.
-        backend: see the module.
-        chunk_elements: m * V at most, for `chunked`.
+        multiplier, cap: transform of the logits, see ``transform_logits``.
+        backend: see the module docstring.
+        chunk_elements: maximum of m * V, for ``chunked``.
 
     Returns:
-        scalar, float32 (float64 for float64 inputs).
+        Scalar, float32 (float64 for float64 inputs).
 
     Raises:
-        ValueError: `liger` where it is not installed, or with a head that is no plain linear map.
+        ValueError: ``liger`` is not installed, or the head is not a plain linear map.
     """
     hidden, targets = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1).to(hidden.device)
     if backend == "full":
@@ -98,7 +99,7 @@ def cross_entropy(
         return summed(logits, targets, z_loss, label_smoothing)
     plain = is_plain(head)
     if backend == "liger":
-        # its kernels take no multiplier; a plain head is linear, so its inputs can have it
+        # its kernels have no multiplier; a plain head is linear, so multiply its input
         hidden = scaled(hidden, multiplier)
         return _by_liger(hidden, head, targets, z_loss, label_smoothing, cap, plain)
     size = max(1, chunk_elements // _vocabulary(head, hidden))
@@ -118,15 +119,15 @@ def of_logits(
     label_smoothing: float = 0.0,
     chunk_elements: int = CHUNK_ELEMENTS,
 ) -> torch.Tensor:
-    """As `cross_entropy`, of logits (..., V) that exist; without gradients, a chunk at a time.
+    """Compute ``cross_entropy`` from logits (..., V), one chunk at a time.
 
     Raises:
-        ValueError: logits of only some positions.
+        ValueError: logits exist for only some positions.
     """
     if logits.shape[:-1] != targets.shape:
         raise ValueError(
-            f"labels for {tuple(targets.shape)} positions, and logits for {tuple(logits.shape[:-1])};"
-            " leave logits_to_keep out where labels are given"
+            f"labels: expected logits for {tuple(targets.shape)} positions, got"
+            f" {tuple(logits.shape[:-1])}; leave logits_to_keep out if there are labels"
         )
     logits, targets = logits.flatten(0, -2), targets.reshape(-1).to(logits.device)
     size = max(1, chunk_elements // logits.shape[-1])
@@ -140,7 +141,7 @@ def summed(
     z_loss: float = 0.0,
     label_smoothing: float = 0.0,
 ) -> torch.Tensor:
-    """The loss of logits (m, V) as they are, a sum over targets (m,)."""
+    """Compute the loss of logits (m, V), summed over targets (m,), without transform or chunks."""
     logits = wide(logits)
     total = F.cross_entropy(
         logits,
@@ -156,7 +157,7 @@ def summed(
 
 
 def is_plain(head: nn.Module) -> bool:
-    """Whether a head is its weight alone: no bias, adapter, hook, shard or code."""
+    """Return whether a head is only its weight: no bias, adapter, hook, shard or other code."""
     return (
         type(head) is nn.Linear
         and head.bias is None
@@ -179,21 +180,24 @@ def in_chunks(
     for_hidden: bool,
     for_weight: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The sum of `cross_entropy` for products hidden @ weight^T, and its gradients in the same pass.
+    """Compute ``cross_entropy`` of the products hidden @ weight^T, and its gradients in the same pass.
 
-    With p = softmax(x): d loss / d x = p (1 + 2 lambda log Z) - y, in float32; y is onehot(target), or
-    with label smoothing e (1 - e) onehot(target) + e / V.
+    With p = softmax(x): d loss / d x = p (1 + 2 lambda log Z) - y, in float32. y is onehot(target), or
+    (1 - e) onehot(target) + e / V with label smoothing e.
 
     Args:
-        hidden, weight: (N, D) and (V, D) of one dtype.
-        targets, z_loss, label_smoothing, multiplier, cap: as of `cross_entropy`.
-        size: tokens of a chunk.
-        for_hidden, for_weight: which gradients are wanted; the others come back empty.
+        hidden, weight: (N, D) and (V, D), of equal dtype.
+        targets, z_loss, label_smoothing, multiplier, cap: as in ``cross_entropy``.
+        size: tokens per chunk.
+        for_hidden, for_weight: whether to compute the gradient; it is empty otherwise.
+
+    Returns:
+        The loss (scalar) and the gradients of ``hidden`` (N, D) and ``weight`` (V, D).
     """
     kind = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     total = torch.zeros((), dtype=kind, device=hidden.device)
     of_hidden = torch.empty_like(hidden) if for_hidden else hidden.new_empty(0)
-    # summed in float32: the chunks are many, and bfloat16 has 8 bits
+    # sum over many chunks in float32, as bfloat16 has only 8 bits of precision
     of_weight = torch.zeros_like(weight if for_weight else weight[:0], dtype=kind)
     outs = of_hidden.split(size) if for_hidden else [None] * len(hidden.split(size))
     for (h, t), out in zip(_chunks(size, hidden, targets), outs, strict=True):
@@ -210,7 +214,7 @@ def in_chunks(
     return total, of_hidden, of_weight
 
 
-# An operator of its own, so that a compiler neither unrolls the chunks nor lays them side by side.
+# A custom op, so that a compiler does not unroll the chunks or run them in parallel.
 _chunked = torch.library.custom_op("hybrid::chunked_cross_entropy", in_chunks, mutates_args=())
 
 
@@ -241,15 +245,16 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -
 
 
 def _differentiate(ctx: Any, grad: torch.Tensor | None, *again: Any) -> tuple[Any, ...]:
-    """The gradients of the sum times `grad`, so that float16 does not lose those of a mean."""
+    """Multiply the gradients of the sum by ``grad``: gradients of a mean could underflow in float16."""
     if any(g is not None for g in again):
         raise NotImplementedError(
-            "the chunked cross entropy has no second derivative; use loss_backend 'full'"
+            "loss_backend: expected 'full' for second derivatives, got 'chunked'; try"
+            " loss_backend 'full'"
         )
     if grad is None:
         return (None,) * 10
-    found = zip(ctx.saved_tensors, ctx.dtypes, ctx.wanted, strict=True)
-    return *((x * grad).to(dtype) if want else None for x, dtype, want in found), *[None] * 8
+    grads = zip(ctx.saved_tensors, ctx.dtypes, ctx.wanted, strict=True)
+    return *((x * grad).to(dtype) if want else None for x, dtype, want in grads), *[None] * 8
 
 
 _chunked.register_autograd(_differentiate, setup_context=_keep)
@@ -264,17 +269,17 @@ def _loss_and_slope(
     cap: float | None,
     slope: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The summed loss of one chunk (m, V), and its gradient by the head's products, float32 (m, V)."""
+    """Return the summed loss of one chunk, and its gradient for ``products``, float32 (m, V)."""
     x = transform_logits(wide(products), multiplier, cap)
     real = targets != IGNORED
-    # not clamped: any other negative label is an error of the gather
+    # no clamp, so that gather raises an error for any other negative label
     index = torch.where(real, targets, 0).unsqueeze(-1)
     log_p = x.log_softmax(dim=-1)
     losses, factor = -log_p.gather(-1, index).squeeze(-1), real.to(x.dtype)
     if label_smoothing:
         losses = (1 - label_smoothing) * losses - label_smoothing * log_p.mean(dim=-1)
     if z_loss:
-        # of the greatest logit: of one far below it, the difference would cancel
+        # from the largest logit, as the difference for a much smaller one would cancel
         log_z = x.amax(dim=-1) - log_p.amax(dim=-1)
         losses = losses + z_loss * log_z.square()
         factor = factor * (1 + 2 * z_loss * log_z)
@@ -291,7 +296,7 @@ def _loss_and_slope(
         gradient.mul_(1 - (x / cap).square_())
     if multiplier != 1:
         gradient.mul_(multiplier)
-    # filled, not multiplied: the logits of an ignored position may be NaN
+    # fill instead of multiply: logits of an ignored position may be NaN
     return loss, gradient.masked_fill_(ignored, 0.0)
 
 
@@ -305,7 +310,7 @@ def _by_module(
     cap: float | None,
     size: int,
 ) -> torch.Tensor:
-    """The head as a module, on a chunk at a time, its logits computed again in backward."""
+    """Call the head as a module on one chunk at a time, and recompute its logits in backward."""
 
     def piece(h: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         return summed(transform_logits(head(h), multiplier, cap), t, z_loss, label_smoothing)
@@ -333,12 +338,13 @@ def _by_liger(
         )
     except ImportError as error:
         raise ValueError(
-            "loss_backend: 'liger' is not installed; pip install liger-kernel, or use 'chunked'"
+            "loss_backend: expected liger-kernel to be installed for 'liger', got an ImportError; try"
+            " pip install liger-kernel, or 'chunked'"
         ) from error
     if not plain:
         raise ValueError(
-            f"loss_backend: 'liger' takes an output head that is its weight alone, and this one is"
-            f" {type(head).__name__} with more to it; use 'chunked'"
+            "loss_backend: expected a plain Linear without bias, adapters or hooks as the output head"
+            f" of 'liger', got {type(head).__name__}; try 'chunked'"
         )
     hidden, weight = _at_working_precision(hidden, head)
     loss = LigerFusedLinearCrossEntropyLoss(
@@ -355,7 +361,7 @@ def _by_liger(
 def _at_working_precision(
     hidden: torch.Tensor, head: nn.Module
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Hidden states and the weight in the dtype in which `head(hidden)` would multiply them."""
+    """Convert hidden states and weight to the dtype in which ``head(hidden)`` would multiply them."""
     weight: Any = head.weight
     device = hidden.device.type
     dtype = weight.dtype
@@ -365,7 +371,7 @@ def _at_working_precision(
 
 
 def _vocabulary(head: nn.Module, hidden: torch.Tensor) -> int:
-    """V. A head that hides its size is asked for the logits of no token."""
+    """Return V. If the head has no ``out_features``, call it on zero tokens."""
     size = getattr(head, "out_features", None)
     if isinstance(size, int):
         return size
@@ -374,5 +380,5 @@ def _vocabulary(head: nn.Module, hidden: torch.Tensor) -> int:
 
 
 def _chunks(size: int, *tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
-    """Views of so many rows of each; one empty one where there are none."""
+    """Yield views of ``size`` rows of each tensor; one empty view if there are no rows."""
     return zip(*(x.split(size) for x in tensors), strict=True)

@@ -1,4 +1,4 @@
-"""The model: embeddings, a stack of layers from the layout, a head. One file for every layout.
+"""Model: embeddings, a stack of layers from the layout, and a head. One implementation of all layouts.
 
 Shapes: B batch, T time, D model dim, V vocabulary.
 """
@@ -75,7 +75,7 @@ MODEL_ARGUMENTS = STACK_ARGUMENTS | LOSS_ARGUMENTS
 
 
 class HybridModel(HybridPreTrainedModel):
-    """The stack without a head: ids (B, T) -> hidden states (B, T, D)."""
+    """Hybrid model without a head: ids (B, T) -> hidden states (B, T, D)."""
 
     def __init__(self, config: HybridConfig, embed: bool = True) -> None:
         super().__init__(config)
@@ -102,7 +102,7 @@ class HybridModel(HybridPreTrainedModel):
 
     @staticmethod
     def _build_rotary(stack: StackSpec) -> nn.ModuleDict:
-        """One rotary embedding per symbol that has positions."""
+        """Build one rotary embedding per symbol with positions."""
         built = {s: m.cls.rotary(m.options, m.sizes) for s, m in stack.mixers.items()}
         return nn.ModuleDict({s: rotary for s, rotary in built.items() if rotary is not None})
 
@@ -123,23 +123,29 @@ class HybridModel(HybridPreTrainedModel):
         """Run the stack.
 
         Args:
-            input_ids: (B, T) int64; or `inputs_embeds`: (B, T, D).
-            attention_mask: (B, T_past + T) with 0 at padding, on any side; None for none.
-                Numbers 1, 2, ... name the documents of a row.
-            position_ids: (B, T). With an empty cache, a position that does not follow the one before
-                it starts a new document, and documents do not see each other.
-            cache: a cache to continue from; `DynamicCache(config=model.config)` or None.
+            input_ids: (B, T) int64 token ids. Pass either ``input_ids`` or ``inputs_embeds``.
+            attention_mask: (B, T_past + T) with 0 at padding, on any side; None for no padding. The
+                values 1, 2, ... number the documents of a row.
+            position_ids: (B, T) int64. With an empty cache, a position that does not follow the
+                previous one starts a new document. Documents do not attend to each other.
+            cache: cache to continue from, such as ``DynamicCache(config=model.config)``, or None.
+            inputs_embeds: (B, T, D) embeddings, in place of ``input_ids``.
             use_cache: whether to return a cache.
-            past_key_values: `cache` under the name that it has in transformers before 5.24.
-            losses_follow: the caller adds the losses of the config; False warns of those skipped.
-            kwargs: of attention functions and of recording; see `hybrid.nn.arguments`. Documents may
-                also be named by `cu_seq_lens_q` or `seq_idx`; see `hybrid.nn.packing`.
+            past_key_values: name of ``cache`` in transformers before 5.24.
+            losses_follow: whether the caller adds the losses of the config. False: warn of losses that
+                are skipped.
+            kwargs: keyword arguments of attention functions and of recording; see
+                ``hybrid.nn.arguments``. ``cu_seq_lens_q`` or ``seq_idx`` can also mark documents; see
+                ``hybrid.nn.packing``.
+
+        Returns:
+            Hidden states (B, T, D), the cache, and recorded outputs.
 
         Raises:
-            TypeError: an unknown keyword argument.
-            ValueError: both or neither of ids and embeddings; packed documents with a cache given;
-                a custom 4-dimensional mask with layers that carry a state; a cache given in training
-                with gradient checkpointing.
+            TypeError: unknown keyword argument.
+            ValueError: both or neither of ids and embeddings; packed documents with a cache; a custom
+                4-dimensional mask with layers that have a state; a cache in training with gradient
+                checkpointing.
         """
         past = pick_cache(cache, past_key_values)
         paged = past if is_paged(past) else None
@@ -157,8 +163,9 @@ class HybridModel(HybridPreTrainedModel):
         replayed = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
         if past is not None and replayed:
             raise ValueError(
-                "a cache cannot be used in training with gradient checkpointing, which would write to"
-                " it again in backward; leave it out, or call model.gradient_checkpointing_disable()"
+                "cache: expected None, as a cache cannot be used in training with gradient"
+                " checkpointing, which would write to it again in backward, got a cache; try without it,"
+                " or model.gradient_checkpointing_disable()"
             )
         if use_cache and past is None:
             past = DynamicCache(config=self.config)
@@ -175,12 +182,13 @@ class HybridModel(HybridPreTrainedModel):
             ]
             if named:
                 raise ValueError(
-                    f"slices of rows (context parallelism) do not take {named[0]}; name documents by"
-                    " position_ids that restart"
+                    f"{named[0]}: expected no such argument with context parallelism, got one; try"
+                    " position_ids that restart at each document"
                 )
             if attention_mask is not None or past is not None:
                 raise ValueError(
-                    "slices of rows (context parallelism) take neither an attention_mask nor a cache"
+                    "attention_mask, cache: expected None with context parallelism, got one of them; try"
+                    " rows without padding, packed by position_ids"
                 )
             neighbours = Neighbours(self.context_group, position_ids, x)
             segments, position_ids = neighbours.segments, neighbours.position_ids
@@ -200,7 +208,7 @@ class HybridModel(HybridPreTrainedModel):
             )
             segments = self._segments(attention_mask, position_ids, given_cache, batch, time)
             if segments.packed:
-                # a document boundary inside the cache has no meaning for the tokens that come next
+                # later tokens could not use a cache with document boundaries
                 past, attention_mask = None, None
             if position_ids is None:
                 position_ids = self._positions(attention_mask, past_length(past), time, x.device)
@@ -242,15 +250,15 @@ class HybridModel(HybridPreTrainedModel):
         past: Past | None = None,
         **kwargs: Any,
     ) -> torch.Tensor:
-        """Run the stack on embedded tokens, with documents, masks and the past as they are handed over.
+        """Run the stack on embedded tokens, with prepared masks, segments and past.
 
         Args:
             x: (B, T, D), embedded tokens, before the norm of embeddings.
             position_ids: (1 or B, T).
-            masks: by layer type, as transformers' mask functions make them for the attention function.
-            segments: documents and padding.
-            past: where the tokens before these are; None where none are.
-            kwargs: of attention functions.
+            masks: masks by layer type, as returned by transformers' mask functions.
+            segments: document boundaries and padding.
+            past: access to earlier tokens; None for none.
+            kwargs: keyword arguments of attention functions.
 
         Returns:
             The hidden states after the last norm, (B, T, D).
@@ -281,9 +289,10 @@ class HybridModel(HybridPreTrainedModel):
         time: int,
         device: torch.device,
     ) -> torch.Tensor:
-        """Default position ids, (1 or B, T): columns; in stacks with windows, numbers of tokens.
+        """Return default position ids (1 or B, T): column indices, or token indices with windows.
 
-        A layer that keeps no padding must find the tokens around it next to one another.
+        Layers with a window do not cache padding, so the positions of neighbouring tokens must be
+        consecutive.
         """
         if self.has_local and isinstance(attention_mask, torch.Tensor):
             real = attention_mask.long().cumsum(dim=1) - 1
@@ -298,22 +307,22 @@ class HybridModel(HybridPreTrainedModel):
         batch: int,
         time: int,
     ) -> Segments:
-        """Padding, or documents packed into rows by position ids that restart; WHOLE_ROWS for neither.
+        """Return the padding, or the documents packed by position ids; WHOLE_ROWS for neither.
 
-        The mask is reduced once, for that waits for the device, and not at all in a decode step of a
-        stack without states.
+        The mask is reduced only once, as this synchronises with the device. It is not reduced in a
+        decode step of a stack without states.
         """
-        made = isinstance(attention_mask, dict)  # by `generate`, ahead of a compiled forward
-        mask = attention_mask.get("linear_attention") if made else attention_mask
+        prepared = isinstance(attention_mask, dict)  # by `generate`, before a compiled forward
+        mask = attention_mask.get("linear_attention") if prepared else attention_mask
         custom = mask is not None and mask.ndim != 2
-        may_pack = not made and position_ids is not None and is_empty(cache)
+        may_pack = not prepared and position_ids is not None and is_empty(cache)
         if custom or not (may_pack or self.has_state):
             return WHOLE_ROWS
         segments = find_segments(mask, position_ids if may_pack else None, batch, time)
         if segments.packed and cache is not None:
             raise ValueError(
-                "packed documents (such as position_ids that restart) cannot fill a cache; run each"
-                " document as a row of its own, or leave the cache out"
+                "position_ids: expected one document per row with a cache, got packed documents (such as"
+                " position_ids that restart); try one row per document, or no cache"
             )
         return segments
 
@@ -324,14 +333,15 @@ class HybridModel(HybridPreTrainedModel):
         cache: Cache | None,
         position_ids: torch.Tensor,
     ) -> Masks:
-        """The masks by layer type: 4-dimensional for softmax layers, (B, T_past + T) for linear ones."""
-        if isinstance(attention_mask, dict):  # generate makes them itself for compiled decoding
+        """Return masks by layer type: 4-dimensional for softmax, (B, T_past + T) for linear layers."""
+        if isinstance(attention_mask, dict):  # prepared by generate for compiled decoding
             return attention_mask
         custom = attention_mask is not None and attention_mask.ndim == 4
         if custom and self.has_state:
             raise ValueError(
-                "a 4-dimensional attention mask has no meaning for layers that carry a state; give a"
-                " 2-dimensional one with 0 at padding, or position_ids that restart at each document"
+                "attention_mask: expected (B, T) with 0 at padding, as a 4-dimensional mask has no"
+                " meaning for layers that carry a state, got 4 dimensions; try position_ids that restart"
+                " at each document"
             )
         masks: Masks = {"linear_attention": attention_mask}
         if self.has_keys:
@@ -352,12 +362,12 @@ def find_local_rows(
     cache: Cache | None,
     segments: Segments,
 ) -> LocalRows:
-    """The rows of x (B, T, D) for layers of bounded reach, mask (B, T_past + T)."""
+    """Return the rows of x (B, T, D) for layers with bounded reach; mask (B, T_past + T)."""
     return LocalRows.find((len(x), x.shape[1]), x.device, past_length(cache), mask, segments)
 
 
 class HybridForCausalLM(Objective, HybridPreTrainedModel, GenerationMixin):
-    """A hybrid language model: ids (B, T) -> logits (B, T, V)."""
+    """Hybrid language model: ids (B, T) -> logits (B, T, V)."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
@@ -372,50 +382,56 @@ class HybridForCausalLM(Objective, HybridPreTrainedModel, GenerationMixin):
         self.post_init()
 
     def create_masks_for_generate(self, **kwargs: Any) -> Any:
-        """The masks of one forward, made ahead of a compiled one."""
+        """Create the masks of one forward, before a compiled forward."""
         names = ("config", "inputs_embeds", "attention_mask", CACHE)
-        given = {name: kwargs[name] for name in names}
-        masks = {"linear_attention": create_recurrent_attention_mask(**given)}
+        arguments = {name: kwargs[name] for name in names}
+        masks = {"linear_attention": create_recurrent_attention_mask(**arguments)}
         if self.model.has_keys:
             positions = kwargs.get("position_ids")
-            masks["full_attention"] = create_causal_mask(**given, position_ids=positions)
+            masks["full_attention"] = create_causal_mask(**arguments, position_ids=positions)
         if self.model.has_local:
             x, mask = kwargs["inputs_embeds"], kwargs["attention_mask"]
-            one_each = mask is None or x.shape[1] == 1  # a token by itself is never padding
+            one_each = mask is None or x.shape[1] == 1  # a single token is never padding
             segments = WHOLE_ROWS if one_each else find_segments(mask, None, *x.shape[:2])
             masks |= dict.fromkeys(LOCAL, find_local_rows(x, mask, kwargs[CACHE], segments))
         return masks
 
     @functools.wraps(GenerationMixin.prepare_inputs_for_generation)
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """As transformers', with the cache as `past_key_values`, where PEFT 0.21 looks for it."""
+        """Extend transformers' method: name the cache ``past_key_values``, as PEFT 0.21 expects."""
         inputs = super().prepare_inputs_for_generation(*args, **kwargs)
         if CACHE in inputs:
             inputs["past_key_values"] = inputs.pop(CACHE)
         return inputs
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
-        """As transformers', whose paged cache holds the keys of plain softmax attention alone."""
+        """Extend transformers' method: check that all layers fit its paged cache.
+
+        The paged cache holds only the keys and values of plain softmax attention.
+
+        Raises:
+            ValueError: other mixers, canon layers, layers without mixer, or unequal head sizes.
+        """
         mixers = self.config.stack.mixers
         unfit = [s for s, m in mixers.items() if not m.cls.fits_paged(m.options)]
-        what = None
+        reason = None
         if unfit:
-            what = f"the mixers {', '.join(map(repr, unfit))}"
+            reason = f"the mixers {', '.join(map(repr, unfit))}"
         elif any(layer.canon for layer in self.config.stack):
-            what = "canon layers"
+            reason = "canon layers"
         elif not all(layer.mixers for layer in self.config.stack):
-            what = "layers of a feed-forward alone (leave '-' and 'E' to the config's ffn)"
-        if what is not None:
+            reason = "layers of a feed-forward alone (leave '-' and 'E' to the config's ffn)"
+        if reason is not None:
             raise ValueError(
                 f"continuous batching (generate_batch): expected plain softmax attention in every"
-                f" layer, got {what}, which the paged cache of transformers cannot hold; use"
+                f" layer, got {reason}, which the paged cache of transformers cannot hold; try"
                 " generate() with a left-padded batch"
             )
         sizes = {mixer.options.sizes[1:] for mixer in mixers.values()}
         if len(sizes) > 1:
             raise ValueError(
                 "continuous batching (generate_batch): expected the same num_kv_heads and head_dim in"
-                f" every layer, got {sorted(sizes)}; use generate() with a left-padded batch"
+                f" every layer, got {sorted(sizes)}; try generate() with a left-padded batch"
             )
         return super().init_continuous_batching(*args, **kwargs)
 
@@ -423,11 +439,11 @@ class HybridForCausalLM(Objective, HybridPreTrainedModel, GenerationMixin):
     def from_published(
         cls, source: str | Path | PreTrainedModel, **kwargs: Any
     ) -> HybridForCausalLM:
-        """A published model's weights in the equal layout; see `hybrid.convert.from_published`."""
+        """Load a published model in the equivalent layout; see ``hybrid.convert.from_published``."""
         return get_converter().read(source, **kwargs)
 
     def export_published(self, out: str | Path, family: str | None = None, **kwargs: Any) -> str:
-        """Write this model as a published architecture's checkpoint; see `hybrid.convert.export`."""
+        """Write this model as a checkpoint of a published family; see ``hybrid.convert.export``."""
         return get_converter().write(self, out, family, **kwargs)
 
     @can_return_tuple
@@ -446,19 +462,21 @@ class HybridForCausalLM(Objective, HybridPreTrainedModel, GenerationMixin):
         past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> HybridOutput:
-        """As `HybridModel.forward`, and the head.
+        """Run ``HybridModel.forward`` and the head.
 
         Args:
-            labels: (B, T) int64, -100 where nothing is to be predicted; label t is compared with the
-                logits at t - 1.
-            logits_to_keep: compute logits only for the last so many tokens (0: all), or for these
-                indices.
-            skip_logits: return none. Default: where there are labels in training, so that the loss
-                can do without those of the whole batch (see `hybrid.modeling.losses`).
-            output_last_hidden_state: return what the head reads.
-            kwargs: as of `HybridModel.forward`; `num_items_in_batch` and `shift_labels` of the loss, and
-                `label_smoothing` e, 0 <= e < 1: targets are 1 - e at the label plus e / V everywhere,
-                in the main loss and in those of multi-token prediction.
+            labels: (B, T) int64, -100 at positions that are not predicted. The logits at t - 1 predict
+                label t.
+            logits_to_keep: number of last tokens to compute logits for (0: all), or their indices.
+            skip_logits: whether to return no logits. Default: True in training with labels, so that the
+                loss does not need the logits of the whole batch (see ``hybrid.modeling.losses``).
+            output_last_hidden_state: whether to return the input of the head, (B, T, D).
+            kwargs: as in ``HybridModel.forward``; also ``num_items_in_batch`` and ``shift_labels`` of
+                the loss, and ``label_smoothing`` e, 0 <= e < 1. Smoothed targets are 1 - e at the label
+                plus e / V everywhere, in the main loss and in multi-token prediction.
+
+        Returns:
+            ``HybridOutput`` with the loss (scalar) if there are labels, and logits (B, T, V).
         """
         paged = is_paged(pick_cache(cache, past_key_values))
         known = MODEL_ARGUMENTS | PAGED_ARGUMENTS if paged else MODEL_ARGUMENTS
@@ -480,7 +498,7 @@ class HybridForCausalLM(Objective, HybridPreTrainedModel, GenerationMixin):
         if skip_logits is None:
             skip_logits = self.training and labels is not None
         skip_logits = skip_logits and not self.has_loss_of_its_own
-        found = HybridOutput(
+        output = HybridOutput(
             logits=None if skip_logits else self.compute_logits(hidden[:, keep]),
             **{CACHE: outputs.get(CACHE)},
             hidden_states=outputs.hidden_states,
@@ -497,11 +515,11 @@ class HybridForCausalLM(Objective, HybridPreTrainedModel, GenerationMixin):
                 attention_mask, position_ids, kwargs, tuple(hidden.shape[:2])
             )
         inputs = {"attention_mask": attention_mask, "position_ids": position_ids}
-        self.add_losses(found, outputs, labels, inputs_embeds, inputs, **loss_kwargs)
-        return found
+        self.add_losses(output, outputs, labels, inputs_embeds, inputs, **loss_kwargs)
+        return output
 
     def _get_candidate_generator(self, **kwargs: Any) -> CandidateGenerator:
-        """As transformers', which cannot know these modules; see `hybrid.modeling.speculative`."""
+        """Extend transformers' method for ``use_mtp``; see ``hybrid.modeling.speculative``."""
         if kwargs["generation_config"].use_mtp:
             return MTPDrafts(self, kwargs["generation_config"])
         return super()._get_candidate_generator(**kwargs)

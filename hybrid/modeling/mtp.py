@@ -1,18 +1,18 @@
-"""Multi-token prediction: modules that predict further ahead (DeepSeek-V3, arXiv 2412.19437, 2.2).
+"""Multi-token prediction: modules that predict later tokens (DeepSeek-V3, arXiv 2412.19437, 2.2).
 
-The k-th of n modules combines what is known of position i at the depth before it with the token k
-further on, and predicts the token after that, with the embedding and the head of the main model:
+The k-th of n modules combines the previous depth's hidden state of position i with token i + k, and
+predicts token i + k + 1. It uses the embedding and the head of the main model:
 
     h^k = TRM_k(M_k [RMSNorm(Emb(t_{i+k})); RMSNorm(h^{k-1}_i)])    p(t_{i+k+1}) = head(norm_k(h^k_i))
 
-h^0 is the output of the main stack. In training the mean of the modules' losses is added with a weight.
-At inference they are left out, or draft tokens that the main model then checks all at once:
-`generate(..., use_mtp=True)`, see `hybrid.modeling.speculative`.
+h^0 is the output of the main stack. In training, the mean loss of the modules is added with a weight. At
+inference, the modules are either skipped, or they draft tokens that the main model verifies in one
+forward: ``generate(..., use_mtp=True)``, see ``hybrid.modeling.speculative``.
 
-As in the weights that DeepSeek, Qwen, Ling and Nemotron have published, each module has a final norm of
-its own, the embedding stands before the hidden state in M_k, h^0 is taken behind the main stack's norm,
-and a module hands on h^k behind its own (so do SGLang and Megatron-LM; vLLM hands on DeepSeek's before
-it). `hybrid.convert` reads their modules, and writes them back.
+As in the published weights of DeepSeek, Qwen, Ling and Nemotron, each module has its own final norm, the
+embedding comes before the hidden state in M_k, h^0 is taken after the norm of the main stack, and a
+module passes on h^k after its own norm. (SGLang and Megatron-LM do the same; vLLM passes on DeepSeek's
+h^k before the norm.) ``hybrid.convert`` reads and writes these modules.
 
 Shapes: B batch, T time, D model dim.
 """
@@ -32,39 +32,41 @@ from hybrid.layout import Layer, parse
 from hybrid.modeling.losses import IGNORED
 from hybrid.nn.norms import build_norm
 
-# Builds a stack without embeddings from a config: `HybridModel`, which cannot be imported here.
+# Builds a stack without embeddings from a config: `HybridModel`, passed in to avoid an import cycle.
 BuildStack = Callable[..., nn.Module]
 
 
 class MTPConfig(HybridConfig):
-    """The config of one module's layers: that of the model, with another layout."""
+    """Config of the layers of one module: the model's config with another layout."""
 
 
 def module_config(config: HybridConfig) -> MTPConfig:
-    """What a module's layers are built from.
+    """Return the config of a module's layers.
 
-    `mtp_layout` names them; by default they are of the kind of the stack's last layer, and for a
-    stack of mixers and feed-forwards in layers of their own, its last mixer and the feed-forward
-    behind it. A layout of mixers alone takes the last layer's feed-forward.
+    ``mtp_layout`` sets the layers. By default they are like the last layer of the stack. If the stack
+    has mixers and feed-forwards in separate layers, they are the last mixer and the feed-forward after
+    it. A layout without feed-forwards uses the feed-forward of the last layer.
     """
     last = config.layers[-1]
     layout, ffn = config.mtp_layout, last.ffn or ""
     if layout is None:
         mixers = next(layer.mixers for layer in reversed(config.layers) if layer.mixers)
         layout = str(Layer(mixers)) if last.mixers else f"{Layer(mixers)}{last.ffn}"
-    # a class of its own: transformers carries a change of back-end over to parts whose class differs
-    made = config.changed(
+    # a separate class: transformers passes a change of backend on to parts whose config class differs
+    derived = config.changed(
         layout=layout, ffn="-" if parse(layout).names_ffn else ffn, num_hidden_layers=None
     )
-    made.__class__ = MTPConfig
-    made.num_hidden_layers = len(made.stack)
-    if not any(hasattr(part.options, "num_experts") for part in made.stack.feed_forwards.values()):
-        made._experts_implementation_internal = None  # the model's, which a stack without refuses
-    return made  # type: ignore[return-value]
+    derived.__class__ = MTPConfig
+    derived.num_hidden_layers = len(derived.stack)
+    parts = derived.stack.feed_forwards.values()
+    if not any(hasattr(part.options, "num_experts") for part in parts):
+        # a stack without experts rejects the experts_implementation of the model
+        derived._experts_implementation_internal = None
+    return derived  # type: ignore[return-value]
 
 
 class MTPModule(nn.Module):
-    """One depth: (h^{k-1}_i, Emb(t_{i+k})) -> h^k_i."""
+    """Multi-token prediction module of one depth: (h^{k-1}_i, Emb(t_{i+k})) -> h^k_i."""
 
     def __init__(self, config: MTPConfig, stack: BuildStack) -> None:
         super().__init__()
@@ -74,18 +76,18 @@ class MTPModule(nn.Module):
         self.stack: Any = stack(config, embed=False)
 
     def forward(self, hidden: torch.Tensor, embeddings: torch.Tensor, **kwargs: Any) -> Any:
-        """(B, T, D) twice -> the output of `HybridModel.forward`, which takes the other arguments."""
+        """Run the module on two tensors (B, T, D); other arguments as in ``HybridModel.forward``."""
         both = [self.embedding_norm(embeddings), self.hidden_norm(hidden)]
         x = self.projection(torch.cat(both, dim=-1))
         return self.stack(inputs_embeds=x, losses_follow=True, **kwargs)
 
 
 class MultiTokenPrediction(nn.Module):
-    """All modules of a model.
+    """All multi-token prediction modules of a model.
 
     Attributes:
-        drafted, accepted: tokens that the modules have proposed, and the main model has taken, in the
-            latest `generate(..., use_mtp=True)`.
+        drafted, accepted: numbers of tokens drafted by the modules and accepted by the main model in the
+            latest ``generate(..., use_mtp=True)``.
     """
 
     def __init__(self, config: HybridConfig, stack: BuildStack) -> None:
@@ -105,14 +107,14 @@ class MultiTokenPrediction(nn.Module):
         position_ids: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> MTPLoss:
-        """The mean over depths of the loss at each.
+        """Compute the mean loss over depths.
 
         Args:
-            hidden, embeddings: (B, T, D), outputs of the main stack and inputs of it.
-            targets: (B, T), what the main model is to predict at each position, -100 for nothing.
-            score: hidden states and targets -> their loss.
-            attention_mask, position_ids: as the main stack was given. Where positions do not
-                go on by one, a document ends, and nothing beyond it is predicted from before it.
+            hidden, embeddings: (B, T, D), outputs and inputs of the main stack.
+            targets: (B, T), targets of the main model at each position, -100 for none.
+            score: function (hidden states, targets) -> loss.
+            attention_mask, position_ids: as in the main stack. If a position does not follow the
+                previous one, a document ends. No token is predicted from another document.
         """
         losses, outputs = [], []
         for k, module in enumerate(self.depths, start=1):
@@ -132,14 +134,14 @@ class MultiTokenPrediction(nn.Module):
 
 @dataclass(frozen=True)
 class MTPLoss:
-    """A loss, and the outputs of each depth's layers."""
+    """Loss of multi-token prediction, and the outputs of each depth's stack."""
 
     loss: torch.Tensor
     outputs: list[Any]
 
 
 def ahead(x: torch.Tensor, k: int, fill: float) -> torch.Tensor:
-    """x (B, T, ...) moved k steps to the front of time; `fill` where nothing is left."""
+    """Shift x (B, T, ...) by k steps, so that position t has x_{t+k}; ``fill`` at the end."""
     pad = [0, 0] * (x.ndim - 2) + [0, k]
     return F.pad(x[:, k:], pad, value=fill) if k <= x.shape[1] else torch.full_like(x, fill)
 
@@ -147,11 +149,11 @@ def ahead(x: torch.Tensor, k: int, fill: float) -> torch.Tensor:
 def _targets_ahead(
     targets: torch.Tensor, k: int, position_ids: torch.Tensor | None
 ) -> torch.Tensor:
-    """Targets k further on, and none from beyond the end of a document."""
-    found = ahead(targets, k, IGNORED)
+    """Return targets k steps ahead, without those beyond the end of a document."""
+    shifted = ahead(targets, k, IGNORED)
     if position_ids is None:
-        return found
+        return shifted
     steps = ahead(position_ids, 1, 0) - position_ids == 1
     # from t to the target at t + k + 1 each step stays inside the document
     inside = torch.stack([ahead(steps, step, False) for step in range(k + 1)]).all(dim=0)
-    return torch.where(inside.expand_as(found), found, IGNORED)
+    return torch.where(inside.expand_as(shifted), shifted, IGNORED)

@@ -1,21 +1,22 @@
-"""Maximal update parametrisation: settings found at a small width hold at a large one (muP).
+"""Maximal update parametrisation (muP): transfer hyperparameters from a small width to a large one.
 
-With `mup_base_width` w the model behaves, as hidden_size D grows, like one of width w (Tensor Programs
-V, arXiv 2203.03466, table 8, for Adam; as in Cerebras-GPT, arXiv 2304.03208). At D = w nothing changes.
-A matrix is held against the same matrix of the same config at width w, which is built without memory.
-So sizes that the config names count as fixed: for more heads at a larger D name `head_dim`, for larger
-ones `num_heads`.
+With ``mup_base_width`` w, the hyperparameters tuned at width w stay optimal as hidden_size D grows
+(Tensor Programs V, arXiv 2203.03466, table 8, for Adam; as in Cerebras-GPT, arXiv 2304.03208). At D = w
+nothing changes. Each matrix is compared with the same matrix of the config at width w, which is built on
+the meta device. Sizes set in the config are therefore fixed: to get more heads at a larger D, set
+``head_dim``; to get larger heads, set ``num_heads``.
 
                                      initial std          learning rate        elsewhere
     hidden (both sides grow, by r)   / sqrt(r)            / r
     to few (only the input grows)    / r                  / r                  (gates, routers)
-    from few, embedding, vectors     as it is             as it is
-    output head                      as it is             as it is             logits / (D / w)
+    from few, embedding, vectors     unchanged            unchanged
+    output head                      unchanged            unchanged            logits / (D / w)
     softmax attention                                                          scale 1 / d, where the
                                                                                head dim d grows
 
-Weight decay of a matrix is multiplied by r, so that AdamW's product with the learning rate stays, as in
-the authors' package. Muon, whose update has a width-free norm already, is left alone.
+The weight decay of a matrix is multiplied by r, as in the authors' package, so that its product with the
+learning rate in AdamW is unchanged. Muon is unchanged, as the norm of its update does not depend on the
+width.
 """
 
 from __future__ import annotations
@@ -33,24 +34,24 @@ from hybrid.ffn.router import Router
 
 @dataclass(frozen=True)
 class Growth:
-    """How much longer the two sides of a matrix are than at the base width."""
+    """Ratios of the two sides of a matrix to those at the base width."""
 
     fan_in: float
     fan_out: float
 
     @property
     def std_factor(self) -> float:
-        """Of the std that it is initialised with."""
+        """Factor of the initial standard deviation."""
         return 1 / self.fan_in if self.fan_out == 1 else self.fan_in**-0.5
 
     @property
     def rate_factor(self) -> float:
-        """Of its learning rate."""
+        """Factor of the learning rate."""
         return 1 / self.fan_in
 
 
 def mark(model: Any) -> None:
-    """Note on each module of a hybrid model how much its matrices have grown; before initialisation."""
+    """Store the growth of its matrices on each module of a model. Call it before initialisation."""
     if model.config.mup_base_width is None:
         return
     with torch.device("meta"):
@@ -72,14 +73,14 @@ def mark(model: Any) -> None:
 
 
 def scale_initial(module: nn.Module) -> None:
-    """Bring matrices that have just been initialised to the std of their growth."""
+    """Scale freshly initialised matrices to the standard deviation of their growth."""
     for key, growth in getattr(module, "growth", {}).items():
         parameter = getattr(module, key)
         init.copy_(parameter, parameter * growth.std_factor)
 
 
 def growths(model: nn.Module) -> dict[str, Growth]:
-    """Names of the parameters whose learning rate muP changes, and how much they have grown."""
+    """Return the growth of the parameters whose learning rate muP changes, by name."""
     return {
         f"{name}.{key}" if name else key: growth
         for name, module in model.named_modules()

@@ -1,4 +1,4 @@
-"""What a hybrid language model returns."""
+"""Outputs of a hybrid language model."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 @dataclass
 class HybridOutput(CausalLMOutputWithPast):
-    """As any causal language model's, and what training and speculative decoding ask for.
+    """Output of a causal language model, with additional fields for training and speculative decoding.
 
     Attributes:
-        router_logits: (B * T, E) of each router, under `output_router_logits=True`.
-        aux_loss: what the balance options of the experts add to the loss, in training.
-        mtp_loss: the mean loss of the multi-token prediction modules, before its weight, in training.
-        last_hidden_state: (B, T, D), what the head reads, under `output_last_hidden_state=True`.
+        router_logits: (B * T, E) of each router, with ``output_router_logits=True``.
+        aux_loss: balance losses of the experts, in training.
+        mtp_loss: mean loss of the multi-token prediction modules, before its weight, in training.
+        last_hidden_state: (B, T, D), input of the head, with ``output_last_hidden_state=True``.
     """
 
     router_logits: tuple[torch.Tensor, ...] | None = None

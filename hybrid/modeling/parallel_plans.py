@@ -1,8 +1,8 @@
-"""Tensor and expert parallelism: transformers' plans, applied layer by layer, and checked.
+"""Tensor and expert parallelism: transformers' plans, applied layer by layer, with checks.
 
-transformers looks up a rule by a module's name with `*` for every number in it, so that a rule cannot
-tell the layers of a mixed stack apart. While it distributes a model, the modules here have names whose
-numbers it does not replace, and the plans name each of them.
+transformers looks up a rule by a module's name with ``*`` in place of every number, so that a rule
+cannot distinguish the layers of a mixed stack. While transformers distributes a model, its modules
+therefore have names whose numbers are not replaced, and the plans list every module.
 """
 
 from __future__ import annotations
@@ -24,25 +24,25 @@ from hybrid.config.options import did_you_mean
 from hybrid.config.parallel import PlacedSplit, expert_splits, known_styles, tensor_splits
 
 MARK = "_"
-"""Behind the number of a module while transformers distributes it: `layers.3_.mixer`."""
+"""Suffix of a module's number while transformers distributes the model: ``layers.3_.mixer``."""
 
 WHOLE = ("colwise_gather_output", "colwise_rep", "rowwise_split_input", "rowwise_rep", "replicate")
-"""Styles after which a module has its whole input and output, so that any Linear may have them."""
+"""Styles that keep the input and output of a module whole; any Linear may have them."""
 
 SPLIT_DIMS = (
     frozenset({"colwise", "colwise_gather_output", "colwise_rep", "embedding_rowwise"}),
     frozenset({"rowwise", "rowwise_split_input", "rowwise_rep", "embedding_colwise"}),
 )
-"""Styles that split the first, and the second, dim of a matrix."""
+"""Styles that split the first dim of a matrix, and styles that split the second."""
 
 SUMMED = "replicated_with_grad_allreduce"
-"""The style of weights that are whole, and used for a part of the heads by each process."""
+"""Style of whole weights that each process uses for its part of the heads."""
 
 Plan = dict[str, str]
 
 
 def is_split(distributed_config: Any) -> bool:
-    """Whether a `DistributedConfig` asks for tensor or expert parallelism."""
+    """Return whether a ``DistributedConfig`` enables tensor or expert parallelism."""
     if distributed_config is None:
         return False
     return (distributed_config.tp_size or 1) > 1 or _expert_size(distributed_config) > 1
@@ -50,17 +50,17 @@ def is_split(distributed_config: Any) -> bool:
 
 @contextlib.contextmanager
 def applied_by_layer(model: Any, distributed_config: Any) -> Iterator[Any]:
-    """Resolve the plans of a model, and name its modules so that transformers follows them.
+    """Resolve the plans of a model, and rename its modules so that transformers applies them.
 
     Args:
-        model: a model on the meta device, before its weights are loaded.
-        distributed_config: see `resolve_plans`.
+        model: model on the meta device, before its weights are loaded.
+        distributed_config: see ``resolve_plans``.
 
     Yields:
-        a copy of the config without plans: the model has them, rule by rule.
+        A copy of the config without plans. The resolved plans are on the model.
 
     Raises:
-        ValueError: see `resolve_plans`.
+        ValueError: see ``resolve_plans``.
     """
     tp_plan, ep_plan = resolve_plans(model, distributed_config)
     by_layer = copy.copy(distributed_config)
@@ -70,7 +70,7 @@ def applied_by_layer(model: Any, distributed_config: Any) -> Iterator[Any]:
     if isinstance(getattr(by_layer, "fsdp_plan", None), dict):
         by_layer.fsdp_plan = _marked(_matched("fsdp_plan", by_layer.fsdp_plan, _names(model)))
     if not tp_plan and "replicate" in known_styles():
-        # transformers 5.23 and 5.24 refuse the empty plan that their own `tp_plan={}` is
+        # transformers 5.23 and 5.24 reject an empty plan, although `tp_plan={}` creates one
         tp_plan = {name: "replicate" for name in _names(model) if name.endswith("embed_tokens")}
     summed = [name for name, style in tp_plan.items() if style == SUMMED]
     model._tp_plan = _marked({name: tp_plan[name] for name in tp_plan if name not in summed})
@@ -84,16 +84,16 @@ def applied_by_layer(model: Any, distributed_config: Any) -> Iterator[Any]:
 
 
 def resolve_plans(model: Any, distributed_config: Any) -> tuple[Plan, Plan]:
-    """The tensor and the expert plan of a model, rule by rule: module or parameter -> style.
+    """Return the tensor plan and the expert plan of a model: module or parameter name -> style.
 
     Args:
-        model: a stack, or a model with a stack.
-        distributed_config: transformers' `DistributedConfig`; a plan that is a dictionary is merged
-            with the model's own (before transformers 5.19: takes its place).
+        model: stack, or model with a stack.
+        distributed_config: transformers' ``DistributedConfig``. A plan that is a dictionary is merged
+            with the model's own plan (before transformers 5.19: replaces it).
 
     Raises:
-        ValueError: nothing can be split; sizes that the processes do not divide; rules that match
-            nothing, or that split a mixer or a feed-forward in part.
+        ValueError: nothing can be split; the number of processes does not divide a size; rules match
+            nothing, or split only a part of a mixer or feed-forward.
     """
     names, given = _names(model), distributed_config.tp_plan
     own = model._tp_plan or {}
@@ -116,7 +116,7 @@ def resolve_plans(model: Any, distributed_config: Any) -> tuple[Plan, Plan]:
 
 
 def _beside_experts(tp_plan: Plan, ep_plan: Plan, layout: str, given: Any) -> Plan:
-    """What tensor parallelism splits where the experts are split by `ep_plan`."""
+    """Return the tensor plan without the modules that ``ep_plan`` splits."""
     if not ep_plan:
         raise ValueError(
             f"ep_plan: expected a layout with experts, got {layout!r}; try tp_plan='auto' without"
@@ -125,8 +125,8 @@ def _beside_experts(tp_plan: Plan, ep_plan: Plan, layout: str, given: Any) -> Pl
     if not _merges():
         if isinstance(given, dict):
             raise ValueError(
-                "tp_plan: expected no dictionary with enable_expert_parallel=True: transformers before"
-                " 5.19 splits experts alone; leave tp_plan out, or try a later transformers"
+                "tp_plan: expected no dictionary with enable_expert_parallel=True, as transformers"
+                " before 5.19 splits only experts, got one; try without tp_plan, or a later transformers"
             )
         return {}
     inside = tuple(f"{name}." for name in ep_plan)
@@ -134,7 +134,7 @@ def _beside_experts(tp_plan: Plan, ep_plan: Plan, layout: str, given: Any) -> Pl
 
 
 class Size(NamedTuple):
-    """A size that processes have to divide; `layer_idx` is None where it is not of a layer."""
+    """Size that the number of processes must divide; ``layer_idx`` is None if it is not of a layer."""
 
     key: str
     value: int
@@ -143,13 +143,13 @@ class Size(NamedTuple):
 
 
 def check_rules(key: str, plan: Plan, model: Any, processes: int) -> list[Size]:
-    """Raise ValueError for a plan whose rules do not fit together; return the sizes that it splits.
+    """Raise ValueError for a plan with inconsistent rules; return the sizes that it splits.
 
     Args:
-        key: `tp_plan` or `ep_plan`.
-        plan: name of a module or parameter -> style, without `*`.
-        model: a stack, or a model with a stack.
-        processes: that share what is split.
+        key: ``tp_plan`` or ``ep_plan``.
+        plan: name of a module or parameter -> style, without ``*``.
+        model: stack, or model with a stack.
+        processes: number of processes that share the split tensors.
     """
     config = model.config
     prefix = "" if model.base_model is model else f"{model.base_model_prefix}."
@@ -158,17 +158,17 @@ def check_rules(key: str, plan: Plan, model: Any, processes: int) -> list[Size]:
     sizes: list[Size] = []
     for split in splits:
         rules = {prefix + name: style for name, style in split.rules.items()}
-        found = {name: left.pop(name) for name in rules if name in left}
-        if found and found != rules:
-            raise ValueError(_in_part(key, split, found, rules))
-        for option, value in split.sizes.items() if found else ():
+        applied = {name: left.pop(name) for name in rules if name in left}
+        if applied and applied != rules:
+            raise ValueError(_in_part(key, split, applied, rules))
+        for option, value in split.sizes.items() if applied else ():
             sizes.append(Size(f"{split.key}.{option}", value, split.layer_idx, processes))
     for name, style in left.items():
         if name.startswith(f"{prefix}layers."):
             raise ValueError(
                 f"{key}.{name}: expected a style that leaves the input and output of the module whole"
-                f" ({', '.join(WHOLE)}), got {style!r}: this part of the layer cannot be split; leave"
-                " it out, and every process has it"
+                f" ({', '.join(WHOLE)}), as this part of the layer cannot be split, got {style!r}; try"
+                " without this rule, so that every process has all of it"
             )
     for name, source in model.all_tied_weights_keys.items():
         pair = [plan.get(n.rpartition(".")[0], plan.get(n)) for n in (name, source)]
@@ -177,7 +177,7 @@ def check_rules(key: str, plan: Plan, model: Any, processes: int) -> list[Size]:
         ]:
             raise ValueError(
                 f"{key}: {name} and {source} are one tensor: expected both split alike, got"
-                f" {pair[0]!r} and {pair[1]!r}; give both a rule, or neither"
+                f" {pair[0]!r} and {pair[1]!r}; try a rule for both, or for neither"
             )
     if "embedding_rowwise" in plan.values() and "embedding_colwise" not in known_styles():
         sizes.append(Size("vocab_size", config.vocab_size, None, processes))  # before 5.21
@@ -185,31 +185,31 @@ def check_rules(key: str, plan: Plan, model: Any, processes: int) -> list[Size]:
 
 
 def check_sizes(sizes: list[Size]) -> None:
-    """Raise ValueError, one line for all, where processes do not divide a size."""
+    """Raise one ValueError for all sizes that the number of processes does not divide."""
     wrong: dict[str, list[str]] = {}
     for key, value, layer_idx, processes in sizes:
         if value % processes:
-            what = f"{key}: expected a multiple of the {processes} processes, got {value}"
-            wrong.setdefault(what, []).extend([] if layer_idx is None else [str(layer_idx)])
+            message = f"{key}: expected a multiple of the {processes} processes, got {value}"
+            wrong.setdefault(message, []).extend([] if layer_idx is None else [str(layer_idx)])
     if not wrong:
         return
-    lines = [f"{what} (layer {', '.join(at)})" if at else what for what, at in wrong.items()]
+    lines = [f"{text} (layer {', '.join(at)})" if at else text for text, at in wrong.items()]
     common = math.gcd(*(size.value for size in sizes))
     fit = [str(n) for n in range(2, common + 1) if common % n == 0]
-    way_out = f"try {' or '.join(fit)} processes" if fit else "no number above 1 divides all sizes"
-    raise ValueError("; ".join([*lines, way_out]))
+    advice = f"try {' or '.join(fit)} processes" if fit else "no number above 1 divides all sizes"
+    raise ValueError("; ".join([*lines, advice]))
 
 
-def _in_part(key: str, split: PlacedSplit, found: Plan, rules: Plan) -> str:
-    missing = ", ".join(f"{n}: {s}" for n, s in rules.items() if found.get(n) != s)
+def _in_part(key: str, split: PlacedSplit, applied: Plan, rules: Plan) -> str:
+    missing = ", ".join(f"{n}: {s}" for n, s in rules.items() if applied.get(n) != s)
     return (
         f"{key}: expected all rules that split {split.key} of layer {split.layer_idx}, or none; add"
-        f" {missing}, or try 'replicate' for {', '.join(found)}"
+        f" {missing}, or try 'replicate' for {', '.join(applied)}"
     )
 
 
 class _SumInBackward(torch.autograd.Function):
-    """The identity, whose gradient is the sum of those of all processes of a group."""
+    """Identity whose gradient is summed over all processes of a group."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, group: Any) -> torch.Tensor:
@@ -226,8 +226,8 @@ class _SumInBackward(torch.autograd.Function):
 def sum_gradients(module: nn.Module, group: Any) -> None:
     """Sum the gradients of a module's own parameters over processes, in each backward pass.
 
-    transformers' style of this name sums what has accumulated: the gradients of earlier backward
-    passes of an optimizer step would count once for each process.
+    transformers' style of this name sums accumulated gradients. Those of earlier backward passes of an
+    optimizer step would then count once per process.
     """
     forward = module.forward
 
@@ -237,7 +237,7 @@ def sum_gradients(module: nn.Module, group: Any) -> None:
             return forward(*args, **kwargs)
         try:
             for name, parameter in own.items():
-                # what is no nn.Parameter cannot be assigned as an attribute
+                # a tensor that is not an nn.Parameter cannot be assigned as an attribute
                 module._parameters[name] = _SumInBackward.apply(parameter, group)  # type: ignore[assignment]
             return forward(*args, **kwargs)
         finally:
@@ -247,7 +247,7 @@ def sum_gradients(module: nn.Module, group: Any) -> None:
 
 
 def without_tied(model: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
-    """A state dict less the parameters that are tied to another one in it."""
+    """Return a state dict without the parameters that are tied to another one in it."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
     tied = {
         name
@@ -258,40 +258,40 @@ def without_tied(model: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
 
 
 def _merges() -> bool:
-    """Whether this transformers merges a plan that is given with that of the model (5.19 on)."""
+    """Return whether this version of transformers merges a user's plan with the model's (from 5.19)."""
     return any(field.name == "ep_plan" for field in dataclasses.fields(DistributedConfig))
 
 
 def _expert_size(distributed_config: Any) -> int:
-    """Processes that have different experts; 1 without expert parallelism."""
+    """Return the number of processes with different experts; 1 without expert parallelism."""
     if _merges():
         return distributed_config.ep_size or 1
     return (distributed_config.tp_size or 1) if distributed_config.enable_expert_parallel else 1
 
 
 def _names(model: nn.Module) -> list[str]:
-    """Names that a rule may have, those of modules first."""
+    """Return the names that a rule may have, those of modules first."""
     modules = [name for name, _ in model.named_modules()]
     return modules + [name for name, _ in model.named_parameters(remove_duplicate=False)]
 
 
 def _matched(key: str, plan: Mapping[str, str], names: Iterable[str]) -> Plan:
-    """Rules by the names that they match; a rule that names a layer goes before one with `*`."""
-    found, used = {}, set()
+    """Return the style of each matched name; a rule for one layer takes precedence over ``*``."""
+    matched, used = {}, set()
     for name in names:
         for rule in (name, replace_layer_number_by_wildcard(name)):
             if rule in plan:
-                found.setdefault(name, plan[rule])
+                matched.setdefault(name, plan[rule])
                 used.add(rule)
     unused = [rule for rule in plan if rule not in used]
     if unused:
         known = {replace_layer_number_by_wildcard(name) for name in names if name}
         raise ValueError(f"{key}.{unused[0]}: matches no module; {did_you_mean(unused[0], known)}")
-    return found
+    return matched
 
 
 def _marked(plan: Plan) -> Plan:
-    """The plan for a model whose modules have marked numbers."""
+    """Return the plan for a model whose modules have marked numbers."""
     pieces = {name: name.split(".") for name in plan}
     return {
         ".".join(f"{p}{MARK}" if p.isdigit() else p for p in pieces[name]): style
@@ -300,13 +300,13 @@ def _marked(plan: Plan) -> Plan:
 
 
 def _general(plan: Plan) -> Plan:
-    """The plan with `*` for numbers, which transformers' report on loading compares."""
+    """Return the plan with ``*`` for numbers, which transformers compares in its loading report."""
     return {replace_layer_number_by_wildcard(name): style for name, style in plan.items()}
 
 
 @contextlib.contextmanager
 def _numbers_marked(model: nn.Module) -> Iterator[None]:
-    """Rename the modules of lists: `3` is `3_` inside the block."""
+    """Rename the modules of lists inside the block: ``3`` becomes ``3_``."""
     lists = [m for m in model.modules() if any(name.isdigit() for name in m._modules)]
     for module in lists:
         items = module._modules.items()

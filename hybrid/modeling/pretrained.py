@@ -1,4 +1,4 @@
-"""What every hybrid model shares: initialisation, saving, and what transformers may do with it."""
+"""Base class of hybrid models: initialisation, saving, and integration with transformers."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ logger = logging.get_logger(__name__)
 
 
 class _HasExperts:
-    """`model._can_set_experts_implementation()`: whether its layout has experts; False of the class.
+    """``model._can_set_experts_implementation()``: whether the layout has experts; False on the class.
 
-    transformers looks for its decorator in this file otherwise, and it is in `hybrid.ffn.moe`.
+    transformers' own method searches this file for its decorator, which is in ``hybrid.ffn.moe``.
     """
 
     def __get__(self, model: HybridPreTrainedModel | None, cls: type) -> Callable[[], bool]:
@@ -38,7 +38,7 @@ class _HasExperts:
 
 
 class HybridPreTrainedModel(PreTrainedModel):
-    """What every hybrid model shares: initialisation, saving, and what transformers may do with it."""
+    """Base class of hybrid models: initialisation, saving, and integration with transformers."""
 
     config: HybridConfig
     config_class = HybridConfig
@@ -59,23 +59,23 @@ class HybridPreTrainedModel(PreTrainedModel):
     _is_loading = False
 
     def post_init(self) -> None:
-        """As transformers', which is told of the one buffer that only some layouts have."""
+        """Extend transformers' method: keep the router bias in float32, if the layout has one."""
         if any(isinstance(module, BiasedRouter) for module in self.modules()):
             self._keep_in_fp32_modules_strict = ["score_correction_bias"]
         mup.mark(self)
         super().post_init()
 
     def init_parallel_plans(self) -> None:
-        """As transformers', but without layers to split, heads and embeddings are left whole, too."""
+        """Extend transformers' method: without layers to split, keep head and embeddings whole."""
         super().init_parallel_plans()
         if not self.config.base_model_tp_plan:
             self._tp_plan = {}
 
     @classmethod
     def prepare_distribute_model(cls, distributed_config: Any, **kwargs: Any) -> Any:
-        """As transformers', which before 5.19 does not derive a size for experts."""
-        asked = getattr(distributed_config, "enable_expert_parallel", False)
-        if asked and distributed_config.tp_size is None:
+        """Extend transformers' method: require ``tp_size``, which versions before 5.19 do not derive."""
+        enabled = getattr(distributed_config, "enable_expert_parallel", False)
+        if enabled and distributed_config.tp_size is None:
             raise ValueError(
                 "distributed_config: expected tp_size with enable_expert_parallel=True, got None; try"
                 " DistributedConfig(tp_size=N, enable_expert_parallel=True) for N processes"
@@ -86,7 +86,7 @@ class HybridPreTrainedModel(PreTrainedModel):
     def maybe_distribute_model(
         cls, model: Any, distributed_config: Any, *args: Any, **kwargs: Any
     ) -> Any:
-        """As transformers', by rules that may name a layer; see `hybrid.modeling.parallel_plans`."""
+        """Extend transformers' method: rules can name a layer; see ``parallel_plans``."""
         distribute = super().maybe_distribute_model
         if not parallel_plans.is_split(distributed_config):
             return distribute(model, distributed_config, *args, **kwargs)
@@ -98,7 +98,7 @@ class HybridPreTrainedModel(PreTrainedModel):
     def gather_sharded_state_dict_for_save(
         self, model_to_save: Any, state_dict: Any, distributed_config: Any, **kwargs: Any
     ) -> Any:
-        """As transformers', less the tied parameters, which are tensors of their own once gathered."""
+        """Extend transformers' method: leave out tied parameters, which are copies once gathered."""
         if parallel_plans.is_split(distributed_config):
             state_dict = parallel_plans.without_tied(model_to_save, state_dict)
         return super().gather_sharded_state_dict_for_save(
@@ -106,12 +106,12 @@ class HybridPreTrainedModel(PreTrainedModel):
         )
 
     def _get_static_cache_init_shape(self) -> Any:
-        """As transformers'; None, for shapes taken from the first keys, where heads are split."""
+        """Extend transformers' method: return None if heads are split; the first keys set the shapes."""
         split = (getattr(self, "_tp_size", None) or 1) > 1
         return None if split else super()._get_static_cache_init_shape()  # type: ignore[misc]
 
     def get_expanded_tied_weights_keys(self, all_submodels: bool = False) -> dict[str, str]:
-        """As transformers', but a head of its own does not part layers that share their weights."""
+        """Extend transformers' method: layers with shared weights stay tied if the head is untied."""
         tied = super().get_expanded_tied_weights_keys(all_submodels)
         own = vars(self).get("_tied_weights_keys", {})
         return tied if all_submodels else {**tied, **own}
@@ -119,17 +119,17 @@ class HybridPreTrainedModel(PreTrainedModel):
     def _set_gradient_checkpointing(
         self, enable: bool = True, gradient_checkpointing_func: Any = None, **kwargs: Any
     ) -> None:
-        """As transformers', but never reentrant around a router.
+        """Extend transformers' method: never use reentrant checkpointing around a router.
 
-        Reentrant checkpointing runs a layer without gradients, and what is recorded there, as the
-        logits of routers for their losses, has none either.
+        Reentrant checkpointing runs a layer without gradients. Recorded outputs, such as router logits
+        for the balance losses, would then have no gradients.
         """
         function = gradient_checkpointing_func
         reentrant = getattr(function, "keywords", {}).get("use_reentrant", False)
         if enable and reentrant and any(isinstance(m, Router) for m in self.modules()):
             logger.warning_once(
-                "use_reentrant=True loses the gradients of router losses; models with experts are"
-                " checkpointed with use_reentrant=False"
+                "use_reentrant=True loses the gradients of router losses; models with experts use"
+                " use_reentrant=False for checkpointing"
             )
             function = functools.partial(function, use_reentrant=False)
         if function is not None:
@@ -138,7 +138,7 @@ class HybridPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Initialise one module; transformers calls this for every one that no checkpoint filled."""
+        """Initialise one module; transformers calls this for modules missing in a checkpoint."""
         before = initialization.unset_tensors(module) if self._is_loading else {}
         super()._init_weights(module)  # zeros and ones for biases and norms, std for the rest
         is_head = module is self.get_output_embeddings()
@@ -147,10 +147,10 @@ class HybridPreTrainedModel(PreTrainedModel):
         initialization.fill_untouched(module, before, self.config.initializer_range)
 
     def _initialize_weights(self, module: nn.Module, *args: Any, **kwargs: Any) -> None:
-        """As transformers', and a module of ours is asked for the tensors of its children, too.
+        """Extend transformers' method: ``init_parameters`` can also set the tensors of children.
 
-        transformers passes over a module whose own tensors are all loaded; a mixer may have a say in
-        how the bias of a projection begins.
+        transformers skips a module whose own tensors are all loaded. A mixer may still initialise the
+        bias of a projection.
         """
         if initialization.has_say(module):
             self._init_weights(module)
@@ -159,7 +159,7 @@ class HybridPreTrainedModel(PreTrainedModel):
             super()._initialize_weights(module, *args, **kwargs)
 
     def _initialize_missing_keys(self, *args: Any, **kwargs: Any) -> None:
-        """As transformers': what a checkpoint lacks has no value yet, whatever constructors set."""
+        """Extend transformers' method: values set in constructors do not count for missing keys."""
         models = [m for m in self.modules() if isinstance(m, HybridPreTrainedModel)]
         for model in models:
             model._is_loading = True
@@ -172,16 +172,16 @@ class HybridPreTrainedModel(PreTrainedModel):
     def save_pretrained(
         self, save_directory: Any, is_main_process: bool = True, *args: Any, **kwargs: Any
     ) -> None:
-        """As transformers', and two small files by which `trust_remote_code=True` finds this package."""
+        """Extend transformers' method: write two files, so that ``trust_remote_code=True`` works."""
         push = kwargs.pop("push_to_hub", False)
         hub_options = {k: kwargs.pop(k) for k in hub.PUSH_OPTIONS if push and k in kwargs}
         super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
         is_main_process = self.should_save_on_this_rank(is_main_process)
         if is_main_process:
             hub.add_loading_files(save_directory)
-        if push and is_main_process:  # it saves anew, with the two files this time, and uploads
+        if push and is_main_process:  # saves again, now with the two files, and uploads
             self.push_to_hub(**{"repo_id": Path(save_directory).name, **hub_options})
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoModel") -> None:
-        """Do nothing: a checkpoint names this package, and carries no copy of its code."""
+        """Do nothing: a checkpoint refers to this package and does not contain a copy of its code."""

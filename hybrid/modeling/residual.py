@@ -1,4 +1,4 @@
-"""How branches join the stream: norms and multipliers around each, mixers side by side in one.
+"""Residual branches: norms and multipliers around each branch, and parallel mixers in one branch.
 
 Shapes: B batch, T time, D model dim.
 """
@@ -19,15 +19,15 @@ from hybrid.nn.norms import build_norm
 
 
 class ParallelMixers(nn.Module):
-    """Mixers side by side on one input, outputs combined (Falcon-H1 2507.22448, Hymba 2411.13676).
+    """Parallel mixers with combined outputs (Falcon-H1, arXiv 2507.22448; Hymba, arXiv 2411.13676).
 
-    With y_i = output_i * f_i(input_i * x), by `parallel_combine`:
+    ``parallel_combine`` selects the combination of y_i = output_i * f_i(input_i * x):
 
         sum             sum_i y_i (Falcon-H1)
         mean            1/n sum_i y_i
         concat          [y_1, ..., y_n] W, W (n D, D)
         learned         1/n sum_i norm_i(y_i), each norm with its own weight (Hymba, section 2.1)
-        learned_scalar  sum_i a_i y_i, the scalars a_i starting from 1/n
+        learned_scalar  sum_i a_i y_i, with scalars a_i initialised to 1/n
     """
 
     def __init__(self, spec: LayerSpec, mixers: list[Mixer]) -> None:
@@ -49,12 +49,12 @@ class ParallelMixers(nn.Module):
             self.weights = nn.Parameter(torch.empty(count))
 
     def init_parameters(self, std: float) -> None:
-        """The scalars start as a mean."""
+        """Initialise the scalars to 1 / n."""
         if self.weights is not None:
             init.constant_(self.weights, 1 / len(self.branches))
 
     def forward(self, x: torch.Tensor, branch_kwargs: list[dict[str, Any]]) -> torch.Tensor:
-        """(B, T, D) -> (B, T, D)."""
+        """Map x (B, T, D) to (B, T, D); ``branch_kwargs`` has the keyword arguments of each mixer."""
         outputs = [
             scaled(branch(scaled(x, scale_in), **kwargs)[0], scale_out)
             for branch, (scale_in, scale_out), kwargs in zip(
@@ -72,9 +72,10 @@ class ParallelMixers(nn.Module):
 
 
 class Residual(nn.Module):
-    """The norms and multipliers of one residual branch: x, f -> x + f(x) and its relatives.
+    """Norms and multipliers of one residual branch, x + f(x) and its variants.
 
-    With a, i, o the multipliers of the stream, of the branch's input and of its output:
+    ``norm_position`` selects the variant. a, i, o are the multipliers of the residual stream, of the
+    branch's input, and of its output; n and m are norms:
 
         pre        a x + o f(i n(x))
         post       n(a x + o f(i x))
@@ -98,11 +99,11 @@ class Residual(nn.Module):
     def enter(
         self, x: torch.Tensor, source: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The input of the branch, and the stream that its output is to join.
+        """Return the input of the branch, and the stream that its output is added to.
 
         Args:
-            x: the stream.
-            source: what the branch reads in place of it.
+            x: residual stream, (B, T, D).
+            source: input of the branch if it is not the stream, (B, T, C).
         """
         h = x if source is None else source
         if self.norm_in is not None:
@@ -110,7 +111,7 @@ class Residual(nn.Module):
         return scaled(h, self.input_multiplier), h if self.position == "normed" else x
 
     def leave(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        """The residual stream after the branch gave y."""
+        """Return the residual stream after adding the branch's output y, (B, T, D)."""
         if self.norm_out is not None and self.position != "post":
             y = self.norm_out(y)
         y = scaled(y, self.output_multiplier)

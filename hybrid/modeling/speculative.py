@@ -1,14 +1,14 @@
 """Speculative decoding with a model's own multi-token prediction modules.
 
-`generate(..., use_mtp=True)` is transformers' assisted decoding (arXiv 2211.17192): each round the
-modules propose one token each, the main model runs on all of them at once, and what it would have
-chosen otherwise is chosen. So the tokens are those of plain decoding, greedy or sampled.
+``generate(..., use_mtp=True)`` is transformers' assisted decoding (arXiv 2211.17192). In each round
+every module drafts one token. The main model runs on all drafts at once and accepts those that it would
+have chosen itself. The tokens are therefore those of plain decoding, greedy or sampled.
 
-At a round with n tokens the main stack's outputs h_1 .. h_{n-1} are known. Module k reads, at position
-i, what the depth before it says there and the token i + k; that token is settled where i + k <= n and
-a draft beyond. Each round a module takes back the positions whose token was a draft, and reads them
-again with the ones that are new. Its cache is rolled back as that of the main model is (see
-`hybrid.nn.cache`), so layers with a state take part.
+In a round with n tokens, the outputs h_1 .. h_{n-1} of the main stack are known. At position i, module k
+reads the hidden state of the previous depth and token i + k. The token is final if i + k <= n, and a
+draft otherwise. In the next round a module drops the positions whose token was a draft, and reads them
+again with the new tokens. Its cache is cropped like that of the main model (see
+``hybrid.modeling.cache``), so layers with a state are supported.
 
 Shapes: B batch, here 1; T time, D model dim.
 """
@@ -26,11 +26,11 @@ from hybrid.modeling.mtp import MTPModule, MultiTokenPrediction
 
 
 class Depth:
-    """One module, its cache, and what it has read.
+    """One multi-token prediction module with its cache and position.
 
     Attributes:
-        read: positions read so far.
-        settled: how many of them have read a token that is no draft.
+        read: number of positions read so far.
+        settled: number of these whose token was final, not a draft.
     """
 
     def __init__(self, module: MTPModule, k: int) -> None:
@@ -50,10 +50,10 @@ class Depth:
 
         Args:
             hidden, embeddings: (1, t, D), of these positions.
-            mask: (1, T) of all positions, with 0 at padding; None for none.
+            mask: (1, T) of all positions, with 0 at padding; None for no padding.
 
         Returns:
-            (1, t, D), h^k of these positions.
+            h^k of these positions, (1, t, D).
         """
         if self.read > self.settled:
             self.cache.crop(self.settled - self.read)
@@ -63,16 +63,16 @@ class Depth:
 
 
 class Tail:
-    """The end of a sequence of hidden states that grows, and whose end is written anew."""
+    """Last hidden states of a growing sequence, whose end can be overwritten."""
 
     def __init__(self, keep: int) -> None:
         self.keep = keep
         self.states: torch.Tensor | None = None
         self.stop = 0
-        """Position after the last."""
+        """Position after the last state."""
 
     def write(self, states: torch.Tensor, start: int) -> None:
-        """States (1, t, D) of positions from `start` on, in the place of any that were there."""
+        """Write states (1, t, D) of positions from ``start`` on; overwrite earlier ones."""
         if self.states is not None:
             kept = self.states[:, : self.states.shape[1] - (self.stop - start)]
             self.states = torch.cat([kept, states], dim=1)
@@ -81,18 +81,18 @@ class Tail:
         self.stop = start + states.shape[1]
 
     def read(self, start: int) -> torch.Tensor:
-        """States of positions from `start` on; those far before it are let go."""
+        """Return the states of positions from ``start`` on, and drop all but the last ``keep``."""
         assert self.states is not None
-        found = self.states[:, self.states.shape[1] - (self.stop - start) :]
+        states = self.states[:, self.states.shape[1] - (self.stop - start) :]
         self.states = self.states[:, -self.keep :].clone()
-        return found
+        return states
 
 
 class MTPDrafts(CandidateGenerator):
-    """Drafts of a model's modules, as transformers' assisted decoding asks for them.
+    """Candidate generator of transformers' assisted decoding that drafts with a model's own modules.
 
     Raises:
-        ValueError: the model has no modules.
+        ValueError: the model has no multi-token prediction modules.
     """
 
     requires_model_outputs = True
@@ -102,7 +102,8 @@ class MTPDrafts(CandidateGenerator):
         mtp = model.mtp
         if not isinstance(mtp, MultiTokenPrediction):
             raise ValueError(
-                "use_mtp: this model has no multi-token prediction modules (num_mtp_layers is 0)"
+                "use_mtp: expected a model with multi-token prediction modules, got one without"
+                " (num_mtp_layers is 0); try use_mtp=False"
             )
         self.model: Any = model
         self.mtp = mtp
@@ -113,7 +114,7 @@ class MTPDrafts(CandidateGenerator):
         self.depths = [Depth(module, k) for k, module in depths]
         self.tails = [Tail(len(self.depths) + 1) for _ in self.depths]
         self.before = 1
-        """Tokens of the round before; at first the one that has nothing before it."""
+        """Number of tokens in the previous round; 1 at the start."""
 
     @torch.no_grad()
     def get_candidates(
@@ -125,7 +126,10 @@ class MTPDrafts(CandidateGenerator):
         n_last_matches: int = 0,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, None]:
-        """(1, n) -> (1, n + drafts). None for their logits: whether one is taken hangs on it alone."""
+        """Append drafts to ids (1, n): (1, n + drafts).
+
+        Returns no draft logits (None): acceptance depends only on the main model.
+        """
         total = input_ids.shape[1]
         room = self.max_length - total - 1
         if is_first_iteration or room < 1:
@@ -143,7 +147,7 @@ class MTPDrafts(CandidateGenerator):
     def _draft(
         self, ids: torch.Tensor, hidden: torch.Tensor, mask: torch.Tensor | None
     ) -> torch.Tensor:
-        """One token of each module, (1, n). `hidden` are the main stack's outputs that are new."""
+        """Draft one token per module, (1, depths); ``hidden``: new outputs of the main stack."""
         known = ids.shape[1]
         self.tails[0].write(hidden, self.before - 1)
         for depth, tail in zip(self.depths, self.tails, strict=True):
@@ -158,7 +162,7 @@ class MTPDrafts(CandidateGenerator):
         return ids[:, known:]
 
     def _mask(self, model_kwargs: dict[str, Any] | None, total: int) -> torch.Tensor | None:
-        """The padding of the positions that modules read, (1, n - 1)."""
+        """Return the padding mask of the positions that modules read, (1, n - 1); None for none."""
         mask = (model_kwargs or {}).get("attention_mask")
         if not isinstance(mask, torch.Tensor) or mask.ndim != 2 or mask[:, :-1].all():
             return None
@@ -167,5 +171,5 @@ class MTPDrafts(CandidateGenerator):
     def update_candidate_strategy(
         self, input_ids: torch.Tensor, scores: torch.Tensor, num_matches: int
     ) -> None:
-        """Count what was taken."""
+        """Count accepted drafts."""
         self.mtp.accepted += int(num_matches)

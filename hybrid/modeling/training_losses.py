@@ -1,4 +1,4 @@
-"""What a hybrid language model is trained on: next tokens, tokens further ahead, even experts.
+"""Training losses of a hybrid language model: next tokens, multi-token prediction, expert balance.
 
 Shapes: B batch, T time, N = B * T tokens, D model dim, V vocabulary.
 """
@@ -29,7 +29,7 @@ BALANCE_OPTIONS = ("balance_loss", "sequence_balance_loss", "router_z_loss", "bi
 
 
 def own_losses(config: HybridConfig) -> tuple[str, ...]:
-    """Config keys that add to the loss in training, or move router biases, beside next tokens."""
+    """Return the config keys that add to the next-token loss in training, or update router biases."""
     names = ["z_loss"] if config.z_loss else []
     names += ["num_mtp_layers"] if config.num_mtp_layers else []
     names += [
@@ -42,73 +42,74 @@ def own_losses(config: HybridConfig) -> tuple[str, ...]:
 
 
 def warn_of_skipped_losses(names: tuple[str, ...]) -> None:
-    """Say once which keys of the config have no effect on a training loss computed elsewhere."""
+    """Warn once of the config keys that do not affect a training loss computed outside the model."""
     if names and not torch.compiler.is_compiling():
         logger.warning_once(
-            f"the model runs in training without labels, so these keys of its config add nothing to the"
-            f" loss: {', '.join(names)}; HybridForCausalLM adds them to the loss that it returns for"
-            " labels (trainers that take the loss from hidden states or logits skip them)"
+            "the model runs in training mode without labels, so these keys of its config add nothing to"
+            f" the loss: {', '.join(names)}; HybridForCausalLM adds them to the loss that it returns if"
+            " there are labels (trainers that compute the loss from hidden states or logits skip them)"
         )
 
 
 class Objective:
-    """Mixin: the losses of a model with a stack `model`, a head `lm_head` and, it may be, `mtp`."""
+    """Mixin with the losses of a model that has ``model``, ``lm_head``, and ``mtp`` or None."""
 
     config: HybridConfig
     training: bool
     has_experts: bool
-    # transformers resolves these annotations, and the classes are not defined yet
+    # Any, as transformers resolves these annotations before the classes are defined
     model: Any
     lm_head: Any
     mtp: Any
     loss_function: Any
 
     def install_recorders(self) -> None:
-        """Let the stacks record their routers: compiled, they could not install the hooks."""
+        """Install the hooks that record routers now, as compiled stacks cannot install them."""
         stacks = [stack for stack in self.stacks() if balance.routers(stack)]
         self.has_experts = bool(stacks)
         for stack in stacks:
             maybe_install_capturing_hooks(stack)
 
     def stacks(self) -> list[Any]:
-        """The main stack, and that of each multi-token prediction module."""
+        """Return the main stack and those of the multi-token prediction modules."""
         depths: Any = () if self.mtp is None else self.mtp.depths
         return [self.model, *(depth.stack for depth in depths)]
 
     def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """(B, T, D) -> (B, T, V): the head, and what the config does to its products."""
+        """Map hidden states (B, T, D) to logits (B, T, V), with the config's scale and soft cap."""
         config = self.config
         return transform_logits(self.lm_head(hidden), config.logit_scale, config.logit_softcap)
 
     @property
     def has_loss_of_its_own(self) -> bool:
-        """Whether somebody has set `model.loss_function`; it takes logits."""
+        """Whether ``model.loss_function`` was set; such a function takes logits."""
         return "_loss_function" in vars(self)
 
     def record(self) -> dict[str, bool]:
-        """What stacks are to record beside their output: in training, the choices of routers."""
+        """Return the recording arguments of stacks: router logits in training with experts."""
         if not (self.has_experts and self.training and torch.is_grad_enabled()):
             return {}
         return {"output_router_logits": True}
 
     def add_losses(
         self,
-        found: HybridOutput,
+        result: HybridOutput,
         outputs: Any,
         labels: torch.Tensor | None,
         embeddings: torch.Tensor | None,
         inputs: dict[str, Any],
         **kwargs: Any,
     ) -> None:
-        """Fill in `loss`, and in training `mtp_loss` and `aux_loss`.
+        """Set ``loss``, and in training ``mtp_loss`` and ``aux_loss``, on ``result``.
 
         Args:
-            found: with its logits, if there are any.
-            outputs: of the main stack.
+            result: output of the model, with logits or None.
+            outputs: outputs of the main stack.
             labels: (B, T), or None.
-            embeddings: (B, T, D) that went into the stack; for `mtp`.
-            inputs: `attention_mask` and `position_ids` of the stack.
-            kwargs: of the loss: `num_items_in_batch`, `shift_labels`, `label_smoothing`.
+            embeddings: (B, T, D), input of the main stack, for ``mtp``.
+            inputs: ``attention_mask`` and ``position_ids`` of the main stack.
+            kwargs: arguments of the loss: ``num_items_in_batch``, ``shift_labels``,
+                ``label_smoothing``.
         """
         record, passed = self.record(), [outputs]
         items = kwargs.get("num_items_in_batch")
@@ -116,7 +117,7 @@ class Objective:
         if not 0 <= smoothing < 1 or (smoothing and labels is None):
             raise ValueError(
                 f"label_smoothing: expected a number of at least 0 and below 1, and labels with it, got"
-                f" {smoothing} with{'out' if labels is None else ''} labels"
+                f" {smoothing} with{'out' if labels is None else ''} labels; try 0"
             )
         if not self.has_loss_of_its_own:
             batch, time = outputs.last_hidden_state.shape[:2]
@@ -125,7 +126,7 @@ class Objective:
         targets = None
         if labels is not None:
             targets = next_tokens(labels, kwargs.get("shift_labels")).long()
-            found.loss = self._main_loss(found, outputs, labels, targets, smoothing, kwargs)
+            result.loss = self._main_loss(result, outputs, labels, targets, smoothing, kwargs)
             if self.mtp is not None and self.training:
                 ahead = self.mtp.loss(
                     outputs.last_hidden_state,
@@ -135,18 +136,18 @@ class Objective:
                     **inputs,
                     **record,
                 )
-                found.mtp_loss = ahead.loss
-                found.loss = found.loss + self.config.mtp_loss_weight * ahead.loss
+                result.mtp_loss = ahead.loss
+                result.loss = result.loss + self.config.mtp_loss_weight * ahead.loss
                 passed += ahead.outputs
         if record:
-            found.aux_loss = self._observe(passed, inputs["attention_mask"])
-        if targets is not None and found.aux_loss is not None:
+            result.aux_loss = self._observe(passed, inputs["attention_mask"])
+        if targets is not None and result.aux_loss is not None:
             share = balance.share_of_batch(targets, items)
-            found.loss = found.loss + share * found.aux_loss.to(found.loss.device)
+            result.loss = result.loss + share * result.aux_loss.to(result.loss.device)
 
     def _main_loss(
         self,
-        found: HybridOutput,
+        result: HybridOutput,
         outputs: Any,
         labels: torch.Tensor,
         targets: torch.Tensor,
@@ -156,24 +157,26 @@ class Objective:
         if self.has_loss_of_its_own:
             if smoothing:
                 raise ValueError(
-                    f"label_smoothing: expected 0 with a model.loss_function of one's own, got"
-                    f" {smoothing}; smooth in that function"
+                    "label_smoothing: expected 0 with a custom model.loss_function, got"
+                    f" {smoothing}; try smoothing in that function"
                 )
             size = self.config.vocab_size
-            return self.loss_function(logits=found.logits, labels=labels, vocab_size=size, **kwargs)
+            return self.loss_function(
+                logits=result.logits, labels=labels, vocab_size=size, **kwargs
+            )
         z_loss = self.config.z_loss if self.training else 0.0
         try:
-            if found.logits is None:
+            if result.logits is None:
                 total = self._score(outputs.last_hidden_state, targets, smoothing)
             else:
-                total = of_logits(found.logits, targets, z_loss=z_loss, label_smoothing=smoothing)
+                total = of_logits(result.logits, targets, z_loss=z_loss, label_smoothing=smoothing)
         except (IndexError, RuntimeError) as error:
             explain_index(error, "labels", targets, self.config.vocab_size, ignored=IGNORED)
             raise
         return total / _count(targets, kwargs.get("num_items_in_batch"), total.device)
 
     def _score(self, hidden: torch.Tensor, targets: torch.Tensor, smoothing: float) -> torch.Tensor:
-        """The summed loss of hidden states by the fused way that the config names."""
+        """Compute the summed loss of hidden states with the config's ``loss_backend``."""
         config = self.config
         return cross_entropy(
             hidden,
@@ -187,7 +190,7 @@ class Objective:
         )
 
     def _observe(self, passed: list[Any], attention_mask: Any) -> torch.Tensor:
-        """Count the load of the experts, and return the balance losses of all layers."""
+        """Count the load of the experts, and return the summed balance losses of all layers."""
         total = passed[0].last_hidden_state.new_zeros((), dtype=torch.float32)
         for stack, outputs in zip(self.stacks(), passed, strict=False):
             if not balance.routers(stack):
@@ -197,9 +200,9 @@ class Objective:
             if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2:
                 mask = attention_mask[:, -hidden.shape[1] :]
             logits = outputs.router_logits
-            # not those that routers return: under expert parallelism they may be of one process
-            found = zip(balance.routers(stack).values(), logits, strict=True)
-            indices = [router.choices(x) for router, x in found]
+            # not the indices that routers return: with expert parallelism they may be of one process
+            pairs = zip(balance.routers(stack).values(), logits, strict=True)
+            indices = [router.choices(x) for router, x in pairs]
             total = total + balance.observe(stack, logits, indices, mask).to(total.device)
         return total
 
@@ -207,9 +210,9 @@ class Objective:
 def _count(
     targets: torch.Tensor, items: torch.Tensor | int | None, device: torch.device
 ) -> torch.Tensor | int:
-    """What the summed loss is divided by: the targets of the whole step, where it is known.
+    """Return the divisor of the summed loss: the targets of the whole step if known, else of the batch.
 
-    At least 1: the loss of a batch without targets is 0, and no NaN that would end a run.
+    It is at least 1, so that the loss of a batch without targets is 0 and not NaN.
     """
     if items is None:
         items = (targets != IGNORED).sum()

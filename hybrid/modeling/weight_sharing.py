@@ -1,8 +1,8 @@
-"""Layers that share their weights: one block at several depths, each with something of its own.
+"""Layers that share weights: one block at several depths, with optional adapters per depth.
 
-Every layer is a module with its own place in the cache. Layers of one block hold the same parameters:
-they are tied, as a head is to its embedding. What a depth has to itself are low-rank adapters on named
-projections and a projection of the block's output.
+Every layer is a separate module with its own cache slots. The parameters of one block are tied, as a
+head is tied to its embedding. All parameters are shared except low-rank adapters on named projections
+and a projection of the block's output.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from hybrid.config.block_options import SharedOptions
 from hybrid.config.spec import StackSpec
 from hybrid.mixers.base import Mixer, residual_projection
 
-# Adapters that read the same input and have one A, as those of a fused projection have.
+# Projections with the same input, whose adapters share A, like the adapter of a fused projection.
 ONE_INPUT = ("gate_proj", "up_proj")
 
 
 def narrow_output(mixer: Mixer, hidden_size: int) -> None:
-    """Make a mixer built for a wider input write D channels."""
+    """Replace the output projection of a mixer with a wider input, so that it writes D channels."""
     wide = cast(nn.Linear, mixer.o_proj)
     mixer.o_proj = residual_projection(wide.in_features, hidden_size, wide.bias is not None)
 
 
 class AdaptedLinear(nn.Linear):
-    """x W^T + b + x A^T B^T: a projection with an adapter of low rank (arXiv 2106.09685, eq. 3).
+    """Linear with a low-rank adapter, x W^T + b + x A^T B^T (LoRA, arXiv 2106.09685, eq. 3).
 
-    B starts at zero, so that a new depth of a block begins as the block.
+    B is initialised to zero, so that a new depth initially equals the block.
     """
 
     def __init__(self, linear: nn.Linear, rank: int) -> None:
@@ -43,22 +43,22 @@ class AdaptedLinear(nn.Linear):
         self.lora_b.starts_at_zero = True  # type: ignore[assignment]
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """(..., D_in) -> (..., D_out)."""
+        """Map (..., D_in) to (..., D_out)."""
         return super().forward(input) + self.lora_b(self.lora_a(input))
 
 
 def adapt(
     symbols: Iterable[str], parts: Iterable[nn.Module | None], options: SharedOptions
 ) -> None:
-    """Give the projections that `options.lora_targets` names an adapter each.
+    """Add an adapter to each projection in ``options.lora_targets``.
 
     Args:
-        symbols: of the layer, for errors.
-        parts: its mixer and its feed-forward.
-        options: with targets and rank.
+        symbols: symbols of the layer, for error messages.
+        parts: mixer and feed-forward of the layer, or None.
+        options: options with targets and rank.
 
     Raises:
-        ValueError: there is no projection of a name.
+        ValueError: a target is not a projection of the layer.
     """
     parts, rank = [part for part in parts if part is not None], options.lora_rank
     assert rank is not None
@@ -68,7 +68,7 @@ def adapt(
             layer = "".join(symbols)
             known = sorted({n for part in parts for n in projections(part)})
             raise ValueError(
-                f"shared.{layer}.lora_targets: {layer!r} has no projection {name!r}; it has"
+                f"shared.{layer}.lora_targets: expected projections of {layer!r}, got {name!r}; try"
                 f" {', '.join(known)}"
             )
         for parent in parents:
@@ -76,12 +76,12 @@ def adapt(
 
 
 def projections(part: nn.Module) -> list[str]:
-    """Names of the Linear modules that a mixer or a feed-forward has itself."""
+    """Return the names of the Linear modules directly in a mixer or feed-forward."""
     return [name for name, child in part.named_children() if isinstance(child, nn.Linear)]
 
 
 def tied_weights(stack: StackSpec, layers: nn.ModuleList) -> dict[str, str]:
-    """Parameter -> the one it is tied to, by name, for the stack `layers`."""
+    """Return the tied parameters of ``layers``: name -> name of the parameter it is tied to."""
     tied = {}
     owners: dict[tuple[str, torch.Size], str] = {}
     for i, layer in enumerate(layers):
@@ -104,7 +104,7 @@ def tied_weights(stack: StackSpec, layers: nn.ModuleList) -> dict[str, str]:
 
 
 def _stack_wide(layer: nn.Module) -> Iterator[tuple[str, torch.Size]]:
-    """Parameters of a layer's mixers that all layers of the stack share, and their shapes."""
+    """Yield the parameters of a layer's mixers shared by the whole stack, and their shapes."""
     for prefix, module in layer.named_modules():
         for name in getattr(module, "shared_by_stack", ()):
             parameter = getattr(module, name)
@@ -113,7 +113,7 @@ def _stack_wide(layer: nn.Module) -> Iterator[tuple[str, torch.Size]]:
 
 
 def _names(layer: nn.Module, own: bool) -> Iterator[str]:
-    """Parameters that a depth has to itself, or the others."""
+    """Yield the names of parameters that are not shared (``own``), or of those that are."""
     for name, _ in layer.named_parameters(remove_duplicate=False):
         is_own = ".lora_" in name or name.startswith("depth_projection.")
         if is_own == own:

@@ -70,7 +70,9 @@ def test_without_a_mask_the_pad_token_tells(ids):
 def test_rows_whose_end_nobody_knows_are_refused(ids):
     model = build(AutoModelForSequenceClassification, "SS")
     assert model(ids(1, 5)).logits.shape == (1, 3)
-    with pytest.raises(ValueError, match=r"attention_mask: expected .* or set pad_token_id"):
+    with pytest.raises(
+        ValueError, match=r"attention_mask: expected .* or pad_token_id in the config"
+    ):
         model(ids(2, 5))
 
 

@@ -75,6 +75,6 @@ def test_the_tokens_of_generate(build, ids, layout, options, implementation):
     ],
 )
 def test_what_the_paged_cache_cannot_hold_is_refused(build, ids, layout, got):
-    message = rf"plain softmax attention in every layer, got .*{got}.*use generate\(\)"
+    message = rf"plain softmax attention in every layer, got .*{got}.*try generate\(\)"
     with pytest.raises(ValueError, match=message):
         build(layout=layout).generate_batch(_prompts(ids), generation_config=GREEDY)

@@ -344,6 +344,8 @@ def test_a_projection_that_is_not_there_is_named():
         hidden_size=D, vocab_size=7, layout="SS",
         shared={"S": {"lora_rank": 2, "lora_targets": ["query"]}}, **SMALL,
     )  # fmt: skip
-    message = "'S' has no projection 'query'; it has down_proj, gate_proj, k_proj, o_proj, q_proj"
+    message = (
+        "expected projections of 'S', got 'query'; try down_proj, gate_proj, k_proj, o_proj, q_proj"
+    )
     with pytest.raises(ValueError, match=message):
         hybrid.HybridForCausalLM(config)
