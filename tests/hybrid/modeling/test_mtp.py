@@ -51,11 +51,11 @@ def test_layers_of_a_module(config, layers):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"num_mtp_layers": -1}, "num_mtp_layers: must not be below 0"),
+        ({"num_mtp_layers": -1}, "num_mtp_layers: expected at least 0"),
         ({"mtp_layout": "S"}, "mtp_layout: set, but num_mtp_layers is 0"),
         ({"num_mtp_layers": 1, "mtp_layout": "SQ"}, "mtp_layout: .*unknown symbol 'Q'"),
         ({"num_mtp_layers": 1, "mtp_layout": "-"}, "mtp_layout: '-' has no mixer"),
-        ({"num_mtp_layers": 1, "mtp_loss_weight": -0.1}, "mtp_loss_weight: must not be below 0"),
+        ({"num_mtp_layers": 1, "mtp_loss_weight": -0.1}, "mtp_loss_weight: expected at least 0"),
     ],
 )
 def test_bad_configs_are_named(options, message):
