@@ -1,1 +1,1 @@
-"""Modules that mixers and the model share: norms, rotary embedding, packing, cache slots."""
+"""Modules shared by mixers and the model: norms, rotary embedding, packing, cache slots."""

@@ -1,7 +1,7 @@
-"""Keyword arguments of forward passes: each is used, ignored for a stated reason, or refused by name.
+"""Checks of keyword arguments of forward passes: each is used, ignored for a reason, or an error.
 
-transformers' own models take `**kwargs` and drop what they do not know, so a typo, or a name that a
-new version of transformers gives to an old thing, changes the result without a word. Here it raises.
+transformers' own models accept ``**kwargs`` and drop unknown names. A typo, or a name changed by a new
+version of transformers, then silently changes the result. Here it raises an error.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from hybrid.config.options import did_you_mean
 _OUTPUT_FIELDS = {field.name for field in dataclasses.fields(BaseModelOutputWithPast)}
 
 CACHE = "cache" if "cache" in _OUTPUT_FIELDS else "past_key_values"
-"""The name that the installed transformers gives to a cache: `cache` from 5.24 on."""
+"""Name of the cache argument in the installed transformers: ``cache`` from 5.24 on."""
 
 ATTENTION_ARGUMENTS = frozenset(
     {"position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"}
 )
-"""Passed on to the mixers, and by them to transformers' attention functions."""
+"""Arguments passed to mixers, and by them to transformers' attention functions."""
 
 MIXER_ARGUMENTS = ATTENTION_ARGUMENTS | {"paged"}
-"""Those, and by a stack to its layers in continuous batching: what belongs to the paged cache."""
+"""Arguments of mixers: attention arguments, and the paged cache's in continuous batching."""
 
 DOCUMENT_ARGUMENTS = frozenset({"seq_idx"})
-"""Numbers of packed documents, as collators make them for Mamba's kernels."""
+"""Indices of packed documents, as collators create them for Mamba's kernels."""
 
 PAGED_ARGUMENTS = frozenset(
     {
@@ -45,29 +45,29 @@ PAGED_ARGUMENTS = frozenset(
         "max_seqlen_k",
     }
 )
-"""What continuous batching hands over beside its paged cache, for its attention functions."""
+"""Arguments of continuous batching besides its paged cache, for its attention functions."""
 
 RECORDING_ARGUMENTS = frozenset(
     {"output_attentions", "output_hidden_states", "output_router_logits"}
 )
-"""Read by transformers' `capture_outputs`, which wraps `HybridModel.forward`."""
+"""Arguments read by transformers' ``capture_outputs``, which wraps ``HybridModel.forward``."""
 
 LOSS_ARGUMENTS = frozenset({"num_items_in_batch", "shift_labels", "label_smoothing"})
-"""Used by the loss of `HybridForCausalLM`.
+"""Arguments of the loss of ``HybridForCausalLM``.
 
-`label_smoothing` is no parameter of `forward`: transformers' Trainer takes each parameter with "label"
-in its name for a column of labels.
+``label_smoothing`` is not a parameter of ``forward``, because transformers' Trainer treats each
+parameter with "label" in its name as a column of labels.
 """
 
 IGNORED_ARGUMENTS = {
-    "token_type_ids": "tokenizers made for encoders return them, generate and PEFT hand them on;"
-    " all tokens are of one type here",
-    "cache_position": "exporters and PEFT hand it over; the cache knows its length",
-    "num_items_in_batch": "transformers' Trainer hands it to every model; the classification models"
-    " pass it on to the stack, which has no loss",
+    "token_type_ids": "tokenizers of encoders return them, and generate and PEFT pass them on; all"
+    " tokens have one type here",
+    "cache_position": "exporters and PEFT pass it; the cache stores its own length",
+    "num_items_in_batch": "transformers' Trainer passes it to every model; the classification models"
+    " pass it to the stack, which has no loss",
     "return_dict": "read by transformers' decorators before forward",
 }
-"""What callers hand over and a stack may ignore, and why."""
+"""Arguments that callers pass and a stack ignores, with the reason."""
 
 
 def check_arguments(
@@ -76,17 +76,17 @@ def check_arguments(
     kwargs: dict[str, Any],
     known: Collection[str],
 ) -> None:
-    """Refuse keyword arguments that `forward` would otherwise swallow.
+    """Raise an error for keyword arguments that ``forward`` does not know.
 
     Args:
         owner: class name, for the message.
-        forward: whose named parameters a misspelt name is compared with.
-        kwargs: what arrived in its `**kwargs`.
-        known: names among them that are used or rightly ignored.
+        forward: method whose named parameters are suggested for a misspelt name.
+        kwargs: its ``**kwargs``.
+        known: names that are used or ignored for a reason.
 
     Raises:
-        TypeError: an unknown name.
-        ValueError: `is_causal=False`.
+        TypeError: unknown name.
+        ValueError: ``is_causal=False``.
     """
     for name in kwargs:
         if name in known:
@@ -94,17 +94,23 @@ def check_arguments(
         if name == "is_causal":
             if kwargs[name] is False:
                 raise ValueError(
-                    f"{owner}: is_causal=False asks for attention in both directions, and the layers"
-                    " of a hybrid model are causal; leave it out"
+                    "is_causal: expected True or no value, as the layers of a hybrid model are causal,"
+                    f" got False in {owner}.forward; try without it"
                 )
             continue
         raise TypeError(_unexpected(owner, forward, name, known))
 
 
 def pick_cache(cache: Cache | None, past_key_values: Cache | None) -> Cache | None:
-    """The cache, under whichever of transformers' two names it came."""
+    """Return the cache, passed under either of transformers' two names.
+
+    Raises:
+        ValueError: both are set.
+    """
     if cache is not None and past_key_values is not None:
-        raise ValueError("give the cache once, as `cache` or as `past_key_values`, not as both")
+        raise ValueError(
+            "cache: expected one of cache and past_key_values, got both; try cache alone"
+        )
     return past_key_values if cache is None else cache
 
 

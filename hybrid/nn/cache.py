@@ -1,4 +1,4 @@
-"""What a forward pass asks transformers' caches before any layer runs."""
+"""Queries of a forward pass to transformers' caches, before any layer runs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 
 def past_length(cache: Cache | None) -> int | torch.Tensor:
-    """Tokens already in the cache."""
+    """Return the number of tokens in the cache."""
     if cache is None or not cache.layers:
         return 0
     counts = any(isinstance(layer, CacheLayerMixin) for layer in cache.layers)
@@ -18,7 +18,7 @@ def past_length(cache: Cache | None) -> int | torch.Tensor:
 
 
 def is_empty(cache: Cache | None) -> bool:
-    """Whether nothing has been stored yet."""
+    """Return whether the cache has stored no tokens."""
     return cache is None or all(
         int(layer.get_seq_length()) == 0
         for layer in cache.layers
@@ -29,17 +29,18 @@ def is_empty(cache: Cache | None) -> bool:
 def update_paged(
     k: torch.Tensor, v: torch.Tensor, layer_idx: int, kwargs: dict[str, Any]
 ) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
-    """Add keys and values to the paged cache of continuous batching, where there is one.
+    """Add keys and values to the paged cache of continuous batching, if there is one.
 
-    Before transformers 5.24 its attention functions do so themselves, and take the cache for it.
+    Before transformers 5.24, its attention functions receive the cache and update it themselves.
 
     Args:
         k, v: (1, H_kv, T, dim) of the new tokens.
-        layer_idx: the layer.
-        kwargs: of the attention function; `paged` holds the cache and where to read and write.
+        layer_idx: index of the layer.
+        kwargs: keyword arguments of the attention function; ``paged`` holds the cache and the indices to
+            read and write.
 
     Returns:
-        k, v (1, H_kv, S, dim) of all tokens to be attended to, and the attention function's keywords.
+        k, v (1, H_kv, S, dim) of all tokens to attend to, and the attention function's keywords.
     """
     kwargs = dict(kwargs)
     paged = kwargs.pop("paged", None)
@@ -52,5 +53,5 @@ def update_paged(
 
 
 def is_paged(cache: object) -> bool:
-    """Whether a cache is that of continuous batching, which attention functions update themselves."""
+    """Return whether a cache is the paged cache of continuous batching."""
     return type(cache).__name__ == "PagedAttentionCache"

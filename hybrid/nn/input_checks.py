@@ -1,7 +1,8 @@
-"""Inputs of a forward pass that do not fit the model, refused by name.
+"""Checks of the inputs of a forward pass, with errors that name the input.
 
-Nothing here waits for a device: values are looked at on the CPU alone, or after an operation has failed.
-B batch, T time, D model dim.
+No check synchronises a device: values are read only on the CPU, or after an operation has failed.
+
+Shapes: B batch, T time, D model dim.
 """
 
 from __future__ import annotations
@@ -18,17 +19,20 @@ from hybrid.nn.packing import check_integers, check_mask
 
 
 class OutOfVocabularyError(ValueError, IndexError):
-    """A token id or a label that the vocabulary does not have."""
+    """Error for a token id or label outside the vocabulary."""
 
 
 def check_tokens(ids: Any, embeddings: Any, width: int) -> None:
-    """Refuse token ids that are not (B, T) integers, and embeddings that are not (B, T, D) floats.
+    """Check that token ids are (B, T) integers, or that embeddings are (B, T, D) floats.
 
     Raises:
-        ValueError: both or neither are given, or one is of another shape or dtype.
+        ValueError: both or neither are set, or the shape or dtype is wrong.
     """
     if (ids is None) == (embeddings is None):
-        raise ValueError("give exactly one of input_ids and inputs_embeds")
+        number = "neither" if ids is None else "both"
+        raise ValueError(
+            f"input_ids: expected exactly one of input_ids and inputs_embeds, got {number}"
+        )
     if embeddings is None:
         check_integers("input_ids", ids)
         fits, expected, x = ids.ndim == 2, "(B, T)", ids
@@ -44,34 +48,34 @@ def check_tokens(ids: Any, embeddings: Any, width: int) -> None:
 
 
 def check_cache(cache: Any, layer_types: Sequence[str]) -> None:
-    """Refuse what is not a cache of transformers, or is one of a deeper model or of another layout.
+    """Check that a value is a transformers cache that fits the model's depth and layout.
 
     Args:
-        cache: what came; its layers of ours have the name of their type as `layer_type`.
-        layer_types: of the model, layer by layer.
+        cache: value to check. Cache layers of this package store their type as ``layer_type``.
+        layer_types: layer types of the model.
 
     Raises:
-        ValueError: see above.
+        ValueError: another type, too many layers, or layers of another layout.
     """
     if cache is None:
         return
     if not isinstance(cache, Cache):
         raise ValueError(
-            f"cache: expected a Cache of transformers, got {type(cache).__name__}; make one with"
+            f"cache: expected a Cache of transformers, got {type(cache).__name__}; try"
             " DynamicCache(config=model.config)"
         )
     layers = len(layer_types)
     if len(cache.layers) > layers:
         raise ValueError(
-            f"cache: expected one of a model of {layers} layers, got {len(cache.layers)} layers; make"
-            " one with DynamicCache(config=model.config)"
+            f"cache: expected one of a model of {layers} layers, got {len(cache.layers)} layers; try"
+            " DynamicCache(config=model.config)"
         )
-    for number, (layer, wanted) in enumerate(zip(cache.layers, layer_types, strict=False)):
-        found = getattr(layer, "layer_type", wanted)
-        if found != wanted:
+    for number, (layer, expected) in enumerate(zip(cache.layers, layer_types, strict=False)):
+        actual = getattr(layer, "layer_type", expected)
+        if actual != expected:
             raise ValueError(
-                f"cache.layers[{number}]: expected one for {wanted}, got one for {found}, as of another"
-                " layout; make the cache with DynamicCache(config=model.config)"
+                f"cache.layers[{number}]: expected one for {expected}, got one for {actual}, as of"
+                " another layout; try DynamicCache(config=model.config)"
             )
 
 
@@ -82,23 +86,23 @@ def check_masks(
     needed: tuple[str, ...],
     local: tuple[str, ...] = (),
 ) -> None:
-    """Refuse masks by layer type that lack a type, name another, or do not fit the tokens.
+    """Check that masks by layer type have all types, only known types, and the right shapes.
 
     Args:
-        masks: "linear_attention" (B, at least T), and "full_attention" as the attention function takes
-            it, (B or 1, H or 1, T, at least T) or (B, at least T); None for none.
+        masks: "linear_attention" (B, at least T), and "full_attention" in the format of the attention
+            function, (B or 1, H or 1, T, at least T) or (B, at least T); None for no mask.
         batch, time: B and T.
-        needed: the types of the model's layers.
-        local: types whose entry is the model's own, and is not looked at.
+        needed: layer types of the model.
+        local: layer types whose entry the model creates itself; not checked.
 
     Raises:
-        ValueError: see above.
+        ValueError: a missing or unknown layer type, or a wrong type or shape.
     """
     known = ("full_attention", "linear_attention")
     for name in masks:
         if name not in known and name not in local:
             near = did_you_mean(str(name), known)
-            raise ValueError(f"attention_mask: no layer type {name!r}, {near}")
+            raise ValueError(f"attention_mask: expected layer types {known}, got {name!r}; {near}")
     for name in needed:
         if name not in masks:
             raise ValueError(
@@ -119,10 +123,10 @@ def check_masks(
 
 
 def check_labels(labels: Any, shift_labels: Any, batch: int, time: int) -> None:
-    """Refuse labels that are not (B, T) integers.
+    """Check that labels are (B, T) integers.
 
     Raises:
-        ValueError: see above.
+        ValueError: wrong dtype or shape.
     """
     for name, value in (("labels", labels), ("shift_labels", shift_labels)):
         if value is None:
@@ -133,10 +137,10 @@ def check_labels(labels: Any, shift_labels: Any, batch: int, time: int) -> None:
 
 
 def check_logits_to_keep(value: Any) -> None:
-    """Refuse what is neither a number of at least 0 nor a tensor of indices.
+    """Check that a value is an integer of at least 0 or a tensor of indices.
 
     Raises:
-        ValueError: see above.
+        ValueError: another type, or a negative number.
     """
     if isinstance(value, torch.Tensor):
         check_integers("logits_to_keep", value)
@@ -146,16 +150,16 @@ def check_logits_to_keep(value: Any) -> None:
         )
     elif value < 0:
         raise ValueError(
-            f"logits_to_keep: expected at least 0, got {value}; give the number of last tokens, or 0 for"
+            f"logits_to_keep: expected at least 0, got {value}; try the number of last tokens, or 0 for"
             " all"
         )
 
 
 def check_count(name: str, value: Any) -> None:
-    """Refuse a count of targets that is NaN, infinite or negative.
+    """Check that a count of targets is finite and not negative.
 
     Raises:
-        ValueError: see above.
+        ValueError: NaN, infinite or negative.
     """
     if value is None or torch.compiler.is_compiling():
         return
@@ -172,17 +176,17 @@ def check_count(name: str, value: Any) -> None:
 def explain_index(
     error: Exception, name: str, values: torch.Tensor | None, size: int, ignored: int | None = None
 ) -> None:
-    """Raise an error of a look-up anew, with the value and the vocabulary, where that is why.
+    """Replace torch's indexing error by one with the id and the vocabulary size, if that is the cause.
 
     Args:
-        error: what torch raised.
-        name: of the input, `input_ids` or `labels`.
-        values: integers that were looked up.
-        size: how many there are to look up.
-        ignored: a value that stands for none.
+        error: error raised by torch.
+        name: name of the input, ``input_ids`` or ``labels``.
+        values: integers used as indices.
+        size: vocabulary size.
+        ignored: value that stands for no id.
 
     Raises:
-        OutOfVocabularyError: a value is out of bounds, as far as can be seen on the CPU.
+        OutOfVocabularyError: a value on the CPU is out of bounds.
     """
     if values is None or values.device.type != "cpu":
         return
@@ -198,5 +202,5 @@ def explain_index(
 
 
 def _got(value: Any) -> str:
-    what = value.dtype if isinstance(value, torch.Tensor) else type(value).__name__
-    return f"got {what}"
+    kind = value.dtype if isinstance(value, torch.Tensor) else type(value).__name__
+    return f"got {kind}"

@@ -1,7 +1,7 @@
-"""Which tokens a token sees in softmax attention of bounded reach: made once a forward, for all layers.
+"""Masks of softmax attention with bounded reach, computed once per forward for all layers.
 
-Shapes: B rows, T tokens of the present forward, P columns of earlier tokens that a layer has kept,
-S = P + T columns of keys.
+Shapes: B rows, T tokens of the current forward, P columns of cached earlier tokens, S = P + T columns of
+keys.
 """
 
 from __future__ import annotations
@@ -16,29 +16,28 @@ from hybrid.nn.packing import Segments
 
 
 class Reach(NamedTuple):
-    """How far a token sees: over the last `width` tokens, or back to the start of its chunk of them."""
+    """Reach of a token: the last ``width`` tokens, or its chunk of ``width`` tokens up to itself."""
 
     width: int
     chunked: bool
 
     def __call__(self, place: torch.Tensor) -> torch.Tensor:
-        """How many tokens before it a token sees that has `place` tokens of its document before it."""
+        """Return the number of earlier tokens that a token at position ``place`` attends to."""
         return place % self.width if self.chunked else place.clamp(max=self.width - 1)
 
 
 @dataclass(eq=False)
 class LocalRows:
-    """Where the tokens of a forward stand.
+    """Positions of the tokens of a forward, with padding moved to the end.
 
-    Layers take the tokens of a row in an order in which padding comes last, so that the column of a
-    token tells its distance from all others, and earlier tokens stand directly before them.
+    Layers order the tokens of a row so that padding comes last. The distance of two tokens is then the
+    distance of their columns, and cached tokens come directly before the new ones.
 
     Attributes:
-        place: (B or 1, T) int64, tokens of its document before each, in that order.
-        start: the place of the first, where the rows are the same, without padding and boundaries; else
-            None.
-        order: (B, T), the columns of a row in that order; None where there is no padding.
-        lengths: (B,), tokens of each row that are not padding; None for all.
+        place: (B or 1, T) int64, number of earlier tokens in the document of each token, in that order.
+        start: place of the first token if all rows are equal, without padding and boundaries; else None.
+        order: (B, T), columns of a row in that order; None without padding.
+        lengths: (B,), number of tokens of each row without padding; None for all.
     """
 
     place: torch.Tensor
@@ -49,7 +48,7 @@ class LocalRows:
 
     @classmethod
     def plain(cls, start: int | torch.Tensor, time: int, device: torch.device) -> LocalRows:
-        """Rows without padding, of one document each, after `start` tokens."""
+        """Return rows without padding, with one document each, after ``start`` tokens."""
         place = torch.arange(time, device=device) + start
         return cls(place[None], start if isinstance(start, int) else None)
 
@@ -62,14 +61,14 @@ class LocalRows:
         mask: torch.Tensor | None = None,
         segments: Segments | None = None,
     ) -> LocalRows:
-        """The rows of a forward.
+        """Return the rows of a forward.
 
         Args:
             shape: B and T.
-            device: of the input.
-            start: tokens in the cache.
-            mask: (B, tokens in the cache + T), 0 at padding; None for none.
-            segments: documents and padding of these T tokens; None for neither.
+            device: device of the input.
+            start: number of tokens in the cache.
+            mask: (B, tokens in the cache + T), 0 at padding; None for no padding.
+            segments: document boundaries and padding of the T tokens; None for neither.
         """
         batch, time = shape
         real = None
@@ -94,28 +93,28 @@ class LocalRows:
         return cls(place.gather(1, order), order=order, lengths=real.sum(dim=1))
 
     def arrange(self, x: torch.Tensor, dim: int) -> torch.Tensor:
-        """x with time T as dimension `dim`, its padding moved to the end."""
+        """Move the padding of x to the end of dimension ``dim`` (time T)."""
         return x if self.order is None else _take(x, self.order, dim)
 
     def restore(self, x: torch.Tensor, dim: int) -> torch.Tensor:
-        """The inverse of `arrange`."""
+        """Invert ``arrange``."""
         return x if self.order is None else _take(x, self.order.argsort(dim=1), dim)
 
     def sees_all(self, reach: Reach, past: int) -> bool:
-        """Whether the one token of each row sees all P + 1 columns."""
+        """Return whether each row has one token, which attends to all P + 1 columns."""
         if self.start is None or self.place.shape[1] != 1:
             return False
         limit = self.start % reach.width if reach.chunked else min(self.start, reach.width - 1)
         return past <= limit
 
     def mask(self, reach: Reach, past: int, queries: slice, keys: slice) -> torch.Tensor:
-        """(B or 1, 1, t, s) bool, True where a query sees a key.
+        """Return a bool mask (B or 1, 1, t, s), True where a query attends to a key.
 
         Args:
-            reach: how far.
+            reach: reach of the layer.
             past: P.
-            queries: of the T tokens.
-            keys: of the P + T columns.
+            queries: slice of the T tokens.
+            keys: slice of the P + T columns.
         """
         key = (reach, past, queries.start, queries.stop, keys.start, keys.stop)
         if key not in self._masks:
@@ -125,12 +124,12 @@ class LocalRows:
             first = own - reach(self.place[:, queries])
             seen = (column <= own[:, None]) & (column >= first[..., None])
             self._masks[key] = seen[:, None]
-        found = self._masks[key]
-        assert isinstance(found, torch.Tensor)
-        return found
+        mask = self._masks[key]
+        assert isinstance(mask, torch.Tensor)
+        return mask
 
     def block_mask(self, reach: Reach, past: int) -> BlockMask:
-        """The same for all queries and keys, for flex attention."""
+        """Return the mask of all queries and keys as a ``BlockMask`` of flex attention."""
         key = (reach, past)
         if key not in self._masks:
             time = self.place.shape[1]
@@ -143,18 +142,18 @@ class LocalRows:
             self._masks[key] = create_block_mask(
                 sees, len(first) if each else None, None, time, past + time, str(first.device)
             )
-        found = self._masks[key]
-        assert isinstance(found, BlockMask)
-        return found
+        mask = self._masks[key]
+        assert isinstance(mask, BlockMask)
+        return mask
 
     def padding_mask(self, reach: Reach, past: int) -> torch.Tensor | None:
-        """(B, P + T), False at columns without a token; None where all have one (flash attention)."""
+        """Return a mask (B, P + T) for flash attention, False at padding; None without padding."""
         key = ("padding", reach, past)
         if key not in self._masks:
             self._masks[key] = self._padding_mask(past)
-        found = self._masks[key]
-        assert not isinstance(found, BlockMask)
-        return found
+        mask = self._masks[key]
+        assert not isinstance(mask, BlockMask)
+        return mask
 
     def _padding_mask(self, past: int) -> torch.Tensor | None:
         if self.start is not None and self.start >= past:
@@ -167,7 +166,7 @@ class LocalRows:
 
 
 def _take(x: torch.Tensor, index: torch.Tensor, dim: int) -> torch.Tensor:
-    """x[b, ..., index[b, t], ...] with t in the place of `dim`."""
+    """Return x[b, ..., index[b, t], ...] with t at dimension ``dim``."""
     view = [1] * x.ndim
     view[0], view[dim] = index.shape
     shape = list(x.shape)

@@ -1,4 +1,4 @@
-"""Norms by name, torch's own where it has them; and RMSNorm with a backward pass for CPUs."""
+"""Norms by name, and an RMSNorm with a fast backward pass on CPUs."""
 
 from __future__ import annotations
 
@@ -13,15 +13,18 @@ from hybrid.config.fields import NormName
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor | None, eps: float) -> torch.Tensor:
-    """x / sqrt(mean(x^2) + eps) * weight over the last dimension (arXiv 1910.07467, eq. 4).
+    """Compute x / sqrt(mean(x^2) + eps) * weight over the last dimension (arXiv 1910.07467, eq. 4).
 
-    torch's own, but on a CPU, where that has no backward kernel: it goes back through each of the
-    operations it is made of, at several times the cost.
+    On a CPU, torch's RMSNorm has no backward kernel and is several times slower in backward. In that
+    case a custom backward is used.
 
     Args:
         x: (..., size).
-        weight: (size,), of x's dtype; None for none.
-        eps: added to the mean square.
+        weight: (size,), of x's dtype; None for no weight.
+        eps: epsilon added to the mean square.
+
+    Returns:
+        (..., size), in x's dtype.
     """
     if _wants_own_backward(x, weight):
         return _RMSNormOnCPU.apply(x, weight, eps)[0]
@@ -29,7 +32,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor | None, eps: float) -> torch.
 
 
 def _wants_own_backward(x: torch.Tensor, weight: torch.Tensor | None) -> bool:
-    """Whether there will be a backward pass on a CPU that no compiler fuses."""
+    """Return whether a backward pass will run on a CPU without a compiler."""
     if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.float64):
         return False
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
@@ -40,15 +43,15 @@ def _wants_own_backward(x: torch.Tensor, weight: torch.Tensor | None) -> bool:
 
 
 class _RMSNormOnCPU(torch.autograd.Function):
-    """`rms_norm`, backward by the kernel that torch has for LayerNorm.
+    """``rms_norm`` whose backward uses torch's kernel for LayerNorm.
 
     With r = 1 / rms(x), h = weight * dy and means over the last dimension:
 
-        RMSNorm's    dx = r h - r^3 x mean(h x)
-        LayerNorm's  dx = r h - r^3 x mean(h x) - r mean(h)    of an input whose mean is 0
+        RMSNorm    dx = r h - r^3 x mean(h x)
+        LayerNorm  dx = r h - r^3 x mean(h x) - r mean(h)    for an input with mean 0
 
-    and LayerNorm's is told that the mean is 0. Its weight's gradient is summed row after row, so that
-    in float32 its relative error is 1e-6 for 4,096 rows, as LayerNorm's is (torch's RMSNorm: 1e-7).
+    The kernel receives a mean of 0. The gradient of the weight is summed row by row, so that its
+    relative error in float32 is 1e-6 for 4,096 rows, as for LayerNorm (torch's RMSNorm: 1e-7).
     """
 
     generate_vmap_rule = True
@@ -57,7 +60,7 @@ class _RMSNormOnCPU(torch.autograd.Function):
     def forward(
         x: torch.Tensor, weight: torch.Tensor | None, eps: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        # In torch's own order, so that the value is the same to the bit with and without a gradient.
+        # In torch's order of operations, so that values are bitwise equal with and without gradients.
         scale = x.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
         y = x * scale
         return y if weight is None else y.mul_(weight), scale
@@ -92,7 +95,7 @@ def _differentiable(
     for_x: bool,
     for_weight: bool,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """The gradients of `rms_norm`, in operations that have derivatives themselves."""
+    """Compute the gradients of ``rms_norm`` with differentiable operations."""
     scale = (x.square().mean(-1, keepdim=True) + eps).rsqrt()
     h = dy if weight is None else dy * weight
     dx = scale * h - scale**3 * x * (h * x).mean(-1, keepdim=True) if for_x else None
@@ -100,13 +103,13 @@ def _differentiable(
 
 
 class RMSNorm(nn.RMSNorm):
-    """torch's; an input of another dtype than the weight's, as autocast has them, is converted.
+    """RMSNorm that converts its input if dtypes of input and weight differ, as under autocast.
 
-    torch has no fused kernel for such a pair, and warns of it.
+    torch has no fused kernel for different dtypes and warns.
     """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(..., size) -> (..., size), in x's dtype."""
+        """Normalise x (..., size); the result has x's dtype."""
         assert self.eps is not None
         if self.weight is None or self.weight.dtype == x.dtype:
             return rms_norm(x, self.weight, self.eps)
@@ -114,9 +117,10 @@ class RMSNorm(nn.RMSNorm):
 
 
 class ZeroCenteredRMSNorm(nn.Module):
-    """x / rms(x) * (1 + w), w starting from 0, so that weight decay pulls towards 1 (Gemma, Qwen3-Next).
+    """RMSNorm with the weight 1 + w, x / rms(x) * (1 + w), where w is initialised to 0.
 
-    Computed in float32 at least, the weight too.
+    Weight decay then pulls the weight towards 1 (Gemma, Qwen3-Next). All is computed in float32, or
+    float64 for float64 inputs.
     """
 
     def __init__(self, size: int, eps: float) -> None:
@@ -125,24 +129,24 @@ class ZeroCenteredRMSNorm(nn.Module):
         self.eps = eps
 
     def init_parameters(self, std: float) -> None:
-        """Zeros."""
+        """Set w to zero."""
         init.zeros_(self.weight)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(..., size) -> (..., size)."""
+        """Normalise x (..., size); the result has x's dtype."""
         wide = torch.promote_types(x.dtype, torch.float32)
         weight = 1 + self.weight.to(wide)
         return rms_norm(x.to(wide), weight, self.eps).to(x.dtype)
 
 
 def build_norm(name: NormName, size: int, eps: float) -> nn.Module:
-    """A norm over a last dimension of `size`.
+    """Return a norm over the last dimension.
 
     Args:
-        name: `rmsnorm` (arXiv 1910.07467), `zero_centered_rmsnorm` (its weight is 1 + w),
-            `weightless_rmsnorm` (it has none), `layernorm` (arXiv 1607.06450).
-        size: of the last dimension.
-        eps: added to the mean square or the variance.
+        name: ``rmsnorm`` (arXiv 1910.07467), ``zero_centered_rmsnorm`` (weight 1 + w),
+            ``weightless_rmsnorm`` (no weight) or ``layernorm`` (arXiv 1607.06450).
+        size: size of the last dimension.
+        eps: epsilon added to the mean square or the variance.
     """
     if name == "layernorm":
         return nn.LayerNorm(size, eps=eps)

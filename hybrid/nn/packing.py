@@ -1,10 +1,10 @@
-"""Padding and packing, for mixers that carry a state: one mechanism for both.
+"""Padding and packed sequences for mixers with a state: one mechanism for both.
 
-A recurrence must neither see padding nor cross from one document into the next. Both are the same
-thing: the real tokens of a batch are a list of documents in a batch of one, with boundaries
-`cu_seqlens`. A padded batch has one document per row, whose padding is left out (left, right or in
-between); a packed batch has as many as its position ids restart, or as whatever else names its
-documents (`name_documents`).
+A recurrence must not read padding and must not cross document boundaries. One representation covers
+both: the real tokens of a batch are a list of documents in a batch of one, with boundaries
+``cu_seqlens``. A padded batch has one document per row, without its padding (left, right or in between).
+In a packed batch, documents start where position ids restart, or where another argument marks them
+(``name_documents``).
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ import torch
 
 @dataclass(frozen=True)
 class Segments:
-    """Documents of a batch, as the linear ops want them.
+    """Document boundaries and padding of a batch, in the format of the linear ops.
 
     Attributes:
-        cu_seqlens: (N + 1,) int32, boundaries of the N documents in the packed order; None where
-            every row is one whole document.
-        index: (tokens,) int64, places of the real tokens in the flattened batch (B * T); None where
-            every token is real.
-        places: (B, T), the place of each token in its document, 0 at padding; None where no row
-            holds several documents.
+        cu_seqlens: (N + 1,) int32, boundaries of the N documents in the packed order; None if every row
+            is one whole document.
+        index: (tokens,) int64, indices of the real tokens in the flattened batch (B * T); None without
+            padding.
+        places: (B, T), position of each token in its document, 0 at padding; None if no row holds
+            several documents.
     """
 
     cu_seqlens: torch.Tensor | None = None
@@ -35,18 +35,18 @@ class Segments:
 
     @property
     def packed(self) -> bool:
-        """Whether a row holds several documents."""
+        """Whether any row holds several documents."""
         return self.places is not None
 
     def pack(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, T, ...) -> (1, tokens, ...); unchanged where every row is one whole document."""
+        """Pack (B, T, ...) to (1, tokens, ...); unchanged if every row is one whole document."""
         if self.cu_seqlens is None:
             return x
         flat = x.flatten(0, 1)
         return (flat if self.index is None else flat[self.index]).unsqueeze(0)
 
     def unpack(self, y: torch.Tensor, batch: int, time: int) -> torch.Tensor:
-        """(1, tokens, D) -> (B, T, D), zeros at padding; the inverse of `pack`."""
+        """Invert ``pack``: (1, tokens, D) to (B, T, D), with zeros at padding."""
         if self.cu_seqlens is None:
             return y
         if self.index is None:
@@ -61,14 +61,14 @@ WHOLE_ROWS = Segments()
 def find_segments(
     mask: torch.Tensor | None, position_ids: torch.Tensor | None, batch: int, time: int
 ) -> Segments:
-    """Documents and padding of a batch.
+    """Return the document boundaries and padding of a batch.
 
     Args:
-        mask: (B, T_total) with 0 at padding, as a tokenizer returns it; only the last `time` columns,
-            those of the present forward, count. None for no padding.
-        position_ids: (1 or B, T): a document begins wherever they do not go up by one, from the token
-            before or, across padding, from the real token before. None for one document a row.
-        batch, time: B and T of the present forward.
+        mask: (B, T_total) with 0 at padding, as returned by a tokenizer. Only the last ``time`` columns,
+            those of the current forward, are used. None for no padding.
+        position_ids: (1 or B, T). A document starts where a position does not follow that of the
+            previous real token. None for one document per row.
+        batch, time: B and T of the current forward.
     """
     real = None if mask is None else mask[:, -time:].bool()
     starts = None
@@ -95,19 +95,19 @@ def find_segments(
 
 
 def _any(*flags: torch.Tensor | None) -> list[bool]:
-    """Whether any of each is True; the device is waited for once."""
+    """Return whether any element of each tensor is True, with one synchronisation of the device."""
     code = sum(2**i * flag.any() for i, flag in enumerate(flags) if flag is not None)
     code = int(code)
     return [bool(code >> i & 1) for i in range(len(flags))]
 
 
 def from_positions(position_ids: torch.Tensor, batch: int) -> Segments:
-    """Segments of packed documents without padding: (1 or B, T) position ids that restart."""
+    """Return the segments of packed documents without padding, from position ids (1 or B, T)."""
     return find_segments(None, position_ids, batch, position_ids.shape[1])
 
 
 def _restarts(position_ids: torch.Tensor, real: torch.Tensor | None) -> torch.Tensor:
-    """(B, T) bool: real tokens that do not go on from the one before; never the first of a row."""
+    """Mark (B, T) real tokens whose position does not follow the previous one, except in column 0."""
     gap = torch.ones_like(position_ids)
     gap[:, 1:] = position_ids.diff(dim=1)
     starts = gap != 1
@@ -134,19 +134,22 @@ def name_documents(
     kwargs: Mapping[str, Any],
     shape: tuple[int, int],
 ) -> tuple[Any, torch.Tensor | None]:
-    """Bring every way of naming packed documents to position ids that restart, and a 0/1 mask.
+    """Convert every format of packed documents to position ids that restart, and a 0/1 mask.
 
-    Documents come as `cu_seq_lens_q` and `cu_seq_lens_k` (of flash attention), `seq_idx` (of Mamba's
-    kernels), an attention mask of document numbers 1, 2, ..., or position ids.
+    Documents are marked by ``cu_seq_lens_q`` and ``cu_seq_lens_k`` (flash attention), ``seq_idx``
+    (Mamba's kernels), an attention mask of document numbers 1, 2, ..., or position ids.
 
     Args:
-        attention_mask: (B, T_total), or anything else, which is returned as it is.
+        attention_mask: (B, T_total). Any other value is returned unchanged.
         position_ids: (1 or B, T), or None.
-        kwargs: of the forward.
+        kwargs: keyword arguments of the forward.
         shape: B and T.
 
+    Returns:
+        The 0/1 attention mask and the position ids.
+
     Raises:
-        ValueError: two of them name different documents, or one does not fit the batch.
+        ValueError: two arguments mark different documents, or one does not fit the batch.
     """
     batch, time = shape
     named: dict[str, torch.Tensor] = {}
@@ -169,7 +172,7 @@ def name_documents(
         numbers = attention_mask[:, -time:]
         several = False
         if attention_mask.dtype != torch.bool and time > 1:
-            # one wait for the device
+            # one synchronisation of the device
             odd = (attention_mask > 1) | (attention_mask < 0)
             several = bool(odd.any())
             if several and bool((attention_mask < 0).any()):
@@ -188,14 +191,15 @@ def name_documents(
     changes = {name: _changes(numbers, real) for name, numbers in named.items()}
     if position_ids is not None:
         changes["position_ids"] = _restarts(position_ids.expand(batch, -1), real)
-    (first, want), *others = changes.items()
-    for name, found in others:
-        if not torch.equal(found, want):
+    (first, boundaries), *others = changes.items()
+    for name, other in others:
+        if not torch.equal(other, boundaries):
             raise ValueError(
-                f"{first} and {name} name different documents; give one of them, or make them agree"
+                f"{name}: expected the same documents as {first}, got different documents; try only one"
+                " of them"
             )
     if position_ids is None:
-        starts = want.clone()
+        starts = boundaries.clone()
         if real is not None:
             starts |= real & (real.cumsum(dim=1) == 1)
         else:
@@ -205,7 +209,7 @@ def name_documents(
 
 
 def _changes(numbers: torch.Tensor, real: torch.Tensor | None) -> torch.Tensor:
-    """Where document numbers (B, T) change from one real token to the next."""
+    """Mark (B, T) where document numbers change from one real token to the next."""
     column = torch.arange(numbers.shape[1], device=numbers.device).expand_as(numbers)
     if real is None:
         before = column - 1
@@ -219,7 +223,10 @@ def _changes(numbers: torch.Tensor, real: torch.Tensor | None) -> torch.Tensor:
 def _numbers_of_boundaries(
     name: str, cu_seqlens: torch.Tensor, batch: int, time: int
 ) -> torch.Tensor:
-    """Document numbers (B, T) of boundaries (N + 1,) in the flattened batch; empty documents vanish."""
+    """Return document numbers (B, T) for boundaries (N + 1,) in the flattened batch.
+
+    Empty documents are dropped.
+    """
     bounds = cu_seqlens.long()
     total = batch * time
     if bounds.ndim != 1 or len(bounds) < 2 or int(bounds[0]) != 0 or int(bounds[-1]) != total:
@@ -228,7 +235,7 @@ def _numbers_of_boundaries(
             f" {bounds.tolist()}"
         )
     if bool((bounds.diff() < 0).any()):
-        raise ValueError(f"{name}: expected boundaries that do not fall, got {bounds.tolist()}")
+        raise ValueError(f"{name}: expected ascending boundaries, got {bounds.tolist()}")
     rows = time * torch.arange(batch, device=bounds.device)
     if not bool(torch.isin(rows, bounds).all()):
         raise ValueError(
@@ -240,16 +247,16 @@ def _numbers_of_boundaries(
 
 
 def check_mask(mask: Any, batch: int, time: int, past: int | torch.Tensor | None) -> None:
-    """Refuse an attention mask that does not fit the tokens.
+    """Raise an error for an attention mask that does not fit the tokens.
 
     Args:
-        mask: (B, T_past + T), 1 or document numbers at real tokens and 0 at padding; or of four
-            dimensions, ready for attention functions; what is not a tensor is not checked.
-        batch, time: B and T of the present forward.
-        past: T_past; None where it is not known.
+        mask: (B, T_past + T), 1 or document numbers at real tokens and 0 at padding; or a 4-dimensional
+            mask for attention functions. A ``BlockMask`` is not checked.
+        batch, time: B and T of the current forward.
+        past: T_past; None if unknown.
 
     Raises:
-        ValueError: see above.
+        ValueError: wrong type, shape or values.
     """
     if mask is None or type(mask).__name__ == "BlockMask":
         return
@@ -263,7 +270,7 @@ def check_mask(mask: Any, batch: int, time: int, past: int | torch.Tensor | None
             )
         return
     if torch.compiler.is_compiling() or (isinstance(past, torch.Tensor) and past.is_cuda):
-        past = None  # reading it would wait for the device
+        past = None  # reading it would synchronise the device
     width = None if past is None else int(past) + time
     fits = mask.ndim == 2 and mask.shape[0] == batch
     if not fits or mask.shape[1] < time or width not in (None, mask.shape[1]):
@@ -275,15 +282,15 @@ def check_mask(mask: Any, batch: int, time: int, past: int | torch.Tensor | None
     if mask.is_floating_point() and not bool(((mask == 0) | (mask == 1)).all()):
         raise ValueError(
             "attention_mask: expected 1 at tokens and 0 at padding, got a floating-point mask with"
-            " other values; masks that are added to logits have four dimensions"
+            " other values; try 4 dimensions for a mask that is added to the logits"
         )
 
 
 def check_integers(name: str, value: Any) -> None:
-    """Refuse what is not a tensor of integers.
+    """Raise an error for a value that is not a tensor of integers.
 
     Raises:
-        ValueError: see above.
+        ValueError: the value is not a tensor of integers.
     """
     kinds = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
     if not isinstance(value, torch.Tensor) or value.dtype not in kinds:
@@ -292,7 +299,7 @@ def check_integers(name: str, value: Any) -> None:
 
 
 def check_positions(position_ids: torch.Tensor | None, batch: int, time: int) -> None:
-    """Refuse position ids that are not (1 or B, T) integers."""
+    """Raise ValueError for position ids that are not (1 or B, T) integers."""
     if position_ids is None:
         return
     check_integers("position_ids", position_ids)

@@ -1,24 +1,23 @@
-"""Where the past of a stack lies: the contract between a layer and whatever holds its states.
+"""Interface between layers and the storage of earlier tokens: caches, other processes, servers.
 
-A mixer knows nothing of the cache that it is run with. It is handed a `Slot`, which keeps two kinds of
-things under names of the mixer's own:
+A mixer does not depend on a particular cache. It receives a ``Slot``, which stores two kinds of entries
+under names that the mixer chooses:
 
-    tokens   one column for each token: keys and values; `Slot.append`
-    states   tensors of fixed size, one for each row: a recurrent state, the inputs of a convolution;
-             `Slot.state` and `Slot.set_state`
+    tokens   one column per token, such as keys and values; ``Slot.append``
+    states   tensors of fixed size per row, such as a recurrent state or the last inputs of a
+             convolution; ``Slot.state`` and ``Slot.set_state``
 
-and a layer is handed a `Past`, which has a slot for each of its mixers and canon layers:
+A layer receives a ``Past``, which has one slot for each of its mixers and canon layers:
 
-    transformers' caches    `hybrid.modeling.cache.CachePast`, in `model(...)` and `generate`
-    the process before      `hybrid.modeling.context_parallel.Neighbours`, in training on slices of rows
-    a server's pages        whoever serves the model; see below
+    transformers' caches    ``hybrid.modeling.cache.CachePast``, in ``model(...)`` and ``generate``
+    the previous process    ``hybrid.modeling.context_parallel.Neighbours``, in context parallelism
+    pages of a server       implemented by the server; see below
 
-Whoever writes another one needs no change of a mixer. What a mixer will keep is declared ahead by
-`Mixer.states` and `Mixer.tokens` (of a `Canon` layer by `Canon.states`), under the same names, so that a
-server can reserve memory. A `Past` whose attention function reads keys from pages of its own returns
-from `append` what it was given: only the attention function needs the others then.
+A new implementation needs no change of a mixer. ``Mixer.states`` and ``Mixer.tokens`` (``Canon.states``
+for canon layers) declare the entries under the same names, so that a server can reserve memory. If the
+attention function reads keys from pages, ``append`` may return its arguments unchanged.
 
-Shapes: B rows, T tokens of the present forward, S tokens with those before, N documents.
+Shapes: B rows, T tokens of the current forward, S tokens including earlier ones, N documents.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ from hybrid.nn.packing import Segments
 
 
 class Slot(Protocol):
-    """The past of one mixer (or canon layer) of one layer."""
+    """Storage of one mixer (or canon layer) of one layer."""
 
     def append(
         self,
@@ -44,31 +43,30 @@ class Slot(Protocol):
         lengths: torch.Tensor | None = None,
         **tokens: torch.Tensor,
     ) -> tuple[torch.Tensor, ...]:
-        """Add a column for each new token, and return the columns that the new tokens may see.
+        """Add a column for each new token, and return the columns that the new tokens attend to.
 
         Args:
-            window: W: a token sees at most W tokens, itself included, and no more are kept than that
-                takes; None keeps all. Always the same for one name.
-            lengths: (B,), with a window only: how many of the new columns of each row hold tokens. What
-                stands behind them is padding and takes no room. None for all of them.
-            tokens: name -> (B, heads or 1, T, dim) of the new tokens. A name is appended to once in a
-                forward.
+            window: W. A token attends to at most W tokens, including itself, and only these are kept;
+                None keeps all tokens. Always use the same window for a name.
+            lengths: (B,), only with a window: number of new columns with tokens in each row. The other
+                new columns are padding and are not kept. None for all.
+            tokens: name -> new tokens (B, heads or 1, T, dim). Append to a name once per forward.
 
         Returns:
-            In the order of the arguments (B, heads or 1, S, dim).
+            (B, heads or 1, S, dim) for each name, in the order of the arguments.
 
-            Without a window the new columns stand behind all earlier ones; in a static cache, empty
-            columns follow. With a window the new columns are the last T, and the tokens before stand
-            next to them, the latest one last, at least W - 1 of them if there were so many; what stands
-            further left in a row that had fewer has no meaning.
+            Without a window, the new columns come after all earlier ones. In a static cache, empty
+            columns follow. With a window, the new columns are the last T. The latest earlier tokens come
+            directly before them, in order, at least W - 1 if there were as many. In rows with fewer,
+            columns further left are undefined.
         """
         ...
 
     def state(self, name: str) -> torch.Tensor | None:
-        """The state (B or N, ...) after the last token, or None at the start.
+        """Return the state (B or N, ...) after the last token, or None at the start.
 
-        Without gradients this is the slot's own memory, and the op that takes it may write the next
-        state there.
+        Without gradients the result is the slot's own memory. The op may overwrite it with the next
+        state.
         """
         ...
 
@@ -79,47 +77,46 @@ class Slot(Protocol):
     def begin(
         self, x: torch.Tensor, segments: Segments, run: Callable[[torch.Tensor], object]
     ) -> None:
-        """Start a forward of a mixer that has states. Call it before any other method.
+        """Start a forward of a mixer with states. Call it before any other method.
 
-        In a cache that takes tokens back (`Cache.crop`, in speculative decoding) the states are brought
-        in line with the tokens that are left: those that are left of the last forward are run again from
-        where the states still are known.
+        If tokens were removed from the cache (``Cache.crop``, in speculative decoding), the states are
+        recomputed for the remaining tokens, from the last saved states.
 
         Args:
-            x: the mixer's input, (B, T, D), before packing.
-            segments: its padding.
-            run: runs the mixer on inputs (B, t, D) for what it does to this slot.
+            x: input of the mixer, (B, T, D), before packing.
+            segments: padding of x.
+            run: function that runs the mixer on inputs (B, t, D) and updates this slot.
 
         Raises:
-            ValueError: a padded batch of several rows is to be recorded.
+            ValueError: the cache records a padded batch of several rows.
         """
         ...
 
 
 class Past(ABC):
-    """The past of every layer, in one forward of a stack."""
+    """Storage of all layers, in one forward of a stack."""
 
     @abstractmethod
     def slot(self, layer_idx: int, slot_idx: int) -> Slot | None:
-        """The slot of a mixer or canon layer; None where nothing is to be remembered.
+        """Return the slot of a mixer or canon layer; None to store nothing.
 
         Args:
-            layer_idx: the layer, from 0.
-            slot_idx: counts from 0 the mixers of the layer, in order, then its canon layers.
+            layer_idx: index of the layer, from 0.
+            slot_idx: index from 0 over the mixers of the layer, then its canon layers.
         """
 
     def tie(self, x: torch.Tensor) -> torch.Tensor:
-        """The output x (B, T, D) of a layer, tied in autograd to what the layer sent and received."""
+        """Make a layer's output x (B, T, D) depend in autograd on all that it sent and received."""
         return x
 
 
 @dataclass(frozen=True)
 class StateSpec:
-    """A state that a mixer keeps.
+    """Shape and dtype of a state of a mixer.
 
     Attributes:
-        shape: without the rows.
-        dtype: None for that of the model.
+        shape: shape of one row.
+        dtype: dtype; None for the model's.
     """
 
     shape: tuple[int, ...]
@@ -127,18 +124,18 @@ class StateSpec:
 
     @property
     def elements(self) -> int:
-        """Of one row."""
+        """Number of elements per row."""
         return math.prod(self.shape)
 
 
 @dataclass(frozen=True)
 class TokenSpec:
-    """What a mixer keeps of each token.
+    """Shape and dtype of the cached entry of each token of a mixer.
 
     Attributes:
-        heads, dim: of (B, heads, S, dim).
-        window: W; None for all tokens.
-        dtype: None for that of the model.
+        heads, dim: sizes of (B, heads, S, dim).
+        window: W, number of tokens kept; None for all.
+        dtype: dtype; None for the model's.
     """
 
     heads: int
@@ -148,5 +145,5 @@ class TokenSpec:
 
     @property
     def elements(self) -> int:
-        """Of one token of one row."""
+        """Number of elements per token and row."""
         return self.heads * self.dim

@@ -10,10 +10,10 @@ from torch import nn
 
 
 class Float32Buffers(nn.Module):
-    """Mixin: `model.to(torch.bfloat16)` moves these buffers but does not round them.
+    """Mixin whose ``float32_buffers`` stay in float32 in ``model.to(torch.bfloat16)``.
 
-    A decay or a rotary frequency is raised to the power of a position; in bfloat16, with its 8 bits,
-    positions a few hundred apart would be told apart no longer.
+    Decays and rotary frequencies are raised to the power of a position. bfloat16 has 8 bits of precision
+    and could not distinguish positions a few hundred apart.
     """
 
     float32_buffers: ClassVar[tuple[str, ...]] = ()

@@ -1,4 +1,4 @@
-"""Rotary position embeddings (arXiv 2104.09864), frequencies by transformers' own rope functions."""
+"""Rotary position embeddings (arXiv 2104.09864) with the frequencies of transformers' RoPE functions."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from hybrid.config.options import did_you_mean
 from hybrid.config.sizes import Sizes
 from hybrid.nn.precision import Float32Buffers
 
-# These types stretch a known training length, so they have to be told what it is.
+# RoPE types that extend a training length, and therefore need it.
 NEEDS_LENGTH = ("dynamic", "yarn", "longrope", "llama3")
 
-# And these have frequencies that depend on how long the sequence is.
+# RoPE types whose frequencies depend on the sequence length.
 BY_LENGTH = ("dynamic", "longrope")
 
 
-# What each type must be told, and what it may be told besides.
+# Keys of all types, required keys of each type, and optional keys.
 COMMON = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
 REQUIRED = {
     "default": set(),
@@ -47,12 +47,12 @@ LISTS = ("short_factor", "long_factor")
 
 
 class RotaryEmbedding(Float32Buffers, LlamaRotaryEmbedding):
-    """cos and sin (B, T, R) of R = partial_rotary_factor * head_dim rotated dims, from position ids.
+    """Rotary position embedding: cos and sin (B, T, R) of position ids.
 
     Args:
-        rope_parameters: transformers' rope dictionary.
-        head_dim: dims of a head, of which the first R are rotated.
-        max_position_embeddings: the training length, for the rope types that stretch it.
+        rope_parameters: RoPE dictionary of transformers.
+        head_dim: dims of a head. The first R = partial_rotary_factor * head_dim are rotated.
+        max_position_embeddings: training length in tokens, for RoPE types that extend it; default 2048.
     """
 
     float32_buffers = ("inv_freq", "original_inv_freq")
@@ -75,7 +75,7 @@ class RotaryEmbedding(Float32Buffers, LlamaRotaryEmbedding):
     def compute_default_rope_parameters(
         config: LlamaConfig, device: torch.device | None = None, **kwargs: Any
     ) -> tuple[torch.Tensor, float]:
-        """theta ** (-2i / R) for i < R / 2, and a scale of 1."""
+        """Return the frequencies theta ** (-2i / R) for i < R / 2, and a scale of 1."""
         rope: Any = config.rope_parameters
         dim = rotated_dims(rope, config.hidden_size)
         exponents = torch.arange(0, dim, 2, dtype=torch.float, device=device) / dim
@@ -83,12 +83,12 @@ class RotaryEmbedding(Float32Buffers, LlamaRotaryEmbedding):
 
 
 class ExactRotaryEmbedding(RotaryEmbedding):
-    """`RotaryEmbedding` with angles in float64: exact however far from the start the positions are."""
+    """``RotaryEmbedding`` with angles in float64, which are exact at any position."""
 
     def forward(
         self, x: torch.Tensor, position_ids: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Angles of x (B, T, D) at position_ids (B, T)."""
+        """Return cos and sin (B, T, R) in the dtype of x (B, T, D), at position_ids (B, T)."""
         angle = (position_ids[..., None].double() * self.inv_freq.double()).repeat(1, 1, 2)
         scale = self.attention_scaling
         return (angle.cos() * scale).to(x.dtype), (angle.sin() * scale).to(x.dtype)
@@ -100,19 +100,22 @@ def build_rotary(
     sizes: Sizes,
     cls: type[RotaryEmbedding] = RotaryEmbedding,
 ) -> RotaryEmbedding | None:
-    """The embedding of a rope dictionary for heads of a model; None without positions."""
+    """Return the rotary embedding of a RoPE dictionary; None without positions."""
     if rope_parameters is None:
         return None
     return cls(rope_parameters, head_dim, sizes.max_position_embeddings)
 
 
 def rotated_dims(rope_parameters: dict[str, Any], head_dim: int) -> int:
-    """R, the number of dims of a head that are rotated."""
+    """Return R, the number of rotated dims of a head."""
     return int(head_dim * rope_parameters.get("partial_rotary_factor", 1.0))
 
 
 def yarn_mscale(rope_parameters: dict[str, Any] | None) -> float:
-    """0.1 m ln(factor) + 1, m = `mscale_all_dim`: what DeepSeek scales q and k by; 1 without one."""
+    """Return DeepSeek's YaRN scale of q and k, 0.1 m ln(factor) + 1 with m = ``mscale_all_dim``.
+
+    It is 1 without YaRN or without ``mscale_all_dim``.
+    """
     rope = rope_parameters or {}
     weight = rope.get("mscale_all_dim")
     if rope.get("rope_type") != "yarn" or not weight or rope["factor"] <= 1:
@@ -121,9 +124,9 @@ def yarn_mscale(rope_parameters: dict[str, Any] | None) -> float:
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotate the first R dims of x (B, H, T, K) by cos and sin (B, T, R), which are not learnt.
+    """Rotate the first R dims of x (B, H, T, K) by cos and sin (B, T, R), which have no gradients.
 
-    Where x wants a gradient the order of operations is another, and so may the last bit be.
+    If x requires a gradient, the order of operations differs, and the result may differ by rounding.
     """
     cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
     if x.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling():
@@ -135,10 +138,10 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
 
 
 class _Rotation(torch.autograd.Function):
-    """y = [a cos - b sin, b cos + a sin, tail] of x = [a, b, tail], in three passes over x.
+    """Rotation y = [a cos - b sin, b cos + a sin, tail] of x = [a, b, tail], in three passes over x.
 
-    Each half of the rotated dims has its sin, `lower` and `upper`; the gradient turns the other way
-    (`sign`), with the two changed over, and needs no x.
+    The two halves of the rotated dims have separate sines, ``lower`` and ``upper``. The gradient is the
+    inverse rotation (``sign``) with the two sines swapped. x is not saved for backward.
     """
 
     generate_vmap_rule = True
@@ -173,7 +176,7 @@ def apply_rotary(
 
 
 def rope_problems(rope: dict[str, Any], head_dim: int, sizes: Sizes) -> list[str]:
-    """What is wrong with a rope dictionary, a line each."""
+    """Return an error line for each mistake in a RoPE dictionary."""
     kinds = [kind for kind in REQUIRED if kind == "default" or kind in ROPE_INIT_FUNCTIONS]
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in kinds:
@@ -181,21 +184,26 @@ def rope_problems(rope: dict[str, Any], head_dim: int, sizes: Sizes) -> list[str
     lines = _key_problems(rope, kind, head_dim)
     theta, share = rope.get("rope_theta", 10000.0), rope.get("partial_rotary_factor", 1.0)
     if not _is_positive(theta):
-        lines.append(f"rope_parameters.rope_theta: must be a positive number, found {theta!r}")
+        lines.append(f"rope_parameters.rope_theta: expected a positive number, got {theta!r}")
     if not _is_share(rope):
-        lines.append(f"rope_parameters.partial_rotary_factor: must be in (0, 1], found {share!r}")
+        lines.append(
+            f"rope_parameters.partial_rotary_factor: expected a number in (0, 1], got {share!r}"
+        )
     elif rotated_dims(rope, head_dim) % 2 or not rotated_dims(rope, head_dim):
         lines.append(
-            f"rope_parameters: {rotated_dims(rope, head_dim)} of head_dim {head_dim} would be rotated;"
-            " rotary positions need an even number, at least 2"
+            "rope_parameters.partial_rotary_factor: expected an even number of rotated dims, at least 2,"
+            f" got {rotated_dims(rope, head_dim)} of head_dim {head_dim}"
         )
     if kind in NEEDS_LENGTH and sizes.max_position_embeddings is None:
-        lines.append(f"rope_parameters.rope_type: {kind!r} needs max_position_embeddings to be set")
+        lines.append(
+            f"rope_parameters.rope_type: expected max_position_embeddings to be set for {kind!r}, got"
+            " null; try setting max_position_embeddings"
+        )
     return lines
 
 
 def _key_problems(rope: dict[str, Any], kind: str, head_dim: int) -> list[str]:
-    """Keys of a rope dictionary that are unknown, missing, or no numbers."""
+    """Return an error line for each RoPE key that is unknown, missing or not a number."""
     known = COMMON | REQUIRED[kind] | OPTIONAL.get(kind, set())
     lines = [
         f"rope_parameters.{key}: unknown key for rope_type {kind!r}, {did_you_mean(str(key), known)}"
@@ -203,15 +211,17 @@ def _key_problems(rope: dict[str, Any], kind: str, head_dim: int) -> list[str]:
         if key not in known
     ]
     for key in sorted(REQUIRED[kind] - set(rope)):
-        lines.append(f"rope_parameters.{key}: required by rope_type {kind!r}, and not given")
+        lines.append(
+            f"rope_parameters.{key}: expected a value, as rope_type {kind!r} requires it, got none"
+        )
     for key, value in rope.items():
         where = f"rope_parameters.{key}"
         if key in LISTS and key in known:
             half = rotated_dims(rope, head_dim) // 2 if _is_share(rope) else None
             if not isinstance(value, list) or (half is not None and len(value) != half):
-                lines.append(f"{where}: expected a list of {half} numbers, found {value!r}")
+                lines.append(f"{where}: expected a list of {half} numbers, got {value!r}")
         elif "factor" in key and key in known - COMMON and not _is_positive(value):
-            lines.append(f"{where}: must be a positive number, found {value!r}")
+            lines.append(f"{where}: expected a positive number, got {value!r}")
     return lines
 
 

@@ -130,15 +130,21 @@ ONE = {
 ROPE = {
     "type": ({"rope_type": "yarm"}, "rope_type: unknown 'yarm', did you mean 'yarn'?"),
     "key": ({"rope_teta": 1e4}, "rope_teta: unknown key for rope_type 'default'"),
-    "missing": ({"rope_type": "linear"}, "factor: required by rope_type 'linear'"),
-    "not a number": ({"rope_type": "linear", "factor": "2"}, "factor: must be a positive number"),
-    "theta": ({"rope_theta": -1}, "rope_theta: must be a positive number, found -1"),
-    "share": ({"partial_rotary_factor": 1.5}, "partial_rotary_factor: must be in (0, 1]"),
-    "odd": ({"partial_rotary_factor": 0.1}, "3 of head_dim 32 would be rotated"),
-    "length": ({"rope_type": "yarn", "factor": 2.0}, "'yarn' needs max_position_embeddings"),
+    "missing": (
+        {"rope_type": "linear"},
+        "factor: expected a value, as rope_type 'linear' requires it",
+    ),
+    "not a number": ({"rope_type": "linear", "factor": "2"}, "factor: expected a positive number"),
+    "theta": ({"rope_theta": -1}, "rope_theta: expected a positive number, got -1"),
+    "share": ({"partial_rotary_factor": 1.5}, "partial_rotary_factor: expected a number in (0, 1]"),
+    "odd": ({"partial_rotary_factor": 0.1}, "rotated dims, at least 2, got 3 of head_dim 32"),
+    "length": (
+        {"rope_type": "yarn", "factor": 2.0},
+        "expected max_position_embeddings to be set for 'yarn'",
+    ),
     "list": (
         {"rope_type": "longrope", "short_factor": [1.0], "long_factor": [1.0] * 16},
-        "short_factor: expected a list of 16 numbers, found [1.0]",
+        "short_factor: expected a list of 16 numbers, got [1.0]",
     ),
 }
 

@@ -79,7 +79,7 @@ def test_boundaries(stack, ids, given):
         ({"cu_seq_lens_q": [0, 5, 12], "seq_idx": [[0] * 4 + [1] * 8]}, "different documents"),
         ({"cu_seq_lens_q": [0, 5, 12], "position_ids": [list(range(12))]}, "different documents"),
         ({"cu_seq_lens_q": [0, 5, 11]}, "from 0 to the 12 tokens"),
-        ({"cu_seq_lens_q": [0, 7, 5, 12]}, "do not fall"),
+        ({"cu_seq_lens_q": [0, 7, 5, 12]}, "expected ascending"),
         ({"seq_idx": [[0] * 11]}, "seq_idx: expected"),
         ({"position_ids": [list(range(11))]}, "position_ids: expected"),
         ({"attention_mask": [[1] * 11]}, "attention_mask: expected"),
