@@ -19,6 +19,7 @@ mixers.declare(
         "retention": ("T", "Retention"),
         "gated_retention": ("Y", "GatedRetention"),
         "gated_short_convolution": ("C", "GatedShortConvolution"),
+        "gated_slot_attention": ("g", "GatedSlotAttention"),
         "gateloop": ("O", "GateLoop"),
         "hgrn2": ("H", "HGRN2"),
         "kimi_delta_attention": ("K", "KimiDeltaAttention"),

@@ -7,6 +7,7 @@ from . import gated_delta_product as gated_delta_product
 from . import gated_linear_attention as gated_linear_attention
 from . import gated_retention as gated_retention
 from . import gated_short_convolution as gated_short_convolution
+from . import gated_slot_attention as gated_slot_attention
 from . import gateloop as gateloop
 from . import hgrn2 as hgrn2
 from . import kimi_delta_attention as kimi_delta_attention

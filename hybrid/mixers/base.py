@@ -319,20 +319,21 @@ class LinearMixer(StateMixer):
         cu_seqlens: torch.Tensor | None,
         cache: Slot | None,
         carry: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        state: str = "recurrent",
         **gates: Any,
     ) -> torch.Tensor:
         """Call the op, and continue from and write to the cache slot if there is one: o (B, T, H, V).
 
         Values that are too wide for the op are split into parts, each with its own state. The result is
         the same, because the columns of a state do not interact. ``carry`` maps the final state
-        (N, H, K, V) to the state that is stored.
+        (N, H, K, V) to the state that is stored, under the name ``state``.
         """
         parts = value_parts(v.shape[-1])
-        before = None if cache is None else cache.state("recurrent")
+        before = None if cache is None else cache.state(state)
         if parts > 1:
             v, gates = _split_values(v, gates, parts)
             before = None if before is None else _split_state(before, parts)
-        o, state = linear_attention(
+        o, after = linear_attention(
             q,
             k,
             v,
@@ -343,9 +344,9 @@ class LinearMixer(StateMixer):
             output_final_state=cache is not None,
             overwrite_state=before is not None and not torch.is_grad_enabled(),
         )
-        if cache is not None and state is not None:
-            state = state if parts == 1 else _join_state(state, parts)
-            cache.set_state("recurrent", state if carry is None else carry(state))
+        if cache is not None and after is not None:
+            after = after if parts == 1 else _join_state(after, parts)
+            cache.set_state(state, after if carry is None else carry(after))
         return o if parts == 1 else o.unflatten(2, (-1, parts)).flatten(-2)
 
     def project(

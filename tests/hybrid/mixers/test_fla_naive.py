@@ -52,6 +52,18 @@ def test_gated_delta_product(monkeypatch, decode):
     torch.testing.assert_close(found, expected.flatten(-2), **CLOSE)
 
 
+@pytest.mark.parametrize("decode", [False, True])
+def test_gated_slot_attention(monkeypatch, decode):
+    given, expected = recorded("gated_slot_attention")
+    mixer = bare(
+        "gated_slot_attention", monkeypatch, num_heads=2, head_dim=3, value_head_dim=4, num_slots=3
+    )
+    assert given["scale"] == mixer.scale
+    qkv = tuple(given[name] for name in "qkv")
+    found = run_core(mixer, monkeypatch, qkv, {"log_decay": given["g"]}, decode)
+    torch.testing.assert_close(found, expected.flatten(-2), **CLOSE)
+
+
 class States(dict):
     """A slot that holds states only."""
 

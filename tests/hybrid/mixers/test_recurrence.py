@@ -244,6 +244,30 @@ def gated_linear_attention(w, x, conv_size=None, tau=16.0):
     return additive(w, x, alpha, read, 2, 4, 5, 0.5, conv=conv_size is not None)
 
 
+@recurrence("gated_slot_attention", num_heads=2, head_dim=4, value_head_dim=5, num_slots=3)
+@recurrence(
+    "gated_slot_attention", num_heads=2, head_dim=4, value_head_dim=5, num_slots=3, conv_size=3,
+    tau=2.0, feature_map="identity",
+)  # fmt: skip
+def gated_slot_attention(w, x, conv_size=None, tau=8.0, feature_map="silu"):
+    H, K, V, M = 2, 4, 5, 3
+    keys, values = torch.zeros(H, M, K, dtype=x.dtype), torch.zeros(H, M, V, dtype=x.dtype)
+    out = []
+    for u, (q, k, v) in zip(x, qkv(w, x, [H * K, H * K, H * V], bool(conv_size)), strict=True):
+        q, k = (silu(y) if feature_map == "silu" else y for y in (q, k))
+        q, k, v, f = heads(q, H), heads(k, H), heads(silu(v), H), heads(w("decay_proj", u), H)
+        o = torch.zeros(H, V, dtype=x.dtype)
+        for h in range(H):
+            for m in range(M):
+                alpha = sigmoid(f[h, m]) ** (1 / tau)
+                keys[h, m] = alpha * keys[h, m] + (1 - alpha) * k[h]
+                values[h, m] = alpha * values[h, m] + (1 - alpha) * v[h]
+            e = torch.exp(keys[h] @ q[h])
+            o[h] = e / e.sum() @ values[h]
+        out.append(w("o_proj", rms(silu(o.flatten())) * w["norm.norm.weight"]))
+    return out
+
+
 @recurrence("hgrn2", num_heads=2, head_dim=4, value_head_dim=5)
 def hgrn2(w, x):
     def forget(f):

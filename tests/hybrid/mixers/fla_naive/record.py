@@ -37,7 +37,16 @@ def gated_delta_product(r):
     }  # fmt: skip
 
 
-CASES = (gated_delta_product,)
+def gated_slot_attention(r):
+    """Three slots; what is written is 1 - exp(g)."""
+    g = -r(B, T, H, N + 1).abs()
+    return "gsa", "naive_recurrent_gsa", {
+        "q": r(B, T, H, K), "k": r(B, T, H, K), "v": r(B, T, H, V), "s": 1 - g.exp(), "g": g,
+        "scale": 1.0,
+    }  # fmt: skip
+
+
+CASES = (gated_delta_product, gated_slot_attention)
 
 
 def naive(folder, name):
