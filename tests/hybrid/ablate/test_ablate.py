@@ -377,7 +377,7 @@ def test_folders_of_another_ablation_are_refused(values):
     (folder / CONFIG).write_text(json.dumps(_planned(other)))
     with pytest.raises(ConfigError) as caught:
         run_design(design, report=quiet)
-    assert caught.value.mistakes == [f"{folder}: training.learning_rate was 0.5, is 0.03"]
+    assert caught.value.mistakes == [f"{folder}: training.learning_rate: was 0.5, is 0.03"]
 
 
 def _planned(design):
