@@ -1,12 +1,11 @@
 """Training data: sources, tokenisation, packing with document boundaries, mixtures.
 
-Row `i` of a training run is a function of the configuration and `i` alone, never of how far a
-previous process got, so a run that is killed and started again sees the same rows in the same
-order.
+Row ``i`` of a training run depends only on the configuration and on ``i``. So a resumed run sees
+the same rows in the same order.
 
-    open_source   one entry of a config's `data:` -> rows
+    open_source   one entry of a config's ``data:`` -> rows
     Mixture       several of them by weight -> one data set
-    RowCollator   rows -> a batch with `position_ids` that restart at each document
+    RowCollator   rows -> a batch with ``position_ids`` that restart at each document
     prepare       text -> tokenised shards on disk, memory-mapped afterwards
 """
 

@@ -31,11 +31,11 @@ SHARD = re.compile(r"\d+")  # names of shards: part of the names of their files
 
 @dataclass(frozen=True)
 class Documents:
-    """N documents back to back.
+    """N concatenated documents.
 
     Attributes:
         tokens: (n,) unsigned integers; may be memory-mapped.
-        offsets: (N + 1,) int64, document d is `tokens[offsets[d]:offsets[d + 1]]`.
+        offsets: (N + 1,) int64, document d is ``tokens[offsets[d]:offsets[d + 1]]``.
     """
 
     tokens: np.ndarray
@@ -46,12 +46,12 @@ class Documents:
 
     @property
     def lengths(self) -> np.ndarray:
-        """(N,) int64, tokens of each document."""
+        """Return (N,) int64, the tokens of each document."""
         return np.diff(self.offsets)
 
     @classmethod
     def from_arrays(cls, arrays: Sequence[np.ndarray]) -> Documents:
-        """Documents from one array of ids each; empty ones are left out."""
+        """Build documents from one array of ids each; empty ones are skipped."""
         arrays = [a for a in arrays if len(a)]
         offsets = np.zeros(len(arrays) + 1, np.int64)
         np.cumsum([len(a) for a in arrays], out=offsets[1:])
@@ -59,7 +59,7 @@ class Documents:
         return cls(tokens, offsets)
 
     def problem(self) -> str | None:
-        """What is wrong with arrays that were read from a disk, or None."""
+        """Return what is wrong with arrays read from disk, or None."""
         for name, array, kind in (("tokens", self.tokens, "u"), ("offsets", self.offsets, "i")):
             if array.ndim != 1 or array.dtype.kind != kind:
                 return f"{name}: expected one row of integers, found {array.ndim}-d {array.dtype}"
@@ -68,7 +68,7 @@ class Documents:
         return "its offsets fall" if (self.lengths < 0).any() else None
 
     def checksum(self) -> int:
-        """CRC-32 of the content: of the tokens and of where documents start."""
+        """Return the CRC-32 of the tokens and of the document offsets."""
         value = 0
         for array in (self.tokens, self.offsets):
             for start in range(0, len(array), BLOCK):
@@ -77,12 +77,12 @@ class Documents:
 
 
 def encode(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> Iterator[np.ndarray]:
-    """Token ids of each text, followed by the end-of-text token where the tokenizer has one."""
+    """Yield the token ids of each text, followed by the end-of-text token if the tokenizer has one."""
     dtype = token_dtype(len(tokenizer))
     tail = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     if is_byte_tokenizer(tokenizer):
         for text in texts:
-            # The same ids as the tokenizer's own, two orders of magnitude sooner.
+            # Same ids as the tokenizer's own, two orders of magnitude faster.
             ids = np.frombuffer(text.encode("utf-8", errors="replace"), np.uint8)
             yield np.concatenate([ids, tail]).astype(dtype)
         return
@@ -93,12 +93,12 @@ def encode(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> Iterator
 
 
 def token_dtype(vocabulary: int) -> type[np.unsignedinteger]:
-    """The smallest unsigned integer that holds every id of a vocabulary of this size."""
+    """Return the smallest unsigned integer dtype for all ids of a vocabulary of this size."""
     return np.uint16 if vocabulary <= 1 << 16 else np.uint32
 
 
 def fingerprint(tokenizer: PreTrainedTokenizerBase) -> int:
-    """CRC-32 of a vocabulary: which token has which id."""
+    """Return the CRC-32 of a vocabulary: its tokens and their ids."""
     words = sorted(tokenizer.get_vocab().items())
     return zlib.crc32(json.dumps(words).encode("utf-8"))
 
@@ -118,10 +118,10 @@ def write_shard(folder: Path, number: int, arrays: Sequence[np.ndarray]) -> dict
 
 
 def read_index(folder: Path) -> dict[str, Any]:
-    """The index of a folder that `hybrid data prepare` wrote.
+    """Read the index of a folder of ``hybrid data prepare``.
 
     Raises:
-        ValueError: the folder holds none, or one of another format.
+        ValueError: the folder has no index, or one of another format.
     """
     path = folder / INDEX
     if not path.is_file():
@@ -141,7 +141,7 @@ def read_index(folder: Path) -> dict[str, Any]:
 
 
 def _index_problem(index: Mapping[str, Any]) -> str | None:
-    """What is wrong with an index of our format, or None."""
+    """Return what is wrong with an index of our format, or None."""
     for key, kind in (("vocabulary", int), ("tokenizer", str), ("shards", list)):
         if not isinstance(index.get(key), kind):
             return f"{key}: expected {kind.__name__}, found {index.get(key)!r}"
@@ -155,10 +155,10 @@ def _index_problem(index: Mapping[str, Any]) -> str | None:
 
 
 def open_shards(folder: Path) -> list[Documents]:
-    """The shards of a prepared folder, memory-mapped.
+    """Open the shards of a prepared folder, memory-mapped.
 
     Raises:
-        ValueError: the folder is not one, or a shard is missing, cut short or damaged.
+        ValueError: the folder is not prepared data, or a shard is missing, truncated or damaged.
     """
     return [_open_shard(folder, entry) for entry in read_index(folder)["shards"]]
 

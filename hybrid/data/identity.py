@@ -1,7 +1,7 @@
-"""What shows on resume that a source holds other data than before, under the same name.
+"""Fingerprints of sources, to detect on resume that a source has other data under the same name.
 
-Data that is held as a whole has a checksum of its whole. What is read as training goes is known by its
-files (or, on the hub, by their revision) and by a sample of its rows.
+Data read at the start has a checksum of all its content. Streamed data has checksums of its files
+(or its revision on the hub) and of a sample of its rows.
 """
 
 from __future__ import annotations
@@ -14,30 +14,33 @@ from pathlib import Path
 from hybrid.data.packing import Row
 
 FIRST_ROWS = 32
-"""Rows at the beginning of a source that are looked at."""
+"""Number of first rows of a source that are compared."""
 
 LAST_POWER = 16
-"""Of a source that is indexed, rows 64, 128, ... up to 2 ** LAST_POWER are looked at, too."""
+"""For indexed sources, rows 64, 128, ... up to 2 ** LAST_POWER are also compared."""
 
 WHOLE_BYTES = 1 << 30
-"""Files of a source that are together no larger are read whole."""
+"""Files of a source up to this total size are read whole."""
 
 BLOCK_BYTES = 1 << 16
-"""Of larger ones, blocks of this size spread evenly over each file, WHOLE_BYTES in all."""
+"""Of larger files, blocks of this size are read, evenly spaced in each file, WHOLE_BYTES in total."""
 
 
 def first_rows() -> list[int]:
-    """Indices of rows that are looked at in a source that is only read forward."""
+    """Return the indices of compared rows in a source that is read sequentially."""
     return list(range(FIRST_ROWS))
 
 
 def spread_rows() -> list[int]:
-    """Indices of rows that are looked at in a source that is indexed; the same for any length of run."""
+    """Return the indices of compared rows in an indexed source.
+
+    Independent of the length of the run.
+    """
     return first_rows() + [2**power for power in range(6, LAST_POWER + 1)]
 
 
 def rows_checksum(row: Callable[[int], Row], indices: Sequence[int]) -> int:
-    """CRC-32 of ids, labels and positions of rows, up to where the source ends.
+    """Return the CRC-32 of ids, labels and positions of rows, up to the end of the source.
 
     Args:
         row: index -> row; raises IndexError, KeyError or ValueError at an index beyond the end.
@@ -55,7 +58,10 @@ def rows_checksum(row: Callable[[int], Row], indices: Sequence[int]) -> int:
 
 
 def files_checksum(files: Sequence[str]) -> int:
-    """CRC-32 of the names, sizes and contents of files; see `WHOLE_BYTES` for large ones."""
+    """Return the CRC-32 of the names, sizes and contents of files.
+
+    See ``WHOLE_BYTES`` for large ones.
+    """
     sizes = [os.path.getsize(file) for file in files]
     share = None if sum(sizes) <= WHOLE_BYTES else WHOLE_BYTES // len(files)
     value = 0
@@ -69,7 +75,7 @@ def files_checksum(files: Sequence[str]) -> int:
 
 
 def _block_starts(size: int, share: int | None) -> Iterator[int]:
-    """Where the blocks of a file begin: all, or as many as fit into `share` bytes, 2 at least."""
+    """Yield the starts of a file's blocks: all, or as many as fit in ``share`` bytes, at least 2."""
     blocks = -(-size // BLOCK_BYTES)
     wanted = blocks if share is None else min(blocks, max(2, share // BLOCK_BYTES))
     for number in range(wanted):
@@ -78,7 +84,7 @@ def _block_starts(size: int, share: int | None) -> Iterator[int]:
 
 
 def hub_revision(name: str) -> str | None:
-    """The commit of a data set of the hub, or None where the hub cannot be asked."""
+    """Return the commit of a data set of the hub, or None if the hub cannot be reached."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 

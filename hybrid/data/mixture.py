@@ -1,8 +1,8 @@
-"""Several sources by weight as one data set whose row i depends on i alone.
+"""Several weighted sources as one data set; row i depends only on i.
 
-Rows are dealt in blocks of `BLOCK`: a block holds each source exactly as often as its weight
-says, in an order drawn from (seed, block). So the shares are exact, and the place of row i within
-its source is known without having dealt the rows before it.
+Rows are drawn in blocks of ``BLOCK``. Each block has exactly the share of each source, in an order
+drawn from (seed, block). So the shares are exact, and the position of row i in its source is known
+without drawing the rows before it.
 """
 
 from __future__ import annotations
@@ -19,25 +19,25 @@ BLOCK = 1000
 
 
 class DataError(ValueError):
-    """A source failed to give a row after the run has begun."""
+    """A source failed to return a row during training."""
 
     def __init__(self, message: str) -> None:
-        # torch makes an error of a worker process again, with its traceback in front of the message
+        # torch rebuilds an error of a worker process, with its traceback in front of the message
         super().__init__(message.rpartition(f"{type(self).__name__}: ")[2].strip())
 
 
 class Mixture(Dataset):
-    """`length` rows dealt from `sources`.
+    """``length`` rows drawn from weighted ``sources``.
 
     Args:
-        sources: where rows come from.
-        weights: shares, one for each source, relative to each other.
+        sources: the sources of rows.
+        weights: one weight for each source, relative to each other.
         length: rows of the whole run.
-        seed: of the order in which sources take turns.
-        vocabulary: ids are below it; None where that is not known.
+        seed: seed of the order of the sources.
+        vocabulary: ids are below it; None if not known.
 
     Raises:
-        ValueError: a weight is too small to get one row in `BLOCK`.
+        ValueError: a weight is too small for one row in ``BLOCK``.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class Mixture(Dataset):
         return row
 
     def locate(self, index: int) -> tuple[int, int]:
-        """The source that row `index` comes from, and which of that source's rows it is."""
+        """Return the source of row ``index``, and the index of the row in that source."""
         if len(self.sources) == 1:
             return 0, index
         block, place = divmod(index, BLOCK)
@@ -82,7 +82,7 @@ class Mixture(Dataset):
         return source, block * int(self.counts[source]) + int(self._dealt[2][place])
 
     def _deal(self, block: int) -> tuple[np.ndarray, np.ndarray]:
-        """(BLOCK,) the source of each row of a block, and its rank among that source's rows."""
+        """Return (BLOCK,) the source of each row of a block, and its rank among that source's rows."""
         deck = np.repeat(np.arange(len(self.counts)), self.counts)
         np.random.default_rng([self.seed, block]).shuffle(deck)
         rank = np.zeros(BLOCK, np.int64)
@@ -92,10 +92,10 @@ class Mixture(Dataset):
 
 
 def check_ids(row: Row, vocabulary: int) -> None:
-    """Refuse ids and labels that no embedding has: an accelerator would only report an assertion.
+    """Refuse ids and labels outside the vocabulary; an accelerator would only report an assertion.
 
     Raises:
-        ValueError: naming the one that is furthest out.
+        ValueError: names the value that is furthest outside.
     """
     asked = {"token id": row["input_ids"]}
     if "labels" in row:
@@ -112,7 +112,7 @@ def check_ids(row: Row, vocabulary: int) -> None:
 
 
 def shares(weights: Sequence[float]) -> np.ndarray:
-    """(len(weights),) int64, rows of each source in a block; they add up to `BLOCK`."""
+    """Return (len(weights),) int64, the rows of each source in a block; their sum is ``BLOCK``."""
     exact = np.asarray(weights, np.float64) / max(weights)  # whose sum might overflow
     exact *= BLOCK / exact.sum()
     counts = np.floor(exact).astype(np.int64)

@@ -1,15 +1,15 @@
-"""Rows of one fixed length out of documents of any length.
+"""Pack documents of any length into rows of one fixed length.
 
-A row is a list of spans; a span is a stretch of one document. In a row, `position_ids` restart at
-0 at each span, which is how the model is told of the boundary (there is no attention mask), and
-the first token of a span carries no label, since what stands before it belongs to another
-document. So the loss on packed rows is the loss on the spans alone.
+A row is a list of spans. A span is a part of one document. In a row, ``position_ids`` restart at 0 at
+each span, which marks the document boundary for the model (there is no attention mask). The first
+token of a span has no label, because the token before it belongs to another document. So the loss
+of packed rows equals the loss of the separate spans.
 
-    concatenate   documents back to back, cut wherever a row is full: every row but the last is full
-    best_fit      no span is cut that fits a row: best-fit decreasing, arXiv 2404.10830, section 3
-    none          one span a row
+    concatenate   concatenated documents, split wherever a row is full: every row but the last is
+    full best_fit      spans that fit in a row are not split: best-fit decreasing, arXiv 2404.10830,
+    section 3 none          one span per row
 
-What stays free at the end of a row is a span of padding without labels.
+The rest of a row is a span of padding without labels.
 Legend: T tokens of a row, R rows, N documents.
 """
 
@@ -23,7 +23,7 @@ import numpy as np
 
 from hybrid.data.documents import Documents
 
-IGNORE = -100  # the label that transformers' losses leave out
+IGNORE = -100  # the label that transformers' losses ignore
 
 Packing = Literal["concatenate", "best_fit", "none"]
 LongDocuments = Literal["split", "truncate", "refuse"]
@@ -31,7 +31,7 @@ Row = dict[str, np.ndarray]
 
 
 def row_from_spans(spans: list[np.ndarray], length: int, pad_id: int) -> Row:
-    """One row: `input_ids`, `labels`, `position_ids`, each (T,) int64."""
+    """Return one row: ``input_ids``, ``labels``, ``position_ids``, each (T,) int64."""
     row = {
         "input_ids": np.full(length, pad_id, np.int64),
         "labels": np.full(length, IGNORE, np.int64),
@@ -50,14 +50,14 @@ def row_from_spans(spans: list[np.ndarray], length: int, pad_id: int) -> Row:
 
 @dataclass(frozen=True)
 class PackedRows:
-    """The rows of one `Documents`: `rows[i]` for 0 <= i < len(rows), in the documents' own order.
+    """The rows of one ``Documents``: ``rows[i]`` for 0 <= i < len(rows), in the order of the documents.
 
     Attributes:
         documents: the tokens.
         length: T.
         pad_id: id that fills what stays free.
-        spans: (S, 2) int64, begin and end of each span in `documents.tokens`.
-        bounds: (R + 1,) int64, row r has spans `bounds[r]:bounds[r + 1]`.
+        spans: (S, 2) int64, begin and end of each span in ``documents.tokens``.
+        bounds: (R + 1,) int64, row r has spans ``bounds[r]:bounds[r + 1]``.
     """
 
     documents: Documents
@@ -83,19 +83,18 @@ def pack(
     packing: Packing = "concatenate",
     long_documents: LongDocuments = "split",
 ) -> PackedRows:
-    """Lay documents out in rows of `length` tokens.
+    """Pack documents into rows of ``length`` tokens.
 
     Args:
         documents: N documents.
         length: T, tokens of a row.
-        pad_id: id that fills what stays free.
+        pad_id: id of padding.
         packing: see the head of this file.
-        long_documents: what becomes of a document longer than a row: cut into several spans, cut
-        off
-            at T tokens, or refused.
+        long_documents: treatment of documents longer than a row: split into several spans,
+            truncated at T tokens, or refused.
 
     Raises:
-        ValueError: a document is longer than a row and `long_documents` is "refuse".
+        ValueError: a document is longer than a row and ``long_documents`` is "refuse".
     """
     spans = _limit(documents, length, long_documents)
     if packing == "concatenate":
@@ -110,7 +109,7 @@ def pack(
 
 
 def _limit(documents: Documents, length: int, policy: LongDocuments) -> np.ndarray:
-    """(N, 2): documents as spans, after what `policy` does to those longer than a row."""
+    """Return (N, 2): documents as spans, with ``policy`` applied to those longer than a row."""
     begin, end = documents.offsets[:-1], documents.offsets[1:]
     long = np.flatnonzero(documents.lengths > length)
     if policy == "refuse" and len(long):
@@ -127,7 +126,7 @@ def _limit(documents: Documents, length: int, policy: LongDocuments) -> np.ndarr
 
 
 def _split(spans: np.ndarray, length: int) -> np.ndarray:
-    """(S, 2): the same tokens in spans of at most `length`."""
+    """Return (S, 2): the same tokens in spans of at most ``length``."""
     begin, end = spans[:, 0], spans[:, 1]
     pieces = -(-(end - begin) // length)
     ordinal = np.arange(pieces.sum()) - np.repeat(np.cumsum(pieces) - pieces, pieces)
@@ -136,7 +135,9 @@ def _split(spans: np.ndarray, length: int) -> np.ndarray:
 
 
 def _concatenate(spans: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
-    """Spans cut at every `length`-th token of their concatenation, and the bounds of the rows."""
+    """Return spans split at every ``length``-th token of their concatenation, and the bounds of the
+    rows.
+    """
     sizes = spans[:, 1] - spans[:, 0]
     stops = np.cumsum(sizes)
     total = int(stops[-1]) if len(stops) else 0
@@ -150,7 +151,9 @@ def _concatenate(spans: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray
 
 
 def _best_fit(sizes: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
-    """Order of spans and bounds of rows: longest first, each into the fullest row it fits."""
+    """Return the order of spans and the bounds of rows: longest first, each in the fullest row it
+    fits.
+    """
     room: list[int] = []  # free tokens of the open rows, ascending
     owner: list[int] = []  # the row that each entry of `room` belongs to
     rows: list[list[int]] = []

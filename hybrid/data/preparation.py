@@ -1,4 +1,4 @@
-"""Tokenise once, ahead of training: text -> shards of token ids that training memory-maps."""
+"""Tokenise text before training into shards of token ids, which training memory-maps."""
 
 from __future__ import annotations
 
@@ -32,23 +32,25 @@ def prepare(
     progress: Callable[[int, int], None] | None = None,
     **options: object,
 ) -> dict:
-    """Tokenise a source of text into `output`, which a config may then name as a source.
+    """Tokenise a source of text into the folder ``output``, which a config can use as a source.
 
-    The index is written last, under its name at once: a folder with an index is whole.
+    The index is written last and atomically: a folder with an index is complete.
 
     Args:
         source: stdlib, a path or pattern, or a hub data set.
-        output: a folder; made where absent.
-        tokenizer: `bytes`, or a Hugging Face tokenizer by name or path.
-        shard_tokens: tokens after which a new shard begins.
-        progress: called every `EVERY` documents and at the end with the documents and tokens so far.
-        options: `text_key`, `split`, `name`, `streaming`, as in a config's `data:`.
+        output: a folder; created if missing.
+        tokenizer: ``bytes``, or a Hugging Face tokenizer by name or path.
+        shard_tokens: tokens per shard.
+        progress: called every ``EVERY`` documents and at the end with the number of documents and
+            tokens.
+        options: ``text_key``, ``split``, ``name``, ``streaming``, as in a config's ``data:``.
 
     Returns:
         The index: `format`, `tokenizer`, `vocabulary`, `fingerprint`, `documents`, `tokens`, `shards`.
 
     Raises:
-        ValueError: an option is unknown, the source holds no text, or `output` holds prepared data.
+        ValueError: an option is unknown, the source has no text, or ``output`` already has prepared
+            data.
     """
     if source in plugins():
         raise ValueError(

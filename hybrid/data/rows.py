@@ -1,8 +1,7 @@
-"""Rows by index, whatever they come from.
+"""Rows by index, for all kinds of sources.
 
-A `Rows` answers `row(i)` for any i >= 0 with the same row in every process and every run. One
-that ends (`per_epoch` rows) starts again in another order; one that does not has `per_epoch`
-None.
+A ``Rows`` returns the same ``row(i)``, i >= 0, in every process and every run. A finite source has
+``per_epoch`` rows and then starts again in another order. An endless one has ``per_epoch`` None.
 """
 
 from __future__ import annotations
@@ -28,29 +27,29 @@ from hybrid.data.packing import (
     row_from_spans,
 )
 
-WINDOW = 1024  # documents of a stream that best-fit packing chooses from
+WINDOW = 1024  # documents of a stream among which best-fit packing selects
 
 
 class Rows(Protocol):
-    """What a mixture draws from."""
+    """The interface of a source for a mixture."""
 
     per_epoch: int | None
 
     def row(self, index: int) -> Row:
-        """Row `index`: `input_ids`, `labels`, `position_ids`, each (T,) int64."""
+        """Return row ``index``: ``input_ids``, ``labels``, ``position_ids``, each (T,) int64."""
         ...
 
     def identity(self) -> dict[str, int | str | None]:
-        """What is the same for the same data alone, by name; None is not known, and not compared."""
+        """Return fingerprints of the data by name; None means unknown and is not compared."""
         ...
 
 
 class ShuffledRows:
-    """Packed rows of finite data, in an order of their own in each epoch.
+    """Packed rows of finite data, shuffled in each epoch.
 
     Args:
         parts: packed rows, e.g. one for each shard.
-        seed: of the order.
+        seed: seed of the order.
     """
 
     def __init__(self, parts: Sequence[PackedRows], seed: int) -> None:
@@ -61,7 +60,7 @@ class ShuffledRows:
         self._order: tuple[int, np.ndarray] | None = None
 
     def row(self, index: int) -> Row:
-        """See `Rows.row`."""
+        """See ``Rows.row``."""
         assert self.per_epoch
         epoch, place = divmod(index, self.per_epoch)
         if self._order is None or self._order[0] != epoch:
@@ -72,20 +71,20 @@ class ShuffledRows:
         return self.parts[part][place - (self.ends[part - 1] if part else 0)]
 
     def identity(self) -> dict[str, int | str | None]:
-        """See `Rows.identity`: of all documents."""
+        """See ``Rows.identity``; covers all documents."""
         values = [part.documents.checksum() for part in self.parts]
         return {"CRC-32 of its content": zlib.crc32(np.asarray(values, np.uint32).tobytes())}
 
 
 class StreamedRows:
-    """Rows of something that can only be read from its beginning.
+    """Rows of a source that can only be read sequentially.
 
-    Going forward reads on; going back, or starting at row i, reads from the beginning and drops
-    what comes before: exact, and as slow as reading is.
+    A later row continues reading. An earlier row, or the first row of a resumed run, restarts from
+    the beginning and discards rows: exact, but as slow as reading.
 
     Args:
-        start: makes an endless iterator from the beginning; the same one each time.
-        origin: what is known of the data beside its rows, for `identity`.
+        start: creates an endless iterator from the beginning; the same one each time.
+        origin: returns fingerprints beside those of the rows, for ``identity``.
     """
 
     per_epoch: int | None = None
@@ -100,11 +99,11 @@ class StreamedRows:
         self._last: tuple[int, Row] | None = None
 
     def row(self, index: int) -> Row:
-        """See `Rows.row`."""
+        """See ``Rows.row``."""
         if self._last is not None and self._last[0] == index:
             return self._last[1]
         last = self._last
-        self._last = None  # an iterator that raises is at its end: the next call starts again
+        self._last = None  # an iterator that raised is exhausted: the next call restarts
         with _unsplit():
             if last is None or last[0] > index:
                 self._rows, last = self._start(), None
@@ -120,7 +119,7 @@ class StreamedRows:
         return last[1]
 
     def identity(self) -> dict[str, int | str | None]:
-        """See `Rows.identity`: of the first rows, and of the files or the revision that they are of."""
+        """See ``Rows.identity``; covers the first rows, and their files or revision."""
         rows = first_rows()
         return {f"CRC-32 of its first {len(rows)} rows": rows_checksum(self.row, rows)} | (
             self._origin()
@@ -129,10 +128,10 @@ class StreamedRows:
 
 @contextmanager
 def _unsplit() -> Iterator[None]:
-    """Hide from readers that this process is a worker of a `DataLoader`.
+    """Hide from readers that this process is a worker of a ``DataLoader``.
 
-    Streams of `datasets` and many iterable datasets of torch yield only a worker's share of their
-    rows. Here the sampler shares rows out by index, and row i is the same in every process.
+    Streams of ``datasets`` and many iterable data sets of torch yield only a worker's share of their
+    rows. Here the sampler distributes rows by index, and row i is the same in every process.
     """
     from torch.utils.data._utils import worker
 
@@ -145,7 +144,7 @@ def _unsplit() -> Iterator[None]:
 
 
 class PluginRows:
-    """Rows of a plug-in that can be asked for row i (`source[i]`)."""
+    """Rows of a plug-in with random access (``source[i]``)."""
 
     per_epoch: int | None = None
 
@@ -153,20 +152,20 @@ class PluginRows:
         self.source, self.length, self.pad_id = source, length, pad_id
 
     def row(self, index: int) -> Row:
-        """See `Rows.row`."""
+        """See ``Rows.row``."""
         return complete(self.source[index], self.length, self.pad_id)
 
     def identity(self) -> dict[str, int | str | None]:
-        """See `Rows.identity`: of a sample of rows."""
+        """See ``Rows.identity``; covers a sample of rows."""
         rows = spread_rows()
         return {f"CRC-32 of {len(rows)} of its rows": rows_checksum(self.row, rows)}
 
 
 def complete(row: Any, length: int, pad_id: int) -> Row:
-    """A plug-in's row, checked, with `position_ids`, padded at its end to `length`.
+    """Check a plug-in's row, add ``position_ids``, and pad it at the end to ``length``.
 
     Raises:
-        ValueError: it is no row: a key is absent, lengths differ, or it is too long.
+        ValueError: a key is missing, lengths differ, or the row is too long.
     """
     absent = {"input_ids", "labels"} - set(row)
     if absent:
@@ -202,9 +201,9 @@ def packed_stream(
     packing: Packing = "concatenate",
     long_documents: LongDocuments = "split",
 ) -> Iterator[Row]:
-    """Rows from a stream of token ids; the arguments are those of `hybrid.data.packing.pack`.
+    """Yield rows from a stream of token ids; the arguments are those of ``hybrid.data.packing.pack``.
 
-    Concatenated rows are filled exactly. Best-fit packing sees `WINDOW` documents at a time.
+    Concatenated rows are filled exactly. Best-fit packing selects among ``WINDOW`` documents at a time.
     """
     documents = _limited(documents, length, long_documents)
     if packing == "concatenate":

@@ -1,4 +1,4 @@
-"""Rows cut into slices, one for each process of a context-parallel group."""
+"""Rows split into slices, one for each process of a context-parallel group."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from hybrid.data.packing import IGNORE, Row
 
 
 class SlicedRows(Dataset):
-    """The slices of a mixture's rows, in the order in which accelerate deals batches to processes.
+    """The slices of a mixture's rows, in the order in which accelerate distributes batches to
+    processes.
 
-    It gives batch number n to process n modulo their number. So the `parts` batches that follow each
-    other here hold the same `batch` rows, the first of them the first slices.
+    Batch n goes to process n modulo the number of processes. So each ``parts`` consecutive batches
+    have the slices of the same ``batch`` rows, in order.
 
     Args:
         rows: whole rows of T tokens.
@@ -29,9 +30,9 @@ class SlicedRows(Dataset):
         return len(self.rows) * self.parts
 
     def __getitem__(self, index: int) -> Row:
-        """`input_ids`, `labels`, `position_ids` and `shift_labels`, (T / P,) each.
+        """Return ``input_ids``, ``labels``, ``position_ids`` and ``shift_labels``, (T / P,) each.
 
-        `shift_labels` are the labels of the next token, which may be in the next slice.
+        ``shift_labels`` are the labels of the next token, which can be in the next slice.
         """
         number, place = divmod(index, self.batch)
         group, part = divmod(number, self.parts)
@@ -43,9 +44,9 @@ class SlicedRows(Dataset):
 
 
 class FilledRows(Dataset):
-    """A mixture's rows, and at their end rows without labels up to a multiple of `multiple`.
+    """A mixture's rows, followed by rows without labels up to a multiple of ``multiple``.
 
-    Processes that take turns at batches then all have as many, and no row is seen twice.
+    So all processes have the same number of batches, and no row is used twice.
     """
 
     def __init__(self, rows: Mixture, multiple: int) -> None:
@@ -55,12 +56,12 @@ class FilledRows(Dataset):
         return -(-len(self.rows) // self.multiple) * self.multiple
 
     def __getitem__(self, index: int) -> Row:
-        """See `Mixture`."""
+        """See ``Mixture``."""
         if not 0 <= index < len(self):
             raise IndexError(f"row {index} of {len(self)}")
         return self.rows[index] if index < len(self.rows) else silent(self.rows[0])
 
 
 def silent(row: Row) -> Row:
-    """The row without its labels."""
+    """Return the row without its labels."""
     return {**row, "labels": np.full_like(row["labels"], IGNORE)}

@@ -1,16 +1,15 @@
-"""One entry of a config's `data:` becomes rows.
+"""Open the sources of a config's ``data:`` as rows.
 
     stdlib                     text of Python's own sources (hybrid/data/stdlib.py)
-    a folder of prepared data  token shards that `hybrid data prepare` wrote, memory-mapped
-    a path or pattern          .txt, .jsonl, .parquet, ... through `datasets`
-    a plug-in's name           any package's entry point in the group `hybrid.data`
+    a folder of prepared data  token shards that ``hybrid data prepare`` wrote, memory-mapped
+    a path or pattern          .txt, .jsonl, .parquet, ... through ``datasets``
+    a plug-in's name           any package's entry point in the group ``hybrid.data``
     any other name             a data set of the hub
 
-A plug-in is a callable `f(*, sequence_length, seed, tokenizer, **options)` that returns endless
-rows `{"input_ids", "labels"}`, each of at most `sequence_length` tokens, labels as transformers
-takes them (shifted inside the model, -100 where there is no loss). What it returns may answer
-`source[i]` (then resuming is immediate) or only be iterable (then resuming reads what was seen
-and drops it).
+A plug-in is a callable ``f(*, sequence_length, seed, tokenizer, **options)`` that returns endless
+rows ``{"input_ids", "labels"}``, each of at most ``sequence_length`` tokens, with labels as in
+transformers (shifted inside the model, -100 for no loss). The returned object supports ``source[i]``,
+or is only iterable. In the second case a resumed run reads and discards the earlier rows.
 """
 
 from __future__ import annotations
@@ -46,11 +45,11 @@ if TYPE_CHECKING:
 
 GROUP = "hybrid.data"
 STDLIB = "stdlib"
-GIVEN = ("sequence_length", "seed", "tokenizer")  # what every plug-in gets from us
+GIVEN = ("sequence_length", "seed", "tokenizer")  # arguments of every plug-in
 
 
 class Source(Declared):
-    """One source of rows; a plug-in has options of its own instead of those on text."""
+    """One source of rows; a plug-in has its own options instead of those for text."""
 
     source: Text = Field(
         description="stdlib, a path or pattern, a plug-in's name, or a hub data set"
@@ -69,7 +68,7 @@ class Source(Declared):
     @model_validator(mode="before")
     @classmethod
     def _gather_options(cls, values: Any) -> Any:
-        """A name stands for a source without options; what a plug-in is given goes to `options`."""
+        """Accept a name for a source without options; move the options of a plug-in to ``options``."""
         if isinstance(values, str):
             values = {"source": values}
         source = values.get("source") if isinstance(values, Mapping) else None
@@ -77,7 +76,7 @@ class Source(Declared):
             return values
         if source not in plugins():
             if problem := _misspelt(source):
-                refuse([f": {problem}"])  # and not its options, which may be right
+                refuse([f": {problem}"])  # do not check its options, which may be correct
             return values
         own = cls._own_keys()
         options = {str(k): v for k, v in values.items() if k not in own}
@@ -99,7 +98,7 @@ class Source(Declared):
     @classmethod
     def _of_no_file(cls, value: str | None, info: ValidationInfo) -> Any:
         source, default = info.data.get("source"), cls.model_fields[str(info.field_name)].default
-        # A split that files do not have would be all of them, held-out text with it.
+        # Files have no splits: accepting one would return all texts, held-out ones included.
         if source is not None and source != STDLIB and is_path(source) and value != default:
             refuse([f": expected none for files, got {value!r}; try naming the files in `source`"])
         return value
@@ -117,17 +116,19 @@ class Source(Declared):
 
     @classmethod
     def _own_keys(cls) -> set[str]:
-        """Keys beside a plug-in's options."""
+        """Return the keys that are not options of a plug-in."""
         return (cls.model_fields.keys() - Source.model_fields.keys()) | {"source"}
 
     def as_dict(self) -> dict[str, Any]:
-        """Only what differs from the defaults, a plug-in's options laid beside `source`."""
+        """Return the values that differ from the defaults, with a plug-in's options beside
+        ``source``.
+        """
         values = self.model_dump(exclude_defaults=True)
         return values | values.pop("options", {})
 
 
 class SourceConfig(Source):
-    """One of the sources of a run's rows."""
+    """One weighted source of a run."""
 
     weight: Positive = Field(
         1.0, description="share of the training rows, relative to the other sources"
@@ -136,7 +137,7 @@ class SourceConfig(Source):
 
 @dataclass(frozen=True)
 class RowFormat:
-    """What every source of a run has in common."""
+    """The format of rows, common to all sources of a run."""
 
     length: int
     pad_id: int
@@ -145,17 +146,17 @@ class RowFormat:
 
 
 def plugins() -> dict[str, EntryPoint]:
-    """Installed plug-ins by name."""
+    """Return the installed plug-ins by name."""
     return {entry.name: entry for entry in entry_points(group=GROUP)}
 
 
 def source_names() -> list[str]:
-    """Sources that have a name here: the built-in one and the installed plug-ins."""
+    """Return the names of the built-in source and of the installed plug-ins."""
     return sorted({STDLIB, *plugins()})
 
 
 def _misspelt(source: str) -> str | None:
-    """What is wrong with a name that is nearly one that is known here, and is no path."""
+    """Return an error for a name that is not a path and is similar to a known name."""
     if is_path(source) or "/" in source or source in (known := source_names()):
         return None
     near = did_you_mean(source, known)
@@ -165,7 +166,7 @@ def _misspelt(source: str) -> str | None:
 def _unknown_options(entry: EntryPoint, options: Mapping[str, Any], beside: set[str]) -> list[str]:
     try:
         parameters = inspect.signature(entry.load()).parameters.values()
-    except Exception as error:  # of a user's module
+    except Exception as error:  # any error of a user's module
         return [f": plug-in {entry.name!r} cannot be imported: {type(error).__name__}: {error}"]
     if any(p.kind is p.VAR_KEYWORD for p in parameters):
         return []
@@ -180,16 +181,16 @@ def _unknown_options(entry: EntryPoint, options: Mapping[str, Any], beside: set[
 def open_source(
     config: Source, tokenizer: PreTrainedTokenizerBase, rows: RowFormat, seed: int
 ) -> Rows:
-    """The rows of one source.
+    """Open one source.
 
     Args:
-        config: the entry of `data:`.
-        tokenizer: turns text into ids.
-        rows: length of a row and how documents are laid out in it.
-        seed: of the order of rows, or of a plug-in's random choices.
+        config: the entry of ``data:``.
+        tokenizer: converts text to ids.
+        rows: length and packing of a row.
+        seed: seed of the order of rows, or of a plug-in's random numbers.
 
     Raises:
-        ValueError: files are missing, a column is absent, the source is empty, ...
+        ValueError: files are missing, a column is missing, the source is empty, ...
     """
     if entry := plugins().get(config.source):
         return _open_plugin(entry, config, tokenizer, rows, seed)
@@ -216,10 +217,10 @@ def open_source(
 
 
 def open_texts(config: Source) -> Callable[[int], Iterator[str]]:
-    """Texts of a source of text, as a function of the epoch that starts reading them.
+    """Return a function from the epoch to an iterator over the texts of a source.
 
     Raises:
-        ValueError: there is no such source, or it holds no text.
+        ValueError: the source does not exist, or has no text.
     """
     if config.source == STDLIB:
         split: Split = "heldout" if config.split == "heldout" else "train"
@@ -260,7 +261,7 @@ def _open_prepared(folder: Path, tokenizer: PreTrainedTokenizerBase) -> list[Doc
             f"{folder} was prepared with a tokenizer of {index['vocabulary']} tokens, this run's has"
             f" {len(tokenizer)}; prepare it again with this run's tokenizer"
         )
-    # data prepared before fingerprints were kept has none
+    # data prepared by earlier versions has no fingerprint
     if index.get("fingerprint", found := fingerprint(tokenizer)) != found:
         raise ValueError(
             f"{folder} was prepared with the tokenizer {index['tokenizer']!r}, in which words have"

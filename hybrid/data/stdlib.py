@@ -1,8 +1,7 @@
-"""Text that every machine has: the Python standard library's own source files.
+"""Text available on every machine: the source files of Python's standard library.
 
-A file is held out (for evaluation) when the CRC-32 of its path is a multiple of `HOLD_OUT`; the
-rest is for training. The rule depends on the path alone, so that training and evaluation agree on
-it without talking to each other.
+A file is held out for evaluation if the CRC-32 of its path is a multiple of ``HOLD_OUT``. All other
+files are for training. The rule depends only on the path, so training and evaluation agree on it.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ Split = Literal["train", "heldout"]
 
 
 def stdlib_files(split: Split, root: Path | None = None) -> list[Path]:
-    """Source files of one split, sorted by path.
+    """Return the source files of one split, sorted by path.
 
     Args:
         split: "train", or "heldout" for about one file in twenty.
@@ -48,10 +47,10 @@ def _python_files(root: Path) -> Iterator[Path]:
 
 
 def held_out(path: Path) -> bool:
-    """Whether the file of this path (relative to the library's folder) is kept for evaluation."""
+    """Return whether a file, relative to the library's folder, is held out for evaluation."""
     return zlib.crc32(path.as_posix().encode("utf-8")) % HOLD_OUT == 0
 
 
 def stdlib_texts(split: Split) -> list[str]:
-    """The text of every file of one split."""
+    """Return the text of every file of one split."""
     return [p.read_bytes().decode("utf-8", errors="replace") for p in stdlib_files(split)]

@@ -1,4 +1,4 @@
-"""Text out of files and hub data sets, through `datasets`."""
+"""Read texts from files and hub data sets, through ``datasets``."""
 
 from __future__ import annotations
 
@@ -31,20 +31,20 @@ BUILDERS = {
 }
 PACKED_SUFFIXES = (".gz", ".zst", ".xz", ".bz2")
 LINES = (".jsonl", ".ndjson")  # a row is a line
-UNREADABLE = (ValueError, OSError, EOFError, zlib.error, LZMAError)  # a cut or broken file
+UNREADABLE = (ValueError, OSError, EOFError, zlib.error, LZMAError)  # a truncated or damaged file
 
 
 def is_path(source: str) -> bool:
-    """Whether a source names files rather than a data set of the hub."""
+    """Return whether a source names files, not a data set of the hub."""
     looks_local = glob.has_magic(source) or source.startswith((".", "/", "~"))
     return looks_local or _suffix(source) in BUILDERS or os.path.exists(source)
 
 
 def find_files(pattern: str) -> list[str]:
-    """Files of a path or pattern, sorted; a folder stands for every readable file below it.
+    """Return the files of a path or pattern, sorted; for a folder, all readable files below it.
 
     Raises:
-        ValueError: there are none, or they are of several formats.
+        ValueError: there are none, or they have several formats.
     """
     expanded = os.path.expanduser(pattern)
     if os.path.isdir(expanded):
@@ -69,7 +69,7 @@ def find_files(pattern: str) -> list[str]:
 
 
 def origin(source: str) -> dict[str, int | str | None]:
-    """What identifies the texts of a source without reading them as texts."""
+    """Return fingerprints of a source's files or revision."""
     if is_path(source):
         return {"CRC-32 of its files": files_checksum(find_files(source))}
     return {"commit on the hub": hub_revision(source)}
@@ -78,7 +78,7 @@ def origin(source: str) -> dict[str, int | str | None]:
 def load_texts(
     source: str, *, text_key: str, split: str, name: str | None, streaming: bool
 ) -> Callable[[int], Iterator[str]]:
-    """Texts of files or of a hub data set, as a function of the epoch that starts reading them.
+    """Return a function from the epoch to an iterator over the texts of files or a hub data set.
 
     Args:
         source: path, pattern, or name on the hub.
@@ -130,7 +130,7 @@ def load_texts(
 
 @contextmanager
 def _readable(source: str, number: int) -> Iterator[None]:
-    """What readers say of broken files, as a ValueError that names the file; `number` rows were read."""
+    """Convert errors of readers to a ValueError with the file; ``number`` rows have been read."""
     try:
         yield
     except UNREADABLE as error:
@@ -141,25 +141,28 @@ def _readable(source: str, number: int) -> Iterator[None]:
 
 
 def _line(source: str, number: int) -> str:
-    """`FILE, line N` of a row, for files of lines; else nothing."""
+    """Return ``FILE, line N`` of a row, for files with one row per line; otherwise nothing."""
     return next((place for place, _ in islice(_lines(source), number, None)), "")
 
 
 def _broken_line(source: str, number: int) -> str:
-    """`FILE, line N: REASON` of the first line from a row on that is no JSON; nothing if all are."""
+    """Return ``FILE, line N: REASON`` of the first invalid JSON line from a row on; nothing if none."""
     try:
         for place, line in islice(_lines(source), number, None):
             try:
                 json.loads(line)
             except ValueError as error:
                 return f"{place}: {getattr(error, 'msg', error)}"
-    except UNREADABLE:  # a packed file that is cut: there is no line to name
+    except UNREADABLE:  # a truncated compressed file has no line to report
         pass
     return ""
 
 
 def _lines(source: str) -> Iterator[tuple[str, bytes]]:
-    """`FILE, line N` and the line, for every row of files of lines; nothing for other sources."""
+    """Yield ``FILE, line N`` and the line, for files with one row per line.
+
+    Nothing for other sources.
+    """
     import fsspec
 
     files = find_files(source) if is_path(source) else []
@@ -188,13 +191,13 @@ def _load(source: str, split: str, name: str | None, streaming: bool) -> Any:
             raise ValueError(f"{packed}: cannot be unpacked here; pip install zstandard")
         if not any(os.path.getsize(file) for file in files):
             raise ValueError(f"{source!r} is empty: none of its {len(files)} files holds a byte")
-        # One file of plain text is one document.
+        # A file of plain text is one document.
         options: dict[str, Any] = {"sample_by": "document"} if builder == "text" else {}
         return _refuse_unreadable(
             lambda: load(builder, data_files=files, split="train", streaming=streaming, **options),
             source,
         )
-    # a file whose name is misspelt at its end looks like a data set of the hub
+    # a file name with a misspelt suffix looks like a data set of the hub
     hint = _nearby(source) if os.path.isdir(os.path.dirname(source) or ".") else ""
     return _refuse_unreadable(
         lambda: load(source, name, split=split, streaming=streaming), source, hint
@@ -207,7 +210,7 @@ def _refuse_unreadable(load: Callable[[], Any], source: str, hint: str = "") -> 
     try:
         return load()
     except (*UNREADABLE, DatasetGenerationError) as error:
-        # `datasets` says what is wrong with a file in the error's cause.
+        # `datasets` has the reason in the error's cause.
         cause = error.__cause__ or error
         reason = str(cause).strip().split("\n", 1)[0]
         if isinstance(cause, UNREADABLE):

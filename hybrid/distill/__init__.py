@@ -2,8 +2,8 @@
 
 hybrid distill CONFIG [key=value ...]
 
-load_config   a YAML file and overrides -> DistillConfig, every mistake named
-distill       DistillConfig -> Report; the same call again goes on where the last one ended
+load_config   a YAML file and overrides -> DistillConfig; reports all mistakes
+distill       DistillConfig -> Report; the same call resumes
 """
 
 import lazy_loader

@@ -1,4 +1,4 @@
-"""`hybrid distill`: a distillation by a YAML file, its report printed."""
+"""``hybrid distill``: run a distillation from a YAML file and print its report."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from hybrid.train.checkpoints import CheckpointError
 
 
 def run_distillation(config: str, overrides: Sequence[str] = ()) -> None:
-    """Distil by the YAML file `config` with `key=value` overrides.
+    """Distil with the YAML file ``config`` and ``key=value`` overrides.
 
     Raises:
         ValueError: mistakes in the config, a checkpoint that cannot be used, a loss that is not finite.
     """
-    logging.disable_progress_bar()  # one bar is ours, those of file writing tear it apart
+    logging.disable_progress_bar()  # progress bars of file writing would break up ours
     try:
         report = distill(load_config(config, overrides))
     except (CheckpointError, FloatingPointError) as error:

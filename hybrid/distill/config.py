@@ -1,4 +1,4 @@
-"""The configuration of a distillation: typed, with every mistake named before anything is computed."""
+"""The configuration of a distillation: typed; all mistakes are reported before training starts."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ STAGES = ("outputs", "logits", "language")
 """The stages, in their order."""
 
 Part = Literal["replaced", "kept", "ffn", "norms", "embeddings"]
-"""What a stage can hold still: new mixers, the other mixers, feed-forwards, norms of the stream, and
-embeddings with the head."""
+"""Parts that a stage can freeze: new mixers, other mixers, feed-forwards, norms of the residual
+stream, and embeddings with the head."""
 
 PARTS: tuple[Part, ...] = ("replaced", "kept", "ffn", "norms", "embeddings")
 
@@ -47,7 +47,7 @@ Training = Annotated[dict[str, Any], AfterValidator(_stage_training)]
 
 
 class TeacherConfig(Declared):
-    """Where the teacher is: exactly one of `path` and `package`."""
+    """Location of the teacher: exactly one of ``path`` and ``package``."""
 
     path: Text | None = Field(None, description="a folder, or the name of one on the hub")
     package: Text | None = Field(
@@ -60,10 +60,10 @@ class TeacherConfig(Declared):
 
     @property
     def folder(self) -> str:
-        """`path`, or the folder of `package`.
+        """Return ``path``, or the folder of ``package``.
 
         Raises:
-            ConfigError: no such package is installed.
+            ConfigError: the package is not installed.
         """
         if self.package is None:
             return str(self.path)
@@ -94,7 +94,7 @@ class TeacherConfig(Declared):
 
 
 class StageConfig(Declared):
-    """What every stage has: what it holds still, and how it trains."""
+    """Keys of every stage: frozen parts and training arguments."""
 
     freeze: list[Part] = Field(default_factory=list, description=f"of {', '.join(PARTS)}")
     training: Training = Field(
@@ -110,7 +110,9 @@ class StageConfig(Declared):
 
 
 class OutputsStage(StageConfig):
-    """Stage 1: each new mixer gives what the one that it replaces gives, for the teacher's inputs."""
+    """Stage 1: each new mixer learns the output of the mixer that it replaces, on the teacher's
+    inputs.
+    """
 
     freeze: list[Part] = Field(
         default_factory=lambda: [part for part in PARTS if part != "replaced"],
@@ -132,7 +134,7 @@ class OutputsStage(StageConfig):
 
 
 class LogitsStage(StageConfig):
-    """Stage 2: the KL divergence of the student's next tokens from the teacher's."""
+    """Stage 2: the KL divergence between the next-token distributions of student and teacher."""
 
     temperature: Positive = Field(1.0, description="that both logits are divided by")
 
@@ -142,7 +144,7 @@ class LanguageStage(StageConfig):
 
 
 class DistillFile(RowsConfig):
-    """The keys of the file."""
+    """The keys of the YAML file."""
 
     teacher: TeacherConfig = Field(description="where the teacher is")
     layout: Annotated[Text, AfterValidator(_check_layout)] = Field(
@@ -174,9 +176,9 @@ class DistillFile(RowsConfig):
 
 
 class DistillConfig(Declared):
-    """What `hybrid.distill.distill` needs; `DistillFile` has the keys of the YAML file.
+    """The configuration of ``hybrid.distill.distill``; ``DistillFile`` has the keys of the YAML file.
 
-    `stages` holds for each stage what it trains with, ready for `hybrid.train.run` but for the model.
+    ``stages`` has the training configuration of each stage, complete except for the model.
     """
 
     teacher: TeacherConfig
@@ -191,23 +193,23 @@ class DistillConfig(Declared):
     stages: dict[str, TrainConfig]
 
     def stage(self, name: str) -> StageConfig:
-        """The settings of a stage that takes place."""
+        """Return the settings of an enabled stage."""
         found = getattr(self, name)
         assert found is not None
         return found
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values, for comparison with those of a run that is to be continued."""
+        """Return plain values, to compare with those of a run to resume."""
         values = self.model_dump(exclude={"stages"})
         return values | {"stages": {name: s.as_dict() for name, s in self.stages.items()}}
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> DistillConfig:
-    """A YAML file, with `key=value` overrides, as a checked configuration.
+    """Read a YAML file, apply ``key=value`` overrides, and return the checked configuration.
 
     Args:
-        path: the file. Its name gives the default `output_dir`, `runs/NAME`.
-        overrides: e.g. `layout=SSSL`, `outputs.training.max_steps=10`; values are YAML.
+        path: the file. Its name is the default of ``output_dir``: ``runs/NAME``.
+        overrides: e.g. ``layout=SSSL``, ``outputs.training.max_steps=10``; values are YAML.
 
     Raises:
         ConfigError: with one line for each mistake.
@@ -218,7 +220,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> DistillConfi
 
 
 def parse_config(values: Mapping[str, Any], title: str = "the config") -> DistillConfig:
-    """Plain values as a checked configuration; the mistakes of all parts are reported together.
+    """Check plain values and return the configuration; report the mistakes of all parts together.
 
     Raises:
         ConfigError: with one line for each mistake.
@@ -240,7 +242,7 @@ def parse_config(values: Mapping[str, Any], title: str = "the config") -> Distil
 def _runs(
     file: DistillFile, stages: Mapping[str, StageConfig | None], title: str
 ) -> dict[str, TrainConfig]:
-    """The training config of each stage that takes place."""
+    """Return the training config of each enabled stage."""
     runs: dict[str, TrainConfig] = {}
     mistakes: list[str] = []
     common = {key: getattr(file, key) for key in RowsConfig.model_fields}
@@ -248,14 +250,14 @@ def _runs(
         if stage is None:
             continue
         training = {**file.training, **stage.training}
-        # each stage sees rows of its own
+        # each stage uses different rows
         training.setdefault("data_seed", training.get("seed", 42) + number)
         training["output_dir"] = str(Path(file.output_dir) / name)
         try:
-            # which model is known when the stage before has ended
+            # the model is known after the previous stage
             values = {"model": {"path": "."}, "training": training, **common}
             runs[name] = parse_training(values, name)
-        except ConfigError as error:  # keys of both that do not go together
+        except ConfigError as error:  # conflicts between common keys and keys of the stage
             mistakes += [f"{name}.{line}" for line in error.mistakes]
     if mistakes:
         raise ConfigError(mistakes, title)

@@ -1,4 +1,4 @@
-"""What a distillation is judged by: held-out loss, the error of each new mixer, and knock-outs."""
+"""Evaluation of a distillation: held-out loss, the error of each new mixer, and knock-outs."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ from hybrid.modeling.losses import next_tokens
 from hybrid.modeling.model import HybridForCausalLM
 
 IDLE = 1e-3
-"""Nats a token: a branch whose knock-out costs less does nothing that is worth having."""
+"""Nats per token: a mixer whose knock-out increases the loss by less counts as idle."""
 
 
 @dataclass(frozen=True)
 class RowLosses:
-    """Loss of each row, summed over its tokens, and how many tokens those are."""
+    """Loss of each row, summed over its tokens, and the number of tokens."""
 
     sums: torch.Tensor
     counts: torch.Tensor
 
     @property
     def mean(self) -> float:
-        """Nats a token."""
+        """Return the mean in nats per token."""
         return (self.sums.sum() / self.counts.sum()).item()
 
     def above(self, other: RowLosses) -> tuple[float, float | None]:
-        """How much larger the mean is than another's on the same rows, and its standard error.
+        """Return the difference to another mean on the same rows, and its standard error.
 
-        There is no error of a single row.
+        The error is None for a single row.
         """
         difference = self.sums - other.sums
         mean = difference.sum() / self.counts.sum()
@@ -47,15 +47,15 @@ class RowLosses:
 
 @dataclass(frozen=True)
 class Branch:
-    """A mixer (or several) whose output was put to zero.
+    """Knock-out of one or several mixers, with the outputs set to zero.
 
     Attributes:
-        name: `layer 3`, or which layers.
-        mixer: letter and name, as `D gated_delta_net`.
+        name: ``layer 3``, or the group of layers.
+        mixer: letter and name, as ``D gated_delta_net``.
         replaced: whether it is new in the student.
-        loss: without it, in nats a token.
-        increase: of the loss.
-        standard_error: of the increase, over rows; None for a single row.
+        loss: loss without it, in nats per token.
+        increase: increase of the loss.
+        standard_error: standard error of the increase over rows; None for a single row.
     """
 
     name: str
@@ -67,13 +67,13 @@ class Branch:
 
     @property
     def idle(self) -> bool:
-        """Whether no increase to speak of was seen: below `IDLE`, or within two standard errors."""
+        """Return whether the increase is below ``IDLE`` or within two standard errors."""
         return self.increase < max(IDLE, 2 * (self.standard_error or 0.0))
 
 
 @torch.no_grad()
 def row_losses(model: HybridForCausalLM, rows: Sequence[Row], show: bool = False) -> RowLosses:
-    """The language-modelling loss of each row."""
+    """Return the language-modelling loss of each row."""
     device = model.device
     sums, counts = [], []
     for row in tqdm(rows, desc="evaluate", disable=not show, leave=False):
@@ -92,7 +92,9 @@ def output_errors(
     layers: Sequence[int],
     rows: Sequence[Row],
 ) -> dict[int, float]:
-    """Relative squared error of each new mixer for the teacher's inputs, a mean over rows."""
+    """Return the relative squared error of each new mixer on the teacher's inputs, averaged over
+    rows.
+    """
     errors: dict[int, list[torch.Tensor]] = {i: [] for i in layers}
     for row in rows:
         inputs = {k: v.to(teacher.device) for k, v in RowCollator()([row]).items() if k != "labels"}
@@ -108,14 +110,14 @@ def knock_outs(
     whole: RowLosses,
     show: bool = False,
 ) -> list[Branch]:
-    """The loss without each mixer, without all new ones, and without all others.
+    """Return the loss without each mixer, without all new ones, and without all others.
 
     Args:
         model: the student.
         replaced: its layers with new mixers.
-        rows: what to take the loss on.
-        whole: the losses of these rows with all mixers.
-        show: a progress bar.
+        rows: rows for the loss.
+        whole: losses of these rows with all mixers.
+        show: whether to show a progress bar.
     """
     mixing = [i for i, layer in enumerate(model.config.layers) if layer.mixers]
     kept = [i for i in mixing if i not in replaced]

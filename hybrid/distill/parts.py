@@ -1,4 +1,4 @@
-"""A student beside its teacher: which mixers are new, what they are given, what a stage holds still.
+"""Student and teacher: new mixers, inputs and outputs of the teacher's mixers, and frozen parts.
 
 Shapes: B batch, T time, D model dim.
 """
@@ -17,12 +17,12 @@ from hybrid.nn.local_rows import LocalRows
 
 
 class Seen(NamedTuple):
-    """What a mixer of the teacher was given and what it gave.
+    """Input and output of a mixer of the teacher.
 
     Attributes:
         x: its input, after the norm (B, T, D).
         y: its output (B, T, D).
-        keywords: what else it was called with.
+        keywords: its other arguments.
     """
 
     x: torch.Tensor
@@ -31,7 +31,7 @@ class Seen(NamedTuple):
 
 
 def replaced_layers(teacher: HybridForCausalLM, student: HybridForCausalLM) -> tuple[int, ...]:
-    """Layers whose mixer is another letter in the student."""
+    """Return the layers whose mixer has another letter in the student."""
     pairs = zip(teacher.config.layers, student.config.layers, strict=True)
     return tuple(i for i, (was, now) in enumerate(pairs) if was != now)
 
@@ -40,7 +40,7 @@ def replaced_layers(teacher: HybridForCausalLM, student: HybridForCausalLM) -> t
 def watch(
     teacher: HybridForCausalLM, layers: Sequence[int], inputs: Mapping[str, torch.Tensor]
 ) -> dict[int, Seen]:
-    """Run the teacher's stack, up to the last of the layers, and note what their mixers see."""
+    """Run the teacher up to the last of these layers, and record inputs and outputs of their mixers."""
     seen: dict[int, Seen] = {}
 
     def note(i: int) -> Any:
@@ -66,11 +66,11 @@ def watch(
 
 
 class _Enough(Exception):
-    """The last mixer of interest has run."""
+    """Raised after the last required mixer has run."""
 
 
 def mix_as_seen(student: HybridForCausalLM, layer: int, seen: Seen) -> torch.Tensor:
-    """The output (B, T, D) of a student's mixer for what the teacher's was given."""
+    """Return the output (B, T, D) of a student's mixer for the input of the teacher's."""
     mixer: Any = student.model.layers[layer].mixer
     letter = student.config.layers[layer].mixers[0]
     keywords = dict(seen.keywords)
@@ -79,24 +79,26 @@ def mix_as_seen(student: HybridForCausalLM, layer: int, seen: Seen) -> torch.Ten
     keywords["position_embeddings"] = None if rotary is None else rotary(seen.x, positions)
     full = mixer.layer_type == "full_attention"
     if not full or isinstance(keywords.get("attention_mask"), LocalRows):
-        keywords["attention_mask"] = None  # of another kind than the student's mixer takes
+        keywords["attention_mask"] = None  # the student's mixer needs another kind of mask
     return mixer(seen.x, **keywords)[0]
 
 
 def relative_error(found: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-    """|found - wanted|^2 / |wanted|^2 over all elements, in float32: 0 for equal, 1 for all zeros."""
+    """Return |found - wanted|^2 / |wanted|^2 over all elements, in float32: 0 if equal, 1 for all
+    zeros.
+    """
     difference = (found - wanted).float().square().sum()
     return difference / wanted.float().square().sum()
 
 
 def hold_still(student: HybridForCausalLM, replaced: Sequence[int], parts: Sequence[str]) -> None:
-    """Take the gradients off the parameters of these parts; see `PARTS`."""
+    """Freeze the parameters of these parts; see ``PARTS``."""
     for name, parameter in student.named_parameters():
         parameter.requires_grad_(part_of(name, replaced) not in parts)
 
 
 def part_of(name: str, replaced: Sequence[int]) -> str:
-    """The part that a parameter of a hybrid belongs to."""
+    """Return the part of a parameter of a hybrid."""
     words = name.split(".")
     if words[:2] == ["model", "layers"]:
         if words[3] == "mixer":
@@ -107,7 +109,7 @@ def part_of(name: str, replaced: Sequence[int]) -> str:
 
 @contextmanager
 def silenced(model: HybridForCausalLM, layers: Sequence[int]) -> Iterator[None]:
-    """The mixers of these layers give zeros."""
+    """Set the outputs of the mixers of these layers to zero."""
 
     def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         return (torch.zeros_like(output[0]), *output[1:])

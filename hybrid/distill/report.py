@@ -1,4 +1,4 @@
-"""The report of a distillation: `report.json`, and the same as tables in `report.md`."""
+"""Write the report of a distillation: ``report.json``, and tables in ``report.md``."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ LABELS = {
 
 
 def recovered(losses: Mapping[str, float], name: str) -> float | None:
-    """Which part of the way from the student that is not distilled to the teacher a loss has gone."""
+    """Return the recovered share of the loss gap between the undistilled student and the teacher."""
     gap = losses["student"] - losses["teacher"]
     return None if gap <= 0 else (losses["student"] - losses[name]) / gap
 
 
 def write(report: Mapping[str, Any], folder: Path) -> Path:
-    """Both files; returns the second."""
+    """Write both files; return the second."""
     write_json(folder / JSON, report)
     write_text(folder / MARKDOWN, markdown(report))
     return folder / MARKDOWN
 
 
 def markdown(report: Mapping[str, Any]) -> str:
-    """The report as text with tables."""
+    """Return the report as text with tables."""
     head = [
         f"# {report['teacher']}: layout {report['teacher_layout']} to {report['layout']}",
         f"Held-out loss on {report['eval_rows']} rows of {report['sequence_length']} tokens, in nats a"

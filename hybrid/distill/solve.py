@@ -1,7 +1,8 @@
-"""Output projections by least squares: the part of a new mixer that needs no gradient descent.
+"""Solve output projections by least squares, without gradient descent.
 
-A mixer's output is linear in its output projection. With the rest of the mixer fixed, the projection
-that comes closest to the teacher's output is the solution of the normal equations (ridge regression).
+A mixer's output is linear in its output projection. With the rest of the mixer fixed, the
+projection that is closest to the teacher's output is the solution of the normal equations (ridge
+regression).
 
 Shapes: N tokens, I inner channels, D model dim.
 """
@@ -16,11 +17,13 @@ import torch
 from torch import nn
 
 RIDGE = 1e-3
-"""Of the mean of the diagonal: what keeps channels that hardly vary from large weights."""
+"""Ridge, relative to the mean of the diagonal: limits the weights of channels with little variance."""
 
 
 class Equations:
-    """U^T U W = U^T Y, summed over batches in float64: U (N, I) what `o_proj` reads, Y (N, D)."""
+    """The equations U^T U W = U^T Y, summed in float64: U (N, I) is the input of ``o_proj``, Y (N,
+    D).
+    """
 
     def __init__(self) -> None:
         self.left: torch.Tensor | None = None
@@ -29,7 +32,7 @@ class Equations:
 
     @contextmanager
     def reading(self, mixer: Any) -> Iterator[None]:
-        """Note what the output projection of a mixer reads."""
+        """Record the inputs of a mixer's output projection."""
 
         def hook(module: nn.Module, args: tuple[torch.Tensor]) -> None:
             self._read = args[0]
@@ -41,7 +44,7 @@ class Equations:
             handle.remove()
 
     def add(self, wanted: torch.Tensor) -> None:
-        """Take in the tokens that were read last, with the outputs (B, T, D) that they should give."""
+        """Add the recorded tokens, with their target outputs (B, T, D)."""
         assert self._read is not None
         read, wanted = self._read.flatten(0, 1).float(), wanted.flatten(0, 1).float()
         left, right = (read.T @ read).double(), (read.T @ wanted).double()

@@ -1,4 +1,4 @@
-"""The trainers of the stages: `HybridTrainer` with another objective, and parts held still.
+"""Trainers of the stages: ``HybridTrainer`` with another objective and frozen parts.
 
 Shapes: B batch, T time, D model dim, V vocabulary.
 """
@@ -23,16 +23,16 @@ from hybrid.train.trainer import HybridTrainer
 
 Batch = dict[str, torch.Tensor]
 CHUNK = 256
-"""Tokens whose logits are in memory at once."""
+"""Number of tokens whose logits are in memory at the same time."""
 
 
 class LanguageModelling(HybridTrainer):
-    """Plain training (stage 3), with parts of the student held still.
+    """Stage 3: language modelling, with some parts of the student frozen.
 
     Args:
         replaced: layers with new mixers.
-        freeze: parts that get no gradient.
-        kwargs: of `HybridTrainer`.
+        freeze: parts without gradient.
+        kwargs: arguments of ``HybridTrainer``.
     """
 
     def __init__(self, *, replaced: Sequence[int], freeze: Sequence[str], **kwargs: Any) -> None:
@@ -42,7 +42,7 @@ class LanguageModelling(HybridTrainer):
 
     @property
     def student(self) -> HybridForCausalLM:
-        """The model without what accelerate wraps around it."""
+        """Return the model without accelerate's wrappers."""
         student: Any = self.accelerator.unwrap_model(self.model)
         return student
 
@@ -50,14 +50,15 @@ class LanguageModelling(HybridTrainer):
 class MatchOutputs(LanguageModelling):
     """Stage 1: the mean over layers of the relative squared error of each new mixer's output.
 
-    All mixers read what the teacher's read, so they train side by side in one pass of the teacher
-    (MOHAWK, arXiv 2408.10189, stage 1 and 2; LoLCATs, arXiv 2410.10254, eq. 4). The error of a layer is
-    taken relative to the size of the output, so that no layer outweighs the others.
+    All mixers read the inputs of the teacher's mixers, so all are trained in one forward pass of
+    the teacher (MOHAWK, arXiv 2408.10189, stage 1 and 2; LoLCATs, arXiv 2410.10254, eq. 4). The
+    error of a layer is relative to the size of the output, so that all layers have similar weight.
 
     Args:
-        teacher: on any device.
-        solve_rows: rows on which the output projections are solved for before the first step.
-        kwargs: of `LanguageModelling`.
+        teacher: the teacher, on any device.
+        solve_rows: rows for the least-squares solution of the output projections before the first
+            step.
+        kwargs: arguments of ``LanguageModelling``.
     """
 
     def __init__(self, *, teacher: Any, solve_rows: int, **kwargs: Any) -> None:
@@ -66,14 +67,14 @@ class MatchOutputs(LanguageModelling):
         self.solve_rows = solve_rows
 
     def train(self, resume_from_checkpoint: Any = None, **kwargs: Any) -> Any:
-        """As `Trainer`; a new run solves first."""
+        """As ``Trainer``; a new run first solves the output projections."""
         if resume_from_checkpoint is None and self.solve_rows:
             self.solve()
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     @torch.no_grad()
     def solve(self) -> None:
-        """Output projections by least squares, on the last rows of the training data."""
+        """Solve the output projections by least squares, on the last rows of the training data."""
         student = self.student
         cast(nn.Module, student).to(self.args.device)
         equations = {i: Equations() for i in self.replaced}
@@ -103,7 +104,7 @@ class MatchOutputs(LanguageModelling):
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        """The mean relative error; there are no outputs to return."""
+        """Return the mean relative error; there are no other outputs."""
         inputs = {key: value for key, value in inputs.items() if key != "labels"}
         errors = [
             relative_error(mix_as_seen(self.student, i, seen), seen.y)
@@ -120,9 +121,9 @@ class MatchLogits(LanguageModelling):
     (Hinton et al., arXiv 1503.02531, section 2).
 
     Args:
-        teacher: on any device.
-        temperature: see above.
-        kwargs: of `LanguageModelling`.
+        teacher: the teacher, on any device.
+        temperature: tau.
+        kwargs: arguments of ``LanguageModelling``.
     """
 
     def __init__(self, *, teacher: Any, temperature: float, **kwargs: Any) -> None:
@@ -137,7 +138,7 @@ class MatchLogits(LanguageModelling):
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:
-        """KL over the positions that have a next token."""
+        """Return the KL divergence over the positions with a next token."""
         inputs = dict(inputs)
         predicted = next_tokens(inputs.pop("labels")).flatten() >= 0
         keywords = {"use_cache": False, "skip_logits": True, "output_last_hidden_state": True}
@@ -163,14 +164,15 @@ def divergence(
     wanted: torch.Tensor,
     temperature: float = 1.0,
 ) -> torch.Tensor:
-    """KL(teacher || student) times temperature^2, summed over tokens, in nats.
+    """Return KL(teacher || student) times temperature^2, summed over tokens, in nats.
 
-    The logits of `CHUNK` tokens are in memory at once; backward computes the student's again.
+    The logits of ``CHUNK`` tokens are in memory at the same time; the backward recomputes the
+    student's.
 
     Args:
-        student, teacher: whose heads are used.
-        found, wanted: the student's and the teacher's hidden states before the head, (N, D).
-        temperature: that both logits are divided by.
+        student, teacher: models whose heads are used.
+        found, wanted: hidden states of student and teacher before the head, (N, D).
+        temperature: divisor of both logits.
     """
 
     def piece(h: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
