@@ -1,4 +1,7 @@
-"""Feed-forwards. A module is imported when its feed-forward, or a name of it, is first used."""
+"""Feed-forwards.
+
+Each module is imported on first use of its feed-forward or of one of its names.
+"""
 
 import lazy_loader
 

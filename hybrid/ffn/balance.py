@@ -1,10 +1,10 @@
-"""Keeping the load of experts even: losses, and the loss-free bias.
+"""Load balancing of experts: auxiliary losses, and the loss-free bias.
 
-A training forward hands what its routers decided to `observe`, which counts the tokens of each expert
-and returns what is added to the loss. After each optimizer step `finish_step` moves the biases and
-starts the counts anew. `hybrid.train` calls it; a training loop of your own calls it itself.
+A training forward passes the routers' decisions to ``observe``, which counts the tokens of each expert
+and returns the balance losses. After each optimizer step, ``finish_step`` updates the biases and resets
+the counts. ``hybrid.train`` calls it. Call it yourself in a custom training loop.
 
-Shapes: B batch, T time, E experts, k experts of a token. Padding counts nowhere.
+Shapes: B batch, T time, E experts, k experts per token. Padding is never counted.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from hybrid.ffn.router import BiasedRouter, Router
 
 @dataclass(frozen=True)
 class Decisions:
-    """What one router decided in one forward.
+    """Decisions of one router in one forward.
 
     Attributes:
-        router: which one.
-        logits: (B, T, E) float32, with their graph.
-        counts: (B, E) float32, choices of each expert in each row.
+        router: the router.
+        logits: (B, T, E) float32, with gradients.
+        counts: (B, E) float32, number of choices of each expert in each row.
         mask: (B, T) float32, 0 at padding.
     """
 
@@ -37,7 +37,7 @@ class Decisions:
 
 
 def routers(model: nn.Module) -> dict[str, Router]:
-    """The routers of a model by name, in the order in which tokens meet them."""
+    """Return the routers of a model by name, in the order of the layers."""
     return {name: m for name, m in model.named_modules() if isinstance(m, Router)}
 
 
@@ -49,18 +49,19 @@ def observe(
 ) -> torch.Tensor:
     """Count the load of a forward, and return the sum of all layers' balance losses.
 
-    With `balance_statistics: global` this is a collective call: every process makes it as often.
-    Its load is that of the tokens since the last `finish_step`, so that under gradient accumulation
-    the last forward sees the whole batch and earlier ones what came so far (arXiv 2501.11873).
+    With ``balance_statistics: global`` this is a collective call. Every process must make the same
+    number of calls. The load covers all tokens since the last ``finish_step``: with gradient
+    accumulation, the last forward covers the whole batch, and earlier ones the part so far (arXiv
+    2501.11873).
 
     Args:
-        model: whose routers they are.
+        model: model with the routers.
         logits: (B * T, E) for each router.
         indices: (B * T, k) for each router.
         mask: (B, T), 0 at padding.
 
     Returns:
-        float32 scalar, a mean over this process's tokens; weighted by tokens, its mean over processes
+        float32 scalar, a mean over this process's tokens. The mean over processes, weighted by tokens,
         is the loss of the union of their batches.
     """
     mask = mask.to(torch.float32)
@@ -85,14 +86,14 @@ def _wants_global(router: Router) -> bool:
 
 
 def _counts(indices: torch.Tensor, router: Router, mask: torch.Tensor) -> torch.Tensor:
-    """Choices (B * T, k) -> tokens of each expert in each row (B, E)."""
+    """Count the tokens of each expert in each row, (B, E), from choices (B * T, k)."""
     chosen = indices.view(len(mask), -1)
     counts = mask.new_zeros(len(mask), router.options.num_experts)
     return counts.scatter_add(1, chosen, mask.repeat_interleave(indices.shape[-1], dim=1))
 
 
 def _layer_loss(layer: Decisions, load: torch.Tensor) -> torch.Tensor:
-    """The losses that this router's options ask for; `load` (E,) gives the shares f."""
+    """Compute the losses enabled by this router's options; ``load`` (E,) determines the shares f."""
     options, mask = layer.router.options, layer.mask
     total = mask.new_zeros(())
     if options.balance_loss or options.sequence_balance_loss:
@@ -112,49 +113,56 @@ def _layer_loss(layer: Decisions, load: torch.Tensor) -> torch.Tensor:
 
 
 def load_balance(load: torch.Tensor, probabilities: torch.Tensor) -> torch.Tensor:
-    """E * sum_i f_i P_i (arXiv 2101.03961, eq. 4): load and mean probabilities (..., E) -> (...).
+    """Compute the load balancing loss E * sum_i f_i P_i (arXiv 2101.03961, eq. 4).
 
-    1 where both are even. The gradient flows through P alone; counts have none.
+    It is 1 if load and probabilities are uniform. Only P has gradients.
+
+    Args:
+        load: (..., E), tokens of each expert.
+        probabilities: (..., E), mean probabilities of each expert.
+
+    Returns:
+        (...).
     """
     shares = load / load.sum(dim=-1, keepdim=True).clamp(min=1)
     return load.shape[-1] * (shares * probabilities).sum(dim=-1)
 
 
 def share_of_batch(targets: torch.Tensor, items: torch.Tensor | int | None) -> torch.Tensor | float:
-    """What part of an optimizer step's targets this forward has; 1 where the step is not known.
+    """Return this forward's share of the targets of an optimizer step; 1 if the step is unknown.
 
-    The cross entropy of transformers' `Trainer` is a sum over targets divided by those of the whole
-    step. Balance losses are means, and have to be given this weight to be counted once.
+    The cross entropy of transformers' ``Trainer`` is a sum over targets, divided by those of the whole
+    step. Balance losses are means. This weight makes them count once per step.
 
     Args:
-        targets: labels, -100 where there is none.
-        items: `num_items_in_batch`.
+        targets: labels, -100 for none.
+        items: ``num_items_in_batch``, or None.
     """
     return 1.0 if items is None else (targets != -100).sum() / items
 
 
 @torch.no_grad()
 def finish_step(model: nn.Module) -> dict[str, torch.Tensor]:
-    """To be called once after each optimizer step, by every process: move biases, clear the counts.
+    """Update the biases and clear the counts. Call it in every process after each optimizer step.
 
     b_i <- b_i + gamma * sign(mean load - load_i)   (arXiv 2408.15664, algorithm 1)
 
     Returns:
-        Tokens of each expert in this step, all processes together, (E,) by the router's name; empty
-        where no forward was observed.
+        Tokens of each expert in this step over all processes, (E,), by router name; empty if no forward
+        was observed.
     """
-    found = {n: r for n, r in routers(model).items() if r.load is not None}
-    loads = _over_processes([r.load for r in found.values() if r.load is not None])
-    for router, load in zip(found.values(), loads, strict=True):
+    observed = {n: r for n, r in routers(model).items() if r.load is not None}
+    loads = _over_processes([r.load for r in observed.values() if r.load is not None])
+    for router, load in zip(observed.values(), loads, strict=True):
         gamma = router.options.bias_update_rate
         if gamma > 0 and isinstance(router, BiasedRouter):
             router.score_correction_bias.add_((load.mean() - load).sign(), alpha=gamma)
         router.load = None
-    return dict(zip(found, loads, strict=True))
+    return dict(zip(observed, loads, strict=True))
 
 
 def _over_processes(loads: Sequence[torch.Tensor | None]) -> list[torch.Tensor]:
-    """Each load summed over all processes, in one collective call."""
+    """Sum each load over all processes, in one collective call."""
     present = [x for x in loads if x is not None]
     if not present or not (dist.is_available() and dist.is_initialized()):
         return present

@@ -1,4 +1,4 @@
-"""The feed-forward contract: x (B, T, D) -> (B, T, D), each token on its own."""
+"""Base classes of feed-forwards: x (B, T, D) -> (B, T, D), applied to each token separately."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ from hybrid.config.sizes import Sizes
 
 @dataclass(frozen=True)
 class FeedForwardOptions:
-    """Base of every feed-forward's options dataclass."""
+    """Base class of the options of all feed-forwards."""
 
     def complete(self, hidden_size: int) -> FeedForwardOptions:
-        """These options with every default that depends on the model dim D filled in."""
+        """Return these options with all defaults that depend on the model dim D filled in."""
         return self
 
     def problems(self, sizes: Sizes) -> list[str]:
-        """What is wrong with the completed options, a line each."""
+        """Return the mistakes in the completed options, one line each."""
         return []
 
 
 class FeedForward(nn.Module, ABC):
-    """One feed-forward of one layer; `name` and `symbol` are set by `register_feed_forward`."""
+    """Base class of feed-forwards; ``register_feed_forward`` sets ``name`` and ``symbol``."""
 
     name: ClassVar[str]
     symbol: ClassVar[str | None]
     Options: ClassVar[type[FeedForwardOptions]] = FeedForwardOptions
     takes_canon: ClassVar[bool] = False
-    """Whether `forward` takes `convolve`, and there is `hidden_channels`, as `dense` has them."""
+    """Whether ``forward`` has the argument ``convolve`` and the class has ``hidden_channels``."""
     paper: ClassVar[str] = ""
     formula: ClassVar[str] = ""
 
@@ -45,21 +45,21 @@ class FeedForward(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, T, D) -> (B, T, D)."""
+        """Map x (B, T, D) to (B, T, D)."""
 
     @classmethod
     def tensor_splits(cls, options: Any) -> tuple[Split, ...]:
-        """How tensor parallelism may split it; empty: each process has the whole module."""
+        """Return how tensor parallelism may split the module; empty: every process has all of it."""
         return ()
 
     @classmethod
     def expert_splits(cls, options: Any) -> tuple[Split, ...]:
-        """How expert parallelism may split it, by whole experts; empty without experts."""
+        """Return how expert parallelism may split the module by experts; empty without experts."""
         return ()
 
     def init_parameters(self, std: float) -> None:
-        """Initialise parameters of this module itself; Linear layers are done already."""
+        """Initialise the parameters of this module. Linear modules are initialised already."""
 
     def active_share(self) -> float:
-        """Share of this module's parameters that one token uses."""
+        """Return the share of this module's parameters that one token uses."""
         return 1.0

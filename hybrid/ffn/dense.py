@@ -32,16 +32,16 @@ ACTIVATIONS = {
 
 @dataclass(frozen=True)
 class DenseOptions(FeedForwardOptions):
-    """Options of `dense`.
+    """Options of ``dense``.
 
     Attributes:
-        intermediate_size: inner width; default 8 D / 3 for gated kinds and 4 D for plain ones, rounded
+        intermediate_size: inner width; default 8 D / 3 for gated and 4 D for plain activations, rounded
             up to a multiple of 32.
-        activation: `swiglu`, `geglu`, `geglu_tanh` and `reglu` are gated (arXiv 2002.05202);
-            `relu2` (arXiv 2109.08668), `gelu` and `silu` are plain.
-        bias: biases on the projections.
-        gate_multiplier: of W_gate x, before its activation (Falcon-H1, arXiv 2507.22448, the first of
-            its `mlp_multipliers`; the second is the residual's `output_multiplier`).
+        activation: ``swiglu``, ``geglu``, ``geglu_tanh`` and ``reglu`` are gated (arXiv 2002.05202);
+            ``relu2`` (arXiv 2109.08668), ``gelu`` and ``silu`` are plain.
+        bias: add biases to the projections.
+        gate_multiplier: factor of W_gate x, before its activation (first of ``mlp_multipliers`` of
+            Falcon-H1, arXiv 2507.22448; the second is the residual's ``output_multiplier``).
     """
 
     intermediate_size: Size | None = None
@@ -52,7 +52,7 @@ class DenseOptions(FeedForwardOptions):
     gate_multiplier: float = 1.0
 
     def complete(self, hidden_size: int) -> DenseOptions:
-        """Fill in the inner width."""
+        """Return these options with the inner width filled in."""
         if self.intermediate_size is not None:
             return self
         gated, _ = ACTIVATIONS[self.activation]
@@ -61,20 +61,26 @@ class DenseOptions(FeedForwardOptions):
 
     @property
     def width(self) -> int:
-        """The inner width of completed options."""
+        """Inner width of completed options."""
         assert self.intermediate_size is not None
         return self.intermediate_size
 
     def problems(self, sizes: Sizes) -> list[str]:
-        """A multiplier without a gate."""
+        """Return an error line for a multiplier without a gate."""
         if self.gate_multiplier == 1 or ACTIVATIONS[self.activation][0]:
             return []
-        return [f"gate_multiplier: activation {self.activation!r} has no gate to multiply"]
+        return [
+            f"gate_multiplier: expected 1, as activation {self.activation!r} has no gate to multiply,"
+            f" got {self.gate_multiplier}; try a gated activation"
+        ]
 
 
 @register_feed_forward("dense", symbol="-")
 class Dense(FeedForward):
-    """W_down(act(W_gate x) * W_up x), or W_down act(W_up x) for plain kinds (arXiv 2002.05202)."""
+    """Dense feed-forward (arXiv 2002.05202).
+
+    W_down(act(W_gate x) * W_up x), or W_down act(W_up x) for plain activations.
+    """
 
     Options = DenseOptions
     takes_canon = True
@@ -92,7 +98,7 @@ class Dense(FeedForward):
 
     @classmethod
     def tensor_splits(cls, options: Any) -> tuple[Split, ...]:
-        """By channels of the inner width."""
+        """Return a split by channels of the inner width."""
         rules = {"up_proj": "colwise", "down_proj": "rowwise"}
         if ACTIVATIONS[options.activation][0]:
             rules["gate_proj"] = "colwise"
@@ -100,18 +106,21 @@ class Dense(FeedForward):
 
     @property
     def hidden_channels(self) -> int:
-        """Channels of a canon layer within it: I, twice where there is a gate."""
+        """Channels of a canon layer within the feed-forward: I, or 2 I with a gate."""
         return self.options.width * (1 if self.gate_proj is None else 2)
 
     def forward(
         self, x: torch.Tensor, convolve: Callable[[torch.Tensor], torch.Tensor] | None = None
     ) -> torch.Tensor:
-        """(B, T, D) -> (B, T, D).
+        """Apply the feed-forward to each token.
 
         Args:
             x: (B, T, D).
-            convolve: mixes tokens before the activation, [gate, up] (B, T, `hidden_channels`) to the
-                same; None for none.
+            convolve: function applied to [gate, up] (B, T, ``hidden_channels``) before the activation,
+                with the same output shape; None for none.
+
+        Returns:
+            (B, T, D).
         """
         up = self.up_proj(x)
         if self.gate_proj is None:

@@ -1,6 +1,6 @@
-"""Mixture of experts: each token runs through k of E feed-forwards, and through shared ones.
+"""Mixture of experts: each token passes k of E feed-forwards, and the shared ones.
 
-Shapes: B batch, T time, N tokens, D model dim, E experts, k experts of a token, I width of an expert.
+Shapes: B batch, T time, N tokens, D model dim, E experts, k experts per token, I width of an expert.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ from hybrid.mixers.base import residual_projection
 
 
 class Experts(nn.Module):
-    """E feed-forwards as stacked matrices, in the shape that transformers' experts back-ends take.
+    """E feed-forwards as stacked matrices, in the format of transformers' experts backends.
 
-    `config._experts_implementation` names the back-end: `grouped_mm` (the default), `batched_mm`,
-    `eager`, or any other that transformers has. `forward` here is `eager`. float64, which torch's
-    grouped product does not take, goes through `batched_mm` where `grouped_mm` is asked for.
+    ``config._experts_implementation`` selects the backend: ``grouped_mm`` (the default), ``batched_mm``,
+    ``eager``, or any other backend of transformers. ``forward`` is ``eager``. torch's grouped product
+    does not support float64, for which ``batched_mm`` replaces ``grouped_mm``.
     """
 
     gated: bool
     has_bias: bool
     down_proj: torch.Tensor
     config: PreTrainedConfig
-    """The model's; the back-end is looked up in it when the module runs."""
+    """Config of the model, which names the backend."""
 
     def __init__(self, sizes: Sizes, options: MoEOptions) -> None:
         super().__init__()
@@ -47,7 +47,7 @@ class Experts(nn.Module):
         assert inner is not None
         self.options = options
         self.num_experts = options.num_experts
-        # names that the back-ends read
+        # names that the backends read
         self.hidden_dim, self.intermediate_dim = options.latent_size or sizes.hidden_size, inner
         self.first = "gate_up_proj" if self.gated else "up_proj"
         self._add(self.first, 2 * inner if self.gated else inner, self.hidden_dim)
@@ -63,11 +63,11 @@ class Experts(nn.Module):
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
-        """(N, D), experts (N, k), their weights (N, k) -> (N, D), expert by expert."""
+        """Map tokens (N, D), with experts (N, k) and weights (N, k), to (N, D), expert by expert."""
         y = torch.zeros_like(hidden_states)
         for expert in top_k_index.unique().tolist():
             if expert >= self.num_experts:
-                continue  # of another process, under expert parallelism
+                continue  # an expert of another process, with expert parallelism
             tokens, slots = (top_k_index == expert).nonzero(as_tuple=True)
             h = self._project(self.first, hidden_states[tokens], expert)
             h = self._apply_gate(h) if self.gated else self.act_fn(h)
@@ -80,7 +80,7 @@ class Experts(nn.Module):
         return F.linear(x, getattr(self, name)[expert], None if bias is None else bias[expert])
 
     def _apply_gate(self, gate_up: torch.Tensor) -> torch.Tensor:
-        """What the back-ends call between the projections of gated experts: (..., 2 I) -> (..., I)."""
+        """Apply the gate between the projections of gated experts: (..., 2 I) -> (..., I)."""
         gate, up = gate_up.chunk(2, dim=-1)
         if self.options.activation != "clamped_swiglu":
             return self.act_fn(gate) * up
@@ -89,11 +89,11 @@ class Experts(nn.Module):
         return (up + 1) * gate * torch.sigmoid(self.options.swiglu_alpha * gate)
 
     def no_weight_decay(self) -> list[str]:
-        """The stacked biases, which have the shape of matrices."""
+        """Return the names of the stacked biases, which have the shape of matrices."""
         return [name for name, _ in self.named_parameters() if name.endswith("_bias")]
 
     def init_parameters(self, std: float) -> None:
-        """Each expert as a `dense` of its size would be."""
+        """Initialise each expert like a ``dense`` feed-forward of its size."""
         sizes = self.sizes
         std_in = std_out = std
         if sizes.init in ("xavier", "deepnorm"):
@@ -108,14 +108,14 @@ class Experts(nn.Module):
 
 
 class ExpertsBackends:
-    """transformers' experts back-ends by name, in float64 and under expert parallelism, too.
+    """transformers' experts backends by name, with support for float64 and expert parallelism.
 
-    Under expert parallelism `module.num_experts` are in this process, and a choice of any other has
-    that number as its index, and the weight 0.
+    With expert parallelism, this process has ``module.num_experts`` experts. The choice of any other
+    expert has this number as its index, and the weight 0.
     """
 
     def get_interface(self, name: str, default: Callable[..., Any]) -> Callable[..., Any]:
-        """The back-end of this name; `default` is that of `eager`."""
+        """Return the backend of this name; ``default`` is the function of ``eager``."""
         named = ALL_EXPERTS_FUNCTIONS.get_interface(name, default)
 
         def run(module: Any, x: torch.Tensor, indices: Any, weights: Any, **kwargs: Any) -> Any:
@@ -123,7 +123,7 @@ class ExpertsBackends:
             if name == "grouped_mm" and x.dtype == torch.float64:
                 function = ALL_EXPERTS_FUNCTIONS["batched_mm"]
             if module.num_experts != module.options.num_experts:
-                # transformers 5.17 gives the router the gradient of another expert's output there
+                # in transformers 5.17 the router would get the gradient of another expert's output
                 weights = weights.masked_fill(indices >= module.num_experts, 0)
             return function(module, x, indices, weights, **kwargs)
 
@@ -135,23 +135,23 @@ EXPERTS_BACKENDS: Any = ExpertsBackends()
 
 @use_experts_implementation(experts_interface=EXPERTS_BACKENDS)
 class GatedExperts(Experts):
-    """W_down(act(W_gate x) * W_up x); `gate_up_proj` (E, 2 I, D), the gate first."""
+    """Gated experts, W_down(act(W_gate x) * W_up x); ``gate_up_proj`` (E, 2 I, D), gate first."""
 
     gated = True
 
 
 @use_experts_implementation(experts_interface=EXPERTS_BACKENDS, has_gate=False)
 class PlainExperts(Experts):
-    """W_down act(W_up x); `up_proj` (E, I, D)."""
+    """Experts without a gate, W_down act(W_up x); ``up_proj`` (E, I, D)."""
 
     gated = False
 
 
 @register_feed_forward("mixture_of_experts", symbol="E")
 class MixtureOfExperts(FeedForward):
-    """sum_{i in top k} w_i FFN_i(x), and shared experts.
+    """Mixture of experts, sum_{i in top k} w_i FFN_i(x) + FFN_shared(x) (arXiv 1701.06538).
 
-    The parts that balance the load are in `hybrid.ffn.balance`; the model calls them.
+    The model calls ``hybrid.ffn.balance`` to balance the load.
     """
 
     Options = MoEOptions
@@ -163,7 +163,7 @@ class MixtureOfExperts(FeedForward):
         gated, _ = ACTIVATIONS[options.dense_activation]
         self.router = build_router(options, sizes.hidden_size)
         self.experts = (GatedExperts if gated else PlainExperts)(sizes, options)
-        # what the decorator knows of a class, and here hangs on the options
+        # the decorator sets this per class, but here it depends on the options
         vars(self.experts)["has_bias"] = options.bias
         self.latent_in = self.latent_out = None
         if options.latent_size is not None:
@@ -181,24 +181,24 @@ class MixtureOfExperts(FeedForward):
 
     @classmethod
     def tensor_splits(cls, options: Any) -> tuple[Split, ...]:
-        """Routed experts by channels of their inner width, unless they have biases; shared experts."""
-        made = []
+        """Return splits by channels of the inner width; routed experts with biases are not split."""
+        splits = []
         if not options.bias:
             gated, _ = ACTIVATIONS[options.dense_activation]
             first = ("gate_up_proj", "packed_colwise") if gated else ("up_proj", "colwise")
             rules = dict([first]) | {"down_proj": "rowwise", "": "moe_tp_experts"}
             named = {f"experts.{name}".rstrip("."): style for name, style in rules.items()}
-            made.append(Split(named, {"intermediate_size": options.intermediate_size}))
+            splits.append(Split(named, {"intermediate_size": options.intermediate_size}))
         if options.num_shared_experts:
             (shared,) = Dense.tensor_splits(options.shared_options)
             named = {f"shared_experts.{name}": style for name, style in shared.rules.items()}
             width = options.shared_options.width
-            made.append(Split(named, {"num_shared_experts * shared_intermediate_size": width}))
-        return tuple(made)
+            splits.append(Split(named, {"num_shared_experts * shared_intermediate_size": width}))
+        return tuple(splits)
 
     @classmethod
     def expert_splits(cls, options: Any) -> tuple[Split, ...]:
-        """Whole routed experts; router and shared experts are in every process."""
+        """Return a split by routed experts; every process has the router and the shared experts."""
         gated, _ = ACTIVATIONS[options.dense_activation]
         names = ["gate_up_proj" if gated else "up_proj", "down_proj"]
         names += [f"{name}_bias" for name in names] if options.bias else []
@@ -207,7 +207,7 @@ class MixtureOfExperts(FeedForward):
         return (Split(rules, {"num_experts": options.num_experts}),)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, T, D) -> (B, T, D)."""
+        """Map x (B, T, D) to (B, T, D)."""
         flat = x.reshape(-1, x.shape[-1])
         _, weights, indices = self.router(flat)
         if self.latent_in is not None:
@@ -224,7 +224,7 @@ class MixtureOfExperts(FeedForward):
         return y + shared
 
     def active_share(self) -> float:
-        """Share of the parameters that one token uses: k of the E experts, and all the rest."""
+        """Return the share of parameters that one token uses: k of E experts, and all others."""
         total = sum(p.numel() for p in self.parameters())
         routed = sum(p.numel() for p in self.experts.parameters())
         idle = routed // self.options.num_experts * (self.options.num_experts - self.options.top_k)

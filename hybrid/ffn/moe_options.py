@@ -1,6 +1,6 @@
 """Options of a mixture of experts.
 
-Shapes: D model dim, E experts, k experts of a token, I width of an expert.
+Shapes: D model dim, E experts, k experts per token, I width of an expert.
 """
 
 from __future__ import annotations
@@ -16,46 +16,47 @@ from hybrid.ffn.dense import DenseOptions
 
 @dataclass(frozen=True)
 class MoEOptions(FeedForwardOptions):
-    """Options of `mixture_of_experts`.
+    """Options of ``mixture_of_experts``.
 
     Attributes:
-        num_experts: E, routed experts.
-        top_k: k, routed experts of a token.
-        intermediate_size: I, inner width of an expert; default: all experts of a token together are
-            as wide as the default of `dense`. Granularity is 2 D / I.
-        activation: as of `dense`; or `clamped_swiglu`, (up + 1) * gate * sigmoid(swiglu_alpha * gate)
-            with gate at most `swiglu_limit` and up within it on both sides (gpt-oss, arXiv 2508.10925).
-        swiglu_alpha, swiglu_limit: of `clamped_swiglu`.
-        bias: biases on the projections of the experts (gpt-oss).
-        latent_size: dim in which the routed experts work, between two projections that they share
-            (Nemotron 3); default D.
-        num_shared_experts: experts that every token goes through (arXiv 2401.06066), computed as one
-            feed-forward of `num_shared_experts * shared_intermediate_size`.
+        num_experts: E, number of routed experts.
+        top_k: k, routed experts per token.
+        intermediate_size: I, inner width of an expert. By default, all experts of a token together are
+            as wide as the default of ``dense``. The granularity is 2 D / I.
+        activation: as in ``dense``; or ``clamped_swiglu``:
+            (up + 1) * gate * sigmoid(swiglu_alpha * gate) with gate clamped to at most ``swiglu_limit``
+            and up to [-swiglu_limit, swiglu_limit] (gpt-oss, arXiv 2508.10925).
+        swiglu_alpha, swiglu_limit: constants of ``clamped_swiglu``.
+        bias: add biases to the projections of the experts (gpt-oss).
+        latent_size: input and output dim of the routed experts, between two projections that all experts
+            share (Nemotron 3); default D.
+        num_shared_experts: number of experts for every token (arXiv 2401.06066), computed as one
+            feed-forward of width ``num_shared_experts * shared_intermediate_size``.
         shared_intermediate_size: inner width of a shared expert; default I.
         shared_gate: multiply the shared experts by sigmoid(w x) (Qwen2-MoE, Qwen3-Next).
-        router_bias: a learnt bias on the router's logits (gpt-oss).
-        score_function: `softmax` over the experts (Mixtral, Qwen3-MoE), or `sigmoid` of each
+        router_bias: add a learned bias to the router's logits (gpt-oss).
+        score_function: ``softmax`` over the experts (Mixtral, Qwen3-MoE), or ``sigmoid`` of each
             (DeepSeek-V3).
-        normalize_weights: make the weights of a token's k experts sum to one. With `softmax` that is
-            the softmax over the logits of those k alone (Mixtral, Granite, gpt-oss).
-        normalize_epsilon: added to that sum (1e-6 in LFM2).
-        scaling_factor: multiplies the weights, after they are normalised.
-        num_groups, top_k_groups: experts stand in `num_groups` equal groups, and a token chooses
-            among those of its `top_k_groups` best (DeepSeek-V2, V3).
-        group_score: a group is as good as the sum of its two best experts (`top2`, DeepSeek-V3), or
-            its best (`max`, DeepSeek-V2).
-        score_correction_bias: a bias per expert that is added to the scores for the choice alone; a
-            buffer, not a parameter. `bias_update_rate` implies it.
-        bias_update_rate: gamma of loss-free balancing (arXiv 2408.15664; 0.001 in 2412.19437): after
-            each optimizer step the bias of an expert rises by gamma if it got fewer tokens than the
-            mean, and falls by gamma if more. 0: leave the bias as it is.
+        normalize_weights: normalise the weights of a token's k experts to sum to one. With ``softmax``
+            this is a softmax over the logits of these k experts (Mixtral, Granite, gpt-oss).
+        normalize_epsilon: epsilon added to that sum (1e-6 in LFM2).
+        scaling_factor: factor of the weights, after normalisation.
+        num_groups, top_k_groups: experts form ``num_groups`` equal groups. A token chooses among the
+            experts of its ``top_k_groups`` best groups (DeepSeek-V2, V3).
+        group_score: score of a group: the sum of its two best experts (``top2``, DeepSeek-V3), or its
+            best expert (``max``, DeepSeek-V2).
+        score_correction_bias: add a bias per expert to the scores for the choice only. It is a buffer,
+            not a parameter. ``bias_update_rate`` implies it.
+        bias_update_rate: gamma of loss-free balancing (arXiv 2408.15664; 0.001 in 2412.19437). After
+            each optimizer step, the bias of an expert increases by gamma if it had fewer tokens than the
+            mean, and decreases by gamma if it had more. 0: constant bias.
         balance_loss: alpha of the auxiliary loss alpha * E * sum_i f_i P_i per layer (arXiv
-            2101.03961, eq. 4), f_i the share of choices that fell on expert i, P_i its mean
-            probability: alpha where the load is even, whatever E and k.
-        balance_statistics: f_i of `local` tokens (of this process and forward), or of the `global`
-            batch: all processes, and the forwards since the last optimizer step (arXiv 2501.11873).
-        sequence_balance_loss: alpha of the same loss with f and P of each row of the batch on its
-            own, mean over rows (arXiv 2412.19437, eq. 17-20; 0.0001 there).
+            2101.03961, eq. 4). f_i is the share of choices of expert i, P_i its mean probability. The
+            loss is alpha for a uniform load, independent of E and k.
+        balance_statistics: tokens counted in f_i: ``local`` (this process and forward), or ``global``
+            (all processes, and all forwards since the last optimizer step; arXiv 2501.11873).
+        sequence_balance_loss: alpha of the same loss with f and P of each row of the batch, as a mean
+            over rows (arXiv 2412.19437, eq. 17-20; 0.0001 there).
         router_z_loss: lambda of lambda * mean(logsumexp(logits)^2) per layer (arXiv 2202.08906,
             eq. 5; 0.001 there).
     """
@@ -89,7 +90,7 @@ class MoEOptions(FeedForwardOptions):
     router_z_loss: NotNegative = 0.0
 
     def complete(self, hidden_size: int) -> MoEOptions:
-        """Fill in the widths."""
+        """Return these options with the widths filled in."""
         inner = self.intermediate_size
         if inner is None:
             whole = DenseOptions(activation=self.dense_activation).complete(hidden_size)
@@ -102,12 +103,12 @@ class MoEOptions(FeedForwardOptions):
 
     @property
     def dense_activation(self) -> Any:
-        """The activation of `dense` that is as wide, and as gated, as this one."""
+        """Activation of ``dense`` with the same projections as this one."""
         return "swiglu" if self.activation == "clamped_swiglu" else self.activation
 
     @property
     def shared_options(self) -> DenseOptions:
-        """Of the one feed-forward that the shared experts are, of completed options."""
+        """Options of the feed-forward that computes all shared experts, of completed options."""
         assert self.shared_intermediate_size is not None
         return DenseOptions(
             intermediate_size=self.num_shared_experts * self.shared_intermediate_size,
@@ -117,41 +118,41 @@ class MoEOptions(FeedForwardOptions):
 
     @property
     def has_correction_bias(self) -> bool:
-        """Whether the choice is corrected by a bias per expert."""
+        """Whether the choice uses a correction bias per expert."""
         return self.score_correction_bias or self.bias_update_rate > 0
 
     @property
     def has_losses(self) -> bool:
-        """Whether training adds something to the loss."""
+        """Whether training adds a balance loss."""
         return max(self.balance_loss, self.sequence_balance_loss, self.router_z_loss) > 0
 
     @property
     def total_experts(self) -> int:
-        """Routed and shared."""
+        """Number of experts, routed and shared."""
         return self.num_experts + self.num_shared_experts
 
     @property
     def active_experts(self) -> int:
-        """Those that one token goes through, routed and shared."""
+        """Number of experts per token, routed and shared."""
         return self.top_k + self.num_shared_experts
 
     @property
     def activation_ratio(self) -> float:
-        """Active / total experts."""
+        """Ratio of active to total experts."""
         return self.active_experts / self.total_experts
 
     @property
     def sparsity(self) -> float:
-        """Total / active experts."""
+        """Ratio of total to active experts."""
         return self.total_experts / self.active_experts
 
     def granularity(self, hidden_size: int) -> float:
-        """G = 2 D / I, of completed options."""
+        """Return the granularity G = 2 D / I, of completed options."""
         assert self.intermediate_size is not None
         return 2 * hidden_size / self.intermediate_size
 
     def problems(self, sizes: Sizes) -> list[str]:
-        """Groups that do not fit."""
+        """Return an error line for each mismatch of experts, groups and shared experts."""
         return [*self._routing_problems(), *self._shared_problems()]
 
     def _routing_problems(self) -> list[str]:

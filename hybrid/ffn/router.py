@@ -1,6 +1,6 @@
-"""Which experts a token goes to.
+"""Routers, which choose the experts of each token.
 
-Shapes: N tokens, D model dim, E experts, k experts of a token.
+Shapes: N tokens, D model dim, E experts, k experts per token.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from hybrid.nn.precision import Float32Buffers
 
 
 class Router(nn.Module):
-    """Scores of all experts from one linear map, in float32 whatever the model's dtype.
+    """Router with one linear map to the scores of all experts, always in float32.
 
     Attributes:
-        load: (E,) float32, tokens that each expert got since the last optimizer step, in this
-            process; None before the first. `hybrid.ffn.balance` counts and clears it. No buffer:
-            `DistributedDataParallel` would overwrite it with that of the first process.
+        load: (E,) float32, tokens of each expert since the last optimizer step, in this process; None
+            before the first forward. ``hybrid.ffn.balance`` updates and clears it. It is not a buffer,
+            because ``DistributedDataParallel`` would overwrite it with that of the first process.
     """
 
     bias: torch.Tensor | None
@@ -39,10 +39,13 @@ class Router(nn.Module):
         self.load: torch.Tensor | None = None
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Tokens (N, D) -> logits (N, E), weights (N, k), both float32, and experts (N, k) int64.
+        """Route tokens x (N, D).
 
-        A token weighs its experts by their scores; the bias of a `BiasedRouter` only takes part in
-        the choice (arXiv 2412.19437, eq. 16).
+        The weights are the scores of the chosen experts. The bias of a ``BiasedRouter`` affects only the
+        choice (arXiv 2412.19437, eq. 16).
+
+        Returns:
+            Logits (N, E) float32, weights (N, k) float32, and expert indices (N, k) int64.
         """
         with maybe_autocast(device_type=x.device.type, enabled=False):
             bias = None if self.bias is None else wide(self.bias)
@@ -51,19 +54,20 @@ class Router(nn.Module):
         indices = self.choose(scores.detach())
         weights = scores.gather(-1, indices)
         if self.options.normalize_weights:
-            # Sigmoid scores of all k may vanish together.
+            # All k sigmoid scores may underflow to 0.
             total = weights.sum(dim=-1, keepdim=True)
             weights = weights / (total + self.options.normalize_epsilon)
         return logits, weights * self.options.scaling_factor, indices
 
     def choices(self, logits: torch.Tensor) -> torch.Tensor:
-        """The k experts of each token by its logits (N, E), (N, k) int64."""
+        """Return the k experts of each token, (N, k) int64, from logits (N, E)."""
         return self.choose(self._scores(logits.detach()))
 
     def choose(self, scores: torch.Tensor) -> torch.Tensor:
-        """The k experts of each token: scores (N, E) -> (N, k) int64.
+        """Return the k experts of each token, (N, k) int64, from scores (N, E).
 
-        With groups, only experts of a token's best groups are eligible (arXiv 2412.19437, 2.1.2).
+        With groups, only experts of a token's best groups can be chosen (arXiv 2412.19437, section
+        2.1.2).
         """
         options = self.options
         if options.num_groups > 1:
@@ -76,7 +80,7 @@ class Router(nn.Module):
         return scores.topk(options.top_k, dim=-1, sorted=False).indices
 
     def probabilities(self, logits: torch.Tensor) -> torch.Tensor:
-        """Scores that sum to one over the experts, (N, E) -> (N, E): what balance losses take."""
+        """Return scores normalised over the experts, (N, E), for balance losses, from logits (N, E)."""
         scores = self._scores(logits)
         if self.options.score_function == "softmax":
             return scores
@@ -88,21 +92,22 @@ class Router(nn.Module):
         return logits.sigmoid()
 
     def init_parameters(self, std: float) -> None:
-        """Normal weights, no bias."""
+        """Draw weights from a normal distribution; set the bias to 0."""
         init.normal_(self.weight, mean=0.0, std=std)
         if self.bias is not None:
             init.zeros_(self.bias)
 
     def extra_repr(self) -> str:
-        """Sizes."""
+        """Return the sizes for ``repr``."""
         experts, d_model = self.weight.shape
         return f"{d_model}, experts={experts}, top_k={self.options.top_k}"
 
 
 class BiasedRouter(Float32Buffers, Router):
-    """A router whose choice is corrected by a bias per expert, a buffer saved in checkpoints.
+    """Router whose choice is corrected by a bias per expert, a buffer saved in checkpoints.
 
-    The bias stays in float32 when the model is cast: steps of 0.001 would round away in bfloat16.
+    The bias stays in float32 when the model is cast, because steps of 0.001 would be rounded away in
+    bfloat16.
     """
 
     float32_buffers: ClassVar[tuple[str, ...]] = ("score_correction_bias",)
@@ -113,16 +118,16 @@ class BiasedRouter(Float32Buffers, Router):
         self.score_correction_bias = nn.Buffer(bias)
 
     def choose(self, scores: torch.Tensor) -> torch.Tensor:
-        """As `Router.choose`, after the bias is added."""
+        """See ``Router.choose``; the bias is added to the scores."""
         return super().choose(scores + self.score_correction_bias)
 
     def init_parameters(self, std: float) -> None:
-        """As `Router`, and a correction of zero."""
+        """Initialise like ``Router``; set the correction bias to 0."""
         super().init_parameters(std)
         init.zeros_(self.score_correction_bias)
 
 
 def build_router(options: MoEOptions, hidden_size: int) -> Router:
-    """The router that the options ask for."""
+    """Return a router for these options."""
     kind = BiasedRouter if options.has_correction_bias else Router
     return kind(options, hidden_size)
