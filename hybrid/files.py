@@ -1,7 +1,8 @@
-"""Files that are written whole or not at all, and onto the disk.
+"""Atomic and durable file writing.
 
-A file is written under a temporary name, flushed, forced onto the disk, counted, and only then given
-its name. So a full disk or a power cut leaves the earlier file, or none; never a part of one.
+A file is written under a temporary name, flushed, synced to disk, and its size is checked. Only
+then is it renamed. So after a full disk or a power failure the old file, or no file, exists; never
+an incomplete one.
 """
 
 from __future__ import annotations
@@ -20,10 +21,10 @@ UNFINISHED = ".unfinished"
 
 @contextmanager
 def replacing(path: str | Path) -> Iterator[BinaryIO]:
-    """Open a file for writing that takes the place of `path` when the block ends without an error.
+    """Open a file for writing that replaces ``path`` if the block ends without an error.
 
     Raises:
-        OSError: the disk is full or gone; `path` is as it was.
+        OSError: the disk is full or missing; ``path`` is unchanged.
     """
     path = Path(path)
     unfinished = path.with_name(path.name + UNFINISHED)
@@ -55,14 +56,14 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 def write_json(path: str | Path, value: Any, **options: Any) -> None:
-    """Write a JSON file; `options` are those of `json.dumps`."""
+    """Write a JSON file; ``options`` are those of ``json.dumps``."""
     write_text(path, json.dumps(value, **{"indent": 1, **options}) + "\n")
 
 
 def write_array(path: str | Path, array: np.ndarray) -> None:
     """Write a .npy file.
 
-    `numpy.save` hands the array to a C stream of its own, whose last block is lost without an error
+    ``numpy.save`` hands the array to a C stream of its own, whose last block is lost without an error
     when the disk is full.
     """
     array = np.ascontiguousarray(array)
@@ -72,7 +73,7 @@ def write_array(path: str | Path, array: np.ndarray) -> None:
 
 
 def sync(path: str | Path) -> None:
-    """Wait until the content of a file, or the names in a folder, would outlast a power cut."""
+    """Sync the content of a file, or the entries of a folder, to disk."""
     opened = os.open(path, os.O_RDONLY)
     try:
         os.fsync(opened)
@@ -81,7 +82,7 @@ def sync(path: str | Path) -> None:
 
 
 def sync_folder(folder: str | Path) -> None:
-    """`sync` for a folder and everything below it, written by code that does not do so itself."""
+    """``sync`` for a folder and everything below it, written by code that does not do so itself."""
     for inside in sorted(Path(folder).rglob("*")):
         sync(inside)
     sync(folder)
@@ -92,10 +93,10 @@ def read_json(path: str | Path, unique: bool = False) -> dict[str, Any]:
 
     Args:
         path: the file.
-        unique: refuse a key that stands twice in one object, with two values.
+        unique: whether to refuse a key with two different values in one object.
 
     Raises:
-        ValueError: there is no such file, or it holds something else.
+        ValueError: the file does not exist, or does not hold an object.
     """
     path = Path(path)
 
@@ -122,5 +123,7 @@ def read_json(path: str | Path, unique: bool = False) -> dict[str, Any]:
 
 
 def _special_float(found: dict[str, Any]) -> Any:
-    """transformers writes an infinity as {"__float__": "Infinity"}, for JSON has none."""
+    """Convert infinities, which transformers writes as {"__float__": "Infinity"} because JSON has
+    none.
+    """
     return float(found["__float__"]) if set(found) == {"__float__"} else found

@@ -1,4 +1,4 @@
-"""One writer to an output folder at a time."""
+"""Lock an output folder for one writer at a time."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ class FolderInUse(ValueError):
 
 @contextmanager
 def sole_writer(folder: str | Path) -> Iterator[None]:
-    """Keep other processes that ask for it out of `folder`, which is made where absent.
+    """Lock ``folder`` against other processes that call this function; create it if missing.
 
-    The operating system drops the lock when its process ends, however it ends, so a lock that a dead
-    process left behind is taken over.
+    The operating system releases the lock when its process ends, so a lock file of a dead process
+    is not an obstacle.
 
     Raises:
-        FolderInUse: another process is in there; it is named.
+        FolderInUse: another process has the lock; the message names it.
     """
     folder = Path(folder)
     new = not folder.exists()

@@ -1,7 +1,7 @@
-"""What a config costs before anything is built: parameters, FLOPs per token, cache bytes.
+"""The cost of a config: parameters, FLOPs per token, cache bytes.
 
-The model is made on the meta device, so parameters are counted and not estimated, and each mixer is
-asked for what it alone knows: the FLOPs of its mixing, what its cache grows by, the size of its state.
+The model is built on the meta device, so parameters are counted and not estimated. Each mixer
+declares the FLOPs of its mixing, the growth of its cache per token, and the size of its state.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from hybrid.nn.past import StateSpec, TokenSpec
 
 @dataclass(frozen=True)
 class ExpertPlan:
-    """A mixture of experts in numbers.
+    """Numbers of a mixture of experts.
 
     Attributes:
-        layers: how many have it.
-        routed, shared, top_k: experts to choose from, experts that every token goes through, experts
-            that a token chooses.
-        activation_ratio: experts of a token over all of them, shared ones counted in both.
-        sparsity: its inverse.
+        layers: number of layers with it.
+        routed, shared, top_k: number of routed experts, of shared experts, and of routed experts
+            per token.
+        activation_ratio: experts per token divided by all experts, shared ones included in both.
+        sparsity: the inverse of the activation ratio.
         granularity: G = 2 d_model / d_expert.
     """
 
@@ -54,7 +54,7 @@ class Plan:
     Attributes:
         parameters: all of them, tied ones once.
         active_parameters: those that one token uses at inference.
-        mtp_parameters: of the multi-token prediction modules, which `parameters` includes.
+        mtp_parameters: of the multi-token prediction modules, which ``parameters`` includes.
         embedding_parameters: of the embedding and an untied head.
         context: N, in tokens.
         dtype: of keys and values, and of the tails of convolutions; states are float32.
@@ -90,10 +90,10 @@ class Plan:
 
 
 def plan(config: HybridConfig, context: int = 8192, dtype: torch.dtype = torch.bfloat16) -> Plan:
-    """Count the cost of `config` at `context` tokens, with weights and keys in `dtype`.
+    """Count the cost of ``config`` at ``context`` tokens, with weights and keys in ``dtype``.
 
     Raises:
-        ValueError: a context below 1, or above `max_position_embeddings`.
+        ValueError: a context below 1, or above ``max_position_embeddings``.
     """
     limit = config.max_position_embeddings
     if context < 1 or (limit is not None and context > limit):
@@ -201,8 +201,8 @@ def load_model_config(
 
     Args:
         path: a YAML file, a folder with a config.json, or a config.json.
-        overrides: `key=value`, for YAML files.
-        seen: files whose `model.path` led here.
+        overrides: ``key=value``, for YAML files.
+        seen: files whose ``model.path`` led here.
 
     Raises:
         ValueError: no such file, or a config with mistakes; each is named.
@@ -236,7 +236,7 @@ def load_model_config(
 
 
 def parse_tokens(text: str, name: str = "context") -> int:
-    """'8192', '8k' (8192), '1m' -> tokens; a ValueError that names `name` for anything else."""
+    """'8192', '8k' (8192), '1m' -> tokens; a ValueError that names ``name`` for anything else."""
     scale = {"k": 1024, "m": 1024**2}.get(text[-1:].lower(), 1)
     digits = text[:-1] if scale > 1 else text
     if not digits.isdigit():

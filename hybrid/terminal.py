@@ -1,4 +1,4 @@
-"""The terminal: how a command ends, and text that is printed as it is."""
+"""Terminal output: the end of a command, and text without markup."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ CLOSED = 141  # 128 + SIGPIPE
 
 
 class Interrupted(KeyboardInterrupt):
-    """Work that a signal ended in good order; the text says what was kept and how to go on.
+    """A run that a signal ended in order; the text says what was saved and how to resume.
 
     Args:
         text: one line.
@@ -29,12 +29,12 @@ class Interrupted(KeyboardInterrupt):
 
 
 def guarded(name: str, command: Callable[[], int], quiet: bool = False) -> int:
-    """Run a command; Ctrl-C ends it in one line, a closed pipe (`| head`) without a word.
+    """Run a command; Ctrl-C ends it with one line, a closed pipe (``| head``) silently.
 
     Args:
-        name: of the command, for the line.
+        name: name of the command, for the line.
         command: returns its exit status.
-        quiet: print nothing on Ctrl-C: another process of the run does.
+        quiet: whether to print nothing on Ctrl-C, because another process of the run does.
     """
     try:
         try:
@@ -56,7 +56,7 @@ def guarded(name: str, command: Callable[[], int], quiet: bool = False) -> int:
 
 
 def _closed(stream: TextIO) -> bool:
-    """Whether nobody reads what is written to a stream."""
+    """Return whether the reader of a stream has closed it."""
     if not hasattr(select, "poll"):
         return True
     poll = select.poll()
@@ -65,14 +65,14 @@ def _closed(stream: TextIO) -> bool:
 
 
 def console(**options: Any) -> Console:
-    """A `rich` console that prints names with brackets in them as they are."""
+    """A ``rich`` console that prints names with brackets in them as they are."""
     from rich.console import Console
 
     return Console(markup=False, emoji=False, **options)
 
 
 def text_column(text: str) -> Any:
-    """A column of a `rich` progress bar, its fields as they are."""
+    """A column of a ``rich`` progress bar, its fields as they are."""
     from rich.progress import TextColumn
 
     return TextColumn(text, markup=False)

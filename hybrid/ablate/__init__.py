@@ -1,11 +1,11 @@
-"""Ablations with discipline: a baseline, changes to it, equal cost, several seeds, one report.
+"""Ablations: a baseline, changes to it, equal cost, several seeds, and one report.
 
     hybrid ablate configs/ablations/....yaml [--dry-run]
 
-load_ablation   a YAML file -> Ablation, every mistake named
-plan_runs       Ablation -> Design: the variants, the widths that make them cost the same
-run_design      trains what is not there yet, evaluates it; the same call again continues
-summarise       what was measured -> a report: means, intervals, which changes are established
+load_ablation   a YAML file -> Ablation; reports all mistakes
+plan_runs       Ablation -> Design: the variants, and the widths at which they cost the same
+run_design      train and evaluate missing runs; the same call resumes
+summarise       results -> a report: means, intervals, and which changes are established
 """
 
 import lazy_loader

@@ -1,4 +1,4 @@
-"""`hybrid ablate`: an ablation by a YAML file, measured by the tasks of `hybrid_eval`."""
+"""``hybrid ablate``: run an ablation from a YAML file, with the tasks of ``hybrid_eval`` as metrics."""
 
 from __future__ import annotations
 
@@ -22,20 +22,21 @@ def run_ablation(
     config_file: str | None = None,
     scale: str | None = None,
 ) -> int:
-    """Plan an ablation, run what is not there yet, write and print its report.
+    """Plan an ablation, run what is missing, and write and print its report.
 
     Args:
-        config: a YAML file, e.g. one of `configs/ablations/`.
-        overrides: `key=value` words for it.
-        dry_run: print the plan and stop.
-        config_file: of accelerate, for trainings by `accelerate launch`; None trains in this process.
-        scale: one of the config's `scales`.
+        config: a YAML file, e.g. one of ``configs/ablations/``.
+        overrides: ``key=value`` overrides of the file.
+        dry_run: whether to only print the plan.
+        config_file: a config of accelerate, to train with ``accelerate launch``; None trains in
+            this process.
+        scale: one of the config's ``scales``.
 
     Returns:
-        0, or 1 where a prediction (`expect:`) does not hold.
+        0, or 1 if a prediction (``expect:``) does not hold.
 
     Raises:
-        ConfigError: the config has mistakes, or the folder holds other runs.
+        ConfigError: the config has mistakes, or the folder has other runs.
     """
     tasks, screen = EvaluationTasks(), console()
     design = plan_runs(load_ablation(config, overrides, tasks, scale))

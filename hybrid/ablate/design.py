@@ -1,4 +1,4 @@
-"""From an ablation to its variants: which changes are on, at which width, at which cost."""
+"""Expand an ablation to its variants: the enabled changes, the width and the cost of each."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ Kind = Literal["alone", "leave-one-out"]
 
 @dataclass(frozen=True)
 class Variant:
-    """One configuration that every seed trains.
+    """One configuration, trained with every seed.
 
     Attributes:
-        name: `baseline`, a change's name, `all`, or `all-but-NAME`; in a grid with the cell,
-            `baseline@pairs=16`.
+        name: ``baseline``, a change's name, ``all``, or ``all-but-NAME``; in a grid with the cell,
+            ``baseline@pairs=16``.
         base_name: the name without the cell.
-        changes: those that are on.
-        config: what is trained; seed and folder are set for each run.
-        width: the value that `match` solved for; None without one, or where it changes nothing.
-        cost: None for a model that is not of this package.
-        difference: of the matched cost to the baseline's, as a share; without a match, of the
+        changes: names of the enabled changes.
+        config: the training configuration; each run sets seed and folder.
+        width: the solved value of ``match``; None without ``match``, or if the width has no effect.
+        cost: None for a model of another package.
+        difference: relative difference of the matched cost to the baseline's; without a match, of the
             parameters.
-        cell: of the grid.
+        cell: cell of the grid.
         evaluate: settings of the evaluation.
-        trials: the same with each value of a sweep; one of them is chosen by the first seed.
-        value: that a trial has; None for what is none.
+        trials: the same variant with each value of a sweep; the first seed selects one.
+        value: the swept value of a trial; None otherwise.
     """
 
     name: str
@@ -51,7 +51,7 @@ class Variant:
 
 @dataclass(frozen=True)
 class Contrast:
-    """Two variants that differ in one change: `changed` has it, `unchanged` has not."""
+    """Two variants that differ in one change: ``changed`` has it, ``unchanged`` does not."""
 
     change: str
     kind: Kind
@@ -62,7 +62,7 @@ class Contrast:
 
 @dataclass(frozen=True)
 class Design:
-    """Every variant, and which of them answer for which change."""
+    """All variants, and the pairs that measure each change."""
 
     ablation: Ablation
     variants: list[Variant]
@@ -70,17 +70,18 @@ class Design:
 
     @property
     def out(self) -> Path:
-        """The folder of the runs and the report."""
+        """Return the folder of the runs and the report."""
         return Path(self.ablation.out)
 
     def folder(self, variant: Variant, seed: int) -> Path:
-        """The folder of one run."""
+        """Return the folder of one run."""
         return self.out / variant.name / f"seed-{seed}"
 
     def runs(self) -> Iterator[tuple[Variant, int, Path]]:
-        """Variant, seed and folder of each run; seed by seed, so that early results have pairs.
+        """Return variant, seed and folder of each run, ordered by seed, so that early results have
+        pairs.
 
-        Of a sweep, every trial with the first seed, and the variant with the others.
+        A sweep has every trial with the first seed, and the variant with the other seeds.
         """
         for number, seed in enumerate(self.ablation.seeds):
             for variant in self.variants:
@@ -89,7 +90,7 @@ class Design:
                     yield trial, seed, self.folder(trial, seed)
 
     def every_run(self) -> Iterator[tuple[Variant, int, Path]]:
-        """As `runs`, and whatever trial of a sweep may be chosen."""
+        """Return ``runs``, and all runs of any trial that a sweep can select."""
         for variant in self.variants:
             for trial in variant.trials or (variant,):
                 for seed in self.ablation.seeds:
@@ -97,10 +98,10 @@ class Design:
 
 
 def plan_runs(ablation: Ablation) -> Design:
-    """Lay an ablation out; nothing is trained, models are made on the meta device only.
+    """Return the design of an ablation; models are built on the meta device only.
 
     Raises:
-        ConfigError: changes that cannot be on together, or a cost that cannot be matched.
+        ConfigError: changes that cannot be combined, or a cost that cannot be matched.
     """
     mistakes = _conflicts(ablation)
     if mistakes:
@@ -123,7 +124,7 @@ def plan_runs(ablation: Ablation) -> Design:
 def _cell_variants(
     ablation: Ablation, cell: Cell, sets: dict[str, tuple[str, ...]], mistakes: list[str]
 ) -> list[Variant]:
-    """The variants of one cell of the grid, the baseline first."""
+    """Return the variants of one cell of the grid, the baseline first."""
     variants: list[Variant] = []
     for name, changes in sets.items():
         base = variants[0] if variants else None
@@ -140,7 +141,7 @@ def _cell_variants(
 
 
 def named(name: str, cell: Cell) -> str:
-    """The name of a variant in a cell of the grid."""
+    """Return the name of a variant in a cell of the grid."""
     return f"{name}@{cell.name}" if cell.name else name
 
 
@@ -222,7 +223,7 @@ def _variant(
 
 
 def _with_trials(variant: Variant, sweep: Sweep) -> Variant:
-    """The variant with a trial for every value of a sweep."""
+    """Return the variant with a trial for every value of a sweep."""
     trials = []
     for value in sweep.values:
         mistakes: list[str] = []

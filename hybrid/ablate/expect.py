@@ -1,4 +1,4 @@
-"""Predictions about an ablation, and whether its numbers bear them out.
+"""Predictions about an ablation, and whether its results agree with them.
 
     METRIC: VARIANT > VARIANT            the interval of the difference lies above 0
     METRIC: VARIANT > 0.9                the interval of the mean lies above 0.9
@@ -7,7 +7,7 @@
     ... at pairs=64, length=256          in one cell of the grid, in one cell of the metric
     baseline@width=128 > baseline@width=32      two cells of the grid
 
-Without METRIC the first of `metrics` is meant. In a grid, a prediction that names no cell has to hold in
+Without METRIC the first of ``metrics`` is used. In a grid, a prediction without a cell must hold in
 every cell.
 """
 
@@ -42,15 +42,15 @@ class Prediction:
     """One prediction.
 
     Attributes:
-        text: as it was written.
-        metric: what it is about.
+        text: the text of the config.
+        metric: the metric to compare.
         left: name of a variant.
-        above: whether `left` is to be the larger one.
+        above: whether ``left`` is predicted to be larger.
         right: name of a variant, or a number.
-        by: the least difference; below 0 it is what may be missing.
-        cell: axis and label of the grid, where it is about one cell.
-        left_cell: the same of the left side alone.
-        right_cell: the same of the right side alone.
+        by: the smallest difference; a negative value is a tolerance.
+        cell: axis and label of the grid, for a prediction about one cell.
+        left_cell: axis and label of the left side only.
+        right_cell: axis and label of the right side only.
     """
 
     text: str
@@ -65,21 +65,22 @@ class Prediction:
 
     @property
     def fixed(self) -> set[str]:
-        """Axes of which both sides name their own cell."""
+        """Return the axes for which both sides have their own cell."""
         left, right = ({axis for axis, _ in cell} for cell in (self.left_cell, self.right_cell))
         return left & right if isinstance(self.right, str) else left
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a prediction in one cell.
+    """The result of a prediction in one cell.
 
     Attributes:
         text: the prediction.
         cell: label of the cell, empty without a grid.
-        mean, low, high: of the difference between left and right; nan where there is no interval.
-        verdict: `holds` if the whole interval bears it out, `fails` if none of it does, else `open`.
-        why: what an open one lacks.
+        mean, low, high: of the difference between left and right; nan if there is no interval.
+        verdict: ``holds`` if the whole interval agrees, ``fails`` if no part of it does, otherwise
+            ``open``.
+        why: the reason if the verdict is open.
     """
 
     text: str
@@ -94,15 +95,15 @@ class Outcome:
 def parse_prediction(
     text: str, metrics: Sequence[str], axes: Mapping[str, Sequence[str]]
 ) -> Prediction:
-    """A prediction from its words.
+    """Parse a prediction.
 
     Args:
         text: see the head of this file.
-        metrics: of the ablation; the first is meant where none is named.
-        axes: of the grid, with their labels.
+        metrics: metrics of the ablation; the first is the default.
+        axes: axes of the grid, with their labels.
 
     Raises:
-        ValueError: another form, or a cell that the grid has not.
+        ValueError: another form, or a cell that is not in the grid.
     """
     found = _FORM.fullmatch(" ".join(text.split()))
     if found is None:
@@ -134,7 +135,7 @@ def parse_prediction(
 def _cell(
     words: str, axes: Mapping[str, Sequence[str]], text: str
 ) -> tuple[dict[str, str], list[str]]:
-    """Axis and label of `KEY=VALUE, ...`, and the words whose key is no axis of the grid."""
+    """Axis and label of ``KEY=VALUE, ...``, and the words whose key is no axis of the grid."""
     cell, rest = {}, []
     for part in words.split(",") if words else ():
         key, _, value = (piece.strip() for piece in part.partition("="))
@@ -155,13 +156,13 @@ def judge(
     confidence: float,
     cell: str = "",
 ) -> Outcome:
-    """Say whether a prediction holds.
+    """Return whether a prediction holds.
 
     Args:
-        prediction: what was foretold.
-        left: scores of its left side, one a seed.
-        right: those of its right side, of the same seeds; not read where that is a number.
-        confidence: of the interval.
+        prediction: the prediction.
+        left: scores of its left side, one for each seed.
+        right: scores of its right side, with the same seeds; not used if it is a number.
+        confidence: confidence level of the interval.
         cell: label of the grid's cell.
     """
     if isinstance(prediction.right, float):

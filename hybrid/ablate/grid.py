@@ -1,4 +1,4 @@
-"""Cells of a grid: every variant of an ablation in every combination of the axes' values.
+"""Grids: every variant of an ablation with every combination of the axes' values.
 
     grid:
       model.hidden_size: [64, 128]                      a key and its values
@@ -6,7 +6,7 @@
         "16": {data.pairs: 16, evaluate.options.mqar.pairs: 16}
         "64": {data.pairs: 64, evaluate.options.mqar.pairs: 64}
 
-Keys that begin with `evaluate.` set what is measured, the others what is trained.
+Keys that begin with ``evaluate.`` change the evaluation, all others the training.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """E.g. `hidden_size=64,pairs=16`; empty without a grid."""
+        """E.g. ``hidden_size=64,pairs=16``; empty without a grid."""
         return ",".join(f"{short(axis)}={label}" for axis, label in self.labels)
 
 
 def short(axis: str) -> str:
-    """`model.hidden_size` -> `hidden_size`."""
+    """``model.hidden_size`` -> ``hidden_size``."""
     return axis.rpartition(".")[2]
 
 
@@ -76,7 +76,7 @@ def cells(grid: Mapping[str, Any]) -> Iterator[Cell]:
 
 
 def problems(grid: Any) -> list[str]:
-    """What is wrong with the form of a grid, a line each."""
+    """Return the mistakes in the form of a grid, one line each."""
     lines = []
     for axis, values in grid.items() if isinstance(grid, Mapping) else ():
         if not isinstance(values, list | Mapping) or not values:

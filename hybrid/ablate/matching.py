@@ -1,4 +1,4 @@
-"""Equal cost: the width at which a variant costs what the baseline costs."""
+"""Equal cost: find the width at which a variant costs the same as the baseline."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ from hybrid.train.model import model_config
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-WIDEST = 1 << 20  # no width is looked for beyond this
-GAP = 64  # so many widths in a row may be refused (by heads that do not divide them)
+WIDEST = 1 << 20  # upper bound of the search
+GAP = 64  # number of consecutive widths that can be refused (by heads that do not divide them)
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What a variant costs.
+    """The cost of a variant.
 
     Attributes:
-        parameters: all of them, tied ones once.
+        parameters: all parameters, tied ones once.
         flops_per_token: forward and backward, at the training length.
-        cache_bytes: of one sequence at the ablation's context, keys in bfloat16.
-        state_bytes: the part of it that does not grow with the context.
+        cache_bytes: cache of one sequence at the ablation's context, keys in bfloat16.
+        state_bytes: the part of the cache that does not grow with the context.
     """
 
     parameters: int
@@ -43,10 +43,10 @@ class Cost:
 
 
 def cost_of(config: TrainConfig, context: int) -> Cost | None:
-    """The cost of a training configuration's model; None for a model that is not ours.
+    """Return the cost of a training configuration's model; None for a model of another package.
 
     Raises:
-        ConfigError: the model and its tokenizer or its rows do not fit.
+        ConfigError: the model does not fit its tokenizer or its rows.
     """
     made = model_config(config, _tokenizer(config.tokenizer))
     if not isinstance(made, HybridConfig):
@@ -64,19 +64,19 @@ def _tokenizer(name: str) -> PreTrainedTokenizerBase:
 def solve(
     config: TrainConfig, match: Match, target: float
 ) -> tuple[dict[str, Any], int | None, float]:
-    """The width whose cost is nearest to `target`.
+    """Return the width whose cost is nearest to ``target``.
 
     Args:
-        config: a variant, at whatever width.
-        match: what to match, and by which key.
-        target: the baseline's parameters, or FLOPs.
+        config: a variant, with any width.
+        match: the cost to match, and the key of the width.
+        target: the baseline's parameters or FLOPs.
 
     Returns:
-        The model's keys with that width, the width, and the difference that remains as a share. The
-        width is None where it changes nothing and the variant agrees within the tolerance as it is.
+        The model's keys with that width, the width, and the remaining relative difference. The
+        width is None if it has no effect and the variant is within the tolerance.
 
     Raises:
-        ValueError: no width is accepted, or too much remains.
+        ValueError: no width is accepted, or the remaining difference is too large.
     """
     refusals: list[str] = []
 
@@ -113,14 +113,14 @@ def solve(
 
 
 def nothing_to_match(match: Match) -> str:
-    """Say that a width changes no cost."""
+    """Return the message for a width that does not change the cost."""
     return f"match.width: nothing to match: {match.width} changes no {match.cost} here"
 
 
 def _way_out(
     cost: Callable[[int], float | None], target: float, match: Match, start: int | None
 ) -> str:
-    """The step, or else the tolerance, with which a width fits; each was tried."""
+    """Return a step, or else a tolerance, with which a width fits; each was tried."""
     finer = [step for step in range(match.step, 0, -1) if match.step % step == 0]
     found = [
         (abs((cost(width) or math.inf) / target - 1), step, width)
@@ -141,7 +141,7 @@ def _way_out(
 def nearest(
     cost: Callable[[int], float | None], target: float, step: int, start: int | None
 ) -> list[int]:
-    """The accepted multiples of `step` on both sides of where a growing cost passes `target`."""
+    """The accepted multiples of ``step`` on both sides of where a growing cost passes ``target``."""
 
     def accepted(count: int) -> int | None:
         near = range(count, count + GAP)

@@ -1,4 +1,4 @@
-"""Names of metrics: a task, one cell of it, and what is knocked out of the model meanwhile.
+"""Names of metrics: a task, one cell of it, and an optional knock-out.
 
 mqar                                  the headline figure of a task
 needle@length=256,depth=0.5           one cell of it
@@ -16,12 +16,12 @@ _FORM = re.compile(r"(?P<task>[^\s@]+)(?:@(?P<cell>\S+))?(?:\s+without\s+(?P<wit
 
 @dataclass(frozen=True)
 class Metric:
-    """What a name of a metric stands for.
+    """The parsed name of a metric.
 
     Attributes:
-        task: of `hybrid_eval`, or `loss` or `eval_loss`.
-        cell: key and value pairs that a cell of the task has; empty for the headline figure.
-        without: what is knocked out, as `hybrid eval --ablate` takes it; None for nothing.
+        task: a task of ``hybrid_eval``, or ``loss`` or ``eval_loss``.
+        cell: key and value pairs of a cell of the task; empty for the headline figure.
+        without: the knock-out, as in ``hybrid eval --ablate``; None for none.
     """
 
     task: str

@@ -1,4 +1,4 @@
-"""What became of an ablation's predictions, its sweeps, and the points of its figure."""
+"""Results of an ablation's predictions and sweeps, and the points of its figure."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ COSTS = ("parameters", "state_bytes", "cache_bytes")
 
 
 def outcomes(design: Design, measured: Sequence[Measured]) -> list[Outcome]:
-    """Every prediction in every cell of the grid that it is about."""
+    """Return the result of every prediction in every cell of the grid to which it applies."""
     found = {(run.variant, run.seed): run for run in measured if run.diverged is None}
     names = {(v.base_name, v.cell.name): v.name for v in design.variants}
     result = []
@@ -56,7 +56,9 @@ def _outcome(
 
 
 def sweeps(design: Design, measured: Sequence[Measured]) -> list[dict[str, Any]]:
-    """For each variant of a sweep: what every value scored with the first seed, and the one chosen."""
+    """Return, for each variant of a sweep, the score of each value with the first seed, and the
+    best value.
+    """
     sweep = design.ablation.sweep
     if sweep is None:
         return []
@@ -80,7 +82,7 @@ def sweeps(design: Design, measured: Sequence[Measured]) -> list[dict[str, Any]]
 
 
 def figure_points(report: dict[str, Any], design: Design) -> dict[str, list[dict[str, float]]]:
-    """Line -> points (x, mean, low, high) of the figure that an ablation asks for."""
+    """Return line -> points (x, mean, low, high) of the ablation's figure."""
     options = design.ablation.figure
     if options is None:
         return {}
@@ -103,7 +105,7 @@ def figure_points(report: dict[str, Any], design: Design) -> dict[str, list[dict
 def _places(
     variant: Variant, metric: Metric, x: str, metrics: Sequence[str]
 ) -> list[tuple[float, str]]:
-    """Where on the axis a variant stands, and the metric there."""
+    """Return the position of a variant on the axis, and its metric there."""
     if x in COSTS:
         return [] if variant.cost is None else [(float(getattr(variant.cost, x)), metric.name)]
     for axis, label in variant.cell.labels:
