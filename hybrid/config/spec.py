@@ -99,7 +99,6 @@ class LayerSpec:
         shared: how it shares its weights, or None.
         source: the layer whose weights it has; itself where they are its own.
         hidden_size: D.
-        deepnorm: whether its values, outputs and feed-forward start smaller.
     """
 
     layer_idx: int
@@ -114,7 +113,6 @@ class LayerSpec:
     shared: SharedOptions | None
     source: int
     hidden_size: int
-    deepnorm: bool
 
     @property
     def symbols(self) -> tuple[str, ...]:
@@ -265,7 +263,6 @@ def _layer_spec(
         shared=lookup.shared_at(fields, *layer.mixers),
         source=_source(fields, layer_idx, layers),
         hidden_size=fields.hidden_size,
-        deepnorm=fields.init == "deepnorm",
     )
 
 

@@ -9,6 +9,7 @@ biases, norm weights of one).
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,9 +18,33 @@ from transformers.utils import logging
 
 from hybrid.config.fields import StackFields
 from hybrid.config.sizes import Sizes
+from hybrid.ffn.router import Router
 from hybrid.modeling import mup
+from hybrid.modeling.layer import HybridLayer
 
 logger = logging.get_logger(__name__)
+
+
+def prepare(model: Any) -> None:
+    """Record on the modules of a hybrid model what their initial values depend on beside themselves.
+
+    Called once, when the model is built: the growth of matrices under muP (`mup.mark`), and for
+    DeepNorm which layers' projections start smaller.
+    """
+    mup.mark(model)
+    if model.config.stack.sizes.init == "deepnorm":
+        for layer in model.modules():
+            if isinstance(layer, HybridLayer):
+                _mark_value_paths(layer)
+
+
+def _mark_value_paths(layer: HybridLayer) -> None:
+    """Mark what DeepNorm scales: values, outputs and feed-forwards (arXiv 2203.00555, figure 2)."""
+    for name, module in layer.named_modules():
+        in_ffn = name.startswith("ffn.") and not isinstance(module, Router)
+        is_value = name.rpartition(".")[2] == "v_proj"
+        if in_ffn or is_value or hasattr(module, "is_residual_projection"):
+            module.is_value_path = True  # type: ignore[assignment]
 
 
 def initialize(module: nn.Module, config: StackFields, sizes: Sizes, *, is_head: bool) -> None:
@@ -31,10 +56,10 @@ def initialize(module: nn.Module, config: StackFields, sizes: Sizes, *, is_head:
         sizes: sizes of the stack, with ``init`` and the depth.
         is_head: whether the module is the output head, which ``xavier`` and ``deepnorm`` do not change.
     """
+    if isinstance(module, nn.Linear):
+        _initialize_linear(module, sizes, config.initializer_range, is_head)
     if hasattr(module, "init_parameters"):
         module.init_parameters(config.initializer_range)
-    elif isinstance(module, nn.Linear):
-        _initialize_linear(module, sizes, config.initializer_range, is_head)
     mup.scale_initial(module)
 
 
@@ -42,9 +67,7 @@ def _initialize_linear(linear: nn.Linear, sizes: Sizes, std: float, is_head: boo
     if sizes.init in ("xavier", "deepnorm") and not is_head:
         gain = sizes.deepnorm_beta if hasattr(linear, "is_value_path") else 1.0
         init.xavier_normal_(linear.weight, gain=gain)
-    if hasattr(linear, "starts_at_zero"):
-        init.zeros_(linear.weight)
-    elif sizes.init == "depth_scaled" and hasattr(linear, "is_residual_projection"):
+    if sizes.init == "depth_scaled" and hasattr(linear, "is_residual_projection"):
         scaled = std / max(1, sizes.num_residual_branches) ** 0.5
         init.normal_(linear.weight, mean=0.0, std=scaled)
 

@@ -15,7 +15,6 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from hybrid.config.spec import LayerSpec
 from hybrid.ffn import FeedForward
 from hybrid.ffn.dense import Dense
-from hybrid.ffn.router import Router
 from hybrid.mixers import Mixer
 from hybrid.mixers.base import residual_projection
 from hybrid.modeling.canon import Canon
@@ -60,8 +59,6 @@ class HybridLayer(GradientCheckpointingLayer):
             self.ffn_residual = Residual(spec.ffn_branch)
         self.canon = self._build_canon(spec)
         self._build_own_depth(spec)
-        if spec.deepnorm:
-            self._mark_value_paths()
 
     @property
     def reads_embeddings(self) -> bool:
@@ -104,14 +101,6 @@ class HybridLayer(GradientCheckpointingLayer):
             adapt(self.symbols, (self.mixer, self.ffn), self.shared)
         if self.shared.depth_projection:
             self.depth_projection = residual_projection(spec.hidden_size, spec.hidden_size)
-
-    def _mark_value_paths(self) -> None:
-        """Mark the weights that DeepNorm scales: values, outputs and feed-forwards."""
-        for name, module in self.named_modules():
-            last = name.rpartition(".")[2]
-            in_ffn = name.startswith("ffn.") and not isinstance(module, Router)
-            if in_ffn or last == "v_proj" or hasattr(module, "is_residual_projection"):
-                module.is_value_path = True  # type: ignore[assignment]
 
     def forward(
         self,

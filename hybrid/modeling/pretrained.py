@@ -18,7 +18,7 @@ from hybrid.config.hybrid_config import HybridConfig
 from hybrid.ffn.moe import MixtureOfExperts
 from hybrid.ffn.router import BiasedRouter, Router
 from hybrid.mixers.attention import SoftmaxMixer
-from hybrid.modeling import initialization, mup, parallel_plans
+from hybrid.modeling import initialization, parallel_plans
 from hybrid.modeling.layer import HybridLayer
 
 logger = logging.get_logger(__name__)
@@ -62,7 +62,7 @@ class HybridPreTrainedModel(PreTrainedModel):
         """Extend transformers' method: keep the router bias in float32, if the layout has one."""
         if any(isinstance(module, BiasedRouter) for module in self.modules()):
             self._keep_in_fp32_modules_strict = ["score_correction_bias"]
-        mup.mark(self)
+        initialization.prepare(self)
         super().post_init()
 
     def init_parallel_plans(self) -> None:

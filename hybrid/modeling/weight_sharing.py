@@ -12,6 +12,7 @@ from typing import cast
 
 import torch
 from torch import nn
+from transformers import initialization as init
 
 from hybrid.config.block_options import SharedOptions
 from hybrid.config.spec import StackSpec
@@ -40,7 +41,10 @@ class AdaptedLinear(nn.Linear):
             self.is_residual_projection = True
         self.lora_a = nn.Linear(linear.in_features, rank, bias=False)
         self.lora_b = nn.Linear(rank, linear.out_features, bias=False)
-        self.lora_b.starts_at_zero = True  # type: ignore[assignment]
+
+    def init_parameters(self, std: float) -> None:
+        """B at zero; the rest is initialised as any Linear is."""
+        init.zeros_(self.lora_b.weight)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Map (..., D_in) to (..., D_out)."""

@@ -490,7 +490,7 @@ def test_falcon_h1s_decoder_layer():
         ({"residuals": {"S": 0.22}}, "residuals.S: expected a mapping"),
         (
             {"residuals": {"S": {"skip_multiplier": math.nan}}},
-            "residuals.S.skip_multiplier: expected a finite number, found nan",
+            "residuals.S.skip_multiplier: expected finite number, got nan",
         ),
         ({"residuals": {"S": {"skip_multiplier": "2"}}}, "residuals.S.skip_multiplier: expected"),
         ({"embedding_multiplier": "sqrt_hidden"}, "did you mean 'sqrt_hidden_size'"),
