@@ -4,13 +4,13 @@
     item   = ( symbol | "[" symbol symbol ... "]" | "(" layout ")" ) [ count ]
     symbol = a letter or "*" (a mixer) | "-" (dense feed-forward) | "E" (mixture of experts)
 
-    LLLS      four layers, each a mixer; `resolve` lays a feed-forward after each one
-    (GGGS)12  a group, repeated          L7S   a symbol, repeated (a count never has a "*")
-    [MS]4     mixers side by side in one layer, here four such layers
-    M-M-M*-   names its feed-forwards, so it is taken literally: each symbol is a layer of its own
+    LLLS      four layers, each a mixer; ``resolve`` adds a feed-forward after each one
+    (GGGS)12  a repeated group           L7S   a repeated symbol (a count has no "*")
+    [MS]4     parallel mixers in one layer, here four such layers
+    M-M-M*-   contains feed-forwards, so it is taken literally: each symbol is one layer
 
-White space is ignored, but not inside a count. Which mixer a symbol stands for is the config's
-business: nothing here knows the registry.
+White space is ignored, except inside a count. The config binds symbols to mixers. This package does not
+use the registry.
 """
 
 from hybrid.layout.errors import LayoutError

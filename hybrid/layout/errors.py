@@ -1,4 +1,4 @@
-"""The one error of the layout language."""
+"""Error of the layout language."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ _WINDOW = 35  # characters shown on each side of a caret in a long string
 
 
 class LayoutError(ValueError):
-    """A layout that cannot be used. Its message shows the string, where, and the way out.
+    """Error for an invalid layout. Its message shows the string, the column, and what was expected.
 
     Attributes: `problem` (what is wrong), `expected` (what would be right), `text` (the string),
     `column` (index into `text`, from 0, or None if no one place is wrong) and `name` (which
@@ -51,7 +51,7 @@ def _width(char: str) -> int:
 
 
 def quote(char: str) -> str:
-    """Quote a character, naming it where it may pass for another (Cyrillic M for M)."""
+    """Quote a character, with its Unicode name if it can be confused (Cyrillic M for M)."""
     if char.isascii():
         return repr(char)
     return f"'{_printable(char)}' ({unicodedata.name(char, f'U+{ord(char):04X}')})"

@@ -1,4 +1,4 @@
-"""From a string to a layout."""
+"""Parser of layout strings."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _WAYS_OUT = {
 
 
 class _Parser:
-    """One pass over one string, without recursion: nesting is a stack of (index, column)."""
+    """Parser of one string in one pass, without recursion: groups are a stack of (index, column)."""
 
     def __init__(self, text: object, name: str):
         if not isinstance(text, str):
@@ -91,7 +91,7 @@ class _Parser:
                 yield start, char
 
     def _bracket(self, start: int) -> tuple[str, int]:
-        """Read `[MS]` from the column of its "[": its symbols, and the column after it."""
+        """Read ``[MS]`` from the column of its "["; return its symbols and the column after it."""
         symbols: list[str] = []
         for column in range(start + 1, len(self.text)):
             char = self.text[column]
@@ -187,8 +187,8 @@ def parse(text: str) -> Layout:
         yet: see `check_bound`.
 
     Raises:
-        LayoutError: `text` is not in the language; shows a caret under the column. Time and
-            memory stay linear in the text plus MAX_DEPTH, whatever the text.
+        LayoutError: ``text`` is not a layout; the message has a caret under the column. Time and
+            memory are linear in the length of any text plus MAX_DEPTH.
     """
     layers = _Parser(text, "layout").parse()
     if not layers:
@@ -200,7 +200,7 @@ def parse(text: str) -> Layout:
 
 
 def parse_ffn(text: str) -> tuple[str, ...]:
-    """Parse a feed-forward pattern: a layout of "-" and "E" alone, such as "-E19" or "(-E)16".
+    """Parse a feed-forward pattern: a layout of only "-" and "E", such as "-E19" or "(-E)16".
 
     Returns:
         "-" or "E" for each place of the pattern; () for "", which means no feed-forward.

@@ -1,4 +1,4 @@
-"""From a sequence of layers back to the shortest string that means it."""
+"""Search for the shortest layout string of a sequence of layers."""
 
 from __future__ import annotations
 

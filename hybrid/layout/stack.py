@@ -1,4 +1,4 @@
-"""From a layout to the layers of a model, and what to say about them."""
+"""Resolution of a layout to the layers of a model, and their description."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from hybrid.layout.parser import parse, parse_ffn
 from hybrid.layout.types import FFN, MAX_DEPTH, Layer, Layout, check_symbol
 
 DEFAULT_FFN = "-"
-"""The feed-forward pattern where none is asked for: a dense one after each mixer."""
+"""Default feed-forward pattern: a dense feed-forward after each mixer."""
 
 
 DEFAULT = "default"
-"""In a pattern by symbol, the key of all layers that are not named."""
+"""Key of all other layers in a pattern by symbol."""
 
 
 def resolve(
@@ -23,7 +23,7 @@ def resolve(
     ffn: str | Mapping[str, str] = DEFAULT_FFN,
     num_hidden_layers: int | None = None,
 ) -> tuple[Layer, ...]:
-    """Lay out a whole stack: fill the depth, then lay a feed-forward after each mixer layer.
+    """Resolve a layout to a stack: repeat it to the depth, and add a feed-forward after each mixer.
 
     Args:
         layout: a layout or its string.
@@ -73,7 +73,7 @@ def resolve(
 
 
 def _patterns(ffn: str | Mapping[str, str]) -> dict[str, tuple[str, ...]]:
-    """The feed-forward patterns by symbol."""
+    """Return the feed-forward patterns by symbol."""
     if not isinstance(ffn, Mapping):
         return {DEFAULT: parse_ffn(ffn)}
     patterns = {DEFAULT: parse_ffn(DEFAULT_FFN)}
@@ -85,7 +85,7 @@ def _patterns(ffn: str | Mapping[str, str]) -> dict[str, tuple[str, ...]]:
 
 
 def _paired(layers: Iterable[Layer], laid: Iterable[str | None]) -> Iterator[Layer]:
-    """Each layer with its feed-forward; equal layers are one object."""
+    """Yield each layer with its feed-forward; equal layers are one object."""
     made: dict[tuple[Layer, str | None], Layer] = {}
     for layer, ffn in zip(layers, laid, strict=True):
         yield made.setdefault((layer, ffn), Layer(layer.mixers, ffn))

@@ -1,4 +1,4 @@
-"""What a layout is: symbols, layers, and the parsed stack."""
+"""Data types of a layout: symbols, layers, and the parsed stack."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from hybrid.layout.errors import LayoutError, quote
 from hybrid.layout.shortest import shortest
 
 MAX_DEPTH = 100_000
-"""Most layers a layout may have; a larger one is refused before it is expanded."""
+"""Maximum number of layers. A larger layout is an error, raised before expansion."""
 
 FFN = {"-": "the dense feed-forward", "E": "the mixture-of-experts feed-forward"}
-"""The feed-forwards: symbols that no mixer can take."""
+"""Symbols of feed-forwards, which cannot be bound to a mixer."""
 
 
 def is_mixer(char: str) -> bool:
-    """Whether a character can stand for a mixer: any letter but "E", and "*"."""
+    """Return whether a character can be the symbol of a mixer: any letter but "E", and "*"."""
     return (char.isalpha() or char == "*") and char not in FFN
 
 
@@ -23,7 +23,7 @@ def check_symbol(symbol: str) -> None:
     """Check that `symbol` may be bound to a mixer: one letter other than "E", or "*".
 
     Raises:
-        LayoutError: it may not; says why and what may.
+        LayoutError: it may not be bound.
     """
     expected = "one letter other than 'E', or '*'"
     if not isinstance(symbol, str) or len(symbol) != 1:
@@ -40,12 +40,12 @@ class Layer:
     """One layer: a mixer, a feed-forward, or a mixer followed by a feed-forward.
 
     Args:
-        mixers: symbols of the token mixers. More than one run side by side on the same input
-            and their outputs are combined; none makes a layer of a feed-forward alone.
+        mixers: symbols of the token mixers. Several mixers run in parallel on the same input, and
+            their outputs are combined. () for a layer with only a feed-forward.
         ffn: "-" (dense), "E" (mixture of experts), or None for no feed-forward.
 
     Raises:
-        LayoutError: a symbol that no layout can contain, or a layer with nothing in it.
+        LayoutError: an invalid symbol, or an empty layer.
     """
 
     mixers: tuple[str, ...] = ()
@@ -70,11 +70,11 @@ class Layer:
 
 @dataclass(frozen=True, repr=False)
 class Layout:
-    """A parsed layout. Equal stacks are equal layouts, however they were written.
+    """Parsed layout. Layouts with equal layers are equal, independent of the string.
 
-    `str(layout)` is the shortest string in the language that parses to this layout, exactly so
-    up to 256 layers; beyond, a greedy search that is never longer than `source`. Between equally
-    short strings the one with fewest counts is taken.
+    ``str(layout)`` is the shortest string that parses to this layout, for up to 256 layers. For more
+    layers it is the result of a greedy search, never longer than ``source``. Among equally short
+    strings, the one with the fewest counts is chosen.
 
     Args:
         layers: one entry per layer, each either mixers or a feed-forward, never both
@@ -86,7 +86,7 @@ class Layout:
 
     layers: tuple[Layer, ...]
     source: str = field(default="", init=False, compare=False)
-    """The string as the user wrote it, for error messages; "" if there was none."""
+    """Original string, for error messages; "" if there was none."""
 
     def __post_init__(self) -> None:
         if not 1 <= len(self.layers) <= MAX_DEPTH:
@@ -115,9 +115,9 @@ class Layout:
 
     @property
     def names_ffn(self) -> bool:
-        """Whether the layout names feed-forwards itself and so is taken literally."""
+        """Whether the layout contains feed-forwards and is therefore taken literally."""
         return any(layer.ffn for layer in self.layers)
 
     def symbols(self) -> tuple[str, ...]:
-        """Every mixer symbol in the layout, once each, in order of first appearance."""
+        """Return the distinct mixer symbols in order of first appearance."""
         return tuple(dict.fromkeys(s for layer in self.layers for s in layer.mixers))
