@@ -36,7 +36,7 @@ PAGES = [
 ]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 FILE_INSIDE = re.compile(r"\A# ([\w./-]+\.\w+)\b")
-FILE_ABOVE = re.compile(r"`([\w./-]+\.(?:yaml|toml))`[^`]*\Z")
+FILE_ABOVE = re.compile(r".*`([\w./-]+\.(?:yaml|toml))`", re.DOTALL)
 
 TRAIN = ["training.max_steps=2", "training.per_device_train_batch_size=2", "sequence_length=64"]
 EVAL = ["--limit", "4", "--lengths", "32,64"]
@@ -61,6 +61,11 @@ NOT_HERE = {
     ".venv/bin/pytest": "the suite itself",
     ".venv/bin/ruff": "lint, which .ci/run executes",
     ".venv/bin/python tests/other_cpu.py": "the suite itself",
+    "pip install": "set-up of another environment",
+    "python -m venv": "set-up of another environment",
+    ".venv-vllm/bin": "an environment of vLLM's own",
+    "vllm serve": "a server in an environment of its own",
+    "curl": "a server in an environment of its own",
     "hybrid parity": "a server in an environment of its own",
     "hybrid export my-hybrid --gguf": "llama.cpp's converter, which is not among the test packages",
 }
@@ -92,7 +97,7 @@ def blocks(page: Path) -> list[Block]:
         above = text[: match.start()].rstrip().rsplit("\n\n", 1)[-1]
         named = FILE_INSIDE.match(match[2])
         if named is None and match[1] in ("yaml", "toml"):
-            named = FILE_ABOVE.search(above)
+            named = FILE_ABOVE.match(above)
         line = text.count("\n", 0, match.start()) + 2
         found.append(Block(line, match[1], match[2], named[1] if named else None))
     return found
