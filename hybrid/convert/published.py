@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
+
 Words = Mapping[str, Any]
 
 # a time step too small to have an effect; not 0, because their classes take its logarithm
@@ -243,7 +245,8 @@ def windowed(*servers: str) -> Callable[[Words], list[str]]:
         window = values.get("sliding_window")
         if not window or window >= (values.get("max_position_embeddings") or float("inf")):
             return []
-        return [f"sliding_window: {window}; {' and '.join(servers)} attend to all tokens"]
+        verb = "attends" if len(servers) == 1 else "attend"
+        return [f"sliding_window: {window}; {' and '.join(servers)} {verb} to all tokens"]
 
     return lines
 
@@ -278,6 +281,28 @@ def first_decays(values: Words) -> list[str]:
 def other_minimax(values: Words) -> list[str]:
     """Warn of another architecture with the same name (mlx-lm's ``minimax``)."""
     return ["mlx-lm's minimax is MiniMax-M2, which is another architecture"]
+
+
+def griffin(values: Words) -> list[str]:
+    """RecurrentGemma, which mlx-lm has with fixed values in place of several keys."""
+    positions = values["rope_parameters"] or {}
+    found = {
+        "conv1d_width": (values["conv1d_width"], 4),
+        "lru_width": (values["lru_width"] or values["hidden_size"], values["hidden_size"]),
+        "num_key_value_heads": (values["num_key_value_heads"], 1),
+        "attention_bias": (values["attention_bias"], False),
+        "rms_norm_eps": (values["rms_norm_eps"], 1e-5),
+        "rope_theta": (positions.get("rope_theta", 10000.0), 10000.0),
+        "partial_rotary_factor": (positions.get("partial_rotary_factor", 0.5), 0.5),
+        "embedding scale": (float(torch.tensor(values["hidden_size"] ** 0.5).bfloat16()),
+                            values["hidden_size"] ** 0.5),
+    }  # fmt: skip
+    lines = ["vLLM, SGLang and llama.cpp do not have RecurrentGemma; mlx-lm does"]
+    return lines + [
+        f"{key}: {value}; mlx-lm takes {fixed} whatever the config has"
+        for key, (value, fixed) in found.items()
+        if value != fixed
+    ]
 
 
 def all_of(*limits: Callable[[Words], list[str]]) -> Callable[[Words], list[str]]:

@@ -1,8 +1,8 @@
 """Greedy decoding by llama.cpp: a script that the Python of an environment with xllamacpp runs.
 
-    python llama_cpp_worker.py < request.json > answer.json
+    python llama_cpp_worker.py < requests.jsonl > answers.jsonl
 
-The request holds `folder` (a GGUF file), `prompts` (lists of token ids) and `tokens`; the answer holds
+A request holds `folder` (a GGUF file), `prompts` (lists of token ids) and `tokens`; an answer holds
 `version` and, for each prompt, the `content` of llama.cpp's log-probabilities. `{"find": "converter"}`
 is answered with the path of llama.cpp's converter, or null. It imports nothing of this package.
 """
@@ -16,19 +16,19 @@ from pathlib import Path
 
 
 def main() -> None:
-    """Read a request, decode, write the answer."""
+    """Read requests, decode, write the answers."""
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what llama.cpp prints is not the answer
     import xllamacpp  # pyright: ignore[reportMissingImports]
 
-    request = json.load(sys.stdin)
-    if request.get("find") == "converter":
-        answer = {"converter": _converter()}
-    else:
-        answers = _decode(xllamacpp, request["folder"], request["prompts"], request["tokens"])
-        answer = {"version": f"(xllamacpp {version('xllamacpp')})", "answers": answers}
-    json.dump(answer, out)
-    out.flush()
+    for line in sys.stdin:
+        request = json.loads(line)
+        if request.get("find") == "converter":
+            answer = {"converter": _converter()}
+        else:
+            answers = _decode(xllamacpp, request["folder"], request["prompts"], request["tokens"])
+            answer = {"version": f"(xllamacpp {version('xllamacpp')})", "answers": answers}
+        print(json.dumps(answer), file=out, flush=True)
     os._exit(0)  # the server's threads would hold the process
 
 

@@ -1,8 +1,9 @@
 """Greedy decoding by mlx-lm: a script that the Python of an environment with mlx-lm runs.
 
-    python mlx_worker.py < request.json > answer.json
+    python mlx_worker.py < requests.jsonl > answers.jsonl
 
-The request holds `folder`, `prompts` (lists of token ids) and `tokens`; the answer holds `version` and,
+A request holds `folder`, `prompts` (lists of token ids) and `tokens`;
+an answer holds `version` and,
 for each prompt, the token ids and their log-probabilities. It imports nothing of this package.
 """
 
@@ -17,12 +18,13 @@ from mlx_lm.utils import load_model  # pyright: ignore[reportMissingImports]
 
 
 def main() -> None:
-    """Read a request, decode, write the answer."""
-    request = json.load(sys.stdin)
-    model, _ = load_model(Path(request["folder"]))
-    model.set_dtype(mx.float32)
-    answers = [_greedy(model, prompt, request["tokens"]) for prompt in request["prompts"]]
-    json.dump({"version": version("mlx-lm"), "answers": answers}, sys.stdout)
+    """Read requests, decode, write the answers."""
+    for line in sys.stdin:
+        request = json.loads(line)
+        model, _ = load_model(Path(request["folder"]))
+        model.set_dtype(mx.float32)
+        answers = [_greedy(model, prompt, request["tokens"]) for prompt in request["prompts"]]
+        print(json.dumps({"version": version("mlx-lm"), "answers": answers}), flush=True)
 
 
 def _greedy(model, prompt, count):

@@ -93,14 +93,43 @@ def parity(
         ValueError: a model that cannot be exported, or a server that cannot be run; with its message.
     """
     chosen = get_server(server, python)
+    (found,) = parities([model], chosen, tokens=tokens, lengths=lengths, seed=seed)
+    if isinstance(found, ValueError):
+        raise found
+    return found
+
+
+def parities(
+    models: Sequence[str | Path],
+    server: Server,
+    *,
+    tokens: int = TOKENS,
+    lengths: Sequence[int] = LENGTHS,
+    seed: int = 0,
+) -> list[Parity | ValueError]:
+    """`parity` of several models in one process of a server; an error for each that it refuses.
+
+    Raises:
+        ValueError: a model that cannot be exported, or a server that cannot be run.
+    """
     with tempfile.TemporaryDirectory() as scratch:
-        ours, folder, family = _both_sides(Path(model), Path(scratch), chosen)
-        prompts = random_prompts(ours.config.vocab_size, lengths, seed)
-        expected = [greedy(ours, prompt, tokens) for prompt in prompts]
-        version, answers = chosen.decode(folder, prompts, tokens)
-    found = [Decoded(answer["tokens"], answer["logprobs"]) for answer in answers]
-    lines, largest = compare(prompts, expected, found, chosen.tolerance)
-    return Parity(family, version, chosen.tolerance, tuple(lines), largest)
+        sides, requests = [], []
+        for i, model in enumerate(models):
+            ours, folder, family = _both_sides(Path(model), Path(scratch) / str(i), server)
+            prompts = random_prompts(ours.config.vocab_size, lengths, seed)
+            sides.append((family, [greedy(ours, prompt, tokens) for prompt in prompts]))
+            requests.append((folder, prompts))
+        answers = server.decode_all(requests, tokens)
+    found: list[Parity | ValueError] = []
+    for (family, expected), (_, prompts), answer in zip(sides, requests, answers, strict=True):
+        if isinstance(answer, ValueError):
+            found.append(answer)
+            continue
+        version, decoded = answer
+        theirs = [Decoded(each["tokens"], each["logprobs"]) for each in decoded]
+        lines, largest = compare(prompts, expected, theirs, server.tolerance)
+        found.append(Parity(family, version, server.tolerance, tuple(lines), largest))
+    return found
 
 
 def _both_sides(model: Path, scratch: Path, server: Server) -> tuple[HybridForCausalLM, Path, str]:

@@ -10,6 +10,7 @@ import tempfile
 import urllib.error
 import urllib.request
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -18,6 +19,7 @@ from hybrid.convert.llama_cpp import write_gguf
 
 Prompts = list[list[int]]
 Answer = tuple[str, list[Any]]
+Request = tuple[Path, Prompts]
 
 
 class Server(ABC):
@@ -41,12 +43,22 @@ class Server(ABC):
             ValueError: it cannot be run, or does not take the model; with what it said last.
         """
 
+    def decode_all(self, requests: Sequence[Request], tokens: int) -> list[Answer | ValueError]:
+        """`decode` for several folders, with the error where one is refused."""
+        answers: list[Answer | ValueError] = []
+        for folder, prompts in requests:
+            try:
+                answers.append(self.decode(folder, prompts, tokens))
+            except ValueError as error:
+                answers.append(error)
+        return answers
+
 
 class Worker(Server):
     """A server's engine in a process of its own: a script beside this file.
 
-    The script imports nothing of this package. It reads one request as JSON from its standard input, and
-    writes one answer.
+    The script imports nothing of this package. It reads requests as lines of JSON from its standard
+    input, and writes a line for each; it ends at the first that fails.
 
     Attributes:
         script: its file.
@@ -65,34 +77,53 @@ class Worker(Server):
 
     def decode(self, folder: Path, prompts: Prompts, tokens: int) -> Answer:
         """Run the script with the interpreter that has the server."""
-        answer = self.run({"folder": str(folder), "prompts": prompts, "tokens": tokens})
-        return f"{self.title} {answer['version']}", answer["answers"]
+        (answer,) = self.decode_all([(folder, prompts)], tokens)
+        if isinstance(answer, ValueError):
+            raise answer
+        return answer
 
-    def run(self, request: dict[str, Any]) -> dict[str, Any]:
-        """The script's answer to a request.
+    def decode_all(self, requests: Sequence[Request], tokens: int) -> list[Answer | ValueError]:
+        """One process for all, and another for what is left where a model ends it."""
+        asked = [
+            {"folder": str(folder), "prompts": prompts, "tokens": tokens}
+            for folder, prompts in requests
+        ]
+        found: list[Answer | ValueError] = []
+        while len(found) < len(asked):
+            for answer in self.run(asked[len(found) :]):
+                if isinstance(answer, dict):
+                    found.append((f"{self.title} {answer['version']}", answer["answers"]))
+                else:
+                    found.append(answer)
+        return found
+
+    def run(self, requests: Sequence[dict[str, Any]]) -> list[dict[str, Any] | ValueError]:
+        """The script's answers, as far as it came; the last is an error where it failed.
 
         Raises:
-            ValueError: the script cannot be run, or fails; with the last line of what it said.
+            ValueError: the script cannot be run, or does not have the server.
         """
         script = Path(__file__).with_name(self.script)
         try:
             done = subprocess.run(
                 [self.python, str(script)],
-                input=json.dumps(request),
+                input="".join(f"{json.dumps(request)}\n" for request in requests),
                 capture_output=True,
                 text=True,
             )
         except OSError as error:
             raise ValueError(f"python: {self.python} cannot be run: {error.strerror}") from error
-        if done.returncode:
+        lines = done.stdout.splitlines()
+        answers: list[dict[str, Any] | ValueError] = [json.loads(line) for line in lines]
+        if len(answers) < len(requests):
             last = reason(done.stderr)
             if f"No module named '{self.module}" in last:
                 raise ValueError(
                     f"{self.python} does not have {self.title}; {self.install}, or name the"
                     " interpreter that has it with --python"
                 )
-            raise ValueError(f"{self.title} does not run this model: {last}")
-        return json.loads(done.stdout)
+            answers.append(ValueError(f"{self.title} does not run this model: {last}"))
+        return answers
 
 
 def reason(stderr: str) -> str:
@@ -131,9 +162,22 @@ class LlamaCpp(Worker):
         """Convert, and run."""
         with tempfile.TemporaryDirectory() as scratch:
             file = Path(scratch) / "model.gguf"
-            write_gguf(folder, file, self.run({"find": "converter"}).get("converter"))
-            version, answers = super().decode(file, prompts, tokens)
+            write_gguf(folder, file, self._converter())
+            (found,) = super().decode_all([(file, prompts)], tokens)
+        if isinstance(found, ValueError):
+            raise found
+        version, answers = found
         return version, [from_content(content, tokens) for content in answers]
+
+    def decode_all(self, requests: Sequence[Request], tokens: int) -> list[Answer | ValueError]:
+        """One by one: a GGUF file is removed before the next is written."""
+        return Server.decode_all(self, requests, tokens)
+
+    def _converter(self) -> str | None:
+        (answer,) = self.run([{"find": "converter"}])
+        if isinstance(answer, ValueError):
+            raise answer
+        return answer.get("converter")
 
 
 def from_content(content: list[dict[str, Any]], count: int) -> dict[str, Any]:

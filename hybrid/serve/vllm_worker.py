@@ -1,12 +1,14 @@
 """Greedy decoding by vLLM: a script that the Python of an environment with vLLM runs.
 
-    python vllm_worker.py < request.json > answer.json
+    python vllm_worker.py < requests.jsonl > answers.jsonl
 
-The request holds `folder`, `prompts` (lists of token ids) and `tokens`; the answer holds `version` and,
+A request holds `folder`, `prompts` (lists of token ids) and `tokens`;
+an answer holds `version` and,
 for each prompt, the token ids and their log-probabilities. It imports nothing of this package; vLLM
 finds the plugin where it is installed.
 """
 
+import gc
 import json
 import os
 import sys
@@ -22,20 +24,23 @@ DEFAULTS = {
 
 
 def main() -> None:
-    """Read a request, decode, write the answer."""
+    """Read requests, decode, write the answers."""
     sys.path.pop(0)  # the folder of this script, which has a `vllm` of its own
     for name, value in DEFAULTS.items():
         os.environ.setdefault(name, value)
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what vLLM and its libraries print is not the answer
-    request = json.load(sys.stdin)
-    answers = _decode(request["folder"], request["prompts"], request["tokens"])
-    json.dump({"version": _version(), "answers": answers}, out)
-    out.flush()
+    for line in sys.stdin:
+        request = json.loads(line)
+        answers = _decode(request["folder"], request["prompts"], request["tokens"])
+        print(json.dumps({"version": _version(), "answers": answers}), file=out, flush=True)
 
 
 def _decode(folder, prompts, count):
     from vllm import LLM, SamplingParams  # pyright: ignore[reportMissingImports]
+    from vllm.distributed import (  # pyright: ignore[reportMissingImports]
+        cleanup_dist_env_and_memory,
+    )
 
     engine = LLM(
         folder,
@@ -50,6 +55,9 @@ def _decode(folder, prompts, count):
     )
     given = [{"prompt_token_ids": prompt} for prompt in prompts]
     outputs = [found.outputs[0] for found in engine.generate(given, sampling, use_tqdm=False)]
+    del engine
+    gc.collect()
+    cleanup_dist_env_and_memory()
     return [
         {
             "tokens": list(out.token_ids),

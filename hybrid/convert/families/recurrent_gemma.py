@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from hybrid.convert import published
 from hybrid.convert import rules as r
 from hybrid.convert.stack import repeated
 
@@ -84,6 +85,7 @@ RECURRENT_GEMMA = r.register_family(
         ),
         mixers=r.LayerRule(("block_types",), _read_layers, _write_layers),
         ffn=r.everywhere("-"),
+        limits=published.griffin,
         weights=(
             *r.ends("final_norm"),
             *r.renames(r.LAYER, r.LAYER, {"temporal_pre_norm": "mixer_residual.norm_in"}),

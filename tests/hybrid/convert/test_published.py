@@ -340,6 +340,35 @@ def test_windows(window, warned, tmp_path, caplog):
     assert lines == ([said] if warned else [])
 
 
+GRIFFIN = {
+    "hidden_size": 256, "lru_width": None, "conv1d_width": 4, "num_key_value_heads": 1,
+    "attention_bias": False, "rms_norm_eps": 1e-5,
+    "rope_parameters": {"rope_theta": 10000.0, "partial_rotary_factor": 0.5},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"conv1d_width": 3}, "conv1d_width: 3; mlx-lm takes 4"),
+        ({"lru_width": 320}, "lru_width: 320; mlx-lm takes 256"),
+        ({"attention_bias": True}, "attention_bias: True; mlx-lm takes False"),
+        ({"rms_norm_eps": 1e-6}, "rms_norm_eps: 1e-06; mlx-lm takes 1e-05"),
+        ({"rope_parameters": {"partial_rotary_factor": 1.0}}, "partial_rotary_factor: 1.0; mlx-lm"),
+        ({"hidden_size": 2560, "lru_width": 2560}, "embedding scale: 50.5; mlx-lm takes 50.59"),
+    ],
+)  # fmt: skip
+def test_what_mlx_lm_does_not_read_of_recurrent_gemma(changes, message):
+    servers, *lines = published.griffin({**GRIFFIN, **changes})
+    assert servers == "vLLM, SGLang and llama.cpp do not have RecurrentGemma; mlx-lm does"
+    (line,) = lines
+    assert line.startswith(message)
+
+
+def test_recurrent_gemma_as_mlx_lm_has_it():
+    assert len(published.griffin(GRIFFIN)) == 1
+
+
 def test_the_byte_tokenizer(tmp_path, caplog):
     mixers = {"S": {"num_heads": 4}}
     config = hybrid.HybridConfig(layout="S", hidden_size=32, vocab_size=259, mixers=mixers)

@@ -15,6 +15,8 @@ same file:
     NEEDS = {"any_name": "mamba2.modeling_mamba2.MambaRMSNormGated.group_size"}
                                         an argument (here of transformers.models.mamba2...) that older
                                         transformers do not have, and compute something else instead
+    SERVED = {"key": value, ...}        changes of the first case for servers, whose kernels want
+                                        other sizes (`tests/hybrid/serve/servers_table.py`)
 
 Where their padded or cached forward is wrong does not matter: rows are compared with theirs alone, in
 one pass.
@@ -25,18 +27,13 @@ biases, decays and time steps among them.
 """
 
 import copy
-import importlib.util
 import json
-import sys
 from functools import lru_cache
-from inspect import signature
 from pathlib import Path
-from pkgutil import resolve_name
 from types import SimpleNamespace
 
 import pytest
 import torch
-import transformers
 from transformers.core_model_loading import revert_weight_conversion
 
 import hybrid
@@ -46,24 +43,12 @@ from hybrid.convert.configs import unmapped_keys
 from hybrid.convert.tensor_plan import steps
 from hybrid.convert.tensor_sources import Held
 from hybrid.convert.tensor_streams import read_steps
+from published_cases import MODULES, random_published, too_old
 
 TOLERANCE = 1e-5  # of the standard deviation of logits, and of the norm of gradients
 TIME, LENGTHS = 17, (17, 11, 6)
 HERE = Path(__file__).parent
 
-
-def load(path):
-    spec = importlib.util.spec_from_file_location(f"family_{path.stem}", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-MODULES = {
-    path.stem: load(path) for path in sorted(HERE.glob("*.py")) if path.stem != Path(__file__).stem
-}
 COMPAT = "falcon_h1"
 """The family that stands for all where several versions of transformers are tried."""
 ALL = [
@@ -81,60 +66,16 @@ def published(tmp_path_factory):
     @lru_cache(maxsize=2)
     def make(name, case):
         family = FAMILIES[name]
-        skip_if_too_old(name, case)
-        torch.manual_seed(1)
-        config = family.their_config({"vocab_size": 61, **MODULES[name].CASES[case]})
-        theirs = published_class(family.architecture)(config).eval()
-        randomize(theirs)
-        theirs.generation_config.eos_token_id = None
+        if reason := too_old(name, case):
+            pytest.skip(reason)
+        theirs = random_published(name, case)
         folder = tmp_path_factory.mktemp(f"{name}-{case}")
         theirs.save_pretrained(folder, max_shard_size="40KB")
         ours = hybrid.HybridForCausalLM.from_published(folder)
-        ids = torch.randint(3, config.vocab_size, (len(LENGTHS), TIME))
+        ids = torch.randint(3, theirs.config.vocab_size, (len(LENGTHS), TIME))
         return SimpleNamespace(family=family, theirs=theirs, ours=ours, folder=folder, ids=ids)
 
     return make
-
-
-def skip_if_too_old(name, case):
-    """Skip, where the installed transformers lacks the class, or an argument that the case needs."""
-    architecture = FAMILIES[name].architecture
-    if architecture not in dir(transformers):
-        pytest.skip(f"transformers {transformers.__version__} has no {architecture}")
-    needed = getattr(MODULES[name], "NEEDS", {}).get(case)
-    if needed is None:
-        return
-    published_class(architecture)
-    owner, argument = needed.rsplit(".", 1)
-    if argument not in signature(resolve_name(f"transformers.models.{owner}")).parameters:
-        pytest.skip(f"{owner} of transformers {transformers.__version__} has no {argument}")
-
-
-def published_class(name):
-    """Their class on plain PyTorch: an installed kernel package would want a GPU."""
-    with pytest.MonkeyPatch.context() as patch:
-        for package in ("fla", "mamba_ssm", "causal_conv1d"):
-            patch.setitem(sys.modules, package, None)
-        return getattr(transformers, name)
-
-
-@torch.no_grad()
-def randomize(model):
-    """Weights that all matter: matrices of gain one half, vectors off their usual values.
-
-    A gain of one makes small stacks so steep that float32 alone costs more than the tolerance; small
-    embeddings do the same, for the norm after them divides by their size.
-    """
-    constants = {name for name, _ in model.named_buffers() if "bias" not in name}
-    for name, tensor in model.state_dict().items():
-        if not tensor.is_floating_point() or name in constants:
-            continue
-        if "embed" in name:
-            tensor.normal_()
-        elif tensor.ndim >= 2 and "norm" not in name:
-            tensor.normal_(std=0.5 * tensor.shape[-1] ** -0.5)
-        else:
-            tensor.add_(0.2 * torch.randn_like(tensor))
 
 
 def left_padded(ids, length):
