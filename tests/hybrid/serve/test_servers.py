@@ -1,6 +1,7 @@
 """Small exports in real servers: a handful of families of the table in docs/servers.md.
 
-`.ci/run` names each server's interpreter; elsewhere they are skipped.
+An environment variable names each server's interpreter (in `.ci/run`: mlx-lm's); without it a server is
+skipped.
 """
 
 import os
