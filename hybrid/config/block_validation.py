@@ -21,7 +21,8 @@ def find_mistakes(config: StackFields, layers: tuple[Layer, ...]) -> list[str]:
     lines: list[str] = []
     list(by_symbol(config, "norm_position", lines))
     for path, values in by_symbol(config, "residuals", lines):
-        build(ResidualOptions, values, path, lines)
+        if isinstance(values, Mapping):  # the annotation of the field covers the rest
+            build(ResidualOptions, values, path, lines)
     lines += _canon(config)
     lines += _shared(config)
     if lines or not layers:

@@ -164,7 +164,8 @@ def bounded(hint: Any, *rules: Any, most: int = LARGEST) -> Any:
     if origin in (Union, types.UnionType):
         return Union[tuple(bounded(part, *rules, most=most) for part in parts)]  # noqa: UP007
     if origin in (list, dict, tuple) and parts:
-        return origin[
+        container: Any = origin
+        return container[
             tuple(part if part is ... else bounded(part, *rules, most=most) for part in parts)
         ]
     return hint

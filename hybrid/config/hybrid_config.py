@@ -134,7 +134,7 @@ class HybridConfig(PreTrainedConfig):
     init: Init = "depth_scaled"
     initializer_range: Positive = 0.02
     parallel_combine: Combine = "mean"
-    canon: str | list[str] | dict[str, str] | None = None
+    canon: str | list[str] | dict[str, str | list[str]] | None = None
     canon_width: Annotated[int, Field(ge=2, le=1 << 10)] = 4
     shared: dict[str, dict] | None = None
     z_loss: NotNegative = 0.0

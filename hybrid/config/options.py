@@ -23,6 +23,7 @@ def nearest(name: str, known: Iterable[str]) -> str | None:
 
     `num_layer` is nearer to `num_hidden_layers`, with which it shares two words, than to `mixers`.
     """
+    name = str(name)  # a key or a value of another type may be misspelt, too
     asked = words_of(name)
     scores = {}
     for candidate in sorted(str(k) for k in known):

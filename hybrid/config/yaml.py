@@ -141,7 +141,11 @@ def with_key(values: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
             if holder is not None and not OmegaConf.is_config(holder):
                 where = ".".join(parts[:depth])
                 raise LookupError(f"expected a mapping at {where}, got {holder!r}")
-            if OmegaConf.is_list(holder) and not _is_place(parts[depth], len(holder)):
+            if (
+                holder is not None
+                and OmegaConf.is_list(holder)
+                and not _is_place(parts[depth], len(holder))
+            ):
                 raise LookupError(f"no entry {parts[depth]!r} in a list of {len(holder)}")
         OmegaConf.update(config, path, value, merge=False, force_add=True)
     except (OmegaConfBaseException, ValueError, TypeError) as error:

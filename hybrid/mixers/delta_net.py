@@ -61,6 +61,8 @@ class DeltaRuleOptions(HeadOptions):
         lines = super().problems(sizes)
         done = self.complete(sizes.hidden_size)
         if not lines:
+            assert done.num_key_heads is not None
+            assert done.num_heads is not None
             lines += divides("num_key_heads", done.num_key_heads, "num_heads", done.num_heads)
         return lines
 

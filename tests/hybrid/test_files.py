@@ -76,7 +76,7 @@ def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("[" * 100_000, "nested too deeply"),
+        ("[" * 100_000, "not JSON: nested too deeply"),
         ("[]", "expected a JSON object, found list"),
         ("{", "not JSON"),
         (None, "no such file"),

@@ -503,6 +503,7 @@ def build(name, options):
     config = hybrid.HybridConfig(
         layout="QQQ", hidden_size=D, norm_eps=EPS, mixers={"Q": {"type": name, **options}}
     )
+    rotary = hybrid.HybridModel(config).rotary
     mixer = config.stack[LAYER].mixers[0].build(LAYER)
     use_backends_of(config, mixer)
     mixer = mixer.double()
@@ -511,18 +512,20 @@ def build(name, options):
     with torch.no_grad():
         for parameter in mixer.parameters():
             parameter.copy_(0.5 * torch.randn(parameter.shape, generator=generator).double())
-    return mixer
+    return mixer, rotary
 
 
 @pytest.mark.parametrize("case", RECURRENCES)
 def test_equals_its_published_recurrence(case):
     name, options, function = RECURRENCES[case]
-    mixer = build(name, options)
+    mixer, rotary = build(name, options)
     x = torch.randn(2, TIME, D, dtype=torch.float64)
     names = function.__code__.co_varnames[2 : function.__code__.co_argcount]
     taken = {key: value for key, value in options.items() if key in names}
     with torch.no_grad():
-        found, _ = mixer(x)
+        positions = torch.arange(TIME)[None]
+        angles = rotary["Q"](x, positions) if "Q" in rotary else None
+        found, _ = mixer(x, position_embeddings=angles)
     for row, y in zip(x, found, strict=True):
         expected = torch.stack(function(Weights(mixer), row, **taken))
         # fixed decays and rotary angles are float32 buffers, whatever the model's dtype

@@ -140,11 +140,11 @@ def test_saved_and_loaded(build, ids, tmp_path, assert_same_weights, assert_clos
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"canon": "ABX"}, "canon: 'X' is no position of a canon layer; they are A, B, C, D"),
-        ({"canon": ["A", "after"]}, "'after' is no position"),
+        ({"canon": "ABX"}, "canon: expected positions of A, B, C, D, got 'X'"),
+        ({"canon": ["A", "after"]}, "canon: expected positions of A, B, C, D, got 'after'"),
         ({"canon": {"s": "A"}}, "canon.s: no mixer and no feed-forward has this symbol"),
-        ({"canon": {"S": 4}}, "canon.S: expected positions such as ACD, found 4"),
-        ({"canon": "A", "canon_width": 1}, "canon_width: must be at least 2, found 1"),
+        ({"canon": {"S": 4}}, "canon.S: expected str or list, got int 4"),
+        ({"canon": "A", "canon_width": 1}, "canon_width: expected at least 2, got 1"),
         ({"layout": "D", "canon": "B"}, "set mixers.D.conv_size to null, or leave B out"),
         ({"layout": "A", "canon": "B"}, "multi_head_latent_attention of 'A' has no convolution"),
         ({"layout": "S", "ffn": "E", "canon": "ACD"}, "leave D out: canon: {E: AC"),
