@@ -175,15 +175,20 @@ PREPARE = {
 # --- How a block is executed
 
 MODEL = {"layout": "LS-E", "hidden_size": 32, "vocab_size": 61}
+ABLATION = {
+    "baseline": "../train/text.yaml",
+    "changes": {"softmax": {"model.layout": "SSSS"}},
+    "seeds": [0],
+}
 RUN = {"model": {"layout": "LS", "hidden_size": 32}, "data": "stdlib", "sequence_length": 32}
 
 
 def check_yaml(code: str) -> None:
     """A config, or some keys of one: it parses where it belongs."""
     values = yaml.safe_load(code)
-    if "baseline" in values:
+    if {"baseline", "grid"} & values.keys():
         path = Path("configs/ablations/of_the_page.yaml")
-        path.write_text(code)
+        path.write_text(yaml.safe_dump(ABLATION | values))
         assert main(["ablate", str(path), "--dry-run"]) == 0
     elif values.keys() <= TrainConfig.model_fields.keys():
         parse_config(RUN | values)

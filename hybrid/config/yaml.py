@@ -141,12 +141,9 @@ def with_key(values: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
             if holder is not None and not OmegaConf.is_config(holder):
                 where = ".".join(parts[:depth])
                 raise LookupError(f"expected a mapping at {where}, got {holder!r}")
-            if (
-                holder is not None
-                and OmegaConf.is_list(holder)
-                and not _is_place(parts[depth], len(holder))
-            ):
-                raise LookupError(f"no entry {parts[depth]!r} in a list of {len(holder)}")
+            entries = len(holder) if holder is not None and OmegaConf.is_list(holder) else None
+            if entries is not None and not _is_place(parts[depth], entries):
+                raise LookupError(f"no entry {parts[depth]!r} in a list of {entries}")
         OmegaConf.update(config, path, value, merge=False, force_add=True)
     except (OmegaConfBaseException, ValueError, TypeError) as error:
         raise LookupError(str(error).splitlines()[0]) from error
