@@ -75,6 +75,7 @@ def test_the_report_shows_every_comparison(tiny_llama, tmp_path):
     assert "Paired differences" in html
     assert "two - one" in html
     assert {path.name for path in tmp_path.glob("*.png")} == {
+        "heldout_by_position.png",
         "retrieval_vs_loss.png",
         "retrieval_vs_reasoning.png",
         "retrieval_vs_cache.png",

@@ -74,8 +74,13 @@ def test_the_report_opens_from_disk(tiny_llama, tmp_path):
     assert not re.findall(r'(?:src|href)="(?!data:)', html)
     assert "one &lt;b&gt;" in html
     pictures = sorted(p.name for p in path.parent.glob("*.png"))
-    assert pictures == ["needle_heatmap.png", "retrieval_vs_cache.png", "retrieval_vs_loss.png"]
-    assert html.count("data:image/png;base64,") == 3
+    assert pictures == [
+        "heldout_by_position.png",
+        "needle_heatmap.png",
+        "retrieval_vs_cache.png",
+        "retrieval_vs_loss.png",
+    ]
+    assert html.count("data:image/png;base64,") == 4
     assert json.loads((path.parent / "results.json").read_text()) == results
     for words in ("truncated", "true counts", "standard library", "torch"):
         assert words in html

@@ -73,9 +73,13 @@ MISTAKES = [
     (
         "sliding_window_attention",
         {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}},
-        "rope_parameters.rope_type: 'dynamic' ",
+        "rope_parameters.rope_type: expected max_position_embeddings to be set for 'dynamic'",
     ),
-    ("multi_head_latent_attention", {"rope_dim": 3}, "rope_parameters: 3 of head_dim 3 would be"),
+    (
+        "multi_head_latent_attention",
+        {"rope_dim": 3},
+        "rope_parameters.partial_rotary_factor: expected an even number of rotated dims",
+    ),
     ("multi_head_latent_attention", {"latent_dim": 0}, "latent_dim: expected at least 1"),
     ("gated_short_convolution", {"conv_size": 0}, "conv_size: expected at least 2"),
 ]
