@@ -50,7 +50,7 @@ def test_every_registered_mixer_says_what_it_does():
 
     for name in mixers.names():
         attends = mixers.get(name).attends
-        # each softmax mixer has "softmax" in its formula; of the mixers with a state (G_t) one has it, too
+        # each softmax mixer has "softmax" in its formula; one with a state (G_t) has it, too
         assert attends in ("", "local", "full"), name
         assert bool(attends) == (
             "softmax" in mixers.get(name).formula and "G_t" not in mixers.get(name).formula
