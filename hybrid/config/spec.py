@@ -24,7 +24,7 @@ LINEAR, FULL = "linear_attention", "full_attention"
 LOCAL = ("sliding_attention", "chunked_attention")
 """Types of mixers, by which the model chooses the mask that each is handed."""
 
-HYBRID_STATES, HYBRID_KEYS = "hybrid_states", "hybrid_keys"
+HYBRID_STATES, HYBRID_KEYS, HYBRID_NONE = "hybrid_states", "hybrid_keys", "hybrid_none"
 """Types of layers with a cache layer of our own: without and with keys of all tokens."""
 
 
@@ -125,7 +125,7 @@ class LayerSpec:
         types = [mixer.cls.layer_type for mixer in self.mixers]
         if not self.canon and not any(mixer.has_state for mixer in self.mixers):
             if not types:
-                return "moe"  # transformers' name for a layer without a mixer: nothing is cached
+                return HYBRID_NONE
             if types == [FULL]:
                 return FULL
         return HYBRID_KEYS if FULL in types else HYBRID_STATES
@@ -172,9 +172,15 @@ class StackSpec:
         return any(mixer.cls.layer_type in LOCAL for mixer in self.mixers.values())
 
     @cached_property
+    def first_key_layer(self) -> int | None:
+        """Index of the first layer that keeps keys of all tokens; None for none."""
+        kept = (i for i, x in enumerate(self.layers) if x.layer_type in (FULL, HYBRID_KEYS))
+        return next(kept, None)
+
+    @property
     def has_keys(self) -> bool:
         """Whether any layer keeps keys of all tokens."""
-        return any(layer.layer_type not in (HYBRID_STATES, "moe") for layer in self.layers)
+        return self.first_key_layer is not None
 
     @cached_property
     def ends_normed(self) -> bool:

@@ -2,10 +2,12 @@
 
 ``DynamicCache(config=...)`` and ``StaticCache(config=...)``, which ``generate`` also creates, select the
 class of each layer by ``config.layer_types``. Layers with only softmax attention use transformers' own
-class. All other layers use a class of this module, under one of two layer types:
+class. All other layers use a class of this module, under one of three layer types:
 
     hybrid_states   states and the tokens of a window: the size is bounded
     hybrid_keys     also keys and values of all tokens
+    hybrid_none     nothing, for a layer without a mixer. transformers' own type for it, "moe", has a
+                    layer of linear attention before 5.24, which cannot be cropped while it is empty.
 
 Speculative decoding removes tokens (``Cache.crop``). Columns of tokens can be dropped, but a recurrent
 state cannot be reversed. While transformers asks its layers to record the past, a slot with states
@@ -26,7 +28,7 @@ from transformers.cache_utils import (
     CacheLayerMixin,
 )
 
-from hybrid.config.spec import HYBRID_KEYS, HYBRID_STATES
+from hybrid.config.spec import HYBRID_KEYS, HYBRID_NONE, HYBRID_STATES
 from hybrid.nn.packing import Segments
 from hybrid.nn.past import Past
 
@@ -383,8 +385,17 @@ class StaticBoundedCacheLayer(StaticHybridCacheLayer):
     is_sliding = True
 
 
+class EmptyCacheLayer(BoundedCacheLayer):
+    """Cache layer of a layer without a mixer, in every cache."""
+
+    layer_type = HYBRID_NONE
+    is_compileable = True
+
+
 DYNAMIC_LAYER_TYPE_MAPPING[HYBRID_KEYS] = HybridCacheLayer
 DYNAMIC_LAYER_TYPE_MAPPING[HYBRID_STATES] = BoundedCacheLayer
+DYNAMIC_LAYER_TYPE_MAPPING[HYBRID_NONE] = EmptyCacheLayer
+STATIC_LAYER_TYPE_MAPPING[HYBRID_NONE] = EmptyCacheLayer
 STATIC_LAYER_TYPE_MAPPING[HYBRID_KEYS] = StaticHybridCacheLayer
 STATIC_LAYER_TYPE_MAPPING[HYBRID_STATES] = StaticBoundedCacheLayer
 

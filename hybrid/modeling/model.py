@@ -87,7 +87,7 @@ class HybridModel(HybridPreTrainedModel):
         self.layers = nn.ModuleList([HybridLayer(layer) for layer in stack])
         use_backends_of(config, self.layers)
         self.rotary = self._build_rotary(stack)
-        self.has_keys = stack.has_keys
+        self.first_key_layer, self.has_keys = stack.first_key_layer, stack.has_keys
         self.has_state, self.has_local = stack.has_state, stack.has_local
         types = {"full_attention": self.has_keys, "linear_attention": self.has_state}
         self.mask_types = tuple(name for name, wanted in types.items() if wanted)
@@ -351,6 +351,7 @@ class HybridModel(HybridPreTrainedModel):
                 inputs_embeds=inputs_embeds,
                 attention_mask=attention_mask,
                 position_ids=position_ids,
+                layer_idx=self.first_key_layer,  # its length is that of the sequence
                 **past,
             )
         return masks
@@ -388,7 +389,9 @@ class HybridForCausalLM(Objective, HybridPreTrainedModel, GenerationMixin):
         masks = {"linear_attention": create_recurrent_attention_mask(**arguments)}
         if self.model.has_keys:
             positions = kwargs.get("position_ids")
-            masks["full_attention"] = create_causal_mask(**arguments, position_ids=positions)
+            masks["full_attention"] = create_causal_mask(
+                **arguments, position_ids=positions, layer_idx=self.model.first_key_layer
+            )
         if self.model.has_local:
             x, mask = kwargs["inputs_embeds"], kwargs["attention_mask"]
             one_each = mask is None or x.shape[1] == 1  # a single token is never padding

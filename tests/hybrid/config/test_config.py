@@ -312,7 +312,7 @@ def test_depth_follows_the_layout():
     assert len(config.layers) == config.num_hidden_layers == len(config.layer_types) == 8
     assert HybridConfig(layout="(LS)3").num_hidden_layers == 6
     literal = HybridConfig(layout="L-S-").layer_types
-    assert literal == ["hybrid_states", "moe", "full_attention", "moe"]
+    assert literal == ["hybrid_states", "hybrid_none", "full_attention", "hybrid_none"]
 
 
 @pytest.mark.parametrize(
