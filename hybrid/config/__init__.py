@@ -1,1 +1,1 @@
-"""Configuration of a hybrid language model: the config, its options, the registries and validation."""
+"""Configuration of a hybrid language model: config, options, registries and validation."""

@@ -1,4 +1,4 @@
-"""What can be wrong with the settings around the mixers, a line each (`hybrid.config.block_options`)."""
+"""Validation of the block options (``hybrid.config.block_options``), one line per mistake."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from hybrid.layout import DEFAULT, FFN, Layer
 
 
 def find_mistakes(config: StackFields, layers: tuple[Layer, ...]) -> list[str]:
-    """All that is wrong; `layers` is the stack, or () where the layout is wrong."""
+    """Return a line for each mistake; ``layers`` is the stack, or () if the layout is invalid."""
     lines: list[str] = []
     list(by_symbol(config, "norm_position", lines))
     for path, values in by_symbol(config, "residuals", lines):
@@ -32,7 +32,7 @@ def find_mistakes(config: StackFields, layers: tuple[Layer, ...]) -> list[str]:
 
 
 def by_symbol(config: StackFields, field: str, lines: list[str]) -> Iterator[tuple[str, Any]]:
-    """Path and value of each entry of a setting by symbol; a line for each key that is no symbol."""
+    """Yield path and value of each entry of a setting per symbol; report unknown symbols."""
     setting = getattr(config, field)
     if not isinstance(setting, Mapping):
         return
@@ -44,11 +44,11 @@ def by_symbol(config: StackFields, field: str, lines: list[str]) -> Iterator[tup
             yield path, value
         else:
             near = did_you_mean(str(symbol), known)
-            lines.append(f"{path}: no mixer and no feed-forward has this symbol, {near}")
+            lines.append(f"{path}: expected the symbol of a mixer or a feed-forward, {near}")
 
 
 def _unlike_side_by_side(config: StackFields, layers: tuple[Layer, ...]) -> list[str]:
-    """Mixers of one layer have one residual between them."""
+    """Report parallel mixers of one layer with different residuals, which they share."""
     lines = []
     for layer in dict.fromkeys(layers):
         asked = {
@@ -62,8 +62,8 @@ def _unlike_side_by_side(config: StackFields, layers: tuple[Layer, ...]) -> list
             if len(set(values)) > 1:
                 found = ", ".join(f"{s}: {v}" for s, v in zip(layer.mixers, values, strict=True))
                 lines.append(
-                    f"{name}: the mixers of [{''.join(layer.mixers)}] share one residual, and are"
-                    f" asked for {found}; give them the same"
+                    f"{name}: expected one value for the mixers of [{''.join(layer.mixers)}], which"
+                    f" share one residual, got {found}; try the same value for each"
                 )
     return lines
 
@@ -78,7 +78,7 @@ def _skip_multiplier(config: StackFields, symbol: str, layers: tuple[Layer, ...]
 
 
 def _deepnorm_without_norms(config: StackFields, layers: tuple[Layer, ...]) -> list[str]:
-    """A stream that nothing normalises would grow by alpha at every branch."""
+    """Report norm positions without which the stream grows by alpha at every branch."""
     if config.init != "deepnorm":
         return []
     branches = [layer.mixers for layer in layers if layer.mixers]
@@ -91,9 +91,9 @@ def _deepnorm_without_norms(config: StackFields, layers: tuple[Layer, ...]) -> l
     if not unscaled:
         return []
     return [
-        f"init: deepnorm multiplies the stream by {alpha:.3g} at each of {count} branches,"
-        f" and norm_position {unscaled[0]!r} does not"
-        f" bring it back; the positions that do are {' and '.join(map(repr, good))}"
+        f"norm_position: expected {' or '.join(map(repr, good))} with init deepnorm, which"
+        f" multiplies the stream by {alpha:.3g} at each of {count} branches, got {unscaled[0]!r};"
+        f" try norm_position: {good[0]}"
     ]
 
 
@@ -113,35 +113,38 @@ def _canon(config: StackFields) -> list[str]:
 
 
 def _canon_without_room(config: StackFields, layers: Iterable[Layer]) -> list[str]:
-    """Mixers with no q, k, v to convolve, or that do so already; feed-forwards that cannot take one."""
+    """Report mixers and feed-forwards without support for the configured canon positions."""
     lines = []
     for symbol in dict.fromkeys(s for layer in layers for s in layer.mixers):
         if "B" in lookup.canon_at(config, symbol) and (problem := _canon_problem(config, symbol)):
             rest = "".join(at for at in lookup.canon_at(config, symbol) if at != "B")
-            lines.append(f"canon: {problem}, or leave B out: canon: {{{symbol}: {rest!r}, ...}}")
+            lines.append(f"canon: {problem}, or canon: {{{symbol}: {rest!r}, ...}} without B")
     for layer in dict.fromkeys(layers):
         if layer.ffn and "D" in lookup.canon_of(config, layer):
             cls = lookup.feed_forward_of(config, layer.ffn)[0]
             if not cls.takes_canon:
                 lines.append(
-                    f"canon: D convolves within a feed-forward, and {cls.name} of {layer.ffn!r} takes"
-                    f" each token on its own; leave D out: canon: {{{layer.ffn}: AC, ...}}"
+                    f"canon: expected a feed-forward that accepts a convolution for D, got"
+                    f" {cls.name} of {layer.ffn!r}; try canon: {{{layer.ffn}: AC, ...}} without D"
                 )
     return list(dict.fromkeys(lines))
 
 
 def _canon_problem(config: StackFields, symbol: str) -> str | None:
-    """Why the mixer of a symbol cannot have a canon layer on q, k, v; None where it can."""
+    """Return why the mixer of a symbol cannot have a canon layer on q, k, v, or None if it can."""
     cls = lookup.bound_class(config, "mixers", mixers, symbol)
     given = lookup.bindings(config, "mixers").get(symbol, {})
     fields = {f.name: f.default for f in dataclasses.fields(cls.Options)}
     if "conv_size" not in fields:
-        return f"{cls.name} of {symbol!r} has no convolution that B could be; take another mixer"
+        return (
+            f"expected a mixer with a convolution for B, got {cls.name} of {symbol!r};"
+            " try another mixer"
+        )
     if given.get("conv_size", fields["conv_size"]) is None:
         return None
     return (
-        f"{cls.name} of {symbol!r} has a convolution of its own that B would be; set"
-        f" mixers.{symbol}.conv_size to null"
+        f"expected B in place of the mixer's own convolution, got both for {cls.name} of"
+        f" {symbol!r}; try mixers.{symbol}.conv_size: null"
     )
 
 
@@ -150,14 +153,14 @@ def _shared(config: StackFields) -> list[str]:
     for path, values in by_symbol(config, "shared", lines):
         symbol = path.removeprefix("shared.")
         if symbol in (*FFN, DEFAULT):
-            lines.append(f"{path}: layers share weights by their mixer; give its letter")
+            lines.append(f"{path}: expected the letter of a mixer, got {symbol!r}; try shared.S")
             continue
         build(SharedOptions, values, path, lines)
     return lines
 
 
 def _unlike_blocks(config: StackFields, layers: tuple[Layer, ...]) -> list[str]:
-    """Layers that cannot have the same weights, or have no layer to feed."""
+    """Report layers that cannot share their weights, and outputs without a next layer."""
     lines = []
     for symbol in config.shared or {}:
         options = lookup.shared_at(config, symbol)
@@ -166,28 +169,30 @@ def _unlike_blocks(config: StackFields, layers: tuple[Layer, ...]) -> list[str]:
         for layer in dict.fromkeys(layers):
             if symbol in layer.mixers and len(layer.mixers) > 1:
                 lines.append(
-                    f"{path}: {symbol!r} stands beside others in [{''.join(layer.mixers)}], and a"
-                    " shared block is a layer of its own"
+                    f"{path}: expected layers with the one mixer {symbol!r}, got"
+                    f" [{''.join(layer.mixers)}]; try {symbol!r} as a layer by itself"
                 )
         places = [i for i, layer in enumerate(layers) if layer.mixers == (symbol,)]
         if places and options.blocks > len(places):
             lines.append(
-                f"{path}.blocks: {options.blocks} blocks for {len(places)} layers of {symbol!r}; at"
-                f" most {len(places)}"
+                f"{path}.blocks: expected at most {len(places)}, the number of layers of"
+                f" {symbol!r}, got {options.blocks}"
             )
         for block in range(min(options.blocks, len(places))):
             kinds = {layers[i].ffn for i in places[block :: options.blocks]}
             if len(kinds) > 1:
                 found = " and ".join(sorted(repr(kind or "") for kind in kinds))
                 lines.append(
-                    f"{path}: layers of one block have the feed-forwards {found}; give all the same,"
-                    f" as in ffn: {{{symbol}: '-', default: ...}}"
+                    f"{path}: expected one feed-forward for all layers of a block, got {found};"
+                    f" try ffn: {{{symbol}: '-', default: ...}}"
                 )
         if options.output == "next" and places and places[-1] == len(layers) - 1:
-            lines.append(f"{path}.output: the last layer has no next one to feed")
+            lines.append(
+                f"{path}.output: expected 'replace' or 'add' for the last layer, got 'next'"
+            )
         if options.concat_embeddings and lookup.norm_position_at(config, symbol) == "normed":
             lines.append(
-                f"{path}.concat_embeddings: norm_position 'normed' takes the stream from what the"
-                " mixer reads, which is twice as wide; the other positions do not"
+                f"{path}.concat_embeddings: expected another norm_position than 'normed', in which"
+                f" the input of width 2 D would become the stream; try norm_position: pre"
             )
     return lines

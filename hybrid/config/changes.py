@@ -1,4 +1,4 @@
-"""What differs between two configurations, one line for each key."""
+"""Differences between two configurations, one line for each key."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
-"""Declarations that pydantic checks, with every mistake as one line of text.
+"""Configuration classes checked by pydantic, with one line of text for each mistake.
 
-A configuration is a class whose annotations say what each key may hold: a `Declared` model, or a
-dataclass. `build` makes an instance from plain values as YAML or JSON give them. Types are strict: a
-bool is not an int, text is not a number, NaN and infinity are refused, and so are numbers beyond
-`LARGEST` and `LARGEST_FLOAT`. Each mistake is a line `path.to.key: expected X, got Y`, and ends in
-`; try Z` where a right value is near.
+A configuration is a class whose annotations are the types of its keys: a ``Declared`` model, or a
+dataclass. ``build`` creates an instance from plain values, as read from YAML or JSON. Types are
+strict: a bool is not an int, text is not a number, NaN and infinity are refused, and so are numbers
+beyond ``LARGEST`` and ``LARGEST_FLOAT``. Each mistake is a line ``path.to.key: expected X, got Y``,
+followed by ``; try Z`` if a similar valid value exists.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ LARGEST = 1 << 40
 """Bound on the magnitude of every number: no run has more steps, rows or tokens."""
 
 LARGEST_FLOAT = 3.4e38
-"""Bound on the magnitude of a bare `float`: what float32 holds."""
+"""Bound on the magnitude of a bare ``float``: the largest float32."""
 
 LARGEST_SIZE = 1 << 24
 """Bound on heads, widths and windows of one layer."""
 
 STRICT = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
 
-# Types of keys, each with the bounds that would else be a check by hand.
+# Types of keys with their bounds.
 Size = Annotated[int, Field(ge=1, le=LARGEST_SIZE)]
 Size0 = Annotated[int, Field(ge=0, le=LARGEST_SIZE)]
 Size2 = Annotated[int, Field(ge=2, le=LARGEST_SIZE)]
@@ -66,23 +66,23 @@ Limits = Annotated[list[MaybeInf] | tuple[MaybeInf, ...], AfterValidator(_check_
 
 
 class Declared(BaseModel):
-    """Base of configuration classes: strict types, no unknown keys, instances that do not change."""
+    """Base of configuration classes: strict types, no unknown keys, immutable instances."""
 
     model_config = STRICT
 
 
 def refuse(lines: Sequence[str]) -> None:
-    """Raise `lines` within a validator, if there are any.
+    """Raise ``lines`` within a validator, if there are any.
 
-    A line begins with the key below the place of the validator, `key: expected ...`, or with `: ` for
-    the place itself. `build` puts the path before each.
+    A line begins with a key relative to the validated value, ``key: expected ...``, or with ``: ``
+    for the value itself. ``build`` prepends the path.
     """
     if lines:
         raise PydanticCustomError("mistakes", "{lines}", {"lines": list(lines)})
 
 
 def parse(cls: type[T], values: Any, title: str) -> T:
-    """An instance of a declared class.
+    """Return an instance of a declared class.
 
     Raises:
         ConfigError: with one line for each mistake.
@@ -95,7 +95,7 @@ def parse(cls: type[T], values: Any, title: str) -> T:
 
 
 def build(cls: type[T], values: Any, path: str, mistakes: list[str]) -> T | None:
-    """An instance of a declared class or dataclass; None, with lines in `mistakes`, where it fails."""
+    """Return an instance of a declared class or dataclass, or None after adding to ``mistakes``."""
     if issubclass(cls, BaseModel):
         lines, made = _validate(cls, dict(cls.model_fields), values, path)
         mistakes += lines
@@ -108,7 +108,7 @@ def build(cls: type[T], values: Any, path: str, mistakes: list[str]) -> T | None
 
 @lru_cache(maxsize=256)
 def _keys_of(cls: Any) -> tuple[Any, dict[str, Any]]:
-    """The keys of a dataclass as pydantic takes them, and their annotations."""
+    """Return the schema that pydantic validates a class with, and the annotations of its keys."""
     hints = typing.get_type_hints(cls, include_extras=True)
     fields = [f for f in dataclasses.fields(cls) if f.init]
     required = frozenset(
@@ -129,13 +129,13 @@ def check_keys(
     """Check the keys of a mapping against annotations.
 
     Args:
-        owner: whose annotations they are; what pydantic makes of them is kept for it.
-        hints: annotation of each key that there may be.
+        owner: class of the annotations, by which the pydantic adapter is cached.
+        hints: annotation of each allowed key.
         values: the mapping.
-        path: of the mapping in the configuration, which begins each line.
+        path: path of the mapping in the configuration; the beginning of each line.
 
     Returns:
-        One line for each mistake, and the checked values, None if there is a mistake.
+        One line for each mistake, and the checked values, or None after a mistake.
     """
     schema = _typed_dict(owner, tuple(hints.items()), frozenset())
     return _validate(schema, hints, values, path)
@@ -155,7 +155,7 @@ def _adapter(schema: Any) -> TypeAdapter[Any]:
 
 
 def bounded(hint: Any, *rules: Any, most: int = LARGEST) -> Any:
-    """An annotation with bounds on each bare `int` and `float` in it, and `rules` beside them."""
+    """Return an annotation with ``rules`` and bounds on each bare ``int`` and ``float`` in it."""
     if hint is int or hint is float:
         limit = most if hint is int else LARGEST_FLOAT
         return Annotated[(hint, Field(ge=-limit, le=limit), *rules)]
@@ -179,17 +179,17 @@ def _validate(
     except ValidationError as error:
         return _lines(error, values, path, fields), None
     except RecursionError:
-        return [f"{path}: expected values without a circle, got one that holds itself"], None
+        return [f"{path}: expected values without cycles, got one that contains itself"], None
 
 
 def _lines(error: ValidationError, values: Any, path: str, fields: Mapping[str, Any]) -> list[str]:
-    """One line for each place with a mistake, in pydantic's order."""
+    """Return one line for each location with a mistake, in pydantic's order."""
     places: dict[tuple, list[Any]] = {}
     for mistake in error.errors(include_url=False):
         places.setdefault(_place(mistake, values), []).append(mistake)
     lines: list[str] = []
     for place, mistakes in places.items():
-        # Of a union, only the branch that the values got furthest in.
+        # Of a union, report only the branch that matched deepest.
         if any(other[: len(place)] == place and other != place for other in places):
             mistakes = [m for m in mistakes if m["type"] == "mistakes"]
         where = _join(path, place)
@@ -202,7 +202,7 @@ def _lines(error: ValidationError, values: Any, path: str, fields: Mapping[str, 
 
 
 def _place(mistake: Any, values: Any) -> tuple:
-    """The part of a location that is in the values, without pydantic's names for union branches."""
+    """Return the part of a location that exists in the values, without names of union branches."""
     place: list[Any] = []
     for step in mistake["loc"]:
         if isinstance(values, Mapping) and step in values:
@@ -224,12 +224,12 @@ def _join(path: str, place: Iterable[Any]) -> str:
 
 
 def _below(where: str, line: str) -> str:
-    # A line of a layout goes on with a column.
+    # A LayoutError continues with a column after its name.
     return where + line if line.startswith((":", "[", ",")) or not where else f"{where}.{line}"
 
 
 def _explain(mistakes: list[Any], place: tuple, fields: Mapping[str, Any]) -> str:
-    """What was expected at a place, and what is there."""
+    """Return the text after the path: the expected value, the actual one, and a suggestion."""
     first = mistakes[0]
     value = first["input"]
     if first["type"] == "extra_forbidden":
@@ -246,7 +246,7 @@ def _explain(mistakes: list[Any], place: tuple, fields: Mapping[str, Any]) -> st
 
 
 def _names_at(fields: Mapping[str, Any], place: Iterable[Any]) -> list[str]:
-    """Names of the keys that a place may hold."""
+    """Return the names of the keys allowed at a location."""
     for step in place:
         if isinstance(field := fields.get(step), (type(None), str)):
             continue
@@ -264,7 +264,7 @@ def _parts(hint: Any) -> Iterable[Any]:
 
 _TYPES = ("_type", "none_required", "is_instance_of")
 
-MOST_CHOICES = 16  # that a message lists
+MOST_CHOICES = 16  # listed in a message
 
 _WORDS = {
     "int": "int",
@@ -312,7 +312,7 @@ _SHORT.maxstring = _SHORT.maxother = 60
 
 
 def show(value: Any, with_type: bool = True) -> str:
-    """A value as an error message shows it: short, with its type unless that is not the matter."""
+    """Format a value for an error message: shortened, with its type if ``with_type``."""
     if value is None:
         return "null"
     text = _SHORT.repr(value)

@@ -1,4 +1,4 @@
-"""The fields of a config that describe the stack, as the functions of this folder read them."""
+"""Protocol of the config fields that describe the stack."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Combine = Literal["mean", "sum", "concat", "learned", "learned_scalar"]
 
 
 class StackFields(Protocol):
-    """What resolution and validation read; `HybridConfig` has it all."""
+    """Fields read by resolution and validation; ``HybridConfig`` implements them."""
 
     model_type: str
     vocab_size: int
@@ -47,6 +47,6 @@ class StackFields(Protocol):
 
 
 def width_ratio(fields: StackFields) -> float:
-    """D / w, w the base width of muP; 1 where muP is off."""
+    """Return D / w, where w is the base width of muP (arXiv 2203.03466); 1 without muP."""
     base = fields.mup_base_width
     return 1.0 if base is None else fields.hidden_size / base

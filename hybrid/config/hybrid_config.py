@@ -1,4 +1,4 @@
-"""HybridConfig: a layout string, what its letters mean, and the sizes around them."""
+"""HybridConfig: a layout string, the mixers bound to its letters, and the sizes of the model."""
 
 import copy
 import dataclasses
@@ -21,16 +21,16 @@ from hybrid.layout import Layer
 ModelSize = Annotated[int, Field(ge=1, le=WIDEST)]
 
 UNLIMITED = 2**31 - 1
-"""The context length of a model that has none, where a number is asked for."""
+"""Value of ``n_positions`` for a model without a maximum context length."""
 
 DERIVED = ("num_attention_heads", "num_key_value_heads", "head_dim")
-"""Sizes that others read by transformers' names, and that no config is built from."""
+"""Derived sizes under transformers' names; read by other libraries, never stored."""
 
 
 class Values(dict[str, Any]):
-    """The keys of a config, which answers for derived sizes, too, without having them as keys.
+    """The keys of a config; look-ups also return derived sizes that are not keys.
 
-    So a copy with overrides, or a file, holds nothing that another key would contradict.
+    A copy with overrides, or a file, thus holds no value that another key could contradict.
     """
 
     def __init__(self, values: dict[str, Any], derived: dict[str, Any]) -> None:
@@ -44,74 +44,81 @@ class Values(dict[str, Any]):
         return super().__contains__(key) or key in self.derived
 
     def get(self, key: str, default: Any = None) -> Any:
-        """The value of a key, or a derived size."""
+        """Return the value of a key, or a derived size."""
         return super().get(key, self.derived.get(key, default))
 
 
 class HybridConfig(PreTrainedConfig):
-    """The configuration of a hybrid language model.
+    """Configuration of a hybrid language model.
 
     Args:
-        layout: the stack as a layout string, e.g. `LLLS` (see `hybrid.layout`).
-        num_hidden_layers: depth; the layout cycles to fill it and must divide it. Default: the
-            layout's own length.
-        ffn: the feed-forward pattern laid after each mixer, cyclically (`-` dense); empty for none.
-            Or one by symbol, laid after the layers of that symbol: `{"S": "E", "default": "-"}`.
-            A layout that names feed-forwards itself is taken literally and wants the default here.
-        mixers: symbol -> options of its mixer. `type` names the mixer, and may be left out for
-            symbols that have one by default: `{"S": {"num_heads": 8}, "Q": {"type":
-            "softmax_attention", "rope_parameters": null}}`.
-        feed_forwards: likewise for `-` and `E`.
+        layout: layout string of the stack, e.g. ``LLLS`` (see ``hybrid.layout``).
+        num_hidden_layers: number of layers; the layout repeats to fill it and must divide it.
+            Default: the length of the layout.
+        ffn: pattern of the feed-forwards that follow the mixers, repeated cyclically (``-`` dense,
+            ``E`` mixture of experts); empty for none. Or one pattern per symbol, for the layers of
+            that symbol: ``{"S": "E", "default": "-"}``. A layout that names feed-forwards is taken
+            literally and requires the default here.
+        mixers: symbol -> options of its mixer. ``type`` names the mixer and may be omitted for
+            symbols with a default mixer: ``{"S": {"num_heads": 8}, "Q": {"type":
+            "softmax_attention", "rope_parameters": null}}``.
+        feed_forwards: the same for ``-`` and ``E``.
         vocab_size, hidden_size: V and the model dim D.
-        norm, norm_eps: `rmsnorm`, `layernorm`, `zero_centered_rmsnorm` (Gemma, Qwen3-Next), or
-            `weightless_rmsnorm`; see `hybrid.nn.norms`.
-        norm_position: `pre`: x + f(norm(x)). `post`: norm(x + f(x)) (arXiv 1706.03762).
-            `sandwich`: x + norm(f(norm(x))) (Gemma 2). `reordered`: x + norm(f(x)) (OLMo 2).
-            `normed`: n + f(n), n = norm(x) (MiniMax-01, arXiv 2501.08313). Or by symbol (see
-            `hybrid.config.block_options`): `{"S": "reordered", "default": "pre"}` (OLMo Hybrid).
-        residuals: symbol -> multipliers of its residual branches, `input_multiplier`,
-            `output_multiplier` and `skip_multiplier` (`block_options.ResidualOptions`;
-            Granite, Falcon-H1, MiniMax-01): `{"default": {"output_multiplier": 0.22}}`.
-        embedding_multiplier: of the embeddings of ids (Granite, Falcon-H1); `sqrt_hidden_size`:
-            sqrt(D), rounded to the precision of the weights (Gemma, arXiv 2403.08295). Embeddings
-            that are given as such are taken as they are.
-        embedding_norm: a norm, of the kind `norm`, on what enters the stack (RWKV).
-        logits_multiplier: of the logits (Falcon-H1's `lm_head_multiplier`, Granite's 1 /
-            `logits_scaling`).
-        init: `fixed`: std `initializer_range` everywhere. `depth_scaled`: as GPT-2, projections into
-            the residual stream divided by sqrt(number of residual branches). `xavier`:
-            Xavier-normal matrices (Glorot and Bengio 2010), embeddings with the std. `deepnorm`
-            (arXiv 2203.00555): likewise, and with M residual branches, values, outputs and
-            feed-forwards times (4 M)^(-1/4), and M^(1/4) the skip multiplier where `residuals` names
-            none; with norm_position `post` or `normed`.
-        initializer_range: the std.
-        parallel_combine: how mixers side by side in one layer are combined: `mean`, `sum`, `concat`,
-            `learned` or `learned_scalar`; see `hybrid.modeling.layer.ParallelMixers`.
-        canon: positions of canon layers, short causal convolutions with a residual, as `ACD` or a
-            list, or by symbol (see `hybrid.modeling.canon`); null for none. `B` makes the convolution of
-            the mixers of that symbol one.
-        canon_width: width of canon layers.
-        shared: symbol -> how its layers share their weights: `blocks`, `lora_rank`, ... (see
-            `hybrid.config.block_options.SharedOptions`; Zamba2).
-        z_loss: lambda of lambda log^2 Z, added to the loss in training, Z the sum of a token's
-            exponentiated logits (PaLM, arXiv 2204.02311: 0.0001; OLMo 2: 0.00001).
-        logit_softcap: c of logits c tanh(logits / c), null for none (Gemma 2, arXiv 2408.00118: 30).
-        loss_backend: how the loss is taken from hidden states: `chunked`, `liger` or `full`; see
-            `hybrid.modeling.losses`.
-        num_mtp_layers: multi-token prediction modules (arXiv 2412.19437, section 2.2); see
-            `hybrid.modeling.mtp`.
-        mtp_layout: the layers of each, a layout; null: of the kind of the last layer.
-        mtp_loss_weight: of the mean of their losses (0.3, then 0.1, in DeepSeek-V3).
-        mup_base_width: hidden_size that initialisation and learning rates were tuned at, from which
-            they are scaled (muP, arXiv 2203.03466; see `hybrid.modeling.mup`); null: as they are.
-        max_position_embeddings: the longest sequence the model is meant for; null for no limit.
+        norm, norm_eps: ``rmsnorm``, ``layernorm``, ``zero_centered_rmsnorm`` (Gemma, Qwen3-Next),
+            or ``weightless_rmsnorm``; see ``hybrid.nn.norms``.
+        norm_position: ``pre``: x + f(norm(x)). ``post``: norm(x + f(x)) (arXiv 1706.03762).
+            ``sandwich``: x + norm(f(norm(x))) (Gemma 2). ``reordered``: x + norm(f(x)) (OLMo 2).
+            ``normed``: n + f(n), n = norm(x) (MiniMax-01, arXiv 2501.08313). Or per symbol (see
+            ``hybrid.config.block_options``): ``{"S": "reordered", "default": "pre"}`` (OLMo
+            Hybrid).
+        residuals: symbol -> multipliers of its residual branches, ``input_multiplier``,
+            ``output_multiplier`` and ``skip_multiplier`` (``block_options.ResidualOptions``;
+            Granite, Falcon-H1, MiniMax-01): ``{"default": {"output_multiplier": 0.22}}``.
+        embedding_multiplier: multiplies the token embeddings (Granite, Falcon-H1);
+            ``sqrt_hidden_size``: sqrt(D), rounded to the dtype of the weights (Gemma, arXiv
+            2403.08295). Not applied to ``inputs_embeds``.
+        embedding_norm: normalise the input of the stack, with a norm of type ``norm`` (RWKV).
+        logits_multiplier: multiplies the logits (Falcon-H1's ``lm_head_multiplier``, Granite's 1 /
+            ``logits_scaling``).
+        init: initialisation scheme. ``fixed``: std ``initializer_range`` everywhere.
+            ``depth_scaled``: as in GPT-2, projections into the residual stream divided by
+            sqrt(number of residual branches). ``xavier``: Xavier-normal matrices (Glorot and Bengio
+            2010), embeddings with std ``initializer_range``. ``deepnorm`` (arXiv 2203.00555): as
+            ``xavier``, with values, outputs and feed-forwards scaled by (4 M)^(-1/4) for M residual
+            branches, and a default skip multiplier of M^(1/4); requires norm_position ``post`` or
+            ``normed``.
+        initializer_range: standard deviation of the initialisation.
+        parallel_combine: how parallel mixers of one layer are combined: ``mean``, ``sum``,
+            ``concat``, ``learned`` or ``learned_scalar``; see
+            ``hybrid.modeling.layer.ParallelMixers``.
+        canon: positions of canon layers, short causal convolutions with a residual, as ``ACD`` or a
+            list, or per symbol (see ``hybrid.modeling.canon``); null for none. ``B`` adds the
+            residual to the convolution of the mixers of that symbol.
+        canon_width: kernel width of canon layers, in tokens.
+        shared: symbol -> how its layers share their weights: ``blocks``, ``lora_rank``, ... (see
+            ``hybrid.config.block_options.SharedOptions``; Zamba2).
+        z_loss: lambda of the term lambda log^2 Z that is added to the loss in training, where Z is
+            the sum of a token's exponentiated logits (PaLM, arXiv 2204.02311: 0.0001; OLMo 2:
+            0.00001).
+        logit_softcap: c of c tanh(logits / c); null for none (Gemma 2, arXiv 2408.00118: 30).
+        loss_backend: how the loss is computed from hidden states: ``chunked``, ``liger`` or
+            ``full``; see ``hybrid.modeling.losses``.
+        num_mtp_layers: number of multi-token prediction modules (arXiv 2412.19437, section 2.2);
+            see ``hybrid.modeling.mtp``.
+        mtp_layout: layout of the layers of each module; null for one layer like the last of the
+            stack.
+        mtp_loss_weight: weight of the mean of their losses (0.3, then 0.1, in DeepSeek-V3).
+        mup_base_width: hidden_size at which initialisation and learning rates were tuned, and from
+            which they are scaled (muP, arXiv 2203.03466; see ``hybrid.modeling.mup``); null for no
+            scaling.
+        max_position_embeddings: maximum sequence length of the model in tokens; null for no limit.
         tie_word_embeddings: share the embedding with the output head.
         use_cache: return a cache from forward.
-        imported_from: the published family that the model was imported from, by its `model_type`;
-            `hybrid export` without `--as` goes back to it where it still fits.
+        imported_from: the published family that the model was imported from, by its ``model_type``;
+            ``hybrid export`` without ``--as`` exports to it if the config still fits.
 
     Raises:
-        ConfigError: a ValueError with one line for every mistake in the arguments.
+        ConfigError: (a ValueError) with one line for each mistake in the arguments.
     """
 
     model_type = "hybrid"
@@ -168,19 +175,19 @@ class HybridConfig(PreTrainedConfig):
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:
-        """Do nothing: a checkpoint names this package, and carries no copy of its code."""
+        """Do nothing: a checkpoint does not contain a copy of the code of this package."""
 
     def to_dict(self) -> dict[str, Any]:
-        """As transformers', less the attributes that others attached: only keys that load again.
+        """Return the keys that can be loaded again, without attributes attached by other code.
 
-        PEFT looks up sizes in this dict that follow from the mixers, and it answers; see `Values`.
+        Look-ups also return derived sizes, which PEFT reads from this dict; see ``Values``.
         """
         known = {f.name for f in dataclasses.fields(self)} | standard_keys()
         values = {key: value for key, value in super().to_dict().items() if key in known}
         return Values(values, {name: getattr(self, name) for name in DERIVED})
 
     def changed(self, **fields: Any) -> "HybridConfig":
-        """A copy with other fields, which are taken as they are."""
+        """Return a copy with other fields, without completing or validating them."""
         other = copy.copy(self)
         for name, value in fields.items():
             setattr(other, name, value)
@@ -188,9 +195,9 @@ class HybridConfig(PreTrainedConfig):
 
     @property
     def stack(self) -> StackSpec:
-        """The stack, resolved: one `LayerSpec` for each layer.
+        """The resolved stack, with one ``LayerSpec`` for each layer.
 
-        It is resolved once, and again only if a field has been assigned since.
+        The result is cached until a field is assigned.
         """
         known = vars(self).get("_resolved")
         if known is None or known[0] != {name: getattr(self, name) for name in _STACK_FIELDS}:
@@ -198,7 +205,7 @@ class HybridConfig(PreTrainedConfig):
         return known[1]
 
     def _resolve(self, layers: tuple[Layer, ...] | None = None) -> StackSpec:
-        """Resolve the stack and keep it, with the fields that it follows from."""
+        """Resolve the stack and cache it together with the fields that it depends on."""
         stack = resolve_stack(self, layers)
         fields = {name: getattr(self, name) for name in _STACK_FIELDS}
         vars(self)["_resolved"] = copy.deepcopy(fields), stack
@@ -209,113 +216,115 @@ class HybridConfig(PreTrainedConfig):
         """The symbols of the stack, layer by layer."""
         return tuple(spec.layer for spec in self.stack)
 
-    # Names that transformers' caches and masks read.
+    # Attributes read by transformers' caches and masks.
 
     @property
     def layer_types(self) -> list[str]:
-        """The type of each layer, by which transformers' caches choose its cache layer.
+        """The type of each layer, from which transformers' caches choose the cache layer class.
 
-        See `hybrid.modeling.cache` for those that are not transformers'.
+        See ``hybrid.modeling.cache`` for the types defined in this package.
         """
         return [layer.layer_type for layer in self.stack]
 
     def validate(self) -> None:
-        """Run transformers' validators, which are methods; a method of this class takes the place."""
+        """Run transformers' validators, replaced by methods of this class of the same name."""
         for validator in self.__class_validators__:
             getattr(self, validator.__name__)()
 
     def validate_layer_type(self) -> None:
-        """Nothing: layer types follow from the layout, and some are not transformers'."""
+        """Do nothing: layer types follow from the layout, and some are unknown to transformers."""
 
     @property
     def sliding_window(self) -> None:
-        """None: a window is an option of a symbol."""
+        """None; a window is an option of a symbol."""
         return None
 
     @sliding_window.setter
     def sliding_window(self, value: int | None) -> None:
-        """Accept what changes nothing: any value where no layer has keys, None elsewhere."""
+        """Accept values without effect: any value if no layer has keys, else only None."""
         if value is not None and self.stack.has_keys:
             raise ValueError(
-                f"sliding_window: a hybrid model has a window per symbol, got {value} for all; try"
+                f"sliding_window: expected None, since windows are set per symbol, got {value}; try"
                 " a symbol of type 'sliding_window_attention' with mixers.SYMBOL.window"
             )
 
-    # Plans that transformers looks for, which follow from the layout.
+    # Parallel plans read by transformers, which follow from the layout.
 
     @property
     def base_model_tp_plan(self) -> dict[str, str] | None:  # type: ignore[override]
-        """The tensor parallel plan of the stack (see `hybrid.config.parallel`), or one assigned."""
+        """Tensor parallel plan of the stack (see ``hybrid.config.parallel``), unless assigned."""
         return vars(self).get("_assigned_tp_plan", base_tp_plan(self.stack))
 
     @base_model_tp_plan.setter
     def base_model_tp_plan(self, plan: dict[str, str] | None) -> None:
-        # transformers 5.17 to 5.20 assign it with a rule for the embedding, which it has
+        # transformers 5.17 to 5.20 assign the plan plus a rule for the embedding, already present
         if plan != self.base_model_tp_plan:
             vars(self)["_assigned_tp_plan"] = plan
 
     @property
     def base_model_ep_plan(self) -> dict[str, str] | None:  # type: ignore[override]
-        """The expert parallel plan of the stack, or one assigned; None without experts."""
+        """Expert parallel plan of the stack, unless assigned; None without experts."""
         return vars(self).get("_assigned_ep_plan", base_ep_plan(self.stack))
 
     @base_model_ep_plan.setter
     def base_model_ep_plan(self, plan: dict[str, str] | None) -> None:
         vars(self)["_assigned_ep_plan"] = plan
 
-    # Names that code around transformers reads.
+    # Attributes read by libraries built on transformers.
 
     @property
     def num_attention_heads(self) -> int:
-        """Query heads of the first softmax mixer, else of the first with heads; 1 where none has."""
+        """Query heads of the first softmax mixer, else of the first mixer with heads; 1 without
+        one.
+        """
         return self._first_option("num_heads") or 1
 
     @property
     def num_key_value_heads(self) -> int:
-        """Key-value heads of the first softmax mixer, else of the first with heads; 1 where none has."""
+        """Key-value heads of the first softmax mixer, else of the first with heads; 1 without one."""
         return self._first_option("num_kv_heads", "num_heads") or 1
 
     @property
     def head_dim(self) -> int:
-        """Head dim of the first softmax mixer, else of the first that has one, else D / heads."""
+        """Head dim of the first softmax mixer, else of the first with one, else D / heads."""
         return self._first_option("head_dim") or self.hidden_size // self.num_attention_heads
 
     @property
     def intermediate_size(self) -> int:
-        """Inner width of the first feed-forward; 0 where there is none."""
+        """Inner width of the first feed-forward; 0 without one."""
         parts = [*self.stack.feed_forwards.values()]
         return parts[0].options.intermediate_size if parts else 0
 
     @property
     def num_experts(self) -> int:
-        """Routed experts of the first mixture."""
+        """Number of routed experts in the first mixture of experts."""
         return self._expert_option("num_experts")
 
     num_local_experts = num_experts
 
     @property
     def num_experts_per_tok(self) -> int:
-        """Routed experts of a token, of the first mixture."""
+        """Routed experts per token in the first mixture of experts."""
         return self._expert_option("top_k")
 
     @property
     def moe_intermediate_size(self) -> int:
-        """Inner width of an expert of the first mixture."""
+        """Inner width of a routed expert in the first mixture of experts."""
         return self._expert_option("intermediate_size")
 
     @property
     def n_positions(self) -> int:
-        """`max_position_embeddings`, or a length that no text reaches; lm-eval cuts texts to it."""
+        """``max_position_embeddings``, or a very large length; lm-eval truncates texts to it."""
         return self.max_position_embeddings or UNLIMITED
 
     @property
     def logit_scale(self) -> float:
-        """Multiplier of the logits, that of muP included; losses of TRL read it."""
+        """Multiplier of the logits, including muP's; read by the losses of TRL."""
         return self.logits_multiplier / width_ratio(self)
 
     @property
     def lm_head_multiplier(self) -> float:
-        """`logit_scale` under the name of Falcon-H1."""
+        """``logit_scale`` under the name of Falcon-H1."""
         return self.logit_scale
 
     @property
@@ -325,7 +334,7 @@ class HybridConfig(PreTrainedConfig):
 
     @property
     def final_logit_softcapping(self) -> float | None:
-        """`logit_softcap` under the name of Gemma 2."""
+        """``logit_softcap`` under the name of Gemma 2."""
         return self.logit_softcap
 
     def _first_option(self, *names: str) -> int | None:
@@ -340,10 +349,12 @@ class HybridConfig(PreTrainedConfig):
         for part in self.stack.feed_forwards.values():
             if hasattr(part.options, "num_experts"):
                 return getattr(part.options, name)
-        raise AttributeError(f"no layer of layout {self.layout!r} has experts")
+        raise AttributeError(
+            f"layout: expected a layer with experts for {name}, got {self.layout!r}"
+        )
 
 
-# What resolution reads.
+# The fields that resolution reads.
 _STACK_FIELDS = tuple(
     name for name in inspect.get_annotations(StackFields) if name not in ("model_type", "dtype")
 )

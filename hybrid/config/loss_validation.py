@@ -1,4 +1,4 @@
-"""What can be wrong with the loss settings, a line each (`hybrid.modeling.training_losses`)."""
+"""Validation of the loss settings (``hybrid.modeling.training_losses``), one line per mistake."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from hybrid.config.registry import feed_forwards, mixers
 from hybrid.layout import Layer, LayoutError, check_bound, parse
 
 MUP_INITS = ("fixed", "depth_scaled")
-"""The initialisations that take the std from the config, which muP then scales."""
+"""Initialisation schemes that use ``initializer_range``, which muP scales."""
 
 
 def find_mistakes(config: StackFields, layers: tuple[Layer, ...]) -> list[str]:
-    """All that is wrong; `layers` is the stack, or () where the rest of the config is wrong."""
+    """Return a line for each mistake; ``layers`` is the stack, () if other fields are invalid."""
     if not layers:
         return []
     lines = [] if config.mtp_layout is None else _wrong_mtp_layout(config)
@@ -24,7 +24,10 @@ def find_mistakes(config: StackFields, layers: tuple[Layer, ...]) -> list[str]:
 
 def _wrong_mtp_layout(config: StackFields) -> list[str]:
     if not config.num_mtp_layers:
-        return ["mtp_layout: set, but num_mtp_layers is 0"]
+        return [
+            f"mtp_layout: expected null with num_mtp_layers: 0, got {config.mtp_layout!r};"
+            " try num_mtp_layers: 1"
+        ]
     bound = config.mixers if isinstance(config.mixers, dict) else {}
     fed = config.feed_forwards if isinstance(config.feed_forwards, dict) else {}
     try:
@@ -33,20 +36,25 @@ def _wrong_mtp_layout(config: StackFields) -> list[str]:
     except LayoutError as error:
         return [f"mtp_layout: {error}"]
     if not layout.symbols():
-        return [f"mtp_layout: {config.mtp_layout!r} has no mixer, so tokens would never meet"]
+        return [f"mtp_layout: expected at least one mixer, got {config.mtp_layout!r}"]
     known = {*feed_forwards.symbols(), *fed}
     used = {layer.ffn for layer in layout.layers if layer.ffn}
-    return [f"mtp_layout: {s!r} stands for no feed-forward" for s in sorted(used - known)]
+    return [
+        f"mtp_layout: expected a bound feed-forward, got {s!r}; try feed_forwards: {{{s}: ...}}"
+        for s in sorted(used - known)
+    ]
 
 
 def _mup_base_problems(config: StackFields) -> list[str]:
-    """Why a config cannot be scaled from its `mup_base_width`: it has to be right at that width, too."""
+    """Report mistakes of the config at ``mup_base_width``, at which it must be valid as well."""
     base = config.mup_base_width
     if base is None:
         return []
     if config.init not in MUP_INITS:
         known = " or ".join(map(repr, MUP_INITS))
-        return [f"mup_base_width: scales the std of init {known}, and init is {config.init!r}"]
+        return [
+            f"mup_base_width: expected init {known}, whose std it scales, got init {config.init!r}"
+        ]
     cls: Any = type(config)
     values = {name: getattr(config, name) for name in inspect.get_annotations(cls)}
     try:

@@ -1,7 +1,7 @@
-"""Errors of configuration, and the hint for a misspelt name.
+"""Configuration errors, and suggestions for misspelt names.
 
-What a configuration may hold is declared in the types of its classes, which `hybrid.config.declare`
-checks.
+The allowed values of a configuration are declared by the types of its classes, which
+``hybrid.config.declare`` checks.
 """
 
 from __future__ import annotations
@@ -14,16 +14,17 @@ from typing import Any
 
 
 def option(default: Any = dataclasses.MISSING, *, help: str, **kwargs: Any) -> Any:
-    """Return a dataclass field whose metadata holds its description, `help`."""
+    """Return a dataclass field whose metadata holds its description, ``help``."""
     return dataclasses.field(default=default, metadata={"help": help}, **kwargs)
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:
-    """The known name that is most like `name`, or None. Whole words count before letters.
+    """Return the known name most similar to ``name``, or None.
 
-    `num_layer` is nearer to `num_hidden_layers`, with which it shares two words, than to `mixers`.
+    Shared words count before shared letters: ``num_layer`` is nearer to ``num_hidden_layers`` than
+    to ``mixers``.
     """
-    name = str(name)  # a key or a value of another type may be misspelt, too
+    name = str(name)  # keys and values may have other types
     asked = words_of(name)
     scores = {}
     for candidate in sorted(str(k) for k in known):
@@ -35,7 +36,7 @@ def nearest(name: str, known: Iterable[str]) -> str | None:
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """The end of an error message: the nearest known name, or the list of known names."""
+    """Return the end of an error message: the nearest known name, or the list of known names."""
     known = sorted(str(k) for k in known)
     near = nearest(name, known)
     if near is not None:
@@ -44,12 +45,12 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 
 def words_of(name: str) -> set[str]:
-    """The words of a name; a plural is the same word."""
+    """Return the words of a name, in the singular."""
     return {word.rstrip("s") for word in re.split(r"[_.\-\s]+", name.lower()) if word}
 
 
 def first_few(lines: list[str], most: int = 8) -> list[str]:
-    """The first lines of an error message, and a last one with the number of the others."""
+    """Return the first lines of an error message, and a last one that counts the omitted ones."""
     return lines[:most] + ([f"and {len(lines) - most} more"] if len(lines) > most else [])
 
 
@@ -57,7 +58,7 @@ class ConfigError(ValueError):
     """One or more mistakes in a configuration.
 
     Attributes:
-        mistakes: one line of text for each, `path.to.key: expected X, got Y; try Z`.
+        mistakes: one line for each, ``path.to.key: expected X, got Y; try Z``.
     """
 
     def __init__(self, mistakes: list[str], title: str = "the config") -> None:
@@ -65,7 +66,7 @@ class ConfigError(ValueError):
         if len(mistakes) == 1:
             super().__init__(f"{title}: {mistakes[0]}")
             return
-        # Lines with a caret of their own keep their shape, indented.
+        # Lines with a caret keep their line breaks, indented.
         items = ["\n    ".join(self._item(line)) for line in mistakes]
         super().__init__("\n    ".join([f"{title} has {len(items)} mistakes:", *items]))
 

@@ -14,7 +14,7 @@ from hybrid.config.declare import LARGEST, bounded
 
 
 class Key(NamedTuple):
-    """One key: its name, what it may hold, its default as YAML (None: required), its description."""
+    """One key: name, type, default as YAML (None if required), and description."""
 
     name: str
     expected: str
@@ -23,7 +23,7 @@ class Key(NamedTuple):
 
 
 def keys(cls: Any) -> list[Key]:
-    """The keys of a `Declared` model, or of a dataclass of options, in their order."""
+    """Return the keys of a ``Declared`` model or of an option dataclass, in declaration order."""
     if hasattr(cls, "model_fields"):
         schema = cls.model_json_schema()
         return [
@@ -40,7 +40,7 @@ def keys(cls: Any) -> list[Key]:
 
 
 def table(cls: Any) -> str:
-    """The keys of a class as a table in Markdown; without descriptions where there are none."""
+    """Return the keys of a class as a Markdown table; without a column of descriptions if empty."""
     found = keys(cls)
     described = any(key.description for key in found)
     head = ["key", "expects", "default", *(["meaning"] if described else [])]
@@ -68,7 +68,7 @@ _TYPES = {"null": "null", "string": "text", "boolean": "true or false", "object"
 
 
 def _words(schema: dict[str, Any]) -> str:
-    """What a JSON schema accepts, in a few words."""
+    """Return a short description of the values that a JSON schema accepts."""
     if "anyOf" in schema:
         return " or ".join(dict.fromkeys(_words(part) for part in schema["anyOf"]))
     if "enum" in schema or "const" in schema:

@@ -1,10 +1,11 @@
-"""The registry: what a letter of a layout stands for.
+"""Registries of mixers and feed-forwards, by name and by layout symbol.
 
-A mixer (or a feed-forward) is one class in one file, registered by a decorator with its symbol. Ours
-are declared by name and symbol in `hybrid.mixers` and `hybrid.ffn`, and imported when they are used. The
-rest of the package asks the registry and holds no list of its own, so a user's mixer in a user's file
-is on the same footing as ours: import the file (in commands `--import FILE`, `hybrid.imports`; or name
-it in the entry-point group `hybrid.mixers`) and its name works in every layout.
+A mixer (or a feed-forward) is one class in one file, registered by a decorator with its symbol.
+Those of this package are declared by name and symbol in ``hybrid.mixers`` and ``hybrid.ffn``, and
+imported on first use. The rest of the package only uses the registry, so that a mixer in a user's
+file works like a built-in one: import the file (``--import FILE`` in commands, see
+``hybrid.imports``), or list it in the entry-point group ``hybrid.mixers``; then its name works in
+every layout.
 """
 
 from __future__ import annotations
@@ -21,12 +22,13 @@ C = TypeVar("C", bound=type)
 
 
 class Registry(Generic[C]):
-    """Classes by name and by symbol; duplicates are refused, misses name the nearest right name.
+    """Classes by name and by symbol. Duplicates are refused; an unknown name raises an error with
+    the nearest known name.
 
     Args:
-        kind: what the classes are, for messages.
-        home: the package that declares ours.
-        entry_point_group: where other packages list theirs.
+        kind: noun for the classes in messages.
+        home: package that declares the built-in classes.
+        entry_point_group: entry-point group in which other packages list classes.
     """
 
     def __init__(self, kind: str, home: str, entry_point_group: str) -> None:
@@ -39,22 +41,26 @@ class Registry(Generic[C]):
         self._plugins_loaded = False
 
     def declare(self, package: str, classes: Mapping[str, tuple[str | None, str]]) -> None:
-        """Make classes known without importing them.
+        """Declare classes without importing them.
 
         Args:
-            package: that holds their modules.
-            classes: name -> (symbol, class). The module has the name, or stands before the class:
-                `module:Class`.
+            package: package of their modules.
+            classes: name -> (symbol, class). The module is called like the name, unless the class
+                is given as ``module:Class``.
         """
         for name, (symbol, target) in classes.items():
             path = target if ":" in target else f"{name}:{target}"
             self._declared[name] = symbol, f"{package}.{path}"
 
     def register(self, name: str, symbol: str | None = None) -> Callable[[C], C]:
-        """Class decorator. `symbol` is the letter a layout uses by default; None leaves it to configs.
+        """Return a class decorator that registers a class.
+
+        Args:
+            name: value of ``type`` in a config.
+            symbol: default letter in layouts; None to let configs bind one.
 
         Raises:
-            ValueError: the name or the symbol is taken by another class.
+            ValueError: the name or the symbol belongs to another class.
         """
 
         def add(cls: C) -> C:
@@ -62,13 +68,13 @@ class Registry(Generic[C]):
             taken = self._origin(name)
             if taken not in (None, _origin(cls)):
                 raise ValueError(
-                    f"{self.kind} {name!r} is registered already, by {taken}; choose another name"
+                    f"{self.kind}: expected a new name, got {name!r} of {taken}; try another name"
                 )
             owner = self._symbols().get(symbol) if symbol else None
             if owner not in (None, name):
                 raise ValueError(
-                    f"symbol {symbol!r} stands for the {self.kind} {owner!r} already; register"
-                    f" {name!r} without a symbol and bind a letter to it in the config"
+                    f"symbol: expected a free letter, got {symbol!r} of the {self.kind} {owner!r};"
+                    f" try to register {name!r} without a symbol and bind a letter in the config"
                 )
             cls.name, cls.symbol = name, symbol
             cls.kind = getattr(cls, "kind", name)
@@ -80,31 +86,35 @@ class Registry(Generic[C]):
         return add
 
     def get(self, name: str) -> C:
-        """The class called `name`. Raises ValueError with the nearest right name."""
+        """Return the class called ``name``.
+
+        Raises:
+            ValueError: no class has the name; the message has the nearest one.
+        """
         if name not in self.names():
             near = did_you_mean(name, self.names())
             stop = "" if near.endswith("?") else "."
             raise ValueError(
-                f"unknown {self.kind} {name!r}, {near}{stop} A {self.kind} of your own registers when"
-                f" its file is imported: import it first (commands: `--import FILE`), or list it under"
-                f" the entry-point group {self.entry_point_group!r}."
+                f"unknown {self.kind} {name!r}, {near}{stop} A custom {self.kind} is registered"
+                f" when its file is imported: import it first (commands: `--import FILE`), or list"
+                f" it in the entry-point group {self.entry_point_group!r}."
             )
         if name not in self._by_name:
             self._by_name[name] = pkgutil.resolve_name(self._declared[name][1])
         return self._by_name[name]
 
     def symbols(self) -> dict[str, str]:
-        """Symbol -> name, for every class that has a symbol."""
+        """Return symbol -> name of every class with a symbol."""
         self._load_plugins()
         return self._symbols()
 
     def names(self) -> list[str]:
-        """All names: ours, then those of others in the order of registration."""
+        """Return all names: built-in ones, then others in order of registration."""
         self._load_plugins()
         return list(self._declared | self._by_name)
 
     def classes(self) -> list[C]:
-        """All classes, in the order of `names`."""
+        """Return all classes, in the order of ``names``."""
         return [self.get(name) for name in self.names()]
 
     def _symbols(self) -> dict[str, str]:
@@ -112,7 +122,7 @@ class Registry(Generic[C]):
         return declared | self._by_symbol
 
     def _origin(self, name: str) -> str | None:
-        """The module and the name of the class that has a name already."""
+        """Return module and name of the class registered under a name."""
         if name in self._by_name:
             return _origin(self._by_name[name])
         return self._declared[name][1].replace(":", ".") if name in self._declared else None
@@ -133,7 +143,7 @@ def _origin(cls: type) -> str:
 def load_model_classes() -> None:
     """Import the model classes, which registers them with transformers' Auto classes.
 
-    An Auto class looks a model up by the class of a config, so a config that is made does this.
+    An Auto class looks up a model by the class of its config, so creating a config calls this.
     """
     importlib.import_module("hybrid.modeling.auto")
 

@@ -1,4 +1,4 @@
-"""The record of sizes that a mixer or a feed-forward is built with."""
+"""Sizes that a mixer or a feed-forward is built with."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Sizes:
-    """What a mixer or a feed-forward knows of the model around it.
+    """Sizes of the model that a mixer or a feed-forward is built for.
 
     Attributes:
-        hidden_size: D, channels of its input.
-        num_hidden_layers: layers of the stack.
-        norm_eps: epsilon of norms that have none of their own.
-        max_position_embeddings: the longest sequence the model is meant for, or None.
-        init: the initialisation scheme of the config.
-        num_residual_branches: sublayers that add to the residual stream.
-        mixing_idx, num_mixing_layers: the place of the layer among those that have a mixer.
-        kind_idx: the place of the layer among those with a mixer of the same kind (`Mixer.kind`).
+        hidden_size: D, the number of input channels.
+        num_hidden_layers: number of layers of the stack.
+        norm_eps: default epsilon of norms.
+        max_position_embeddings: maximum sequence length of the model, or None.
+        init: initialisation scheme of the config.
+        num_residual_branches: number of sublayers that add to the residual stream.
+        mixing_idx, num_mixing_layers: index and count of the layers with a mixer.
+        kind_idx: index of the layer among those with a mixer of the same kind (``Mixer.kind``).
     """
 
     hidden_size: int
@@ -32,5 +32,5 @@ class Sizes:
 
     @property
     def deepnorm_beta(self) -> float:
-        """The gain of DeepNorm's initialisation (arXiv 2203.00555): (8 N)^(-1/4)."""
+        """Gain of DeepNorm's initialisation (arXiv 2203.00555): (8 N)^(-1/4)."""
         return (4 * self.num_residual_branches) ** -0.25

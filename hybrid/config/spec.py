@@ -1,8 +1,8 @@
-"""A config, resolved once: what every layer of the stack is made of.
+"""Specification of every layer of the stack, resolved once from the config.
 
-`resolve_stack` turns the fields of a config into one `LayerSpec` for each layer. The layer, its
-residuals, canon layers, weight sharing, the cache, the cost and the converters read what they are handed
-here; nothing asks the config again.
+``resolve_stack`` converts the fields of a config to one ``LayerSpec`` for each layer. The layer,
+its residuals, canon layers, weight sharing, the cache, the cost and the converters read the
+specification and never the config.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from hybrid.layout import Layer
 
 LINEAR, FULL = "linear_attention", "full_attention"
 LOCAL = ("sliding_attention", "chunked_attention")
-"""Types of mixers, by which the model chooses the mask that each is handed."""
+"""Mixer types, from which the model chooses the mask that it passes to a mixer."""
 
 HYBRID_STATES, HYBRID_KEYS, HYBRID_NONE = "hybrid_states", "hybrid_keys", "hybrid_none"
-"""Types of layers with a cache layer of our own: without and with keys of all tokens."""
+"""Types of layers with a cache layer of this package: without and with keys of all tokens."""
 
 
 @dataclass(frozen=True)
@@ -33,12 +33,12 @@ class MixerSpec:
     """One mixer of one layer.
 
     Attributes:
-        symbol: its letter in the layout.
-        cls, options: the class and its completed options.
-        sizes: what it is built with.
+        symbol: letter in the layout.
+        cls, options: class and completed options.
+        sizes: sizes that it is built with.
         has_state: whether the cache holds a recurrent or a convolution state for it.
-        canon: whether its own convolution is a canon layer (position B).
-        input_multiplier, output_multiplier: of its branch, beside others in one layer.
+        canon: whether its convolution is a canon layer (position B).
+        input_multiplier, output_multiplier: multipliers of its branch among parallel mixers.
     """
 
     symbol: str
@@ -51,13 +51,13 @@ class MixerSpec:
     output_multiplier: float
 
     def build(self, layer_idx: int) -> Any:
-        """Return a new mixer."""
+        """Return a new mixer module for layer ``layer_idx``."""
         return self.cls(self.options, self.sizes, layer_idx)
 
 
 @dataclass(frozen=True)
 class FeedForwardSpec:
-    """The feed-forward of one layer: its symbol, class, completed options, and sizes."""
+    """Feed-forward of one layer: symbol, class, completed options, and sizes."""
 
     symbol: str
     cls: Any
@@ -65,13 +65,13 @@ class FeedForwardSpec:
     sizes: Sizes
 
     def build(self, layer_idx: int) -> Any:
-        """Return a new feed-forward."""
+        """Return a new feed-forward module for layer ``layer_idx``."""
         return self.cls(self.options, self.sizes, layer_idx)
 
 
 @dataclass(frozen=True)
 class BranchSpec:
-    """A residual branch: the places of its norms, its multipliers, and the channels that it reads."""
+    """Residual branch: norm position, multipliers, and number of input channels."""
 
     norm: NormName
     norm_eps: float
@@ -88,16 +88,16 @@ class LayerSpec:
     """One layer of the stack.
 
     Attributes:
-        layer_idx: its place, from 0.
-        layer: its symbols.
-        mixers: side by side where there are several.
-        ffn: its feed-forward, or None.
-        mixer_branch, ffn_branch: the residual branches of both.
-        combine: how mixers side by side are combined.
-        canon: positions of the canon layers of its own, of A, C and D.
-        canon_width: of these.
-        shared: how it shares its weights, or None.
-        source: the layer whose weights it has; itself where they are its own.
+        layer_idx: index in the stack, from 0.
+        layer: symbols of the layer.
+        mixers: mixers, in parallel if several.
+        ffn: feed-forward, or None.
+        mixer_branch, ffn_branch: their residual branches.
+        combine: how parallel mixers are combined.
+        canon: positions of separate canon layers, a subset of A, C and D.
+        canon_width: kernel width of canon layers.
+        shared: weight sharing of the layer, or None.
+        source: index of the layer whose weights are used; ``layer_idx`` without sharing.
         hidden_size: D.
     """
 
@@ -116,12 +116,12 @@ class LayerSpec:
 
     @property
     def symbols(self) -> tuple[str, ...]:
-        """The letters of its mixers."""
+        """Letters of the mixers."""
         return self.layer.mixers
 
     @property
     def layer_type(self) -> str:
-        """What transformers' caches choose the class of its cache layer by."""
+        """Layer type, from which transformers' caches choose the class of the cache layer."""
         types = [mixer.cls.layer_type for mixer in self.mixers]
         if not self.canon and not any(mixer.has_state for mixer in self.mixers):
             if not types:
@@ -133,7 +133,7 @@ class LayerSpec:
 
 @dataclass(frozen=True)
 class StackSpec:
-    """The layers of a stack, and what follows from all of them together."""
+    """Layers of a stack, and properties of the stack as a whole."""
 
     layers: tuple[LayerSpec, ...]
     sizes: Sizes
@@ -149,7 +149,7 @@ class StackSpec:
 
     @cached_property
     def mixers(self) -> dict[str, MixerSpec]:
-        """Letter -> the mixer at the first layer that has it, in the order of the stack."""
+        """Letter -> mixer of the first layer with that letter, in stack order."""
         found: dict[str, MixerSpec] = {}
         for layer in self.layers:
             for mixer in layer.mixers:
@@ -158,33 +158,33 @@ class StackSpec:
 
     @cached_property
     def feed_forwards(self) -> dict[str, FeedForwardSpec]:
-        """Symbol -> the feed-forward that it stands for, in the order of the stack."""
+        """Symbol -> feed-forward, in stack order."""
         return {layer.ffn.symbol: layer.ffn for layer in self.layers if layer.ffn is not None}
 
     @cached_property
     def has_state(self) -> bool:
-        """Whether any layer keeps anything but keys of all tokens."""
+        """Whether the cache of any layer holds more than the keys and values of all tokens."""
         return any(layer.layer_type in (HYBRID_STATES, HYBRID_KEYS) for layer in self.layers)
 
     @cached_property
     def has_local(self) -> bool:
-        """Whether any mixer is softmax attention of bounded reach."""
+        """Whether any mixer is softmax attention over a bounded window."""
         return any(mixer.cls.layer_type in LOCAL for mixer in self.mixers.values())
 
     @cached_property
     def first_key_layer(self) -> int | None:
-        """Index of the first layer that keeps keys of all tokens; None for none."""
+        """Index of the first layer that caches keys of all tokens, or None."""
         kept = (i for i, x in enumerate(self.layers) if x.layer_type in (FULL, HYBRID_KEYS))
         return next(kept, None)
 
     @property
     def has_keys(self) -> bool:
-        """Whether any layer keeps keys of all tokens."""
+        """Whether any layer caches keys of all tokens."""
         return self.first_key_layer is not None
 
     @cached_property
     def ends_normed(self) -> bool:
-        """Whether the last branch leaves the stream normalised, so that the head needs no norm."""
+        """Whether the last branch normalises the stream, so that the head needs no norm."""
         last = self.layers[-1]
         branch = last.ffn_branch or last.mixer_branch
         return branch is not None and branch.norm_position == "post"
@@ -194,8 +194,8 @@ def resolve_stack(fields: StackFields, layers: tuple[Layer, ...] | None = None) 
     """Resolve the fields of a valid config, layer by layer.
 
     Args:
-        fields: of the config.
-        layers: that its layout stands for, where they are known already.
+        fields: fields of the config.
+        layers: layers of the layout, if already parsed.
     """
     layers = lookup.layers_of(fields) if layers is None else layers
     stack_sizes = Sizes(
@@ -211,7 +211,7 @@ def resolve_stack(fields: StackFields, layers: tuple[Layer, ...] | None = None) 
     feed_forwards = {
         s: lookup.feed_forward_of(fields, s) for s in {layer.ffn for layer in layers if layer.ffn}
     }
-    seen: Counter[Any] = Counter()  # layers so far: with a mixer, by its kind, and by its letters
+    seen: Counter[Any] = Counter()  # layers so far: with a mixer, by kind, and by letters
     specs = []
     for i, layer in enumerate(layers):
         sizes = dataclasses.replace(stack_sizes, mixing_idx=seen["mixing"])
@@ -279,7 +279,7 @@ def _branch(
     side_by_side: bool,
     input_size: int | None = None,
 ) -> BranchSpec:
-    """The branch of these symbols; mixers side by side have multipliers of their own."""
+    """Return the residual branch of these symbols; parallel mixers have their own multipliers."""
     options = lookup.residual_at(fields, *symbols)
     skip = options.skip_multiplier
     if skip is None:
@@ -297,7 +297,7 @@ def _branch(
 
 
 def _source(fields: StackFields, layer_idx: int, layers: tuple[Layer, ...]) -> int:
-    """The layer whose weights a layer has: itself, or the first of its block."""
+    """Return the index of the layer whose weights a layer uses: itself, or the first of its block."""
     layer = layers[layer_idx]
     shared = lookup.shared_at(fields, *layer.mixers)
     if shared is None:
@@ -311,10 +311,10 @@ def _letters(layers: tuple[Layer, ...]) -> dict[str, None]:
 
 
 def num_residual_branches(layers: tuple[Layer, ...]) -> int:
-    """Sublayers that add to the residual stream."""
+    """Return the number of sublayers that add to the residual stream."""
     return sum(bool(layer.mixers) + bool(layer.ffn) for layer in layers)
 
 
 def default_skip_multiplier(init: str, branches: int) -> float:
-    """1; for DeepNorm (arXiv 2203.00555) (2 N)^(1/4), N layers of two branches."""
+    """Return 1, or DeepNorm's alpha (arXiv 2203.00555), (2 N)^(1/4) for N layers of two branches."""
     return branches**0.25 if init == "deepnorm" else 1.0

@@ -1,4 +1,4 @@
-"""What can be wrong with a config: every mistake is a line of text, and none hides another."""
+"""Validation of a config; reports all mistakes, one line of text for each."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from hybrid.layout import (
 
 FULL = "full_attention"
 
-# What other models' configs call our options.
+# Names of our options in the configs of other models.
 OTHER_NAMES = {
     "num_attention_heads": "num_heads", "num_key_value_heads": "num_kv_heads",
     "rope_theta": "rope_parameters", "rope_scaling": "rope_parameters",
@@ -40,13 +40,13 @@ OTHER_NAMES = {
     "hidden_act": "activation", "attention_bias": "bias", "attention_dropout": "dropout",
 }  # fmt: skip
 
-# Stands in for a hidden_size that is itself a mistake: whatever head count is asked for divides it.
+# Replaces an invalid hidden_size while other options are checked; divisible by any head count.
 ANY_SIZE = 64 * 2**4 * 3**2 * 5 * 7 * 11 * 13
 
 DEEPEST, WIDEST = 1 << 14, 1 << 20
-"""Most layers of a stack, and most channels."""
+"""Maximum number of layers, and of channels."""
 
-# Keys that config.json may hold beside the fields, all of them transformers' own.
+# Keys of transformers that config.json may contain in addition to the fields.
 STANDARD_KEYS = {
     "model_type", "auto_map", "torch_dtype", "name_or_path", "_name_or_path", "_commit_hash",
     "attn_implementation", "experts_implementation", "output_attentions", "num_labels",
@@ -57,15 +57,15 @@ STANDARD_KEYS = {
 def find_mistakes(
     config: StackFields, hints: Mapping[str, Any], kwargs: Mapping[str, Any]
 ) -> tuple[list[str], tuple[Layer, ...]]:
-    """All that is wrong with a config, and its layers.
+    """Return the mistakes of a config, and its layers.
 
     Args:
-        config: with every argument as it was given.
-        hints: the fields of the config itself, and their types.
-        kwargs: the arguments that are no fields.
+        config: config with its arguments as passed.
+        hints: fields of the config and their types.
+        kwargs: arguments that are not fields.
 
     Returns:
-        A line for each mistake, and the layers that the layout stands for; () where there are mistakes.
+        A line for each mistake, and the layers of the layout; () if there are mistakes.
     """
     lines = _unknown_keys(config, kwargs, list(hints))
     lines += check_keys(type(config), hints, {name: getattr(config, name) for name in hints})[0]
@@ -81,7 +81,7 @@ def find_mistakes(
 
 @lru_cache(maxsize=1)
 def standard_keys() -> frozenset[str]:
-    """Keys of config.json that are transformers' own."""
+    """Return the keys of config.json that transformers defines."""
     generation = GenerationConfig._get_default_generation_params()
     return frozenset(STANDARD_KEYS | set(PreTrainedConfig().__dict__) | set(generation))
 
@@ -96,7 +96,7 @@ def _unknown_keys(config: StackFields, kwargs: Mapping[str, Any], names: list[st
 
 
 def _hint(config: StackFields, key: str, names: list[str]) -> str:
-    """Where a key that is not the model's belongs: to a mixer or a feed-forward, by its options."""
+    """Return a suggestion for an unknown key: a field, or an option of a mixer or feed-forward."""
     key = OTHER_NAMES.get(key, key)
     nested = {f"mixers: {{{s}: {{{o}: ...}}}}": o for s, o in _options(config, "mixers", mixers)}
     nested |= {
@@ -110,7 +110,7 @@ def _hint(config: StackFields, key: str, names: list[str]) -> str:
 
 
 def _options(config: StackFields, field: str, registry: Registry) -> Iterator[tuple[str, str]]:
-    """Symbol and option, for every symbol that the layout seems to use; softmax's first."""
+    """Yield symbol and option of every symbol that the layout seems to use; softmax first."""
     patterns = config.ffn.values() if isinstance(config.ffn, dict) else [config.ffn]
     text = "".join(map(str, (config.layout, *patterns))) if isinstance(config.layout, str) else ""
     names = registry.symbols() | {
@@ -142,7 +142,7 @@ def _tokens_outside(config: StackFields) -> list[str]:
         ids = getattr(config, name)
         for token in ids if isinstance(ids, list) else [ids]:
             if _is_int(token) and 0 < size <= token:
-                lines.append(f"{name}: {token} is outside the vocabulary of {size}")
+                lines.append(f"{name}: expected an id below vocab_size {size}, got {token}")
     return lines
 
 
@@ -161,7 +161,10 @@ def _wrong_bindings(config: StackFields, field: str, registry: Registry) -> list
                 continue
             if name is None:
                 known = ", ".join(registry.names())
-                lines.append(f"{path}.type: required, for {symbol!r} has none; known: {known}")
+                lines.append(
+                    f"{path}.type: expected the name of a mixer or feed-forward, since {symbol!r}"
+                    f" has no default, got none; known: {known}"
+                )
                 continue
             cls = registry.get(name)
         except ValueError as error:
@@ -173,7 +176,7 @@ def _wrong_bindings(config: StackFields, field: str, registry: Registry) -> list
 
 
 def _wrong_options(config: StackFields, cls: type, options: dict[str, Any], path: str) -> list[str]:
-    """Mistakes in each option, and in how those that are right in themselves fit together."""
+    """Report mistakes in each option, and in combinations of valid options."""
     lines: list[str] = []
     built = build(cls.Options, options, path, lines)
     if built is None:
@@ -184,13 +187,13 @@ def _wrong_options(config: StackFields, cls: type, options: dict[str, Any], path
         return lines
     sizes = _sizes(config, path)
     problems = built.problems(sizes or Sizes(ANY_SIZE))
-    if sizes is None:  # what was not asked for follows from the stand-in
+    if sizes is None:  # defaults derived from the placeholder size are not the user's mistakes
         problems = [line for line in problems if re.split("[:.]", line)[0] in options]
     return lines + [f"{path}.{problem}" for problem in problems]
 
 
 def _sizes(config: StackFields, path: str) -> Sizes | None:
-    """The sizes that a part is checked with; None if hidden_size is a mistake itself."""
+    """Return the sizes to check a mixer or feed-forward with; None if hidden_size is invalid."""
     size = config.hidden_size
     if not _is_int(size) or not 0 < size <= WIDEST:
         return None
@@ -203,7 +206,7 @@ def _sizes(config: StackFields, path: str) -> Sizes | None:
 
 
 def _lay_out(config: StackFields) -> tuple[list[str], tuple[Layer, ...]]:
-    """Mistakes of the layout, and its layers; the one place where a new config parses it."""
+    """Parse the layout; return its mistakes and its layers."""
     if not isinstance(config.layout, str):
         return [], ()
     depth = config.num_hidden_layers
@@ -230,9 +233,9 @@ def _lay_out(config: StackFields) -> tuple[list[str], tuple[Layer, ...]]:
             parse_ffn(pattern)
         except LayoutError as error:
             lines.append(_told(error))
-    lines = list(dict.fromkeys(lines))  # what is wrong with one string may stop more than one
+    lines = list(dict.fromkeys(lines))  # one mistake may be reported by several functions
     if layers and not any(layer.mixers for layer in layers):
-        lines.append(f"layout: {config.layout!r} has no mixer, so tokens would never meet")
+        lines.append(f"layout: expected at least one mixer, got {config.layout!r}")
     lines += _unbound_feed_forwards(config, layers)
     lines = lines or _defaults_that_do_not_fit(config, layers) + _crowded(config, layers)
     return lines, layers
@@ -245,8 +248,8 @@ def _told(error: LayoutError) -> str:
 def _unbound_feed_forwards(config: StackFields, layers: Iterable[Layer]) -> list[str]:
     known = set(feed_forwards.symbols()) | set(lookup.bindings(config, "feed_forwards"))
     return [
-        f"ffn: {symbol!r} ({FFN[symbol]}) stands for no feed-forward yet; bound:"
-        f" {', '.join(sorted(known))}. Bind it in feed_forwards: {{{symbol}: ...}}"
+        f"ffn: expected one of the bound symbols {', '.join(sorted(known))}, got {symbol!r}"
+        f" ({FFN[symbol]}); try feed_forwards: {{{symbol}: ...}}"
         for symbol in dict.fromkeys(layer.ffn for layer in layers if layer.ffn)
         if symbol not in known
     ]
@@ -256,11 +259,11 @@ def _check_symbol(symbol: str, registry: Registry) -> None:
     if registry is mixers:
         check_symbol(symbol)
     elif symbol not in FFN:
-        raise ValueError(f"{symbol!r} is no feed-forward symbol; they are {', '.join(FFN)}")
+        raise ValueError(f"expected a feed-forward symbol ({', '.join(FFN)}), got {symbol!r}")
 
 
 def _defaults_that_do_not_fit(config: StackFields, layers: Iterable[Layer]) -> list[str]:
-    """Symbols used by the layout but not bound by the config, whose defaults clash with D."""
+    """Report unbound symbols of the layout whose default options do not fit D."""
     lines = []
     for symbol in dict.fromkeys(s for layer in layers for s in layer.mixers):
         if symbol not in lookup.bindings(config, "mixers"):
@@ -279,11 +282,11 @@ def _crowded(config: StackFields, layers: Iterable[Layer]) -> list[str]:
                 lookup.bound_class(config, "mixers", mixers, s).layer_type for s in layer.mixers
             ]
         except (ValueError, TypeError):
-            continue  # a binding with a mistake of its own, reported already
+            continue  # an invalid binding, already reported
         if kinds.count("full_attention") > 1:
             lines.append(
-                f"layout: [{''.join(layer.mixers)}] has two softmax mixers side by side, and a"
-                " layer's cache holds the keys and values of one; put them in two layers"
+                f"layout: expected at most one softmax mixer in a layer, whose cache holds one set"
+                f" of keys and values, got [{''.join(layer.mixers)}]; try two layers"
             )
     return lines
 

@@ -31,7 +31,7 @@ class _Loader(yaml.SafeLoader):
                 )
             if key in seen:
                 raise yaml.constructor.ConstructorError(
-                    None, None, f"key {key!r} is given twice", key_node.start_mark
+                    None, None, f"expected each key once, got {key!r} twice", key_node.start_mark
                 )
             seen.add(key)
         return super().construct_mapping(node, deep)
@@ -56,13 +56,16 @@ def parse(text: str, where: str) -> Any:
         _refuse_circles(values, ())
         return values
     except RecursionError as error:
-        raise ConfigError(["it is nested too deeply, or holds itself"], where) from error
+        raise ConfigError(
+            [f"expected at most {DEEPEST} levels of nesting, without cycles, got more or a cycle"],
+            where,
+        ) from error
     except ValueError as error:  # of a date, or of a number with too many digits
-        raise ConfigError([f"not valid YAML: {error}"], where) from error
+        raise ConfigError([f"expected valid YAML, got {error}"], where) from error
     except yaml.YAMLError as error:
-        # PyYAML's name for text without a file; `where` names the origin
+        # PyYAML's name for text without a file; ``where`` names the origin
         reason = " ".join(str(error).replace('in "<unicode string>", ', "at ").split())
-        raise ConfigError([f"not valid YAML: {reason}"], where) from error
+        raise ConfigError([f"expected valid YAML, got {reason}"], where) from error
 
 
 def _refuse_circles(values: Any, outer: tuple[int, ...]) -> None:
@@ -84,11 +87,11 @@ def read(path: str | Path) -> dict[str, Any]:
     if not path.is_file():
         near = sorted(p.name for p in path.parent.glob("*.y*ml")) if path.parent.is_dir() else []
         there = f"; {path.parent} holds {', '.join(near)}" if near else ""
-        raise ConfigError([f"no such file{there}"], str(path))
+        raise ConfigError([f"expected an existing file{there}, got none"], str(path))
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError([f"cannot be read as text: {error}"], str(path)) from error
+        raise ConfigError([f"expected a text file, got {error}"], str(path)) from error
     values = parse(text, str(path))
     if not isinstance(values, dict):
         raise ConfigError([f"expected a mapping, got {type(values).__name__}"], str(path))
@@ -167,4 +170,4 @@ def find_config(name: str) -> Path:
         if (folder / name).is_file():
             return folder / name
     looked = ", ".join(str(folder) for folder in folders)
-    raise ConfigError([f"{name} is in none of {looked}"], "configs")
+    raise ConfigError([f"{name}: expected a file in one of {looked}, got none"], "configs")

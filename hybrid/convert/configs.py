@@ -19,7 +19,7 @@ from hybrid.convert.stack import Block, Part, blocks, layout_of, mtp_blocks, on_
 from hybrid.layout import DEFAULT
 from hybrid.modeling.model import HybridForCausalLM
 
-# Settings that can differ by letter: `norm_position.S`, `residuals.-.output_multiplier`.
+# Settings that can differ by letter: ``norm_position.S``, ``residuals.-.output_multiplier``.
 AROUND = ("norm_position", "residuals", "canon", "shared")
 # Published keys about the storage of weights, not about the computation.
 QUANTIZED = ("quantization_config", "compression_config")
@@ -40,7 +40,8 @@ def read_published(values: Mapping[str, Any], where: str | Path) -> tuple[Family
     The text config of a multimodal model.
 
     Args:
-        values: content of the file; its dtype and quantization are ignored here (see ``quantized``).
+        values: content of the file; its dtype and quantization are ignored here (see
+            ``quantized``).
         where: the file, for messages.
 
     Raises:
@@ -97,7 +98,7 @@ def to_ours(family: Family, theirs: Any, mtp: bool = False) -> HybridConfig:
             mistakes.append(str(error))
     mistakes += _unread(family, theirs)
     if mistakes:
-        raise NotExpressible(f"this {family.name} cannot be expressed here", mistakes)
+        raise NotExpressible(f"this {family.name} cannot be a hybrid model", mistakes)
     arguments: dict[str, Any] = {path: value for path, value in flat.items() if "." not in path}
     ahead = set(modules.get("mtp_layout", ""))
     used = {letter for letters in stacks[0] for letter in letters} | (ahead & {*family.letters})
@@ -116,8 +117,8 @@ def _modules(mtp: MTPMap, theirs: Any) -> dict[str, Any]:
     count = mtp.count(theirs)
     if count > 1 and mtp.shared:
         raise Inexpressible(
-            f"{mtp.key}: {count} modules that share their projection and norms cannot be expressed"
-            " here; leave them out with mtp=False, --no-mtp on the command line"
+            f"{mtp.key}: expected at most 1 module with shared projection and norms, got {count};"
+            " try mtp=False, --no-mtp on the command line"
         )
     return {"num_mtp_layers": count, "mtp_layout": mtp.layout(theirs)} if count else {}
 
@@ -174,7 +175,8 @@ def _unread(family: Family, theirs: Any) -> list[str]:
 def to_theirs(
     family: Family, model: HybridForCausalLM
 ) -> tuple[PreTrainedConfig, HybridForCausalLM]:
-    """Convert our config to the published form, and back to ours in the family's letters (meta device).
+    """Convert our config to the published form, and back to ours in the family's letters (meta
+    device).
 
     Args:
         family: the family to write.

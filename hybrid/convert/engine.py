@@ -68,18 +68,20 @@ def from_published(
     """Read a published model as a hybrid, with the same or another layout.
 
     Args:
-        source: a folder with ``config.json`` and safetensors, a hub name, a GGUF file, or a model of
-            transformers. The weights are copied and never shared with a given model.
-        dtype: dtype of the floating-point weights, such as ``torch.bfloat16`` or its name; None keeps
-            the dtype of each tensor. Quantized weights (``mxfp4``, or ``fp8`` in blocks) then
+        source: a folder with ``config.json`` and safetensors, a hub name, a GGUF file, or a model
+            of transformers. The weights are copied and never shared with a given model.
+        dtype: dtype of the floating-point weights, such as ``torch.bfloat16`` or its name; None
+            keeps the dtype of each tensor. Quantized weights (``mxfp4``, or ``fp8`` in blocks) then
             become bfloat16.
         gguf_file: a GGUF file in the folder, which transformers reads.
         layout: another layout, such as ``SSSL``, which cycles over the depth. Unchanged layers keep
             their weights; new mixers are initialised from the softmax layers that they replace (see
             ``hybrid.convert.replace_mixers``).
         mixers: with ``layout``: letter -> options of its mixer, which override the inherited ones.
-        mtp: whether to read multi-token prediction modules (``hybrid.modeling.mtp``), if there are any.
-        hub_options: arguments of the hub's ``snapshot_download``, such as ``revision`` or ``token``.
+        mtp: whether to read multi-token prediction modules (``hybrid.modeling.mtp``), if there are
+            any.
+        hub_options: arguments of the hub's ``snapshot_download``, such as ``revision`` or
+            ``token``.
 
     Raises:
         ValueError: a family without a map, options that cannot be expressed (all are listed), or
@@ -172,11 +174,11 @@ def export(
     Args:
         source: a model, or the folder of one; weights of a folder are streamed.
         out: the new folder; it must not exist or must be empty. It is written only on success.
-        family: the architecture, by its ``model_type`` or by an alias (``kimi_k2``; the export then has
-            the type of transformers' class, ``deepseek_v3``). None: the family in ``imported_from`` of
-            the config, if the model still fits it; otherwise the family that fits. If several
-            families fit, the one whose layer types all occur in the model (``llama`` for plain
-            softmax).
+        family: the architecture, by its ``model_type`` or by an alias (``kimi_k2``; the export
+            then has the type of transformers' class, ``deepseek_v3``). None: the family in
+            ``imported_from`` of the config, if the model still fits it; otherwise the family that
+            fits. If several families fit, the one whose layer types all occur in the model
+            (``llama`` for plain softmax).
         max_shard_size: bytes of one file, such as ``5GB``.
 
     Returns:
@@ -247,7 +249,7 @@ def fitting(model: HybridForCausalLM) -> tuple[list[str], dict[str, NotExpressib
     return [*candidates], refused
 
 
-# a family's config, and the model in the family's letters: see `to_theirs`
+# a family's config, and the model in the family's letters: see ``to_theirs``
 _Written = tuple[PreTrainedConfig, HybridForCausalLM]
 
 

@@ -1,9 +1,10 @@
 """A published family: a config map, a layer map and a weight map, each used in both directions.
 
 Config maps work on two flat views. Theirs is an object with the attributes of their config. Ours is
-a mapping of paths: ``hidden_size``, ``mixers.S.num_heads``, ``feed_forwards.E.top_k``, with the family's
-letters. To read, each rule returns paths and values; to write, it returns keys and values. Options
-that a family cannot express need no rule: an export is read back and compared (see ``engine``).
+a mapping of paths: ``hidden_size``, ``mixers.S.num_heads``, ``feed_forwards.E.top_k``, with the
+family's letters. To read, each rule returns paths and values; to write, it returns keys and
+values. Options that a family cannot express need no rule: an export is read back and compared (see
+``engine``).
 """
 
 from __future__ import annotations
@@ -103,7 +104,7 @@ def must(theirs: str, *allowed: Any) -> ConfigRule:
         if value not in allowed:
             wanted = " or ".join(map(repr, allowed))
             raise Inexpressible(
-                f"{theirs}: {value!r} cannot be expressed here; it would have to be {wanted}"
+                f"{theirs}: expected {wanted}, got {value!r}, which hybrid models cannot express"
             )
         return {}
 
@@ -214,7 +215,8 @@ class Family:
         unread_weights: patterns (of ``fnmatch``) of tensors that their class does not read either.
         spellings: (prefix or part of a tensor name in some checkpoints, replacement) that their
             class also accepts.
-        wrapped_in: model types that hold this one as their ``text_config`` (image parts are ignored).
+        wrapped_in: model types that hold this one as their ``text_config`` (image parts are
+            ignored).
         aliases: other published model types (or its own, for older keys), each with a function that
             converts its keys to those of their class.
         literal: each of their layers is a mixer or a feed-forward, never both (Nemotron-H). Then
@@ -224,7 +226,8 @@ class Family:
             of such a layer among them, and ``{block}`` their index of the layer whose weights it
             shares.
         mtp: names of its multi-token prediction modules; None for a family without.
-        published: their written config -> additional published keys for servers (see ``published``).
+        published: their written config -> additional published keys for servers (see
+            ``published``).
         wrap_as: model type of an export that has the text model as its ``text_config``.
         filed: (pattern, replacement) of ``re.sub`` for tensors published under other names than
             transformers writes. ``spellings`` reads both.
@@ -273,7 +276,7 @@ class Family:
         fitting = [letter for letter, name in self.letters.items() if name == mixer]
         if not fitting:
             known = " and ".join(sorted(set(self.letters.values())))
-            raise Inexpressible(f"{mixer} has no place in {self.name}, which has {known}")
+            raise Inexpressible(f"expected the mixers of {self.name}, {known}, got {mixer}")
         if len(fitting) == 1 or self.choose is None:
             return fitting[0]
         return self.choose(mixer, options)
@@ -366,5 +369,5 @@ def get_family(name: str, architectures: object = None) -> Family:
 def _translate(name: str, value: Any, values: Mapping[Any, Any]) -> Any:
     if value not in values:
         known = ", ".join(map(repr, values))
-        raise Inexpressible(f"{name}: {value!r} cannot be expressed; these can: {known}")
+        raise Inexpressible(f"{name}: expected one of {known}, got {value!r}")
     return values[value]

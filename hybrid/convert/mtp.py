@@ -33,7 +33,8 @@ class MTPMap:
         embedding_norm, hidden_norm, projection, norm: their names for these, without ``.weight``;
             ``{first}`` and ``{last}`` are the indices of a module's first and last layer.
         copies: their tensor -> our tensor, outside the layers, of which it is a copy.
-        write: our ``mtp_layout`` in the family's letters -> their keys. It can omit what they cannot
+        write: our ``mtp_layout`` in the family's letters -> their keys. It can omit what they
+            cannot
             express: an export is read back and compared.
         shared: whether all their modules share one projection and one set of norms. Ours do not
             share them, so only one module is possible.

@@ -1,10 +1,10 @@
 """Dequantize checkpoints that are published only in quantized form, one tensor at a time.
 
-Two formats. ``mxfp4`` (OCP Microscaling Formats 1.0; the experts of gpt-oss): ``NAME_blocks`` (E, R, G,
-16) with two 4-bit values per byte, and ``NAME_scales`` (E, R, G) with one exponent per 32 values;
-together they are ``NAME`` (E, 32 G, R). ``fp8`` (DeepSeek-V3, arXiv 2412.19437, section 3.3; Kimi K2,
-Qwen3-FP8): ``NAME`` in 8 bits and ``NAME_scale_inv`` with one factor per block, usually 128 x 128,
-or one for the whole matrix.
+Two formats. ``mxfp4`` (OCP Microscaling Formats 1.0; the experts of gpt-oss): ``NAME_blocks`` (E,
+R, G, 16) with two 4-bit values per byte, and ``NAME_scales`` (E, R, G) with one exponent per 32
+values; together they are ``NAME`` (E, 32 G, R). ``fp8`` (DeepSeek-V3, arXiv 2412.19437, section
+3.3; Kimi K2, Qwen3-FP8): ``NAME`` in 8 bits and ``NAME_scale_inv`` with one factor per block,
+usually 128 x 128, or one for the whole matrix.
 """
 
 from __future__ import annotations

@@ -43,7 +43,8 @@ SETTINGS = ("norm_position", "residuals", "canon")
 def replace_mixers(
     model: HybridForCausalLM, layout: str, mixers: Options | None = None
 ) -> HybridForCausalLM:
-    """Return a new model with another layout and the weights of ``model``; see ``MixerReplacement``.
+    """Return a new model with another layout and the weights of ``model``; see
+    ``MixerReplacement``.
 
     It shares no memory with ``model``.
     """

@@ -1,7 +1,8 @@
-"""The vocabulary of a family's map, under one name: `from hybrid.convert import rules as r`.
+"""The vocabulary of a family's map, under one name: ``from hybrid.convert import rules as r``.
 
-Config rules (`key`, `must`, `always` ...), rules of tensors (`rule`, `renames`, `Split` ...), what many
-families share (`SIZES`, `ATTENTION_WEIGHTS`, `experts` ...), and `Family` itself.
+Config rules (``key``, ``must``, ``always`` ...), rules of tensors (``rule``, ``renames``,
+``Split`` ...), what many families share (``SIZES``, ``ATTENTION_WEIGHTS``, ``experts`` ...), and
+``Family`` itself.
 """
 
 from hybrid.convert.family import (

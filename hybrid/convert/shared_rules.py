@@ -94,7 +94,7 @@ def rope_by_type(**letters: str) -> ConfigRule:
     def write(flat: Flat) -> Flat:
         for path in paths.values():
             if path in flat and flat[path] is None:
-                raise Inexpressible(f"{path}: None here, where theirs has positions in every layer")
+                raise Inexpressible(f"{path}: expected rotary parameters in every layer, got None")
         return {"rope_parameters": {kind: dict(flat[p]) for kind, p in paths.items() if p in flat}}
 
     return both("rope_parameters", read=read, write=write)
@@ -218,8 +218,8 @@ def mamba2_expand(expand: str, read: Callable[[Any], Flat] = lambda config: {}) 
         inner = flat["mixers.M.num_heads"] * flat["mixers.M.head_dim"]
         if inner % flat["hidden_size"]:
             raise Inexpressible(
-                f"mixers.M: num_heads * head_dim is {inner}, and would have to be a multiple of"
-                f" hidden_size {flat['hidden_size']}"
+                f"mixers.M: expected num_heads * head_dim to be a multiple of hidden_size"
+                f" {flat['hidden_size']}, got {inner}"
             )
         return {expand: inner // flat["hidden_size"]}
 

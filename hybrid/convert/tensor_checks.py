@@ -22,7 +22,8 @@ def check_theirs(family: Family, planned: Sequence[Step], source: Source, tied: 
         Names of tensors that neither their class nor ours reads.
 
     Raises:
-        ValueError: missing or unexpected tensors, wrong shapes, or dtypes that are not floating-point.
+        ValueError: missing or unexpected tensors, wrong shapes, or dtypes that are not
+            floating-point.
     """
     wanted = {name for step in planned for name in step.theirs if step.is_read}
     missing = sorted(wanted - source.specs.keys())
@@ -57,7 +58,8 @@ def check_theirs(family: Family, planned: Sequence[Step], source: Source, tied: 
 
 
 def check_modules(family: Family, planned: Sequence[Step], source: Source, depth: int) -> None:
-    """See that a checkpoint has all modules for multi-token prediction that are planned, and no more.
+    """See that a checkpoint has all modules for multi-token prediction that are planned, and no
+    more.
 
     Args:
         family: whose.

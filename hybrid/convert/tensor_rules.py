@@ -5,7 +5,8 @@ second. Each operation is a rearrangement. So reading and writing are exact inve
 imported checkpoint is exported bit for bit. Sizes come from the shapes of our tensors, so few are
 written down.
 
-In names, ``{i}`` is the index of a layer and ``{e}`` the index of an expert (all of them, in order).
+In names, ``{i}`` is the index of a layer and ``{e}`` the index of an expert (all of them, in
+order).
 """
 
 from __future__ import annotations
@@ -300,7 +301,8 @@ class Rule:
             for both. See ``Family.joins_next``.
         whole: their name for our tensor, if some files store it as it is in ours.
 
-    A rule applies if our model has the tensors that it creates: a rule for a bias needs no condition.
+    A rule applies if our model has the tensors that it creates: a rule for a bias needs no
+    condition.
     """
 
     theirs: str | tuple[str, ...]

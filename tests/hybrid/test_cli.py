@@ -176,7 +176,7 @@ def test_mixers_keeps_to_the_width_and_to_whole_names(width, capsys, monkeypatch
     [
         (["--layouts", "LLxS"], "unknown symbol 'x'"),
         (["--seeds", "a"], "--seeds: expected whole numbers"),
-        (["--config", "nowhere.yaml"], "no such file"),
+        (["--config", "nowhere.yaml"], "expected an existing file"),
         (["model.hiden_size=3"], "did you mean 'hidden_size'"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Every module of this folder is one published family, or what several share; all are imported."""
+"""Published model families, one module each, and modules shared by several; all are imported."""
 
 from importlib import import_module
 from pkgutil import iter_modules

@@ -16,7 +16,7 @@ FEED_FORWARDS = r.by_type("mlp_layer_types", dense="-", sparse="E")
 
 
 def _write_mixers(layers: Sequence[str]) -> r.Flat:
-    """The list, and the period that other software reads."""
+    """Write the list of layer types, and the period that other software reads."""
     period = next((i + 1 for i, letter in enumerate(layers) if letter == "A"), len(layers) + 1)
     return {**MIXERS.write(layers), "layer_group_size": period}
 
@@ -46,13 +46,13 @@ def _read_head_dim(config: Any) -> r.Flat:
 
 
 def _write_head_dim(flat: r.Flat) -> r.Flat:
-    """They take it from `head_dim` and then write something else there."""
+    """Write the rotary head dim as ``head_dim``, from which the published class reads it."""
     dim = flat.get("mixers.K.head_dim")
     return {} if dim is None else {"head_dim": dim, "linear_head_dim": dim}
 
 
 def latent_of_ling(found: r.Rule) -> r.Rule:
-    """A rule of DeepSeek's by the names of Ling's files."""
+    """Return a rule of DeepSeek-V3 with the tensor names of Ling's checkpoints."""
     (name,) = found.their_names
     name = name.replace(".self_attn.", ".attention.").replace(".o_proj.", ".dense.")
     return replace(found, theirs=name)
@@ -68,11 +68,11 @@ BAILING_HYBRID = r.register_family(
         letters={"K": "kimi_delta_attention", "A": "multi_head_latent_attention"},
         config=(
             *(found for found in r.SIZES if found.keys != ("tie_word_embeddings",)),
-            r.must("tie_word_embeddings", False),  # their class does not tie
+            r.must("tie_word_embeddings", False),  # not supported by the published class
             r.always(tie_word_embeddings=False),
             r.key("rms_norm_eps", "norm_eps"),
             *(f for f in LATENT if f.keys[:1] not in (("q_lora_rank",), ("head_dim",))),
-            r.must("q_lora_rank", None),  # an option of their class since transformers 5.24
+            r.must("q_lora_rank", None),  # an option of transformers' class since 5.24
             r.key("num_attention_heads", "mixers.A.num_heads", "mixers.K.num_heads"),
             r.rope("A"),
             r.always(mixers__A__output_gate=True, mixers__K__gate_rank=0),
@@ -104,7 +104,7 @@ BAILING_HYBRID = r.register_family(
                 },
                 mixer="K",
             ),
-            # published as `o_proj`; transformers writes `dense` as in the softmax layers
+            # published as ``o_proj``; transformers writes ``dense`` as in the softmax layers
             r.rule(
                 f"{THEIRS}dense.weight", f"{r.MIXER}o_proj.weight", mixer="K",
                 whole=f"{THEIRS}o_proj.weight",

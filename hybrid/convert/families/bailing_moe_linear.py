@@ -1,6 +1,6 @@
-"""Ring-linear and Ling-linear 2.0: lightning attention with a softmax layer in five or eight.
+"""Ring-linear and Ling-linear 2.0: lightning attention, every fifth or eighth layer softmax.
 
-transformers has no class for it: format and formulas are those of the published code.
+transformers has no class for this family: format and formulas follow the published code.
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ QKV = ["q_proj", "k_proj", "v_proj"]
 
 
 def groups(softmax: str) -> r.LayerRule:
-    """A softmax layer, of this letter, ends each group; what is left over at the end is softmax, too."""
+    """Relate layers in groups that end in a softmax layer of this letter. Layers after the last
+    complete group are softmax layers as well.
+    """
 
     def read(config: Any) -> Sequence[str]:
         size, count = config.layer_group_size, config.num_hidden_layers
@@ -32,9 +34,9 @@ def groups(softmax: str) -> r.LayerRule:
 
 
 def heads(softmax: str, *keys: str) -> r.ConfigRule:
-    """One number of heads, under each of their keys, for lightning and softmax layers of this letter.
+    """Relate several published keys to one number of heads of lightning and softmax layers.
 
-    Their decays are those of ALiBi's slopes, which are ours only for a power of two.
+    The decays are ALiBi's slopes (arXiv 2108.12409), equal to ours only for a power of two.
     """
     paths = (f"mixers.{softmax}.num_heads", "mixers.L.num_heads")
 
@@ -42,7 +44,7 @@ def heads(softmax: str, *keys: str) -> r.ConfigRule:
         count = config.num_attention_heads
         if count & (count - 1):
             raise r.Inexpressible(
-                f"num_attention_heads: {count}, where decays can only be expressed for a power of two"
+                f"num_attention_heads: expected a power of two, for the decays, got {count}"
             )
         return dict.fromkeys(paths, count)
 
@@ -151,7 +153,7 @@ BAILING_MOE_LINEAR = r.register_family(
                 mixer="LS",
             ),
             *r.renames(THEIRS, r.MIXER, {"g_proj": "gate_proj"}, mixer="L"),
-            # one group has no groups here
+            # one group is a plain norm in this package
             r.rule(f"{THEIRS}g_norm.weight", f"{r.MIXER}norm.1.weight", mixer="L"),
             r.rule(f"{THEIRS}g_norm.weight", f"{r.MIXER}norm.norm.weight", mixer="L"),
             *r.DENSE_WEIGHTS,
@@ -180,6 +182,6 @@ BAILING_MOE_LINEAR = r.register_family(
             "routed_scaling_factor": 2.5, "layer_group_size": 5, "group_norm_size": 4,
             "linear_silu": False,
         },
-        notes="Decays end a layer later than MiniMax-01's, as the published code has them.",
+        notes="Decays end a layer later than MiniMax-01's, as in the published code.",
     )
 )  # fmt: skip

@@ -1,6 +1,7 @@
-"""Ling and Ring 2.5: lightning attention with a layer of latent attention in eight.
+"""Ling and Ring 2.5: lightning attention, every eighth layer latent attention.
 
-transformers has no class for it, and its model type is that of Ling 3: `architectures` tells them apart.
+transformers has no class for this family. Its model type equals that of Ling 3.0; ``architectures``
+differs.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ def _write_rope(flat: r.Flat) -> r.Flat:
     return {} if theta is None else {"rope_theta": theta, "partial_rotary_factor": share}
 
 
-# of Ring-linear's config, all that is not of its softmax layers
+# the rules of Ring-linear's config, except those of its softmax layers
 OWN = ("num_attention_heads", "num_key_value_heads", "head_dim", "rope_theta", "rms_norm_eps")
 
 
@@ -44,7 +45,7 @@ def _shared(found: r.ConfigRule) -> bool:
 
 
 def _lightning(found: r.Rule) -> bool:
-    """Whether a rule of Ring-linear holds here, too: it is not of a mixer."""
+    """Whether a rule of Ring-linear also applies to this family: it does not concern a mixer."""
     return not found.mixer
 
 
@@ -96,7 +97,7 @@ BAILING_MOE_V2_5 = r.register_family(
                 },
                 mixer="L",
             ),
-            # one group has no groups here
+            # one group is a plain norm in this package
             r.rule(f"{THEIRS}g_norm.weight", f"{r.MIXER}norm.1.weight", mixer="L"),
             r.rule(f"{THEIRS}g_norm.weight", f"{r.MIXER}norm.norm.weight", mixer="L"),
         ),
@@ -107,6 +108,6 @@ BAILING_MOE_V2_5 = r.register_family(
             "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128,
             "rope_interleave": True, "group_norm_size": 1, "num_nextn_predict_layers": 0,
         },
-        notes="Decays are those of MiniMax-01, to 1e-5 of the published ones.",
+        notes="Decays are those of MiniMax-01, within 1e-5 of the published ones.",
     )
 )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Bamba: Mamba-2 with softmax layers at given places, rotary on half of each head."""
+"""Bamba: Mamba-2 with softmax layers at listed indices, rotary on half of each head."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -13,7 +13,7 @@ def _read(config: Any) -> Sequence[str]:
 
 
 def _legacy_rope(values: r.Flat) -> r.Flat:
-    """vLLM rotates heads whole where `attn_rotary_emb` does not say how much of them."""
+    """Write ``attn_rotary_emb``, without which vLLM rotates whole heads."""
     words = r.rope_words(values)
     share = words.get("partial_rotary_factor", 1)
     width = values["hidden_size"] // values["num_attention_heads"]

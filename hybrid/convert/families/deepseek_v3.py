@@ -1,4 +1,4 @@
-"""DeepSeek-V3, Moonlight, Kimi K2: latent attention, experts in groups after dense first layers."""
+"""DeepSeek-V3, Moonlight, Kimi K2: latent attention, grouped experts after dense first layers."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from hybrid.convert import published
 from hybrid.convert import rules as r
 
-# latent attention, letter A; biases and rotation are the family's own
+# latent attention, letter A; biases and rotation depend on the family
 LATENT: tuple[r.ConfigRule, ...] = (
     r.key("num_attention_heads", "mixers.A.num_heads"),
-    # they have a head of keys for each of queries, whatever the config says
+    # the number of key heads equals that of query heads, whatever the config has
     r.both(
         "num_key_value_heads",
         read=lambda config: {},
@@ -26,7 +26,7 @@ LATENT: tuple[r.ConfigRule, ...] = (
     r.always(mixers__A__latent_norm_eps=1e-6),
     r.ignored("head_dim", "qk_head_dim"),
 )
-# experts as DeepSeek-V3 has them, but for the keys that Kimi Linear has other words for
+# experts of DeepSeek-V3, except the keys that have other names in Kimi Linear
 GROUPED_EXPERTS: tuple[r.ConfigRule, ...] = (
     r.key("intermediate_size", "feed_forwards.-.intermediate_size"),
     r.key("moe_intermediate_size", "feed_forwards.E.intermediate_size"),
@@ -45,9 +45,10 @@ GROUPED_EXPERTS: tuple[r.ConfigRule, ...] = (
 
 
 def latent_weights(rotated: bool) -> tuple[r.Rule, ...]:
-    """The tensors of latent attention; `rotated`: neighbours are pairs of the rotation.
+    """Return the tensor rules of latent attention.
 
-    The map to the queries has another name where it starts from a latent of their own.
+    Args:
+        rotated: whether adjacent channels form the pairs of the rotation (interleaved).
     """
     theirs = f"{r.LAYER}self_attn."
     per_head = r.DeinterleaveTail(lambda o: o.num_heads, lambda o: o.head_dim)
@@ -87,7 +88,7 @@ def latent_weights(rotated: bool) -> tuple[r.Rule, ...]:
 def grouped_expert_weights(
     theirs: str, names: Sequence[str] = ("gate_proj", "up_proj", "down_proj")
 ) -> tuple[r.Rule, ...]:
-    """Router, correction, experts and shared experts below a prefix."""
+    """Return the rules of router, correction bias, experts and shared experts below a prefix."""
     bias = "score_correction_bias"
     return (
         r.rule(f"{theirs}gate.weight", f"{r.FFN}router.weight", ffn="E"),

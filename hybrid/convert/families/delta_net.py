@@ -31,7 +31,7 @@ DELTA_NET = r.register_family(
             r.must("use_beta", True),
             r.must("qk_norm", "l2"),
             r.must("qk_activation", "silu"),
-            r.ignored("use_output_norm"),  # their layer has it whatever the key says
+            r.ignored("use_output_norm"),  # the layer always has this norm
         ),
         mixers=mixed("P"),
         ffn=r.everywhere("-"),

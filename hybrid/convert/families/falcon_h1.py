@@ -1,4 +1,4 @@
-"""Falcon-H1: Mamba-2 and softmax attention side by side in every layer, muP's multipliers."""
+"""Falcon-H1: parallel Mamba-2 and softmax attention in every layer, muP multipliers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ NO_MULTIPLIERS = [1.0] * 5
 
 def _read_key_multiplier(config: Any) -> r.Flat:
     head_dim = getattr(config, "head_dim", config.hidden_size // config.num_attention_heads)
-    # 0 where a narrow model without softmax is tried, which comes to nothing later
+    # 0 while a model without softmax is tried as an export target, which is refused later
     return {"mixers.S.scale": config.key_multiplier * max(head_dim, 1) ** -0.5}
 
 
@@ -38,8 +38,8 @@ def _write_norm(flat: r.Flat) -> r.Flat:
 def _read_biases(config: Any) -> r.Flat:
     if config.mamba_proj_bias != config.projectors_bias:
         raise r.Inexpressible(
-            f"mamba_proj_bias: {config.mamba_proj_bias} cannot be expressed here where projectors_bias"
-            f" is {config.projectors_bias}; they would have to be the same"
+            f"mamba_proj_bias: expected the value of projectors_bias, {config.projectors_bias}, got"
+            f" {config.mamba_proj_bias}"
         )
     return {"mixers.M.bias": config.mamba_proj_bias}
 
@@ -87,7 +87,7 @@ FALCON_H1 = r.register_family(
             *r.attention(),
             r.attention_bias(),
             *r.dense("mlp_bias"),
-            # the convolution's activation too
+            # also the activation of the convolution
             r.must("hidden_act", "silu"),
             *(
                 found
@@ -109,7 +109,7 @@ FALCON_H1 = r.register_family(
             r.key("ssm_out_multiplier", "residuals.M.output_multiplier"),
             r.key("attention_in_multiplier", "residuals.S.input_multiplier"),
             r.key("attention_out_multiplier", "residuals.S.output_multiplier"),
-            # with mamba_d_ssm it says nothing
+            # without effect if mamba_d_ssm is set
             r.ignored("mamba_expand", "mamba_chunk_size", "num_logits_to_keep"),
         ),
         mixers=r.everywhere("MS"),

@@ -1,7 +1,7 @@
-"""What flash-linear-attention's own families share.
+"""Rules shared by the families of flash-linear-attention, version 0.6.
 
-Their stacks are all one: RMSNorm, a mixer, RMSNorm, a gated feed-forward; `attn` names layers that
-have softmax attention instead. Formats and formulas are those of version 0.6.
+All stacks have the same form: RMSNorm, a mixer, RMSNorm, a gated feed-forward. ``attn`` lists the
+layers with softmax attention instead of the mixer.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from hybrid.convert import rules as r
 THEIRS = f"{r.LAYER}attn."
 SOFTMAX = {"S": "softmax_attention", "W": "sliding_window_attention"}
 
-# what every config class of theirs has, by its usual default
+# keys of every config class, with their usual defaults
 DEFAULTS: dict[str, Any] = {
     "hidden_size": 2048, "num_hidden_layers": 24, "vocab_size": 32000, "attn": None,
     "hidden_ratio": 4, "intermediate_size": None, "hidden_act": "swish", "norm_eps": 1e-6,
@@ -25,7 +25,7 @@ DEFAULTS: dict[str, Any] = {
 }  # fmt: skip
 RECURRENT_DEFAULTS: dict[str, Any] = {"use_short_conv": True, "conv_size": 4}
 
-# kernels and losses; and what older files hold, which the classes do not read
+# kernels and losses; and keys of older files that the classes do not read
 UNREAD = r.ignored(
     "attn_mode", "fuse_norm", "fuse_swiglu", "fuse_cross_entropy", "fuse_linear_cross_entropy",
     "use_l2warp", "share_conv_kernel", "rms_norm_eps",
@@ -33,7 +33,9 @@ UNREAD = r.ignored(
 
 
 def width(path: str, ratio: float, share: float, multiple: int) -> r.ConfigRule:
-    """`intermediate_size`, or else `hidden_ratio` times D times a share, rounded up to a multiple."""
+    """Relate ``intermediate_size``, by default ``hidden_ratio`` * D * ``share``, rounded up to a
+    multiple.
+    """
 
     def read(config: Any) -> r.Flat:
         size = config.intermediate_size
@@ -63,7 +65,7 @@ STACK: tuple[r.ConfigRule, ...] = (
 
 
 def _specs(config: Any) -> list[dict[str, Any]]:
-    """What `attn` asks for, one entry for each kind of softmax attention."""
+    """Return the entries of ``attn``, one for each kind of softmax attention."""
     given = config.attn
     return [] if given is None else [given] if isinstance(given, dict) else list(given)
 
@@ -73,7 +75,7 @@ def _kind(spec: dict[str, Any]) -> str:
 
 
 def softmax_options(letter: str, spec: dict[str, Any]) -> dict[str, Any]:
-    """Our paths for the words that they have for a softmax layer."""
+    """Return our options for an entry of ``attn``."""
     theta = spec.get("rope_theta", 10000.0)
     found = {
         "num_heads": spec["num_heads"],
@@ -86,11 +88,11 @@ def softmax_options(letter: str, spec: dict[str, Any]) -> dict[str, Any]:
 
 
 def softmax_spec(letter: str, flat: r.Flat) -> dict[str, Any]:
-    """The inverse of `softmax_options`."""
+    """Return an entry of ``attn`` for our options; the inverse of ``softmax_options``."""
     rope = flat[f"mixers.{letter}.rope_parameters"]
     if rope is None or rope.get("rope_type", "default") != "default":
         raise r.Inexpressible(
-            f"mixers.{letter}.rope_parameters: {rope!r}, but there are always rotary ones"
+            f"mixers.{letter}.rope_parameters: expected default rotary parameters, got {rope!r}"
         )
     return {
         "num_heads": flat[f"mixers.{letter}.num_heads"],
@@ -107,7 +109,7 @@ def _read_attn(config: Any) -> r.Flat:
         found = softmax_options(_kind(spec), spec)
         if any(flat.get(path, value) != value for path, value in found.items()):
             raise r.Inexpressible(
-                "attn: two kinds of softmax attention that differ in more than a window"
+                "attn: expected entries that differ only in their window, got other differences"
             )
         flat |= found
     return flat
@@ -117,7 +119,7 @@ def _write_attn(flat: r.Flat) -> r.Flat:
     layers = [letter for letter in flat["letters"] if letter != "c"]
     if all(letter in SOFTMAX for letter in layers):
         raise r.Inexpressible(
-            "attn: every layer here has softmax attention; see transformer or llama"
+            "attn: expected layers without softmax attention, got none; try transformer or llama"
         )
     specs = [
         {"layers": [i for i, found in enumerate(layers) if found == letter]}
@@ -132,14 +134,14 @@ ATTN: r.ConfigRule = r.both("attn", read=_read_attn, write=_write_attn)
 
 
 def mixed(letter: str) -> r.LayerRule:
-    """The family's own mixer in every layer that `attn` does not name."""
+    """Relate the layers: the mixer of the family in every layer that ``attn`` does not list."""
 
     def read(config: Any) -> Sequence[str]:
         layers = [letter] * config.num_hidden_layers
         for spec in _specs(config):
             for i in spec["layers"]:
                 if not 0 <= i < len(layers):
-                    raise r.Inexpressible(f"attn: layer {i} of {len(layers)}")
+                    raise r.Inexpressible(f"attn: expected layers below {len(layers)}, got {i}")
                 layers[i] = _kind(spec)
         return layers
 
@@ -147,7 +149,7 @@ def mixed(letter: str) -> r.LayerRule:
 
 
 def expansion(letter: str, heads: str = "num_heads") -> tuple[r.ConfigRule, ...]:
-    """Heads, and K and V as shares of D: `expand_k` and `expand_v`."""
+    """Relate heads, and K and V as fractions of D: ``expand_k`` and ``expand_v``."""
 
     def read(config: Any) -> r.Flat:
         return {
@@ -175,7 +177,7 @@ def _share(part: int, whole: int) -> float:
 
 
 def grouped_expansion(letter: str) -> tuple[r.ConfigRule, ...]:
-    """Heads of q and k, perhaps fewer than those of v, and V as a multiple of K."""
+    """Relate the heads of q and k, the heads of v (possibly more), and V as a multiple of K."""
     path = f"mixers.{letter}."
 
     def read(config: Any) -> r.Flat:
@@ -201,13 +203,13 @@ def grouped_expansion(letter: str) -> tuple[r.ConfigRule, ...]:
 
 
 def ungrouped() -> r.ConfigRule:
-    """`num_kv_heads`: as many as there are heads."""
+    """Relate ``num_kv_heads``, which must equal ``num_heads``."""
 
     def read(config: Any) -> r.Flat:
         if config.num_kv_heads not in (None, config.num_heads):
             raise r.Inexpressible(
-                f"num_kv_heads: {config.num_kv_heads} of {config.num_heads} cannot be expressed"
-                " here: several queries to one state"
+                f"num_kv_heads: expected num_heads, {config.num_heads}, got {config.num_kv_heads}:"
+                " states shared by several query heads are not supported"
             )
         return {}
 
@@ -215,7 +217,7 @@ def ungrouped() -> r.ConfigRule:
 
 
 def short_conv(letter: str) -> r.ConfigRule:
-    """`use_short_conv` and `conv_size`."""
+    """Relate ``use_short_conv`` and ``conv_size``."""
     path = f"mixers.{letter}.conv_size"
 
     def write(flat: r.Flat) -> r.Flat:
@@ -233,13 +235,13 @@ def short_conv(letter: str) -> r.ConfigRule:
 
 
 def named_norm(letter: str) -> r.ConfigRule:
-    """`fuse_norm` where the name of a weight depends on it."""
+    """Relate ``fuse_norm`` in families where the name of a tensor depends on it."""
 
     def read(config: Any) -> r.Flat:
         if not config.fuse_norm and config.use_output_gate:
             raise r.Inexpressible(
-                "fuse_norm: False gives attn.g_norm another name; it is the same as True with the"
-                " tensors renamed to attn.g_norm_swish_gate"
+                "fuse_norm: expected True, got False; try True with the tensors attn.g_norm renamed"
+                " to attn.g_norm_swish_gate, which computes the same"
             )
         return {f"mixers.{letter}.output_gate": config.use_output_gate}
 
@@ -247,14 +249,14 @@ def named_norm(letter: str) -> r.ConfigRule:
 
 
 def _sizes(options: Any) -> list[int]:
-    """Channels of q, k and v."""
+    """Return the number of channels of q, k and v."""
     heads, key_dim, value_dim = options.sizes
     inner_key = (getattr(options, "num_key_heads", None) or heads) * key_dim
     return [inner_key, inner_key, heads * value_dim]
 
 
 def ends() -> tuple[r.Rule, ...]:
-    """Embeddings, the last norm and the head."""
+    """Return the rules of embeddings, last norm and head."""
     return (
         r.rule("model.embeddings.weight", "model.embed_tokens.weight"),
         *r.renames("model.", "model.", ["norm"]),
@@ -277,12 +279,12 @@ STACK_WEIGHTS: tuple[r.Rule, ...] = (
 def mixer_weights(
     letter: str, names: dict[str, str], qkv: Sequence[str] = "qkv"
 ) -> tuple[r.Rule, ...]:
-    """What nearly all of their mixers have.
+    """Return the tensor rules common to nearly all mixers.
 
     Args:
-        letter: of the mixer.
-        names: its other matrices and norms, theirs -> ours, beside q, k, v and o.
-        qkv: their names of the three.
+        letter: letter of the mixer.
+        names: matrices and norms other than q, k, v and o, their name -> our name.
+        qkv: their names of the q, k and v projections.
     """
     inputs = {f"{theirs}_proj": f"{ours}_proj" for theirs, ours in zip(qkv, "qkv", strict=True)}
     return (

@@ -1,4 +1,4 @@
-"""Gemma 2: sliding and full layers by turns, caps on the logits of attention and of the head."""
+"""Gemma 2: alternating sliding and full layers, soft caps on attention logits and output logits."""
 
 from hybrid.convert import published
 from hybrid.convert import rules as r

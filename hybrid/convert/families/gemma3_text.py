@@ -1,4 +1,4 @@
-"""Gemma 3: five sliding layers to one full, norms on both sides, a rotary base for each kind."""
+"""Gemma 3: five sliding layers per full layer, sandwich norms, a rotary base for each kind."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def _write_scale(flat: r.Flat) -> r.Flat:
     return {}
 
 
-# what Gemma 2 and 3 share
+# rules shared by Gemma 2 and 3
 GEMMA: tuple[r.ConfigRule, ...] = (
     *r.SIZES,
     r.key("rms_norm_eps", "norm_eps"),
@@ -68,14 +68,14 @@ GEMMA3 = r.register_family(
                 **{f"mixers__{s}__qk_norm": "head" for s in "SW"},
                 **{f"mixers__{s}__qk_norm_type": "zero_centered_rmsnorm" for s in "SW"},
             ),
-            # their class keeps it and does not use it
+            # stored but not used by the class
             r.must("attn_logit_softcapping", None),
         ),
         mixers=r.by_type(**TYPES),
         ffn=r.everywhere("-"),
         weights=(*GEMMA_WEIGHTS, *r.QK_NORMS),
         legacy_rope=r.words_by_type("rope_local_base_freq"),
-        # the sizes from 4B on hold images too
+        # checkpoints of 4B and larger contain a vision model
         wrapped_in=("gemma3",),
         spellings=(
             ("language_model.model.", "model."),

@@ -1,4 +1,4 @@
-"""flash-linear-attention's GLA (arXiv 2312.06635): layout G, softmax layers where `attn` has them."""
+"""flash-linear-attention's GLA (arXiv 2312.06635): layout G, softmax in the layers of ``attn``."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ GLA = r.register_family(
             r.key("clamp_min", "mixers.G.min_log_decay"),
             r.key("feature_map", "mixers.G.feature_map", values=FEATURES),
             r.must("elementwise_affine", True),
-            # their layer has no key for these
+            # fixed in the published layer, without a key
             r.always(mixers__G__gate_rank=16, mixers__G__tau=16.0, mixers__G__gate_bias=False),
             r.ignored("use_gk", "use_gv"),
         ),

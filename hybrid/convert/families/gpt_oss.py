@@ -1,4 +1,4 @@
-"""gpt-oss: sliding and full softmax by turns, with sinks and biases; experts with a clamped gate."""
+"""gpt-oss: alternating sliding and full softmax with sinks and biases; experts with clamped gates."""
 
 from __future__ import annotations
 

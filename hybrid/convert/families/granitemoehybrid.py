@@ -1,4 +1,4 @@
-"""Granite-4.0-H: Mamba-2 with a few softmax layers, multipliers, experts with a shared one or dense."""
+"""Granite-4.0-H: Mamba-2, few softmax layers, multipliers, dense or mixture with shared expert."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -37,7 +37,7 @@ def _write_ffn(layers: Sequence[str]) -> r.Flat:
 
 
 def _gated(symbol: str, ours: str) -> tuple[r.Rule, ...]:
-    """Their dense feed-forward, which is also the shared expert."""
+    """Return the rules of the published dense feed-forward, which is also the shared expert."""
     gate_up = [f"{ours}gate_proj.weight", f"{ours}up_proj.weight"]
     return (
         r.rule(f"{r.LAYER}shared_mlp.input_linear.weight", gate_up, r.Split(), ffn=symbol),

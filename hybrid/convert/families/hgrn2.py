@@ -17,7 +17,7 @@ from hybrid.convert.families.fla import (
     short_conv,
 )
 
-OUTPUT_NORM_EPS = 1e-5  # whatever norm_eps says
+OUTPUT_NORM_EPS = 1e-5  # independent of norm_eps
 
 
 def _read_heads(config: Any) -> r.Flat:

@@ -1,4 +1,4 @@
-"""Jamba: Mamba-1 with a softmax layer every so many, experts every so many, no positions."""
+"""Jamba: Mamba-1 with periodic softmax layers, periodic experts, no positions."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hybrid.convert.families.mamba1 import mamba_options, mamba_weights
 
 
 def _periodic(symbol: str, other: str, period: str, offset: str) -> r.LayerRule:
-    """`symbol` in layers `offset`, `offset + period`, ..., `other` in the rest."""
+    """Relate layers ``offset``, ``offset + period``, ... to ``symbol``, all others to ``other``."""
 
     def read(config: Any) -> Sequence[str]:
         every, first = getattr(config, period), getattr(config, offset)

@@ -19,13 +19,13 @@ from hybrid.convert.families.fla import (
     short_conv,
 )
 
-SAFE = -5.0  # what their chunked kernel takes as the lowest bound of its quick path
+SAFE = -5.0  # lowest bound of log decays in the fast path of the published chunked kernel
 
 
 def _read_gate(config: Any) -> r.Flat:
     if config.lower_bound is None:
         if config.safe_gate:
-            raise r.Inexpressible("safe_gate: True without lower_bound, which their kernel refuses")
+            raise r.Inexpressible("lower_bound: expected a number with safe_gate: True, got None")
         return {"mixers.K.decay_gate": "softplus"}
     return {"mixers.K.decay_gate": "bounded", "mixers.K.lower_bound": config.lower_bound}
 

@@ -1,4 +1,4 @@
-"""Kimi Linear: the delta rule and latent attention without positions, experts."""
+"""Kimi Linear: Kimi Delta Attention, latent attention without positions, experts."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ KIMI_LINEAR = r.register_family(
         architecture="KimiLinearForCausalLM",
         limits=published.scattered_experts,
         published=published.kimi_linear,
-        # what was published has the dense layers' feed-forwards elsewhere than transformers writes them
+        # published checkpoints name the feed-forwards of dense layers differently from transformers
         filed=((r"\.block_sparse_moe\.((?:gate|up|down)_proj\.)", r".mlp.\1"),),
         letters={"K": "kimi_delta_attention", "A": "multi_head_latent_attention"},
         config=(
             *(found for found in r.SIZES if found.keys != ("tie_word_embeddings",)),
-            r.must("tie_word_embeddings", False),  # their class does not tie
+            r.must("tie_word_embeddings", False),  # not supported by the published class
             r.always(tie_word_embeddings=False),
             r.key("rms_norm_eps", "norm_eps"),
             *LATENT,
@@ -59,7 +59,7 @@ KIMI_LINEAR = r.register_family(
             *r.renames(EXPERTS, r.FFN, ["gate_proj", "up_proj", "down_proj"], ffn="-"),
             *grouped_expert_weights(EXPERTS, ("w1", "w3", "w2")),
         ),
-        # what transformers writes for the dense layers is not what was published
+        # transformers writes other names for the dense layers than the published checkpoints
         spellings=((".mlp.", ".block_sparse_moe."),),
     )
 )  # fmt: skip

@@ -1,4 +1,4 @@
-"""LFM2 and LFM2-MoE: gated short convolutions with a softmax layer now and then."""
+"""LFM2 and LFM2-MoE: gated short convolutions with some softmax layers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ CONV, SOFTMAX, FEED = f"{r.LAYER}conv.", f"{r.LAYER}self_attn.", f"{r.LAYER}feed
 
 
 def _read_width(config: Any) -> r.Flat:
-    """The inner width that their class makes of `intermediate_size`."""
+    """Return the inner width that the published class derives from ``intermediate_size``."""
     width = config.intermediate_size
     if config.block_auto_adjust_ff_dim:
         width = int(2 * width / 3)

@@ -1,4 +1,4 @@
-"""Llama and what shares its architecture (SmolLM2): layout S, pre-norm, gated feed-forwards."""
+"""Llama and models of its architecture (SmolLM2): layout S, pre-norm, gated feed-forwards."""
 
 from hybrid.convert import rules as r
 

@@ -1,4 +1,4 @@
-"""Mamba-1 under its own name and in Falcon-Mamba, which normalises what drives the scan."""
+"""Mamba-1 and Falcon-Mamba, which normalises the time steps, B and C of the scan."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ THEIRS = "backbone.layers.{i}."
 def mamba_options(
     state: str, conv: str, conv_bias: str, bias: str, rank: str, expand: str
 ) -> tuple[r.ConfigRule, ...]:
-    """Mamba's sizes under the names that a family has for them, for the letter m."""
+    """Return the rules of Mamba's sizes, letter m, for the key names of a family."""
 
     def write_expand(flat: r.Flat) -> r.Flat:
         if "mixers.m.inner_size" not in flat:
@@ -18,7 +18,7 @@ def mamba_options(
         inner, outer = flat["mixers.m.inner_size"], flat["hidden_size"]
         if inner % outer:
             raise r.Inexpressible(
-                f"mixers.m.inner_size: {inner} would have to be a multiple of hidden_size {outer}"
+                f"mixers.m.inner_size: expected a multiple of hidden_size {outer}, got {inner}"
             )
         return {expand: inner // outer}
 
@@ -39,7 +39,7 @@ def mamba_options(
 
 
 def mamba_weights(theirs: str) -> tuple[r.Rule, ...]:
-    """Mamba's tensors below a prefix of theirs."""
+    """Return the rules of Mamba's tensors below a published prefix."""
     return (
         r.rule(f"{theirs}conv1d.weight", f"{r.MIXER}conv.weight", r.Squeeze(1), mixer="m"),
         r.rule(f"{theirs}conv1d.bias", f"{r.MIXER}conv.bias", mixer="m"),
@@ -50,7 +50,7 @@ def mamba_weights(theirs: str) -> tuple[r.Rule, ...]:
 
 
 def _by_width(config: r.Flat) -> r.Flat:
-    """The width as published, which their class takes from `expand` alone: Falcon-Mamba-7B's says 16."""
+    """Correct ``expand``, from which the class derives the width; Falcon-Mamba-7B publishes 16."""
     inner, outer = config.get("intermediate_size"), config.get("hidden_size")
     return {**config, "expand": inner // outer} if inner and outer else config
 

@@ -1,4 +1,4 @@
-"""MiniMax-01: lightning attention with a softmax layer in eight, experts, a residual from the norm."""
+"""MiniMax-01: lightning attention, every eighth layer softmax, experts, residuals of normed inputs."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ BLOCK = 256
 
 
 def _read_rotary(config: Any) -> r.Flat:
-    """Only the first dims of a head are rotated, which transformers' class knows nothing of."""
+    """Read ``rotary_dim``, the number of rotated dims of a head, which transformers' class ignores."""
     head_dim = config.head_dim or config.hidden_size // config.num_attention_heads
     given = {name: value for name, value in config.rope_parameters.items() if value is not None}
     partial = getattr(config, "rotary_dim", None) or head_dim * given.pop(
@@ -28,7 +28,7 @@ def _write_rotary(flat: r.Flat) -> r.Flat:
 
 
 def _own_words(config: r.Flat) -> r.Flat:
-    """The keys of MiniMax's own code -> those of transformers."""
+    """Rename the keys of MiniMax's published code to those of transformers."""
     kinds = ("linear_attention", "full_attention")
     words = {
         f"layernorm_{theirs}_{factor}": f"{ours}_{factor}_factor"
@@ -38,15 +38,14 @@ def _own_words(config: r.Flat) -> r.Flat:
     given = config.get("attn_type_list")
     if not isinstance(given, list) or not {*given} <= {0, 1}:
         raise ValueError(
-            "attn_type_list: expected 0 (linear) or 1 (softmax) for each layer, found "
-            + repr(given)
+            "attn_type_list: expected 0 (linear) or 1 (softmax) for each layer, got " + repr(given)
         )
     layers = {"layer_types": [kinds[kind] for kind in given]}
     return {words.get(name, name): value for name, value in config.items()} | layers
 
 
 def _slopes(options: Any, layer: int, layers: int) -> torch.Tensor:
-    """Their decay of each head, (H, 1, 1); as lightning attention has it here."""
+    """Return the published decay rate of each head, (H, 1, 1), as in our lightning attention."""
     base = 1 / (2 ** (8 / options.num_heads))
     depth = 1 - layer / (layers - 1 + 1e-5) + 1e-5
     return (base ** (torch.arange(options.num_heads) + 1) * depth)[:, None, None]

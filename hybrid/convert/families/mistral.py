@@ -1,4 +1,4 @@
-"""Mistral and Mixtral: softmax with a window or without, dense or experts."""
+"""Mistral and Mixtral: softmax with or without a window, dense feed-forwards or experts."""
 
 from __future__ import annotations
 

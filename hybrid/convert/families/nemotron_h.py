@@ -1,4 +1,4 @@
-"""Nemotron-H, Nemotron Nano 2, Nemotron 3: a mixer or a feed-forward in each layer, no positions."""
+"""Nemotron-H, Nemotron Nano 2, Nemotron 3: layers of one mixer or feed-forward, no positions."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def _layers(only: str) -> Any:
 
 def _write_layers(layers: Sequence[str]) -> r.Flat:
     kinds = {symbol: kind for kind, symbol in TYPES.items()}
-    # two mixers side by side are none of theirs; what is read back then differs, and is named
+    # parallel mixers do not exist in the family; the check after writing then reports a difference
     return {"layers_block_type": [kinds.get(symbol, kinds["M"]) for symbol in layers]}
 
 
@@ -32,8 +32,8 @@ def _mtp_layout(config: Any) -> str:
     layout = "".join(TYPES[kind] for kind in config.mtp_layers_block_type)
     if not {*layout} & {*"-E"}:
         raise r.Inexpressible(
-            f"mtp_layers_block_type: {config.mtp_layers_block_type} cannot be expressed here without"
-            " a feed-forward"
+            f"mtp_layers_block_type: expected a mixer and a feed-forward, got"
+            f" {config.mtp_layers_block_type}"
         )
     return layout
 
@@ -46,7 +46,7 @@ def _write_mtp_layout(layout: str) -> r.Flat:
 def _read_bias(config: Any) -> r.Flat:
     if config.mlp_bias and "moe" in config.layers_block_type:
         raise r.Inexpressible(
-            "mlp_bias: True cannot be expressed here with experts; it would be False"
+            "mlp_bias: expected False with experts, got True, which hybrid models cannot express"
         )
     return {"feed_forwards.-.bias": config.mlp_bias}
 
@@ -91,7 +91,7 @@ NEMOTRON_H = r.register_family(
             r.key("n_routed_experts", "feed_forwards.E.num_experts"),
             r.key("num_experts_per_tok", "feed_forwards.E.top_k"),
             r.key("moe_intermediate_size", "feed_forwards.E.intermediate_size"),
-            # one, whose width is that of all
+            # one shared expert, with the total width
             r.always(feed_forwards__E__num_shared_experts=1),
             r.key("moe_shared_expert_intermediate_size", "feed_forwards.E.shared_intermediate_size"),
             r.key("moe_latent_size", "feed_forwards.E.latent_size"),
@@ -155,6 +155,6 @@ NEMOTRON_H = r.register_family(
             projection="mtp.layers.{first}.eh_proj",
             norm="mtp.layers.{last}.final_layernorm",
         ),
-        notes="Time steps are clamped from below by time_step_min, as in transformers' class.",
+        notes="Time steps are at least time_step_min, as in transformers' class.",
     )
 )  # fmt: skip

@@ -1,4 +1,4 @@
-"""OLMo 2: layout S, norms behind the branches, RMSNorm over all queries and over all keys."""
+"""OLMo 2: layout S, reordered norms, RMSNorm over all query heads and over all key heads."""
 
 from hybrid.convert import rules as r
 

@@ -1,4 +1,4 @@
-"""OLMo 3: OLMo 2 with three sliding layers to one full."""
+"""OLMo 3: OLMo 2 with three sliding layers per full layer."""
 
 from hybrid.convert import rules as r
 from hybrid.convert.families.gemma3_text import LETTERS, TYPES

@@ -1,4 +1,4 @@
-"""OLMo Hybrid: DDDS, norms before the branches of D and behind those of S, negative eigenvalues."""
+"""OLMo Hybrid: DDDS, pre-norm in D and reordered norms in S, negative eigenvalues."""
 
 from typing import Any
 
@@ -60,7 +60,7 @@ OLMO_HYBRID = r.register_family(
             ),
             *r.ATTENTION_WEIGHTS,
             *r.QK_NORMS,
-            # their save cuts the three in equal parts
+            # the published class splits the tensor into three equal parts when it saves
             r.three_convolutions(THEIRS, "D", r.Fuse(_channels, loose=True)),
             *(r.rule(THEIRS + name, r.MIXER + name, mixer="D") for name in ("A_log", "dt_bias")),
             *r.renames(

@@ -9,7 +9,7 @@ BY_TYPE = r.by_type(**TYPES)
 
 
 def _write(layers: Sequence[str]) -> r.Flat:
-    """The list, and where windows begin for software that does not read it."""
+    """Write the list of layer types, and the first windowed layer for software without the list."""
     first = next((i for i, letter in enumerate(layers) if letter == "W"), len(layers))
     windows = {"use_sliding_window": "W" in layers, "max_window_layers": first}
     return {**BY_TYPE.write(layers), **windows}

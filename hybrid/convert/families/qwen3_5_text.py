@@ -1,4 +1,4 @@
-"""Qwen3.5, dense and MoE: Qwen3-Next with the linear projections less fused, text part only."""
+"""Qwen3.5, dense and MoE, text model: Qwen3-Next with less fused linear projections."""
 
 from hybrid.convert import published
 from hybrid.convert import rules as r
@@ -31,7 +31,7 @@ WEIGHTS = (
     ),
     *DELTA_NET_WEIGHTS,
 )
-# their checkpoints hold images too
+# checkpoints contain a vision model
 INSIDE = (("model.language_model.", "model."),)
 UNREAD = ("model.visual.*",)
 MTP = "mtp_num_hidden_layers"
@@ -50,7 +50,7 @@ QWEN3_5 = r.register_family(
         weights=(*WEIGHTS, *r.DENSE_WEIGHTS),
         unread_weights=UNREAD,
         spellings=INSIDE,
-        legacy_rope=r.no_words,  # as old as transformers 5
+        legacy_rope=r.no_words,  # no format before transformers 5
         mtp=r.qwen_mtp(MTP, lambda config: "S-"),
         wrapped_in=("qwen3_5",),
     )
@@ -71,7 +71,7 @@ QWEN3_5_MOE = r.register_family(
         weights=(*WEIGHTS, *r.QWEN_MOE_WEIGHTS, *r.SHARED_EXPERT_WEIGHTS),
         unread_weights=UNREAD,
         spellings=INSIDE,
-        legacy_rope=r.no_words,  # as old as transformers 5
+        legacy_rope=r.no_words,  # no format before transformers 5
         mtp=r.qwen_mtp(MTP, lambda config: "SE"),
         wrapped_in=("qwen3_5_moe",),
     )

@@ -1,4 +1,4 @@
-"""Qwen3-MoE: Qwen3 with a mixture of experts, every layer or every so many."""
+"""Qwen3-MoE: Qwen3 with a mixture of experts in every layer or periodically."""
 
 from hybrid.convert import rules as r
 

@@ -1,11 +1,11 @@
-"""Qwen3-Next: DDDS, an output gate on softmax, partial rotary, zero-centred norms, shared experts."""
+"""Qwen3-Next: DDDS, gated softmax, partial rotary, zero-centred norms, shared experts."""
 
 from hybrid.convert import published
 from hybrid.convert import rules as r
 
 THEIRS = f"{r.LAYER}linear_attn."
 
-# what Qwen3.5 shares with it; the activation of the convolution is that of the feed-forwards
+# rules shared with Qwen3.5; the convolution has the activation of the feed-forwards
 QWEN_HYBRID = (
     *r.SIZES,
     r.always(norm="zero_centered_rmsnorm"),
@@ -74,7 +74,7 @@ QWEN3_NEXT = r.register_family(
             *r.QWEN_MOE_WEIGHTS,
             *r.SHARED_EXPERT_WEIGHTS,
         ),
-        # no published config has the key; its weights say that there is one
+        # no published config has the key, but the checkpoints contain one module
         mtp=r.qwen_mtp(
             "num_nextn_predict_layers", lambda config: f"S{FFN.read(config)[0]}", default=1
         ),

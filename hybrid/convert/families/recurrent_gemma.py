@@ -1,4 +1,4 @@
-"""RecurrentGemma: two gated diagonal recurrences to one sliding layer, a cap on the logits."""
+"""RecurrentGemma: two RG-LRU layers per sliding layer, a soft cap on the logits."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def _write_layers(layers: Sequence[str]) -> r.Flat:
 
 
 def _read_embedding(config: Any) -> r.Flat:
-    """sqrt(D) in bfloat16, whatever the precision of the weights."""
+    """Return sqrt(D) in bfloat16, independent of the dtype of the weights."""
     return {"embedding_multiplier": torch.tensor(config.hidden_size**0.5).bfloat16().item()}
 
 
@@ -35,7 +35,7 @@ POSITIONS = r.rope("W", partial=True)
 
 
 def _write_positions(flat: r.Flat) -> r.Flat:
-    """With a share of 1 spelt out, for they take one half where there is none."""
+    """Write a rotary fraction of 1 explicitly, since the class defaults to one half."""
     written = POSITIONS.write(flat)
     return {name: {"partial_rotary_factor": 1.0, **found} for name, found in written.items()}
 

@@ -34,7 +34,7 @@ RETNET = r.register_family(
                 values={True: True, None: False, False: False},
             ),
             r.always(mixers__T__rope_theta=10000.0, mixers__T__conv_size=None),
-            # their stack does not hand these on to its layers
+            # the published stack does not pass these to its layers
             r.ignored("use_short_conv", "conv_size"),
         ),
         mixers=mixed("T"),
@@ -43,7 +43,7 @@ RETNET = r.register_family(
             *STACK_WEIGHTS,
             *mixer_weights("T", {"g_proj": "gate_proj", "g_norm_swish_gate": "norm"}),
         ),
-        # as it is named without fuse_norm; what is computed is the same
+        # the name without fuse_norm; the computation is the same
         spellings=((".attn.g_norm.", ".attn.g_norm_swish_gate."),),
         defaults={
             **DEFAULTS, **RECURRENT_DEFAULTS, "use_short_conv": False, "num_heads": 8,

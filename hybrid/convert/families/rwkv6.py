@@ -1,4 +1,4 @@
-"""flash-linear-attention's RWKV-6 (arXiv 2404.05892): layout Rc, channel mixing in its own layers."""
+"""flash-linear-attention's RWKV-6 (arXiv 2404.05892): layout Rc, channel mixing as layers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""SmolLM3: Llama without positions in some layers, which are N here and S the others."""
+"""SmolLM3: Llama with some layers without positions; these are N, the others S."""
 
 from collections.abc import Sequence
 from typing import Any

@@ -1,4 +1,4 @@
-"""flash-linear-attention's softmax baseline: layout S, or W where it has a window."""
+"""flash-linear-attention's softmax baseline: layout S, or W with a window."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from hybrid.convert.families.fla import (
 )
 
 KEYS = ("num_heads", "num_kv_heads", "qkv_bias", "window_size", "rope_theta")
-QK_NORM_EPS = 1e-5  # whatever norm_eps says
+QK_NORM_EPS = 1e-5  # independent of norm_eps
 
 
 def _letter(config: Any) -> str:
@@ -34,7 +34,7 @@ def _read(config: Any) -> r.Flat:
 def _write(flat: r.Flat) -> r.Flat:
     letter = next((word for word in flat["letters"] if word in SOFTMAX), None)
     if letter is None:
-        raise r.Inexpressible("no layer here has softmax attention alone, and theirs all have")
+        raise r.Inexpressible("layout: expected one softmax mixer in every layer, got another")
     return softmax_spec(letter, flat) | {"qk_norm": flat[f"mixers.{letter}.qk_norm"] is not None}
 
 
@@ -46,7 +46,7 @@ TRANSFORMER = r.register_family(
         config=(
             *STACK,
             r.both(*KEYS, "qk_norm", read=_read, write=_write),
-            r.ignored("elementwise_affine"),  # their class has it and does not use it
+            r.ignored("elementwise_affine"),  # not used by the class
         ),
         mixers=r.LayerRule(
             ("window_size",),

@@ -1,4 +1,4 @@
-"""xLSTM 7B: one letter, a matrix memory with an exponential input gate."""
+"""xLSTM 7B: mLSTM layers, a matrix memory with an exponential input gate."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def _write_heads(flat: r.Flat) -> r.Flat:
 
 
 def _rounded(size: float, multiple: int) -> int:
-    """As they round up."""
+    """Round up to a multiple, as the published class does."""
     return int((size + multiple - 1) // multiple * multiple)
 
 
@@ -42,7 +42,7 @@ def _read_width(config: Any) -> r.Flat:
 
 
 def _write_width(flat: r.Flat) -> r.Flat:
-    """The usual factor where that is it; else one that is exact."""
+    """Write the default factor if it yields the width, else an exact one."""
     width, size = flat.get("feed_forwards.-.intermediate_size"), flat["hidden_size"]
     if width is None or width == _rounded(size * PROJECTION, MULTIPLE):
         return {}
@@ -54,7 +54,7 @@ KERNELS = ("chunkwise_kernel", "sequence_kernel", "step_kernel")
 
 
 def _any_kernels(config: r.Flat) -> r.Flat:
-    """Without the names of kernels: their class refuses the published ones where it has them not."""
+    """Remove the names of kernels, which transformers' class refuses unless they are installed."""
     return {name: value for name, value in config.items() if name not in KERNELS}
 
 
@@ -68,7 +68,7 @@ XLSTM = r.register_family(
         aliases={"xlstm": _any_kernels},
         config=(
             *(found for found in r.SIZES if found.keys not in LEFT_OUT),
-            r.must("tie_word_embeddings", False),  # their class does not tie
+            r.must("tie_word_embeddings", False),  # not supported by the published class
             r.always(tie_word_embeddings=False),
             r.both(
                 "embedding_dim",

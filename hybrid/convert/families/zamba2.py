@@ -1,6 +1,6 @@
-"""Zamba2: Mamba-2, and a few shared softmax blocks that read the embeddings again and feed it.
+"""Zamba2: Mamba-2, and shared softmax blocks that read the embeddings and feed Mamba-2 layers.
 
-Their layer of both is two of ours, Z and M.
+A published hybrid layer corresponds to two layers here, Z and M.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def _read_layers(config: Any) -> Sequence[str]:
 def _write_layers(layers: Sequence[str]) -> r.Flat:
     text = "".join(layers)
     if "ZZ" in text or text.endswith("Z"):
-        raise r.Inexpressible("zamba2 has a Mamba-2 layer behind each shared block")
+        raise r.Inexpressible("layout: expected M after each Z, as in zamba2, got another layer")
     kinds = ["hybrid" if c == "Z" else "linear_attention" for c in text.replace("ZM", "Z")]
     return {"layers_block_type": kinds, "num_hidden_layers": len(kinds)}
 
@@ -52,7 +52,7 @@ def _write_targets(flat: r.Flat) -> r.Flat:
 
 
 def _mamba(theirs: str, joined: bool) -> tuple[r.Rule, ...]:
-    """A Mamba-2 layer below a prefix: one by itself, or one behind a shared block."""
+    """Return the rules of a Mamba-2 layer below a prefix, separate or after a shared block."""
     rules = (
         *r.renames(theirs, r.LAYER, {"input_layernorm": "mixer_residual.norm_in"}, mixer="M"),
         *r.mamba2_weights(f"{theirs}mamba."),
@@ -68,10 +68,10 @@ ZAMBA2 = r.register_family(
         letters={"M": "mamba2", "Z": "softmax_attention"},
         config=(
             *(found for found in r.SIZES if found.keys != ("tie_word_embeddings",)),
-            # without, their class shares no blocks either
+            # without it, the published class shares no blocks
             r.must("tie_word_embeddings", True),
             r.always(tie_word_embeddings=True),
-            # the norm within Mamba-2 has this one whatever the config says
+            # the norm within Mamba-2 always has this epsilon
             r.must("rms_norm_eps", 1e-5),
             r.always(norm_eps=1e-5),
             r.key("num_attention_heads", "mixers.Z.num_heads"),
@@ -160,6 +160,6 @@ ZAMBA2 = r.register_family(
                 ffn="-",
             ),
         ),
-        notes="Time steps are clamped from below by time_step_min, as in transformers' class.",
+        notes="Time steps are at least time_step_min, as in transformers' class.",
     )
 )  # fmt: skip

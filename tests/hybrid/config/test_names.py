@@ -37,7 +37,9 @@ def test_a_window_for_all_layers_can_be_set_where_it_changes_nothing():
     softmax = config("LS")
     assert getattr(softmax, "sliding_window", None) is None
     softmax.sliding_window = None
-    with pytest.raises(ValueError, match="sliding_window: a hybrid model has a window per symbol"):
+    with pytest.raises(
+        ValueError, match="sliding_window: expected None, since windows are set per symbol"
+    ):
         softmax.sliding_window = 3
 
 

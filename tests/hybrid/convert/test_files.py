@@ -481,11 +481,11 @@ def test_a_name_that_is_nowhere(name):
 
 def test_every_obstacle_of_an_import_is_named(tmp_path):
     folder = qwen3(tmp_path / "theirs", use_sliding_window=True, hidden_act="tanh")
-    with pytest.raises(ValueError, match="this qwen3 cannot be expressed here") as caught:
+    with pytest.raises(ValueError, match="this qwen3 cannot be a hybrid model") as caught:
         hybrid.HybridForCausalLM.from_published(folder)
     assert len(caught.value.obstacles) == 2
-    assert "use_sliding_window: True cannot be expressed here" in str(caught.value)
-    assert "hidden_act: 'tanh' cannot be expressed; these can: 'silu'" in str(caught.value)
+    assert "use_sliding_window: expected False, got True" in str(caught.value)
+    assert "hidden_act: expected one of 'silu'" in str(caught.value)
 
 
 @pytest.mark.parametrize(

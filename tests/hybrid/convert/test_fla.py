@@ -376,14 +376,14 @@ def test_their_default_size(name):
 @pytest.mark.parametrize(
     ("name", "given", "line"),
     [
-        ("gla", {"num_kv_heads": 2}, "num_kv_heads: 2 of 4 cannot be expressed here"),
+        ("gla", {"num_kv_heads": 2}, "num_kv_heads: expected num_heads, 4, got 2"),
         ("gla", {"fuse_norm": False}, "renamed to attn.g_norm_swish_gate"),
-        ("delta_net", {"qk_norm": "sum"}, "qk_norm: 'sum' cannot be expressed here"),
-        ("gated_deltanet", {"attnres_block_size": 4}, "attnres_block_size: 4 cannot be expressed"),
+        ("delta_net", {"qk_norm": "sum"}, "qk_norm: expected 'l2', got 'sum'"),
+        ("gated_deltanet", {"attnres_block_size": 4}, "attnres_block_size: expected None, got 4"),
         ("hgrn2", {"a_switch": 3}, "a_switch: 3 is unknown to the map of 'hgrn2'"),
-        ("kda", {"safe_gate": True}, "safe_gate: True without lower_bound"),
+        ("kda", {"safe_gate": True}, "lower_bound: expected a number with safe_gate: True"),
         ("retnet", {"attn": [{"layers": [0], "num_heads": 8}, {"layers": [1], "num_heads": 4}]},
-         "attn: two kinds of softmax attention"),
+         "attn: expected entries that differ only in their window"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_expressed_is_named(name, given, line):
@@ -427,12 +427,15 @@ def test_a_stack_of_our_own_goes_out(tmp_path, assert_same_weights, assert_close
         ({"X": {"gate_rank": 4}}, "mixers.X.gate_rank: 4 here .*, gla can only say 16"),
         (
             {"Q": {"rope_parameters": None}},
-            "rope_parameters: None, but there are always rotary ones",
+            "rope_parameters: expected default rotary parameters, got None",
         ),
         ({"Q": {"qk_norm": "head"}}, r"mixers.Q.qk_norm: 'head' here \(layer 2\)"),
         ({"embedding_norm": True}, "embedding_norm: True here, gla can only say False"),
-        ({"layout": "QQ"}, "attn: every layer here has softmax attention"),
-        ({"layout": "LX"}, r"layer 0 \(L\): lightning_attention has no place in gla"),
+        ({"layout": "QQ"}, "attn: expected layers without softmax attention"),
+        (
+            {"layout": "LX"},
+            r"layer 0 \(L\): expected the mixers of gla, .*, got lightning_attention",
+        ),
     ],
 )
 def test_what_cannot_go_out_is_named(given, line, tmp_path):

@@ -79,7 +79,7 @@ def test_a_letter_of_the_module_alone(tmp_path, layout, assert_close_to_rounding
         (
             {"mtp_layout": "L", "mixers": {"D": DELTA, "S": SOFTMAX, "L": {"num_heads": 2}}},
             "qwen3_5_text",
-            "of the MTP modules: layer 0 (L): lightning_attention has no place in qwen3_5_text",
+            "of the MTP modules: layer 0 (L): expected the mixers of qwen3_5_text",
         ),
         (
             {"mtp_layout": "SE", "feed_forwards": {"-": {"intermediate_size": 20},

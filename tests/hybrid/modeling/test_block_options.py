@@ -484,8 +484,11 @@ def test_falcon_h1s_decoder_layer():
     [
         ({"norm_position": "front"}, "norm_position: expected one of 'pre'"),
         ({"norm_position": {"S": "reorderd"}}, "try 'reordered'"),
-        ({"norm_position": {"defualt": "pre"}}, "norm_position.defualt: no mixer .* 'default'"),
-        ({"residuals": {"s": {}}}, "residuals.s: no mixer and no feed-forward has this symbol"),
+        (
+            {"norm_position": {"defualt": "pre"}},
+            "norm_position.defualt: expected the symbol of a mixer .* 'default'",
+        ),
+        ({"residuals": {"s": {}}}, "residuals.s: expected the symbol of a mixer or a feed-forward"),
         ({"residuals": {"S": {"ouput_multiplier": 2.0}}}, "mean 'output_multiplier'"),
         ({"residuals": {"S": 0.22}}, "residuals.S: expected mapping, got float 0.22$"),
         (
@@ -495,8 +498,8 @@ def test_falcon_h1s_decoder_layer():
         ({"residuals": {"S": {"skip_multiplier": "2"}}}, "residuals.S.skip_multiplier: expected"),
         ({"embedding_multiplier": "sqrt_hidden"}, "try 'sqrt_hidden_size'"),
         ({"logits_multiplier": math.inf}, "logits_multiplier: expected finite number, got inf"),
-        ({"init": "deepnorm"}, "norm_position 'pre' does not.*'post' and 'normed'"),
-        ({"layout": "[MS]", "norm_position": {"S": "post"}}, r"\[MS\] share one residual"),
+        ({"init": "deepnorm"}, "norm_position: expected 'post' or 'normed' .*got 'pre'"),
+        ({"layout": "[MS]", "norm_position": {"S": "post"}}, r"\[MS\], which share one residual"),
         ({"layout": "[MS]", "residuals": {"S": {"skip_multiplier": 2}}}, "M: 1.0, S: 2"),
         ({"parallel_combine": "add"}, "parallel_combine: expected one of"),
         (

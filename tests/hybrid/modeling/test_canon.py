@@ -142,13 +142,22 @@ def test_saved_and_loaded(build, ids, tmp_path, assert_same_weights, assert_clos
     [
         ({"canon": "ABX"}, "canon: expected positions of A, B, C, D, got 'X'"),
         ({"canon": ["A", "after"]}, "canon: expected positions of A, B, C, D, got 'after'"),
-        ({"canon": {"s": "A"}}, "canon.s: no mixer and no feed-forward has this symbol"),
+        ({"canon": {"s": "A"}}, "canon.s: expected the symbol of a mixer or a feed-forward"),
         ({"canon": {"S": 4}}, "canon.S: expected str or list, got int 4"),
         ({"canon": "A", "canon_width": 1}, "canon_width: expected at least 2, got 1"),
-        ({"layout": "D", "canon": "B"}, "set mixers.D.conv_size to null, or leave B out"),
-        ({"layout": "A", "canon": "B"}, "multi_head_latent_attention of 'A' has no convolution"),
-        ({"layout": "S", "ffn": "E", "canon": "ACD"}, "leave D out: canon: {E: AC"),
-        ({"layout": "[LS]", "canon": {"L": "A"}}, r"canon A: the mixers of \[LS\] share"),
+        (
+            {"layout": "D", "canon": "B"},
+            "try mixers.D.conv_size: null, or canon: {D: '', ...} without B",
+        ),
+        (
+            {"layout": "A", "canon": "B"},
+            "expected a mixer with a convolution for B, got multi_head_latent_attention of 'A'",
+        ),
+        ({"layout": "S", "ffn": "E", "canon": "ACD"}, "try canon: {E: AC"),
+        (
+            {"layout": "[LS]", "canon": {"L": "A"}},
+            r"canon A: expected one value for the mixers of \[LS\], which share",
+        ),
     ],
 )
 def test_mistakes_are_named(config, message):

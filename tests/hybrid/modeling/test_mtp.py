@@ -52,9 +52,12 @@ def test_layers_of_a_module(config, layers):
     ("options", "message"),
     [
         ({"num_mtp_layers": -1}, "num_mtp_layers: expected at least 0"),
-        ({"mtp_layout": "S"}, "mtp_layout: set, but num_mtp_layers is 0"),
+        ({"mtp_layout": "S"}, "mtp_layout: expected null with num_mtp_layers: 0"),
         ({"num_mtp_layers": 1, "mtp_layout": "SQ"}, "mtp_layout: .*unknown symbol 'Q'"),
-        ({"num_mtp_layers": 1, "mtp_layout": "-"}, "mtp_layout: '-' has no mixer"),
+        (
+            {"num_mtp_layers": 1, "mtp_layout": "-"},
+            "mtp_layout: expected at least one mixer, got '-'",
+        ),
         ({"num_mtp_layers": 1, "mtp_loss_weight": -0.1}, "mtp_loss_weight: expected at least 0"),
     ],
 )

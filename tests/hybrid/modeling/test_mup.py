@@ -127,7 +127,7 @@ def test_it_is_kept_in_a_checkpoint(tmp_path, assert_same_weights):
     ("options", "message"),
     [
         ({"mup_base_width": 0}, "mup_base_width: expected at least 1, got 0"),
-        ({"mup_base_width": 64, "init": "xavier"}, "scales the std of init 'fixed' or 'depth_"),
+        ({"mup_base_width": 64, "init": "xavier"}, "expected init 'fixed' or 'depth_"),
         (
             {"mup_base_width": 40, "hidden_size": 60, "mixers": {"L": {"num_heads": 3}}},
             "at hidden_size 40, mixers.L.num_heads: expected a divisor of hidden_size 40, got 3",

@@ -314,19 +314,31 @@ def test_zamba2(ids, adapters, rope):
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"shared": {"Z": {}}}, "shared.Z: no mixer and no feed-forward has this symbol"),
-        ({"shared": {"-": {}}}, "shared.-: layers share weights by their mixer"),
+        ({"shared": {"Z": {}}}, "shared.Z: expected the symbol of a mixer or a feed-forward"),
+        ({"shared": {"-": {}}}, "shared.-: expected the letter of a mixer, got '-'"),
         ({"shared": {"S": {"block": 2}}}, "shared.S.block: unknown key, did you mean 'blocks'"),
         ({"shared": {"S": {"blocks": 0}}}, "shared.S.blocks: expected at least 1, got 0"),
         ({"shared": {"S": {"lora_rank": 0}}}, "shared.S.lora_rank: expected at least 1"),
-        ({"shared": {"S": {"blocks": 3}}}, "3 blocks for 2 layers of 'S'; at most 2"),
-        ({"layout": "[MS]", "shared": {"S": {}}}, "'S' stands beside others in [MS]"),
-        ({"ffn": "-E", "layout": "SS", "shared": {"S": {}}}, "have the feed-forwards '-' and 'E'"),
-        ({"shared": {"S": {"output": "next"}}}, "the last layer has no next one to feed"),
+        (
+            {"shared": {"S": {"blocks": 3}}},
+            "expected at most 2, the number of layers of 'S', got 3",
+        ),
+        (
+            {"layout": "[MS]", "shared": {"S": {}}},
+            "expected layers with the one mixer 'S', got [MS]",
+        ),
+        (
+            {"ffn": "-E", "layout": "SS", "shared": {"S": {}}},
+            "expected one feed-forward for all layers of a block, got '-' and 'E'",
+        ),
+        (
+            {"shared": {"S": {"output": "next"}}},
+            "expected 'replace' or 'add' for the last layer, got 'next'",
+        ),
         ({"shared": {"S": {"output": "nxt"}}}, "got 'nxt'; try 'next'"),
         (
             {"norm_position": "normed", "shared": {"S": {"concat_embeddings": True}}},
-            "norm_position 'normed' takes the stream from what the mixer reads",
+            "expected another norm_position than 'normed'",
         ),
         (
             {"mixers": {"S": {"num_heads": 3}}, "shared": {"S": {"concat_embeddings": True}}},

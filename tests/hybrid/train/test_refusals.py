@@ -112,9 +112,9 @@ def test_rows_of_a_plugin_hold_integers():
         ("? [a, b]\n: c", "expected text as a key"),
         ("? {a: b}\n: c", "expected text as a key"),
         ("5: c", "expected text as a key, got 5"),
-        ("a: " + "[" * 5000, "nested too deeply"),
-        ("a: &x [*x]", "holds itself"),
-        ("a: 2001-99-99", "not valid YAML"),
+        ("a: " + "[" * 5000, "levels of nesting"),
+        ("a: &x [*x]", "without cycles"),
+        ("a: 2001-99-99", "expected valid YAML"),
     ],
 )
 def test_yaml_of_strange_shapes_is_one_line(text, words):
