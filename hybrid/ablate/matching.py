@@ -169,7 +169,7 @@ def _measure(config: TrainConfig, match: Match) -> float:
 
 def _set(config: TrainConfig, match: Match, width: int) -> dict[str, Any]:
     """The model's keys with the width that is solved for."""
-    return yaml.with_key({"model": config.model}, match.width, width)["model"]
+    return yaml.with_key({"model": dict(config.model)}, match.width, width)["model"]
 
 
 def _present(config: TrainConfig, match: Match) -> int | None:

@@ -9,14 +9,14 @@ from typing import Any, get_args
 from hybrid.config import lookup
 from hybrid.config.block_options import POSITIONS, NormPosition, ResidualOptions, SharedOptions
 from hybrid.config.declare import build
-from hybrid.config.fields import StackFields
+from hybrid.config.fields import ConfigFields
 from hybrid.config.options import did_you_mean
 from hybrid.config.registry import mixers
 from hybrid.config.spec import default_skip_multiplier, num_residual_branches
 from hybrid.layout import DEFAULT, FFN, Layer
 
 
-def find_mistakes(config: StackFields, layers: tuple[Layer, ...]) -> list[str]:
+def find_mistakes(config: ConfigFields, layers: tuple[Layer, ...]) -> list[str]:
     """Return a line for each mistake; ``layers`` is the stack, or () if the layout is invalid."""
     lines: list[str] = []
     list(by_symbol(config, "norm_position", lines))
@@ -31,7 +31,7 @@ def find_mistakes(config: StackFields, layers: tuple[Layer, ...]) -> list[str]:
     return lines + _canon_without_room(config, layers) + _unlike_blocks(config, layers)
 
 
-def by_symbol(config: StackFields, field: str, lines: list[str]) -> Iterator[tuple[str, Any]]:
+def by_symbol(config: ConfigFields, field: str, lines: list[str]) -> Iterator[tuple[str, Any]]:
     """Yield path and value of each entry of a setting per symbol; report unknown symbols."""
     setting = getattr(config, field)
     if not isinstance(setting, Mapping):
@@ -47,7 +47,7 @@ def by_symbol(config: StackFields, field: str, lines: list[str]) -> Iterator[tup
             lines.append(f"{path}: expected the symbol of a mixer or a feed-forward, {near}")
 
 
-def _unlike_side_by_side(config: StackFields, layers: tuple[Layer, ...]) -> list[str]:
+def _unlike_side_by_side(config: ConfigFields, layers: tuple[Layer, ...]) -> list[str]:
     """Report parallel mixers of one layer with different residuals, which they share."""
     lines = []
     for layer in dict.fromkeys(layers):
@@ -68,7 +68,7 @@ def _unlike_side_by_side(config: StackFields, layers: tuple[Layer, ...]) -> list
     return lines
 
 
-def _skip_multiplier(config: StackFields, symbol: str, layers: tuple[Layer, ...]) -> float:
+def _skip_multiplier(config: ConfigFields, symbol: str, layers: tuple[Layer, ...]) -> float:
     skip = lookup.residual_at(config, symbol).skip_multiplier
     return (
         default_skip_multiplier(config.init, num_residual_branches(layers))
@@ -77,7 +77,7 @@ def _skip_multiplier(config: StackFields, symbol: str, layers: tuple[Layer, ...]
     )
 
 
-def _deepnorm_without_norms(config: StackFields, layers: tuple[Layer, ...]) -> list[str]:
+def _deepnorm_without_norms(config: ConfigFields, layers: tuple[Layer, ...]) -> list[str]:
     """Report norm positions without which the stream grows by alpha at every branch."""
     if config.init != "deepnorm":
         return []
@@ -97,7 +97,7 @@ def _deepnorm_without_norms(config: StackFields, layers: tuple[Layer, ...]) -> l
     ]
 
 
-def _canon(config: StackFields) -> list[str]:
+def _canon(config: ConfigFields) -> list[str]:
     lines: list[str] = []
     asked = list(by_symbol(config, "canon", lines))
     if isinstance(config.canon, (str, list)):
@@ -112,7 +112,7 @@ def _canon(config: StackFields) -> list[str]:
     return lines
 
 
-def _canon_without_room(config: StackFields, layers: Iterable[Layer]) -> list[str]:
+def _canon_without_room(config: ConfigFields, layers: Iterable[Layer]) -> list[str]:
     """Report mixers and feed-forwards without support for the configured canon positions."""
     lines = []
     for symbol in dict.fromkeys(s for layer in layers for s in layer.mixers):
@@ -130,7 +130,7 @@ def _canon_without_room(config: StackFields, layers: Iterable[Layer]) -> list[st
     return list(dict.fromkeys(lines))
 
 
-def _canon_problem(config: StackFields, symbol: str) -> str | None:
+def _canon_problem(config: ConfigFields, symbol: str) -> str | None:
     """Return why the mixer of a symbol cannot have a canon layer on q, k, v, or None if it can."""
     cls = lookup.bound_class(config, "mixers", mixers, symbol)
     given = lookup.bindings(config, "mixers").get(symbol, {})
@@ -148,7 +148,7 @@ def _canon_problem(config: StackFields, symbol: str) -> str | None:
     )
 
 
-def _shared(config: StackFields) -> list[str]:
+def _shared(config: ConfigFields) -> list[str]:
     lines: list[str] = []
     for path, values in by_symbol(config, "shared", lines):
         symbol = path.removeprefix("shared.")
@@ -159,7 +159,7 @@ def _shared(config: StackFields) -> list[str]:
     return lines
 
 
-def _unlike_blocks(config: StackFields, layers: tuple[Layer, ...]) -> list[str]:
+def _unlike_blocks(config: ConfigFields, layers: tuple[Layer, ...]) -> list[str]:
     """Report layers that cannot share their weights, and outputs without a next layer."""
     lines = []
     for symbol in config.shared or {}:

@@ -11,10 +11,8 @@ Combine = Literal["mean", "sum", "concat", "learned", "learned_scalar"]
 
 
 class StackFields(Protocol):
-    """Fields read by resolution and validation; ``HybridConfig`` implements them."""
+    """Fields that the stack follows from: what resolution reads."""
 
-    model_type: str
-    vocab_size: int
     hidden_size: int
     layout: str
     num_hidden_layers: int | None
@@ -25,21 +23,28 @@ class StackFields(Protocol):
     norm_eps: float
     norm_position: Any
     residuals: dict[str, dict] | None
-    embedding_multiplier: Any
-    logits_multiplier: float
     init: Init
-    initializer_range: float
     parallel_combine: Combine
     canon: Any
     canon_width: int
     shared: dict[str, dict] | None
+    mup_base_width: int | None
+    max_position_embeddings: int | None
+
+
+class ConfigFields(StackFields, Protocol):
+    """Fields that validation reads; ``HybridConfig`` implements them."""
+
+    model_type: str
+    vocab_size: int
+    embedding_multiplier: Any
+    logits_multiplier: float
+    initializer_range: float
     z_loss: float
     logit_softcap: float | None
     num_mtp_layers: int
     mtp_layout: str | None
     mtp_loss_weight: float
-    mup_base_width: int | None
-    max_position_embeddings: int | None
     pad_token_id: int | None
     bos_token_id: int | None
     eos_token_id: int | list[int] | None

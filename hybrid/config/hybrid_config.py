@@ -355,6 +355,4 @@ class HybridConfig(PreTrainedConfig):
 
 
 # The fields that resolution reads.
-_STACK_FIELDS = tuple(
-    name for name in inspect.get_annotations(StackFields) if name not in ("model_type", "dtype")
-)
+_STACK_FIELDS = tuple(inspect.get_annotations(StackFields))

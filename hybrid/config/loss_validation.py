@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
-from hybrid.config.fields import StackFields
+from hybrid.config.fields import ConfigFields
 from hybrid.config.options import ConfigError
 from hybrid.config.registry import feed_forwards, mixers
 from hybrid.layout import Layer, LayoutError, check_bound, parse
@@ -14,7 +14,7 @@ MUP_INITS = ("fixed", "depth_scaled")
 """Initialisation schemes that use ``initializer_range``, which muP scales."""
 
 
-def find_mistakes(config: StackFields, layers: tuple[Layer, ...]) -> list[str]:
+def find_mistakes(config: ConfigFields, layers: tuple[Layer, ...]) -> list[str]:
     """Return a line for each mistake; ``layers`` is the stack, () if other fields are invalid."""
     if not layers:
         return []
@@ -22,7 +22,7 @@ def find_mistakes(config: StackFields, layers: tuple[Layer, ...]) -> list[str]:
     return lines or _mup_base_problems(config)
 
 
-def _wrong_mtp_layout(config: StackFields) -> list[str]:
+def _wrong_mtp_layout(config: ConfigFields) -> list[str]:
     if not config.num_mtp_layers:
         return [
             f"mtp_layout: expected null with num_mtp_layers: 0, got {config.mtp_layout!r};"
@@ -45,7 +45,7 @@ def _wrong_mtp_layout(config: StackFields) -> list[str]:
     ]
 
 
-def _mup_base_problems(config: StackFields) -> list[str]:
+def _mup_base_problems(config: ConfigFields) -> list[str]:
     """Report mistakes of the config at ``mup_base_width``, at which it must be valid as well."""
     base = config.mup_base_width
     if base is None:

@@ -13,7 +13,7 @@ from transformers import GenerationConfig, PreTrainedConfig
 
 from hybrid.config import block_validation, lookup, loss_validation
 from hybrid.config.declare import build, check_keys, show
-from hybrid.config.fields import StackFields
+from hybrid.config.fields import ConfigFields
 from hybrid.config.options import did_you_mean, nearest
 from hybrid.config.registry import Registry, feed_forwards, mixers
 from hybrid.config.sizes import Sizes
@@ -46,6 +46,8 @@ ANY_SIZE = 64 * 2**4 * 3**2 * 5 * 7 * 11 * 13
 DEEPEST, WIDEST = 1 << 14, 1 << 20
 """Maximum number of layers, and of channels."""
 
+TOKEN_IDS = ("pad_token_id", "bos_token_id", "eos_token_id")
+
 # Keys of transformers that config.json may contain in addition to the fields.
 STANDARD_KEYS = {
     "model_type", "auto_map", "torch_dtype", "name_or_path", "_name_or_path", "_commit_hash",
@@ -55,7 +57,7 @@ STANDARD_KEYS = {
 
 
 def find_mistakes(
-    config: StackFields, hints: Mapping[str, Any], kwargs: Mapping[str, Any]
+    config: ConfigFields, hints: Mapping[str, Any], kwargs: Mapping[str, Any]
 ) -> tuple[list[str], tuple[Layer, ...]]:
     """Return the mistakes of a config, and its layers.
 
@@ -69,7 +71,7 @@ def find_mistakes(
     """
     lines = _unknown_keys(config, kwargs, list(hints))
     lines += check_keys(type(config), hints, {name: getattr(config, name) for name in hints})[0]
-    lines += _wrong_dtype(config) + _tokens_outside(config)
+    lines += _wrong_dtype(config) + tokens_outside(config)
     lines += _wrong_bindings(config, "mixers", mixers)
     lines += _wrong_bindings(config, "feed_forwards", feed_forwards)
     wrong, layers = _lay_out(config)
@@ -86,7 +88,7 @@ def standard_keys() -> frozenset[str]:
     return frozenset(STANDARD_KEYS | set(PreTrainedConfig().__dict__) | set(generation))
 
 
-def _unknown_keys(config: StackFields, kwargs: Mapping[str, Any], names: list[str]) -> list[str]:
+def _unknown_keys(config: ConfigFields, kwargs: Mapping[str, Any], names: list[str]) -> list[str]:
     lines = []
     model_type = kwargs.get("model_type", config.model_type)
     if model_type != config.model_type:
@@ -95,7 +97,7 @@ def _unknown_keys(config: StackFields, kwargs: Mapping[str, Any], names: list[st
     return lines + [f"{key}: unknown key, {_hint(config, key, names)}" for key in unknown]
 
 
-def _hint(config: StackFields, key: str, names: list[str]) -> str:
+def _hint(config: ConfigFields, key: str, names: list[str]) -> str:
     """Return a suggestion for an unknown key: a field, or an option of a mixer or feed-forward."""
     key = OTHER_NAMES.get(key, key)
     nested = {f"mixers: {{{s}: {{{o}: ...}}}}": o for s, o in _options(config, "mixers", mixers)}
@@ -109,7 +111,7 @@ def _hint(config: StackFields, key: str, names: list[str]) -> str:
     return did_you_mean(key, names)
 
 
-def _options(config: StackFields, field: str, registry: Registry) -> Iterator[tuple[str, str]]:
+def _options(config: ConfigFields, field: str, registry: Registry) -> Iterator[tuple[str, str]]:
     """Yield symbol and option of every symbol that the layout seems to use; softmax first."""
     patterns = config.ffn.values() if isinstance(config.ffn, dict) else [config.ffn]
     text = "".join(map(str, (config.layout, *patterns))) if isinstance(config.layout, str) else ""
@@ -124,7 +126,7 @@ def _options(config: StackFields, field: str, registry: Registry) -> Iterator[tu
             yield symbol, f.name
 
 
-def _wrong_dtype(config: StackFields) -> list[str]:
+def _wrong_dtype(config: ConfigFields) -> list[str]:
     lines = []
     if isinstance(config.dtype, str) and not _is_dtype(config.dtype):
         known = [name for name in vars(torch) if _is_dtype(name)]
@@ -135,10 +137,11 @@ def _wrong_dtype(config: StackFields) -> list[str]:
     return lines
 
 
-def _tokens_outside(config: StackFields) -> list[str]:
+def tokens_outside(config: ConfigFields) -> list[str]:
+    """Return a line for each special token that the vocabulary does not have."""
     size = config.vocab_size if _is_int(config.vocab_size) else 0
     lines = []
-    for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+    for name in TOKEN_IDS:
         ids = getattr(config, name)
         for token in ids if isinstance(ids, list) else [ids]:
             if _is_int(token) and 0 < size <= token:
@@ -146,7 +149,7 @@ def _tokens_outside(config: StackFields) -> list[str]:
     return lines
 
 
-def _wrong_bindings(config: StackFields, field: str, registry: Registry) -> list[str]:
+def _wrong_bindings(config: ConfigFields, field: str, registry: Registry) -> list[str]:
     lines: list[str] = []
     bindings = getattr(config, field)
     for symbol, values in (bindings if isinstance(bindings, dict) else {}).items():
@@ -175,7 +178,9 @@ def _wrong_bindings(config: StackFields, field: str, registry: Registry) -> list
     return lines
 
 
-def _wrong_options(config: StackFields, cls: type, options: dict[str, Any], path: str) -> list[str]:
+def _wrong_options(
+    config: ConfigFields, cls: type, options: dict[str, Any], path: str
+) -> list[str]:
     """Report mistakes in each option, and in combinations of valid options."""
     lines: list[str] = []
     built = build(cls.Options, options, path, lines)
@@ -192,7 +197,7 @@ def _wrong_options(config: StackFields, cls: type, options: dict[str, Any], path
     return lines + [f"{path}.{problem}" for problem in problems]
 
 
-def _sizes(config: StackFields, path: str) -> Sizes | None:
+def _sizes(config: ConfigFields, path: str) -> Sizes | None:
     """Return the sizes to check a mixer or feed-forward with; None if hidden_size is invalid."""
     size = config.hidden_size
     if not _is_int(size) or not 0 < size <= WIDEST:
@@ -205,7 +210,7 @@ def _sizes(config: StackFields, path: str) -> Sizes | None:
     return Sizes(size, max_position_embeddings=config.max_position_embeddings)
 
 
-def _lay_out(config: StackFields) -> tuple[list[str], tuple[Layer, ...]]:
+def _lay_out(config: ConfigFields) -> tuple[list[str], tuple[Layer, ...]]:
     """Parse the layout; return its mistakes and its layers."""
     if not isinstance(config.layout, str):
         return [], ()
@@ -245,7 +250,7 @@ def _told(error: LayoutError) -> str:
     return str(error) if error.name in ("layout", "ffn") else f"ffn: {error}"
 
 
-def _unbound_feed_forwards(config: StackFields, layers: Iterable[Layer]) -> list[str]:
+def _unbound_feed_forwards(config: ConfigFields, layers: Iterable[Layer]) -> list[str]:
     known = set(feed_forwards.symbols()) | set(lookup.bindings(config, "feed_forwards"))
     return [
         f"ffn: expected one of the bound symbols {', '.join(sorted(known))}, got {symbol!r}"
@@ -262,7 +267,7 @@ def _check_symbol(symbol: str, registry: Registry) -> None:
         raise ValueError(f"expected a feed-forward symbol ({', '.join(FFN)}), got {symbol!r}")
 
 
-def _defaults_that_do_not_fit(config: StackFields, layers: Iterable[Layer]) -> list[str]:
+def _defaults_that_do_not_fit(config: ConfigFields, layers: Iterable[Layer]) -> list[str]:
     """Report unbound symbols of the layout whose default options do not fit D."""
     lines = []
     for symbol in dict.fromkeys(s for layer in layers for s in layer.mixers):
@@ -274,7 +279,7 @@ def _defaults_that_do_not_fit(config: StackFields, layers: Iterable[Layer]) -> l
     return lines
 
 
-def _crowded(config: StackFields, layers: Iterable[Layer]) -> list[str]:
+def _crowded(config: ConfigFields, layers: Iterable[Layer]) -> list[str]:
     lines = []
     for layer in dict.fromkeys(layers):
         try:

@@ -10,10 +10,11 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from hybrid.config import yaml
 from hybrid.config.declare import Below1, Count, Declared, NotNegative, Text, parse, refuse
+from hybrid.config.options import ConfigError
 from hybrid.data.packing import LongDocuments, Packing
 from hybrid.data.sources import Source, SourceConfig
 from hybrid.train.limits import training_values
-from hybrid.train.model_values import model_mistakes
+from hybrid.train.model_values import check_model
 from hybrid.train.schedule import MultiStepConfig
 
 Device = Literal["auto", "cpu", "cuda", "xpu", "mps", "npu"]
@@ -41,8 +42,11 @@ def _packing(value: Any) -> Any:
 
 
 def _check_model(model: dict[str, Any]) -> dict[str, Any]:
-    refuse([line.removeprefix("model").removeprefix(".") for line in model_mistakes(model)])
-    return model
+    try:
+        return check_model(model)
+    except ConfigError as error:
+        refuse([line.removeprefix("model").removeprefix(".") for line in error.mistakes])
+        raise
 
 
 def _check_name(name: str) -> str:

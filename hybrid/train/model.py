@@ -5,12 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
-from hybrid.checkpoint_paths import check_source
 from hybrid.config.options import ConfigError, first_few
 from hybrid.train.config import TrainConfig
-from hybrid.train.model_values import make, new_config, refuse_unknown
+from hybrid.train.model_values import checkpoint_config, config_with_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -25,16 +24,12 @@ def model_config(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> Pre
         ConfigError: unknown keys, or a model too small for its tokenizer or for its rows.
     """
     if "path" in config.model:
-        keys = {k: v for k, v in config.model.items() if k != "path"}
-        path = config.model["path"]
-        base = make(lambda: AutoConfig.from_pretrained(check_source(path)))
-        refuse_unknown(type(base), keys)
-        made = make(lambda: AutoConfig.from_pretrained(path, **keys))
+        made = checkpoint_config(config.model)
     else:
         # before errors about the ids of a tokenizer that is too large
         if lines := _too_small(config.model.get("vocab_size"), config, tokenizer):
             raise ConfigError(lines)
-        made = new_config(config.model, tokenizer)
+        made = config_with_tokenizer(config.model, tokenizer)
     _check_sizes(made, config, tokenizer)
     return made
 
