@@ -1,4 +1,4 @@
-"""What ``bench.py`` compares: for each op, our call and the fallback in transformers.
+"""What ``bench.py`` compares: for each op, our call and the fallback in transformers, if any.
 
 One decoded token is in ``baseline_steps.py``.
 
@@ -117,6 +117,23 @@ def _kda_theirs(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_decay: Tensor
     from transformers.models.kimi_linear.modeling_kimi_linear import chunk_kimi_delta_attention
 
     return inspect.unwrap(chunk_kimi_delta_attention)(q, k, v, log_decay, beta)[0]
+
+
+# Erase keys apart from writing: no fallback in transformers. Set against our own delta rule with a
+# decay over keys, of which it is a generalisation, on the same transition.
+
+
+def _erase_ours(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_decay: Tensor) -> Tensor:
+    strength = beta.unsqueeze(-1)
+    a = -strength * k
+    return linear_attention(q, k, strength * v, log_decay=log_decay, erase_key=a, erase_query=k)[0]
+
+
+def _erase_flops(length: int) -> float:
+    chunk = 32
+    pairs, inverse = 4 * chunk * K, chunk * chunk / 3
+    products = pairs + inverse + chunk * K + 4 * chunk * V + 4 * K * V
+    return 2.0 * length * H * products
 
 
 # Lightning: MiniMax's layer with everything around the recurrence made the identity.
@@ -252,6 +269,7 @@ PAIRS: dict[str, Pair] = {
     ),
     "lightning": Pair(lightning_inputs, lightning_ours, _lightning_theirs, _additive_flops, 3.5),
     "kda": Pair(lambda t: rows(t, (H, K), True), _delta_ours, _kda_theirs, _delta_flops, 3.5),
+    "erase": Pair(lambda t: rows(t, (H, K), True), _erase_ours, _delta_ours, _erase_flops, 3.5),
     "gla": Pair(lambda t: rows(t, (H, K)), _gla_ours, _gla_theirs, _additive_flops, 3.5),
     "mamba1": Pair(scan_inputs, _scan_ours, _scan_theirs),
     "conv1d": Pair(_conv_inputs, _conv_ours, _conv_theirs),

@@ -21,6 +21,8 @@ TARGETS: dict[str, tuple[float, float, float | None]] = {
     "gated_delta": (2.5, 7.0, 1 / 4),
     "lightning": (2.2, 3.0, 1 / 2),
     "kda": (40.0, 130.0, 1 / 40),
+    # Set against our own delta rule: at most 1.6 times its time.
+    "erase": (0.625, 0.625, None),
     "gla": (2.0, 2.2, None),
     "mamba1": (5.0, 50.0, 1 / 4),
     "conv1d": (1.5, 1.5, 1 / 2),

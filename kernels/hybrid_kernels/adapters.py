@@ -57,6 +57,8 @@ def unsupported(arguments: Arguments) -> str | None:
 def _unsupported_by_fla(a: LinearAttention) -> str | None:
     if not a.q.dtype == a.k.dtype == a.v.dtype:
         return f"it takes q, k and v of one dtype, got {a.q.dtype}, {a.k.dtype} and {a.v.dtype}"
+    if a.erase_key is not None:
+        return "it has no adapter for erase_key and erase_query"
     if a.beta is not None and a.log_decay is None and a.q.dtype == torch.float32:
         return "its delta rule without decay does not take float32"
     if a.bonus is not None and (a.log_decay is None or a.log_decay.dim() != 4):

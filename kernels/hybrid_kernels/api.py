@@ -28,6 +28,8 @@ def linear_attention(
     chunk_size: int | None = None,
     overwrite_state: bool = False,
     write_scale: Tensor | None = None,
+    erase_key: Tensor | None = None,
+    erase_query: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Run a linear recurrence over a matrix state and read it with queries.
 
@@ -35,12 +37,14 @@ def linear_attention(
 
         S_t = d_t * S_{t-1} + w_t k_t v_t^T                                    beta is None
         S_t = d_t * S_{t-1} + beta_t k_t (v_t - k_t^T (d_t * S_{t-1}))^T       delta rule
+        S_t = d_t * S_{t-1} + a_t (b_t^T (d_t * S_{t-1})) + k_t v_t^T          erase keys a, b
         o_t = scale * q_t^T S_t                                                bonus is None
         o_t = scale * q_t^T (S_{t-1} + w_t diag(bonus) k_t v_t^T)              RWKV-6's read
 
     Linear attention: arXiv 2006.16236, eq. 16-20; decay forms: arXiv 2312.06635, table 1; delta
     rule: arXiv 2406.06484, eq. 3, with decay arXiv 2412.06464, eq. 10, and arXiv 2510.26692,
-    eq. 1; the read with a bonus: arXiv 2404.05892, eq. 16.
+    eq. 1; a transition that is diagonal plus low rank, with erase keys of its own: arXiv
+    2503.14456, eq. 16; the read with a bonus: arXiv 2404.05892, eq. 16.
 
     Args:
         q: queries (B, T, H_q, K).
@@ -72,6 +76,11 @@ def linear_attention(
         write_scale: (B, T, H) w, factor of each token's write (Mamba-2's step size, arXiv
             2405.21060, eq. 2); default 1. Equivalent to multiplying v, without a separate pass
             over the values. Additive form only.
+        erase_key: (B, T, H, K) a, where what ``erase_query`` reads is added. The delta rule is the
+            case a = -beta k, b = k with values beta v, and faster by ``beta``. Excludes ``beta``,
+            ``bonus``, ``value_log_decay`` and ``write_scale``.
+        erase_query: (B, T, H, K) b, what reads the decayed state; given with ``erase_key``.
+            |a_t| |b_t| above 2 in the direction of each other makes the state grow.
 
     Returns:
         o (B, T, H, V) in v's dtype, and the final state in the form of ``initial_state`` (float32;
@@ -91,6 +100,8 @@ def linear_attention(
         beta,
         bonus,
         write_scale,
+        erase_key,
+        erase_query,
         initial_state,
         cu_seqlens,
         _scale(scale, q),

@@ -45,6 +45,7 @@ def optional(
     excludes: tuple[str, ...] = (),
     reason: str = "",
     fold: Callable[[Any], Any] | None = None,
+    requires: tuple[str, ...] = (),
 ) -> Any:
     """Declare an optional tensor.
 
@@ -54,8 +55,10 @@ def optional(
         reason: why, appended to the error.
         fold: from a record to an equivalent one without this argument, for backends that do not
             take it.
+        requires: names of the optional tensors that must be given with it.
     """
     metadata = {"shape": shape, "excludes": excludes, "reason": reason, "fold": fold}
+    metadata["requires"] = requires
     return field(default=None, metadata=metadata)
 
 
@@ -183,6 +186,12 @@ class LinearAttention(Arguments):
     write_scale: Tensor | None = optional(
         "(B, T, H)", excludes=("beta",), reason=", which has its part there", fold=scaled_values
     )
+    erase_key: Tensor | None = optional(
+        "(B, T, H, K)",
+        excludes=("beta", "value_log_decay", "bonus", "write_scale"),
+        requires=("erase_query",),
+    )
+    erase_query: Tensor | None = optional("(B, T, H, K)", requires=("erase_key",))
     initial_state: Tensor | None = optional("(R, H, K, V)")
     cu_seqlens: Tensor | None = None
     scale: float = 1.0
@@ -192,6 +201,11 @@ class LinearAttention(Arguments):
     def heads(self) -> int:
         """H."""
         return max(self.q.shape[2], self.k.shape[2], self.v.shape[2])
+
+    @property
+    def erases(self) -> bool:
+        """Whether what a token writes depends on the state: the delta rule, or erase keys."""
+        return self.beta is not None or self.erase_key is not None
 
     @property
     def dtype(self) -> torch.dtype:

@@ -19,7 +19,7 @@ def linear_attention(a: LinearAttention) -> tuple[Tensor, Tensor]:
     dtype, heads = a.dtype, a.heads
     q, k, values = (_each_head(x.to(dtype), heads) for x in (a.q, a.k, a.v))
     decay = _full_decay(a.log_decay, a.value_log_decay, q, values)
-    beta, bonus = a.beta, a.bonus
+    beta, bonus, erase_key, erase_query = a.beta, a.bonus, a.erase_key, a.erase_query
     if beta is not None:
         beta = beta.to(dtype)
     if a.write_scale is not None:
@@ -36,6 +36,9 @@ def linear_attention(a: LinearAttention) -> tuple[Tensor, Tensor]:
             if beta is not None:
                 # The delta rule writes only what the decayed state does not already answer.
                 v_t = beta[:, t, :, None] * (v_t - _read(k_t, state))
+            if erase_key is not None and erase_query is not None:
+                a_t, b_t = erase_key[:, t].to(dtype), erase_query[:, t].to(dtype)
+                state = state + a_t[..., :, None] * _read(b_t, state)[..., None, :]
             state = state + k_t[..., :, None] * v_t[..., None, :]
             read = state
             if bonus is not None:

@@ -38,6 +38,7 @@ class Form:
         value_decay: whether the decay over values is given.
         bonus: whether the exclusive read is on.
         write_scale: whether writes are scaled.
+        erase: whether erase keys and queries are given.
         heads: of q, k and v.
         paper: a mixer that has this form.
     """
@@ -48,6 +49,7 @@ class Form:
     value_decay: bool = False
     bonus: bool = False
     write_scale: bool = False
+    erase: bool = False
     heads: tuple[int, int, int] = (2, 2, 2)
     paper: str = ""
 
@@ -67,6 +69,11 @@ FORMS: tuple[Form, ...] = (
     Form("delta_fixed", "fixed", delta=True),
     Form("delta_scalar", "scalar", delta=True, paper="gated DeltaNet 2412.06464"),
     Form("delta_vector", "vector", delta=True, paper="Kimi Delta Attention 2510.26692"),
+    Form("erase", erase=True),
+    Form("erase_fixed", "fixed", erase=True),
+    Form("erase_scalar", "scalar", erase=True, paper="Comba 2506.02475"),
+    Form("erase_vector", "vector", erase=True, paper="RWKV-7 2503.14456"),
+    Form("erase_grouped", "vector", erase=True, heads=(2, 4, 1)),
     Form("shared_keys", "scalar", heads=(1, 1, 4), paper="Mamba-2 with one group"),
     Form("grouped_keys", "scalar", heads=(2, 2, 4), paper="Mamba-2 with groups"),
     Form("grouped_values", "fixed", heads=(4, 2, 2), paper="grouped-query Lightning"),
@@ -159,6 +166,13 @@ def sample(
         found["beta"] = (2 * strength).to(dtype)
     found["k"] = keys.to(dtype)
     found["v"] = normal(batch, time, form.heads[2], value_dim).to(dtype)
+    if form.erase:
+        # Transitions of norm at most 1 before the decay, as mixers keep them.
+        shape = (batch, time, heads, key_dim)
+        direction = torch.nn.functional.normalize(normal(*shape), dim=-1)
+        strength = torch.rand(shape, generator=generator, dtype=torch.float64)
+        found["erase_key"] = (-direction * strength).to(dtype)
+        found["erase_query"] = direction.to(dtype)
     found["initial_state"] = normal(rows, heads, key_dim, value_dim).to(state_dtype)
     token = (batch, time, heads)
     shape = {"fixed": (heads,), "scalar": token, "vector": (*token, key_dim)}.get(form.decay)

@@ -134,6 +134,12 @@ def _check_optional(arguments: Arguments, letters: dict[str, int]) -> None:
                     f"{name}: expected None beside {other}{declared['reason']}, got a tensor; "
                     "try without one of them"
                 )
+        for other in declared["requires"]:
+            if getattr(arguments, other) is None:
+                raise ValueError(
+                    f"{other}: expected a tensor beside {name}, got None; "
+                    "try both of them or neither"
+                )
         shape = tuple(letters[letter] for letter in symbols.strip("(),").split(", "))
         _shaped(name, x, shape, symbols.replace("R,", "B or N,"))
     _same_device(*[(name, getattr(arguments, name)) for name in arguments.DIFFERENTIABLE])

@@ -1,5 +1,6 @@
 """Choosing a backend, and what a wrong argument is told."""
 
+import importlib
 import logging
 import re
 
@@ -111,6 +112,16 @@ def scan(**changes):
         ),
         ({"write_scale": torch.rand(2, 5, 4), "beta": torch.rand(2, 5, 4)}, "has its part there"),
         ({"write_scale": torch.rand(2, 5)}, r"write_scale: expected \(B, T, H\) = \(2, 5, 4\)"),
+        ({"erase_key": torch.randn(2, 5, 4, 8)}, "erase_query: expected a tensor beside erase_key"),
+        ({"erase_query": torch.randn(2, 5, 4, 8)}, "erase_key: expected a tensor beside erase_q"),
+        (
+            {"erase_key": torch.randn(2, 5, 4, 8), "beta": torch.rand(2, 5, 4)},
+            "erase_key: expected None beside beta",
+        ),
+        (
+            {"erase_key": torch.randn(2, 5, 4), "erase_query": torch.randn(2, 5, 4, 8)},
+            r"erase_key: expected \(B, T, H, K\)",
+        ),
         ({"initial_state": torch.zeros(2, 4, 8, 7)}, r"initial_state: expected \(B or N"),
         ({"chunk_size": -1}, "at least 16, got -1"),
         ({"chunk_size": 24}, "power of two"),
@@ -214,3 +225,13 @@ def test_int32_offsets_do_too():
     long = linear_attention(x, x, x, cu_seqlens=torch.tensor([0, 2, 5]))[0]
     short = linear_attention(x, x, x, cu_seqlens=torch.tensor([0, 2, 5], dtype=torch.int32))[0]
     assert torch.equal(long, short)
+
+
+@pytest.mark.parametrize("module", ["triton", "adapters"])
+def test_backends_without_erase_keys_name_them(module):
+    """So that ``backend=None`` passes them over; neither runs without a GPU."""
+    q, a = torch.randn(2, 1, 5, 2, 8)
+    given = arguments.LinearAttention(q, q, q, erase_key=a, erase_query=a)
+    unsupported = importlib.import_module(f"hybrid_kernels.{module}").unsupported
+    assert "erase_key" in unsupported(given)
+    assert unsupported(given.replace(erase_key=None, erase_query=None)) is None

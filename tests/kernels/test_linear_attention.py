@@ -23,7 +23,10 @@ from hybrid_kernels.testing import (
 forms = pytest.mark.parametrize("form", FORMS, ids=lambda form: form.name)
 backends = pytest.mark.parametrize("backend", BACKENDS_UNDER_TEST)
 PAIRS = [(name, dtype) for name, dtypes in BACKENDS_UNDER_TEST.items() for dtype in dtypes]
-SEQUENCE = ("q", "k", "v", "log_decay", "value_log_decay", "beta", "write_scale")
+SEQUENCE = (
+    *("q", "k", "v", "log_decay", "value_log_decay", "beta", "write_scale"),
+    *("erase_key", "erase_query"),
+)
 
 
 def cut(inputs, start, stop):
@@ -385,7 +388,9 @@ def test_any_scale_of_writes(name, lengths, scale, backend):
 
 
 @backends
-@pytest.mark.parametrize("form", [form for form in FORMS if not form.delta], ids=lambda f: f.name)
+@pytest.mark.parametrize(
+    "form", [f for f in FORMS if not (f.delta or f.erase)], ids=lambda f: f.name
+)
 @pytest.mark.parametrize("gates", ["mild", "closed"])
 def test_a_scale_of_writes_is_one_of_values(form, gates, backend):
     """Of every form, and where values have fewer heads than the state."""
@@ -404,3 +409,21 @@ def test_a_scale_of_writes_is_one_of_values(form, gates, backend):
     )
     for x, y in zip(found, expected, strict=True):
         assert relative_rms(x, y) <= 1e-11
+
+
+@backends
+@pytest.mark.parametrize("gates", ["mild", "closed"])
+@pytest.mark.parametrize("name", ["delta_scalar", "delta_vector"])
+def test_the_delta_rule_as_erase_keys(name, gates, backend):
+    """a = -beta k and b = k, with values beta v."""
+    form = next(form for form in FORMS if form.name == name)
+    inputs = sample(form, gates=gates, dtype=torch.float64)
+    expected = evaluate(linear_attention, inputs, backend=backend)
+
+    def by_erase_keys(q, k, v, beta, **rest):
+        strength = beta.unsqueeze(-1)
+        return linear_attention(
+            q, k, strength * v, erase_key=-strength * k, erase_query=k, **rest, backend=backend
+        )
+
+    assert_agrees(evaluate(by_erase_keys, inputs), expected, 1e-11)

@@ -41,7 +41,9 @@ def check(op, inputs, name, value, loss_on, **options):
     return found
 
 
-@pytest.mark.parametrize("name", ["q", "k", "v", "log_decay", "beta", "write_scale"])
+@pytest.mark.parametrize(
+    "name", ["q", "k", "v", "log_decay", "beta", "write_scale", "erase_key", "erase_query"]
+)
 @pytest.mark.parametrize("form", FORMS, ids=lambda form: form.name)
 def test_linear_attention_as_the_reference(form, name):
     inputs = sample(form, time=TIME)

@@ -61,6 +61,7 @@ class LinearAttentionStep:
         """Return the output and the new state."""
         q, k, v, log_decay, value_log_decay = a.q, a.k, a.v, a.log_decay, a.value_log_decay
         beta, bonus, write_scale, scale = a.beta, a.bonus, a.write_scale, a.scale
+        erase_key, erase_query = a.erase_key, a.erase_query
         initial_state = state = a.initial_state
         rows, keys, values = self.rows, self.keys, self.values
         if self.cast:
@@ -68,6 +69,8 @@ class LinearAttentionStep:
             given = (log_decay, value_log_decay, beta, write_scale, state)
             cast = (None if x is None else x.to(self.dtype) for x in given)
             log_decay, value_log_decay, beta, write_scale, state = cast
+            if erase_key is not None:
+                erase_key, erase_query = (x.to(self.dtype) for x in (erase_key, erase_query))
         if self.grouped:
             q, k, v = self._each_head(q), self._each_head(k), self._each_head(v)
         if state is None:
@@ -94,6 +97,11 @@ class LinearAttentionStep:
         if not free:
             state = state.clone()
         after = state.view(rows, keys, values)
+        if erase_key is not None:
+            assert erase_query is not None
+            # With beta = 0 the first argument only lends its shape.
+            recalled = torch.baddbmm(value, erase_query.reshape(rows, 1, keys), after, beta=0)
+            after.baddbmm_(erase_key.reshape(rows, keys, 1), recalled)
         if beta is None:
             after.baddbmm_(k.reshape(rows, keys, 1), value)
             if bonus is None:

@@ -127,7 +127,8 @@ def delta_backward(
     _pass_states_back(rows, writes, d, carry)
     dtotal = None
     if grads.of_decays and rows.total is not None:
-        dtotal = _total_gradient(x, rows, d, work)
+        states, over_keys = rows.buffers.states, rows.key_gate is not None
+        dtotal = total_gradient(x, rows.total, states, d.dstates, over_keys, work)
     exact = _row_gradients(x, rows, writes, d)
     # For beta and for the decays: rows times their gradients.
     torch.mul(m.read, d.dread, out=d.reads)
@@ -166,18 +167,31 @@ def _pass_states_back(
         before.baddbmm_(d.step_erase[i], du, alpha=-1)
 
 
-def _total_gradient(x: InputChunks, rows: DeltaRows, d: GradientBuffers, work: Scratch) -> Tensor:
+def total_gradient(
+    x: InputChunks,
+    total: Tensor,
+    states: SpanStates,
+    dstates: SpanStates,
+    over_keys: bool,
+    work: Scratch,
+) -> Tensor:
     """Return the total decay times its gradient, (b, K) or (b, 1).
 
     Rescaled, the whole state after the chunk goes through the total decay; exact, only the state
     before it does.
+
+    Args:
+        x: the inputs.
+        total: (b, K or 1, 1).
+        states: around each chunk.
+        dstates: their gradients.
+        over_keys: return the part of each key.
+        work: in which ``dread`` is overwritten.
     """
-    assert rows.total is not None
-    states = rows.buffers.states
     through = states.starts if x.exact else states.ends
-    product = torch.mul(through, d.dstates.ends, out=work.take("dread", *through.shape))
-    dtotal = product.sum(2) if rows.key_gate else product.sum((1, 2))[:, None]
-    return dtotal.mul_(rows.total.squeeze(2)) if x.exact else dtotal
+    product = torch.mul(through, dstates.ends, out=work.take("dread", *through.shape))
+    dtotal = product.sum(2) if over_keys else product.sum((1, 2))[:, None]
+    return dtotal.mul_(total.squeeze(2)) if x.exact else dtotal
 
 
 def _row_gradients(

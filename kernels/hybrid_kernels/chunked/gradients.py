@@ -30,6 +30,8 @@ class ChunkGradients(NamedTuple):
     value_decay: Tensor | None = None
     beta: Tensor | None = None
     write_scale: Tensor | None = None
+    erase_key: Tensor | None = None
+    erase_query: Tensor | None = None
     bonus: Tensor | None = None
 
     @property
@@ -62,6 +64,9 @@ class GradientMemory:
             "value_decay": decays,
             "beta": None if x.beta is None else x.beta.dtype,
             "write_scale": x.dtype,
+            **{
+                n: y.dtype for n in ("erase_key", "erase_query") if (y := getattr(x, n)) is not None
+            },
         }
         self.plan, self._whole, chunks = x.plan, {}, {}
         if places is None:

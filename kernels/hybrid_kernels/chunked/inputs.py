@@ -34,6 +34,7 @@ class InputChunks:
         beta: (..., 1), or None for the additive form; with beta, r is 1.
         bonus: (G, K), or None; with a bonus, r is 1.
         write_scale: (..., r, 1), or None; a factor on values.
+        erase_key, erase_query: (..., K), or None; with them, r is 1.
         scale: of the output.
         exact: whether pairs decay in the exact way (``gates.py``).
         plan: of the chunks.
@@ -48,6 +49,8 @@ class InputChunks:
     beta: Tensor | None
     bonus: Tensor | None
     write_scale: Tensor | None
+    erase_key: Tensor | None
+    erase_query: Tensor | None
     scale: float
     exact: bool
     plan: ChunkPlan
@@ -57,6 +60,11 @@ class InputChunks:
     def heads(self) -> int:
         """G, the heads of q and k."""
         return self.q.shape[2]
+
+    @property
+    def erases(self) -> bool:
+        """Whether what a row writes depends on the state (``LinearAttention.erases``)."""
+        return self.beta is not None or self.erase_key is not None
 
     @property
     def state_shape(self) -> tuple[int, int]:
@@ -151,9 +159,13 @@ def cut_inputs(a: LinearAttention, wanted: Wanted) -> InputChunks:
     key_decay = log_decay
     if log_decay is not None and log_decay.dim() == 3:
         key_decay = log_decay[..., None]
-        if not (exact or a.bonus is not None or value_decay is not None):
+        apart = a.bonus is not None or a.erase_key is not None
+        if not (exact or apart or value_decay is not None):
             key_decay, value_decay = None, key_decay
-    share = all(x is None for x in (a.beta, a.bonus, key_decay)) and a.q.shape[2] == a.k.shape[2]
+    share = (
+        all(x is None for x in (a.beta, a.bonus, a.erase_key, key_decay))
+        and a.q.shape[2] == a.k.shape[2]
+    )
     groups = a.q.shape[2] if share else heads
 
     def cut(x: Tensor | None, *shared: int) -> Tensor | None:
@@ -180,6 +192,8 @@ def cut_inputs(a: LinearAttention, wanted: Wanted) -> InputChunks:
         beta=cut(column(a.beta)),
         bonus=a.bonus,
         write_scale=cut(column(a.write_scale), -1),
+        erase_key=cut(a.erase_key),
+        erase_query=cut(a.erase_query),
         scale=a.scale,
         exact=exact,
         plan=plan,

@@ -73,7 +73,7 @@ def _backward(a: LinearAttention, given: BackwardInputs) -> tuple:
 
 
 def _saved(x: InputChunks, memory: Tensor) -> Saved:
-    return Saved(x.plan, x.heads, x.state_shape, x.beta is not None, memory)
+    return Saved(x.plan, x.heads, x.state_shape, x.erases, memory)
 
 
 def _to_chunk_order(x: InputChunks, states: Tensor | None) -> Tensor:
@@ -100,7 +100,7 @@ def _saves_output(a: LinearAttention, wanted: Wanted) -> bool:
     """
     if not wanted & {"log_decay", "value_log_decay"}:
         return False
-    if a.beta is not None or a.v.dtype != a.dtype:
+    if a.erases or a.v.dtype != a.dtype:
         return False
     shared = a.q.shape[2] == a.k.shape[2] < a.v.shape[2]
     scalar = a.log_decay is not None and a.log_decay.dim() == 3

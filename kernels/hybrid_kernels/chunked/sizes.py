@@ -39,9 +39,9 @@ class SpanSize(NamedTuple):
 def span_size(a: LinearAttention, training: bool) -> SpanSize:
     """Return how many tokens of each sequence a span holds; known before the chunk size is."""
     heads, rows = a.heads, SPAN_ROWS
-    if a.beta is None and training:
+    if not a.erases and training:
         rows = SPAN_ROWS_TRAINING
-    elif a.beta is None:
+    elif not a.erases:
         # In the forward pass half of the matrices are of q and k, which heads may share.
         heads = (heads + max(a.q.shape[2], a.k.shape[2])) // 2
     return SpanSize(heads, rows, max(64, a.chunk_size or 0))
@@ -52,7 +52,7 @@ def first_chunk(a: LinearAttention, longest: int) -> int:
     if a.chunk_size:
         return a.chunk_size
     widest = max(a.q.shape[3], a.v.shape[3])
-    chunk = 32 if a.beta is not None or widest <= 32 else 64
+    chunk = 32 if a.erases or widest <= 32 else 64
     while chunk > SMALLEST_CHUNK and chunk // 2 >= longest:
         chunk //= 2
     return chunk
@@ -75,7 +75,7 @@ def saved_size(a: LinearAttention, plan: ChunkPlan | None = None) -> int:
         chunks = batch * -(-time // chunk)
         states = batch * -(-time // span_size(a, training=True)(batch))
         # Every chunk's state, unless that is over a quarter of what q, k, v and o take.
-        if a.beta is None and keys * values <= chunk * (keys + values) // 2:
+        if not a.erases and keys * values <= chunk * (keys + values) // 2:
             states = chunks + batch
     size = states * a.heads * keys * values
-    return size if a.beta is None else size + chunks * a.heads * chunk * (values + chunk)
+    return size if not a.erases else size + chunks * a.heads * chunk * (values + chunk)

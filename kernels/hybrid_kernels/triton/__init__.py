@@ -18,6 +18,7 @@ compiled)::
                                         inverse of delta.py
     read with a bonus (RWKV-6)        the additive form with q shifted by one token (linear.py)
     one token, any of these           decode.py  decode               -
+    erase keys apart from writing     none; the ``torch`` backend is chosen
 
     causal_conv1d                     convolution.py convolution      ... convolution (BACKWARD),
                                                                           convolution_inputs
@@ -72,6 +73,8 @@ def unsupported(arguments: Arguments) -> str | None:
     if any(x.dtype == torch.float64 for x in arguments.floating().values()):
         return "it computes in float32, not in float64"
     if isinstance(arguments, LinearAttention):
+        if arguments.erase_key is not None:
+            return "it has no kernel for erase_key and erase_query"
         chunk = arguments.chunk_size
         if chunk is not None and chunk > MAX_CHUNK:
             return f"its chunk_size is at most {MAX_CHUNK}, got {chunk}"

@@ -23,8 +23,8 @@ with warnings.catch_warnings():
     for name in ("delta_rule", "gated_delta_rule", "gla", "kda", "rwkv6", "simple_gla"):
         importlib.import_module(f"fla.ops.{name}")
 
-# An adapter sees values that have been multiplied.
-NAMED = {form.name: form for form in FORMS if not form.write_scale}
+# An adapter sees values that have been multiplied, and refuses erase keys.
+NAMED = {form.name: form for form in FORMS if not (form.write_scale or form.erase)}
 SMALL = {"batch": 1, "time": 20, "key_dim": 16, "value_dim": 16}
 
 

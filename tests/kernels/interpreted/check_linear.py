@@ -5,8 +5,8 @@ import torch
 import triton.language as tl
 
 from hybrid_kernels import linear_attention
+from hybrid_kernels.testing import FORMS as ALL_FORMS
 from hybrid_kernels.testing import (
-    FORMS,
     TOLERANCE,
     assert_agrees,
     compare,
@@ -16,6 +16,8 @@ from hybrid_kernels.testing import (
 )
 from hybrid_kernels.triton import launch
 
+# The form that Triton refuses is tested last.
+FORMS = [form for form in ALL_FORMS if not form.erase]
 GROUPED = [form for form in FORMS if len(set(form.heads)) > 1]
 PLAIN = [form for form in FORMS if form not in GROUPED]
 SMALL = {"batch": 1, "time": 20, "key_dim": 20, "value_dim": 18, "chunk_size": 16}
@@ -341,3 +343,11 @@ def test_what_is_not_finite_reaches_no_earlier_token(form, name, heads):
         torch.testing.assert_close(found[0, :21], right[0, :21], rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(found[1:], right[1:], rtol=1e-4, atol=1e-4)
         assert not found[0, 21:, 0].isfinite().all(-1).any()
+
+
+def test_erase_keys_are_refused_by_name():
+    form = next(form for form in ALL_FORMS if form.erase)
+    with pytest.raises(
+        ValueError, match="'triton' cannot take this input: it has no kernel for era"
+    ):
+        linear_attention(**sample(form), backend="triton")
