@@ -11,5 +11,5 @@ the same rows in the same order.
 
 import lazy_loader
 
-# Light on purpose: `import hybrid.data` loads neither torch nor datasets.
+# Light on purpose: ``import hybrid.data`` loads neither torch nor datasets.
 __getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -11,7 +11,8 @@ from hybrid.data.packing import Row
 
 
 class RowCollator:
-    """Collator that stacks rows; omits ``position_ids`` if no row of the batch has a document boundary.
+    """Collator that stacks rows; omits ``position_ids`` if no row of the batch has a document
+    boundary.
 
     A model builds the mask of a packed batch from ``position_ids`` that restart. Without a boundary
     they have no effect, and attention stays on its plain causal path.

@@ -1,4 +1,4 @@
-"""`hybrid data prepare`: the preparation with a progress bar."""
+"""``hybrid data prepare``: prepare a source, with a progress bar."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from hybrid.terminal import console, text_column
 
 
 def run_preparation(source: str, out: str, **options: Any) -> None:
-    """Prepare `source` into the folder `out`; `options` are those of `prepare`.
+    """Prepare ``source`` into the folder ``out``.
 
     Raises:
-        ValueError: one line for all mistakes of the source, or what the system refused.
+        ValueError: mistakes of the source, joined in one line, or an error of the file system.
     """
     counts = text_column("{task.completed:,} documents, {task.fields[tokens]:,} tokens")
     screen = console(stderr=True)
@@ -31,7 +31,8 @@ def run_preparation(source: str, out: str, **options: Any) -> None:
         raise ValueError("; ".join(error.mistakes)) from error
     except OSError as error:
         raise ValueError(
-            f"{out}: not written: {error}; make room and run the same command again"
+            f"{out}: expected a folder that can be written, got {error}; free space and run the same"
+            " command again"
         ) from error
     size = f"{index['documents']:,} documents, {index['tokens']:,} tokens"
     shards = len(index["shards"])

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 INDEX = "index.json"
 FORMAT = "hybrid-tokens-1"
-BATCH = 256  # documents handed to the tokenizer at a time
+BATCH = 256  # documents per call of the tokenizer
 BLOCK = 1 << 22  # elements hashed at a time
 SHARD = re.compile(r"\d+")  # names of shards: part of the names of their files
 
@@ -62,10 +62,10 @@ class Documents:
         """Return what is wrong with arrays read from disk, or None."""
         for name, array, kind in (("tokens", self.tokens, "u"), ("offsets", self.offsets, "i")):
             if array.ndim != 1 or array.dtype.kind != kind:
-                return f"{name}: expected one row of integers, found {array.ndim}-d {array.dtype}"
+                return f"{name}: expected a 1-d array of integers, got {array.ndim}-d {array.dtype}"
         if not len(self.offsets) or self.offsets[0] != 0 or self.offsets[-1] != len(self.tokens):
-            return f"its offsets do not reach from 0 to {len(self.tokens)}, its number of tokens"
-        return "its offsets fall" if (self.lengths < 0).any() else None
+            return f"offsets: expected 0 to {len(self.tokens)}, the number of tokens, got others"
+        return "offsets: expected ascending values" if (self.lengths < 0).any() else None
 
     def checksum(self) -> int:
         """Return the CRC-32 of the tokens and of the document offsets."""
@@ -82,7 +82,7 @@ def encode(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> Iterator
     tail = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     if is_byte_tokenizer(tokenizer):
         for text in texts:
-            # Same ids as the tokenizer's own, two orders of magnitude faster.
+            # Same ids as those of the tokenizer, two orders of magnitude faster.
             ids = np.frombuffer(text.encode("utf-8", errors="replace"), np.uint8)
             yield np.concatenate([ids, tail]).astype(dtype)
         return
@@ -126,15 +126,15 @@ def read_index(folder: Path) -> dict[str, Any]:
     path = folder / INDEX
     if not path.is_file():
         raise ValueError(
-            f"{folder} holds no {INDEX}: not a folder of prepared data, or preparation did not"
-            " finish (run `hybrid data prepare` again)"
+            f"{folder}: expected a folder of prepared data with {INDEX}, got none; run `hybrid data"
+            " prepare` again"
         )
     try:
         index = read_json(path)
     except ValueError as error:
         raise ValueError(f"{error}; prepare the data again") from error
     if index.get("format") != FORMAT:
-        raise ValueError(f"{path} is not of the format {FORMAT!r} that this version reads")
+        raise ValueError(f"{path}: expected format {FORMAT!r}, got another; prepare the data again")
     if problem := _index_problem(index):
         raise ValueError(f"{path}: {problem}; prepare the data again")
     return index
@@ -144,13 +144,13 @@ def _index_problem(index: Mapping[str, Any]) -> str | None:
     """Return what is wrong with an index of our format, or None."""
     for key, kind in (("vocabulary", int), ("tokenizer", str), ("shards", list)):
         if not isinstance(index.get(key), kind):
-            return f"{key}: expected {kind.__name__}, found {index.get(key)!r}"
+            return f"{key}: expected {kind.__name__}, got {index.get(key)!r}"
     for number, entry in enumerate(index["shards"]):
         if not isinstance(entry, dict) or not SHARD.fullmatch(str(entry.get("name"))):
-            return f"shards[{number}]: expected an entry with the name of a shard, found {entry!r}"
+            return f"shards[{number}]: expected an entry with the name of a shard, got {entry!r}"
         for key in ("tokens", "documents"):
             if type(entry.get(key)) is not int or entry[key] < 0:
-                return f"shards[{number}].{key}: expected a count, found {entry.get(key)!r}"
+                return f"shards[{number}].{key}: expected a count, got {entry.get(key)!r}"
     return None
 
 
@@ -169,15 +169,17 @@ def _open_shard(folder: Path, entry: Mapping[str, Any]) -> Documents:
     try:
         tokens, offsets = (np.load(file, mmap_mode="r") for file in files)
     except (OSError, ValueError, EOFError) as error:
-        raise ValueError(f"{shard} cannot be read ({error}); prepare the data again") from error
+        raise ValueError(
+            f"{shard}: expected readable files, got {error}; prepare the data again"
+        ) from error
     documents = Documents(tokens, offsets)
     problem = documents.problem()
     found = None if problem else (len(tokens), len(documents))
     if found is not None and found != (entry["tokens"], entry["documents"]):
         problem = (
-            f"it holds {found} tokens and documents, its index says"
-            f" {(entry['tokens'], entry['documents'])}"
+            f"expected {(entry['tokens'], entry['documents'])} tokens and documents, as in the"
+            f" index, got {found}"
         )
     if problem:
-        raise ValueError(f"{shard} is damaged: {problem}; prepare the data again")
+        raise ValueError(f"{shard}: {problem}; prepare the data again")
     return documents

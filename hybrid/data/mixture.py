@@ -58,7 +58,7 @@ class Mixture(Dataset):
 
     def __getitem__(self, index: int) -> Row:
         if not 0 <= index < self.length:
-            raise IndexError(f"row {index} of {self.length}")
+            raise IndexError(f"index: expected below {self.length}, got {index}")
         source, place = self.locate(index)
         try:
             row = self.sources[source].row(place)
@@ -66,7 +66,7 @@ class Mixture(Dataset):
                 check_ids(row, self.vocabulary)
         except (ValueError, OSError) as error:
             raise DataError(
-                f"row {place} of source {source}: {error}; mend the data and start the same command"
+                f"row {place} of source {source}: {error}; correct the data and run the same command"
                 " again: earlier checkpoints are kept"
             ) from error
         return row
@@ -106,21 +106,22 @@ def check_ids(row: Row, vocabulary: int) -> None:
         for found in (int(ids.min()), int(ids.max())):
             if not 0 <= found < vocabulary:
                 raise ValueError(
-                    f"it has the {what} {found}, the model's vocab_size is {vocabulary}"
-                    + (f"; set model.vocab_size to at least {found + 1}" if found > 0 else "")
+                    f"{what}: expected 0 or above and below the model's vocab_size {vocabulary},"
+                    f" got {found}" + (f"; try model.vocab_size: {found + 1}" if found > 0 else "")
                 )
 
 
 def shares(weights: Sequence[float]) -> np.ndarray:
     """Return (len(weights),) int64, the rows of each source in a block; their sum is ``BLOCK``."""
-    exact = np.asarray(weights, np.float64) / max(weights)  # whose sum might overflow
+    exact = np.asarray(weights, np.float64) / max(weights)  # the sum of the weights may overflow
     exact *= BLOCK / exact.sum()
     counts = np.floor(exact).astype(np.int64)
     largest = np.argsort(counts - exact, kind="stable")
     counts[largest[: BLOCK - counts.sum()]] += 1
     if len(weights) > 1 and (small := np.flatnonzero(counts == 0)).size:
         raise ValueError(
-            f"data[{small[0]}].weight: {weights[small[0]]} of {sum(map(float, weights)):g} in all is"
-            f" less than one row in {BLOCK}; raise it or leave the source out"
+            f"data[{small[0]}].weight: expected at least one row in {BLOCK}, got"
+            f" {weights[small[0]]} of {sum(map(float, weights)):g} in all; try a larger weight or"
+            " remove the source"
         )
     return counts

@@ -1,13 +1,15 @@
 """Pack documents of any length into rows of one fixed length.
 
-A row is a list of spans. A span is a part of one document. In a row, ``position_ids`` restart at 0 at
-each span, which marks the document boundary for the model (there is no attention mask). The first
-token of a span has no label, because the token before it belongs to another document. So the loss
-of packed rows equals the loss of the separate spans.
+A row is a list of spans. A span is a part of one document. In a row, ``position_ids`` restart at 0
+at each span, which marks the document boundary for the model (there is no attention mask). The
+first token of a span has no label, because the token before it belongs to another document. So the
+loss of packed rows equals the loss of the separate spans.
 
-    concatenate   concatenated documents, split wherever a row is full: every row but the last is
-    full best_fit      spans that fit in a row are not split: best-fit decreasing, arXiv 2404.10830,
-    section 3 none          one span per row
+    concatenate   concatenated documents, split wherever a row is full; every row but the last is
+    full
+    best_fit      spans that fit in a row are not split: best-fit decreasing (arXiv 2404.10830,
+    section 3)
+    none          one span per row
 
 The rest of a row is a span of padding without labels.
 Legend: T tokens of a row, R rows, N documents.
@@ -50,12 +52,13 @@ def row_from_spans(spans: list[np.ndarray], length: int, pad_id: int) -> Row:
 
 @dataclass(frozen=True)
 class PackedRows:
-    """The rows of one ``Documents``: ``rows[i]`` for 0 <= i < len(rows), in the order of the documents.
+    """The rows of one ``Documents``: ``rows[i]`` for 0 <= i < len(rows), in the order of the
+    documents.
 
     Attributes:
         documents: the tokens.
         length: T.
-        pad_id: id that fills what stays free.
+        pad_id: id of padding.
         spans: (S, 2) int64, begin and end of each span in ``documents.tokens``.
         bounds: (R + 1,) int64, row r has spans ``bounds[r]:bounds[r + 1]``.
     """
@@ -114,11 +117,10 @@ def _limit(documents: Documents, length: int, policy: LongDocuments) -> np.ndarr
     long = np.flatnonzero(documents.lengths > length)
     if policy == "refuse" and len(long):
         raise ValueError(
-            f"{len(long)} of {len(documents)} documents are longer than sequence_length"
-            f" {length} (document"
-            f" {long[0]} has {documents.lengths[long[0]]} tokens) and long_documents is"
-            " 'refuse'; raise"
-            " sequence_length, or set long_documents to 'split' or 'truncate'"
+            f"long_documents: expected no document above sequence_length {length} with 'refuse', got"
+            f" {len(long)} of {len(documents)} (document {long[0]} has"
+            f" {documents.lengths[long[0]]} tokens); try 'split' or 'truncate', or a larger"
+            " sequence_length"
         )
     if policy == "truncate":
         end = np.minimum(end, begin + length)
@@ -155,7 +157,7 @@ def _best_fit(sizes: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
     fits.
     """
     room: list[int] = []  # free tokens of the open rows, ascending
-    owner: list[int] = []  # the row that each entry of `room` belongs to
+    owner: list[int] = []  # the row that each entry of ``room`` belongs to
     rows: list[list[int]] = []
     for span in np.argsort(-sizes, kind="stable"):
         size = int(sizes[span])

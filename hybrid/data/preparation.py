@@ -46,7 +46,8 @@ def prepare(
         options: ``text_key``, ``split``, ``name``, ``streaming``, as in a config's ``data:``.
 
     Returns:
-        The index: `format`, `tokenizer`, `vocabulary`, `fingerprint`, `documents`, `tokens`, `shards`.
+        The index: ``format``, ``tokenizer``, ``vocabulary``, ``fingerprint``, ``documents``,
+        ``tokens``, ``shards``.
 
     Raises:
         ValueError: an option is unknown, the source has no text, or ``output`` already has prepared
@@ -54,8 +55,8 @@ def prepare(
     """
     if source in plugins():
         raise ValueError(
-            f"{source!r} is a plug-in, whose rows are drawn as training goes: there is no text to"
-            " prepare; name it under `data:` of a training config"
+            f"source: expected text, got the plug-in {source!r}, whose rows are drawn during training;"
+            " try it under `data:` of a training config"
         )
     mistakes: list[str] = []
     config = build(Source, {"source": source, **options}, "source", mistakes)
@@ -65,7 +66,10 @@ def prepare(
         raise ValueError(f"shard_tokens: expected at least 1, got {shard_tokens}")
     folder = Path(output)
     if (folder / INDEX).exists():
-        raise ValueError(f"{folder} holds prepared data already; remove it or name another folder")
+        raise ValueError(
+            f"{folder}: expected a folder without prepared data, got one with; remove it or try"
+            " another"
+        )
     texts = open_texts(config)
     loaded = load_tokenizer(tokenizer)
     with sole_writer(folder):

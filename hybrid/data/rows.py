@@ -110,9 +110,7 @@ class StreamedRows:
             for reached in range(0 if last is None else last[0] + 1, index + 1):
                 row = next(self._rows, None)
                 if row is None:
-                    raise ValueError(
-                        f"the source ended after {reached} rows; training rows have no end"
-                    )
+                    raise ValueError(f"expected a source without an end, got {reached} rows")
                 last = reached, row
         assert last is not None
         self._last = last
@@ -130,8 +128,8 @@ class StreamedRows:
 def _unsplit() -> Iterator[None]:
     """Hide from readers that this process is a worker of a ``DataLoader``.
 
-    Streams of ``datasets`` and many iterable data sets of torch yield only a worker's share of their
-    rows. Here the sampler distributes rows by index, and row i is the same in every process.
+    Streams of ``datasets`` and many iterable data sets of torch yield only a worker's share of
+    their rows. Here the sampler distributes rows by index, and row i is the same in every process.
     """
     from torch.utils.data._utils import worker
 
@@ -169,17 +167,16 @@ def complete(row: Any, length: int, pad_id: int) -> Row:
     """
     absent = {"input_ids", "labels"} - set(row)
     if absent:
-        raise ValueError(f"a row has no {sorted(absent)[0]!r}; it has {sorted(row)}")
+        raise ValueError(f"row: expected a key {sorted(absent)[0]!r}, got keys {sorted(row)}")
     ids, labels = np.asarray(row["input_ids"]), np.asarray(row["labels"])
     if ids.ndim != 1 or ids.shape != labels.shape or not 1 <= len(ids) <= length:
         raise ValueError(
-            f"a row has input_ids of shape {ids.shape} and labels of shape {labels.shape};"
-            " expected one"
-            f" shape (T,) with 1 <= T <= sequence_length {length}"
+            f"row: expected input_ids and labels of one shape (T,) with 1 <= T <= sequence_length"
+            f" {length}, got {ids.shape} and {labels.shape}"
         )
     for name, values in (("input_ids", ids), ("labels", labels)):
         if values.dtype.kind not in "iu":
-            raise ValueError(f"a row has {name} of {values.dtype}; expected integers")
+            raise ValueError(f"row.{name}: expected integers, got {values.dtype}")
     full = row_from_spans([ids], length, pad_id)
     full["labels"] = np.full(length, IGNORE, np.int64)
     full["labels"][: len(labels)] = labels
@@ -187,8 +184,8 @@ def complete(row: Any, length: int, pad_id: int) -> Row:
         positions = np.asarray(row["position_ids"])
         if positions.shape != ids.shape or positions.dtype.kind not in "iu":
             raise ValueError(
-                f"a row has position_ids of shape {positions.shape} and {positions.dtype}; expected"
-                f" integers of shape {ids.shape}"
+                f"row.position_ids: expected integers of shape {ids.shape}, got {positions.dtype} of"
+                f" shape {positions.shape}"
             )
         full["position_ids"][: len(ids)] = positions
     return full
@@ -201,9 +198,11 @@ def packed_stream(
     packing: Packing = "concatenate",
     long_documents: LongDocuments = "split",
 ) -> Iterator[Row]:
-    """Yield rows from a stream of token ids; the arguments are those of ``hybrid.data.packing.pack``.
+    """Yield rows from a stream of token ids; the arguments are those of
+    ``hybrid.data.packing.pack``.
 
-    Concatenated rows are filled exactly. Best-fit packing selects among ``WINDOW`` documents at a time.
+    Concatenated rows are filled exactly. Best-fit packing selects among ``WINDOW`` documents at a
+    time.
     """
     documents = _limited(documents, length, long_documents)
     if packing == "concatenate":
@@ -221,9 +220,9 @@ def _limited(
     for number, ids in enumerate(documents):
         if policy == "refuse" and len(ids) > length:
             raise ValueError(
-                f"document {number} of the stream has {len(ids)} tokens, sequence_length is"
-                f" {length} and long_documents is 'refuse'; raise sequence_length, or set"
-                " long_documents to 'split' or 'truncate'"
+                f"long_documents: expected no document above sequence_length {length} with 'refuse',"
+                f" got document {number} of the stream with {len(ids)} tokens; try 'split' or"
+                " 'truncate', or a larger sequence_length"
             )
         yield ids[:length] if policy == "truncate" else ids
 

@@ -58,7 +58,7 @@ class FilledRows(Dataset):
     def __getitem__(self, index: int) -> Row:
         """See ``Mixture``."""
         if not 0 <= index < len(self):
-            raise IndexError(f"row {index} of {len(self)}")
+            raise IndexError(f"index: expected below {len(self)}, got {index}")
         return self.rows[index] if index < len(self.rows) else silent(self.rows[0])
 
 

@@ -8,8 +8,9 @@
 
 A plug-in is a callable ``f(*, sequence_length, seed, tokenizer, **options)`` that returns endless
 rows ``{"input_ids", "labels"}``, each of at most ``sequence_length`` tokens, with labels as in
-transformers (shifted inside the model, -100 for no loss). The returned object supports ``source[i]``,
-or is only iterable. In the second case a resumed run reads and discards the earlier rows.
+transformers (shifted inside the model, -100 for no loss). The returned object supports
+``source[i]``, or is only iterable. In the second case a resumed run reads and discards the earlier
+rows.
 """
 
 from __future__ import annotations
@@ -59,10 +60,10 @@ class Source(Declared):
         "train", description="split of a hub data set; of stdlib, 'train' or 'heldout'"
     )
     name: Text | None = Field(None, description="configuration of a hub data set")
-    streaming: bool = Field(False, description="read and tokenise as training goes")
+    streaming: bool = Field(False, description="read and tokenise during training")
     options: dict[str, Any] = Field(
         default_factory=dict,
-        description="options of a plug-in; they can also stand beside `source` in the entry",
+        description="options of a plug-in; they can also be keys of the entry itself",
     )
 
     @model_validator(mode="before")
@@ -91,7 +92,7 @@ class Source(Declared):
         source = info.data.get("source")
         if source == STDLIB and split not in get_args(Split):
             near = did_you_mean(split, get_args(Split))
-            refuse([f": stdlib has no split {split!r}, {near}"])
+            refuse([f": expected a split of stdlib, got {split!r}, {near}"])
         return cls._of_no_file(split, info)
 
     @field_validator("name")
@@ -111,7 +112,7 @@ class Source(Declared):
         if entry is not None:
             refuse(_unknown_options(entry, options, cls._own_keys()))
         elif source is not None:
-            refuse([f": expected none, for {source!r} is no plug-in, got {show(options)}"])
+            refuse([f": expected none, since {source!r} is not a plug-in, got {show(options)}"])
         return options
 
     @classmethod
@@ -160,7 +161,7 @@ def _misspelt(source: str) -> str | None:
     if is_path(source) or "/" in source or source in (known := source_names()):
         return None
     near = did_you_mean(source, known)
-    return f"no source {source!r}, {near}" if near.startswith("did you mean") else None
+    return f"unknown source {source!r}, {near}" if near.startswith("did you mean") else None
 
 
 def _unknown_options(entry: EntryPoint, options: Mapping[str, Any], beside: set[str]) -> list[str]:
@@ -208,10 +209,7 @@ def open_source(
             )
         parts = [Documents.from_arrays(list(encode(start(0), tokenizer)))]
     if not any((p.lengths > 1).any() for p in parts):
-        raise ValueError(
-            f"{config.source!r} is empty: none of its documents has two tokens, the second of which"
-            " could be learnt"
-        )
+        raise ValueError(f"{config.source}: expected a document of at least two tokens, got none")
     packed = [pack(p, rows.length, rows.pad_id, rows.packing, rows.long_documents) for p in parts]
     return ShuffledRows(packed, seed)
 
@@ -249,7 +247,7 @@ def _stream(
                 longest = max(longest, len(ids))
                 yield ids
             if longest < 2:
-                raise ValueError(f"{source!r} is empty: none of its documents has two tokens")
+                raise ValueError(f"{source}: expected a document of at least two tokens, got none")
 
     return packed_stream(documents(), rows.length, rows.pad_id, rows.packing, rows.long_documents)
 
@@ -258,14 +256,14 @@ def _open_prepared(folder: Path, tokenizer: PreTrainedTokenizerBase) -> list[Doc
     index = read_index(folder)
     if index["vocabulary"] != len(tokenizer):
         raise ValueError(
-            f"{folder} was prepared with a tokenizer of {index['vocabulary']} tokens, this run's has"
-            f" {len(tokenizer)}; prepare it again with this run's tokenizer"
+            f"{folder}: expected data prepared with this run's tokenizer of {len(tokenizer)} tokens,"
+            f" got one of {index['vocabulary']}; prepare it again with this run's tokenizer"
         )
     # data prepared by earlier versions has no fingerprint
     if index.get("fingerprint", found := fingerprint(tokenizer)) != found:
         raise ValueError(
-            f"{folder} was prepared with the tokenizer {index['tokenizer']!r}, in which words have"
-            " other ids than in this run's; prepare it again with this run's tokenizer"
+            f"{folder}: expected data prepared with this run's tokenizer, got"
+            f" {index['tokenizer']!r} with other ids; prepare it again with this run's tokenizer"
         )
     return open_shards(folder)
 
@@ -287,7 +285,7 @@ def _open_plugin(
     from torch.utils.data import IterableDataset
 
     made = start()
-    # torch's iterable data sets, and with them those of `datasets`, have a `__getitem__` that raises
+    # torch's iterable data sets, and with them those of ``datasets``, have a ``__getitem__`` that raises
     if hasattr(made, "__getitem__") and not isinstance(made, IterableDataset):
         return PluginRows(made, rows.length, rows.pad_id)
     return StreamedRows(lambda: (complete(r, rows.length, rows.pad_id) for r in start()))

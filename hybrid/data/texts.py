@@ -17,7 +17,7 @@ from typing import Any
 
 from hybrid.data.identity import files_checksum, hub_revision
 
-# suffix -> the builder of `datasets` that reads it
+# suffix -> the builder of ``datasets`` that reads it
 BUILDERS = {
     ".txt": "text",
     ".md": "text",
@@ -55,15 +55,14 @@ def find_files(pattern: str) -> list[str]:
         found = [f for f in glob.glob(expanded, recursive=True) if os.path.isfile(f)]
     if not found and os.path.isdir(expanded):
         kinds = ", ".join(sorted(BUILDERS))
-        raise ValueError(f"the folder {pattern!r} holds no file of a kind that is read ({kinds})")
+        raise ValueError(f"{pattern}: expected files in the folder ({kinds}), got none")
     if not found:
-        raise ValueError(f"no file matches {pattern!r}{_nearby(expanded)}")
+        raise ValueError(f"{pattern}: expected existing files, got none{_nearby(expanded)}")
     suffixes = {_suffix(f) for f in found}
     if len({BUILDERS.get(s) for s in suffixes}) > 1:
         raise ValueError(
-            f"{pattern!r} matches files of several formats ({', '.join(sorted(suffixes))});"
-            " give each"
-            " format an entry of its own"
+            f"{pattern}: expected files of one format, got {', '.join(sorted(suffixes))}; try one"
+            " entry per format"
         )
     return sorted(found)
 
@@ -96,12 +95,12 @@ def load_texts(
     with _readable(source, 0):
         first = next(iter(data), None)
     if first is None:
-        raise ValueError(f"{source!r} is empty: it has no rows")
+        raise ValueError(f"{source}: expected at least one row, got none")
     columns = columns or list(first)
     if text_key not in columns:
         raise ValueError(
-            f"{source!r} has no column {text_key!r}; it has {', '.join(map(repr, columns))}"
-            " (set text_key)"
+            f"text_key: expected a column of {source}, {', '.join(map(repr, columns))}, got"
+            f" {text_key!r}"
         )
     data = data.select_columns([text_key])
 
@@ -120,8 +119,8 @@ def load_texts(
         if not isinstance(value, str):
             place = _line(source, number)
             raise ValueError(
-                f"row {number} of {source!r}{f' ({place})' if place else ''}: column {text_key!r} holds"
-                f" {'null' if value is None else type(value).__name__}, expected text"
+                f"row {number} of {source!r}{f' ({place})' if place else ''}: expected text in column"
+                f" {text_key!r}, got {'null' if value is None else type(value).__name__}"
             )
         return value
 
@@ -136,8 +135,8 @@ def _readable(source: str, number: int) -> Iterator[None]:
     except UNREADABLE as error:
         place = _broken_line(source, number)
         said = (str(error).strip() or repr(error)).splitlines()[0]
-        reason = place or f"from row {number} on: {said}"
-        raise ValueError(f"{source!r} cannot be read: {reason}") from error
+        reason = place or f"an error from row {number} on: {said}"
+        raise ValueError(f"{source}: expected readable rows, got {reason}") from error
 
 
 def _line(source: str, number: int) -> str:
@@ -184,13 +183,15 @@ def _load(source: str, split: str, name: str | None, streaming: bool) -> Any:
         builder = BUILDERS.get(_suffix(files[0]))
         if builder is None:
             raise ValueError(
-                f"{files[0]}: cannot read files of this kind; known: {', '.join(sorted(BUILDERS))}"
+                f"{files[0]}: expected a file with one of the suffixes {', '.join(sorted(BUILDERS))}"
             )
         packed = next((file for file in files if file.endswith(".zst")), None)
-        if packed and find_spec("zstandard") is None:  # `datasets` would read the bytes as text
-            raise ValueError(f"{packed}: cannot be unpacked here; pip install zstandard")
+        if packed and find_spec("zstandard") is None:  # ``datasets`` would read the bytes as text
+            raise ValueError(
+                f"{packed}: expected the package zstandard, got none; try pip install zstandard"
+            )
         if not any(os.path.getsize(file) for file in files):
-            raise ValueError(f"{source!r} is empty: none of its {len(files)} files holds a byte")
+            raise ValueError(f"{source}: expected text, got {len(files)} empty files")
         # A file of plain text is one document.
         options: dict[str, Any] = {"sample_by": "document"} if builder == "text" else {}
         return _refuse_unreadable(
@@ -210,12 +211,12 @@ def _refuse_unreadable(load: Callable[[], Any], source: str, hint: str = "") -> 
     try:
         return load()
     except (*UNREADABLE, DatasetGenerationError) as error:
-        # `datasets` has the reason in the error's cause.
+        # ``datasets`` has the reason in the error's cause.
         cause = error.__cause__ or error
         reason = str(cause).strip().split("\n", 1)[0]
         if isinstance(cause, UNREADABLE):
             reason = _broken_line(source, 0) or reason
-        raise ValueError(f"{source!r} cannot be loaded: {reason}{hint}") from error
+        raise ValueError(f"{source}: expected a data set, got {reason}{hint}") from error
 
 
 def _suffix(path: str) -> str:

@@ -1,4 +1,5 @@
-"""Distillation: a published model as the teacher, the same model under another layout as the student.
+"""Distillation: a published model as the teacher, the same model under another layout as the
+student.
 
 hybrid distill CONFIG [key=value ...]
 

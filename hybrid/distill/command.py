@@ -16,7 +16,8 @@ def run_distillation(config: str, overrides: Sequence[str] = ()) -> None:
     """Distil with the YAML file ``config`` and ``key=value`` overrides.
 
     Raises:
-        ValueError: mistakes in the config, a checkpoint that cannot be used, a loss that is not finite.
+        ValueError: mistakes in the config, a checkpoint that cannot be used, a loss that is not
+            finite.
     """
     logging.disable_progress_bar()  # progress bars of file writing would break up ours
     try:

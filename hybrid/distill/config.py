@@ -23,7 +23,8 @@ STAGES = ("outputs", "logits", "language")
 """The stages, in their order."""
 
 Part = Literal["replaced", "kept", "ffn", "norms", "embeddings"]
-"""Parts that a stage can freeze: new mixers, other mixers, feed-forwards, norms of the residual
+"""Parts of the student that a stage can freeze: new mixers, other mixers, feed-forwards, norms of
+the residual
 stream, and embeddings with the head."""
 
 PARTS: tuple[Part, ...] = ("replaced", "kept", "ffn", "norms", "embeddings")
@@ -31,7 +32,7 @@ PARTS: tuple[Part, ...] = ("replaced", "kept", "ffn", "norms", "embeddings")
 
 def _stage_training(values: dict[str, Any]) -> dict[str, Any]:
     if "output_dir" in values:
-        refuse(["output_dir: every stage has a folder of its own; leave it out"])
+        refuse(["output_dir: expected none, since each stage has its own folder; remove the key"])
     return training_values(values)
 
 
@@ -49,13 +50,13 @@ Training = Annotated[dict[str, Any], AfterValidator(_stage_training)]
 class TeacherConfig(Declared):
     """Location of the teacher: exactly one of ``path`` and ``package``."""
 
-    path: Text | None = Field(None, description="a folder, or the name of one on the hub")
+    path: Text | None = Field(None, description="a folder, or the name of a hub repository")
     package: Text | None = Field(
-        None, description="an installed Python package whose folder holds it"
+        None, description="an installed Python package whose folder contains the teacher"
     )
     gguf_file: Text | None = Field(None, description="a GGUF file of that folder")
     dtype: Literal["float32", "bfloat16", "float16", "float64"] = Field(
-        "float32", description="of its weights, and of the student's"
+        "float32", description="dtype of the weights of teacher and student"
     )
 
     @property
@@ -72,7 +73,8 @@ class TeacherConfig(Declared):
             name = self.package.replace("_", "-")
             raise ConfigError(
                 [
-                    f"teacher.package: no package {self.package!r} is installed; try pip install {name}"
+                    f"teacher.package: expected an installed package, got {self.package!r}; try pip"
+                    f" install {name}"
                 ]
             )
         return spec.submodule_search_locations[0]
@@ -89,7 +91,7 @@ class TeacherConfig(Declared):
         name = self.gguf_file
         if name is not None and folder.is_dir() and not (folder / name).is_file():
             there = sorted(path.name for path in folder.glob("*.gguf"))
-            refuse([f"gguf_file: {folder} has no {name!r}; it holds {there or 'none'}"])
+            refuse([f"gguf_file: expected a file of {folder} ({there or 'none'}), got {name!r}"])
         return self
 
 
@@ -98,14 +100,14 @@ class StageConfig(Declared):
 
     freeze: list[Part] = Field(default_factory=list, description=f"of {', '.join(PARTS)}")
     training: Training = Field(
-        default_factory=dict, description="as `training:`, over what all stages have"
+        default_factory=dict, description="as `training:`; overrides the keys common to all stages"
     )
 
     @field_validator("freeze")
     @classmethod
     def _something_trains(cls, freeze: list[Part]) -> list[Part]:
         if set(freeze) == set(PARTS):
-            refuse([": holds everything still; nothing would train"])
+            refuse([": expected at least one part to train, got all parts frozen"])
         return freeze
 
 
@@ -116,27 +118,27 @@ class OutputsStage(StageConfig):
 
     freeze: list[Part] = Field(
         default_factory=lambda: [part for part in PARTS if part != "replaced"],
-        description="only the new mixers take part",
+        description="always empty: only the new mixers are trained",
     )
     solve_rows: int = Field(
         0,
         ge=0,
         le=1 << 28,
-        description="rows on which output projections are first solved for, by least squares; 0: none",
+        description="rows of the initial least-squares solution of the output projections; 0: none",
     )
 
     @field_validator("freeze")
     @classmethod
     def _only_new_mixers(cls, freeze: list[Part]) -> list[Part]:
         if sorted(freeze) != sorted(part for part in PARTS if part != "replaced"):
-            refuse([": only the new mixers take part; leave it out"])
+            refuse([": expected none, since only the new mixers are trained; remove the key"])
         return freeze
 
 
 class LogitsStage(StageConfig):
     """Stage 2: the KL divergence between the next-token distributions of student and teacher."""
 
-    temperature: Positive = Field(1.0, description="that both logits are divided by")
+    temperature: Positive = Field(1.0, description="divisor of the logits of teacher and student")
 
 
 class LanguageStage(StageConfig):
@@ -146,21 +148,21 @@ class LanguageStage(StageConfig):
 class DistillFile(RowsConfig):
     """The keys of the YAML file."""
 
-    teacher: TeacherConfig = Field(description="where the teacher is")
+    teacher: TeacherConfig = Field(description="location of the teacher")
     layout: Annotated[Text, AfterValidator(_check_layout)] = Field(
-        description="of the student; letters that the teacher has keep their layers"
+        description="layout of the student; letters of the teacher's layout keep their layers"
     )
     eval_data: Annotated[Sources, Field(min_length=1)] = Field(
-        description="as of a training config: what the losses are taken on"
+        description="held-out data for the losses, as in a training config"
     )
     mixers: dict[str, dict[str, Any]] | None = Field(
-        None, description="letter -> options over those inherited"
+        None, description="letter -> options that override the inherited ones"
     )
-    eval_rows: Size = Field(32, description="rows of eval_data")
+    eval_rows: Size = Field(32, description="number of evaluated rows of eval_data")
     knockout_rows: Count0 = Field(
-        16, description="of them, for the knock-out of each branch; 0: none"
+        16, description="how many of these rows to evaluate without each branch; 0: none"
     )
-    output_dir: Text = Field("runs/distill", description="folder for all that comes out")
+    output_dir: Text = Field("runs/distill", description="folder of all outputs")
     training: Training = Field(
         default_factory=dict, description="keys of TrainingArguments for all stages"
     )
@@ -171,12 +173,13 @@ class DistillFile(RowsConfig):
     @model_validator(mode="after")
     def _some_stage(self) -> DistillFile:
         if all(getattr(self, name) is None for name in STAGES):
-            refuse([f"no stage: give at least one of {', '.join(STAGES)}"])
+            refuse([f": expected at least one of {', '.join(STAGES)}, got none"])
         return self
 
 
 class DistillConfig(Declared):
-    """The configuration of ``hybrid.distill.distill``; ``DistillFile`` has the keys of the YAML file.
+    """The configuration of ``hybrid.distill.distill``; ``DistillFile`` has the keys of the YAML
+    file.
 
     ``stages`` has the training configuration of each stage, complete except for the model.
     """

@@ -36,13 +36,13 @@ def markdown(report: Mapping[str, Any]) -> str:
     """Return the report as text with tables."""
     head = [
         f"# {report['teacher']}: layout {report['teacher_layout']} to {report['layout']}",
-        f"Held-out loss on {report['eval_rows']} rows of {report['sequence_length']} tokens, in nats a"
-        " token; seconds are those of training.",
+        f"Held-out loss on {report['eval_rows']} rows of {report['sequence_length']} tokens, in nats"
+        " per token; seconds are training time.",
     ]
     parts = [*head, _losses(report)]
     if report.get("output_errors"):
         parts += [
-            "Relative squared error of each new mixer's output, for the teacher's inputs.",
+            "Relative squared error of the output of each new mixer, on the teacher's inputs.",
             _errors(report["output_errors"]),
         ]
     if report.get("knock_outs"):
@@ -60,7 +60,7 @@ def _losses(report: Mapping[str, Any]) -> str:
             rows.append(
                 [label, f"{losses[name]:.3f}", "" if share is None else f"{share:.1%}", took]
             )
-    return _table(["", "loss", "of the way to the teacher", "seconds"], rows)
+    return _table(["", "loss", "recovered share of the gap", "seconds"], rows)
 
 
 def _errors(errors: Mapping[str, Mapping[str, float]]) -> str:
@@ -74,12 +74,12 @@ def _errors(errors: Mapping[str, Mapping[str, float]]) -> str:
 def _knock_out_words(report: Mapping[str, Any]) -> str:
     idle = [b["name"] for b in report["knock_outs"] if b["idle"]]
     found = (
-        f"No increase to speak of, so what does nothing: {', '.join(idle)}."
+        f"Without a significant increase, hence idle: {', '.join(idle)}."
         if idle
-        else "Every branch does something."
+        else "No branch is idle."
     )
     return (
-        f"Knock-outs: the loss on {report['knockout_rows']} rows with the output of a mixer put to"
+        f"Knock-outs: the loss on {report['knockout_rows']} rows with the output of a mixer set to"
         f" zero, with standard errors over rows. {found}"
     )
 
@@ -92,7 +92,7 @@ def _knock_outs(branches: list[dict[str, Any]]) -> str:
             "new" if b["replaced"] else "kept",
             f"{b['loss']:.3f}",
             _with_error(b["increase"], b["standard_error"]),
-            "does nothing" if b["idle"] else "",
+            "idle" if b["idle"] else "",
         ]
         for b in branches
     ]

@@ -1,4 +1,4 @@
-"""One distillation from a configuration to a student and a report."""
+"""Run a distillation: from a configuration to a student and a report."""
 
 from __future__ import annotations
 
@@ -44,27 +44,28 @@ from hybrid.train.checkpoints import refuse_changes
 from hybrid.train.runner import RESULT
 
 START = "student"  # the student before the first stage
-DATA = "data"  # its tokenised training data
+DATA = "data"  # tokenised training data
 CONFIG = "distill_config.json"
-ERROR_ROWS = 4  # rows that the error of each new mixer is taken on
+ERROR_ROWS = 4  # rows on which the error of each new mixer is measured
 
 
 def distill(config: DistillConfig) -> dict[str, Any]:
-    """Distil; the same call again goes on where the last one ended.
+    """Run a distillation, or continue an interrupted one.
 
-    In `output_dir` come to be: `student`, not distilled; a folder for each stage, each a whole model
-    with its tokenizer; `report.json` and `report.md`.
+    Writes to ``output_dir``: ``student``, the model before the first stage; a folder for each stage
+    with a complete model and its tokenizer; ``report.json`` and ``report.md``.
 
     Returns:
-        The report, as `report.json` holds it.
+        The report, with the content of ``report.json``.
 
     Raises:
-        ConfigError: the configuration cannot be run here, or the folder holds another run; before
-            anything is computed.
-        ValueError: the teacher cannot be read, or its layers cannot be replaced; likewise.
+        ConfigError: the configuration cannot be run here, or the folder belongs to another run.
+            Raised before any computation.
+        ValueError: the teacher cannot be read, or its layers cannot be replaced. Raised before any
+            computation.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ConfigError(["a distillation runs in one process; start it without a launcher"])
+        raise ConfigError(["processes: expected 1 for a distillation, got more; try no launcher"])
     _refuse_ignored_keys(config)
     out = Path(config.output_dir)
     with sole_writer(out), torch.random.fork_rng():
@@ -76,10 +77,10 @@ def distill(config: DistillConfig) -> dict[str, Any]:
 
 
 def load_teacher(where: TeacherConfig) -> HybridForCausalLM:
-    """The teacher, without gradients: a published model, or one of ours.
+    """Return the teacher, without gradients: a published model, or a hybrid model.
 
     Raises:
-        ValueError: there is none, or it cannot be read.
+        ValueError: it does not exist or cannot be read.
     """
     path = Path(check_source(where.folder))
     ours = path.is_dir() and where.gguf_file is None and (path / "config.json").is_file()
@@ -92,19 +93,23 @@ def load_teacher(where: TeacherConfig) -> HybridForCausalLM:
 
 
 def _start(config: DistillConfig, teacher: HybridForCausalLM, out: Path) -> Path:
-    """The folder of the student before the first stage, with the teacher's tokenizer."""
+    """Return the folder of the student before the first stage, with the teacher's tokenizer."""
     start = out / START
     if start.is_dir():
         return start
     student = replace_mixers(teacher, config.layout, config.mixers)
     if not replaced_layers(teacher, student):
-        raise ConfigError([f"layout: {config.layout!r} leaves every layer of the teacher as it is"])
+        raise ConfigError(
+            [
+                f"layout: expected a new mixer, got {config.layout!r}, which keeps the teacher's layers"
+            ]
+        )
     extra = {} if config.teacher.gguf_file is None else {"gguf_file": config.teacher.gguf_file}
     try:
         tokenizer = AutoTokenizer.from_pretrained(config.teacher.folder, **extra)
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().split("\n", 1)[0]
-        raise ConfigError([f"teacher: its tokenizer cannot be loaded ({reason})"]) from error
+        raise ConfigError([f"teacher: expected a tokenizer, got {reason}"]) from error
     with new_folder(start) as made:
         student.save_pretrained(made)
         tokenizer.save_pretrained(made)
@@ -112,10 +117,10 @@ def _start(config: DistillConfig, teacher: HybridForCausalLM, out: Path) -> Path
 
 
 def _refuse_ignored_keys(config: DistillConfig) -> None:
-    """Refuse label smoothing where a stage has no labels: its target is the teacher."""
+    """Refuse label smoothing in stages without labels, whose target is the teacher."""
     mistakes = [
-        f"{name}.training.label_smoothing_factor: expected 0 in a stage that learns from the teacher"
-        f" and not from labels, got {smoothing}; set it in `language.training` alone"
+        f"{name}.training.label_smoothing_factor: expected 0 in a stage without labels, got"
+        f" {smoothing}; try language.training.label_smoothing_factor"
         for name, stage in config.stages.items()
         if not isinstance(config.stage(name), LanguageStage)
         and (smoothing := stage.training.get("label_smoothing_factor"))
@@ -137,7 +142,7 @@ def _refuse_other_run(out: Path, config: DistillConfig) -> None:
 
 
 class _Distillation:
-    """What the stages have in common."""
+    """State common to all stages: teacher, data, losses and report."""
 
     def __init__(self, config: DistillConfig, teacher: Any, start: Path) -> None:
         self.config, self.start, self.out = config, start, Path(config.output_dir)
@@ -152,7 +157,7 @@ class _Distillation:
         self.report = read_json(path) if path.is_file() else self._empty()
 
     def go(self) -> dict[str, Any]:
-        """Measure, train, measure."""
+        """Measure, train each stage, measure again; return the report."""
         if "teacher" not in self.report["losses"]:
             self._say("measuring the teacher")
             self.report["losses"]["teacher"] = row_losses(self.teacher, self.rows, self.show).mean
@@ -168,7 +173,7 @@ class _Distillation:
         return self.report
 
     def _stage(self, name: str, before: Path) -> Path:
-        """Train, or go on, or find it done; the folder of the student after it."""
+        """Train a stage unless it is complete; return the folder of the student after it."""
         folder = self.out / name
         if not (folder / RESULT).is_file():
             settings = self.config.stages[name]
@@ -196,7 +201,7 @@ class _Distillation:
         return partial(LanguageModelling, **common)
 
     def _tokenised(self, settings: TrainConfig) -> list[SourceConfig]:
-        """The sources with finite texts tokenised once for all stages."""
+        """Return the sources, with finite texts tokenised once for all stages."""
         found = []
         for number, source in enumerate(settings.data):
             prepared = (Path(source.source) / INDEX).is_file() or source.source in plugins()
@@ -222,7 +227,7 @@ class _Distillation:
         return [rows[i] for i in range(count)]
 
     def _measure(self, name: str, folder: Path) -> None:
-        """Take the loss of a student and the errors of its new mixers, if that is not done."""
+        """Measure the loss of a student and the errors of its new mixers, unless already measured."""
         if name in self.report["losses"]:
             return
         student = self._load(folder)

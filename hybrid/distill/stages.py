@@ -1,4 +1,4 @@
-"""Trainers of the stages: ``HybridTrainer`` with another objective and frozen parts.
+"""Trainers of the stages: ``HybridTrainer`` with other losses and frozen parts.
 
 Shapes: B batch, T time, D model dim, V vocabulary.
 """
@@ -117,8 +117,8 @@ class MatchOutputs(LanguageModelling):
 class MatchLogits(LanguageModelling):
     """Stage 2: the KL divergence of the student from the teacher, per predicted token.
 
-    tau^2 * KL(softmax(z_teacher / tau) || softmax(z_student / tau)), z the logits, tau the temperature
-    (Hinton et al., arXiv 1503.02531, section 2).
+    tau^2 * KL(softmax(z_teacher / tau) || softmax(z_student / tau)), z the logits, tau the
+    temperature (Hinton et al., arXiv 1503.02531, section 2).
 
     Args:
         teacher: the teacher, on any device.

@@ -1,8 +1,8 @@
 """Load balancing of experts: auxiliary losses, and the loss-free bias.
 
-A training forward passes the routers' decisions to ``observe``, which counts the tokens of each expert
-and returns the balance losses. After each optimizer step, ``finish_step`` updates the biases and resets
-the counts. ``hybrid.train`` calls it. Call it yourself in a custom training loop.
+A training forward passes the routers' decisions to ``observe``, which counts the tokens of each
+expert and returns the balance losses. After each optimizer step, ``finish_step`` updates the
+biases and resets the counts. ``hybrid.train`` calls it. Call it yourself in a custom training loop.
 
 Shapes: B batch, T time, E experts, k experts per token. Padding is never counted.
 """
@@ -61,8 +61,8 @@ def observe(
         mask: (B, T), 0 at padding.
 
     Returns:
-        float32 scalar, a mean over this process's tokens. The mean over processes, weighted by tokens,
-        is the loss of the union of their batches.
+        float32 scalar, a mean over this process's tokens. The mean over processes, weighted by
+        tokens, is the loss of the union of their batches.
     """
     mask = mask.to(torch.float32)
     layers = [
@@ -131,8 +131,8 @@ def load_balance(load: torch.Tensor, probabilities: torch.Tensor) -> torch.Tenso
 def share_of_batch(targets: torch.Tensor, items: torch.Tensor | int | None) -> torch.Tensor | float:
     """Return this forward's share of the targets of an optimizer step; 1 if the step is unknown.
 
-    The cross entropy of transformers' ``Trainer`` is a sum over targets, divided by those of the whole
-    step. Balance losses are means. This weight makes them count once per step.
+    The cross entropy of transformers' ``Trainer`` is a sum over targets, divided by those of the
+    whole step. Balance losses are means. This weight makes them count once per step.
 
     Args:
         targets: labels, -100 for none.
@@ -148,8 +148,8 @@ def finish_step(model: nn.Module) -> dict[str, torch.Tensor]:
     b_i <- b_i + gamma * sign(mean load - load_i)   (arXiv 2408.15664, algorithm 1)
 
     Returns:
-        Tokens of each expert in this step over all processes, (E,), by router name; empty if no forward
-        was observed.
+        Tokens of each expert in this step over all processes, (E,), by router name; empty if no
+        forward was observed.
     """
     observed = {n: r for n, r in routers(model).items() if r.load is not None}
     loads = _over_processes([r.load for r in observed.values() if r.load is not None])

@@ -1,10 +1,10 @@
-"""Tokens a second of `mixture_of_experts` against transformers' Qwen3-MoE block of the same size.
+"""Throughput of ``mixture_of_experts`` and of transformers' Qwen3-MoE block of the same size.
 
     python -m hybrid.ffn.benchmark [--tokens 1024] [--backend grouped_mm] [--rounds 7]
 
-Forward and backward on the CPU, equal weights and input, one process, taking turns; the clock is the
-process's CPU time, and the figures are medians over rounds, so that a busy machine disturbs both
-alike.
+Forward and backward on the CPU with equal weights and input, alternating in one process. Times are
+CPU time of the process and figures are medians over rounds, so that other load on the machine
+affects both equally.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from hybrid.modeling.backends import use_backends_of
 
 
 def build_pair(arguments: argparse.Namespace) -> tuple[nn.Module, nn.Module]:
-    """Our layer and theirs, with equal weights."""
+    """Return our layer and transformers' block, with equal weights."""
     theirs_config = Qwen3MoeConfig(
         hidden_size=arguments.hidden_size,
         moe_intermediate_size=arguments.intermediate_size,
@@ -56,7 +56,7 @@ def build_pair(arguments: argparse.Namespace) -> tuple[nn.Module, nn.Module]:
 
 
 def one_pass(block: nn.Module, x: torch.Tensor, direction: torch.Tensor) -> float:
-    """CPU seconds of a forward and a backward."""
+    """Return the CPU time in seconds of a forward and a backward."""
     block.zero_grad()
     x = x.detach().requires_grad_()
     started = time.process_time()
@@ -65,7 +65,7 @@ def one_pass(block: nn.Module, x: torch.Tensor, direction: torch.Tensor) -> floa
 
 
 def main() -> None:
-    """Measure and print."""
+    """Measure and print the throughput of both."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--tokens", type=int, default=1024)
     parser.add_argument("--hidden-size", type=int, default=256)
@@ -82,7 +82,7 @@ def main() -> None:
     seconds: dict[str, list[float]] = {"ours": [], "transformers": []}
     blocks = [("ours", ours), ("transformers", theirs)]
     for number in range(arguments.rounds + 1):
-        blocks.reverse()  # neither is always the one that finds warm caches
+        blocks.reverse()  # neither always runs first
         for name, block in blocks:
             taken = one_pass(block, x, direction)
             if number:  # the first round warms up

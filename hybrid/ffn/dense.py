@@ -35,10 +35,10 @@ class DenseOptions(FeedForwardOptions):
     """Options of ``dense``.
 
     Attributes:
-        intermediate_size: inner width; default 8 D / 3 for gated and 4 D for plain activations, rounded
-            up to a multiple of 32.
-        activation: ``swiglu``, ``geglu``, ``geglu_tanh`` and ``reglu`` are gated (arXiv 2002.05202);
-            ``relu2`` (arXiv 2109.08668), ``gelu`` and ``silu`` are plain.
+        intermediate_size: inner width; default 8 D / 3 for gated and 4 D for plain activations,
+            rounded up to a multiple of 32.
+        activation: ``swiglu``, ``geglu``, ``geglu_tanh`` and ``reglu`` are gated (arXiv
+            2002.05202); ``relu2`` (arXiv 2109.08668), ``gelu`` and ``silu`` are plain.
         bias: add biases to the projections.
         gate_multiplier: factor of W_gate x, before its activation (first of ``mlp_multipliers`` of
             Falcon-H1, arXiv 2507.22448; the second is the residual's ``output_multiplier``).
@@ -116,8 +116,8 @@ class Dense(FeedForward):
 
         Args:
             x: (B, T, D).
-            convolve: function applied to [gate, up] (B, T, ``hidden_channels``) before the activation,
-                with the same output shape; None for none.
+            convolve: function applied to [gate, up] (B, T, ``hidden_channels``) before the
+                activation, with the same output shape; None for none.
 
         Returns:
             (B, T, D).

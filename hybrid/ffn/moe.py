@@ -1,6 +1,7 @@
 """Mixture of experts: each token passes k of E feed-forwards, and the shared ones.
 
-Shapes: B batch, T time, N tokens, D model dim, E experts, k experts per token, I width of an expert.
+Shapes: B batch, T time, N tokens, D model dim, E experts, k experts per token, I width of an
+expert.
 """
 
 from __future__ import annotations
@@ -29,9 +30,10 @@ from hybrid.mixers.base import residual_projection
 class Experts(nn.Module):
     """E feed-forwards as stacked matrices, in the format of transformers' experts backends.
 
-    ``config._experts_implementation`` selects the backend: ``grouped_mm`` (the default), ``batched_mm``,
-    ``eager``, or any other backend of transformers. ``forward`` is ``eager``. torch's grouped product
-    does not support float64, for which ``batched_mm`` replaces ``grouped_mm``.
+    ``config._experts_implementation`` selects the backend: ``grouped_mm`` (the default),
+    ``batched_mm``, ``eager``, or any other backend of transformers. ``forward`` is ``eager``.
+    torch's grouped product does not support float64, for which ``batched_mm`` replaces
+    ``grouped_mm``.
     """
 
     gated: bool
@@ -110,8 +112,8 @@ class Experts(nn.Module):
 class ExpertsBackends:
     """transformers' experts backends by name, with support for float64 and expert parallelism.
 
-    With expert parallelism, this process has ``module.num_experts`` experts. The choice of any other
-    expert has this number as its index, and the weight 0.
+    With expert parallelism, this process has ``module.num_experts`` experts. The choice of any
+    other expert has this number as its index, and the weight 0.
     """
 
     def get_interface(self, name: str, default: Callable[..., Any]) -> Callable[..., Any]:

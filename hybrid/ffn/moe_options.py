@@ -21,15 +21,15 @@ class MoEOptions(FeedForwardOptions):
     Attributes:
         num_experts: E, number of routed experts.
         top_k: k, routed experts per token.
-        intermediate_size: I, inner width of an expert. By default, all experts of a token together are
-            as wide as the default of ``dense``. The granularity is 2 D / I.
-        activation: as in ``dense``; or ``clamped_swiglu``:
-            (up + 1) * gate * sigmoid(swiglu_alpha * gate) with gate clamped to at most ``swiglu_limit``
-            and up to [-swiglu_limit, swiglu_limit] (gpt-oss, arXiv 2508.10925).
+        intermediate_size: I, inner width of an expert. By default, all experts of a token together
+            are as wide as the default of ``dense``. The granularity is 2 D / I.
+        activation: as in ``dense``; or ``clamped_swiglu``: (up + 1) * gate * sigmoid(swiglu_alpha *
+            gate) with gate clamped to at most ``swiglu_limit`` and up to [-swiglu_limit,
+            swiglu_limit] (gpt-oss, arXiv 2508.10925).
         swiglu_alpha, swiglu_limit: constants of ``clamped_swiglu``.
         bias: add biases to the projections of the experts (gpt-oss).
-        latent_size: input and output dim of the routed experts, between two projections that all experts
-            share (Nemotron 3); default D.
+        latent_size: input and output dim of the routed experts, between two projections that all
+            experts share (Nemotron 3); default D.
         num_shared_experts: number of experts for every token (arXiv 2401.06066), computed as one
             feed-forward of width ``num_shared_experts * shared_intermediate_size``.
         shared_intermediate_size: inner width of a shared expert; default I.
@@ -37,26 +37,28 @@ class MoEOptions(FeedForwardOptions):
         router_bias: add a learned bias to the router's logits (gpt-oss).
         score_function: ``softmax`` over the experts (Mixtral, Qwen3-MoE), or ``sigmoid`` of each
             (DeepSeek-V3).
-        normalize_weights: normalise the weights of a token's k experts to sum to one. With ``softmax``
-            this is a softmax over the logits of these k experts (Mixtral, Granite, gpt-oss).
+        normalize_weights: normalise the weights of a token's k experts to sum to one. With
+            ``softmax`` this is a softmax over the logits of these k experts (Mixtral, Granite,
+            gpt-oss).
         normalize_epsilon: epsilon added to that sum (1e-6 in LFM2).
         scaling_factor: factor of the weights, after normalisation.
-        num_groups, top_k_groups: experts form ``num_groups`` equal groups. A token chooses among the
-            experts of its ``top_k_groups`` best groups (DeepSeek-V2, V3).
-        group_score: score of a group: the sum of its two best experts (``top2``, DeepSeek-V3), or its
-            best expert (``max``, DeepSeek-V2).
-        score_correction_bias: add a bias per expert to the scores for the choice only. It is a buffer,
-            not a parameter. ``bias_update_rate`` implies it.
-        bias_update_rate: gamma of loss-free balancing (arXiv 2408.15664; 0.001 in 2412.19437). After
-            each optimizer step, the bias of an expert increases by gamma if it had fewer tokens than the
-            mean, and decreases by gamma if it had more. 0: constant bias.
+        num_groups, top_k_groups: experts form ``num_groups`` equal groups. A token chooses among
+            the experts of its ``top_k_groups`` best groups (DeepSeek-V2, V3).
+        group_score: score of a group: the sum of its two best experts (``top2``, DeepSeek-V3), or
+            its best expert (``max``, DeepSeek-V2).
+        score_correction_bias: add a bias per expert to the scores for the choice only. It is a
+            buffer, not a parameter. ``bias_update_rate`` implies it.
+        bias_update_rate: gamma of loss-free balancing (arXiv 2408.15664; 0.001 in 2412.19437).
+            After each optimizer step, the bias of an expert increases by gamma if it had fewer
+            tokens than the mean, and decreases by gamma if it had more. 0: constant bias.
         balance_loss: alpha of the auxiliary loss alpha * E * sum_i f_i P_i per layer (arXiv
-            2101.03961, eq. 4). f_i is the share of choices of expert i, P_i its mean probability. The
-            loss is alpha for a uniform load, independent of E and k.
-        balance_statistics: tokens counted in f_i: ``local`` (this process and forward), or ``global``
-            (all processes, and all forwards since the last optimizer step; arXiv 2501.11873).
-        sequence_balance_loss: alpha of the same loss with f and P of each row of the batch, as a mean
-            over rows (arXiv 2412.19437, eq. 17-20; 0.0001 there).
+            2101.03961, eq. 4). f_i is the share of choices of expert i, P_i its mean probability.
+            The loss is alpha for a uniform load, independent of E and k.
+        balance_statistics: tokens counted in f_i: ``local`` (this process and forward), or
+            ``global`` (all processes, and all forwards since the last optimizer step; arXiv
+            2501.11873).
+        sequence_balance_loss: alpha of the same loss with f and P of each row of the batch, as a
+            mean over rows (arXiv 2412.19437, eq. 17-20; 0.0001 there).
         router_z_loss: lambda of lambda * mean(logsumexp(logits)^2) per layer (arXiv 2202.08906,
             eq. 5; 0.001 there).
     """
@@ -158,27 +160,27 @@ class MoEOptions(FeedForwardOptions):
     def _routing_problems(self) -> list[str]:
         experts, groups, kept = self.num_experts, self.num_groups, self.top_k_groups
         if self.top_k > experts:
-            return [f"top_k: a token cannot choose {self.top_k} of num_experts {experts}"]
+            return [f"top_k: expected at most num_experts {experts}, got {self.top_k}"]
         if experts % groups:
             fit = [g for g in range(1, experts + 1) if experts % g == 0]
             near = [max(g for g in fit if g < groups), *(g for g in fit if g > groups)][:2]
             return [
-                f"num_groups: {groups} equal groups cannot be made of num_experts {experts};"
-                f" {' or '.join(map(str, near))} can"
+                f"num_groups: expected a divisor of num_experts {experts}, got {groups}; try"
+                f" {' or '.join(map(str, near))}"
             ]
         lines = []
         size = experts // groups
         if kept > groups:
-            lines.append(f"top_k_groups: a token cannot choose {kept} of num_groups {groups}")
+            lines.append(f"top_k_groups: expected at most num_groups {groups}, got {kept}")
         elif self.top_k > kept * size:
             lines.append(
-                f"top_k: a token cannot choose {self.top_k} of the {kept * size} experts in its"
-                f" top_k_groups {kept} (of {size} experts each)"
+                f"top_k: expected at most {kept * size}, the experts in top_k_groups {kept} of"
+                f" {size} each, got {self.top_k}"
             )
         if groups > 1 and size < 2 and self.group_score == "top2":
             lines.append(
-                f"group_score: 'top2' needs two experts in a group, and num_groups {groups} of"
-                f" num_experts {experts} have one; use 'max'"
+                f"group_score: expected 'max' for groups of one expert (num_groups {groups},"
+                f" num_experts {experts}), got 'top2'"
             )
         return lines
 
@@ -187,8 +189,8 @@ class MoEOptions(FeedForwardOptions):
             if self.activation != "clamped_swiglu":
                 return []
             return [
-                "activation: 'clamped_swiglu' is for routed experts, and num_shared_experts is"
-                f" {self.num_shared_experts}; use 'swiglu'"
+                "activation: expected another than 'clamped_swiglu' with num_shared_experts"
+                f" {self.num_shared_experts}; try 'swiglu'"
             ]
         given = [n for n in ("shared_intermediate_size", "shared_gate") if getattr(self, n)]
-        return [f"{name}: set, but num_shared_experts is 0" for name in given]
+        return [f"{name}: expected the default with num_shared_experts: 0" for name in given]

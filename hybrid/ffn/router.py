@@ -22,9 +22,10 @@ class Router(nn.Module):
     """Router with one linear map to the scores of all experts, always in float32.
 
     Attributes:
-        load: (E,) float32, tokens of each expert since the last optimizer step, in this process; None
-            before the first forward. ``hybrid.ffn.balance`` updates and clears it. It is not a buffer,
-            because ``DistributedDataParallel`` would overwrite it with that of the first process.
+        load: (E,) float32, tokens of each expert since the last optimizer step, in this process;
+            None before the first forward. ``hybrid.ffn.balance`` updates and clears it. It is not
+            a buffer, because ``DistributedDataParallel`` would overwrite it with that of the first
+            process.
     """
 
     bias: torch.Tensor | None
@@ -41,8 +42,8 @@ class Router(nn.Module):
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Route tokens x (N, D).
 
-        The weights are the scores of the chosen experts. The bias of a ``BiasedRouter`` affects only the
-        choice (arXiv 2412.19437, eq. 16).
+        The weights are the scores of the chosen experts. The bias of a ``BiasedRouter`` affects
+        only the choice (arXiv 2412.19437, eq. 16).
 
         Returns:
             Logits (N, E) float32, weights (N, k) float32, and expert indices (N, k) int64.
@@ -106,8 +107,8 @@ class Router(nn.Module):
 class BiasedRouter(Float32Buffers, Router):
     """Router whose choice is corrected by a bias per expert, a buffer saved in checkpoints.
 
-    The bias stays in float32 when the model is cast, because steps of 0.001 would be rounded away in
-    bfloat16.
+    The bias stays in float32 when the model is cast, because steps of 0.001 would be rounded away
+    in bfloat16.
     """
 
     float32_buffers: ClassVar[tuple[str, ...]] = ("score_correction_bias",)

@@ -244,12 +244,18 @@ def test_defaults_fill_in_the_widths(layer):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"top_k": 9}, "top_k: a token cannot choose 9 of num_experts 8"),
-        ({"num_groups": 3}, "num_groups: 3 equal groups .* num_experts 8; 2 or 4 can"),
-        ({"num_groups": 16}, "num_groups: 16 equal groups .*; 8 can"),
-        ({"num_groups": 4, "top_k_groups": 5}, "top_k_groups: a token cannot choose 5 of"),
-        ({"num_groups": 4, "top_k": 3}, "top_k: a token cannot choose 3 of the 2 experts"),
-        ({"num_groups": 8, "top_k_groups": 2}, "group_score: 'top2' needs two experts"),
+        ({"top_k": 9}, "top_k: expected at most num_experts 8, got 9"),
+        ({"num_groups": 3}, "num_groups: expected a divisor of num_experts 8, got 3; try 2 or 4"),
+        ({"num_groups": 16}, "num_groups: expected a divisor of num_experts 8, got 16; try 8"),
+        (
+            {"num_groups": 4, "top_k_groups": 5},
+            "top_k_groups: expected at most num_groups 4, got 5",
+        ),
+        ({"num_groups": 4, "top_k": 3}, "top_k: expected at most 2, the experts in top_k_groups"),
+        (
+            {"num_groups": 8, "top_k_groups": 2},
+            "group_score: expected 'max' for groups of one expert",
+        ),
         ({"score_function": "softmx"}, "score_function: .* try 'softmax'"),
         ({"num_experts": 0}, "num_experts: expected at least 1, got 0"),
         ({"balance_loss": -1}, "balance_loss: expected at least 0"),
@@ -259,10 +265,10 @@ def test_defaults_fill_in_the_widths(layer):
         ({"activation": "clamped_swiglu", "swiglu_limit": 0}, "swiglu_limit: expected above 0"),
         (
             {"activation": "clamped_swiglu", "num_shared_experts": 1},
-            "activation: 'clamped_swiglu' is for routed experts",
+            "activation: expected another than 'clamped_swiglu'",
         ),
         ({"activation": "clamped_swigl"}, "activation: .* try 'clamped_swiglu'"),
-        ({"shared_gate": True}, "shared_gate: set, but num_shared_experts is 0"),
+        ({"shared_gate": True}, "shared_gate: expected the default with num_shared_experts: 0"),
         ({"num_expert": 4}, "num_expert: unknown key, did you mean 'num_experts'"),
     ],
 )

@@ -104,7 +104,7 @@ training: {max_stpes: 10, learning_rate: fast}
     assert "'Q'" in layout
     assert sorted(found) == [
         "data[0].wieght: unknown key, did you mean 'weight'?",
-        "data[1].split: stdlib has no split 'test', known: heldout, train",
+        "data[1].split: expected a split of stdlib, got 'test', known: heldout, train",
         "data[1].weight: expected above 0, got -1",
         "data[2].source: expected a value, got none",
         "model.hiden_size: unknown key, did you mean 'hidden_size'?",

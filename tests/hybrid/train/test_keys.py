@@ -214,9 +214,9 @@ def test_prepared_data_trains_as_its_source_does(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["nowhere.jsonl", "out"], "no file matches 'nowhere.jsonl'"),
-        (["mqar", "out"], "'mqar' is a plug-in"),
-        (["stdlib", "out", "--split", "test"], "stdlib has no split 'test'"),
+        (["nowhere.jsonl", "out"], "nowhere.jsonl: expected existing files, got none"),
+        (["mqar", "out"], "got the plug-in 'mqar'"),
+        (["stdlib", "out", "--split", "test"], "expected a split of stdlib, got 'test'"),
         (["stdlib", "out", "--shard-tokens", "many"], "--shard-tokens: 'many' is no number"),
         (["stdlib", "out", "--shard-tokens", "0"], "shard_tokens: expected at least 1"),
         (["stdlib", "taken"], "taken: "),

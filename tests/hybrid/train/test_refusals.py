@@ -83,11 +83,11 @@ def test_weights_whose_sum_overflows_are_still_shares():
         (
             "labels",
             61,
-            "label 61, the model's vocab_size is 61; set model.vocab_size to at least 62",
+            "label: expected 0 or above and below the model's vocab_size 61, got 61; try model.vocab_size: 62",
         ),
-        ("labels", -5, "label -5"),
-        ("input_ids", 61, "token id 61"),
-        ("input_ids", -1, "token id -1"),
+        ("labels", -5, "label: .*, got -5"),
+        ("input_ids", 61, "token id: .*, got 61"),
+        ("input_ids", -1, "token id: .*, got -1"),
     ],
 )
 def test_ids_and_labels_outside_the_vocabulary_are_named(key, value, words):
@@ -100,9 +100,9 @@ def test_ids_and_labels_outside_the_vocabulary_are_named(key, value, words):
 
 
 def test_rows_of_a_plugin_hold_integers():
-    with pytest.raises(ValueError, match="labels of float64; expected integers"):
+    with pytest.raises(ValueError, match="row.labels: expected integers, got float64"):
         complete({"input_ids": [1, 2], "labels": [0.5, 1.0]}, 4, 0)
-    with pytest.raises(ValueError, match="position_ids of shape"):
+    with pytest.raises(ValueError, match="position_ids: expected integers of shape"):
         complete({"input_ids": [1, 2], "labels": [1, 2], "position_ids": [0]}, 4, 0)
 
 

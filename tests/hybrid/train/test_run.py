@@ -207,7 +207,7 @@ def test_a_stream_that_breaks_ends_the_run_in_one_line(values, tmp_path, capsys,
     (line,) = [x for x in said.splitlines() if "error" in x]
     assert "of source 1: row 9 of" in line
     assert "b.jsonl, line 11): column 'text' holds null, expected text" in line
-    assert line.endswith("start the same command again: earlier checkpoints are kept")
+    assert line.endswith("run the same command again: earlier checkpoints are kept")
     assert "Traceback" not in said
     assert newest_whole(tmp_path / "out", print) is not None
 
