@@ -148,7 +148,7 @@ def test_a_stream_is_read_again_after_an_error():
 def test_an_absent_column_is_named_with_those_there_are(tmp_path, streaming):
     config = SourceConfig(source=write(tmp_path, ".jsonl"), text_key="content", streaming=streaming)
     with pytest.raises(
-        ValueError, match="text_key: expected a column of .*, 'text', 'other', got 'content'"
+        ValueError, match=r"text_key: expected a column of .*, 'text', 'other', got 'content'"
     ):
         rows_of(config)
 
@@ -191,7 +191,7 @@ def test_an_empty_source(tmp_path, texts, streaming, ends):
     if not ends:
         tokenizer.eos_token = None
     path = write(tmp_path, ".jsonl", texts)
-    with pytest.raises(ValueError, match="expected (text|a document of at least two tokens), got"):
+    with pytest.raises(ValueError, match=r"expected (text|a document of at least two tokens), got"):
         open_source(
             SourceConfig(source=path, streaming=streaming), tokenizer, RowFormat(8, 256), 0
         ).row(0)
@@ -497,7 +497,7 @@ def test_prepared_data_in_doubt_is_refused(tmp_path):
     with pytest.raises(ValueError, match=f"{INDEX}: not JSON: .*; prepare the data again"):
         open_shards(folder)
     (folder / INDEX).unlink()
-    with pytest.raises(ValueError, match=f"holds no {INDEX}"):
+    with pytest.raises(ValueError, match=f"folder of prepared data with {INDEX}"):
         open_shards(folder)
 
 

@@ -83,7 +83,7 @@ def test_weights_whose_sum_overflows_are_still_shares():
         (
             "labels",
             61,
-            "label: expected 0 or above and below the model's vocab_size 61, got 61; try model.vocab_size: 62",
+            "label: expected .* vocab_size 61, got 61; try model.vocab_size: 62",
         ),
         ("labels", -5, "label: .*, got -5"),
         ("input_ids", 61, "token id: .*, got 61"),
@@ -100,7 +100,7 @@ def test_ids_and_labels_outside_the_vocabulary_are_named(key, value, words):
 
 
 def test_rows_of_a_plugin_hold_integers():
-    with pytest.raises(ValueError, match="row.labels: expected integers, got float64"):
+    with pytest.raises(ValueError, match=r"row\.labels: expected integers, got float64"):
         complete({"input_ids": [1, 2], "labels": [0.5, 1.0]}, 4, 0)
     with pytest.raises(ValueError, match="position_ids: expected integers of shape"):
         complete({"input_ids": [1, 2], "labels": [1, 2], "position_ids": [0]}, 4, 0)
