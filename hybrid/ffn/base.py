@@ -34,6 +34,8 @@ class FeedForward(nn.Module, ABC):
     Options: ClassVar[type[FeedForwardOptions]] = FeedForwardOptions
     takes_canon: ClassVar[bool] = False
     """Whether ``forward`` has the argument ``convolve`` and the class has ``hidden_channels``."""
+    residual_projections: ClassVar[tuple[str, ...]] = ("down_proj",)
+    """Names of its Linear modules that write to the residual stream; ``init`` scales their weights."""
     paper: ClassVar[str] = ""
     formula: ClassVar[str] = ""
 

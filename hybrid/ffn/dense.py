@@ -16,7 +16,6 @@ from hybrid.config.parallel import Split
 from hybrid.config.registry import register_feed_forward
 from hybrid.config.sizes import Sizes
 from hybrid.ffn.base import FeedForward, FeedForwardOptions
-from hybrid.mixers.base import residual_projection
 
 # name -> (gated, activation by transformers' name)
 ACTIVATIONS = {
@@ -93,7 +92,7 @@ class Dense(FeedForward):
         d_model, inner = sizes.hidden_size, options.width
         self.gate_proj = nn.Linear(d_model, inner, bias=options.bias) if gated else None
         self.up_proj = nn.Linear(d_model, inner, bias=options.bias)
-        self.down_proj = residual_projection(inner, d_model, bias=options.bias)
+        self.down_proj = nn.Linear(inner, d_model, bias=options.bias)
         self.act = ACT2FN[activation]
 
     @classmethod

@@ -24,7 +24,6 @@ from hybrid.ffn.base import FeedForward
 from hybrid.ffn.dense import ACTIVATIONS, Dense
 from hybrid.ffn.moe_options import MoEOptions
 from hybrid.ffn.router import build_router
-from hybrid.mixers.base import residual_projection
 
 
 class Experts(nn.Module):
@@ -157,6 +156,7 @@ class MixtureOfExperts(FeedForward):
     """
 
     Options = MoEOptions
+    residual_projections = ("latent_out",)
     paper = "arXiv 1701.06538"
     formula = "sum_{i in top k} w_i FFN_i(x) + FFN_shared(x)"
 
@@ -170,7 +170,7 @@ class MixtureOfExperts(FeedForward):
         self.latent_in = self.latent_out = None
         if options.latent_size is not None:
             self.latent_in = nn.Linear(sizes.hidden_size, options.latent_size, bias=False)
-            self.latent_out = residual_projection(options.latent_size, sizes.hidden_size)
+            self.latent_out = nn.Linear(options.latent_size, sizes.hidden_size, bias=False)
         self.shared_experts = self._build_shared()
         self.shared_gate = (
             nn.Linear(sizes.hidden_size, 1, bias=False) if options.shared_gate else None

@@ -64,6 +64,8 @@ class Mixer(nn.Module, ABC):
         kind: name of the first registered class among the bases. Mixers of one kind are counted
             together (``Sizes.kind_idx``).
         shared_by_stack: names of parameters shared by all layers of the mixer in a stack.
+        residual_projections: names of its Linear modules that write to the residual stream; ``init``
+            scales their weights.
         continues_packed: whether packed documents can continue from a cache.
     """
 
@@ -77,6 +79,7 @@ class Mixer(nn.Module, ABC):
     formula: ClassVar[str] = ""
     used_by: ClassVar[str] = ""
     shared_by_stack: ClassVar[tuple[str, ...]] = ()
+    residual_projections: ClassVar[tuple[str, ...]] = ("o_proj",)
     continues_packed: ClassVar[bool] = True
 
     def __init__(self, options: Any, sizes: Sizes, layer_idx: int) -> None:
@@ -157,13 +160,6 @@ class Mixer(nn.Module, ABC):
     def states(self) -> dict[str, StateSpec]:
         """Return the states that ``forward`` keeps in its cache slot, by name."""
         return {}
-
-
-def residual_projection(d_in: int, d_out: int, bias: bool = False) -> nn.Linear:
-    """Return a Linear that writes to the residual stream; depth-scaled initialisation applies to it."""
-    linear = nn.Linear(d_in, d_out, bias=bias)
-    linear.is_residual_projection = True  # type: ignore[assignment]
-    return linear
 
 
 class ShortConvolution(nn.Module):
@@ -297,7 +293,7 @@ class LinearMixer(StateMixer):
         self.q_proj = nn.Linear(d_model, inner_key, bias=bias)
         self.k_proj = nn.Linear(d_model, writes * inner_key, bias=bias)
         self.v_proj = nn.Linear(d_model, writes * inner, bias=bias)
-        self.o_proj = residual_projection(inner, d_model, bias=bias)
+        self.o_proj = nn.Linear(inner, d_model, bias=bias)
         self.conv = None
         if conv_size:
             channels = inner_key + writes * (inner_key + inner)

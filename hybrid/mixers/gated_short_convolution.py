@@ -18,7 +18,6 @@ from hybrid.mixers.base import (
     MixerOptions,
     ShortConvolution,
     StateMixer,
-    residual_projection,
 )
 from hybrid.nn.past import Slot, StateSpec
 
@@ -54,7 +53,7 @@ class GatedShortConvolution(StateMixer):
         d_model = sizes.hidden_size
         self.in_proj = nn.Linear(d_model, 3 * d_model, bias=options.bias)
         self.conv = ShortConvolution(d_model, options.conv_size, options.bias)
-        self.o_proj = residual_projection(d_model, d_model, bias=options.bias)
+        self.o_proj = nn.Linear(d_model, d_model, bias=options.bias)
 
     @classmethod
     def samples(cls) -> list[dict[str, Any]]:

@@ -17,7 +17,7 @@ from hybrid.config.fields import NormName
 from hybrid.config.parallel import Split
 from hybrid.config.sizes import Sizes
 from hybrid.mixers.attention import alibi_slopes
-from hybrid.mixers.base import Mixer, MixerOptions, head_problems, residual_projection
+from hybrid.mixers.base import Mixer, MixerOptions, head_problems
 from hybrid.mixers.parts import divides
 from hybrid.nn.norms import build_norm
 from hybrid.nn.rotary import rope_problems
@@ -147,7 +147,7 @@ class GroupedHeads(Mixer):
         self.q_proj = nn.Linear(d_model, inner, bias=options.bias)
         self.k_proj = nn.Linear(d_model, inner_kv, bias=options.bias)
         self.v_proj = nn.Linear(d_model, inner_kv, bias=options.bias)
-        self.o_proj = residual_projection(inner, d_model, bias=options.output_bias)
+        self.o_proj = nn.Linear(inner, d_model, bias=options.output_bias)
         self.gate_proj = (
             nn.Linear(d_model, inner, bias=options.bias) if options.output_gate else None
         )

@@ -22,7 +22,6 @@ from hybrid.mixers.base import (
     MixerOptions,
     ShortConvolution,
     StateMixer,
-    residual_projection,
 )
 from hybrid.mixers.parts import init_time_step, step_problems, wide
 from hybrid.nn.norms import build_norm
@@ -99,7 +98,7 @@ class Mamba(StateMixer):
         self.dt_proj = nn.Linear(rank, inner)
         self.A_log = nn.Parameter(torch.empty(inner, states))
         self.D = nn.Parameter(torch.empty(inner))
-        self.o_proj = residual_projection(inner, sizes.hidden_size, bias=options.bias)
+        self.o_proj = nn.Linear(inner, sizes.hidden_size, bias=options.bias)
         self.splits = [rank, states, states]
         self.inner_norms = None
         if options.inner_norm:

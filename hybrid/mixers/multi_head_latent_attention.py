@@ -16,7 +16,7 @@ from hybrid.config.declare import Below1, Positive, Size
 from hybrid.config.registry import register_mixer
 from hybrid.config.sizes import Sizes
 from hybrid.mixers.attention import FullAttention
-from hybrid.mixers.base import MixerOptions, residual_projection
+from hybrid.mixers.base import MixerOptions
 from hybrid.mixers.parts import plain_weight, wide
 from hybrid.nn.norms import build_norm
 from hybrid.nn.packing import WHOLE_ROWS, Segments
@@ -125,7 +125,7 @@ class MultiHeadLatentAttention(FullAttention):
             self.latent_dim, heads * (self.head_dim + self.value_dim), bias=False
         )
         self.gate_proj = nn.Linear(d_model, heads, bias=False) if options.output_gate else None
-        self.o_proj = residual_projection(heads * self.value_dim, d_model)
+        self.o_proj = nn.Linear(heads * self.value_dim, d_model, bias=False)
 
     @classmethod
     def samples(cls) -> list[dict[str, Any]]:

@@ -17,7 +17,7 @@ from transformers import initialization as init
 from hybrid.config.declare import Size, Size0, Size2
 from hybrid.config.registry import register_mixer
 from hybrid.config.sizes import Sizes
-from hybrid.mixers.base import Mixer, residual_projection
+from hybrid.mixers.base import Mixer
 from hybrid.mixers.grouped_heads import HeadSizeOptions
 from hybrid.mixers.sparse_blocks import Blocks, sparse_attention
 from hybrid.mixers.sparse_rows import AlignedRow, Rows, banded
@@ -129,7 +129,7 @@ class NativeSparseAttention(Mixer):
         self.k_proj = nn.Linear(d_model, 3 * self.num_kv_heads * self.head_dim, bias=False)
         self.v_proj = nn.Linear(d_model, 3 * self.num_kv_heads * self.head_dim, bias=False)
         self.gate_proj = nn.Linear(d_model, 3 * self.num_heads, bias=False)
-        self.o_proj = residual_projection(inner, d_model)
+        self.o_proj = nn.Linear(inner, d_model, bias=False)
         # for keys and values; parameters of the mixer itself, so that transformers initialises them
         self.places = self.up = self.down = None
         if options.compress == "mlp":

@@ -20,7 +20,6 @@ from hybrid.mixers.base import (
     MixerOptions,
     ShortConvolution,
     StateMixer,
-    residual_projection,
 )
 from hybrid.mixers.parts import divides, too_wide, wide
 from hybrid.nn.past import Slot, StateSpec
@@ -107,7 +106,7 @@ class RGLRU(StateMixer):
         self.input_gate = BlockDiagonal(heads, width // heads)
         self.recurrence_gate = BlockDiagonal(heads, width // heads)
         self.decay_rate = nn.Parameter(torch.empty(width))
-        self.o_proj = residual_projection(width, sizes.hidden_size, bias=True)
+        self.o_proj = nn.Linear(width, sizes.hidden_size, bias=True)
 
     @classmethod
     def samples(cls) -> list[dict[str, Any]]:

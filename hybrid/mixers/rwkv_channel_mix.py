@@ -13,7 +13,7 @@ from transformers import initialization as init
 from hybrid.config.declare import Size
 from hybrid.config.registry import register_mixer
 from hybrid.config.sizes import Sizes
-from hybrid.mixers.base import MixerOptions, StateMixer, residual_projection
+from hybrid.mixers.base import MixerOptions, StateMixer
 from hybrid.mixers.parts import token_before
 from hybrid.nn.past import Slot, StateSpec
 
@@ -57,6 +57,7 @@ class RWKVChannelMix(StateMixer):
     formula = "no decay: y_t = sigmoid(r_t) * W_v relu(k_t)^2, r_t and k_t from x_t and x_{t-1}"
     used_by = "RWKV-6 (Finch)"
     no_weight_decay = ("key_shift", "gate_shift")
+    residual_projections = ("v_proj",)
 
     def __init__(self, options: RWKVChannelMixOptions, sizes: Sizes, layer_idx: int) -> None:
         super().__init__(options, sizes, layer_idx)
@@ -64,7 +65,7 @@ class RWKVChannelMix(StateMixer):
         self.key_shift = nn.Parameter(torch.empty(d_model))
         self.gate_shift = nn.Parameter(torch.empty(d_model))
         self.k_proj = nn.Linear(d_model, options.width, bias=False)
-        self.v_proj = residual_projection(options.width, d_model)
+        self.v_proj = nn.Linear(options.width, d_model, bias=False)
         self.gate_proj = nn.Linear(d_model, d_model, bias=False)
 
     @classmethod

@@ -9,6 +9,8 @@ biases, norm weights of one).
 from __future__ import annotations
 
 import itertools
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,32 +21,64 @@ from transformers.utils import logging
 from hybrid.config.fields import StackFields
 from hybrid.config.sizes import Sizes
 from hybrid.ffn.router import Router
-from hybrid.modeling import mup
 from hybrid.modeling.layer import HybridLayer
+from hybrid.modeling.mup import Growth, find_growth
 
 logger = logging.get_logger(__name__)
 
 
-def prepare(model: Any) -> None:
-    """Record on the modules of a hybrid model what their initial values depend on beside themselves.
+@dataclass(frozen=True)
+class Role:
+    """What the initial values of a module depend on beside the module itself.
 
-    Called once, when the model is built: the growth of matrices under muP (`mup.mark`), and for
-    DeepNorm which layers' projections start smaller.
+    Attributes:
+        is_residual_projection: whether the module is a Linear that writes to the residual stream.
+        is_value_path: whether DeepNorm scales it: values, outputs and feed-forwards (arXiv 2203.00555,
+            figure 2).
+        growth: growth of each of its matrices under muP, by parameter name.
     """
-    mup.mark(model)
-    if model.config.stack.sizes.init == "deepnorm":
-        for layer in model.modules():
-            if isinstance(layer, HybridLayer):
-                _mark_value_paths(layer)
+
+    is_residual_projection: bool
+    is_value_path: bool
+    growth: Mapping[str, Growth]
 
 
-def _mark_value_paths(layer: HybridLayer) -> None:
-    """Mark what DeepNorm scales: values, outputs and feed-forwards (arXiv 2203.00555, figure 2)."""
-    for name, module in layer.named_modules():
-        in_ffn = name.startswith("ffn.") and not isinstance(module, Router)
-        is_value = name.rpartition(".")[2] == "v_proj"
-        if in_ffn or is_value or hasattr(module, "is_residual_projection"):
-            module.is_value_path = True  # type: ignore[assignment]
+NO_ROLE = Role(False, False, {})
+
+
+def prepare(model: Any) -> None:
+    """Find the role of each module of a model. Called once, after all modules have been built."""
+    outputs = {
+        child
+        for module in model.modules()
+        for name in getattr(module, "residual_projections", ())
+        if isinstance(child := getattr(module, name, None), nn.Linear)
+    }
+    grown = find_growth(model)
+    layers = (module for module in model.modules() if isinstance(module, HybridLayer))
+    values = outputs.union(*map(_value_paths, layers))
+    for module in values | grown.keys():
+        module.role = Role(module in outputs, module in values, grown.get(module, {}))  # type: ignore[assignment]
+
+
+def _value_paths(layer: HybridLayer) -> set[nn.Module]:
+    """Return the projections of values and the modules of the feed-forward, routers excepted."""
+    return {
+        module
+        for name, module in layer.named_modules()
+        if name.rpartition(".")[2] == "v_proj"
+        or (name.startswith("ffn.") and not isinstance(module, Router))
+    }
+
+
+def growths(model: nn.Module) -> dict[str, Growth]:
+    """Return the growth of the parameters whose learning rate muP changes, by name."""
+    return {
+        f"{name}.{key}" if name else key: growth
+        for name, module in model.named_modules()
+        for key, growth in getattr(module, "role", NO_ROLE).growth.items()
+        if growth.rate_factor != 1
+    }
 
 
 def initialize(module: nn.Module, config: StackFields, sizes: Sizes, *, is_head: bool) -> None:
@@ -56,18 +90,23 @@ def initialize(module: nn.Module, config: StackFields, sizes: Sizes, *, is_head:
         sizes: sizes of the stack, with ``init`` and the depth.
         is_head: whether the module is the output head, which ``xavier`` and ``deepnorm`` do not change.
     """
-    if isinstance(module, nn.Linear):
-        _initialize_linear(module, sizes, config.initializer_range, is_head)
+    role = getattr(module, "role", NO_ROLE)
+    if isinstance(module, nn.Linear) and not is_head:
+        _initialize_linear(module, role, sizes, config.initializer_range)
     if hasattr(module, "init_parameters"):
         module.init_parameters(config.initializer_range)
-    mup.scale_initial(module)
+    for name, growth in role.growth.items():
+        parameter = getattr(module, name)
+        init.copy_(parameter, parameter * growth.std_factor)
 
 
-def _initialize_linear(linear: nn.Linear, sizes: Sizes, std: float, is_head: bool) -> None:
-    if sizes.init in ("xavier", "deepnorm") and not is_head:
-        gain = sizes.deepnorm_beta if hasattr(linear, "is_value_path") else 1.0
+def _initialize_linear(linear: nn.Linear, role: Role, sizes: Sizes, std: float) -> None:
+    if sizes.init == "xavier":
+        init.xavier_normal_(linear.weight)
+    if sizes.init == "deepnorm":
+        gain = sizes.deepnorm_beta if role.is_value_path else 1.0
         init.xavier_normal_(linear.weight, gain=gain)
-    if sizes.init == "depth_scaled" and hasattr(linear, "is_residual_projection"):
+    if sizes.init == "depth_scaled" and role.is_residual_projection:
         scaled = std / max(1, sizes.num_residual_branches) ** 0.5
         init.normal_(linear.weight, mean=0.0, std=scaled)
 

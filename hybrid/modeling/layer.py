@@ -16,7 +16,6 @@ from hybrid.config.spec import LayerSpec
 from hybrid.ffn import FeedForward
 from hybrid.ffn.dense import Dense
 from hybrid.mixers import Mixer
-from hybrid.mixers.base import residual_projection
 from hybrid.modeling.canon import Canon
 from hybrid.modeling.residual import ParallelMixers, Residual
 from hybrid.modeling.weight_sharing import adapt, narrow_output
@@ -42,6 +41,8 @@ class Call(NamedTuple):
 
 class HybridLayer(GradientCheckpointingLayer):
     """Layer of the layout: mixers, a feed-forward, or both, each with its own residual."""
+
+    residual_projections = ("depth_projection",)
 
     def __init__(self, spec: LayerSpec) -> None:
         super().__init__()
@@ -100,7 +101,7 @@ class HybridLayer(GradientCheckpointingLayer):
         if self.shared.lora_rank is not None:
             adapt(self.symbols, (self.mixer, self.ffn), self.shared)
         if self.shared.depth_projection:
-            self.depth_projection = residual_projection(spec.hidden_size, spec.hidden_size)
+            self.depth_projection = nn.Linear(spec.hidden_size, spec.hidden_size, bias=False)
 
     def forward(
         self,

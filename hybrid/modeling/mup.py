@@ -26,7 +26,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import initialization as init
 
 from hybrid.ffn.moe import Experts
 from hybrid.ffn.router import Router
@@ -50,40 +49,25 @@ class Growth:
         return 1 / self.fan_in
 
 
-def mark(model: Any) -> None:
-    """Store the growth of its matrices on each module of a model. Call it before initialisation."""
+def find_growth(model: Any) -> dict[nn.Module, dict[str, Growth]]:
+    """Return the growth of the matrices of each module that muP scales; empty without muP."""
     if model.config.mup_base_width is None:
-        return
+        return {}
     with torch.device("meta"):
         small: Any = type(model)(
             model.config.changed(hidden_size=model.config.mup_base_width, mup_base_width=None)
         )
     twins = dict(small.named_modules())
     head = model.get_output_embeddings()
+    found = {}
     for name, module in model.named_modules():
         if isinstance(module, (nn.Linear, Experts, Router)) and module is not head:
             twin = dict(twins[name].named_parameters(recurse=False))
-            module.growth = {  # type: ignore[assignment]
+            found[module] = {
                 key: Growth(
                     *(a / b for a, b in zip(p.shape[:-3:-1], twin[key].shape[:-3:-1], strict=True))
                 )
                 for key, p in module.named_parameters(recurse=False)
                 if p.ndim > 1 and not key.endswith("_bias")
             }
-
-
-def scale_initial(module: nn.Module) -> None:
-    """Scale freshly initialised matrices to the standard deviation of their growth."""
-    for key, growth in getattr(module, "growth", {}).items():
-        parameter = getattr(module, key)
-        init.copy_(parameter, parameter * growth.std_factor)
-
-
-def growths(model: nn.Module) -> dict[str, Growth]:
-    """Return the growth of the parameters whose learning rate muP changes, by name."""
-    return {
-        f"{name}.{key}" if name else key: growth
-        for name, module in model.named_modules()
-        for key, growth in getattr(module, "growth", {}).items()
-        if growth.rate_factor != 1
-    }
+    return found

@@ -14,7 +14,6 @@ from transformers import initialization as init
 from hybrid.config.block_options import scaled
 from hybrid.config.spec import BranchSpec, LayerSpec
 from hybrid.mixers import Mixer
-from hybrid.mixers.base import residual_projection
 from hybrid.nn.norms import build_norm
 
 
@@ -30,6 +29,8 @@ class ParallelMixers(nn.Module):
         learned_scalar  sum_i a_i y_i, with scalars a_i initialised to 1/n
     """
 
+    residual_projections = ("projection",)
+
     def __init__(self, spec: LayerSpec, mixers: list[Mixer]) -> None:
         super().__init__()
         assert spec.mixer_branch is not None
@@ -44,7 +45,7 @@ class ParallelMixers(nn.Module):
                 [build_norm(branch.norm, d_model, branch.norm_eps) for _ in mixers]
             )
         if self.combine == "concat":
-            self.projection = residual_projection(count * d_model, d_model)
+            self.projection = nn.Linear(count * d_model, d_model, bias=False)
         if self.combine == "learned_scalar":
             self.weights = nn.Parameter(torch.empty(count))
 

@@ -16,7 +16,7 @@ from transformers import initialization as init
 
 from hybrid.config.block_options import SharedOptions
 from hybrid.config.spec import StackSpec
-from hybrid.mixers.base import Mixer, residual_projection
+from hybrid.mixers.base import Mixer
 
 # Projections with the same input, whose adapters share A, like the adapter of a fused projection.
 ONE_INPUT = ("gate_proj", "up_proj")
@@ -25,7 +25,7 @@ ONE_INPUT = ("gate_proj", "up_proj")
 def narrow_output(mixer: Mixer, hidden_size: int) -> None:
     """Replace the output projection of a mixer with a wider input, so that it writes D channels."""
     wide = cast(nn.Linear, mixer.o_proj)
-    mixer.o_proj = residual_projection(wide.in_features, hidden_size, wide.bias is not None)
+    mixer.o_proj = nn.Linear(wide.in_features, hidden_size, bias=wide.bias is not None)
 
 
 class AdaptedLinear(nn.Linear):
@@ -37,8 +37,6 @@ class AdaptedLinear(nn.Linear):
     def __init__(self, linear: nn.Linear, rank: int) -> None:
         bias = linear.bias is not None
         super().__init__(linear.in_features, linear.out_features, bias)
-        if hasattr(linear, "is_residual_projection"):
-            self.is_residual_projection = True
         self.lora_a = nn.Linear(linear.in_features, rank, bias=False)
         self.lora_b = nn.Linear(rank, linear.out_features, bias=False)
 

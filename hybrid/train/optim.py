@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from hybrid.mixers.base import ShortConvolution
-from hybrid.modeling.mup import growths
+from hybrid.modeling.initialization import growths
 
 
 @dataclass(frozen=True)

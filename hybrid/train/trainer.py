@@ -22,8 +22,8 @@ from transformers.trainer_utils import EvalLoopOutput
 from hybrid.data.mixture import DataError
 from hybrid.data.packing import IGNORE
 from hybrid.files import write_text
+from hybrid.modeling.initialization import growths
 from hybrid.modeling.model import HybridForCausalLM
-from hybrid.modeling.mup import growths
 from hybrid.train.checkpoints import remove_old, write_manifest, writing
 from hybrid.train.config import MuonConfig
 from hybrid.train.engines import load_model, load_optimizer, shard_ties_with_the_stack

@@ -109,3 +109,45 @@ def test_a_mixer_without_init_parameters():
     config = hybrid.HybridConfig(layout="Q", mixers={"Q": options}, **SMALL)
     with pytest.raises(ValueError, match=r"Bare\.ramp: expected .* init_parameters"):
         load(config, hybrid.HybridForCausalLM(config).state_dict())
+
+
+# Projections into the residual stream, of every kind of module that has one.
+OUTPUTS = (".o_proj", ".down_proj", ".latent_out", ".projection", ".depth_projection", "c.v_proj")
+STACK = {
+    "layout": "[LS]SZcE-",
+    "hidden_size": 256,
+    "vocab_size": 61,
+    "initializer_range": 0.05,
+    "parallel_combine": "concat",
+    "mixers": {
+        "Z": {"type": "softmax_attention", "num_heads": 4},
+        "c": {"type": "rwkv_channel_mix"},
+    },
+    "feed_forwards": {"E": {"latent_size": 128, "num_shared_experts": 1}},
+    "shared": {"Z": {"depth_projection": True}},
+}
+
+
+@pytest.mark.parametrize("kind", ["fixed", "depth_scaled", "xavier", "deepnorm"])
+def test_the_rule_of_each_projection(kind):
+    torch.manual_seed(0)
+    position = {"norm_position": "post"} if kind == "deepnorm" else {}
+    model = hybrid.HybridForCausalLM(hybrid.HybridConfig(init=kind, **position, **STACK))
+    branches, std, seen = 6, 0.05, set()
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.Linear) or name == "lm_head":
+            continue
+        place = name.replace("layers.3.mixer", "c")
+        output = next((end for end in OUTPUTS if place.endswith(end)), None)
+        seen.add(output)
+        glorot = (2 / sum(module.weight.shape)) ** 0.5
+        value = output or place.endswith(".v_proj") or ".ffn." in name
+        want = {
+            "fixed": std,
+            "depth_scaled": std / branches**0.5 if output else std,
+            "xavier": glorot,
+            "deepnorm": glorot * (4 * branches) ** -0.25 if value else glorot,
+        }[kind]
+        error = 5 / (2 * module.weight.numel()) ** 0.5  # five standard errors of a deviation
+        assert module.weight.std().item() == pytest.approx(want, rel=error), name
+    assert seen >= {*OUTPUTS, None}

@@ -5,7 +5,7 @@ import torch
 from torch.testing import assert_close
 
 from hybrid import HybridConfig, HybridForCausalLM
-from hybrid.modeling.mup import growths
+from hybrid.modeling.initialization import growths
 from hybrid.train.optim import groups
 
 BASE = 64
