@@ -3,6 +3,7 @@ from . import chunked_attention as chunked_attention
 from . import delta_net as delta_net
 from . import dfw as dfw
 from . import gated_delta_net as gated_delta_net
+from . import gated_delta_net2 as gated_delta_net2
 from . import gated_delta_product as gated_delta_product
 from . import gated_linear_attention as gated_linear_attention
 from . import gated_retention as gated_retention
@@ -21,6 +22,7 @@ from . import norm_attention as norm_attention
 from . import retention as retention
 from . import rg_lru as rg_lru
 from . import rwkv6 as rwkv6
+from . import rwkv7 as rwkv7
 from . import rwkv_channel_mix as rwkv_channel_mix
 from . import sliding_window_attention as sliding_window_attention
 from . import softmax_attention as softmax_attention

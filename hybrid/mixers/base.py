@@ -400,6 +400,7 @@ def _split_values(
 ) -> tuple[torch.Tensor, dict[str, Any]]:
     """Split v (B, T, H, V) into (B, T, H * parts, V / parts), and repeat each head's gates."""
     heads_dim = {"log_decay": 2, "beta": 2, "write_scale": 2, "bonus": 0}
+    heads_dim |= {"erase_key": 2, "erase_query": 2}
     split = dict(gates)
     for name, dim in heads_dim.items():
         gate = gates.get(name)

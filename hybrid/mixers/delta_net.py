@@ -95,10 +95,14 @@ class DeltaRuleMixer(LinearMixer):
             conv_activation="silu",
             writes=writes,
         )
-        self.beta_proj = nn.Linear(sizes.hidden_size, writes * heads, bias=False)
+        self.build_strength(sizes, writes)
         self.gate_proj = self.build_gate() if options.output_gate else None
         eps = sizes.norm_eps if options.output_norm_eps is None else options.output_norm_eps
         self.norm = GatedRMSNorm(value_dim, eps, self.gate_activation)
+
+    def build_strength(self, sizes: Sizes, writes: int) -> None:
+        """Create what ``strength`` needs."""
+        self.beta_proj = nn.Linear(sizes.hidden_size, writes * self.num_heads, bias=False)
 
     def build_gate(self) -> nn.Module:
         """Return the projection of the output gate, D -> H * V."""
@@ -123,6 +127,10 @@ class DeltaRuleMixer(LinearMixer):
 
     def gates(self, x: torch.Tensor) -> dict[str, Any]:
         """Return beta (B, T, writes * H)."""
+        return self.strength(x)
+
+    def strength(self, x: torch.Tensor) -> dict[str, Any]:
+        """Return the op's arguments for how strongly tokens write: beta (B, T, writes * H)."""
         beta = torch.sigmoid(wide(self.beta_proj(x)))
         return {"beta": 2 * beta if self.options.negative_eigenvalues else beta}
 

@@ -12,6 +12,7 @@ import torch
 
 import hybrid
 from hybrid.modeling.backends import use_backends_of
+from hybrid_kernels import linear_attention
 
 RECORD = json.loads((Path(__file__).parent / "fla_naive" / "record.json").read_text())
 CLOSE = {"rtol": 1e-5, "atol": 1e-6}
@@ -62,6 +63,45 @@ def test_gated_slot_attention(monkeypatch, decode):
     qkv = tuple(given[name] for name in "qkv")
     found = run_core(mixer, monkeypatch, qkv, {"log_decay": given["g"]}, decode)
     torch.testing.assert_close(found, expected.flatten(-2), **CLOSE)
+
+
+@pytest.mark.parametrize("decode", [False, True])
+def test_gated_delta_net2(monkeypatch, decode):
+    given, expected = recorded("gated_delta_net2")
+    mixer = bare("gated_delta_net2", monkeypatch, num_heads=2, head_dim=3, value_head_dim=4)
+    qkv = tuple(given[name] for name in "qkv")
+    gates = {"log_decay": given["g"], "erase": given["b"], "write": given["w"]}
+
+    def channel_gates(x):
+        now = mixer.gates(x)
+        return now["erase"], now["write"]
+
+    monkeypatch.setattr(mixer, "channel_gates", channel_gates)
+    recur = mixer.recur
+
+    def recur_without_gates(*args, erase, write, **rest):
+        return recur(*args, **rest)
+
+    monkeypatch.setattr(mixer, "recur", recur_without_gates)
+    found = run_core(mixer, monkeypatch, qkv, gates, decode)
+    torch.testing.assert_close(found, expected.flatten(-2), **CLOSE)
+
+
+@pytest.mark.parametrize("steps", [1, 5])
+def test_erase_keys(steps):
+    """The op alone, as RWKV-7 calls it."""
+    given, expected = recorded("erase_keys")
+    rows = {name: x.transpose(1, 2) for name, x in given.items()}
+    state, found = None, []
+    for at in [slice(t, t + steps) for t in range(0, 5, steps)]:
+        now = {name: x[:, at] for name, x in rows.items()}
+        o, state = linear_attention(
+            *(now[name] for name in "qkv"), log_decay=now["gk"], erase_key=now["beta"],
+            erase_query=now["alpha"] * (-now["gk"]).exp(), initial_state=state,
+            output_final_state=True,
+        )  # fmt: skip
+        found.append(o)
+    torch.testing.assert_close(torch.cat(found, 1), expected.transpose(1, 2), **CLOSE)
 
 
 class States(dict):

@@ -244,6 +244,66 @@ def gated_linear_attention(w, x, conv_size=None, tau=16.0):
     return additive(w, x, alpha, read, 2, 4, 5, 0.5, conv=conv_size is not None)
 
 
+@recurrence(
+    "rwkv7", num_heads=2, head_dim=4, value_head_dim=5, decay_rank=2, rate_rank=3, gate_rank=6
+)
+def rwkv7(w, x):
+    """The state is multiplied by whole K x K transitions, as a row of V x K."""
+    H, K, V = 2, 4, 5
+    S, before, out = torch.zeros(H, V, K, dtype=x.dtype), torch.zeros(D, dtype=x.dtype), []
+    for u in x:
+        r, k, v, decay, rate, gate = (u + (before - u) * mu for mu in w["shift"])
+        before = u
+        decay = w("decay_proj.1", torch.tanh(w("decay_proj.0", decay)))
+        decay = torch.exp(-math.exp(-0.5) * sigmoid(decay))
+        a = sigmoid(w("rate_proj.1", w("rate_proj.0", rate)))
+        g = w("gate_proj.1", sigmoid(w("gate_proj.0", gate)))
+        r, k, v = heads(w("q_proj", r), H), w("k_proj", k), heads(w("v_proj", v), H)
+        removal = heads(k * w["removal_scale"], H)
+        k = heads(k * (1 + (a - 1) * w["rate_mix"]), H)
+        decay, a, o, own = heads(decay, H), heads(a, H), [], []
+        for h in range(H):
+            c = unit(removal[h])
+            S[h] = S[h] @ (torch.diag(decay[h]) - torch.outer(c, a[h] * c))
+            S[h] = S[h] + torch.outer(v[h], k[h])
+            o.append(layer_norm(S[h] @ r[h], 64e-5))
+            own.append((r[h] * w["bonus"][h] * k[h]).sum() * v[h])
+        o = torch.cat(o) * w["norm.weight"] + w["norm.bias"]
+        out.append(w("o_proj", (o + torch.cat(own)) * g))
+    return out
+
+
+@recurrence("gated_delta_net2", num_heads=4, num_key_heads=2, head_dim=4, value_head_dim=5)
+@recurrence(
+    "gated_delta_net2", num_heads=4, num_key_heads=2, head_dim=4, value_head_dim=5, gate_rank=0,
+    negative_eigenvalues=True, output_gate=False,
+)  # fmt: skip
+def gated_delta_net2(w, x, negative_eigenvalues=False, gate_rank=5, output_gate=True):
+    """The state is multiplied by whole K x K transitions."""
+    H, G, K, V = 4, 2, 4, 5
+    S, out = torch.zeros(H, K, V, dtype=x.dtype), []
+
+    def mapped(name, u):
+        return w(f"{name}.1", w(f"{name}.0", u)) if gate_rank else w(name, u)
+
+    for u, (q, k, v) in zip(x, qkv(w, x, [G * K, G * K, H * V]), strict=True):
+        q, k, v = heads(q, G), heads(k, G), heads(v, H)
+        b = heads(sigmoid(w("erase_proj", u)), G) * (2 if negative_eigenvalues else 1)
+        write = heads(sigmoid(w("write_proj", u)), H)
+        decay = heads(softplus(mapped("decay_proj", u) + w["dt_bias"]), H)
+        normed = []
+        for h in range(H):
+            g = h // (H // G)
+            key, query = unit(k[g]), unit(q[g])
+            turn = torch.eye(K, dtype=x.dtype) - torch.outer(key, b[g] * key)
+            S[h] = turn @ torch.diag(torch.exp(-torch.exp(w["A_log"][h]) * decay[h])) @ S[h]
+            S[h] = S[h] + torch.outer(key, write[h] * v[h])
+            normed.append(rms(query @ S[h] / math.sqrt(K)) * w["norm.weight"])
+        gate = sigmoid(mapped("gate_proj", u)) if output_gate else 1.0
+        out.append(w("o_proj", torch.cat(normed) * gate))
+    return out
+
+
 @recurrence("gated_slot_attention", num_heads=2, head_dim=4, value_head_dim=5, num_slots=3)
 @recurrence(
     "gated_slot_attention", num_heads=2, head_dim=4, value_head_dim=5, num_slots=3, conv_size=3,

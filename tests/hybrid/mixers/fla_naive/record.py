@@ -46,14 +46,31 @@ def gated_slot_attention(r):
     }  # fmt: skip
 
 
-CASES = (gated_delta_product, gated_slot_attention)
+def gated_delta_net2(r):
+    """Gates of erasing and writing per channel."""
+    return "gdn2", "naive_recurrent_gdn2", {
+        "q": unit(r(B, T, H, K)), "k": unit(r(B, T, H, K)), "v": r(B, T, H, V),
+        "g": -r(B, T, H, K).abs(), "b": r(B, T, H, K).abs(), "w": r(B, T, H, V).abs(),
+    }  # fmt: skip
+
+
+def erase_keys(r):
+    """RWKV-7's recurrence: alpha reads the state before its decay; heads before time."""
+    removal, rate = unit(r(B, H, T, K)), r(B, H, T, K).abs().clamp(max=1)
+    return "generalized_delta_rule/dplr", "dplr_recurrence", {
+        "q": r(B, H, T, K), "k": r(B, H, T, K), "v": r(B, H, T, V), "alpha": removal,
+        "beta": -removal * rate, "gk": -r(B, H, T, K).abs().clamp(max=0.6),
+    }  # fmt: skip
+
+
+CASES = (gated_delta_product, gated_slot_attention, gated_delta_net2, erase_keys)
 
 
 def naive(folder, name):
     """The function of this name of `fla/ops/FOLDER/naive.py`."""
     files = importlib.metadata.files("fla-core") or ()
     path = next(f for f in files if str(f) == f"fla/ops/{folder}/naive.py").locate()
-    spec = importlib.util.spec_from_file_location(f"naive_{folder}", path)
+    spec = importlib.util.spec_from_file_location(f"naive_{folder.replace('/', '_')}", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return getattr(module, name)
