@@ -44,7 +44,7 @@ from hybrid.convert.replace_mixers import MixerReplacement
 from hybrid.convert.stack import blocks, fill, on_meta
 from hybrid.convert.tensor_checks import check_copies, check_modules, check_ours, check_theirs
 from hybrid.convert.tensor_plan import Step, as_filed, as_published, steps
-from hybrid.convert.tensor_sources import Held, Respelt, Source, Without
+from hybrid.convert.tensor_sources import Held, Respelt, TensorSource, Without
 from hybrid.convert.tensor_streams import our_specs, read_steps, their_specs, write_steps
 from hybrid.files import read_json, write_json
 from hybrid.modeling.model import HybridForCausalLM
@@ -312,7 +312,7 @@ def _uses_all_of(family: Family, model: HybridForCausalLM) -> bool:
 
 
 def _planned_import(
-    family: Family, theirs: Any, model: HybridForCausalLM, weights: Source
+    family: Family, theirs: Any, model: HybridForCausalLM, weights: TensorSource
 ) -> list[Step]:
     planned = as_filed(steps(family, model), weights)
     check_modules(family, planned, weights, theirs.num_hidden_layers)
@@ -323,7 +323,9 @@ def _planned_import(
     return planned
 
 
-def _modules(family: Family, theirs: Any, weights: Source, wanted: bool) -> tuple[Source, bool]:
+def _modules(
+    family: Family, theirs: Any, weights: TensorSource, wanted: bool
+) -> tuple[TensorSource, bool]:
     """Return whether to read multi-token prediction modules, and the tensors without them if not."""
     if family.mtp is None:
         return weights, False
@@ -348,7 +350,7 @@ def _opened(
     source: str | Path | PreTrainedModel,
     hub_options: Mapping[str, Any],
     dtype: torch.dtype | None = None,
-) -> Iterator[tuple[Family, Any, Source, Path | None]]:
+) -> Iterator[tuple[Family, Any, TensorSource, Path | None]]:
     """Return the family, their config, their tensors as stored, and the folder if there is one.
 
     Quantized tensors are read as ``dtype``, or as bfloat16.
@@ -421,7 +423,7 @@ def _folder(source: str | Path, hub_options: Mapping[str, Any]) -> Path:
 @contextmanager
 def _ours(
     source: str | Path | HybridForCausalLM,
-) -> Iterator[tuple[HybridForCausalLM, Source, Path | None]]:
+) -> Iterator[tuple[HybridForCausalLM, TensorSource, Path | None]]:
     """Return our model (on the meta device if from a folder), its tensors, and its folder."""
     if isinstance(source, HybridForCausalLM):
         yield source, Held(source.state_dict()), None

@@ -18,7 +18,7 @@ import torch
 
 from hybrid.convert.checkpoint import Spec
 from hybrid.convert.configs import QUANTIZED
-from hybrid.convert.tensor_sources import Source
+from hybrid.convert.tensor_sources import TensorSource
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ class Packed(NamedTuple):
 
 
 class Dequantized:
-    """A quantized checkpoint as a ``Source`` of dequantized tensors.
+    """A quantized checkpoint as a ``TensorSource`` of dequantized tensors.
 
     Args:
         source: the tensors of the files.
@@ -59,7 +59,7 @@ class Dequantized:
     """
 
     def __init__(
-        self, source: Source, settings: Mapping[str, Any], dtype: torch.dtype = torch.bfloat16
+        self, source: TensorSource, settings: Mapping[str, Any], dtype: torch.dtype = torch.bfloat16
     ) -> None:
         self.source, self.dtype = source, dtype
         self.packed = METHODS[method_of(settings)](source.specs, settings)
@@ -80,8 +80,8 @@ class Dequantized:
 
 
 def plain(
-    source: Source, config: Mapping[str, Any], folder: Path, dtype: torch.dtype | None = None
-) -> Source:
+    source: TensorSource, config: Mapping[str, Any], folder: Path, dtype: torch.dtype | None = None
+) -> TensorSource:
     """Return the source, dequantized if the config requires it.
 
     Args:

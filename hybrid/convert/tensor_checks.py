@@ -11,11 +11,13 @@ from hybrid.convert.checkpoint import some
 from hybrid.convert.family import Family
 from hybrid.convert.mtp import MODULES
 from hybrid.convert.tensor_plan import Step
-from hybrid.convert.tensor_sources import Source
+from hybrid.convert.tensor_sources import TensorSource
 from hybrid.modeling.model import HybridForCausalLM
 
 
-def check_theirs(family: Family, planned: Sequence[Step], source: Source, tied: bool) -> list[str]:
+def check_theirs(
+    family: Family, planned: Sequence[Step], source: TensorSource, tied: bool
+) -> list[str]:
     """Compare the tensors of a checkpoint with the planned ones, before any tensor is read.
 
     Returns:
@@ -57,7 +59,9 @@ def check_theirs(family: Family, planned: Sequence[Step], source: Source, tied: 
     return unread
 
 
-def check_modules(family: Family, planned: Sequence[Step], source: Source, depth: int) -> None:
+def check_modules(
+    family: Family, planned: Sequence[Step], source: TensorSource, depth: int
+) -> None:
     """See that a checkpoint has all modules for multi-token prediction that are planned, and no
     more.
 
@@ -93,7 +97,7 @@ def check_modules(family: Family, planned: Sequence[Step], source: Source, depth
         )
 
 
-def check_ours(model: HybridForCausalLM, source: Source) -> None:
+def check_ours(model: HybridForCausalLM, source: TensorSource) -> None:
     """Compare the tensors of a checkpoint of ours with its config.
 
     Raises:
@@ -112,7 +116,7 @@ def check_ours(model: HybridForCausalLM, source: Source) -> None:
         raise ValueError(f"the config has no place for {some(left)} of the checkpoint")
 
 
-def check_copies(planned: Sequence[Step], source: Source) -> None:
+def check_copies(planned: Sequence[Step], source: TensorSource) -> None:
     """Check that tensors of theirs that must be copies are equal; reads two tensors at a time.
 
     Raises:

@@ -11,7 +11,7 @@ from hybrid.convert.checkpoint import some
 from hybrid.convert.family import Family
 from hybrid.convert.stack import Block, blocks, mtp_blocks
 from hybrid.convert.tensor_rules import Fuse, Operation, Place, Rule, Tensors
-from hybrid.convert.tensor_sources import Source
+from hybrid.convert.tensor_sources import TensorSource
 from hybrid.modeling.model import HybridForCausalLM
 
 
@@ -115,7 +115,7 @@ def steps(
     return made
 
 
-def as_filed(planned: Sequence[Step], source: Source) -> list[Step]:
+def as_filed(planned: Sequence[Step], source: TensorSource) -> list[Step]:
     """Return the steps with the names in a checkpoint, if it can have one of two."""
     return [
         step._replace(theirs=(step.whole,), operations=()) if step.whole in source.specs else step

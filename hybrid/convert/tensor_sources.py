@@ -10,7 +10,7 @@ import torch
 from hybrid.convert.checkpoint import Spec
 
 
-class Source(Protocol):
+class TensorSource(Protocol):
     """Tensors by name: a checkpoint folder, or a state dict."""
 
     @property
@@ -24,7 +24,7 @@ class Source(Protocol):
 
 
 class Held:
-    """A state dict as a ``Source``."""
+    """A state dict as a ``TensorSource``."""
 
     def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
         self.tensors = tensors
@@ -44,7 +44,7 @@ class Respelt:
         ValueError: two tensors have the same new name.
     """
 
-    def __init__(self, source: Source, spellings: Sequence[tuple[str, str]]) -> None:
+    def __init__(self, source: TensorSource, spellings: Sequence[tuple[str, str]]) -> None:
         self.source = source
         self.names: dict[str, str] = {}
         for name in source.specs:
@@ -66,7 +66,7 @@ class Respelt:
 class Without:
     """A source without some of its tensors."""
 
-    def __init__(self, source: Source, names: Collection[str]) -> None:
+    def __init__(self, source: TensorSource, names: Collection[str]) -> None:
         self.source = source
         self.specs: Mapping[str, Spec] = {
             name: spec for name, spec in source.specs.items() if name not in names

@@ -9,11 +9,11 @@ import torch
 from hybrid.convert.checkpoint import Spec, some
 from hybrid.convert.tensor_plan import Step
 from hybrid.convert.tensor_rules import Tensors
-from hybrid.convert.tensor_sources import Source
+from hybrid.convert.tensor_sources import TensorSource
 
 
 def our_specs(
-    planned: Sequence[Step], source: Source, dtype: torch.dtype | None
+    planned: Sequence[Step], source: TensorSource, dtype: torch.dtype | None
 ) -> dict[str, Spec]:
     """Return the specs of our tensors; ``dtype`` is for all floating-point ones, None keeps theirs."""
     return {
@@ -24,7 +24,7 @@ def our_specs(
     }
 
 
-def their_specs(planned: Sequence[Step], source: Source) -> dict[str, Spec]:
+def their_specs(planned: Sequence[Step], source: TensorSource) -> dict[str, Spec]:
     """Return the specs of their tensors, from ours in ``source``."""
     specs: dict[str, Spec] = {}
     for step in planned:
@@ -34,7 +34,7 @@ def their_specs(planned: Sequence[Step], source: Source) -> dict[str, Spec]:
     return specs
 
 
-def _dtype_of(names: Sequence[str], source: Source) -> torch.dtype:
+def _dtype_of(names: Sequence[str], source: TensorSource) -> torch.dtype:
     """Return the common dtype of tensors of one step."""
     kinds = {source.specs[name].dtype for name in names}
     if len(kinds) > 1:
@@ -50,7 +50,7 @@ def _cast(found: torch.dtype, wanted: torch.dtype | None) -> torch.dtype:
 
 
 def read_steps(
-    planned: Sequence[Step], source: Source, dtype: torch.dtype | None = None
+    planned: Sequence[Step], source: TensorSource, dtype: torch.dtype | None = None
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield our tensors, step by step."""
     for step in planned:
@@ -60,11 +60,13 @@ def read_steps(
             yield name, tensor.contiguous().to(_cast(tensor.dtype, dtype))
 
 
-def write_steps(planned: Sequence[Step], source: Source) -> Iterator[tuple[str, torch.Tensor]]:
+def write_steps(
+    planned: Sequence[Step], source: TensorSource
+) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield their tensors, step by step."""
     for step in planned:
         yield from zip(step.theirs, step.write(_all(step.sources, source)), strict=True)
 
 
-def _all(names: Sequence[str], source: Source) -> Tensors:
+def _all(names: Sequence[str], source: TensorSource) -> Tensors:
     return [source.read(name) for name in names]

@@ -14,7 +14,7 @@ from transformers import initialization as init
 from transformers.utils.generic import maybe_autocast
 
 from hybrid.ffn.moe_options import MoEOptions
-from hybrid.mixers.parts import wide
+from hybrid.mixers.parts import to_float32
 from hybrid.nn.precision import Float32Buffers
 
 
@@ -49,8 +49,8 @@ class Router(nn.Module):
             Logits (N, E) float32, weights (N, k) float32, and expert indices (N, k) int64.
         """
         with maybe_autocast(device_type=x.device.type, enabled=False):
-            bias = None if self.bias is None else wide(self.bias)
-            logits = F.linear(wide(x), wide(self.weight), bias)
+            bias = None if self.bias is None else to_float32(self.bias)
+            logits = F.linear(to_float32(x), to_float32(self.weight), bias)
         scores = self._scores(logits)
         indices = self.choose(scores.detach())
         weights = scores.gather(-1, indices)

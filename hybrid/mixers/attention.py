@@ -17,7 +17,7 @@ from transformers.models.llama.modeling_llama import eager_attention_forward
 
 from hybrid.config.sizes import Sizes
 from hybrid.mixers.base import Mixer
-from hybrid.mixers.parts import wide
+from hybrid.mixers.parts import to_float32
 from hybrid.nn.cache import update_paged
 from hybrid.nn.rotary import build_rotary
 
@@ -161,7 +161,7 @@ def capped_attention(
     """
     groups = q.shape[1] // k.shape[1]
     k, v = (y.repeat_interleave(groups, dim=1) if groups > 1 else y for y in (k, v))
-    logits = wide(q @ k.transpose(-1, -2)) * scaling
+    logits = to_float32(q @ k.transpose(-1, -2)) * scaling
     return weighted_values(logits, v, mask, soft_cap=soft_cap, sinks=sinks, dropout=dropout)
 
 

@@ -21,7 +21,7 @@ from hybrid.mixers.parts import (
     init_time_step,
     l2_normalize,
     softplus_log_decay,
-    wide,
+    to_float32,
 )
 
 
@@ -131,7 +131,7 @@ class DeltaRuleMixer(LinearMixer):
 
     def strength(self, x: torch.Tensor) -> dict[str, Any]:
         """Return the op's arguments for how strongly tokens write: beta (B, T, writes * H)."""
-        beta = torch.sigmoid(wide(self.beta_proj(x)))
+        beta = torch.sigmoid(to_float32(self.beta_proj(x)))
         return {"beta": 2 * beta if self.options.negative_eigenvalues else beta}
 
     def read(self, o: torch.Tensor, x: torch.Tensor) -> torch.Tensor:

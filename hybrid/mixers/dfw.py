@@ -13,7 +13,7 @@ from hybrid.config.declare import Size2
 from hybrid.config.registry import register_mixer
 from hybrid.config.sizes import Sizes
 from hybrid.mixers.base import LinearMixer, OutputNorm
-from hybrid.mixers.parts import HeadOptions, wide
+from hybrid.mixers.parts import HeadOptions, to_float32
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class DecayingFastWeights(LinearMixer):
     def gates(self, x: torch.Tensor) -> dict[str, Any]:
         """Return log alpha (B, T, H, K) and log beta (B, T, H, V)."""
         alpha, beta = (
-            F.logsigmoid(wide(proj(x))).unflatten(-1, (self.num_heads, -1))
+            F.logsigmoid(to_float32(proj(x))).unflatten(-1, (self.num_heads, -1))
             for proj in (self.key_decay_proj, self.value_decay_proj)
         )
         return {"log_decay": alpha, "value_log_decay": beta}

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 
 from hybrid.mixers.attention import causal_mask, weighted_values
-from hybrid.mixers.parts import wide
+from hybrid.mixers.parts import to_float32
 from hybrid.nn.rotary import RotaryEmbedding, rotate
 
 Angles = tuple[torch.Tensor, torch.Tensor]
@@ -121,7 +121,7 @@ def dual_chunk_attention(
     for start in range(0, time, _QUERIES):
         rows = slice(start, start + _QUERIES)
         apart = query_chunk[:, None, rows, None] - key_chunk[:, None, None]
-        same, before, further = (wide(q[:, :, rows] @ k.mT) * scaling for q in queries)
+        same, before, further = (to_float32(q[:, :, rows] @ k.mT) * scaling for q in queries)
         logits = torch.where(apart == 0, same, torch.where(apart == 1, before, further))
         part = mask[..., rows, :keys]
         outputs.append(weighted_values(logits, v, part, soft_cap=soft_cap, sinks=sinks)[0])

@@ -11,7 +11,7 @@ from torch import nn
 from hybrid.config.registry import register_mixer
 from hybrid.config.sizes import Sizes
 from hybrid.mixers.kimi_delta_attention import KimiDeltaAttention, KimiDeltaAttentionOptions
-from hybrid.mixers.parts import wide
+from hybrid.mixers.parts import to_float32
 from hybrid.nn.past import Slot
 
 
@@ -61,14 +61,14 @@ class GatedDeltaNet2(KimiDeltaAttention):
         q, k, v = self.project(x, cu_seqlens, cache)
         erase, write = self.channel_gates(x)
         shared = self.num_heads // self.key_heads
-        key = wide(k)
+        key = to_float32(k)
         a, b = (y.repeat_interleave(shared, dim=2) for y in (-key, erase * key))
-        v = (write * wide(v)).to(v.dtype)
+        v = (write * to_float32(v)).to(v.dtype)
         gates = {**self.gates(x), "erase_key": a, "erase_query": b}
         return self.o_proj(self.read(self.recur(q, k, v, cu_seqlens, cache, **gates), x))
 
     def channel_gates(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return b (B, T, H_k, K) and w (B, T, H, V)."""
-        erase = torch.sigmoid(wide(self.erase_proj(x))).unflatten(-1, (-1, self.key_dim))
-        write = torch.sigmoid(wide(self.write_proj(x))).unflatten(-1, (-1, self.value_dim))
+        erase = torch.sigmoid(to_float32(self.erase_proj(x))).unflatten(-1, (-1, self.key_dim))
+        write = torch.sigmoid(to_float32(self.write_proj(x))).unflatten(-1, (-1, self.value_dim))
         return (2 * erase if self.options.negative_eigenvalues else erase), write

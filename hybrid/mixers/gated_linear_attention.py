@@ -13,7 +13,7 @@ from hybrid.config.declare import Negative, Positive, Size, Size2
 from hybrid.config.registry import register_mixer
 from hybrid.config.sizes import Sizes
 from hybrid.mixers.base import FEATURE_MAPS, LinearMixer
-from hybrid.mixers.parts import GatedRMSNorm, HeadOptions, low_rank, wide
+from hybrid.mixers.parts import GatedRMSNorm, HeadOptions, low_rank, to_float32
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ class GatedLinearAttention(LinearMixer):
 
     def gates(self, x: torch.Tensor) -> dict[str, Any]:
         """Return log alpha (B, T, H, K)."""
-        f = wide(self.decay_proj(x)).unflatten(-1, (self.num_heads, -1))
+        f = to_float32(self.decay_proj(x)).unflatten(-1, (self.num_heads, -1))
         log_decay = F.logsigmoid(f) / self.options.tau
         if self.options.min_log_decay is not None:
             log_decay = log_decay.clamp(min=self.options.min_log_decay)

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from hybrid.config.declare import Positive
 from hybrid.config.registry import register_mixer
 from hybrid.config.sizes import Sizes
-from hybrid.mixers.parts import wide
+from hybrid.mixers.parts import to_float32
 from hybrid.mixers.retention import RetentionOptions, RotatedLinearMixer
 
 
@@ -58,4 +58,4 @@ class GatedRetention(RotatedLinearMixer):
 
     def gates(self, x: torch.Tensor) -> dict[str, Any]:
         """Return log gamma (B, T, H)."""
-        return {"log_decay": F.logsigmoid(wide(self.decay_proj(x))) / self.options.tau}
+        return {"log_decay": F.logsigmoid(to_float32(self.decay_proj(x))) / self.options.tau}

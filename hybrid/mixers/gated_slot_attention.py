@@ -16,7 +16,7 @@ from hybrid.config.declare import Positive, Size, Size2
 from hybrid.config.registry import register_mixer
 from hybrid.config.sizes import Sizes
 from hybrid.mixers.base import FEATURE_MAPS, LinearMixer, OutputNorm
-from hybrid.mixers.parts import HeadOptions, too_wide, wide
+from hybrid.mixers.parts import HeadOptions, to_float32, too_wide
 from hybrid.nn.past import Slot, StateSpec
 
 
@@ -103,7 +103,7 @@ class GatedSlotAttention(LinearMixer):
 
     def gates(self, x: torch.Tensor) -> dict[str, Any]:
         """Return log alpha (B, T, H, M)."""
-        f = wide(self.decay_proj(x)).unflatten(-1, (self.num_heads, -1))
+        f = to_float32(self.decay_proj(x)).unflatten(-1, (self.num_heads, -1))
         return {"log_decay": F.logsigmoid(f) / self.options.tau}
 
     def mix(
@@ -116,7 +116,7 @@ class GatedSlotAttention(LinearMixer):
         write = (-torch.expm1(log_alpha)).to(k.dtype)
         keys = {"value_log_decay": log_alpha, "state": "slot_keys"}
         logits = self.recur(q, k, write, cu_seqlens, cache, **keys)
-        weights = torch.softmax(wide(logits), dim=-1).to(v.dtype)
+        weights = torch.softmax(to_float32(logits), dim=-1).to(v.dtype)
         values = {"log_decay": log_alpha, "state": "slot_values"}
         o = self.recur(weights, write, v, cu_seqlens, cache, **values)
         return self.o_proj(self.read(o, x))

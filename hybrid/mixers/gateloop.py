@@ -13,7 +13,7 @@ from hybrid.config.declare import Size2
 from hybrid.config.registry import register_mixer
 from hybrid.config.sizes import Sizes
 from hybrid.mixers.base import LinearMixer
-from hybrid.mixers.parts import HeadOptions, too_wide, wide
+from hybrid.mixers.parts import HeadOptions, to_float32, too_wide
 from hybrid.mixers.rotation import rotate, rotate_state, running_angle
 from hybrid.nn.past import Slot, StateSpec
 
@@ -76,8 +76,8 @@ class GateLoop(LinearMixer):
     ) -> torch.Tensor:
         """Map x (B, T, D) to y (B, T, D); see the class."""
         q, k, v = self.project(x, cu_seqlens, cache)
-        log_decay = F.logsigmoid(wide(self.decay_proj(x))).unflatten(-1, (self.num_heads, -1))
-        phase = wide(self.phase_proj(x)).unflatten(-1, (self.num_heads, -1))
+        log_decay = F.logsigmoid(to_float32(self.decay_proj(x))).unflatten(-1, (self.num_heads, -1))
+        phase = to_float32(self.phase_proj(x)).unflatten(-1, (self.num_heads, -1))
         angle, last = running_angle(phase, cu_seqlens)
         # a real number is a pair whose imaginary half is zero
         q, k = (rotate(F.pad(y, (0, y.shape[-1])), angle) for y in (q, k))

@@ -15,7 +15,7 @@ from hybrid.config.declare import Positive, Size2
 from hybrid.config.registry import register_mixer
 from hybrid.config.sizes import Sizes
 from hybrid.mixers.base import LinearMixer, OutputNorm
-from hybrid.mixers.parts import HeadOptions, wide
+from hybrid.mixers.parts import HeadOptions, to_float32
 from hybrid.nn.past import Slot
 
 
@@ -104,7 +104,7 @@ class HGRN2(LinearMixer):
         """Map x (B, T, D) to y (B, T, D); see the class."""
         q, f, v = self.project(x, cu_seqlens, cache)
         # log f and 1 - f from logsigmoids: 1 - sigmoid and log(sum) lose precision
-        f = wide(f)
+        f = to_float32(f)
         log_f, k = F.logsigmoid(f), torch.sigmoid(-f)
         bound = self._log_bound()
         if bound is not None:
@@ -117,11 +117,11 @@ class HGRN2(LinearMixer):
     def _log_bound(self) -> tuple[torch.Tensor, torch.Tensor] | None:
         """Return log gamma and log(1 - gamma), both (H, K); None if gamma is 0."""
         if self.lower_bound_logit is not None:
-            b = wide(self.lower_bound_logit)
+            b = to_float32(self.lower_bound_logit)
             return F.logsigmoid(b), F.logsigmoid(-b)
         if self.lower_bounds is None or self.depth == 0:
             return None
-        share = wide(self.lower_bounds).log_softmax(0).unflatten(-1, (self.num_heads, -1))
+        share = to_float32(self.lower_bounds).log_softmax(0).unflatten(-1, (self.num_heads, -1))
         below, above = share[1 : self.depth + 1], share[self.depth + 1 :]
         rest = torch.cat([share[:1], above])
         return below.logsumexp(0), rest.logsumexp(0)

@@ -17,7 +17,7 @@ from hybrid.mixers.parts import (
     init_time_step,
     low_rank,
     softplus_log_decay,
-    wide,
+    to_float32,
 )
 
 
@@ -101,7 +101,7 @@ class KimiDeltaAttention(DeltaRuleMixer):
         f = self.decay_proj(x).unflatten(-1, (self.num_heads, -1))
         bias, rate = self.dt_bias.unflatten(0, (self.num_heads, -1)), self.A_log.unsqueeze(-1)
         if self.options.decay_gate == "bounded":
-            gate = torch.sigmoid(wide(rate).exp() * (wide(f) + wide(bias)))
+            gate = torch.sigmoid(to_float32(rate).exp() * (to_float32(f) + to_float32(bias)))
             log_decay = self.options.lower_bound * gate
         else:
             log_decay = softplus_log_decay(f, bias, rate)

@@ -24,7 +24,7 @@ from hybrid.mixers.attention import (
     capped_attention,
 )
 from hybrid.mixers.grouped_heads import GroupedHeadOptions, GroupedHeads
-from hybrid.mixers.parts import wide
+from hybrid.mixers.parts import to_float32
 from hybrid.nn.local_rows import LocalRows, Reach
 from hybrid.nn.packing import WHOLE_ROWS, Segments
 from hybrid.nn.past import Slot, TokenSpec
@@ -136,7 +136,7 @@ class LocalAttention(GroupedHeads, SoftmaxMixer):
             mask = rows.mask(self.reach, past, slice(0, q.shape[2]), slice(0, k.shape[2]))
             if self.slopes is not None:
                 # positions are large, and eager attention rounds logits to q.dtype
-                q, k = wide(q), wide(k)
+                q, k = to_float32(q), to_float32(k)
             dropout = self.active_dropout
             return capped_attention(q, k, v, mask, scaling=self.scaling, dropout=dropout, **caps)
         if capped and name not in CAPPED_FUNCTIONS:

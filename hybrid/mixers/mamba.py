@@ -23,7 +23,7 @@ from hybrid.mixers.base import (
     ShortConvolution,
     StateMixer,
 )
-from hybrid.mixers.parts import init_time_step, step_problems, wide
+from hybrid.mixers.parts import init_time_step, step_problems, to_float32
 from hybrid.nn.norms import build_norm
 from hybrid.nn.past import Slot, StateSpec
 from hybrid_kernels import selective_scan
@@ -139,11 +139,11 @@ class Mamba(StateMixer):
         before = None if cache is None else cache.state("recurrent")
         y, state = selective_scan(
             u,
-            F.softplus(wide(self.dt_proj(dt))),
-            -wide(self.A_log).exp(),
+            F.softplus(to_float32(self.dt_proj(dt))),
+            -to_float32(self.A_log).exp(),
             B,
             C,
-            wide(self.D),
+            to_float32(self.D),
             initial_state=before,
             cu_seqlens=cu_seqlens,
             output_final_state=cache is not None,

@@ -25,8 +25,8 @@ from hybrid.mixers.parts import (
     init_log_uniform,
     init_time_step,
     step_problems,
+    to_float32,
     too_wide,
-    wide,
 )
 from hybrid.nn.past import Slot
 
@@ -162,10 +162,10 @@ class Mamba2(LinearMixer):
         """Map x (B, T, D) to y (B, T, D); see the class."""
         C, B, u = self.project(x, cu_seqlens, cache)
         step = scaled(self.dt_proj(x), self.multipliers["dt"])
-        dt = F.softplus(wide(step) + wide(self.dt_bias))
+        dt = F.softplus(to_float32(step) + to_float32(self.dt_bias))
         if self.options.dt_limit is not None:
             dt = dt.clamp(*self.options.dt_limit)
-        log_decay = -dt * wide(self.A_log).exp()
+        log_decay = -dt * to_float32(self.A_log).exp()
         y = self.recur(C, B, u, cu_seqlens, cache, log_decay=log_decay, write_scale=dt)
         if self.D is not None:
             y = y + u * self.D.to(u.dtype).unsqueeze(-1)

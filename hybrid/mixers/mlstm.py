@@ -17,7 +17,7 @@ from hybrid.config.declare import NotNegative, Positive, Size2
 from hybrid.config.registry import register_mixer
 from hybrid.config.sizes import Sizes
 from hybrid.mixers.base import LinearMixer
-from hybrid.mixers.parts import GroupedLayerNorm, HeadOptions, value_parts, wide
+from hybrid.mixers.parts import GroupedLayerNorm, HeadOptions, to_float32, value_parts
 from hybrid.nn.past import Slot, StateSpec
 from hybrid_kernels import linear_attention
 
@@ -102,8 +102,8 @@ class MLSTM(LinearMixer):
     ) -> torch.Tensor:
         """Map x (B, T, D) to y (B, T, D); see the class."""
         q, k, v = self.project(x, cu_seqlens, cache)
-        log_i = self._cap(wide(self.input_gate_proj(x)))
-        log_f = F.logsigmoid(self._cap(wide(self.forget_gate_proj(x))))
+        log_i = self._cap(to_float32(self.input_gate_proj(x)))
+        log_f = F.logsigmoid(self._cap(to_float32(self.forget_gate_proj(x))))
         if self.options.input_gate == "sigmoid":
             i = torch.sigmoid(log_i)
             h = self.recur(q, k, v, cu_seqlens, cache, log_decay=log_f, write_scale=i)
@@ -155,7 +155,7 @@ class MLSTM(LinearMixer):
             m_last = m_last.repeat_interleave(self.parts, dim=1)
             column = m_last[..., None, None].expand(*state.shape[:-1], 1)
             cache.set_state("recurrent", torch.cat([state, column.to(state.dtype)], dim=-1))
-        o = wide(o).unflatten(2, (-1, self.parts)).flatten(3)
+        o = to_float32(o).unflatten(2, (-1, self.parts)).flatten(3)
         h, n = o[..., : self.value_dim], o[..., self.value_dim : self.value_dim + 1]
         floor = (-m).exp().clamp(min=torch.finfo(m.dtype).tiny).unsqueeze(-1)
         # everywhere else exp(m) cancels; here it is a part of the function

@@ -17,7 +17,7 @@ from hybrid.config.registry import register_mixer
 from hybrid.config.sizes import Sizes
 from hybrid.mixers.attention import FullAttention
 from hybrid.mixers.base import MixerOptions
-from hybrid.mixers.parts import plain_weight, wide
+from hybrid.mixers.parts import plain_weight, to_float32
 from hybrid.nn.norms import build_norm
 from hybrid.nn.packing import WHOLE_ROWS, Segments
 from hybrid.nn.past import Slot, TokenSpec
@@ -170,7 +170,7 @@ class MultiHeadLatentAttention(FullAttention):
         inputs = (q, q_place, latent, place, attention_mask, kwargs)
         o, weights = self._expanded(*inputs) if up is None else self._absorbed(up, *inputs)
         if self.gate_proj is not None:
-            o = o * torch.sigmoid(wide(self.gate_proj(x))).to(o.dtype).unsqueeze(-1)
+            o = o * torch.sigmoid(to_float32(self.gate_proj(x))).to(o.dtype).unsqueeze(-1)
         return self.o_proj(o.flatten(2)), weights
 
     def _expanded(

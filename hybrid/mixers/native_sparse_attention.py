@@ -20,7 +20,7 @@ from hybrid.config.sizes import Sizes
 from hybrid.mixers.base import Mixer
 from hybrid.mixers.grouped_heads import HeadSizeOptions
 from hybrid.mixers.sparse_blocks import Blocks, sparse_attention
-from hybrid.mixers.sparse_rows import AlignedRow, Rows, banded
+from hybrid.mixers.sparse_rows import AlignedRow, DocumentRows, banded
 from hybrid.nn.packing import WHOLE_ROWS, Segments
 from hybrid.nn.past import Slot, TokenSpec
 from hybrid.nn.rotary import build_rotary, rotate
@@ -389,7 +389,7 @@ class _Grid:
         packed = segments.pack(x[..., :1])
         self.base = torch.zeros(1, 1, dtype=torch.long, device=x.device)
         if segments.cu_seqlens is None or segments.index is not None:
-            self.rows = Rows(segments.cu_seqlens, packed)
+            self.rows = DocumentRows(segments.cu_seqlens, packed)
         else:
             self.rows = AlignedRow(segments.cu_seqlens, packed, align)
             self.base = self.rows.base

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from hybrid.nn.past import Slot
 
 
-def wide(x: torch.Tensor) -> torch.Tensor:
+def to_float32(x: torch.Tensor) -> torch.Tensor:
     """Convert x to float32, the lowest precision of gates; float64 stays."""
     return x if x.dtype == torch.float64 else x.float()
 
@@ -140,7 +140,7 @@ def token_before(
 
 def l2_normalize(x: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
     """Compute x / sqrt(|x|^2 + eps) over the last dimension, in float32 or float64."""
-    y = wide(x)
+    y = to_float32(x)
     return (y * torch.rsqrt(y.square().sum(-1, keepdim=True) + eps)).to(x.dtype)
 
 
@@ -151,7 +151,7 @@ def softplus_log_decay(
 
     The arguments are broadcast. The result is float32, or float64 if an argument is.
     """
-    return -wide(a_log).exp() * F.softplus(wide(step) + wide(dt_bias))
+    return -to_float32(a_log).exp() * F.softplus(to_float32(step) + to_float32(dt_bias))
 
 
 def init_time_step(
@@ -229,7 +229,7 @@ class GatedRMSNorm(nn.Module):
         if gate is None:
             return y
         act = F.silu if self.activation == "silu" else torch.sigmoid
-        return (y * act(wide(gate))).to(o.dtype)
+        return (y * act(to_float32(gate))).to(o.dtype)
 
 
 def plain_weight(linear: nn.Module) -> torch.Tensor | None:

@@ -21,7 +21,7 @@ from hybrid.mixers.base import (
     ShortConvolution,
     StateMixer,
 )
-from hybrid.mixers.parts import divides, too_wide, wide
+from hybrid.mixers.parts import divides, to_float32, too_wide
 from hybrid.nn.past import Slot, StateSpec
 from hybrid_kernels import linear_attention
 
@@ -127,12 +127,12 @@ class RGLRU(StateMixer):
         if self.conv is not None:
             u = self.conv(u, cu_seqlens, cache)
         state = None if cache is None else cache.state("recurrent")
-        r = torch.sigmoid(wide(self.recurrence_gate(u)))
-        log_a = -RATE * r * F.softplus(wide(self.decay_rate))
+        r = torch.sigmoid(to_float32(self.recurrence_gate(u)))
+        log_a = -RATE * r * F.softplus(to_float32(self.decay_rate))
         # 1 - a^2 without cancellation; the clamp keeps 0 * inf out of the gradient where a is 1
         left = (-torch.expm1(2 * log_a)).clamp(min=torch.finfo(log_a.dtype).tiny).sqrt()
         left = torch.where(_meets_empty_state(u, state, cu_seqlens), 1.0, left)
-        v = wide(u) * torch.sigmoid(wide(self.input_gate(u))) * left
+        v = to_float32(u) * torch.sigmoid(to_float32(self.input_gate(u))) * left
         ones = v.new_ones(()).expand(*v.shape[:2], 1, 1)
         h, state = linear_attention(
             ones,

@@ -18,8 +18,8 @@ from hybrid.mixers.parts import (
     GroupedLayerNorm,
     HeadOptions,
     low_rank,
+    to_float32,
     token_before,
-    wide,
 )
 from hybrid.nn.past import Slot, StateSpec
 
@@ -116,7 +116,7 @@ class RWKV6(LinearMixer):
         r, k = (y.unflatten(-1, (self.num_heads, -1)) for y in (self.q_proj(x_r), self.k_proj(x_k)))
         v = self.v_proj(x_v).unflatten(-1, (self.num_heads, -1))
         down, up = self.decay_proj
-        w = wide(self.decay_base) + wide(up(torch.tanh(down(x_w))))
+        w = to_float32(self.decay_base) + to_float32(up(torch.tanh(down(x_w))))
         log_decay = -w.exp().unflatten(-1, (self.num_heads, -1))
         o = self.recur(r, k, v, cu_seqlens, cache, log_decay=log_decay, bonus=self.bonus)
         return self.o_proj(self.norm(o.flatten(-2)) * F.silu(self.gate_proj(x_g)))

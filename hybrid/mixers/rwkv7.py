@@ -19,8 +19,8 @@ from hybrid.mixers.parts import (
     HeadOptions,
     l2_normalize,
     low_rank,
+    to_float32,
     token_before,
-    wide,
 )
 from hybrid.nn.past import Slot, StateSpec
 
@@ -139,13 +139,15 @@ class RWKV7(LinearMixer):
         step = token_before(x, cu_seqlens, cache) - x
         x_r, x_k, x_v, x_w, x_a, x_g = (x + step * m for m in self.shift)
         r, k, v = (p(y) for p, y in zip(self._projections(), (x_r, x_k, x_v), strict=True))
-        rate = torch.sigmoid(wide(self.rate_proj(x_a)))
-        removal = l2_normalize(self._heads(wide(k) * wide(self.removal_scale)))
-        k = (wide(k) * (1 + (rate - 1) * wide(self.rate_mix))).to(k.dtype)
+        rate = torch.sigmoid(to_float32(self.rate_proj(x_a)))
+        removal = l2_normalize(self._heads(to_float32(k) * to_float32(self.removal_scale)))
+        k = (to_float32(k) * (1 + (rate - 1) * to_float32(self.rate_mix))).to(k.dtype)
         r, k, v, rate = (self._heads(y) for y in (r, k, v, rate))
         gates: dict[str, Any] = {**self._decay(x_w, removal), "erase_key": -rate * removal}
         o = self.norm(self.recur(r, k, v, cu_seqlens, cache, **gates).flatten(-2))
-        own = (wide(r) * wide(self.bonus) * wide(k)).sum(-1, keepdim=True) * wide(v)
+        own = (to_float32(r) * to_float32(self.bonus) * to_float32(k)).sum(
+            -1, keepdim=True
+        ) * to_float32(v)
         down, up = self.gate_proj
         gate = up(torch.sigmoid(down(x_g)))
         return self.o_proj((o + own.flatten(-2).to(o.dtype)) * gate)
@@ -160,7 +162,7 @@ class RWKV7(LinearMixer):
     def _decay(self, x: torch.Tensor, removal: torch.Tensor) -> dict[str, torch.Tensor]:
         """Return log w (B, T, H, K), and the removal key as it reads the decayed state."""
         down, up = self.decay_proj
-        log_decay = self._heads(FASTEST * torch.sigmoid(wide(up(torch.tanh(down(x))))))
+        log_decay = self._heads(FASTEST * torch.sigmoid(to_float32(up(torch.tanh(down(x))))))
         # The removal key reads the state before its decay, which is above 0.54.
         return {"log_decay": log_decay, "erase_query": removal * (-log_decay).exp()}
 

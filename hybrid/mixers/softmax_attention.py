@@ -25,7 +25,7 @@ from hybrid.mixers.dual_chunk import (
     read_chunks,
 )
 from hybrid.mixers.grouped_heads import GroupedHeadOptions, GroupedHeads
-from hybrid.mixers.parts import wide
+from hybrid.mixers.parts import to_float32
 from hybrid.nn.packing import WHOLE_ROWS, Segments
 from hybrid.nn.past import Slot, StateSpec, TokenSpec
 from hybrid.nn.rotary import BY_LENGTH, apply_rotary
@@ -183,7 +183,7 @@ class SoftmaxAttention(GroupedHeads, FullAttention):
         if positions is None:
             positions = torch.arange(x.shape[1], device=x.device)[None]
         if self.tuned:
-            q = (q * self._temperature(positions, wide(q).dtype)).to(q.dtype)
+            q = (q * self._temperature(positions, to_float32(q).dtype)).to(q.dtype)
         if self.slopes is not None and self.has_positions:
             q, k = add_positions(q, k, positions, self.slopes, self.scaling)
         angles = position_embeddings if self.has_positions else None
@@ -196,7 +196,7 @@ class SoftmaxAttention(GroupedHeads, FullAttention):
             k, v = cache.append(k=k, v=v)
         if self.slopes is not None and self.attention_name == "eager":
             # transformers' eager attention rounds logits to the dtype of q, and positions are large
-            q, k = wide(q), wide(k)
+            q, k = to_float32(q), to_float32(k)
             o, weights = capped_attention(
                 q, k, v, attention_mask, scaling=self.scaling, dropout=self.active_dropout
             )

@@ -16,7 +16,7 @@ import torch
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from hybrid.mixers.parts import wide
+from hybrid.mixers.parts import to_float32
 
 # Maximum number of elements held by one step over queries. It determines the queries per step.
 _BUDGET = 2**24
@@ -118,7 +118,7 @@ def _step(
     """Compute both branches for q (B, H_kv, G, t, K); each o is (B, H_kv, G, t, K)."""
     start = blocks.stride * torch.arange(k_blocks.shape[2], device=q.device)
     visible = (start >= base[..., None]) & (start + blocks.size <= column[..., None] + 1)
-    logits = wide(q @ k_blocks[:, :, None].mT) * scaling
+    logits = to_float32(q @ k_blocks[:, :, None].mT) * scaling
     weights = masked_softmax(logits, visible[:, None, None])
     coarse = weights.to(v.dtype) @ v_blocks[:, :, None]
     chosen, real = select(weights.detach().sum(dim=2), column, base, blocks, k.shape[2])
@@ -184,6 +184,6 @@ def _attend_selected(
         )
         for y in (k, v)
     )
-    logits = wide(torch.einsum("bhgtk,bhtsk->bhgts", q, k)) * scaling
+    logits = to_float32(torch.einsum("bhgtk,bhtsk->bhgts", q, k)) * scaling
     weights = masked_softmax(logits, seen[:, :, None])
     return torch.einsum("bhgts,bhtsk->bhgtk", weights.to(v.dtype), v)

@@ -45,7 +45,7 @@ def banded(
     return torch.cat(outputs, dim=1) if outputs else empty
 
 
-class Rows:
+class DocumentRows:
     """Arrangement of packed documents with one row per document; whole rows are unchanged.
 
     Attributes:
@@ -81,7 +81,7 @@ class Rows:
         return x if self.lengths is None else x.flatten(0, 1)[self.place][None]
 
 
-class AlignedRow(Rows):
+class AlignedRow(DocumentRows):
     """Arrangement of packed documents in one row, each starting at a multiple of ``align``.
 
     Attributes:
@@ -93,7 +93,7 @@ class AlignedRow(Rows):
         super().__init__(cu_seqlens, x)
 
     def arrange(self, lengths: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int]]:
-        """See ``Rows.arrange``."""
+        """See ``DocumentRows.arrange``."""
         ends = (-(-lengths // self.align) * self.align).cumsum(0)
         starts = torch.cat([ends.new_zeros(1), ends[:-1]])
         columns = int(ends[-1])

@@ -25,7 +25,7 @@ from torch.utils.checkpoint import checkpoint
 
 from hybrid.config.block_options import scaled
 from hybrid.config.fields import LossBackend
-from hybrid.mixers.parts import wide
+from hybrid.mixers.parts import to_float32
 
 IGNORED = -100
 """Label of positions that are not predicted."""
@@ -142,7 +142,7 @@ def summed(
     label_smoothing: float = 0.0,
 ) -> torch.Tensor:
     """Compute the loss of logits (m, V), summed over targets (m,), without transform or chunks."""
-    logits = wide(logits)
+    logits = to_float32(logits)
     total = F.cross_entropy(
         logits,
         targets,
@@ -270,7 +270,7 @@ def _loss_and_slope(
     slope: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Return the summed loss of one chunk, and its gradient for ``products``, float32 (m, V)."""
-    x = transform_logits(wide(products), multiplier, cap)
+    x = transform_logits(to_float32(products), multiplier, cap)
     real = targets != IGNORED
     # no clamp, so that gather raises an error for any other negative label
     index = torch.where(real, targets, 0).unsqueeze(-1)

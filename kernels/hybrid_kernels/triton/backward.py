@@ -137,7 +137,7 @@ def keys_backward(
         config,
         {**reads, "total": across.total, "dq": dq, "dk": dk, "dg": dg, "dbeta": dbeta},
         TOTAL=across.total is not None,
-        TURNED=across.swapped,
+        SWAPPED=across.swapped,
         **sizes,
     )
     if dg is not None and across.dg is not None:

@@ -74,18 +74,18 @@ def solve(
     i_pair,
     C: tl.constexpr,
     PARTS: tl.constexpr,
-    TURNED: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
     DOT: tl.constexpr,
     PRECISION: tl.constexpr,
     FINE: tl.constexpr,
 ):
-    """Return X r, with TURNED X^T r, of what ``store_inverse`` kept.
+    """Return X r, with TRANSPOSED X^T r, of what ``store_inverse`` kept.
 
     X r reaches no row before one of r that is not finite.
     """
     b_x = load_tile(p_inverse, i_pair * PARTS, C, C, 0, 0, C, C)
     b_solved = b_r
-    if TURNED:
+    if TRANSPOSED:
         b_x = transposed(b_x, DOT)
     else:
         b_r, b_after = split_finite(b_r)
@@ -93,7 +93,7 @@ def solve(
     b_solved += fine_product(b_x, b_r, DOT, PRECISION, FINE)
     if PARTS == 2:
         b_x = load_tile(p_inverse, i_pair * PARTS + 1, C, C, 0, 0, C, C)
-        if TURNED:
+        if TRANSPOSED:
             b_x = transposed(b_x, DOT)
         b_solved += product(b_x, b_r, DOT, PRECISION)
     return b_solved

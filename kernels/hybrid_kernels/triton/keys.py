@@ -96,7 +96,7 @@ def keys_backward_kernel(
     VECTOR: tl.constexpr,
     DELTA: tl.constexpr,
     TOTAL: tl.constexpr,
-    TURNED: tl.constexpr,
+    SWAPPED: tl.constexpr,
     PACKED: tl.constexpr,
     DOT: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -110,7 +110,7 @@ def keys_backward_kernel(
     decayed too, and TOTAL says that total (R, H, V) holds that decay for whole chunks.
 
     The loss treats (q, k, g) and (do, v, value_g) alike, so that this kernel also gives dv and the
-    gradient of value_g when they change places: K is V then, and TURNED says that states are not
+    gradient of value_g when they change places: K is V then, and SWAPPED says that states are not
     turned with them.
     """
     i_pair, k0 = place(K, BK)
@@ -130,7 +130,7 @@ def keys_backward_kernel(
     for v0 in range(0, V, BV):
         b_do = load_rows(p_do, row, rows, i_h, H, V, v0, C, BV)
         b_v = load_rows(p_v, row, rows, i_h // (H // HV), HV, V, v0, C, BV)
-        if TURNED:
+        if SWAPPED:
             b_state = transposed(load_tile(p_states, i_pair, V, K, v0, k0, BV, BK), DOT)
             b_dstate = transposed(load_tile(p_dstates, i_pair, V, K, v0, k0, BV, BK), DOT)
         else:
@@ -147,7 +147,7 @@ def keys_backward_kernel(
             b_dr += product(b_dx, transposed(b_state, DOT), DOT, PRECISION)
             b_seen_dx += tl.sum(tl.abs(b_dx), axis=1)
     b_dq = only_seen(b_dq, b_seen)
-    if TOTAL or TURNED:
+    if TOTAL or SWAPPED:
         # do * read may be 0 where do is not, and dpairs are not.
         b_seen += 1.0
     if DELTA:
