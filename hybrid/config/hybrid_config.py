@@ -222,7 +222,7 @@ class HybridConfig(PreTrainedConfig):
     def layer_types(self) -> list[str]:
         """The type of each layer, from which transformers' caches choose the cache layer class.
 
-        See ``hybrid.modeling.cache`` for the types defined in this package.
+        See ``hybrid.modeling.cache_layers`` for the types defined in this package.
         """
         return [layer.layer_type for layer in self.stack]
 

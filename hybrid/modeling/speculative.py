@@ -8,7 +8,7 @@ In a round with n tokens, the outputs h_1 .. h_{n-1} of the main stack are known
 reads the hidden state of the previous depth and token i + k. The token is final if i + k <= n, and a
 draft otherwise. In the next round a module drops the positions whose token was a draft, and reads them
 again with the new tokens. Its cache is cropped like that of the main model (see
-``hybrid.modeling.cache``), so layers with a state are supported.
+``hybrid.modeling.cache_memory``), so layers with a state are supported.
 
 Shapes: B batch, here 1; T time, D model dim.
 """
