@@ -264,6 +264,18 @@ def causal_product(b_pairs, b_v, DOT: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def level_product(b_pairs, b_x, size, C: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr):
+    """Multiply the pairs of one level of ``straddle`` by rows decayed up to their split points.
+
+    Rows below a split point read rows above it, and nothing else: a decay that is NaN makes rows
+    NaN that come before it, since they are decayed past it, but only later ones read those.
+    """
+    m_below = ((tl.arange(0, C) // size) % 2 == 1)[:, None]
+    b_x = tl.where(m_below, 0.0, b_x)
+    return tl.where(m_below, causal_product(b_pairs, b_x, DOT, PRECISION), 0.0)
+
+
+@triton.jit
 def times_gradient(b_x, b_dx):
     """Return x times its gradient, 0 where the gradient is 0 and x may be NaN."""
     return tl.where(b_dx == 0.0, 0.0, b_x * b_dx)

@@ -42,8 +42,11 @@ class DecayedRows(NamedTuple):
     inverse: Tensor | None
 
 
-def decay_rows(p: ChunkedInputs, inverse: Tensor | None = None) -> DecayedRows:
-    """Decay rows and pairs of rows; compute the delta rule's inverse unless it is given."""
+def decay_rows(p: ChunkedInputs, inverse: Tensor | None = None, seen: bool = False) -> DecayedRows:
+    """Decay rows and pairs of rows; compute the delta rule's inverse unless it is given.
+
+    ``seen``: q is the gradient of an output, and its rows of zeros have no pairs.
+    """
     solving = p.delta and inverse is None
     needs_pairs = p.vector or (solving and p.walks)
     rows = DecayedRows(p.q, p.k, p.k, p.log_decay, None, inverse)
@@ -67,6 +70,7 @@ def decay_rows(p: ChunkedInputs, inverse: Tensor | None = None) -> DecayedRows:
         {"pairs": rows.pairs, "inverse": rows.inverse, **written},
         INVERSE=solving,
         PAIRS=needs_pairs,
+        SEEN=seen,
         EXACT=shipped.exact(p.device),
         **sizes,
     )

@@ -17,6 +17,7 @@ import triton.language as tl
 from hybrid_kernels.triton.blocks import (
     causal_product,
     kernel,
+    level_product,
     load_column,
     load_rows,
     load_tile,
@@ -146,10 +147,13 @@ def keys_backward_kernel(
             b_dx = load_rows(p_dx, row, rows, i_h, H, V, v0, C, BV)
             b_dr += product(b_dx, transposed(b_state, DOT), DOT, PRECISION)
             b_seen_dx += tl.sum(tl.abs(b_dx), axis=1)
+    if SWAPPED:
+        # do stands in the place of q.
+        b_seen = tl.zeros((C,), dtype=tl.float32)
+        for d0 in range(0, K, BK):
+            b_x = load_rows(p_q, row, rows, i_h // (H // HQ), HQ, K, d0, C, BK)
+            b_seen += tl.sum(tl.abs(b_x), axis=1)
     b_dq = only_seen(b_dq, b_seen)
-    if TOTAL or SWAPPED:
-        # do * read may be 0 where do is not, and dpairs are not.
-        b_seen += 1.0
     if DELTA:
         b_dr = only_seen(b_dr, b_seen_dx)
     # As wide as the operands of products: half the registers in bfloat16, and nothing lost.
@@ -189,20 +193,27 @@ def keys_backward_kernel(
         b_up = tl.full((C, BK), 1.0, dtype=tl.float32)
         o_r = tl.arange(0, C)
         b_same = tl.load(p_dpairs + i_pair * C * C + o_r * (C + 1)).to(tl.float32)
+        if SWAPPED:
+            b_same = tl.where(b_seen != 0.0, b_same, 0.0)
         b_dq += times_gradient(b_k, b_same[:, None])
         b_dk += times_gradient(b_q, b_same[:, None])
         o_pair = i_pair * C * C + o_r[:, None] * C + o_r[None, :]
         for level in range(0, LEVELS):
             m_level = straddle(1 << level, C)
             b_d = tl.load(p_dpairs + o_pair, mask=m_level, other=0.0)
-            b_dread = causal_product(b_d, b_k * b_up, DOT, PRECISION) * b_low
+            if SWAPPED:
+                b_d = only_seen(b_d, b_seen)
+            elif TOTAL:
+                # p_do is decayed: it may be 0 where do is not, and pairs are not.
+                b_seen = tl.sum(tl.abs(b_d.to(tl.float32)), axis=1)
+            b_dread = level_product(b_d, b_k * b_up, 1 << level, C, DOT, PRECISION) * b_low
             b_dread = only_seen(b_dread, b_seen)
             b_dwrite = product(transposed(b_d, DOT), b_q * b_low, DOT, PRECISION)
             b_dq += b_dread
             b_reads = times_gradient(b_q, b_dread)
             if DELTA:
                 b_d = tl.load(p_dstrict + o_pair, mask=m_level, other=0.0)
-                b_dread = causal_product(b_d, b_k * b_up, DOT, PRECISION) * b_low
+                b_dread = level_product(b_d, b_k * b_up, 1 << level, C, DOT, PRECISION) * b_low
                 b_dread = only_seen(b_dread, b_seen_dx)
                 b_dwrite += product(transposed(b_d * b_weight, DOT), b_k * b_low, DOT, PRECISION)
                 b_dr += b_dread
@@ -216,6 +227,8 @@ def keys_backward_kernel(
         store_rows(p_dg, b_dg, row, rows, i_h, H, K, k0, C, BK)
     else:
         b_d = load_tile(p_dpairs, i_pair, C, C, 0, 0, C, C)
+        if TOTAL:
+            b_seen = tl.sum(tl.abs(b_d), axis=1)
         b_dq += only_seen(causal_product(b_d, b_k, DOT, PRECISION), b_seen)
         b_dk += product(transposed(b_d, DOT), b_q, DOT, PRECISION)
         if DELTA:

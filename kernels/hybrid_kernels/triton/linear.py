@@ -159,7 +159,7 @@ def _value_backward(
     states = states_forward(p, rows).states
     dstates, dinitial = states_backward(p, rows, do, dfinal)
     swapped = swap_kv(p, do)
-    columns = decay_rows(swapped)
+    columns = decay_rows(swapped, seen=True)
     assert columns.pairs is not None
     across = ValueSide(columns.k, columns.q, columns.pairs * p.scale, total=columns.total)
     keys = keys_backward(p, states, dstates, across)

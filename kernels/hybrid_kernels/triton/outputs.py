@@ -11,6 +11,7 @@ from hybrid_kernels.triton.blocks import (
     causal_product,
     decayed_pairs,
     kernel,
+    level_product,
     load_rows,
     load_tile,
     locate,
@@ -100,7 +101,7 @@ def outputs_forward_kernel(
         b_up = tl.full((C, BV), 1.0, dtype=tl.float32)
         for level in range(0, LEVELS):
             b_across = tl.where(straddle(1 << level, C), b_pairs, 0.0)
-            b_o += causal_product(b_across, b_v * b_up, DOT, PRECISION) * b_low
+            b_o += level_product(b_across, b_v * b_up, 1 << level, C, DOT, PRECISION) * b_low
             b_low, b_up, b_all = widen(b_low, b_up, b_all, 1 << level, C, BV)
     else:
         b_o += causal_product(b_pairs, b_v, DOT, PRECISION)

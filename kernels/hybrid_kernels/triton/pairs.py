@@ -64,6 +64,7 @@ def pairs_kernel(
     DELTA: tl.constexpr,
     INVERSE: tl.constexpr,
     PAIRS: tl.constexpr,
+    SEEN: tl.constexpr,
     EXACT: tl.constexpr,
     PARTS: tl.constexpr,
     PACKED: tl.constexpr,
@@ -75,7 +76,8 @@ def pairs_kernel(
     Grid (R * H,). Writes pairs (R * H, C, C) and the inverse as ``store_inverse`` does. With VECTOR,
     which implies PAIRS, also q * read, k * write and with DELTA k * read (rows, H, K), and the decay
     of the whole chunk (R, H, K), float32: what the walk over time needs of g, so that it reads no
-    gates. EXACT is the precision of products that must keep float32's digits.
+    gates. With SEEN, which implies VECTOR, q is the gradient of an output: its rows of zeros have no
+    pairs, NaN or not. EXACT is the precision of products that must keep float32's digits.
     """
     i_chunk = tl.program_id(0) // H
     i_h = tl.program_id(0) % H
@@ -84,11 +86,14 @@ def pairs_kernel(
     b_pairs = tl.zeros((C, C), dtype=tl.float32)
     b_strict = tl.zeros((C, C), dtype=tl.float32)
     b_diagonal = tl.zeros((C,), dtype=tl.float32)
+    b_seen = tl.zeros((C,), dtype=tl.float32)
     for k0 in range(0, K, BK):
         b_k = load_rows(p_k, row, rows, i_h // (H // HK), HK, K, k0, C, BK)
         if VECTOR:
             b_q = load_rows(p_q, row, rows, i_h // (H // HQ), HQ, K, k0, C, BK)
             b_diagonal += tl.sum(b_q * b_k, axis=1)
+            if SEEN:
+                b_seen += tl.sum(tl.abs(b_q), axis=1)
             b_g, b_read, b_write, b_total = vector_factors(p_g, row, rows, i_h, H, K, k0, C, BK)
             store_rows(p_read, b_q * b_read, row, rows, i_h, H, K, k0, C, BK)
             store_rows(p_write, b_k * b_write, row, rows, i_h, H, K, k0, C, BK)
@@ -116,6 +121,8 @@ def pairs_kernel(
     if VECTOR:
         m_diagonal = tl.arange(0, C)[:, None] == tl.arange(0, C)[None, :]
         b_pairs = tl.where(m_diagonal, b_diagonal[:, None], b_pairs)
+        if SEEN:
+            b_pairs = only_seen(b_pairs, b_seen)
     elif SCALAR:
         b_sums, b_rests, _, _, _ = scalar_factors(p_g, row, rows, i_h, H, C)
         b_pairs = decayed_pairs(b_pairs, b_sums, b_rests, C)
