@@ -1,7 +1,7 @@
-"""Paths that the files of a checkpoint name; none may leave its folder.
+"""Checks that paths in the files of a checkpoint stay inside its folder.
 
-A checkpoint is somebody else's: an index, a tokenizer's config or a symbolic link in it must not make
-this machine read, or copy into a new folder, what was never part of it.
+Checkpoints are untrusted: an index, a tokenizer config or a symbolic link in one must not cause
+other files of this machine to be read or copied.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ CHAT_TEMPLATES = "additional_chat_templates"
 
 
 def inside(folder: str | Path, name: str, named_by: str = "") -> Path:
-    """Path of a file of a checkpoint, from its name relative to the folder.
+    """Return the path of a file of a checkpoint, from its name relative to the folder.
 
     Args:
         folder: the checkpoint.
-        name: as a file of the checkpoint gives it; it may be in a folder below, not above.
-        named_by: the file that gives it, for the message.
+        name: name in a file of the checkpoint; may be in a subfolder.
+        named_by: the file that contains the name, for the message.
 
     Raises:
-        ValueError: an absolute path, one with `..`, or a symbolic link that leaves the folder. Links of
-            a hub cache may lead to the blobs of the same repository.
+        ValueError: an absolute path, a path with ``..``, or a symbolic link that leaves the folder.
+            Links of a hub cache may lead to the blobs of the same repository.
     """
     where = f"{Path(folder) / named_by}: " if named_by else f"{folder}: "
     parts = (PurePosixPath(name), PureWindowsPath(name))
@@ -33,27 +33,26 @@ def inside(folder: str | Path, name: str, named_by: str = "") -> Path:
         or "\0" in name
     ):
         raise ValueError(
-            f"{where}names {name!r}, which leaves the checkpoint's folder; expected the name of a file"
-            " in it"
+            f"{where}expected a file in the checkpoint's folder, got {name!r}, which leaves it"
         )
     path = Path(folder) / name
     try:
         target = path.resolve()
-    except (OSError, RuntimeError) as error:  # a circle of links; a name that is too long
-        raise ValueError(f"{where}{name!r} cannot be followed: {error}") from error
+    except (OSError, RuntimeError) as error:  # a cycle of links, or a name that is too long
+        raise ValueError(f"{where}expected a readable path, got {name!r}: {error}") from error
     if not target.is_relative_to(_root(Path(folder).resolve())):
         raise ValueError(
-            f"{path}: a symbolic link to {target}, which leaves the checkpoint's folder; put the file"
-            " itself there"
+            f"{path}: expected a file in the checkpoint's folder, got a symbolic link to {target},"
+            " which leaves it; copy the file"
         )
     return path
 
 
 def check_folder(folder: str | Path, _seen: frozenset[Path] = frozenset()) -> None:
-    """Refuse a checkpoint of which a file leaves its folder, before other code loads it.
+    """Refuse a checkpoint with a path that leaves its folder, before other code loads it.
 
-    Checks symbolic links, and the names in indexes, in `tokenizer_config.json`, in `auto_map`; and in
-    the same way the folder of the model that an adapter belongs to.
+    Checks symbolic links, names in indexes, in ``tokenizer_config.json`` and in ``auto_map``, and
+    also the folder of an adapter's base model.
 
     Raises:
         ValueError: the first such link or name.
@@ -74,14 +73,14 @@ def check_folder(folder: str | Path, _seen: frozenset[Path] = frozenset()) -> No
 
 
 def check_source(source: str) -> str:
-    """The name of a model or tokenizer, after `check_folder` where it is a folder."""
+    """Return the name of a model or tokenizer unchanged, after ``check_folder`` if it is a folder."""
     if _is_dir(source):
         check_folder(source)
     return source
 
 
 def _root(folder: Path) -> Path:
-    """The folder that links may not leave: the checkpoint, or its repository in a hub cache."""
+    """Return the folder that links may not leave: the checkpoint, or its repository in a hub cache."""
     for parent in folder.parents:
         if parent.name == "snapshots" and parent.parent.name.startswith("models--"):
             return parent.parent
@@ -89,7 +88,7 @@ def _root(folder: Path) -> Path:
 
 
 def _names(folder: Path) -> Iterator[tuple[str, str]]:
-    """File that names, and what it names."""
+    """Yield (file, name in it)."""
     for path in sorted(folder.glob("*.index.json")):
         shards = _read(path).get("weight_map")
         for name in sorted(_texts(shards)):
@@ -101,12 +100,12 @@ def _names(folder: Path) -> Iterator[tuple[str, str]]:
             yield file, name.rpartition("--")[2].rpartition(".")[0]
         for key, value in values.items():
             if key.endswith(("_file", "_tokenizer_files")):
-                # published files name paths of their author's machine, which nobody reads here
+                # paths of the author's machine in published files, which are never read
                 yield from ((file, name) for name in _texts(value) if _is_file(folder, name))
 
 
 def _texts(value: Any) -> set[str]:
-    """Every string in a value of JSON, but for keys."""
+    """Return every string in a JSON value, except keys."""
     if isinstance(value, str):
         return {value}
     within = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
@@ -114,7 +113,7 @@ def _texts(value: Any) -> set[str]:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """A JSON object, empty where there is none: who needs the file says what is wrong with it."""
+    """Return a JSON object, empty if the file is missing or invalid, which its readers report."""
     try:
         values = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     except (ValueError, RecursionError):

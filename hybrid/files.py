@@ -36,7 +36,7 @@ def replacing(path: str | Path) -> Iterator[BinaryIO]:
             expected = file.tell()
         size = unfinished.stat().st_size
         if size != expected:
-            raise OSError(f"{path}: {size} of {expected} bytes were written")
+            raise OSError(f"{path}: expected {expected} bytes written, got {size}")
         os.replace(unfinished, path)
     except BaseException:
         unfinished.unlink(missing_ok=True)
@@ -63,7 +63,7 @@ def write_json(path: str | Path, value: Any, **options: Any) -> None:
 def write_array(path: str | Path, array: np.ndarray) -> None:
     """Write a .npy file.
 
-    ``numpy.save`` hands the array to a C stream of its own, whose last block is lost without an error
+    ``numpy.save`` writes through a separate C stream, whose last block is lost without an error
     when the disk is full.
     """
     array = np.ascontiguousarray(array)
@@ -104,21 +104,21 @@ def read_json(path: str | Path, unique: bool = False) -> dict[str, Any]:
         found = dict(pairs)
         for name, value in pairs if unique else ():
             if value != found[name]:
-                raise ValueError(f"{name} stands there as {value!r} and as {found[name]!r}")
+                raise ValueError(f"{name}: expected one value, got {value!r} and {found[name]!r}")
         return _special_float(found)
 
     try:
         values = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=join)
     except FileNotFoundError as error:
-        raise ValueError(f"{path}: no such file") from error
+        raise ValueError(f"{path}: expected an existing file, got none") from error
     except RecursionError as error:
-        raise ValueError(f"{path}: not JSON: nested too deeply") from error
+        raise ValueError(f"{path}: expected valid JSON, got too many levels of nesting") from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not JSON: {error}") from error
+        raise ValueError(f"{path}: expected valid JSON, got {error}") from error
     except (OSError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from error
     if not isinstance(values, dict):
-        raise ValueError(f"{path}: expected a JSON object, found {type(values).__name__}")
+        raise ValueError(f"{path}: expected a JSON object, got {type(values).__name__}")
     return values
 
 

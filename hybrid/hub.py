@@ -1,4 +1,4 @@
-"""Checkpoints that load elsewhere: the two small files beside the weights."""
+"""Files in a checkpoint with which it loads in processes that have not imported ``hybrid``."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ MODELS = (
     "HybridModel",
 )
 
-# What `save_pretrained(..., push_to_hub=True)` hands on to `push_to_hub`.
+# Keyword arguments that ``save_pretrained(..., push_to_hub=True)`` passes to ``push_to_hub``.
 PUSH_OPTIONS = ("repo_id", "commit_message", "private", "token", "revision", "create_pr")
 
-# transformers copies these next to its own modules and imports them there; they hold no model code,
-# so the checkpoint always runs the installed version of the package.
+# transformers copies these files to its module cache and imports them. They contain no model code,
+# so the checkpoint always uses the installed version of the package.
 _LOADING_FILE = '''"""Loads this checkpoint through the package `{distribution}`."""
 
 try:
@@ -44,10 +44,11 @@ __all__ = [{quoted}]
 
 
 def add_loading_files(directory: str | Path) -> None:
-    """Write `configuration_hybrid.py`, `modeling_hybrid.py` and `auto_map` into a checkpoint folder.
+    """Write ``configuration_hybrid.py``, ``modeling_hybrid.py`` and ``auto_map`` into a checkpoint
+    folder.
 
-    With them `from_pretrained(directory, trust_remote_code=True)` works in a process that has not
-    imported `hybrid`, and names the package to install where it is missing.
+    With them ``from_pretrained(directory, trust_remote_code=True)`` works in a process that has not
+    imported ``hybrid``, and raises an error with the package to install if it is missing.
     """
     directory = Path(directory)
     files = {

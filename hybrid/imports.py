@@ -1,8 +1,8 @@
-"""`--import FILE`: a user's own code, mixers above all, in the commands of this package.
+"""``--import FILE``: import user code, such as mixers, in the commands of this package.
 
-A mixer registers when its file is imported, which somebody has to do in every process that builds the
-model. In a script of one's own that is an `import`; for the commands it is this option. It is one of the
-command line alone: a key of a config would let a checkpoint run code of its choosing.
+A mixer is registered when its file is imported, in every process that builds the model. Scripts
+import the file; commands have this option. It exists only on the command line: as a key of a config
+it would let a checkpoint run arbitrary code.
 """
 
 from __future__ import annotations
@@ -17,26 +17,26 @@ from pathlib import Path
 
 from hybrid.config.options import ConfigError
 
-HELP = "a Python file or module of yours to import first, e.g. with a mixer in it; may be repeated"
+HELP = "a Python file or module to import first, e.g. one that defines a mixer; may be repeated"
 
 _imported: list[str] = []
 
 
 def add_option(parser: argparse.ArgumentParser) -> None:
-    """The option, as `imports`, a list."""
+    """Add the option; its value is the list ``imports``."""
     parser.add_argument("--import", dest="imports", action="append", default=[],
                         metavar="FILE", help=HELP)  # fmt: skip
 
 
 def import_user_code(names: Sequence[str]) -> None:
-    """Import files (`folder/my_mixer.py`) and modules (`my_package.mixers`), in order.
+    """Import files (``folder/my_mixer.py``) and modules (``my_package.mixers``), in order.
 
-    A module is looked for in the working directory, too. A file's folder stays on the import path, so
-    that the files beside it can be imported.
+    Modules are also searched in the working directory. The folder of a file stays on the import
+    path, so that other files in it can be imported.
 
     Raises:
-        ConfigError: there is no such file or module, another module has the name of the file, or the
-            file raises an error.
+        ConfigError: the file or module does not exist, another module has the name of the file, or
+            the file raises an error.
     """
     for name in names:
         path = Path(name)
@@ -48,19 +48,21 @@ def import_user_code(names: Sequence[str]) -> None:
 
 
 def import_arguments() -> list[str]:
-    """What another process is to be started with, so that it imports what this one has."""
+    """Return the arguments with which another process imports the same files."""
     return [word for name in dict.fromkeys(_imported) for word in ("--import", name)]
 
 
 def _import_file(path: Path) -> None:
     if not path.is_file():
-        raise ConfigError([f"no such file: {path}"], "--import")
+        raise ConfigError([f"expected an existing file, got {path}"], "--import")
     _add_to_path(path.parent)
     spec = importlib.util.find_spec(path.stem)
     found = None if spec is None or spec.origin is None else Path(spec.origin).resolve()
     if found != path:
         raise ConfigError(
-            [f"{path.name}: the module {path.stem!r} is another, {found}; rename the file"],
+            [
+                f"{path.name}: expected a new module name, got {path.stem!r} of {found}; rename the file"
+            ],
             "--import",
         )
     try:
@@ -70,12 +72,12 @@ def _import_file(path: Path) -> None:
 
 
 def _mistake(error: Exception, path: Path) -> str:
-    """An error of a user's file in one line, with the line of the file that led to it."""
+    """Format an error of a user's file in one line, with the line number in the file."""
     lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == str(path)]
     if isinstance(error, SyntaxError):
         lines.append(error.lineno)
     place = f"line {lines[-1]}: " if lines else ""
-    # as Python prints it; only its last line says what is wrong
+    # the last line of Python's message has the reason
     reason = traceback.format_exception_only(error)[-1].strip()
     return f"{path}: {place}{reason}"
 
@@ -88,7 +90,9 @@ def _import_module(name: str) -> None:
         if error.name is None or not f"{name}.".startswith(f"{error.name}."):
             raise ConfigError([_mistake(error, _source_of(name))], "--import") from error
         raise ConfigError(
-            [f"no module {error.name!r}, installed or in {Path.cwd()}; a file ends in .py"],
+            [
+                f"expected a module, installed or in {Path.cwd()}, got {error.name!r}; files end in .py"
+            ],
             "--import",
         ) from error
     except Exception as error:
@@ -96,12 +100,12 @@ def _import_module(name: str) -> None:
 
 
 def _source_of(name: str) -> Path:
-    """The file of a module that is there, or its name where it has none."""
+    """Return the file of an existing module, or its name if it has no file."""
     spec = importlib.util.find_spec(name)
     return Path(name if spec is None or spec.origin is None else spec.origin)
 
 
 def _add_to_path(folder: Path) -> None:
-    """Last, so that no file of the folder takes the place of a library's module."""
+    """Append a folder to the import path, so that its files do not shadow modules of libraries."""
     if str(folder) not in sys.path:
         sys.path.append(str(folder))

@@ -37,28 +37,28 @@ def sole_writer(folder: str | Path) -> Iterator[None]:
         lock.acquire(timeout=0)
     except Timeout as error:
         raise FolderInUse(
-            f"{folder} is in use by another run ({_owner(folder)}); wait for it, stop it, or name"
-            " another folder"
+            f"{folder}: expected a folder without a running process, got one in use by"
+            f" {_owner(folder)}; wait for it, stop it, or try another folder"
         ) from error
     try:
         started = time.strftime("%Y-%m-%d %H:%M:%S")
         owner = {"pid": os.getpid(), "host": socket.gethostname(), "since": started}
-        with suppress(OSError):  # a full disk is for what is worth keeping to report
+        with suppress(OSError):  # a full disk is reported when results are written
             (folder / OWNER).write_text(json.dumps(owner), encoding="utf-8")
         yield
     finally:
         with suppress(OSError):
             (folder / OWNER).unlink(missing_ok=True)
         lock.release()
-        if new and [path.name for path in folder.iterdir()] == [LOCK]:  # nothing came of it
+        if new and [path.name for path in folder.iterdir()] == [LOCK]:  # nothing was written
             (folder / LOCK).unlink()
             folder.rmdir()
 
 
 def _owner(folder: Path) -> str:
-    """Who holds the lock, in words; it may be about to write that down, or to end."""
+    """Return a description of the process with the lock, which may not have written it yet."""
     try:
         owner = json.loads((folder / OWNER).read_text(encoding="utf-8"))
         return f"process {owner['pid']} on {owner['host']}, since {owner['since']}"
     except (OSError, ValueError, KeyError, TypeError):
-        return "a process that has just begun"
+        return "a process that has just started"

@@ -1,7 +1,7 @@
-"""`hybrid quickstart`: three layouts trained, reloaded, measured and compared, on a laptop.
+"""``hybrid quickstart``: train, reload, measure and compare three layouts on a laptop.
 
-Nothing here is special to the quickstart: it types the commands that a user would type, some at
-once where there are cores for it, and shows one progress bar for each.
+The quickstart runs the commands that a user would run, several in parallel if there are enough
+cores, and shows one progress bar for each.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from hybrid.train.launch import shown, training_command
 
 @dataclass(frozen=True)
 class Run:
-    """One training run: a layout and a seed, and where it goes."""
+    """One training run: layout, seed, and output folder."""
 
     name: str
     layout: str
@@ -42,20 +42,20 @@ def quickstart(
     seeds: Sequence[int] = (0,),
     overrides: Sequence[str] = (),
 ) -> int:
-    """Train every layout with every seed, evaluate them in a fresh process, write the report.
+    """Train every layout with every seed, evaluate them in a new process, and write the report.
 
     Args:
         out: folder for checkpoints, logs and the report.
-        config: training YAML; default `configs/quickstart.yaml`.
-        layouts: the first is the hybrid, the others its controls.
-        seeds: of initialisation and data.
-        overrides: `key=value` for the training config.
+        config: training YAML; default ``configs/quickstart.yaml``.
+        layouts: the first is the hybrid, the others are controls.
+        seeds: seeds of initialisation and data.
+        overrides: ``key=value`` overrides of the training config.
 
     Returns:
         0, or the exit status of the command that failed.
 
     Raises:
-        ValueError: a config or a layout with mistakes, before anything runs.
+        ValueError: mistakes in the config or a layout, before anything runs.
     """
     started = time.perf_counter()
     path = find_config("quickstart.yaml") if config is None else Path(config)
@@ -75,7 +75,7 @@ def quickstart(
 
 
 def evaluation_command(runs: Sequence[Run], out: str | Path) -> list[str]:
-    """`hybrid eval NAME=FOLDER ... --out OUT` with this Python: what it measures by default."""
+    """Return the command ``hybrid eval NAME=FOLDER ... --out OUT`` with this Python."""
     models = [f"{run.name}={run.folder}" for run in runs]
     title = f"Quickstart: {', '.join(dict.fromkeys(run.layout for run in runs))}"
     command = [sys.executable, "-m", "hybrid.cli", "eval", *models, "--out", str(out)]
@@ -92,7 +92,9 @@ def _runs(out: Path, layouts: Sequence[str], seeds: Sequence[int]) -> list[Run]:
 
 
 def _parameters(path: Path, runs: Sequence[Run], overrides: Sequence[str]) -> dict[str, int]:
-    """Parameters by layout, counted on the meta device; also checks every layout's config."""
+    """Return parameters by layout, counted on the meta device; also check the config of each
+    layout.
+    """
     from hybrid.plan import load_model_config, plan
 
     sizes = {}
@@ -111,7 +113,7 @@ def _print_sizes(sizes: dict[str, int]) -> None:
 def _train_all(
     path: Path, runs: Sequence[Run], overrides: Sequence[str]
 ) -> tuple[Run, Path, int] | None:
-    """Train all runs, as many at once as there are cores; returns the first that failed."""
+    """Train all runs, as many in parallel as there are cores; return the first that failed."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     at_once = max(1, min(len(runs), cores or 1))
     threads = max(1, (cores or 1) // at_once)
@@ -156,7 +158,7 @@ STEP = re.compile(r"(\d+)/(\d+) \[.*?(?:loss=([\d.naif]+))?[^\[]*$")
 
 
 def _follow(command: list[str], env: dict[str, str], log: Path, update: Any) -> int:
-    """Run a training command; its output goes to `log`, and its progress bar to `update`."""
+    """Run a training command; write its output to ``log``, and pass its progress to ``update``."""
     with (
         log.open("w", encoding="utf-8") as kept,
         subprocess.Popen(
@@ -177,7 +179,7 @@ def _follow(command: list[str], env: dict[str, str], log: Path, update: Any) -> 
 
 
 def _read(stream: IO[str], kept: IO[str], update: Any) -> None:
-    """Copy lines (a bar redraws itself after a carriage return, which text mode makes a line)."""
+    """Copy lines; text mode converts the carriage returns of a progress bar to lines."""
     for line in stream:
         kept.write(line)
         kept.flush()

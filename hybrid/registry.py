@@ -1,4 +1,4 @@
-"""The registries of mixers and feed-forwards, under their public name."""
+"""Public names of the registries of mixers and feed-forwards."""
 
 from hybrid.config.registry import feed_forwards, mixers
 

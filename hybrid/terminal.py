@@ -1,4 +1,4 @@
-"""Terminal output: the end of a command, and text without markup."""
+"""Terminal output: exit of a command, and text without markup."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ CLOSED = 141  # 128 + SIGPIPE
 
 
 class Interrupted(KeyboardInterrupt):
-    """A run that a signal ended in order; the text says what was saved and how to resume.
+    """A run that was ended by a signal after a step; the text has what was saved and how to resume.
 
     Args:
         text: one line.
@@ -48,9 +48,9 @@ def guarded(name: str, command: Callable[[], int], quiet: bool = False) -> int:
             sys.stderr.flush()
     except BrokenPipeError:
         closed = [stream for stream in (sys.stdout, sys.stderr) if _closed(stream)]
-        if not closed:  # the pipe is another one
+        if not closed:  # another pipe was closed
             raise
-        for stream in closed:  # what Python flushes at its end goes nowhere
+        for stream in closed:  # discard what Python flushes at exit
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
         return CLOSED
 
@@ -65,14 +65,14 @@ def _closed(stream: TextIO) -> bool:
 
 
 def console(**options: Any) -> Console:
-    """A ``rich`` console that prints names with brackets in them as they are."""
+    """Return a ``rich`` console that prints names with brackets literally."""
     from rich.console import Console
 
     return Console(markup=False, emoji=False, **options)
 
 
 def text_column(text: str) -> Any:
-    """A column of a ``rich`` progress bar, its fields as they are."""
+    """Return a column of a ``rich`` progress bar that prints its fields literally."""
     from rich.progress import TextColumn
 
     return TextColumn(text, markup=False)

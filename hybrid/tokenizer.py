@@ -1,8 +1,8 @@
-"""Tokenizers: `bytes`, which needs no download, and any Hugging Face tokenizer by name or path.
+"""Tokenizers: ``bytes``, which needs no download, and any Hugging Face tokenizer by name or path.
 
-The byte tokenizer is a stock `tokenizers` byte-level model without merges: the id of a byte is its
-value, and three special tokens follow. Nothing of ours is needed to load it from a checkpoint
-again.
+The byte tokenizer is a stock ``tokenizers`` byte-level model without merges: the id of a byte is
+its value, and three special tokens follow. Loading it from a checkpoint does not require this
+package.
 """
 
 from __future__ import annotations
@@ -22,10 +22,11 @@ PAD, BOS, EOS = "<|pad|>", "<|bos|>", "<|eos|>"
 
 
 def byte_tokenizer() -> PreTrainedTokenizerBase:
-    """A byte-level tokenizer of 259 tokens: ids 0..255 are the bytes of UTF-8, then pad, bos, eos.
+    """Return a byte-level tokenizer of 259 tokens: ids 0..255 are the bytes of UTF-8, then pad,
+    bos, eos.
 
-    `decode(encode(text)) == text` for any text that UTF-8 can hold. The written form of a special
-    token inside a text is its bytes when encoded with `split_special_tokens=True`.
+    ``decode(encode(text)) == text`` for any valid UTF-8 text. With ``split_special_tokens=True``,
+    the text of a special token is encoded as its bytes.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
@@ -47,25 +48,25 @@ def byte_tokenizer() -> PreTrainedTokenizerBase:
 
 
 def is_byte_tokenizer(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether ids below 256 are exactly the bytes of UTF-8, so that encoding is `str.encode`."""
+    """Return whether ids below 256 are the bytes of UTF-8, so that encoding equals ``str.encode``."""
     special = tokenizer.convert_tokens_to_ids([PAD, BOS, EOS])
     return len(tokenizer) == 259 and special == [256, 257, 258]
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """The tokenizer called `name`: `bytes`, a folder, or a name on the hub.
+    """Load a tokenizer: ``bytes``, a folder, or a name on the hub.
 
     Raises:
-        ConfigError: nothing of that name can be loaded, or it is `bytes` misspelt.
+        ConfigError: the tokenizer cannot be loaded, or the name is a misspelling of ``bytes``.
     """
     if not isinstance(name, str):
-        raise ConfigError([f"tokenizer: expected a name, found {type(name).__name__} {name!r}"])
+        raise ConfigError([f"tokenizer: expected a name, got {type(name).__name__} {name!r}"])
     if name == BYTES:
         return byte_tokenizer()
     near = difflib.get_close_matches(name.lower(), [BYTES], cutoff=0.75)
-    # the hub is not asked for it: without a network that takes long, and ends in words about one
+    # before the request to the hub, which is slow without a network and fails with another message
     if near and "/" not in name and not os.path.exists(name):
-        raise ConfigError([f"tokenizer: no tokenizer {name!r}, did you mean {BYTES!r}?"])
+        raise ConfigError([f"tokenizer: unknown tokenizer {name!r}, did you mean {BYTES!r}?"])
     from transformers import AutoTokenizer
 
     try:
@@ -74,7 +75,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().split("\n", 1)[0]
         problem = (
-            f"tokenizer: no tokenizer {name!r}: neither 'bytes', nor a folder that holds one, nor"
-            f" a name on the hub ({reason})"
+            f"tokenizer: expected 'bytes', a folder with a tokenizer, or a name on the hub, got"
+            f" {name!r} ({reason})"
         )
         raise ConfigError([problem]) from error

@@ -10,5 +10,5 @@ summarise       results -> a report: means, intervals, and which changes are est
 
 import lazy_loader
 
-# Light on purpose: `import hybrid.ablate` does not load transformers.
+# ``import hybrid.ablate`` must not import transformers.
 __getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -1,4 +1,4 @@
-"""The YAML of an ablation: typed, every mistake named before anything is computed."""
+"""Configuration of an ablation: typed; all mistakes are reported before anything is computed."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from hybrid.config.options import ConfigError, did_you_mean
 from hybrid.train.config import TrainConfig, parse_config
 from hybrid_eval.seeds import Score
 
-TRAINING_METRICS = ("loss", "eval_loss")  # what a run measures by itself; both are better lower
-OWNED = ("training.output_dir", "training.seed")  # each run's own
+TRAINING_METRICS = ("loss", "eval_loss")  # measured by the run; lower is better
+OWNED = ("training.output_dir", "training.seed")  # set for each run
 WORD = re.compile(r"[A-Za-z0-9][\w.+-]*")  # names become folders
 RESERVED = ("baseline", "all")
 ALL_BUT = "all-but-"
@@ -28,20 +28,22 @@ MOST_SEEDS = 1000
 
 
 class Evaluator(Protocol):
-    """What measures a trained checkpoint; `hybrid ablate` hands in `hybrid_eval`'s tasks."""
+    """Interface of the evaluation of a checkpoint; ``hybrid ablate`` passes the tasks of
+    ``hybrid_eval``.
+    """
 
     def problems(self, metrics: Sequence[str], options: Mapping[str, Any]) -> list[str]:
-        """What is wrong with the metrics asked for or with the options, a line each."""
+        """Return the mistakes in metrics and options, one line each."""
         ...
 
     def higher_is_better(self, metric: str) -> bool:
-        """The direction of a metric."""
+        """Return whether larger values of a metric are better."""
         ...
 
     def __call__(
         self, folder: Path, metrics: Sequence[str], options: Mapping[str, Any]
     ) -> Mapping[str, float | Score]:
-        """Every metric of the checkpoint in `folder`; a `Score` names its items, too."""
+        """Return every metric of the checkpoint in ``folder``; a ``Score`` includes its items."""
         ...
 
 
@@ -51,24 +53,29 @@ def _check_names(changes: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]
         if not WORD.fullmatch(name):
             lines.append(f"{name}: expected a name of letters, digits and _.+-, got {name!r}")
         elif name in RESERVED or name.startswith(ALL_BUT):
-            lines.append(f"{name}: this name is ours, for a run of several changes; try another")
+            lines.append(f"{name}: expected another name, got one reserved for combined changes")
     refuse(lines)
     return changes
 
 
 def _range(seeds: Any) -> Any:
-    """A number of seeds as the seeds from 0 on."""
+    """Convert a number of seeds to the seeds from 0."""
     is_count = isinstance(seeds, int) and not isinstance(seeds, bool)
     return list(range(seeds)) if is_count and 0 <= seeds <= MOST_SEEDS else seeds
 
 
 def _no_twins(values: list[Any]) -> list[Any]:
-    refuse([f": {v!r} is given twice" for v in sorted({v for v in values if values.count(v) > 1})])
+    refuse(
+        [
+            f": expected each value once, got {v!r} twice"
+            for v in sorted({v for v in values if values.count(v) > 1})
+        ]
+    )
     return values
 
 
 class Match(Declared):
-    """What every variant has to cost the same in, and the width that is solved for."""
+    """The cost that all variants share, and the width that is solved for."""
 
     cost: Literal["parameters", "flops"] = Field(
         description="parameters, or training FLOPs a token at the training length"
@@ -78,49 +85,49 @@ class Match(Declared):
         pattern=r"^model\.",
         description="the key that is solved for, e.g. model.feed_forwards.-.intermediate_size",
     )
-    step: Size = Field(8, description="the width is a multiple of this, e.g. of the head size")
-    within: Share = Field(0.02, description="the largest difference that may remain, as a share")
+    step: Size = Field(8, description="divisor of the width, e.g. the head dim")
+    within: Share = Field(0.02, description="maximum remaining relative difference")
 
 
 class Sweep(Declared):
-    """A key that every variant may have its own best value of, such as the learning rate."""
+    """A key whose best value is selected per variant, such as the learning rate."""
 
-    key: str = Field("training.learning_rate", description="what is swept")
+    key: str = Field("training.learning_rate", description="the swept key")
     values: Annotated[list[Any], Field(min_length=2), AfterValidator(_no_twins)] = Field(
-        description="each is tried with the first seed"
+        description="values, each trained with the first seed"
     )
-    by: Text = Field("eval_loss", description="the metric that chooses: eval_loss, loss or a task")
+    by: Text = Field("eval_loss", description="metric of the selection: eval_loss, loss or a task")
 
 
 class FigureOptions(Declared):
-    """A picture of a metric against an axis, one line a variant."""
+    """A figure of a metric against an axis, with one line per variant."""
 
     x: Text = Field(
         description="an axis of the grid, a key of the metric's cells (length), or a cost: parameters,"
         " state_bytes, cache_bytes"
     )
-    y: Text = Field(description="a metric, without the cell that x names")
+    y: Text = Field(description="a metric, without the condition on x")
 
 
 class Ablation(Declared):
     """A baseline and changes to it."""
 
-    name: Text = Field(description="of the report and, by default, of the folder of the runs")
+    name: Text = Field(description="name of the report and, by default, of the folder of the runs")
     baseline: dict[str, Any] = Field(description="a training config: its path, or its keys")
     changes: Annotated[
         dict[str, Annotated[dict[str, Any], Field(min_length=1)]], AfterValidator(_check_names)
     ] = Field(
         default_factory=dict,
-        description="name -> {key: value}; a mapping is merged into the one that is there",
+        description="name -> {key: value}; a mapping is merged into an existing mapping",
     )
     leave_one_out: bool = Field(True, description="also all changes together, and all but each")
     match: Match | None = Field(
-        None, description="what the variants have to cost the same in; null: each its own cost"
+        None, description="the cost that all variants share; null: no matching"
     )
     seeds: Annotated[
         list[Seed], Field(min_length=1), BeforeValidator(_range), AfterValidator(_no_twins)
     ] = Field(
-        [0, 1, 2], description="of initialisation and data, for each variant; or their number"
+        [0, 1, 2], description="seeds of initialisation and data for each variant; or their number"
     )
     metrics: Annotated[list[Text], AfterValidator(_no_twins)] = Field(
         default_factory=list,
@@ -129,19 +136,19 @@ class Ablation(Declared):
     evaluate: dict[str, Any] = Field(default_factory=dict, description="settings of the tasks")
     grid: dict[str, Any] = Field(
         default_factory=dict,
-        description="axis -> its values, or labels with the keys that each sets; see ablate/grid.py",
+        description="axis -> values, or labels with the keys that each sets; see ablate/grid.py",
     )
-    sweep: Sweep | None = Field(
-        None, description="a key whose best value each variant chooses by itself"
-    )
+    sweep: Sweep | None = Field(None, description="a key whose best value is selected per variant")
     expect: list[Text] = Field(
         default_factory=list, description="predictions, see ablate/expect.py"
     )
-    figure: FigureOptions | None = Field(None, description="a picture, beside that of the effects")
-    finding: str = Field("", description="what is to be shown, a sentence for the report")
-    paper: str = Field("", description="who found it")
-    context: Count = Field(8192, description="tokens at which the cache's size is stated")
-    confidence: float = Field(0.95, ge=0.5, lt=1, description="of the intervals")
+    figure: FigureOptions | None = Field(
+        None, description="a figure in addition to that of the effects"
+    )
+    finding: str = Field("", description="the finding, a sentence for the report")
+    paper: str = Field("", description="source of the finding")
+    context: Count = Field(8192, description="number of tokens for the size of the cache")
+    confidence: float = Field(0.95, ge=0.5, lt=1, description="confidence level of the intervals")
     out: Text = Field("", description="folder of the runs and the report")
 
 
@@ -151,13 +158,13 @@ def load_ablation(
     evaluator: Evaluator | None = None,
     scale: str | None = None,
 ) -> Ablation:
-    """A YAML file, with `key=value` overrides, as a checked ablation.
+    """Read a YAML file, apply ``key=value`` overrides, and return the checked ablation.
 
     Args:
-        path: the file; `baseline` and `overrides` in it make up the baseline.
-        overrides: e.g. `seeds=[0,1]`, `baseline.training.max_steps=10`.
-        evaluator: what answers for metrics beside those of training.
-        scale: one of the file's `scales`, which are keys that it sets; None takes the file as it is.
+        path: the file; its keys ``baseline`` and ``overrides`` define the baseline.
+        overrides: e.g. ``seeds=[0,1]``, ``baseline.training.max_steps=10``.
+        evaluator: evaluates metrics other than those of training.
+        scale: one of the file's ``scales``, a mapping of keys to set; None for no change.
 
     Raises:
         ConfigError: with one line for each mistake.
@@ -173,7 +180,7 @@ def load_ablation(
 
 
 def _scaled(values: dict[str, Any], scales: Any, scale: str, title: str) -> dict[str, Any]:
-    """The values with the keys of a scale; a mapping takes the place of the one that is there."""
+    """Return the values with the keys of a scale; a mapping replaces an existing mapping."""
     if not isinstance(scales, Mapping) or scale not in scales:
         known = ", ".join(scales) or "none"
         raise ConfigError([f"scales: expected one of {known}, got {scale!r}"], title)
@@ -188,7 +195,7 @@ def _scaled(values: dict[str, Any], scales: Any, scale: str, title: str) -> dict
 def parse_ablation(
     values: Mapping[str, Any], evaluator: Evaluator | None = None, title: str = "the ablation"
 ) -> Ablation:
-    """Plain values as a checked ablation; the mistakes of all parts are reported together.
+    """Check plain values and return the ablation; report the mistakes of all parts together.
 
     Raises:
         ConfigError: with one line for each mistake.
@@ -224,7 +231,7 @@ def parse_ablation(
 
 
 def _canonical(name: str) -> str:
-    """A metric in its one form; another form stays, to be refused with the others."""
+    """Return the canonical name of a metric; invalid names are returned unchanged."""
     try:
         return parse_metric(name).name
     except ValueError:
@@ -232,17 +239,17 @@ def _canonical(name: str) -> str:
 
 
 def predictions(ablation: Ablation) -> list[Prediction]:
-    """What an ablation foretells.
+    """Return the predictions of an ablation.
 
     Raises:
-        ValueError: a prediction of another form; `parse_ablation` has looked for them.
+        ValueError: an invalid prediction; ``parse_ablation`` has refused these already.
     """
     axes = axes_of(ablation.grid)
     return [parse_prediction(text, ablation.metrics, axes) for text in ablation.expect]
 
 
 def _foretold(ablation: Ablation, mistakes: list[str]) -> list[str]:
-    """The metrics that predictions are about; mistakes in the predictions are appended."""
+    """Return the metrics of the predictions; append mistakes in predictions to ``mistakes``."""
     known = [*RESERVED, *ablation.changes, *(ALL_BUT + name for name in ablation.changes)]
     axes, found = axes_of(ablation.grid), []
     for number, text in enumerate(ablation.expect):
@@ -263,7 +270,7 @@ def _foretold(ablation: Ablation, mistakes: list[str]) -> list[str]:
 def with_overrides(
     values: Mapping[str, Any], overrides: Mapping[str, Any], where: str, mistakes: list[str]
 ) -> dict[str, Any]:
-    """A copy of `values` with keys set by their paths; a mapping is merged into a mapping."""
+    """Return a copy of ``values`` with keys set by path; a mapping is merged into a mapping."""
     made = dict(values)
     for path, value in overrides.items():
         present = present_at(made, path)
@@ -277,14 +284,16 @@ def with_overrides(
 
 
 def present_at(values: Any, path: str) -> Any:
-    """What stands at `a.b.c` of nested mappings; None where nothing does."""
+    """Return the value at ``a.b.c`` of nested mappings, or None."""
     for key in str(path).split("."):
         values = values.get(key) if isinstance(values, Mapping) else None
     return values
 
 
 def flat(overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """Path -> value of a nested mapping; `{a: {b: 1}}` and `{a.b: 1}` are one. Empty ones stay."""
+    """Return path -> value of a nested mapping; ``{a: {b: 1}}`` equals ``{a.b: 1}``. Keep empty
+    mappings.
+    """
     found: dict[str, Any] = {}
     for key, value in overrides.items():
         if isinstance(value, Mapping) and value:
@@ -295,7 +304,7 @@ def flat(overrides: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def train_config(values: Mapping[str, Any], where: str, mistakes: list[str]) -> TrainConfig | None:
-    """The training configuration of a variant, or None; mistakes are appended, `where` before each."""
+    """Return the training configuration of a variant, or None after appending to ``mistakes``."""
     try:
         return parse_config(values)
     except ConfigError as error:
@@ -304,7 +313,7 @@ def train_config(values: Mapping[str, Any], where: str, mistakes: list[str]) -> 
 
 
 def _read_baseline(values: dict[str, Any], path: Path) -> Any:
-    """The baseline's keys; a path is looked for from here, and beside the ablation's file."""
+    """Return the keys of the baseline; a path is relative to here or to the ablation's file."""
     given = values.get("baseline")
     if not isinstance(given, str):
         return given
@@ -319,13 +328,13 @@ def _check_run(values: dict[str, Any], where: str, mistakes: list[str]) -> None:
     config = train_config(values, f"{where}.", mistakes)
     if config is not None and "path" in config.model:
         mistakes.append(
-            f"{where}.model.path: an ablation trains from scratch, so that seeds differ; give the"
-            " model's keys instead"
+            f"{where}.model.path: expected none, since runs train from scratch with different seeds,"
+            " got a path; try the keys of the model"
         )
 
 
 def _change_problems(values: Mapping[str, Any]) -> list[str]:
-    """Changes that a training configuration refuses, or that every run has its own of."""
+    """Return mistakes: invalid training configurations, and keys that are set for each run."""
     baseline, changes, match = (values.get(key) for key in ("baseline", "changes", "match"))
     if not isinstance(baseline, Mapping) or not isinstance(changes, Mapping):
         return []
@@ -341,12 +350,14 @@ def _change_problems(values: Mapping[str, Any]) -> list[str]:
         where = f"changes.{name}."
         for key in flat(change):
             if key in OWNED:
-                lines.append(f"{where}{key}: every run has its own; use `seeds` and `out`")
+                lines.append(
+                    f"{where}{key}: expected none, since each run sets it; try `seeds`, `out`"
+                )
             if key == width:
-                lines.append(f"{where}{key}: this is the width that `match` solves for")
+                lines.append(f"{where}{key}: expected none, since `match` solves for this width")
         mistakes: list[str] = []
         train_config(with_overrides(baseline, change, "", mistakes), "", mistakes)
-        # those of the baseline are on the list already
+        # mistakes of the baseline are reported already
         lines += [f"{where}{line}" for line in mistakes if line not in before]
     return lines
 
@@ -360,7 +371,7 @@ def _metric_problems(values: Mapping[str, Any], evaluator: Evaluator | None) -> 
     others = [m for m in metrics if m not in TRAINING_METRICS]
     baseline = values.get("baseline")
     if "eval_loss" in metrics and isinstance(baseline, Mapping) and not baseline.get("eval_data"):
-        lines.append("metrics: 'eval_loss' needs eval_data in the baseline")
+        lines.append("metrics: expected eval_data in the baseline for 'eval_loss', got none")
     if evaluator is not None:
         return lines + evaluator.problems(others, options)
     return lines + [

@@ -28,8 +28,8 @@ class Variant:
         config: the training configuration; each run sets seed and folder.
         width: the solved value of ``match``; None without ``match``, or if the width has no effect.
         cost: None for a model of another package.
-        difference: relative difference of the matched cost to the baseline's; without a match, of the
-            parameters.
+        difference: relative difference of the matched cost to the baseline's; without a match, of
+            the parameters.
         cell: cell of the grid.
         evaluate: settings of the evaluation.
         trials: the same variant with each value of a sweep; the first seed selects one.
@@ -113,7 +113,7 @@ def plan_runs(ablation: Ablation) -> Design:
         contrasts += own
         variants += _cell_variants(ablation, cell, sets, mistakes)
     match = ablation.match
-    # a width that one variant has not may be matched in others; one that none has is a mistake
+    # a variant without the width is not matched; it is a mistake if no variant has the width
     if match is not None and not mistakes and all(v.width is None for v in variants):
         mistakes.append(nothing_to_match(match))
     if mistakes:
@@ -136,7 +136,7 @@ def _cell_variants(
         except ValueError as error:
             mistakes.append(f"{shown}: {error}")
         if not variants:
-            break  # nothing to compare with
+            break  # no baseline to compare with
     return variants
 
 
@@ -146,7 +146,9 @@ def named(name: str, cell: Cell) -> str:
 
 
 def _layout(ablation: Ablation, cell: Cell) -> tuple[dict[str, tuple[str, ...]], list[Contrast]]:
-    """Name -> changes of every variant, each set of changes once, and the contrasts of a cell."""
+    """Return name -> changes of every variant, each set of changes once, and the contrasts of a
+    cell.
+    """
 
     def contrast(change: str, kind: Kind, changed: str, unchanged: str) -> Contrast:
         return Contrast(change, kind, named(changed, cell), named(unchanged, cell), cell.name)
@@ -160,7 +162,7 @@ def _layout(ablation: Ablation, cell: Cell) -> tuple[dict[str, tuple[str, ...]],
     sets["all"] = every
     for name in every:
         rest = tuple(other for other in every if other != name)
-        # of two changes, all but one is the other alone
+        # with two changes, all but one equals the other alone
         same = next((n for n, changes in sets.items() if changes == rest), None)
         if same is None:
             same = ALL_BUT + name
@@ -170,7 +172,7 @@ def _layout(ablation: Ablation, cell: Cell) -> tuple[dict[str, tuple[str, ...]],
 
 
 def _conflicts(ablation: Ablation) -> list[str]:
-    """Changes that set one key differently, where they are to be on together."""
+    """Return a line for each pair of combined changes that set one key differently."""
     if not ablation.leave_one_out:
         return []
     lines = []
@@ -181,9 +183,9 @@ def _conflicts(ablation: Ablation) -> list[str]:
                 for their_key, their_value in theirs.items():
                     if _clash(key, value, their_key, their_value):
                         lines.append(
-                            f"changes.{other} and changes.{name} both set {min(key, their_key)}, so"
-                            " they cannot be on together; set leave_one_out: false to compare each"
-                            " with the baseline only"
+                            f"changes.{name}: expected other keys than in changes.{other}, got"
+                            f" {min(key, their_key)} in both; try leave_one_out: false to compare"
+                            " each with the baseline only"
                         )
     return lines
 
@@ -214,7 +216,7 @@ def _variant(
         config = config.model_copy(update={"model": model})
     cost = cost_of(config, ablation.context)
     if cost is None and ablation.match is not None:
-        raise ValueError("match: only the models of this package can be matched")
+        raise ValueError("match: expected a hybrid model, got another")
     if difference is None and cost is not None:
         difference = cost.parameters / base.cost.parameters - 1 if base and base.cost else 0.0
     full = named(name, cell)

@@ -1,4 +1,4 @@
-"""What an ablation has from `hybrid_eval`: its tasks as metrics, and its HTML page."""
+"""Tasks of ``hybrid_eval`` as metrics of an ablation, and the HTML report."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ from hybrid_eval.tables import Table
 
 
 class EvaluationTasks:
-    """The tasks of `hybrid_eval`, and lm-eval's, as metrics of an ablation: each its headline figure."""
+    """Evaluator with the headline figures of the tasks of ``hybrid_eval`` and lm-eval."""
 
     def problems(self, metrics: Sequence[str], options: Mapping[str, Any]) -> list[str]:
-        """Unknown tasks, settings or options, a line each."""
+        """Return a line for each unknown task, setting or option."""
         lines = []
         for name in metrics:
             try:
                 metric = parse_metric(name)
                 if len(resolve(metric.task)) != 1:
                     task = metric.task
-                    lines.append(f"metrics: {task!r} stands for several tasks; name one of them")
+                    lines.append(f"metrics: expected one task, got the group {task!r}")
             except ValueError as error:
                 near = did_you_mean(name, [*TRAINING_METRICS, *TASKS])
                 hint = near if near.startswith("did") else str(error)
@@ -58,13 +58,13 @@ class EvaluationTasks:
         return lines
 
     def higher_is_better(self, metric: str) -> bool:
-        """As the task says."""
+        """Return whether larger values of a metric are better, as declared by its task."""
         return resolve(parse_metric(metric).task)[0].higher_is_better
 
     def __call__(
         self, folder: Path, metrics: Sequence[str], options: Mapping[str, Any]
     ) -> dict[str, Score]:
-        """The headline figure of each task on the checkpoint in `folder`."""
+        """Return the headline figure of each task on the checkpoint in ``folder``."""
         settings: dict[str, Any] = {
             key: tuple(value) if isinstance(value, list) else value
             for key, value in options.items()
@@ -91,7 +91,9 @@ class EvaluationTasks:
 
 
 def html(report: dict[str, Any], folder: Path) -> str:
-    """The report of an ablation in the dress of `hybrid eval`'s: one self-contained HTML text."""
+    """Return the report of an ablation as a self-contained HTML page, in the style of ``hybrid
+    eval``.
+    """
     seeds = f"{report['confidence']:.0%} interval over seeds"
     notes = {"difference": seeds}
     caption = "Differences, paired by seed, with intervals: dark is established, grey is noise."
@@ -107,7 +109,7 @@ def html(report: dict[str, Any], folder: Path) -> str:
         pictures=pictures,
         differences=words.effect_rows(report),
         compared=(
-            "What each change does",
+            "Effect of each change",
             [(head, notes.get(head, "")) for head in words.EFFECT_HEADINGS],
         ),
         notes=words.notes(report),
@@ -117,7 +119,7 @@ def html(report: dict[str, Any], folder: Path) -> str:
 
 
 def _tables(report: dict[str, Any]) -> list[Table]:
-    """The variants, and predictions and sweeps where there are any; wide ones are cut to fit a page."""
+    """Return the tables of variants, predictions and sweeps; wide tables are split to fit a page."""
     columns = words.columns(report)
     cells = [[cell(variant) for _, _, cell in columns] for variant in report["variants"]]
     variants = Table("Variants", [(head, note) for head, note, _ in columns], cells)

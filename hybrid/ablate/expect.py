@@ -125,7 +125,7 @@ def parse_prediction(
         by = float(found["by"] or 0)
     except ValueError as error:
         raise ValueError(
-            f"expected a number behind `by`, got {found['by']!r} in {text!r}"
+            f"expected a number after `by`, got {found['by']!r} in {text!r}"
         ) from error
     above, right = found["sign"] == ">", _number(found["right"])
     cells = (tuple(cell.items()), *sides)
@@ -135,7 +135,9 @@ def parse_prediction(
 def _cell(
     words: str, axes: Mapping[str, Sequence[str]], text: str
 ) -> tuple[dict[str, str], list[str]]:
-    """Axis and label of ``KEY=VALUE, ...``, and the words whose key is no axis of the grid."""
+    """Return axis and label of ``KEY=VALUE, ...``, and the parts whose key is not an axis of the
+    grid.
+    """
     cell, rest = {}, []
     for part in words.split(",") if words else ():
         key, _, value = (piece.strip() for piece in part.partition("="))
@@ -177,15 +179,15 @@ def judge(
     verdict: Verdict = "open"
     why = ""
     if n < FEWEST_PAIRS:
-        why = f"{n} seed(s): a verdict needs {FEWEST_PAIRS}"
+        why = f"{n} seed(s): a verdict requires {FEWEST_PAIRS}"
     elif low != low:  # nan
-        why = "the same in all seeds, and no items: no interval"
+        why = "equal for all seeds, and no items: no interval"
     elif worst > prediction.by:
         verdict = "holds"
     elif best < prediction.by:
         verdict = "fails"
     else:
-        why = f"the interval holds {prediction.by:g}"
+        why = f"the interval contains {prediction.by:g}"
     return Outcome(prediction.text, cell, mean, low, high, verdict, why)
 
 
@@ -194,7 +196,7 @@ def _shifted(sampling: Sampling, by: float) -> Sampling:
 
 
 def _number(word: str) -> Any:
-    """A number where the word is one, else the word."""
+    """Return the word as a number if possible, else unchanged."""
     try:
         return float(word)
     except ValueError:

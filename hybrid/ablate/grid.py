@@ -25,8 +25,8 @@ class Cell:
 
     Attributes:
         labels: axis and label.
-        overrides: for the training configuration.
-        evaluate: for the settings of the evaluation.
+        overrides: keys of the training configuration.
+        evaluate: keys of the evaluation settings.
     """
 
     labels: tuple[tuple[str, str], ...] = ()
@@ -35,29 +35,29 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """E.g. ``hidden_size=64,pairs=16``; empty without a grid."""
+        """Return the name of the cell, e.g. ``hidden_size=64,pairs=16``; empty without a grid."""
         return ",".join(f"{short(axis)}={label}" for axis, label in self.labels)
 
 
 def short(axis: str) -> str:
-    """``model.hidden_size`` -> ``hidden_size``."""
+    """Return the short name of an axis: ``model.hidden_size`` -> ``hidden_size``."""
     return axis.rpartition(".")[2]
 
 
 def options_of(axis: str, values: Any) -> dict[str, Mapping[str, Any]]:
-    """Label -> keys that it sets, of one axis in either form."""
+    """Return label -> keys that it sets, of one axis in either form."""
     if isinstance(values, Mapping):
         return {str(label): keys for label, keys in values.items()}
     return {str(value): {axis: value} for value in values}
 
 
 def axes_of(grid: Mapping[str, Any]) -> dict[str, list[str]]:
-    """The labels of every axis, by its short name."""
+    """Return the labels of every axis, by its short name."""
     return {short(axis): list(options_of(axis, values)) for axis, values in grid.items()}
 
 
 def cells(grid: Mapping[str, Any]) -> Iterator[Cell]:
-    """Every combination; one empty cell without a grid."""
+    """Yield every combination of labels; one empty cell without a grid."""
     axes = [(axis, options_of(axis, values)) for axis, values in grid.items()]
     for chosen in product(*(options.items() for _, options in axes)):
         keys: dict[str, Any] = {}
@@ -92,7 +92,7 @@ def problems(grid: Any) -> list[str]:
             ]
     shorts = [short(axis) for axis in grid] if isinstance(grid, Mapping) else []
     lines += [
-        f"grid: two axes are called {s!r}"
+        f"grid: expected different names of axes, got {s!r} twice"
         for s in sorted({s for s in shorts if shorts.count(s) > 1})
     ]
     return lines

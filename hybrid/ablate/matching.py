@@ -92,7 +92,7 @@ def solve(
     widths = nearest(cost, target, match.step, own)
     if not widths:
         why = f" ({refusals[-1]})" if refusals else ""
-        raise ValueError(f"match.width: no {match.width} is accepted here{why}")
+        raise ValueError(f"match.width: expected a {match.width} that the model accepts{why}")
     # a width may be refused (heads that do not divide it, too large a head)
     around = {cost(width) for width in (2 * widths[0], max(1, widths[0] // 2), match.step)}
     if around - {None} <= {cost(widths[0])}:
@@ -100,14 +100,14 @@ def solve(
         if abs(left) <= match.within:
             return config.model, None, left
         raise ValueError(f"{nothing_to_match(match)}, and {left:+.1%} of {match.cost} remains")
-    # the variant's own width first: what costs the same need not change
+    # try the width of the variant first: a variant of equal cost keeps it
     mine = [] if own is None or cost(own) is None else [own]
     width = min([*mine, *widths], key=lambda w: abs((cost(w) or math.inf) - target))
     left = (cost(width) or math.inf) / target - 1
     if abs(left) > match.within:
         raise ValueError(
-            f"the nearest {match.width}, {width}, leaves {left:+.1%} of {match.cost}, more than"
-            f" match.within {match.within:.1%}; {_way_out(cost, target, match, own)}"
+            f"match.within: expected a {match.width} within {match.within:.1%} of the {match.cost},"
+            f" got {left:+.1%} for the nearest, {width}; {_way_out(cost, target, match, own)}"
         )
     return _set(config, match, width), width, left
 
@@ -120,7 +120,7 @@ def nothing_to_match(match: Match) -> str:
 def _way_out(
     cost: Callable[[int], float | None], target: float, match: Match, start: int | None
 ) -> str:
-    """Return a step, or else a tolerance, with which a width fits; each was tried."""
+    """Return a step, or else a tolerance, for which a width was found."""
     finer = [step for step in range(match.step, 0, -1) if match.step % step == 0]
     found = [
         (abs((cost(width) or math.inf) / target - 1), step, width)
@@ -129,19 +129,16 @@ def _way_out(
     ]
     fits = next((f for f in found if f[0] <= match.within), None)
     if fits is not None:
-        return f"match.step={fits[1]} finds {fits[2]}, which leaves {fits[0]:.2%}"
+        return f"try match.step={fits[1]}, with {fits[2]} within {fits[0]:.2%}"
     left, step, width = min(found, key=lambda f: (f[0], -f[1]))
     within = math.ceil(left * 1000) / 1000
-    return (
-        f"no step fits: the best is {width}, with match.step={step} match.within={within:g};"
-        " or choose another match.width"
-    )
+    return f"try match.step={step} match.within={within:g}, with {width}, or another match.width"
 
 
 def nearest(
     cost: Callable[[int], float | None], target: float, step: int, start: int | None
 ) -> list[int]:
-    """The accepted multiples of ``step`` on both sides of where a growing cost passes ``target``."""
+    """Return the accepted multiples of ``step`` just below and above the target of a growing cost."""
 
     def accepted(count: int) -> int | None:
         near = range(count, count + GAP)
@@ -163,17 +160,17 @@ def nearest(
 def _measure(config: TrainConfig, match: Match) -> float:
     found = cost_of(config, 1)
     if found is None:
-        raise ConfigError(["only the models of this package can be matched"])
+        raise ConfigError(["match: expected a hybrid model, got another"])
     return float(found.parameters if match.cost == "parameters" else found.flops_per_token)
 
 
 def _set(config: TrainConfig, match: Match, width: int) -> dict[str, Any]:
-    """The model's keys with the width that is solved for."""
+    """Return the model's keys with the width set."""
     return yaml.with_key({"model": dict(config.model)}, match.width, width)["model"]
 
 
 def _present(config: TrainConfig, match: Match) -> int | None:
-    """The width that a configuration names itself, if it does."""
+    """Return the width in a configuration, or None."""
     found = present_at({"model": config.model}, match.width)
     if found is None and match.width == "model.hidden_size":
         return HybridConfig.hidden_size

@@ -30,7 +30,7 @@ class Metric:
 
     @property
     def name(self) -> str:
-        """The name in its one form."""
+        """Return the canonical name."""
         cell = ",".join(f"{key}={value:g}" for key, value in self.cell)
         return (
             self.task
@@ -39,15 +39,15 @@ class Metric:
         )
 
     def at(self, cell: Mapping[str, float]) -> Metric:
-        """The metric at a cell, beside the conditions that it has."""
+        """Return the metric at a cell, in addition to its own conditions."""
         return Metric(self.task, tuple({**dict(self.cell), **cell}.items()), self.without)
 
 
 def parse_metric(text: str) -> Metric:
-    """The metric of a name.
+    """Parse the name of a metric.
 
     Raises:
-        ValueError: another form.
+        ValueError: the name is invalid.
     """
     found = _FORM.fullmatch(" ".join(text.split()))
     if found is None:
@@ -60,7 +60,7 @@ def parse_metric(text: str) -> Metric:
         try:
             cell[key] = float(value)
         except ValueError as error:
-            raise ValueError(f"expected KEY=NUMBER behind @, got {part!r} in {text!r}") from error
+            raise ValueError(f"expected KEY=NUMBER after @, got {part!r} in {text!r}") from error
         if not (key and equals):
-            raise ValueError(f"expected KEY=NUMBER behind @, got {part!r} in {text!r}")
+            raise ValueError(f"expected KEY=NUMBER after @, got {part!r} in {text!r}")
     return Metric(found["task"], tuple(cell.items()), found["without"])

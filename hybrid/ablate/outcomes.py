@@ -26,7 +26,7 @@ def outcomes(design: Design, measured: Sequence[Measured]) -> list[Outcome]:
             labels = {short(axis): label for axis, label in cell.labels}
             free = tuple((a, v) for a, v in labels.items() if a not in prediction.fixed)
             within = all(labels[axis] == label for axis, label in prediction.cell)
-            # where both sides name their cell, the cells of that axis are one
+            # if both sides name their cell, evaluate the prediction once for that axis
             if within and free not in told:
                 told.add(free)
                 result.append(_outcome(design.ablation, prediction, labels, free, names, found))
@@ -122,7 +122,7 @@ def _places(
 
 
 def _line(variant: Variant, x: str) -> str:
-    """The line to which a variant belongs: its changes, and the axes that the picture has not.
+    """Return the line of a variant: its changes, and the axes that the figure does not show.
 
     Against a cost, a line joins all cells of the grid.
     """

@@ -1,4 +1,4 @@
-"""The effects of an ablation as a picture: one row a comparison, one panel a metric."""
+"""Figures of an ablation: effects with one row per comparison and one panel per metric."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ ESTABLISHED, NOISE = "#00224e", "#9a9a9a"
 
 
 def forest(report: dict[str, Any]) -> bytes:
-    """A PNG: differences with their intervals; what is established is dark, noise is grey."""
+    """Return a PNG of the differences with intervals; established ones are dark, noise is grey."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -23,7 +23,7 @@ def forest(report: dict[str, Any]) -> bytes:
         better = report["metrics"][metric]
         axes.set_title(f"{metric} ({better} is better)", fontsize=10)
         axes.set_xlabel(f"difference, {report['confidence']:.0%} interval", fontsize=9)
-    panels[0].invert_yaxis()  # once: the panels share it
+    panels[0].invert_yaxis()  # once, since the panels share the axis
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=160)
     return buffer.getvalue()
@@ -46,7 +46,7 @@ def _panel(axes: Any, effects: list[dict[str, Any]]) -> None:
 
 
 def curve(report: dict[str, Any]) -> bytes:
-    """A PNG of the report's figure: a metric against an axis, a line a variant, with intervals."""
+    """Return a PNG of a metric against an axis, with one line per variant and intervals."""
     import matplotlib as mpl
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

@@ -1,4 +1,4 @@
-"""What the runs of an ablation say: means, intervals, and which changes are established."""
+"""Report of an ablation: means, intervals, and which changes are established."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ Record = dict[str, Any]
 def summarise(
     design: Design, measured: Sequence[Measured], evaluator: Evaluator | None = None
 ) -> Record:
-    """Everything the report holds, as plain values; no number is NaN, absent ones are None.
+    """Return the report as plain values; numbers that are missing or not finite are None.
 
     A change is established on a metric if there are at least three pairs of seeds, the interval of
-    its difference excludes 0, and its p, corrected by Holm over the changes of the ablation (for each
-    metric and each kind of comparison), is below 1 - confidence. It is noise otherwise: not told from
-    chance by these seeds and these items of the evaluation.
+    its difference excludes 0, and its p value, with Holm's correction over the changes (for each
+    metric and each kind of comparison), is below 1 - confidence. Otherwise it is noise: these seeds
+    and evaluation items cannot distinguish it from chance.
     """
     ablation = design.ablation
     every, measured = measured, [run for run in measured if run.kept]
@@ -131,22 +131,24 @@ def _effects(
 
 
 def verdict(effect: Record, better: str, level: float) -> str:
-    """`better` or `worse` where the change is established, else `noise` or why there is none."""
+    """Return ``better`` or ``worse`` if the change is established, else ``noise`` or why there is
+    no verdict.
+    """
     if effect["n"] < 2:
         return "no pair of seeds" if effect["n"] == 0 else "one pair of seeds: no interval"
     if effect["n"] < FEWEST_PAIRS:
-        return f"{effect['n']} pairs of seeds: a verdict needs {FEWEST_PAIRS}"
+        return f"{effect['n']} pairs of seeds: a verdict requires {FEWEST_PAIRS}"
     if effect["p"] == 1 or effect["low"] <= 0 <= effect["high"]:
         return "noise"
     if math.isnan(effect["p"]):
-        return "the same in all seeds: no interval"
+        return "equal for all seeds: no interval"
     if not effect["p_holm"] < level:
         return "noise"
     return "better" if (effect["mean"] < 0) == (better == "lower") else "worse"
 
 
 def plain(value: Any) -> Any:
-    """What JSON can hold: None for a number that is not finite."""
+    """Convert a value for JSON: numbers that are not finite become None."""
     if isinstance(value, dict):
         return {str(k): plain(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
@@ -159,23 +161,23 @@ def _versions() -> dict[str, str]:
     return {name: metadata.version(name) for name in names}
 
 
-# The report in words
+# The report as text
 
 
 def columns(report: Record) -> list[tuple[str, str, Callable[[Record], str]]]:
-    """Heading, note and cell of each column of the table of variants."""
+    """Return heading, note and cell function of each column of the table of variants."""
     match = report["match"]
     share = "parameters" if match is None else match["cost"]
     found: list[tuple[str, str, Callable[[Record], str]]] = [("variant", "", lambda r: r["name"])]
     if match is not None:
         found.append((match["width"], "solved for", lambda r: _or_dash(r["width"], "{:,}")))
     found += [
-        (f"{share} against the baseline", "", lambda r: _or_dash(r["difference"], "{:+.2%}")),
+        (f"{share} relative to the baseline", "", lambda r: _or_dash(r["difference"], "{:+.2%}")),
         ("parameters", "", _cost("parameters", "{:,}".format)),
-        ("training FLOPs a token", "", _cost("flops_per_token", "{:.4g}".format)),
-        (f"cache at {report['context']:,}", "a sequence", _cost("cache_bytes", human_bytes)),
+        ("training FLOPs per token", "", _cost("flops_per_token", "{:.4g}".format)),
+        (f"cache at {report['context']:,}", "per sequence", _cost("cache_bytes", human_bytes)),
         ("tokens/s", "mean", lambda r: _or_dash(r["tokens_per_second"], "{:,.0f}")),
-        ("seconds", "of one run", lambda r: _or_dash(r["seconds"], "{:,.1f}")),
+        ("seconds", "per run", lambda r: _or_dash(r["seconds"], "{:,.1f}")),
     ]
     note = f"{report['confidence']:.0%} interval over seeds"
     for metric in report["metrics"]:
@@ -184,7 +186,7 @@ def columns(report: Record) -> list[tuple[str, str, Callable[[Record], str]]]:
 
 
 def interval(found: Record, sign: str = "") -> str:
-    """`mean [low, high]`, or what there is of it."""
+    """Format ``mean [low, high]``, or the part of it that is known."""
     if found["mean"] is None:
         return "diverged"
     number = f"{{:{sign}.4g}}"
@@ -195,7 +197,7 @@ def interval(found: Record, sign: str = "") -> str:
 
 
 def effect_rows(report: Record) -> list[list[str]]:
-    """Change, comparison, metric, difference, p, corrected p and verdict of each effect."""
+    """Return change, comparison, metric, difference, p, corrected p and verdict of each effect."""
     rows = []
     for e in report["effects"]:
         compared = f"{e['changed']} - {e['unchanged']}"
@@ -214,7 +216,7 @@ EXPECT_HEADINGS = ("prediction", "cell", "difference", "verdict")
 
 
 def expect_rows(report: Record) -> list[list[str]]:
-    """Prediction, cell of the grid, difference with its interval, and verdict."""
+    """Return prediction, cell of the grid, difference with its interval, and verdict."""
     return [
         [
             e["text"],
@@ -230,7 +232,7 @@ SWEEP_HEADINGS = ("variant", "swept", "scores of the first seed", "chosen")
 
 
 def sweep_rows(report: Record) -> list[list[str]]:
-    """Variant, key, what every value scored, and the value that was chosen."""
+    """Return variant, key, score of every value, and the selected value."""
     return [
         [
             s["variant"],
@@ -246,27 +248,27 @@ def sweep_rows(report: Record) -> list[list[str]]:
 
 
 def notes(report: Record) -> list[str]:
-    """How to read the figures."""
+    """Return notes on how to read the figures."""
     seeds, confidence = report["seeds"], report["confidence"]
     lines = [
         f"Seeds: {', '.join(map(str, seeds))}. Intervals: Student's t, {confidence:.0%}, over seeds."
-        " Differences are paired by seed: one seed, the same data order. Where an evaluation names its"
-        " items, the interval also holds what other items would have given: all seeds share them.",
+        " Differences are paired by seed: one seed, the same data order. If an evaluation reports its"
+        " items, the interval also accounts for the choice of items, which all seeds share.",
         f"Established: at least {FEWEST_PAIRS} pairs of seeds, the interval of the difference excludes"
-        " 0, and p, corrected by Holm over the changes (within each metric and kind of comparison, not"
-        f" over metrics), is below {1 - confidence:.2g}. Noise: neither these seeds nor these items"
-        " tell the change from chance, which does not show that it does nothing. Values that are the"
-        " same in all seeds, without items, have no interval.",
+        " 0, and p, with Holm's correction over the changes (for each metric and kind of comparison,"
+        f" not over metrics), is below {1 - confidence:.2g}. Noise: these seeds and items cannot"
+        " distinguish the change from chance, which does not show that it has no effect. Values that"
+        " are equal for all seeds, without items, have no interval.",
         "A change alone is compared with the baseline; leave-one-out compares all changes together"
         " with all but that one.",
     ]
     if report["match"] is None:
-        lines.append("Nothing was matched: the variants cost what they cost.")
+        lines.append("Costs were not matched.")
     else:
         m = report["match"]
         lines.append(
-            f"Matched on {m['cost']} by {m['width']} in steps of {m['step']}; at most"
-            f" {m['within']:.1%} may remain."
+            f"Matched on {m['cost']} by {m['width']} in steps of {m['step']}, within"
+            f" {m['within']:.1%}."
         )
     lines += [
         f"Metric {m}: {better} is better."
@@ -275,8 +277,8 @@ def notes(report: Record) -> list[str]:
     ]
     if report["expectations"]:
         lines.append(
-            "A prediction holds if the whole interval of its difference bears it out, and fails if none"
-            f" of it does; it is open otherwise, and with fewer than {FEWEST_PAIRS} seeds."
+            "A prediction holds if the whole interval of its difference agrees with it, and fails if no"
+            f" part of it does; otherwise, or with fewer than {FEWEST_PAIRS} seeds, it is open."
         )
     for variant in report["variants"]:
         for seed, reason in variant["diverged"].items():
@@ -286,7 +288,7 @@ def notes(report: Record) -> list[str]:
 
 
 def markdown(report: Record) -> str:
-    """The report as text."""
+    """Return the report in Markdown."""
     heads = columns(report)
     table = [[cell(v) for _, _, cell in heads] for v in report["variants"]]
     titles = [f"{head} ({note})" if note else head for head, note, _ in heads]
@@ -300,14 +302,14 @@ def markdown(report: Record) -> str:
     parts += ["## Variants", _table(titles, table)]
     if report["sweeps"]:
         parts += ["## Sweep", _table(SWEEP_HEADINGS, sweep_rows(report))]
-    parts.append("## What each change does")
+    parts.append("## Effect of each change")
     parts += [_table(EFFECT_HEADINGS, effect_rows(report)), "## How to read this"]
     parts.append("\n".join(f"- {line}" for line in notes(report)))
     return "\n\n".join(parts) + "\n"
 
 
 def write_report(report: Record, folder: str | Path) -> Path:
-    """Write report.md, report.json and effects.png; returns the path of report.md."""
+    """Write report.md, report.json and effects.png; return the path of report.md."""
     from hybrid.ablate.picture import curve, forest
 
     folder = Path(folder)

@@ -1,7 +1,7 @@
-"""`hybrid reproduce NAME`: a known finding as an ablation with a prediction that is checked.
+"""``hybrid reproduce NAME``: run a published finding as an ablation and check its predictions.
 
-Each finding is one file of `configs/reproduce/`: an ablation with `finding`, `paper`, `expect`,
-`figure`, and `scales`, whose `gpu` holds the sizes for a graphics card.
+Each finding is one file of ``configs/reproduce/``: an ablation with ``finding``, ``paper``,
+``expect``, ``figure``, and ``scales``, of which ``gpu`` has the sizes for a GPU.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ SCALES = ("laptop", "gpu")
 
 
 def findings() -> dict[str, Path]:
-    """Name -> file of every finding."""
+    """Return name -> file of every finding."""
     folder = yaml.find_config("reproduce/parity.yaml").parent
     return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 
@@ -34,14 +34,14 @@ def reproduce(
     dry_run: bool = False,
     config_file: str | None = None,
 ) -> int:
-    """Run a finding into `runs/reproduce/NAME`, or go on with it.
+    """Run a finding in ``runs/reproduce/NAME``, or resume it.
 
     Args:
-        name: one of `findings()`.
-        overrides: `key=value` words for its file.
-        scale: "laptop", or one of the file's `scales`.
-        dry_run: print the plan and stop.
-        config_file: of accelerate.
+        name: one of ``findings()``.
+        overrides: ``key=value`` overrides of its file.
+        scale: "laptop", or one of the file's ``scales``.
+        dry_run: only print the plan.
+        config_file: a config of accelerate; None trains in this process.
 
     Returns:
         0 if every prediction holds, else 1.
@@ -68,7 +68,7 @@ def reproduce(
 
 
 def print_findings(console: Console) -> None:
-    """Name, finding and paper of each."""
+    """Print name, finding and paper of each."""
     table = Table("name", "finding", "paper", box=SIMPLE_HEAD)
     for name, path in findings().items():
         values = yaml.read(path)

@@ -1,9 +1,9 @@
-"""The runs of an ablation: each in a folder of its own, each resumable, none done twice.
+"""The runs of an ablation: each has its own folder, can be resumed, and is trained once.
 
-OUT/VARIANT/seed-S/config.yaml         what is trained: `python -m hybrid.train` takes it, too
-OUT/VARIANT/seed-S/train_result.json   written by the trainer, so the training is finished
-OUT/VARIANT/seed-S/diverged.json       or its loss was no number
-OUT/VARIANT/seed-S/metrics.json        what was measured
+OUT/VARIANT/seed-S/config.yaml         the training config, as for ``python -m hybrid.train``
+OUT/VARIANT/seed-S/train_result.json   exists if the training is complete
+OUT/VARIANT/seed-S/diverged.json       exists if its loss was not finite
+OUT/VARIANT/seed-S/metrics.json        the measured metrics
 """
 
 from __future__ import annotations
@@ -32,25 +32,25 @@ from hybrid.train.runner import DIVERGED, RESULT, run
 from hybrid_eval.seeds import Score
 
 CONFIG, METRICS = "config.yaml", "metrics.json"
-LAST = 0.1  # share of the log that the final loss is a mean of
+LAST = 0.1  # fraction of the log that the final loss is the mean of
 
-# Trains by a config file, as `python -m hybrid.train` does.
+# Trains from a config file, like ``python -m hybrid.train``.
 Launcher = Callable[[Path], None]
 
 
 @dataclass(frozen=True)
 class Measured:
-    """One run and what came of it.
+    """One run and its results.
 
     Attributes:
-        variant, seed, folder: which.
-        metrics: name -> value; empty where the run diverged.
-        tokens_per_second: of the training.
-        seconds: that the whole training takes at that speed.
-        diverged: why there is nothing to measure; None for a run that ended well.
-        scores: those of the metrics whose items are known.
-        value: of a sweep, that this run had; None without one.
-        kept: whether it is the variant's; False for a trial that was not chosen.
+        variant, seed, folder: the run.
+        metrics: name -> value; empty if the run diverged.
+        tokens_per_second: speed of the training.
+        seconds: time of the whole training at that speed.
+        diverged: reason of a divergence; None otherwise.
+        scores: scores of the metrics with known items.
+        value: value of the swept key; None without a sweep.
+        kept: whether the run belongs to the variant; False for a trial that was not selected.
     """
 
     variant: str
@@ -65,7 +65,7 @@ class Measured:
     kept: bool = True
 
     def score(self, metric: str) -> Score:
-        """A metric with what is known of its items."""
+        """Return a metric with its items, if known."""
         return self.scores.get(metric) or Score(self.metrics[metric])
 
 
@@ -73,17 +73,19 @@ def train_here(path: Path) -> None:
     """Train in this process."""
     from transformers.utils import logging
 
-    logging.disable_progress_bar()  # those of file writing; training has its own
+    logging.disable_progress_bar()  # of file writing; training has its own
     run(parse_config(yaml.safe_load(path.read_text(encoding="utf-8")), str(path)))
 
 
 def train_by(engine: str) -> Launcher:
-    """Training by `accelerate launch --config_file ENGINE`."""
+    """Return a launcher that trains by ``accelerate launch --config_file ENGINE``."""
 
     def launch(path: Path) -> None:
         status = subprocess.call(training_command(path, engine=["--config_file", engine]))
         if status and not (path.parent / DIVERGED).is_file():
-            raise ValueError(f"training by {path} failed with status {status}; see above")
+            raise ValueError(
+                f"{path}: expected exit status 0 of the training, got {status}; see above"
+            )
 
     return launch
 
@@ -94,13 +96,13 @@ def run_design(
     launch: Launcher = train_here,
     report: Callable[[str], None] = lambda line: print(line, file=sys.stderr),
 ) -> list[Measured]:
-    """Train and measure every run that is not finished; the same call again continues.
+    """Train and measure every incomplete run; the same call resumes.
 
     Args:
-        design: what to run.
-        evaluator: for metrics beside those of training.
-        launch: trains by a config file, into the folder where that lies.
-        report: told of each run, a line.
+        design: the runs.
+        evaluator: evaluates metrics other than those of training.
+        launch: trains from a config file, in the folder of that file.
+        report: called with one line for each run.
 
     Raises:
         ConfigError: a folder holds a run of another configuration.
@@ -141,7 +143,7 @@ def _run_design(
                 chosen[variant.name] = variant.trials[best]
                 others = [run for place, run in enumerate(tried) if place != best]
                 measured += [replace(r, variant=variant.name, kept=False) for r in others]
-                total += 1  # the one that was chosen is measured in full
+                total += 1  # the selected trial is measured with all metrics
             chooser = [_chooser(ablation)] if number == 0 and variant.trials else []
             metrics = list(dict.fromkeys([*ablation.metrics, *chooser]))
             found = one(chosen[variant.name], seed, metrics)
@@ -155,7 +157,7 @@ def _chooser(ablation: Ablation) -> str:
 
 
 def _best(tried: Sequence[Measured], by: str, evaluator: Evaluator | None) -> int:
-    """The place of the best trial; one that diverged is the worst."""
+    """Return the index of the best trial; a diverged one is the worst."""
     larger = by not in TRAINING_METRICS and evaluator is not None and evaluator.higher_is_better(by)
     worst = -math.inf if larger else math.inf
     values = [run.metrics.get(by, worst) for run in tried]
@@ -163,21 +165,21 @@ def _best(tried: Sequence[Measured], by: str, evaluator: Evaluator | None) -> in
 
 
 def state(folder: Path) -> str:
-    """Where a run stands: done, to be continued, or new."""
+    """Return the state of a run: complete, to be resumed, or new."""
     if (folder / RESULT).is_file() or (folder / DIVERGED).is_file():
         return "trained already"
     return "continuing" if any(folder.glob("checkpoint-*")) else "training"
 
 
 def run_values(variant: Variant, seed: int, folder: Path) -> dict[str, Any]:
-    """The training configuration of one run, as plain values."""
+    """Return the training configuration of one run, as plain values."""
     own = {"seed": seed, "output_dir": str(folder)}
     config = variant.config.model_copy(update={"training": variant.config.training | own})
     return config.as_dict()
 
 
 def refuse_other_runs(design: Design) -> None:
-    """Compare what lies in the folders with what is planned.
+    """Compare the runs in the folders with the plan.
 
     Raises:
         ConfigError: they differ; one line for each run and key.
@@ -194,18 +196,18 @@ def refuse_other_runs(design: Design) -> None:
     if lines:
         raise ConfigError(
             lines,
-            f"{design.out} holds runs of another ablation (choose another `out`, or remove those"
+            f"{design.out} has runs of another ablation (try another `out`, or remove those"
             " folders); it",
         )
 
 
 def _train(values: dict[str, Any], folder: Path, launch: Launcher) -> None:
-    """Train where neither a result nor a divergence is on disk."""
+    """Train unless the folder has a result or a divergence."""
     if (folder / RESULT).is_file() or (folder / DIVERGED).is_file():
         return
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / CONFIG, yaml.safe_dump(values, sort_keys=False))
-    with contextlib.suppress(FloatingPointError):  # of which the trainer has left a file
+    with contextlib.suppress(FloatingPointError):  # recorded in a file by the trainer
         launch(folder / CONFIG)
 
 
@@ -231,7 +233,7 @@ def _measure(
     }
     write_text(folder / METRICS, json.dumps(kept))
     speed = result["tokens_per_second"]
-    # a resumed run timed its last part only
+    # a resumed run has only the time of its last part
     whole = result["steps"] * result["tokens"] / max(1, result["steps"] - result["resumed_from"])
     return Measured(
         variant.name,
@@ -248,7 +250,7 @@ def _measure(
 def _evaluated(
     options: Mapping[str, Any], folder: Path, names: list[str], evaluator: Evaluator
 ) -> dict[str, Score]:
-    """The evaluator's metrics; those that were measured before with the same options are kept."""
+    """Return the evaluator's metrics; those measured before with the same options are reused."""
     kept: dict[str, Score] = {}
     path = folder / METRICS
     if path.is_file():
@@ -268,7 +270,7 @@ def _score(found: float | Score) -> Score:
 
 
 def _tail(losses: list[tuple[int, float]]) -> float:
-    """Mean of the last tenth of the logged losses, at least one of them."""
+    """Return the mean of the last tenth of the logged losses, at least one."""
     last = [loss for _, loss in losses[-max(1, round(LAST * len(losses))) :]]
     return math.fsum(last) / len(last)
 

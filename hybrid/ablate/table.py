@@ -1,4 +1,4 @@
-"""An ablation in the terminal: what will run, and what came out."""
+"""Terminal output of an ablation: the plan and the results."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from hybrid.plan import human_bytes
 
 
 def print_design(design: Design, console: Console) -> None:
-    """Every variant: its changes, the width that was solved for, its cost, and how far it is."""
+    """Print every variant: changes, solved width, cost, and progress."""
     ablation = design.ablation
     match = ablation.match
     runs = sum(1 for _ in design.runs())
@@ -61,7 +61,7 @@ def _cost(variant: Variant) -> list[str]:
 
 
 def _short(number: float) -> str:
-    """69812345 -> '69.81M'; the report has every digit."""
+    """Format 69812345 as '69.81M'; the report has all digits."""
     for unit in ("", "k", "M", "G"):
         if number < 1000:
             return f"{number:.4g}{unit}"
@@ -77,15 +77,15 @@ def _progress(design: Design, variant: Variant) -> str:
 
 
 def print_report(report: dict[str, Any], console: Console) -> None:
-    """The two tables of the report: what was measured, and what each change does."""
+    """Print the two tables of the report: measurements, and effects of changes."""
     heads = columns(report)
     names = [variant["name"] for variant in report["variants"]]
-    table = Table("", *names, title=report["name"])  # one column a variant, as `hybrid eval` prints
+    table = Table("", *names, title=report["name"])  # one column per variant, like ``hybrid eval``
     for head, _, cell in heads[1:]:
         table.add_row(head, *(cell(variant) for variant in report["variants"]))
     console.print(table)
-    effects = Table(title="what each change does", box=SIMPLE_HEAD)
-    for heading in EFFECT_HEADINGS[1:]:  # what is compared names the change
+    effects = Table(title="effect of each change", box=SIMPLE_HEAD)
+    for heading in EFFECT_HEADINGS[1:]:  # the comparison includes the change
         effects.add_column(heading, no_wrap=heading == "verdict")
     for row in effect_rows(report):
         effects.add_row(*row[1:])

@@ -31,8 +31,7 @@ def run_preparation(source: str, out: str, **options: Any) -> None:
         raise ValueError("; ".join(error.mistakes)) from error
     except OSError as error:
         raise ValueError(
-            f"{out}: expected a folder that can be written, got {error}; free space and run the same"
-            " command again"
+            f"cannot write {out} ({error}); free space and run the same command again"
         ) from error
     size = f"{index['documents']:,} documents, {index['tokens']:,} tokens"
     shards = len(index["shards"])

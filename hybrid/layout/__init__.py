@@ -9,8 +9,8 @@
     [MS]4     parallel mixers in one layer, here four such layers
     M-M-M*-   contains feed-forwards, so it is taken literally: each symbol is one layer
 
-White space is ignored, except inside a count. The config binds symbols to mixers. This package does not
-use the registry.
+White space is ignored, except inside a count. The config binds symbols to mixers. This package
+does not use the registry.
 """
 
 from hybrid.layout.errors import LayoutError

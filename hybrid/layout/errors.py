@@ -10,9 +10,9 @@ _WINDOW = 35  # characters shown on each side of a caret in a long string
 class LayoutError(ValueError):
     """Error for an invalid layout. Its message shows the string, the column, and what was expected.
 
-    Attributes: `problem` (what is wrong), `expected` (what would be right), `text` (the string),
-    `column` (index into `text`, from 0, or None if no one place is wrong) and `name` (which
-    setting the string was: "layout", "ffn" or "symbol").
+    Attributes: ``problem`` (what is wrong), ``expected`` (what would be right), ``text`` (the
+    string), ``column`` (index into ``text``, from 0, or None if no one place is wrong) and
+    ``name`` (which setting the string was: "layout", "ffn" or "symbol").
     """
 
     def __init__(
@@ -23,7 +23,7 @@ class LayoutError(ValueError):
         column: int | None = None,
         name: str = "layout",
     ):
-        # All arguments go to `args`, so that the error survives pickling between processes.
+        # All arguments go to ``args``, so that the error survives pickling between processes.
         super().__init__(problem, expected, text, column, name)
         self.problem, self.expected, self.text = problem, expected, text
         self.column, self.name = column, name

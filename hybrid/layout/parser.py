@@ -44,7 +44,7 @@ class _Parser:
     def parse(self) -> list[Layer]:
         known: dict[str, Layer] = {}  # equal layers share one object
         groups: list[tuple[int, int]] = []  # (layers before it, its column), one per open "("
-        item: int | None = None  # where in `layers` the item starts that a count would repeat
+        item: int | None = None  # where in ``layers`` the item starts that a count would repeat
         after_count = False
         for column, token in self._tokens():
             first = token[0]
@@ -147,7 +147,7 @@ class _Parser:
         # A number of that many digits is too large, and slow or refused by int().
         too_long = len(significant) > len(str(MAX_DEPTH))
         count = MAX_DEPTH + 1 if too_long else int(significant)
-        # `layers` holds every group still open, so this bounds the whole stack, not one group.
+        # ``layers`` holds every group still open, so this bounds the whole stack, not one group.
         self._check_depth(len(layers) + (len(layers) - start) * (count - 1), column)
         layers.extend(layers[start:] * (count - 1))
 
@@ -184,7 +184,7 @@ def parse(text: str) -> Layout:
 
     Returns:
         One entry per layer, counts and groups expanded. Symbols need not be bound to anything
-        yet: see `check_bound`.
+        yet: see ``check_bound``.
 
     Raises:
         LayoutError: ``text`` is not a layout; the message has a caret under the column. Time and

@@ -28,7 +28,7 @@ def shortest(tokens: tuple[str, ...]) -> str:
         tokens: each layer as it is written alone: "L", "[MS]", "-".
 
     Returns:
-        A string that parses to `tokens`. No shorter one exists if there are at most 256 of them.
+        A string that parses to ``tokens``. No shorter one exists if there are at most 256 of them.
         Beyond, only groups of up to 64 layers are looked for, each repeated as often as it can be;
         never longer than the tokens written out.
     """

@@ -32,7 +32,7 @@ def resolve(
             stack of 20, "" none at all. Or a pattern by mixer symbol, laid cyclically over the
             layers of that symbol, "default" for those that are not named: {"S": "E", "default":
             "-"}; a layer of several mixers goes with the first that is named. A layout that names
-            its own feed-forwards takes none, so `ffn` must be left at its default there.
+            its own feed-forwards takes none, so ``ffn`` must be left at its default there.
         num_hidden_layers: depth, in layers; the layout is repeated to fill it. None: the layout's
             own length. A cycle that should end early is written out: "(KKKX)6 KKX".
 
@@ -41,7 +41,7 @@ def resolve(
 
     Raises:
         LayoutError: the depth is no multiple of the layout's length, the pattern is longer than
-            the stack, or `ffn` is given beside a layout that names its own.
+            the stack, or ``ffn`` is given beside a layout that names its own.
     """
     layout = layout if isinstance(layout, Layout) else parse(layout)
     layers = _fill(layout, num_hidden_layers)
@@ -114,7 +114,7 @@ def _fill(layout: Layout, depth: int | None) -> tuple[Layer, ...]:
 
 
 def check_bound(layout: Layout, known: Iterable[str]) -> None:
-    """Check that every mixer symbol of `layout` is among the `known` ones.
+    """Check that every mixer symbol of ``layout`` is among the ``known`` ones.
 
     Args:
         layout: a parsed layout.
@@ -140,7 +140,7 @@ def check_bound(layout: Layout, known: Iterable[str]) -> None:
 
 
 class Row(NamedTuple):
-    """A run of equal layers, as one line of a table (see `describe`)."""
+    """A run of equal layers, as one line of a table (see ``describe``)."""
 
     layers: str
     """Index range, from 0, both ends included: "7" or "0-6"."""
@@ -153,7 +153,7 @@ class Row(NamedTuple):
 
 
 def describe(layers: Sequence[Layer]) -> list[Row]:
-    """Describe a stack (of `resolve`, or `Layout.layers`) as a table, equal neighbours merged."""
+    """Describe a stack (of ``resolve``, or ``Layout.layers``) as a table, equal neighbours merged."""
     rows, start = [], 0
     for layer, run in groupby(layers):
         count = len(list(run))

@@ -20,7 +20,7 @@ def is_mixer(char: str) -> bool:
 
 
 def check_symbol(symbol: str) -> None:
-    """Check that `symbol` may be bound to a mixer: one letter other than "E", or "*".
+    """Check that ``symbol`` may be bound to a mixer: one letter other than "E", or "*".
 
     Raises:
         LayoutError: it may not be bound.
@@ -72,13 +72,13 @@ class Layer:
 class Layout:
     """Parsed layout. Layouts with equal layers are equal, independent of the string.
 
-    ``str(layout)`` is the shortest string that parses to this layout, for up to 256 layers. For more
-    layers it is the result of a greedy search, never longer than ``source``. Among equally short
-    strings, the one with the fewest counts is chosen.
+    ``str(layout)`` is the shortest string that parses to this layout, for up to 256 layers. For
+    more layers it is the result of a greedy search, never longer than ``source``. Among equally
+    short strings, the one with the fewest counts is chosen.
 
     Args:
         layers: one entry per layer, each either mixers or a feed-forward, never both
-            (`resolve` pairs them).
+            (``resolve`` pairs them).
 
     Raises:
         LayoutError: no layers, more than MAX_DEPTH, or a layer that has mixers and a feed-forward.

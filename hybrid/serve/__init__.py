@@ -1,1 +1,1 @@
-"""Exports in real servers: parity of what they decode with what the model here decodes."""
+"""Generation, serving, and parity of servers with the model of this package."""

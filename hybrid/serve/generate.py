@@ -1,4 +1,4 @@
-"""`hybrid generate`: text from a model, token by token, and a conversation with it."""
+"""``hybrid generate``: streamed text generation and conversations."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ Message = dict[str, str]
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are chosen.
+    """Sampling parameters.
 
     Attributes:
-        max_new_tokens: at most so many tokens after a prompt.
-        temperature: divides the logits; 0 is greedy decoding.
+        max_new_tokens: maximum number of tokens after a prompt.
+        temperature: divisor of the logits; 0 for greedy decoding.
         top_p: sample from the smallest set of tokens with this total probability.
-        top_k: sample from so many tokens; 0 for all.
-        repetition_penalty: above 1 makes tokens that occurred less likely.
-        seed: of the random numbers.
+        top_k: sample from the k most probable tokens; 0 for all.
+        repetition_penalty: values above 1 make tokens that occurred before less likely.
+        seed: seed of the random numbers.
     """
 
     max_new_tokens: int = 200
@@ -64,7 +64,7 @@ class Sampling:
             raise ValueError("; ".join(mistakes))
 
     def arguments(self) -> dict[str, Any]:
-        """Keyword arguments of `generate`."""
+        """Return the keyword arguments of ``generate``."""
         common = {
             "max_new_tokens": self.max_new_tokens,
             "repetition_penalty": self.repetition_penalty,
@@ -81,19 +81,19 @@ class Sampling:
 
 
 class Generator:
-    """A model and its tokenizer, to generate text with.
+    """Text generation with a model and its tokenizer.
 
     Args:
         source: folder or hub name of any causal language model.
-        tokenizer: name or folder; None for the model's own.
-        dtype: of the weights, e.g. `bfloat16`; None for that of the checkpoint.
-        device: e.g. `cuda`; None for an accelerator where there is one, else the CPU.
+        tokenizer: name or folder; None for that of the model.
+        dtype: dtype of the weights, e.g. ``bfloat16``; None for that of the checkpoint.
+        device: e.g. ``cuda``; None for an accelerator if there is one, else the CPU.
 
     Raises:
-        ValueError: nothing of that name can be loaded, or it holds no tokenizer.
+        ValueError: the model cannot be loaded, or it has no tokenizer.
     """
 
-    model: Any  # PreTrainedModel; what it mixes in is typed loosely
+    model: Any  # PreTrainedModel, whose mixins have no precise types
     tokenizer: Any  # PreTrainedTokenizerBase
 
     def __init__(
@@ -109,7 +109,7 @@ class Generator:
         except ConfigError as error:
             if tokenizer is not None:
                 raise
-            line = "no tokenizer was saved with the model; name one, e.g. --tokenizer bytes"
+            line = "expected a tokenizer in the checkpoint, got none; try --tokenizer bytes"
             raise ValueError(f"{source}: {line}") from error
         try:
             self.model = AutoModelForCausalLM.from_pretrained(source, dtype=_dtype(dtype))
@@ -120,46 +120,46 @@ class Generator:
         if len(self.tokenizer) > rows:
             wanted = f"expected at most {rows} tokens, the rows of the model's embedding"
             raise ValueError(
-                f"--tokenizer: {wanted}, got {len(self.tokenizer)}; name the model's own"
+                f"--tokenizer: {wanted}, got {len(self.tokenizer)}; try the tokenizer of the model"
             )
 
     @property
     def has_template(self) -> bool:
-        """Whether the tokenizer knows how a conversation is written."""
+        """Whether the tokenizer has a chat template."""
         return bool(self.tokenizer.chat_template)
 
     def complete(self, prompt: str, sampling: Sampling, write: Callable[[str], Any]) -> str:
         """Continue a text.
 
         Args:
-            prompt: the text; an empty one starts from the tokenizer's first special token.
-            sampling: how tokens are chosen.
-            write: called with each piece of text as it is decoded.
+            prompt: the text; an empty one starts from the first special token of the tokenizer.
+            sampling: sampling parameters.
+            write: called with each piece of decoded text.
 
         Returns:
-            the new text.
+            The new text.
         """
         ids = self.tokenizer(prompt, return_tensors="pt")["input_ids"].long()
         if ids.shape[1] == 0:
             first = self.tokenizer.bos_token_id
             first = self.tokenizer.eos_token_id if first is None else first
             if first is None:
-                line = "expected a token, got none, and the tokenizer has no token to begin with"
-                raise ValueError(f"PROMPT: {line}; type some text")
+                line = "expected at least one token, got none, and the tokenizer has no first token"
+                raise ValueError(f"PROMPT: {line}; try some text")
             ids = torch.tensor([[first]])
         return self._continue(ids, sampling, write)
 
     def answer(
         self, messages: Sequence[Message], sampling: Sampling, write: Callable[[str], Any]
     ) -> str:
-        """Answer the last message of a conversation, written in the tokenizer's chat template.
+        """Answer the last message of a conversation, formatted with the tokenizer's chat template.
 
         Raises:
             ValueError: the tokenizer has no template.
         """
         if not self.has_template:
             raise ValueError(
-                "--chat: the tokenizer has no chat template; leave --chat out to continue a text"
+                "--chat: expected a tokenizer with a chat template, got none; try without --chat"
             )
         inputs = self.tokenizer.apply_chat_template(
             list(messages), add_generation_prompt=True, return_tensors="pt", return_dict=True
@@ -186,14 +186,14 @@ class Generator:
         return self.tokenizer.eos_token_id if pad is None else pad
 
     def _stops(self) -> dict[str, Any]:
-        """The tokenizer's end of text, where the model does not name its own."""
+        """Return the tokenizer's end-of-text token if the model has none."""
         if getattr(self.model.generation_config, "eos_token_id", None) is not None:
             return {}
         return {"eos_token_id": self.tokenizer.eos_token_id}
 
 
 class _Pieces(TextStreamer):
-    """Hands decoded text on, instead of printing it."""
+    """Streamer that passes decoded text to a function instead of printing it."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, write: Callable[[str], Any]) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
@@ -201,7 +201,7 @@ class _Pieces(TextStreamer):
         self.pieces: list[str] = []
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        """Called by `TextStreamer` whenever text is final."""
+        """Receive final text from ``TextStreamer``."""
         self.pieces.append(text)
         self.write(text)
 
@@ -217,13 +217,13 @@ def generate_text(
     dtype: str | None = None,
     device: str | None = None,
 ) -> int:
-    """The command: print the continuation of each prompt, or hold a conversation.
+    """Run the command: print the continuation of each prompt, or hold a conversation.
 
-    Without prompts, lines are read from standard input until its end: prompts of their own, or with
-    `chat` the messages of one conversation.
+    Without prompts, lines are read from standard input: separate prompts, or with ``chat`` the
+    messages of one conversation.
 
     Raises:
-        ValueError: see `Generator` and `Sampling`.
+        ValueError: see ``Generator`` and ``Sampling``.
     """
     logging.disable_progress_bar()  # standard output is for text
     generator = Generator(source, tokenizer, dtype, device)
@@ -251,7 +251,7 @@ def _converse(
 
 
 def _lines(mark: str) -> Iterable[str]:
-    """Lines of standard input, asked for with a mark where a person types them."""
+    """Yield lines of standard input, with a prompt if it is a terminal."""
     typed = sys.stdin.isatty()
     while True:
         if typed:

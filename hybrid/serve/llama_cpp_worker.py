@@ -1,10 +1,11 @@
-"""Greedy decoding by llama.cpp: a script that the Python of an environment with xllamacpp runs.
+"""Greedy decoding by llama.cpp: a script for the Python of an environment with xllamacpp.
 
     python llama_cpp_worker.py < requests.jsonl > answers.jsonl
 
-A request holds `folder` (a GGUF file), `prompts` (lists of token ids) and `tokens`; an answer holds
-`version` and, for each prompt, the `content` of llama.cpp's log-probabilities. `{"find": "converter"}`
-is answered with the path of llama.cpp's converter, or null. It imports nothing of this package.
+A request has ``folder`` (a GGUF file), ``prompts`` (lists of token ids) and ``tokens``; an answer
+has ``version`` and, for each prompt, the ``content`` of llama.cpp's log-probabilities. The answer
+to ``{"find": "converter"}`` is the path of llama.cpp's converter, or null. The script does not
+import this package.
 """
 
 import json
@@ -16,9 +17,9 @@ from pathlib import Path
 
 
 def main() -> None:
-    """Read requests, decode, write the answers."""
+    """Read requests, decode, and write answers."""
     out = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what llama.cpp prints is not the answer
+    os.dup2(2, 1)  # keep messages of llama.cpp out of the answers
     import xllamacpp  # pyright: ignore[reportMissingImports]
 
     for line in sys.stdin:
@@ -29,7 +30,7 @@ def main() -> None:
             answers = _decode(xllamacpp, request["folder"], request["prompts"], request["tokens"])
             answer = {"version": f"(xllamacpp {version('xllamacpp')})", "answers": answers}
         print(json.dumps(answer), file=out, flush=True)
-    os._exit(0)  # the server's threads would hold the process
+    os._exit(0)  # threads of the server would keep the process alive
 
 
 def _converter():

@@ -1,10 +1,10 @@
-"""Greedy decoding by mlx-lm: a script that the Python of an environment with mlx-lm runs.
+"""Greedy decoding by mlx-lm: a script for the Python of an environment with mlx-lm.
 
     python mlx_worker.py < requests.jsonl > answers.jsonl
 
-A request holds `folder`, `prompts` (lists of token ids) and `tokens`;
-an answer holds `version` and,
-for each prompt, the token ids and their log-probabilities. It imports nothing of this package.
+A request has ``folder``, ``prompts`` (lists of token ids) and ``tokens``; an answer has
+``version`` and, for each prompt, the token ids and their log-probabilities. The script does not
+import this package.
 """
 
 import json
@@ -18,7 +18,7 @@ from mlx_lm.utils import load_model  # pyright: ignore[reportMissingImports]
 
 
 def main() -> None:
-    """Read requests, decode, write the answers."""
+    """Read requests, decode, and write answers."""
     for line in sys.stdin:
         request = json.loads(line)
         model, _ = load_model(Path(request["folder"]))

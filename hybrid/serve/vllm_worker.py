@@ -1,11 +1,10 @@
-"""Greedy decoding by vLLM: a script that the Python of an environment with vLLM runs.
+"""Greedy decoding by vLLM: a script for the Python of an environment with vLLM.
 
     python vllm_worker.py < requests.jsonl > answers.jsonl
 
-A request holds `folder`, `prompts` (lists of token ids) and `tokens`;
-an answer holds `version` and,
-for each prompt, the token ids and their log-probabilities. It imports nothing of this package; vLLM
-finds the plugin where it is installed.
+A request has ``folder``, ``prompts`` (lists of token ids) and ``tokens``; an answer has ``version``
+and, for each prompt, the token ids and their log-probabilities. The script does not import this
+package; vLLM loads the plugin if it is installed.
 """
 
 import gc
@@ -14,7 +13,7 @@ import os
 import sys
 from importlib.metadata import PackageNotFoundError, version
 
-# One process that leaves threads to the system; a small cache on a CPU. Whoever set them is heard.
+# Defaults: one process, threads chosen by the system, a small cache on a CPU.
 DEFAULTS = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
@@ -24,12 +23,12 @@ DEFAULTS = {
 
 
 def main() -> None:
-    """Read requests, decode, write the answers."""
-    sys.path.pop(0)  # the folder of this script, which has a `vllm` of its own
+    """Read requests, decode, and write answers."""
+    sys.path.pop(0)  # the folder of this script has another ``vllm``
     for name, value in DEFAULTS.items():
         os.environ.setdefault(name, value)
     out = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what vLLM and its libraries print is not the answer
+    os.dup2(2, 1)  # keep messages of vLLM out of the answers
     for line in sys.stdin:
         request = json.loads(line)
         answers = _decode(request["folder"], request["prompts"], request["tokens"])

@@ -2,11 +2,11 @@
 
 accelerate launch -m hybrid.train CONFIG [key=value ...]
 
-load_config   a YAML file and overrides -> TrainConfig, every mistake named
-run           TrainConfig -> RunResult; the same call again goes on where the last one ended
+load_config   a YAML file and overrides -> TrainConfig; reports all mistakes
+run           TrainConfig -> RunResult; the same call resumes
 """
 
 import lazy_loader
 
-# Light on purpose: `import hybrid.train` does not load transformers.
+# ``import hybrid.train`` must not import transformers.
 __getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -27,7 +27,7 @@ def _main(arguments: Sequence[str] | None, first: bool) -> int:
     )
     add_option(parser)
     parsed = parser.parse_intermixed_args(arguments)
-    # After parsing: `--help` should not import transformers.
+    # After parsing: ``--help`` should not import transformers.
     from transformers.utils import logging
 
     from hybrid.config.options import ConfigError

@@ -1,13 +1,12 @@
-"""A whole training step of a small hybrid against the nearest transformers model under plain
-``Trainer``.
+"""Time a training step of a small hybrid and of the nearest transformers model with ``Trainer``.
 
     python -m hybrid.train.benchmark [--pairs LLLS DDDS MMMS] [--sizes text wide] [--json FILE]
 
-A step is all that lies between the ends of two successive optimizer steps: a row fetched and
-collated, forward, backward, clipping, AdamW, zeroing, logging. Both sides have equal sizes
-(parameters within 2%), the same random rows, the same arguments, and train in one process by turns
-(A/B/A/B). The clock is the process's CPU time on one thread, the figures are medians over turns, so
-that a busy machine disturbs both sides alike.
+A step lasts from the end of one optimizer step to the end of the next: fetching and
+collating a row, forward, backward, clipping, AdamW, zeroing, logging. Both models have equal sizes
+(parameters within 2%), the same random rows and the same arguments, and alternate in one process
+(A/B/A/B). Times are CPU time of the process on one thread and figures are medians over turns, so
+that other load on the machine affects both equally.
 """
 
 from __future__ import annotations
@@ -49,14 +48,14 @@ from hybrid.train.trainer import HybridTrainer
 
 LAYERS = 4
 HEAD = 64
-AGREE = 0.02  # parameters may differ by this share
-WARM = 1  # steps of a turn that are not counted
+AGREE = 0.02  # maximum relative difference of parameters
+WARM = 1  # uncounted steps at the start of a turn
 SOFTMAX_LAST = ["linear_attention"] * (LAYERS - 1) + ["full_attention"]
 
 
 @dataclass(frozen=True)
 class Size:
-    """What all models of a size have in common."""
+    """Sizes common to all models."""
 
     hidden_size: int
     intermediate_size: int
@@ -64,12 +63,12 @@ class Size:
 
     @property
     def heads(self) -> int:
-        """Heads of every mixer, of ``HEAD`` dims each."""
+        """Number of heads of every mixer, each with ``HEAD`` dims."""
         return self.hidden_size // HEAD
 
     @property
     def ours(self) -> dict[str, Any]:
-        """Keys of our config."""
+        """Return the keys of our config."""
         return {
             "vocab_size": self.vocab_size,
             "hidden_size": self.hidden_size,
@@ -78,7 +77,7 @@ class Size:
 
     @property
     def theirs(self) -> dict[str, Any]:
-        """Keys of transformers' configs."""
+        """Return the keys of transformers' configs."""
         return {
             "vocab_size": self.vocab_size,
             "hidden_size": self.hidden_size,
@@ -91,15 +90,15 @@ class Size:
         }
 
 
-# The model of configs/train/text.yaml; and one with more in the matrix products that both sides share.
+# The model of configs/train/text.yaml, and a wider one with a larger share of matrix products.
 SIZES = {"text": Size(128, 352, 259), "wide": Size(256, 704, 4096)}
 
-# Ours, transformers' model type, and transformers' keys; each by the number of heads.
+# Our keys, transformers' model type, and transformers' keys, as functions of the number of heads.
 Pair = tuple[dict[str, dict[str, Any]], str, dict[str, Any]]
 
 
 def _lightning(heads: int) -> Pair:
-    # one expert that every token goes through: its mixture is then our dense feed-forward
+    # a mixture with one expert for every token equals a dense feed-forward
     keys = {"num_local_experts": 1, "num_experts_per_tok": 1, "layer_types": SOFTMAX_LAST}
     return {"L": {"num_heads": heads}, "S": {"num_heads": heads}}, "minimax", keys
 
@@ -141,10 +140,10 @@ PAIRS = {"LLLS": _lightning, "DDDS": _gated_delta, "MMMS": _mamba2}
 
 
 def build(layout: str, size: Size) -> tuple[PreTrainedModel, PreTrainedModel]:
-    """Our model and theirs, with random weights.
+    """Return our model and transformers', with random weights.
 
     Raises:
-        ValueError: their numbers of parameters differ by more than ``AGREE``.
+        ValueError: the numbers of parameters differ by more than ``AGREE``.
     """
     mixers, model_type, keys = PAIRS[layout](size.heads)
     torch.manual_seed(0)
@@ -153,7 +152,10 @@ def build(layout: str, size: Size) -> tuple[PreTrainedModel, PreTrainedModel]:
     theirs = AutoModelForCausalLM.from_config(config)
     sizes = count(ours), count(theirs)
     if abs(sizes[0] / sizes[1] - 1) > AGREE:
-        raise ValueError(f"{layout}: {sizes[0]:,} parameters against {sizes[1]:,} of {model_type}")
+        raise ValueError(
+            f"{layout}: expected about as many parameters as {model_type}, {sizes[1]:,}, got"
+            f" {sizes[0]:,}"
+        )
     return ours, theirs
 
 
@@ -173,7 +175,7 @@ class RandomRows(Dataset):
 
 
 class PositionedRows(RandomRows):
-    """The same rows as our sources yield them."""
+    """The same rows with ``position_ids``, as our sources yield them."""
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         row = super().__getitem__(index)
@@ -181,29 +183,29 @@ class PositionedRows(RandomRows):
 
 
 class StepClock(TrainerCallback):
-    """CPU seconds between the ends of successive optimizer steps."""
+    """Callback that measures the CPU time between the ends of successive optimizer steps."""
 
     def __init__(self) -> None:
         self.ends: list[float] = []
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-        """A turn begins."""
+        """Start the clock of a turn."""
         self.ends = []
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        """A step ends."""
+        """Record the time of a step."""
         self.ends.append(time.process_time())
 
     @property
     def steps(self) -> list[float]:
-        """Seconds of each counted step."""
+        """Return the seconds of each counted step."""
         lasted = [b - a for a, b in zip(self.ends, self.ends[1:], strict=False)]
         return lasted[WARM - 1 :]
 
 
 @dataclass(frozen=True)
 class Result:
-    """One pair at one length: CPU seconds of a step, medians over turns."""
+    """Result of one pair at one length: CPU seconds per step, medians over turns."""
 
     pair: str
     rival: str
@@ -216,12 +218,12 @@ class Result:
 
     @property
     def ratio(self) -> float:
-        """How many times as fast ours is."""
+        """Speed of our model relative to transformers'."""
         return self.theirs / self.ours
 
 
 def arguments(folder: str, steps: int) -> TrainingArguments:
-    """What both sides train with."""
+    """Return the training arguments of both models."""
     return TrainingArguments(
         output_dir=folder,
         max_steps=steps,
@@ -239,7 +241,7 @@ def arguments(folder: str, steps: int) -> TrainingArguments:
 
 
 def measure(name: str, size: str, length: int, turns: int, steps: int, folder: str) -> Result:
-    """Let the two sides of a pair train by turns."""
+    """Train both models of a pair in turns, and return the times."""
     ours, theirs = build(name, SIZES[size])
     steps += WARM
     args = arguments(folder, steps)
@@ -265,9 +267,7 @@ def measure(name: str, size: str, length: int, turns: int, steps: int, folder: s
     clocks = StepClock(), StepClock()
     for trainer, clock in zip(sides, clocks, strict=True):
         trainer.add_callback(clock)
-        trainer.log = lambda *args, **kwargs: (
-            None
-        )  # nobody reads it here, and both print it otherwise
+        trainer.log = lambda *args, **kwargs: None  # both would print their logs
     times: tuple[list[float], list[float]] = ([], [])
     for _ in range(turns):
         for trainer, clock, found in zip(sides, clocks, times, strict=True):
@@ -284,15 +284,15 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--pairs", nargs="+", choices=list(PAIRS), default=list(PAIRS))
     parser.add_argument("--sizes", nargs="+", choices=list(SIZES), default=list(SIZES))
     parser.add_argument("--lengths", nargs="+", type=int, default=[1024, 4096])
-    parser.add_argument("--turns", type=int, default=3, help="of each side")
-    parser.add_argument("--steps", type=int, default=2, help="counted steps of a turn")
-    parser.add_argument("--json", type=Path, help="write the figures there too")
+    parser.add_argument("--turns", type=int, default=3, help="turns of each model")
+    parser.add_argument("--steps", type=int, default=2, help="counted steps per turn")
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
     options = parser.parse_args(words)
     torch.set_num_threads(1)
-    # Where it is installed, transformers calls its kernels, which are not for a CPU.
+    # If installed, transformers calls its kernels, which do not run on a CPU.
     sys.modules["fla"] = None  # type: ignore[assignment]
     logging.disable(logging.WARNING)
-    warnings.simplefilter("ignore")  # of optional kernels that transformers misses on a CPU
+    warnings.simplefilter("ignore")  # about missing optional kernels of transformers
     run = versions()
     print("  ".join(f"{name} {value}" for name, value in run.items()))
     print("| ours | theirs | size | T | parameters | ours, s | theirs, s | ratio |")
@@ -308,14 +308,14 @@ def main(words: Sequence[str] | None = None) -> None:
 
 
 def line(r: Result) -> str:
-    """One line of the table."""
+    """Return one line of the table."""
     sizes = f"{r.parameters:,} / {r.their_parameters:,}"
     times = f"{r.ours:.3f} | {r.theirs:.3f} | {r.ratio:.2f}x"
     return f"| {r.pair} | {r.rival} | {r.size} | {r.length} | {sizes} | {times} |"
 
 
 def versions() -> dict[str, str]:
-    """What is measured, on what."""
+    """Return the versions of the measured software, and the processor."""
     return {
         "torch": torch.__version__,
         "transformers": transformers.__version__,

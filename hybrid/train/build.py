@@ -57,27 +57,30 @@ def training_arguments(config: TrainConfig) -> TrainingArguments:
     try:
         with patch_environment(**environment):
             args = TrainingArguments(**_renamed(values))
-    except (
-        Exception
-    ) as error:  # whatever kind transformers, accelerate and torch refuse values with
+    except Exception as error:  # transformers, accelerate and torch raise various types
         reason = (str(error).strip() or repr(error)).splitlines()[0]
         raise ConfigError([f"training: {type(error).__name__}: {reason}"]) from error
-    trackers: Any = args.report_to  # a list by now
+    trackers: Any = args.report_to  # converted to a list
     check_trackers(trackers)
     check_schedule(args)
     mistakes = []
     if args.fp16 and args.device.type == "cpu":
-        mistakes.append("training.fp16: a CPU does not train in it; set training.bf16: true")
+        mistakes.append("training.fp16: expected false on a CPU, got true; try training.bf16: true")
     if args.eval_strategy != "no" and not config.eval_data:
-        mistakes.append("training.eval_strategy: there is no eval_data to take the loss of")
+        mistakes.append(
+            f"training.eval_strategy: expected 'no' without eval_data, got {args.eval_strategy!r}"
+        )
     for key in ("log_level", "log_level_replica"):
         if getattr(args, key) not in trainer_log_levels:
             near = did_you_mean(str(getattr(args, key)), trainer_log_levels)
-            mistakes.append(f"training.{key}: no level {getattr(args, key)!r}, {near}")
+            mistakes.append(f"training.{key}: unknown level {getattr(args, key)!r}, {near}")
     if args.eval_on_start and not config.eval_data:
-        mistakes.append("training.eval_on_start: there is no eval_data to take the loss of")
+        mistakes.append("training.eval_on_start: expected false without eval_data, got true")
     if args.use_liger_kernel and not is_liger_kernel_available():
-        mistakes.append("training.use_liger_kernel: not installed here; pip install liger-kernel")
+        mistakes.append(
+            "training.use_liger_kernel: expected false without the package liger-kernel, got true;"
+            " try pip install liger-kernel"
+        )
     if mistakes:
         raise ConfigError(mistakes)
     return args
@@ -105,7 +108,7 @@ def make_folder(args: TrainingArguments) -> None:
         with TemporaryFile(dir=str(args.output_dir)):
             pass
     except FileExistsError as error:
-        line = f"training.output_dir: {args.output_dir} is a file; name a folder"
+        line = f"training.output_dir: expected a folder, got the file {args.output_dir}"
         raise ConfigError([line]) from error
     except OSError as error:
         raise ConfigError([f"training.output_dir: {error}"]) from error
@@ -135,12 +138,12 @@ def check_trackers(names: Iterable[str]) -> None:
     for name in names:
         if name not in callbacks:
             near = did_you_mean(name, [*callbacks, "none", "all"])
-            mistakes.append(f"training.report_to: no tracker {name!r}, {near}")
+            mistakes.append(f"training.report_to: unknown tracker {name!r}, {near}")
         # a tracker registered by the user checks its own requirements
         elif callbacks[name].__module__ == integration_utils.__name__ and name not in present:
             mistakes.append(
-                f"training.report_to: {name!r} is not installed here; pip install {name}, or name one"
-                f" that is ({', '.join(present) or 'none is'})"
+                f"training.report_to: expected an installed tracker ({', '.join(present) or 'none'}),"
+                f" got {name!r}; try pip install {name}"
             )
     if mistakes:
         raise ConfigError(mistakes)
@@ -157,7 +160,7 @@ def check_device(device: str) -> None:
     present = torch.accelerator.current_accelerator(check_available=True)
     if present is None or present.type != device:
         there = "cpu" if present is None else f"{present.type}, cpu"
-        raise ConfigError([f"device: there is no {device!r} here; this machine has: {there}"])
+        raise ConfigError([f"device: expected a device of this machine ({there}), got {device!r}"])
 
 
 def check_engine(accelerator: Accelerator) -> None:
@@ -170,8 +173,8 @@ def check_engine(accelerator: Accelerator) -> None:
     if asked and accelerator.distributed_type is not DistributedType.FSDP:
         raise ConfigError(
             [
-                f"accelerate shards (FSDP) on accelerators, not on {accelerator.device.type}; use"
-                " configs/accelerate/ddp_cpu.yaml there"
+                f"accelerate: expected an accelerator for FSDP, got {accelerator.device.type}; try"
+                " configs/accelerate/ddp_cpu.yaml"
             ]
         )
 
@@ -219,7 +222,9 @@ def open_probes(
             form = row_format(config, tokenizer, length)
             try:
                 if limit is not None and length > limit:
-                    raise ValueError(f"beyond the model's max_position_embeddings {limit}")
+                    raise ValueError(
+                        f"expected at most the model's max_position_embeddings {limit}, got {length}"
+                    )
                 source = open_source(probe, tokenizer, form, seed * 1000 + 500 + number)
                 rows[length] = draw(source, probe.rows)
                 for row in rows[length]:
@@ -240,7 +245,8 @@ def row_format(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, length: 
 
 
 def total_steps(args: TrainingArguments, sources: Sequence[Rows], rows_per_step: int) -> int:
-    """Return the optimizer steps of the run: ``max_steps``, or ``num_train_epochs`` over finite data.
+    """Return the optimizer steps of the run: ``max_steps``, or ``num_train_epochs`` over finite
+    data.
 
     Raises:
         ConfigError: ``max_steps`` is not set and a source is endless.
@@ -251,8 +257,8 @@ def total_steps(args: TrainingArguments, sources: Sequence[Rows], rows_per_step:
     if rows is None:
         raise ConfigError(
             [
-                "training.max_steps: required, since a source of this run has no end (streams"
-                " and plug-ins)"
+                "training.max_steps: expected a number of steps for sources without an end (streams"
+                " and plug-ins), got none"
             ]
         )
     return math.ceil(rows * args.num_train_epochs / rows_per_step)
@@ -265,7 +271,8 @@ def rows_per_epoch(sources: Sequence[Rows]) -> int | None:
 
 
 def epochs_as_steps(args: TrainingArguments, sources: Sequence[Rows], rows_per_step: int) -> None:
-    """Convert strategies ``epoch`` (save, eval, logging) to steps: ``Trainer`` sees a run as one epoch.
+    """Convert strategies ``epoch`` (save, eval, logging) to steps: ``Trainer`` sees a run as one
+    epoch.
 
     Raises:
         ConfigError: a source is endless.
@@ -277,8 +284,8 @@ def epochs_as_steps(args: TrainingArguments, sources: Sequence[Rows], rows_per_s
         if rows is None:
             raise ConfigError(
                 [
-                    f"training.{what}_strategy: a source of this run has no end, so there are no"
-                    f" epochs; use steps and training.{what}_steps"
+                    f"training.{what}_strategy: expected steps for sources without an end, got"
+                    f" epoch; try training.{what}_steps"
                 ]
             )
         strategy = getattr(args, f"{what}_strategy")

@@ -49,9 +49,9 @@ def writing(what: Path) -> Iterator[None]:
             raise
         reason = (str(error).strip() or repr(error)).splitlines()[-1]
         if isinstance(error, RuntimeError):
-            reason = f"the disk is full, or as good as: {reason}"
+            reason = f"the disk is full or nearly full: {reason}"
         raise CheckpointError(
-            f"cannot write {what} ({reason}); earlier checkpoints are kept: make room and start the"
+            f"cannot write {what} ({reason}); earlier checkpoints are kept: free space and run the"
             " same command again"
         ) from error
 
@@ -74,7 +74,7 @@ def write_manifest(folder: Path, run: Mapping[str, Any]) -> None:
         for path in inside
         if path.is_file()
     }
-    # as it will be read: JSON turns numeric keys into text, which sorts differently
+    # converted through JSON, which turns numeric keys into text and changes their order
     content = json.loads(json.dumps({"format": FORMAT, "files": files, "run": dict(run)}))
     # synced before an older checkpoint is removed
     write_json(folder / MANIFEST, {**content, "checksum": _checksum_of(content)})
@@ -103,21 +103,21 @@ def damage(folder: Path, contents: bool = True) -> str | None:
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        return "it was not written to the end"
+        return "it is incomplete"
     except ValueError:
-        return f"its {MANIFEST} cannot be read"
+        return f"{MANIFEST}: expected valid JSON"
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        return f"its {MANIFEST} is of another format"
+        return f"{MANIFEST}: expected format {FORMAT!r}, got another"
     if manifest.pop("checksum", None) != _checksum_of(manifest):
-        return f"its {MANIFEST} has changed since it was written"
+        return f"{MANIFEST}: expected the recorded checksum, got another"
     for name, (size, expected) in manifest["files"].items():
         path = folder / name
         if not path.is_file():
-            return f"{name} is missing"
+            return f"{name}: expected in the checkpoint, got none"
         if path.stat().st_size != size:
-            return f"{name} has {path.stat().st_size} bytes of {size}"
+            return f"{name}: expected {size} bytes, got {path.stat().st_size}"
         if contents and checksum(path) != expected:
-            return f"{name} has changed since it was written"
+            return f"{name}: expected the recorded checksum, got another"
     return None
 
 
@@ -170,7 +170,7 @@ def refuse_other_run(folder: Path, run: Mapping[str, Any]) -> None:
     before = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["run"]
     present = json.loads(json.dumps(dict(run)))
     changed = [k for k in sorted({*before, *present}) if before.get(k) != present.get(k)]
-    # fingerprints of a source (`data[0] ...`): None means unknown, e.g. without a connection to the hub
+    # fingerprints of a source (``data[0] ...``): None means unknown, e.g. without network access
     known = [k for k in changed if before.get(k) is not None and present.get(k) is not None]
     # the fingerprint depends on the keys: do not report it again if those differ
     keys = [k for k in changed if not k.startswith("data[")]
@@ -185,12 +185,12 @@ def refuse_other_run(folder: Path, run: Mapping[str, Any]) -> None:
 
 
 def refuse_changes(before: Mapping[str, Any], present: Mapping[str, Any], title: str) -> None:
-    """Refuse to continue what was made by another configuration.
+    """Refuse to continue a run with another configuration.
 
     Args:
-        before: of what is on disk.
-        present: of the run that would continue it.
-        title: what is on disk, and the way on.
+        before: configuration of the files on disk.
+        present: configuration of the current run.
+        title: first line of the error: the files, and what to do.
 
     Raises:
         ConfigError: they differ; one line for each key, with both values.

@@ -51,7 +51,7 @@ def _check_model(model: dict[str, Any]) -> dict[str, Any]:
 
 def _check_name(name: str) -> str:
     if not name.isidentifier() or name == "loss":
-        raise ValueError("a name of letters, digits and _, and not 'loss'")
+        raise ValueError("name of letters, digits and _, except 'loss'")
     return name
 
 
@@ -61,16 +61,17 @@ Sources = Annotated[list[SourceConfig], BeforeValidator(_as_list)]
 class MuonConfig(Declared):
     """Muon (Jordan et al. 2024) for the matrices inside layers; AdamW updates all other parameters.
 
-    AdamW updates embeddings, the head, norms, gates, depthwise convolutions, and experts (3-d weights).
+    AdamW updates embeddings, the head, norms, gates, depthwise convolutions, and experts (3-d
+    weights).
     """
 
     learning_rate: NotNegative | None = Field(None, description="null: training.learning_rate")
-    momentum: Below1 = Field(0.95, description="of the momentum that is orthogonalised")
-    nesterov: bool = Field(True, description="look one step ahead")
+    momentum: Below1 = Field(0.95, description="factor of the momentum before orthogonalisation")
+    nesterov: bool = Field(True, description="Nesterov momentum")
     ns_steps: int = Field(5, ge=1, lt=100, description="Newton-Schulz iterations")
     adjust_lr_fn: Literal["original", "match_rms_adamw"] = Field(
         "match_rms_adamw",
-        description="how the shape of a matrix scales its step (arXiv 2502.16982, eq. 4)",
+        description="scaling of the step by the shape of a matrix (arXiv 2502.16982, eq. 4)",
     )
 
 
@@ -81,14 +82,14 @@ class ProbeConfig(Source):
     """
 
     every: Count = Field(
-        100, description="optimizer steps between two probes; there is one at the end, too"
+        100, description="optimizer steps between two probes; the last step is also probed"
     )
-    rows: Count = Field(64, description="rows of each length")
+    rows: Count = Field(64, description="number of rows per length")
     lengths: Annotated[list[Count], Field(min_length=1)] | None = Field(
         None, description="tokens of a row; null: sequence_length"
     )
     depth_buckets: Count = Field(
-        4, description="parts of a row in which what is asked for may stand"
+        4, description="number of equal parts of a row, for accuracy by depth"
     )
 
 
@@ -99,11 +100,13 @@ class RowsConfig(Declared):
         description="one source, or several with weights"
     )
     # a row of one token has nothing to predict
-    sequence_length: int = Field(ge=2, le=1 << 28, description="tokens of a row")
+    sequence_length: int = Field(ge=2, le=1 << 28, description="tokens per row")
     packing: Annotated[Packing, BeforeValidator(_packing)] = Field(
         "concatenate", description="true: concatenate; false: none; or best_fit"
     )
-    long_documents: LongDocuments = Field("split", description="documents longer than a row")
+    long_documents: LongDocuments = Field(
+        "split", description="handling of documents longer than a row"
+    )
     eval_data: Sources = Field(
         default_factory=list,
         description="data of the evaluation loss, computed every training.eval_steps",
@@ -113,9 +116,7 @@ class RowsConfig(Declared):
         description="minutes between checkpoints; 0: never by time; null: 10, unless"
         " training.save_steps or training.save_strategy is set",
     )
-    device: Device = Field(
-        "auto", description="auto: an accelerator where there is one, else the CPU"
-    )
+    device: Device = Field("auto", description="auto: an accelerator if there is one, else the CPU")
 
 
 class TrainConfig(RowsConfig):
@@ -127,26 +128,28 @@ class TrainConfig(RowsConfig):
     tokenizer: Text = Field(
         "bytes", description="bytes, or a Hugging Face tokenizer by name or path"
     )
-    eval_rows: int = Field(64, ge=1, le=1 << 28, description="rows of eval_data")
+    eval_rows: int = Field(
+        64, ge=1, le=1 << 28, description="number of evaluated rows of eval_data"
+    )
     probes: dict[Annotated[str, AfterValidator(_check_name)], ProbeConfig] = Field(
-        default_factory=dict, description="name -> what is probed every so many steps"
+        default_factory=dict, description="name -> probe: recall measured during training"
     )
     context_parallel: int = Field(
-        1, ge=1, le=1 << 16, description="processes that share a row, each with a slice of it"
+        1, ge=1, le=1 << 16, description="processes per row, each with one slice of it"
     )
     muon: Annotated[MuonConfig | None, BeforeValidator(_switched)] = Field(
-        None, description="true, or options: Muon for matrices"
+        None, description="true or options: update matrices with Muon"
     )
     multi_step: Annotated[MultiStepConfig | None, BeforeValidator(_switched)] = Field(
         None,
-        description="true, or options: a rate that falls in steps, for training.lr_scheduler_type",
+        description="true or options: a piecewise constant rate instead of training.lr_scheduler_type",
     )
     decay_embeddings: bool = Field(
         False, description="weight decay on embeddings (OLMo 2 has none)"
     )
     decay_norms: bool = Field(False, description="weight decay on the weights of norms")
     decay_gates: bool = Field(
-        False, description="weight decay on gates, decays and what is like them"
+        False, description="weight decay on gates, decays and similar parameters"
     )
     training: Annotated[dict[str, Any], AfterValidator(training_values)] = Field(
         default_factory=dict, description="any key of transformers.TrainingArguments"
@@ -155,7 +158,9 @@ class TrainConfig(RowsConfig):
     @model_validator(mode="after")
     def _one_schedule(self) -> TrainConfig:
         if self.multi_step is not None and "lr_scheduler_type" in self.training:
-            refuse(["multi_step: takes the place of training.lr_scheduler_type; leave one out"])
+            refuse(
+                ["multi_step: expected no training.lr_scheduler_type with it, got one; remove one"]
+            )
         return self
 
     def as_dict(self) -> dict[str, Any]:

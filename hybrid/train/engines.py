@@ -73,10 +73,11 @@ def refuse_other_engine(folder: Path, trainer: Trainer) -> None:
         by, now = ("with", "without") if found == DEEPSPEED else ("without", "with")
         raise ConfigError(
             [
-                f"it was written {by} DeepSpeed and this run is {now}; launch it as before, or start a"
-                " new run from its weights (model.path) in another training.output_dir"
+                f"expected a run {by} DeepSpeed, which wrote the checkpoint, got one {now}; try the"
+                " earlier launcher, or a new run from its weights (model.path) in another"
+                " training.output_dir"
             ],
-            f"{folder} cannot be continued: this launch",
+            f"{folder} cannot be resumed",
         )
 
 
@@ -88,7 +89,8 @@ def load_model(trainer: Trainer, folder: Path, model: Any) -> bool:
     ignores all others.
 
     Raises:
-        ConfigError: the checkpoint lacks a weight of the model, or has a weight that the model lacks.
+        ConfigError: the checkpoint lacks a weight of the model, or has a weight that the model
+            lacks.
     """
     found, wanted = written_by(folder), wanted_by(trainer)
     whole: Any = trainer.accelerator.unwrap_model(model)
@@ -119,12 +121,12 @@ def _refuse_other_weights(folder: Path, found: str, model: Any) -> None:
     there = {tied.get(name, name) for name in _names(folder, found)}
     names = _filed_names(model) if found == PLAIN else set(get_model_state_dict(model))
     own = {tied.get(name, name) for name in names}
-    lines = [f"has no {name}" for name in sorted(own - there)]
-    lines += [f"has {name}, which the model has not" for name in sorted(there - own)]
+    lines = [f"{name}: expected in the checkpoint, got none" for name in sorted(own - there)]
+    lines += [f"{name}: expected none, got a weight" for name in sorted(there - own)]
     if lines:
         title = (
-            f"{folder} cannot be continued: its model was another (put the code or the versions that"
-            " wrote it back, or set another training.output_dir); it"
+            f"{folder} cannot be resumed: its model differs (use the code and the versions that"
+            " wrote it, or set another training.output_dir)"
         )
         raise ConfigError(first_few(lines), title)
 
@@ -181,7 +183,7 @@ def load_optimizer(trainer: Trainer, folder: Path) -> bool:
 
 
 class UntiedLayer(HybridLayer):
-    """A layer without shared parameters, which can be an FSDP unit of its own."""
+    """A layer without shared parameters, which can be a separate FSDP unit."""
 
 
 def shard_ties_with_the_stack(trainer: Trainer) -> None:

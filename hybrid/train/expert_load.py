@@ -18,9 +18,11 @@ FILE = "expert_load.jsonl"
 
 
 class ExpertLoad(TrainerCallback):
-    """Callback that ends each optimizer step of ``hybrid.ffn.balance`` and sums loads between two logs.
+    """Callback that ends each optimizer step of ``hybrid.ffn.balance`` and sums loads between two
+    logs.
 
-    Works with any ``Trainer`` and any model of this package; has no effect on models without experts.
+    Works with any ``Trainer`` and any model of this package; has no effect on models without
+    experts.
     """
 
     def __init__(self) -> None:

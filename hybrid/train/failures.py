@@ -1,4 +1,4 @@
-"""How a training process ends that cannot go on: one line, for the user and for the launcher."""
+"""Exit of a training process after an error: one line for the user and for the launcher."""
 
 from __future__ import annotations
 
@@ -20,19 +20,20 @@ FAILED = 2  # exit status
 
 
 class OutOfMemory(ConfigError):
-    """Model, optimizer and rows do not fit into the memory of a device, or of the machine."""
+    """Model, optimizer and batch do not fit in the memory of a device or of the machine."""
 
 
 def failed(line: str, silent: bool = False) -> int:
-    """Print why this process ends, and leave it for torch's launcher; return the exit status.
+    """Print the reason why this process ends, record it for torch's launcher; return the exit
+    status.
 
     Args:
         line: the reason.
-        silent: do not print: another process of the run does.
+        silent: do not print, because another process of the run does.
     """
     if not silent:
         print(line, file=sys.stderr)
-    # torch's launcher repeats it at the end of its report, in place of an advice on tracebacks
+    # torch's launcher prints it at the end of its report, instead of a hint on tracebacks
     if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         reason = {"message": line, "timestamp": int(time.time())}
         Path(path).write_text(json.dumps(reason), encoding="utf-8")
@@ -41,7 +42,7 @@ def failed(line: str, silent: bool = False) -> int:
 
 @contextmanager
 def memory_refusals(config: TrainConfig) -> Iterator[None]:
-    """Turn an allocation that fails into a line with what needs less memory.
+    """Convert a failed allocation to an error with settings that need less memory.
 
     Raises:
         OutOfMemory: torch could not allocate, on a device or in main memory.
@@ -56,7 +57,7 @@ def memory_refusals(config: TrainConfig) -> Iterator[None]:
 
 
 def _with_less(config: TrainConfig) -> str:
-    """The key that takes the most memory, its value, and values of the same run that take less."""
+    """Return an error line with the key that uses most memory, and smaller values for the same run."""
     key = "per_device_train_batch_size"
     rows = int(config.training.get(key, TrainingArguments.per_device_train_batch_size))
     times = int(config.training.get("gradient_accumulation_steps", 1))
@@ -69,6 +70,6 @@ def _with_less(config: TrainConfig) -> str:
         ways.append("training.gradient_checkpointing=true")
     ways.append(f"a sequence_length below {config.sequence_length}")
     return (
-        f"training.{key}: expected rows that fit into memory, got {rows} of"
+        f"training.{key}: expected rows that fit in memory, got {rows} of"
         f" {config.sequence_length} tokens; try {', or '.join(ways)}"
     )

@@ -1,14 +1,14 @@
-"""Training steps of 400M hybrids on one GPU, against the nearest models of transformers.
+"""Time training steps of 400M hybrids and of the nearest transformers models on one GPU.
 
     python -m hybrid.train.gpu_benchmark --out DIR [--layouts LLLS DDDS MMMS] [--lengths 4096 32768]
 
-Tokens a second, peak memory and MFU of whole steps (forward, backward, fused AdamW) in bfloat16, on
-random rows that differ from step to step; medians. MFU counts what ``hybrid.plan`` counts for our
-model, for both sides. Where flash-linear-attention is installed, transformers calls its kernels.
-Both sides have equal sizes and parameters within 2%, as ``hybrid.train.benchmark`` builds them.
-With ``--dry-run`` it runs on a CPU at tiny sizes, which shows that it works and nothing else.
+Reports tokens per second, peak memory and MFU of whole steps (forward, backward, fused AdamW) in
+bfloat16, on random rows that differ between steps, as medians. The MFU of both models uses the
+FLOPs of ``hybrid.plan`` for ours. If flash-linear-attention is installed, transformers calls its
+kernels. Both models have equal sizes and parameters within 2%, as in ``hybrid.train.benchmark``.
+``--dry-run`` runs tiny sizes on a CPU, to test the script only.
 
-Writes DIR/model.json after each model; a model that fails is a row with the error.
+Writes DIR/model.json after each model; a model that fails has a row with the error.
 """
 
 from __future__ import annotations
@@ -35,20 +35,20 @@ from hybrid.plan import count
 from hybrid.train.benchmark import AGREE, PAIRS, Size
 from hybrid.train.throughput import PEAK_BF16, training_flops_per_token
 
-PERIOD = 4  # layers of which the last is softmax
+PERIOD = 4  # every PERIOD-th layer is softmax
 SIDES = ("ours", "transformers")
 
 
 @dataclass(frozen=True)
 class Setup:
-    """Sizes of a run.
+    """Sizes of a benchmark.
 
     Attributes:
-        size: of both models.
-        layers: of both models.
-        tokens: of a step, in rows of one length.
-        warm, steps: steps that are not timed, and that are.
-        checkpoint_from: rows as long as this have their activations computed again.
+        size: sizes of both models.
+        layers: number of layers of both models.
+        tokens: tokens per step, in rows of one length.
+        warm, steps: number of untimed and of timed steps.
+        checkpoint_from: minimum row length for gradient checkpointing.
     """
 
     size: Size
@@ -64,7 +64,7 @@ TINY = Setup(Size(128, 128, 64), 4, 64, 1, 1, 32)
 
 
 def build(layout: str, side: str, setup: Setup) -> PreTrainedModel:
-    """One side of a pair, with random weights."""
+    """Return one model of a pair, with random weights."""
     mixers, model_type, keys = PAIRS[layout](setup.size.heads)
     if side == "ours":
         shape = {"num_hidden_layers": setup.layers, **setup.size.ours}
@@ -84,13 +84,13 @@ def build(layout: str, side: str, setup: Setup) -> PreTrainedModel:
 def measure(
     layout: str, side: str, length: int, setup: Setup, device: torch.device
 ) -> dict[str, Any]:
-    """Time steps of one model; returns a row."""
+    """Time the steps of one model; return a row of results."""
     torch.manual_seed(0)
     model = build(layout, side, setup)
     model.to(device=device, dtype=torch.bfloat16)  # pyright: ignore[reportArgumentType]
     model.train()
     if length >= setup.checkpoint_from:
-        # Named anew in transformers 5.2x; both are without re-entrance by default.
+        # Renamed in transformers 5.2x; both are non-reentrant by default.
         enable = getattr(model, "activation_checkpointing_enable", None)
         (enable or model.gradient_checkpointing_enable)()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=device.type == "cuda")
@@ -123,7 +123,7 @@ def _wait(device: torch.device) -> None:
 def utilisation(
     row: dict[str, Any], layout: str, length: int, setup: Setup, device: torch.device
 ) -> float | None:
-    """Share of the device's bfloat16 peak; None where no data sheet says."""
+    """Return the MFU relative to the device's bfloat16 peak; None if the peak is not known."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
@@ -136,7 +136,7 @@ def utilisation(
 def rows(
     layouts: Sequence[str], lengths: Sequence[int], setup: Setup, device: torch.device
 ) -> Iterator[dict[str, Any]]:
-    """Measure each layout at each length, our side and theirs in turn."""
+    """Measure each layout at each length, our model and transformers' in turn."""
     for layout in layouts:
         for length in lengths:
             for side in SIDES:
@@ -144,7 +144,7 @@ def rows(
                 try:
                     row |= measure(layout, side, length, setup, device)
                     row["mfu"] = utilisation(row, layout, length, setup, device)
-                # One that runs out of memory, or whose kernels fail here, is no reason to stop.
+                # Continue after a model that runs out of memory or whose kernels fail.
                 except (RuntimeError, ValueError, TypeError, ImportError) as error:
                     traceback.print_exc(limit=-3)
                     row["error"] = f"{type(error).__name__}: {error}"[:500]
@@ -155,7 +155,7 @@ def rows(
 
 
 def line(row: dict[str, Any]) -> str:
-    """A row as text."""
+    """Format a row as text."""
     text = f"{row['layout']} T={row['length']:6} {row['side']:12}"
     if "error" in row:
         return f"{text} FAILED {row['error']}"
@@ -166,7 +166,7 @@ def line(row: dict[str, Any]) -> str:
 
 
 def unequal(found: Sequence[dict[str, Any]]) -> list[str]:
-    """Pairs whose parameters differ by more than ``AGREE``, in words."""
+    """Return a line for each pair whose parameters differ by more than ``AGREE``."""
     sizes: dict[str, dict[str, int]] = {}
     for row in found:
         if "error" not in row:
@@ -180,7 +180,7 @@ def unequal(found: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """Run the command line; 1 if a model failed or the sides are not comparable."""
+    """Run the command line; return 1 if a model failed or a pair is not comparable."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder for the JSON")
     parser.add_argument("--layouts", nargs="+", choices=list(PAIRS), default=list(PAIRS))
@@ -188,9 +188,9 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--dry-run", action="store_true", help="on a CPU, tiny")
     options = parser.parse_args(words)
     if not options.dry_run and not torch.cuda.is_available():
-        parser.error("no GPU here; add --dry-run to try the script itself")
+        parser.error("device: expected a GPU, got none; try --dry-run to test the script")
     if options.dry_run:
-        # Where it is installed, transformers calls its kernels, which are not for a CPU.
+        # If installed, transformers calls its kernels, which do not run on a CPU.
         sys.modules["fla"] = None  # type: ignore[assignment]
     device = torch.device("cpu" if options.dry_run else "cuda")
     setup, lengths = (TINY, [32, 64]) if options.dry_run else (FULL, options.lengths)

@@ -62,7 +62,7 @@ class StopSignals(TrainerCallback):
         owner = os.getpid()
 
         def handle(number: int, frame: Any) -> None:
-            if os.getpid() != owner:  # a worker that loads data: its run tells it when to end
+            if os.getpid() != owner:  # a data-loader worker, which its run ends
                 return
             if not self.signal:
                 self.signal, self._since = number, time.monotonic()
@@ -100,8 +100,8 @@ class StopSignals(TrainerCallback):
 
     def outcome(self, args: TrainingArguments, step: int) -> Interrupted:
         """Return the exception that ends the run: what is saved, and how to resume."""
-        kept = f"{args.output_dir}/checkpoint-{step} is kept: start the same command again to go on"
+        kept = f"{args.output_dir}/checkpoint-{step} is kept: run the same command again to resume"
         if args.save_strategy == "no":
-            kept = "nothing is kept, for training.save_strategy is no"
+            kept = "no checkpoint is kept, because training.save_strategy is no"
         status = 128 + self.signal if self.signal else INTERRUPTED
         return Interrupted(f"interrupted after step {step}; {kept}", status)

@@ -15,16 +15,15 @@ from transformers import TrainingArguments
 from hybrid.config.declare import LARGEST, bounded, check_keys, refuse
 from hybrid.config.options import did_you_mean
 
-# Keys that would break a guarantee of a run, with the reasons.
+# Keys that would break a guarantee of a run, with reasons that complete "expected ..., since".
 DECIDED: dict[str, str] = {
-    "resume_from_checkpoint": "the same command goes on from the newest whole checkpoint by itself",
-    "ignore_data_skip": "a run goes on with the rows that come next",
-    "save_only_model": "a run could not go on from such a checkpoint; its folder has the model alone",
-    "save_on_each_node": "transformers writes weights by the first process alone; use a folder that all"
-    " machines share",
-    "auto_find_batch_size": "the rows of a step are fixed; set per_device_train_batch_size and"
-    " gradient_accumulation_steps",
-    "train_sampling_strategy": "the rows' order is that of the mixture",
+    "resume_from_checkpoint": "the same command resumes from the newest complete checkpoint",
+    "ignore_data_skip": "a run resumes at the next row",
+    "save_only_model": "a run cannot resume from such a checkpoint; the output folder has the model",
+    "save_on_each_node": "only the first process writes weights; use storage shared by all machines",
+    "auto_find_batch_size": "the rows of a step are fixed; try a smaller per_device_train_batch_size"
+    " and more gradient_accumulation_steps",
+    "train_sampling_strategy": "the mixture determines the order of rows",
 }
 
 # Names of other libraries for keys of transformers that are too different for "did you mean".
@@ -55,7 +54,7 @@ def _ends(steps: int) -> int:
 
 def _steps(steps: float) -> float:
     if not 0 < steps <= LARGEST:
-        raise ValueError("a number of steps, or a share of them between 0 and 1")
+        raise ValueError("number of steps, or fraction of all steps between 0 and 1")
     return steps
 
 
@@ -63,7 +62,7 @@ AT_LEAST_0, AT_LEAST_1, POSITIVE = Field(ge=0), Field(ge=1), Field(gt=0)
 SHARE_BELOW_1 = Field(ge=0, lt=1)
 SEED = Field(ge=0, lt=1 << 32)
 
-# Bounds of the numbers that a run reads; all others have those of `hybrid.config.declare`.
+# Bounds of the numbers that a run reads; all others have those of ``hybrid.config.declare``.
 BOUNDS: dict[str, Any] = {
     "per_device_train_batch_size": AT_LEAST_1,
     "per_device_eval_batch_size": AT_LEAST_1,
@@ -116,7 +115,7 @@ def training_values(values: Any) -> dict[str, Any]:
     given = {key: value for key, value in values.items() if key in known}
     given |= {
         k: "no" for k, v in given.items() if v is False and k.endswith("_strategy")
-    }  # in YAML
+    }  # YAML reads ``no`` as false
     if given.get("report_to", "") is None:
         given["report_to"] = "none"
     wrong, checked = check_keys(TrainingArguments, training_hints(), given)
@@ -130,7 +129,7 @@ def without_effect(values: Mapping[str, Any]) -> list[str]:
     if values.get("dataloader_num_workers"):
         return []
     return [
-        f"{key}: needs training.dataloader_num_workers above 0"
+        f"{key}: expected training.dataloader_num_workers above 0 with it, got 0"
         for key in ("dataloader_persistent_workers", "dataloader_prefetch_factor")
         if values.get(key)
     ]
@@ -146,7 +145,7 @@ def nearest(key: str, known: Iterable[str]) -> str:
 def decided(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> list[str]:
     """Return one line for each key that conflicts with what a run sets itself."""
     return [
-        f"{key}: {why}; leave it out"
+        f"{key}: expected {defaults[key]!r}, since {why}, got {values[key]!r}; remove the key"
         for key, why in DECIDED.items()
         if key in values and values[key] != defaults[key]
     ]

@@ -1,4 +1,4 @@
-"""The model of a run: a new one from its configuration, or a checkpoint's."""
+"""The model of a run: a new model from its configuration, or the model of a checkpoint."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ def _too_small(size: Any, config: TrainConfig, tokenizer: PreTrainedTokenizerBas
     if not isinstance(size, int) or not 0 < size < len(tokenizer):
         return []
     return [
-        f"model.vocab_size: {size} is less than the {len(tokenizer)} tokens of tokenizer"
-        f" {config.tokenizer!r}; leave it out or set at least {len(tokenizer)}"
+        f"model.vocab_size: expected at least {len(tokenizer)}, the tokens of tokenizer"
+        f" {config.tokenizer!r}, got {size}; try {len(tokenizer)} or remove the key"
     ]
 
 
@@ -54,9 +54,8 @@ def _check_sizes(
     limit = getattr(made, "max_position_embeddings", None)
     if limit is not None and config.sequence_length > limit:
         mistakes.append(
-            f"sequence_length: {config.sequence_length} is beyond the model's"
-            " max_position_embeddings"
-            f" {limit}; shorten the one or raise the other"
+            f"sequence_length: expected at most the model's max_position_embeddings {limit}, got"
+            f" {config.sequence_length}; try {limit}"
         )
     if mistakes:
         raise ConfigError(mistakes)
@@ -66,8 +65,8 @@ def load_model(config: TrainConfig, made: PreTrainedConfig) -> PreTrainedModel:
     """Return a new model, or that of ``model.path``; in float32 unless ``model.dtype`` is set.
 
     Raises:
-        ConfigError: the folder of ``model.path`` lacks weights of the model, or they cannot be read; or
-            transformers refuses to build the model.
+        ConfigError: the folder of ``model.path`` lacks weights of the model, or they cannot be
+            read; or transformers refuses to build the model.
     """
     dtype = config.model.get("dtype", "float32")
     loaded: Any = None
@@ -90,7 +89,7 @@ def load_model(config: TrainConfig, made: PreTrainedConfig) -> PreTrainedModel:
     if lines:
         raise ConfigError(
             first_few([f"{what} {line}" for line in lines]),
-            "the model's keys do not fit the weights (`hybrid import --layout` changes layouts); the"
-            " config",
+            "the keys of model do not match its weights (try `hybrid import --layout` for another"
+            " layout)",
         )
     return model

@@ -29,8 +29,8 @@ class ModelKeys(dict[str, Any]):
     """The keys of ``model:``, and the configuration that they were checked with.
 
     Attributes:
-        built: the configuration of a new model, without the sizes and ids of a tokenizer; None for a
-            checkpoint.
+        built: the configuration of a new model, without the sizes and ids of a tokenizer; None for
+            a checkpoint.
     """
 
     def __init__(self, keys: dict[str, Any], built: PreTrainedConfig | None) -> None:
@@ -49,7 +49,7 @@ def check_model(model: dict[str, Any]) -> ModelKeys:
     path = model["path"]
     if isinstance(path, str) and Path(path).is_dir():
         return ModelKeys(model, None)
-    raise ConfigError([f"model.path: expected a folder, got {path!r}, which is none"])
+    raise ConfigError([f"model.path: expected an existing folder, got {path!r}"])
 
 
 def config_with_tokenizer(
@@ -80,8 +80,8 @@ def checkpoint_config(model: dict[str, Any]) -> PreTrainedConfig:
     """Return the configuration of the checkpoint ``model.path``, with the other keys of ``model:``.
 
     Raises:
-        ConfigError: the folder has no configuration that can be read, an unknown key, or values that
-            the model type refuses.
+        ConfigError: the folder has no configuration that can be read, an unknown key, or values
+            that the model type refuses.
     """
     path, keys = model["path"], {k: v for k, v in model.items() if k != "path"}
     source = make(lambda: check_source(path))
@@ -98,7 +98,7 @@ def _new_config(model: dict[str, Any]) -> PreTrainedConfig:
     model_type = keys.pop("model_type", HybridConfig.model_type)
     if model_type not in CONFIG_MAPPING:
         near = did_you_mean(model_type, CONFIG_MAPPING.keys())
-        raise ConfigError([f"model.model_type: no model type {model_type!r}, {near}"])
+        raise ConfigError([f"model.model_type: unknown model type {model_type!r}, {near}"])
     refuse_unknown(CONFIG_MAPPING[model_type], keys)
     return make(lambda: AutoConfig.for_model(model_type, **keys))
 

@@ -1,9 +1,9 @@
-"""Where the steps that ``hybrid.train.benchmark`` compares go: CPU time by operation, both sides.
+"""Profile the steps of ``hybrid.train.benchmark``: CPU time per operation, for both models.
 
     python -m hybrid.train.operations [--pair LLLS] [--size text] [--length 4096] [--steps 4]
 
-The clock is the CPU time of the one thread that computes, around each operation that PyTorch
-dispatches, forward and backward; on top of a step come the microseconds of watching it.
+Measures the CPU time of the computing thread in each operation that PyTorch dispatches, forward and
+backward. Measuring adds microseconds per operation to a step.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from transformers import PreTrainedModel
 from hybrid.modeling.model import HybridForCausalLM
 from hybrid.train.benchmark import PAIRS, SIZES, build
 
-WARM = 3  # steps before the clock starts
+WARM = 3  # unmeasured steps at the start
 
 
 class OperationTimes(TorchDispatchMode):
-    """While it is entered: ``seconds`` and ``calls`` of each operation, by name."""
+    """Mode that records ``seconds`` and ``calls`` of each operation, by name."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -39,7 +39,7 @@ class OperationTimes(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Run an operation on the clock."""
+        """Run an operation and record its time."""
         start = time.thread_time()
         out = func(*args, **(kwargs or {}))
         self.seconds[str(func)] += time.thread_time() - start
@@ -48,7 +48,7 @@ class OperationTimes(TorchDispatchMode):
 
 
 def watch(model: PreTrainedModel, vocabulary: int, length: int, steps: int) -> OperationTimes:
-    """Train a model for some steps on one random row of ``length``, the warm ones unwatched."""
+    """Train a model on one random row of ``length`` tokens, and measure ``steps`` steps."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(vocabulary, (1, length), generator=generator)
     batch = {"input_ids": ids, "labels": ids}
@@ -72,7 +72,7 @@ def watch(model: PreTrainedModel, vocabulary: int, length: int, steps: int) -> O
 
 
 def table(times: OperationTimes, steps: int, rows: int) -> list[str]:
-    """Lines of a table: the operations that take longest, a step, and the sum of all."""
+    """Return the lines of a table: the slowest operations per step, and the sum of all."""
     total = sum(times.seconds.values())
     lines = ["| operation | calls | s | share |", "|---|---|---|---|"]
     for name, seconds in sorted(times.seconds.items(), key=lambda item: -item[1])[:rows]:
@@ -88,7 +88,7 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--pair", choices=list(PAIRS), default="LLLS")
     parser.add_argument("--size", choices=list(SIZES), default="text")
     parser.add_argument("--length", type=int, default=4096)
-    parser.add_argument("--steps", type=int, default=4, help="watched steps of each side")
+    parser.add_argument("--steps", type=int, default=4, help="measured steps of each model")
     parser.add_argument("--rows", type=int, default=20, help="operations to print")
     options = parser.parse_args(words)
     torch.set_num_threads(1)

@@ -116,8 +116,8 @@ def groups(
 class Several(torch.optim.Optimizer):
     """Several optimizers over disjoint parameters as one optimizer.
 
-    The inner optimizers share this object's groups and state. So schedulers, accelerate's sharding and
-    checkpoints see a plain optimizer.
+    The inner optimizers share this object's groups and state. So schedulers, accelerate's sharding
+    and checkpoints see a plain optimizer.
     """
 
     def __init__(self, optimizers: list[torch.optim.Optimizer]) -> None:

@@ -1,9 +1,10 @@
-"""Pickles of torch's distributed checkpoints, read so that they cannot run code.
+"""Safe reading of the pickles in torch's distributed checkpoints.
 
-A checkpoint of sharded FSDP2 has an index `.metadata`, which torch reads with plain `pickle`, and values
-that are no tensors (learning rates, steps), which it reads with `torch.load(weights_only=False)`. Either
-runs whatever code the file names. Both are read here first, with nothing allowed but the plain classes
-that torch itself writes; a file that names anything else is refused before torch opens it.
+A sharded FSDP2 checkpoint has an index ``.metadata``, which torch reads with plain ``pickle``, and
+values that are not tensors (learning rates, steps), which it reads with
+``torch.load(weights_only=False)``. Both can run arbitrary code. This module reads both first and
+allows only the plain classes that torch writes; a file with any other class or function is refused
+before torch opens it.
 """
 
 from __future__ import annotations
@@ -44,34 +45,36 @@ _PLAIN = {
 
 
 class _PlainUnpickler(pickle.Unpickler):
-    """Reads records, numbers, text, paths and dtypes; refuses any other class or function."""
+    """Unpickler that reads records, numbers, text, paths and dtypes, and refuses everything else."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in _PLAIN:
             return _PLAIN[module, name]
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
             return getattr(torch, name)
-        raise pickle.UnpicklingError(f"it names {module}.{name}, which no index of tensors needs")
+        raise pickle.UnpicklingError(
+            f"expected classes of an index of tensors, got {module}.{name}"
+        )
 
 
 def refuse_code(checkpoint: Path) -> None:
-    """Refuse a checkpoint whose pickles name more than tensors, numbers and text.
+    """Refuse a checkpoint whose pickles contain more than tensors, numbers and text.
 
     Args:
-        checkpoint: the folder; every index in it is looked at, and what lies beside it.
-            Checkpoints of DeepSpeed are not: DeepSpeed itself reads them, with plain pickle.
+        checkpoint: the folder. Every index in it and its data files are checked. Checkpoints of
+            DeepSpeed are not checked: DeepSpeed reads them with plain pickle.
 
     Raises:
-        ConfigError: the file and what it names.
+        ConfigError: with the file and the class or function in it.
     """
     for index in sorted(checkpoint.rglob("*.metadata")):
         try:
             with index.open("rb") as file:
                 found = _PlainUnpickler(file).load()
             if not isinstance(found, metadata.Metadata):
-                raise pickle.UnpicklingError(f"it holds {type(found).__name__}")
+                raise pickle.UnpicklingError(f"expected Metadata, got {type(found).__name__}")
             _read_values(index.parent, found)
-        except Exception as error:  # whatever a damaged or hostile pickle ends in
+        except Exception as error:  # a damaged or malicious pickle can raise any error
             reason = (str(error).strip() or repr(error)).splitlines()[0]
             raise ConfigError(
                 [
@@ -83,21 +86,25 @@ def refuse_code(checkpoint: Path) -> None:
 
 
 def _read_values(folder: Path, found: metadata.Metadata) -> None:
-    """Read every value that is no tensor the way that allows no code.
+    """Read every value that is not a tensor without running code.
 
     Raises:
-        pickle.UnpicklingError: one names a class or a function, or lies outside the folder.
+        pickle.UnpicklingError: a value contains a class or a function, or is outside the folder.
     """
     stored: dict[Any, Any] = found.storage_data or {}
     for key, info in stored.items():
         path = (folder / info.relative_path).resolve()
         if not path.is_relative_to(folder.resolve()):
-            raise pickle.UnpicklingError(f"it names the file {info.relative_path!r} elsewhere")
+            raise pickle.UnpicklingError(
+                f"expected a file in the folder, got {info.relative_path!r}"
+            )
         what = found.state_dict_metadata.get(key.fqn)
         if isinstance(what, metadata.TensorStorageMetadata):
             continue  # torch reads these with weights_only=True
         if getattr(info, "transform_descriptors", None):
-            raise pickle.UnpicklingError(f"{key.fqn} is stored in a form that is not read here")
+            raise pickle.UnpicklingError(
+                f"{key.fqn}: expected the format of torch.save, got another"
+            )
         with path.open("rb") as file:
             file.seek(info.offset)
             torch.load(io.BytesIO(file.read(info.length)), "cpu", weights_only=True)

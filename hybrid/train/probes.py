@@ -63,7 +63,7 @@ def draw(source: Rows, rows: int) -> list[Row]:
     """
     drawn = [source.row(i) for i in range(rows)]
     if all((row["labels"][1:] == IGNORE).all() for row in drawn):
-        raise ValueError(f"none of its first {rows} rows has a label: there is nothing to ask")
+        raise ValueError(f"expected a label in the first {rows} rows, got none")
     return drawn
 
 
@@ -104,7 +104,7 @@ class Probes(TrainerCallback):
                 wanted = control.should_log
                 for probe in due:
                     self.trainer.log(ask(self.trainer, probe))
-                control.should_log = wanted  # `log` has reset it
+                control.should_log = wanted  # ``log`` has reset it
 
 
 @torch.no_grad()

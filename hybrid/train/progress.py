@@ -107,7 +107,7 @@ class LossWatch(TrainerCallback):
         loss = (logs or {}).get("loss")
         if loss is not None and not math.isfinite(loss):
             raise FloatingPointError(
-                f"the loss is {loss} at step {state.global_step}; lower training.learning_rate,"
-                " lengthen"
-                " training.warmup_steps, or set training.max_grad_norm; the last checkpoint is kept"
+                f"loss: expected a finite number, got {loss} at step {state.global_step}; try a lower"
+                " training.learning_rate, more training.warmup_steps, or training.max_grad_norm; the"
+                " last checkpoint is kept"
             )

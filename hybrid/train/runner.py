@@ -49,7 +49,8 @@ class RunResult:
     Attributes:
         output_dir: the checkpoint's folder.
         steps: optimizer steps of the whole run.
-        losses: (step, mean training loss since the last entry) over the whole run, in nats per token.
+        losses: (step, mean training loss since the last entry) over the whole run, in nats per
+            token.
         eval_losses: (step, loss on eval_data), in nats per token.
         probes: name -> (step, accuracy over all its labels).
         seconds: wall time of this process's training.
@@ -82,7 +83,7 @@ def run(
 
     Args:
         config: configuration of the run.
-        trainer_class: another trainer class or factory, for another objective on the same data.
+        trainer_class: another trainer class or factory, for other losses on the same data.
 
     Raises:
         ConfigError: the configuration cannot run here, or the output folder has checkpoints of
@@ -233,7 +234,7 @@ def _find_checkpoint(trainer: HybridTrainer) -> Path | None:
         refuse_other_engine(found[0], trainer)
         refuse_code(found[0])
         if args.process_index == 0:
-            print(f"continuing from {found[0]}", file=sys.stderr)
+            print(f"resuming from {found[0]}", file=sys.stderr)
     return found[0]
 
 
@@ -252,11 +253,11 @@ def _stopped_by_signals(trainer: HybridTrainer) -> Iterator[None]:
         # a signal to all processes also ends the data workers, which torch reports here
         if not stop.signal or "DataLoader worker" not in str(error):
             raise
-        raise Interrupted("interrupted; start the same command again to go on") from error
+        raise Interrupted("interrupted; run the same command again to resume") from error
     except KeyboardInterrupt as error:
         step = trainer.state.global_step
-        text = f"stopped at once in step {step + 1}; earlier checkpoints are kept"
-        raise Interrupted(f"{text}: start the same command again to go on") from error
+        text = f"stopped immediately in step {step + 1}; earlier checkpoints are kept"
+        raise Interrupted(f"{text}: run the same command again to resume") from error
     if stop.stopped:
         raise stop.outcome(trainer.args, trainer.state.global_step)
 

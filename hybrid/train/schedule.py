@@ -18,22 +18,26 @@ from hybrid.config.options import ConfigError
 class MultiStepConfig(Declared):
     """Warm-up, then a piecewise constant rate (DeepSeek LLM, arXiv 2401.02954, section 2.3)."""
 
-    at: list[Share] = Field([0.8, 0.9], description="where it falls, as shares of the steps")
+    at: list[Share] = Field(
+        [0.8, 0.9], description="steps where the rate changes, as fractions of all"
+    )
     factors: list[NotNegative] = Field(
-        [0.316, 0.1], description="of the peak, from each of these on"
+        [0.316, 0.1], description="rate from each of these steps on, relative to the peak"
     )
 
     @field_validator("at")
     @classmethod
     def _rising(cls, at: list[float]) -> list[float]:
         if any(a >= b for a, b in pairwise(at)):
-            refuse([f": expected rising shares between 0 and 1, got {at}"])
+            refuse([f": expected ascending fractions between 0 and 1, got {at}"])
         return at
 
     @model_validator(mode="after")
     def _as_many(self) -> MultiStepConfig:
         if len(self.at) != len(self.factors):
-            refuse([f"factors: expected {len(self.at)}, one for each of at, got {self.factors}"])
+            refuse(
+                [f"factors: expected {len(self.at)}, one for each entry of at, got {self.factors}"]
+            )
         return self
 
     def schedule(self, optimizer: torch.optim.Optimizer, warmup: int, steps: int) -> LambdaLR:
@@ -58,7 +62,7 @@ def check_schedule(args: TrainingArguments) -> None:
         ConfigError: with transformers' own message.
     """
     optimizer = torch.optim.SGD([torch.zeros(1)])
-    options: Any = args.lr_scheduler_kwargs or {}  # a mapping by now
+    options: Any = args.lr_scheduler_kwargs or {}  # converted to a mapping
     try:
         get_scheduler(
             args.lr_scheduler_type,

@@ -37,27 +37,32 @@ def check_slices(config: TrainConfig, args: TrainingArguments, made: PreTrainedC
         return
     if args.world_size % parts:
         mistakes.append(
-            f"context_parallel: {parts} does not divide the number of processes, {args.world_size}"
+            f"context_parallel: expected a divisor of the {args.world_size} processes, got {parts}"
         )
         raise ConfigError(mistakes)
     if config.sequence_length % parts:
         mistakes.append(
-            f"context_parallel: {parts} does not divide sequence_length, {config.sequence_length}"
+            f"context_parallel: expected a divisor of sequence_length {config.sequence_length}, got"
+            f" {parts}"
         )
     if not isinstance(made, HybridConfig):
-        mistakes.append(f"context_parallel: {made.model_type!r} is not a model of this package")
+        mistakes.append(f"context_parallel: expected a hybrid model, got {made.model_type!r}")
     else:
         mistakes += _unable(made)
     if config.packing == "none":
-        mistakes.append("context_parallel: wants packed rows; set packing: true")
+        mistakes.append(
+            "context_parallel: expected packed rows, got packing: none; try packing: true"
+        )
     implementation = getattr(made, "_attn_implementation", None) or "sdpa"
     if implementation not in MASKED:
         mistakes.append(
-            f"context_parallel: attn_implementation {implementation!r} cannot mask documents across"
-            f" processes; use one of {', '.join(MASKED)}"
+            f"context_parallel: expected one of the attention implementations {', '.join(MASKED)},"
+            f" which mask documents across processes, got {implementation!r}"
         )
     if config.probes:
-        mistakes.append("probes: not with context_parallel; measure the checkpoints instead")
+        mistakes.append(
+            "probes: expected none with context_parallel; try to evaluate the checkpoints"
+        )
     if mistakes:
         raise ConfigError(mistakes)
 
@@ -66,15 +71,16 @@ def _unable(made: HybridConfig) -> list[str]:
     lines = []
     if made.num_mtp_layers:
         lines.append(
-            "context_parallel: multi-token prediction looks past the end of a slice; set"
-            " num_mtp_layers to 0, or import without it (--no-mtp)"
+            f"context_parallel: expected num_mtp_layers: 0, got {made.num_mtp_layers}; try 0, or"
+            " import without the modules (--no-mtp)"
         )
     symbols = {symbol for layer in made.layers for symbol in layer.mixers}
     for symbol in sorted(symbols):
         cls = made.stack.mixers[symbol].cls
         if not cls.continues_packed:
             lines.append(
-                f"context_parallel: {cls.name} ({symbol}) cannot continue packed documents"
+                f"context_parallel: expected mixers that continue packed documents, got {cls.name}"
+                f" ({symbol})"
             )
     return lines
 

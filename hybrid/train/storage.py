@@ -35,16 +35,17 @@ def check_storage(args: TrainingArguments) -> None:
     if blind:
         raise ConfigError(
             [
-                f"training.output_dir: process {blind[0]} does not see what process 0 writes to {where};"
-                " put it on storage that all machines share (or, for a run without checkpoints, set"
-                " training.save_strategy: no and take an empty folder)"
+                f"training.output_dir: expected storage shared by all machines, got {where}, in which"
+                f" process {blind[0]} does not see the files of process 0; try shared storage (or, for"
+                " a run without checkpoints, training.save_strategy: no and an empty folder)"
             ]
         )
 
 
 @contextmanager
 def sole_run(args: TrainingArguments) -> Iterator[None]:
-    """Lock the output folder against other runs; the first process holds the lock for the whole run.
+    """Lock the output folder against other runs; the first process holds the lock for the whole
+    run.
 
     Raises:
         ConfigError: another run uses the folder.

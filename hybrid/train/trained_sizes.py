@@ -10,19 +10,19 @@ import yaml
 
 from hybrid.train.trainer import CONFIG_NAME
 
-# Options of a task's rows, whose value in training is also the one to measure at.
+# Options of a task that evaluation takes from training.
 SIZES = {"mqar": ("pairs", "queries")}
 
 
 def trained_sizes(folders: Sequence[str | Path]) -> dict[str, dict[str, Any]]:
-    """Row length and sizes of the tasks among the training data of all these checkpoints.
+    """Return row length and sizes of the tasks in the training data of these checkpoints.
 
     Args:
-        folders: checkpoints; one that no training run of this package has written counts for nothing.
+        folders: checkpoints; those not written by a training run of this package are ignored.
 
     Returns:
-        Options by task, e.g. ``{"mqar": {"sequence_length": 128, "pairs": 16}}``. A task that the
-        checkpoints were trained on in different sizes is left out: they are compared at its defaults.
+        Options by task, e.g. ``{"mqar": {"sequence_length": 128, "pairs": 16}}``. A task with
+        different sizes in these checkpoints is omitted; they are compared at its defaults.
     """
     found: dict[str, list[dict[str, Any]]] = {}
     for folder in folders:
@@ -32,7 +32,7 @@ def trained_sizes(folders: Sequence[str | Path]) -> dict[str, dict[str, Any]]:
 
 
 def _sizes_of(path: Path) -> list[tuple[str, dict[str, Any]]]:
-    """Tasks and their sizes in one run's configuration; none where it cannot be read."""
+    """Return tasks and their sizes in the configuration of one run; empty if it cannot be read."""
     try:
         config = yaml.safe_load(path.read_text(encoding="utf-8"))
         length, data = config["sequence_length"], config["data"]

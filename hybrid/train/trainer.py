@@ -74,7 +74,7 @@ class HybridTrainer(Trainer):
         shard_ties_with_the_stack(self)
         self.label_smoothing = 0.0
         if isinstance(self.model, HybridForCausalLM):
-            # `Trainer` would smooth the logits itself and ignore the additional losses of the config
+            # ``Trainer`` would smooth the logits itself and ignore the additional losses of the config
             self.label_smoothing, self.label_smoother = self.args.label_smoothing_factor, None
         self.tokens_per_step = tokens_per_step
         self.flops_per_token = flops_per_token
@@ -246,7 +246,7 @@ class HybridTrainer(Trainer):
         found = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         loss, labels = (sum(part) for part in zip(*gather_object([self._held]), strict=True))
         if not labels:
-            raise DataError("eval_data: none of its rows has a label; there is no loss to take")
+            raise DataError("eval_data: expected rows with labels, got none")
         if found.metrics is not None:
             found.metrics[f"{metric_key_prefix}_loss"] = loss / labels
         return found

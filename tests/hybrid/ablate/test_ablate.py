@@ -360,10 +360,10 @@ def test_a_run_that_diverges_is_reported_and_the_others_go_on(values):
     values["seeds"] = [0]
     report = run_all(designed(values))
     wild = report["variants"][1]
-    assert wild["diverged"]["0"].startswith("the loss is")
+    assert wild["diverged"]["0"].startswith("loss: expected a finite number")
     (effect,) = report["effects"]
     assert effect["verdict"] == "no pair of seeds"
-    assert "wild, seed 0, diverged: the loss is" in markdown(report)
+    assert "wild, seed 0, diverged: loss: expected a finite number" in markdown(report)
     assert run_all(designed(values)) == report
 
 

@@ -123,7 +123,7 @@ def test_values_that_cannot_be_meant(tmp_path):
         "sequence_length: expected at least 2, got 1",
     ]
     assert mistakes("{model: {path: no/where}, data: stdlib, sequence_length: 8}") == [
-        "model.path: expected a folder, got 'no/where', which is none"
+        "model.path: expected an existing folder, got 'no/where'"
     ]
 
 
@@ -132,7 +132,7 @@ OUTSIDE = {
     "gradient_accumulation_steps": (0, "at least 1"),
     "max_steps": (-3, "at least 1, or -1 for num_train_epochs"),
     "num_train_epochs": (-1.0, "above 0"),
-    "save_steps": (0, "a number of steps, or a share of them between 0 and 1"),
+    "save_steps": (0, "number of steps, or fraction of all steps between 0 and 1"),
     "learning_rate": (-1e-3, "at least 0"),
     "adam_beta1": (1.0, "below 1"),
     "seed": (-1, "at least 0"),
@@ -160,10 +160,10 @@ def test_keys_that_a_run_decides_itself():
     assert mistakes(
         {"model": {}, "data": "stdlib", "sequence_length": 8, "training": training}
     ) == [
-        "training.resume_from_checkpoint: the same command goes on from the newest whole checkpoint"
-        " by itself; leave it out",
-        "training.save_only_model: a run could not go on from such a checkpoint; its folder has the"
-        " model alone; leave it out",
+        "training.resume_from_checkpoint: expected None, since the same command resumes from the"
+        " newest complete checkpoint, got 'x'; remove the key",
+        "training.save_only_model: expected False, since a run cannot resume from such a checkpoint;"
+        " the output folder has the model, got True; remove the key",
     ]
 
 
@@ -221,13 +221,12 @@ def test_sizes_come_from_the_tokenizer():
 
 def test_a_model_that_does_not_fit_its_data():
     assert refused(model={**LLAMA, "max_position_embeddings": 32}) == [
-        "sequence_length: 64 is beyond the model's max_position_embeddings 32; shorten the one or"
-        " raise the other"
+        "sequence_length: expected at most the model's max_position_embeddings 32, got 64; try 32"
     ]
     for model in ({"layout": "LS", "hidden_size": 32}, {**LLAMA, "eos_token_id": 2}):
         assert refused(model={**model, "vocab_size": 100}) == [
-            "model.vocab_size: 100 is less than the 259 tokens of tokenizer 'bytes'; leave it out or"
-            " set at least 259"
+            "model.vocab_size: expected at least 259, the tokens of tokenizer 'bytes', got 100; try 259"
+            " or remove the key"
         ]
 
 
@@ -238,7 +237,7 @@ def test_a_model_s_keys_are_checked():
     (line,) = of_model(layout="LS", hiden_size=3)
     assert line == "model.hiden_size: unknown key, did you mean 'hidden_size'?"
     assert of_model(model_type="lama") == [
-        "model.model_type: no model type 'lama', did you mean 'llama'?"
+        "model.model_type: unknown model type 'lama', did you mean 'llama'?"
     ]
     (line,) = of_model(model_type="llama", hidden_size="big")
     assert line.startswith("model: ")
@@ -251,7 +250,7 @@ def test_a_device_that_is_absent(tmp_path):
     absent = "mps" if torch.cuda.is_available() else "cuda"
     config = config_of(device=absent, training={"output_dir": str(tmp_path)})
     with pytest.raises(
-        ConfigError, match=f"device: there is no '{absent}' here; this machine has:"
+        ConfigError, match=rf"device: expected a device of this machine \(.*\), got '{absent}'"
     ):
         training_arguments(config)
 
@@ -272,8 +271,11 @@ def test_what_transformers_refuses_is_said_where_it_stands(tmp_path):
 @pytest.mark.parametrize(
     ("training", "line"),
     [
-        ({"fp16": True}, r"training\.fp16: a CPU does not train in it; set training\.bf16: true"),
-        ({"eval_strategy": "steps"}, r"training\.eval_strategy: there is no eval_data"),
+        (
+            {"fp16": True},
+            r"training\.fp16: expected false on a CPU, got true; try training\.bf16: true",
+        ),
+        ({"eval_strategy": "steps"}, r"training\.eval_strategy: expected 'no' without eval_data"),
     ],
 )
 def test_what_this_run_cannot_do(tmp_path, training, line):
@@ -327,6 +329,9 @@ def test_a_key_by_another_usual_name_is_recognised():
 
 def test_a_folder_that_cannot_be_written_is_named_before_the_run(tmp_path):
     (tmp_path / "file").touch()
-    for folder, said in ((tmp_path / "file", "is a file; name a folder"), ("/proc/self", "Errno")):
+    for folder, said in (
+        (tmp_path / "file", "expected a folder, got the file"),
+        ("/proc/self", "Errno"),
+    ):
         with pytest.raises(ConfigError, match=rf"training.output_dir: .*{said}"):
             make_folder(SimpleNamespace(output_dir=str(folder)))

@@ -59,7 +59,7 @@ def test_a_step_without_memory_says_what_takes_less(values, monkeypatch, text):
     with pytest.raises(OutOfMemory) as caught:
         run(parse_config(values))
     (line,) = caught.value.mistakes
-    assert "training.per_device_train_batch_size: expected rows that fit into memory, got 6" in line
+    assert "training.per_device_train_batch_size: expected rows that fit in memory, got 6" in line
     # 6 x 1 = 3 x 2 rows of a step: the run may be continued
     assert "try 3 with training.gradient_accumulation_steps=2, which continues this run" in line
     assert text.split(" Tried")[0] in line
@@ -143,9 +143,7 @@ def test_ctrl_c_under_accelerate_launch_keeps_the_step(values, tmp_path, engine)
     os.killpg(process.pid, signal.SIGINT)
     text = process.communicate()[1]  # until the last process has ended
     (line,) = [line for line in text.splitlines() if line.startswith("hybrid train: ")]
-    step = re.search(
-        r"interrupted after step (\d+); out/checkpoint-\1 is kept: start the same", line
-    )
+    step = re.search(r"interrupted after step (\d+); out/checkpoint-\1 is kept: run the same", line)
     assert step, line
     assert (tmp_path / f"out/checkpoint-{step[1]}" / "manifest.json").is_file()
     assert not re.search(r'File ".*/hybrid/', text)

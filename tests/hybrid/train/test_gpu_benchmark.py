@@ -49,4 +49,4 @@ def test_without_a_gpu_it_says_so(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit):
         gpu_benchmark.main(["--out", str(tmp_path)])
-    assert "no GPU here" in capsys.readouterr().err
+    assert "expected a GPU" in capsys.readouterr().err

@@ -247,8 +247,8 @@ def test_the_multi_step_schedule(tmp_path, options, expected):
 
 
 MULTI_STEP = {
-    "lengths": ({"at": [0.5]}, "multi_step.factors: expected 1, one for each of at"),
-    "order": ({"at": [0.9, 0.8]}, r"multi_step.at: expected rising shares between 0 and 1"),
+    "lengths": ({"at": [0.5]}, "multi_step.factors: expected 1, one for each entry of at"),
+    "order": ({"at": [0.9, 0.8]}, r"multi_step.at: expected ascending fractions between 0 and 1"),
     "sign": ({"factors": [0.5, -0.1]}, "multi_step.factors.1.: expected at least 0"),
     "key": ({"factor": [0.5, 0.1]}, "multi_step.factor: unknown key, did you mean 'factors'"),
 }
@@ -262,7 +262,7 @@ def test_mistakes_in_the_multi_step_schedule(tmp_path, case):
 
 
 def test_two_schedules_are_refused(tmp_path):
-    with pytest.raises(ConfigError, match=r"takes the place of training\.lr_scheduler_type"):
+    with pytest.raises(ConfigError, match=r"multi_step: expected no training\.lr_scheduler_type"):
         config(tmp_path, training={"lr_scheduler_type": "cosine"}, multi_step=True)
 
 

@@ -155,7 +155,7 @@ def test_a_probe_s_mistakes_are_named(values):
     with pytest.raises(ConfigError) as caught:
         parse_config(values)
     assert caught.value.mistakes == [
-        "probes.loss: expected a name of letters, digits and _, and not 'loss', got 'loss'",
+        "probes.loss: expected name of letters, digits and _, except 'loss', got 'loss'",
         "probes.a.evry: unknown option of 'mqar', did you mean 'every'?",
         "probes.a.rows: expected at least 1, got 0",
         "probes.b.every: expected int, got str 'often'",

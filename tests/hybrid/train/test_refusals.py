@@ -147,7 +147,7 @@ def test_an_evaluation_without_labels_is_an_error(values, monkeypatch):
     rows = [dict(trainer.eval_dataset[i]) for i in range(2)]
     for row in rows:
         row["labels"] = row["labels"] * 0 + IGNORE
-    with pytest.raises(DataError, match="none of its rows has a label"):
+    with pytest.raises(DataError, match="eval_data: expected rows with labels"):
         trainer.evaluate(rows)
 
 

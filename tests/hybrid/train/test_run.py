@@ -191,7 +191,9 @@ def test_epochs_are_those_of_the_data(values):
     rows = trainer.train_dataset.sources[0].per_epoch
     assert (trainer.args.save_strategy, trainer.args.save_steps) == ("steps", -(-rows // 6))
     values["data"][0]["streaming"] = True
-    with pytest.raises(ConfigError, match=r"training.save_strategy: a source of this run has no"):
+    with pytest.raises(
+        ConfigError, match=r"training.save_strategy: expected steps for sources without an end"
+    ):
         prepare_run(changed(values, max_steps=4, save_strategy="epoch"))
 
 
@@ -206,7 +208,7 @@ def test_a_stream_that_breaks_ends_the_run_in_one_line(values, tmp_path, capsys,
     said = capsys.readouterr().err
     (line,) = [x for x in said.splitlines() if "error" in x]
     assert "of source 1: row 9 of" in line
-    assert "b.jsonl, line 11): column 'text' holds null, expected text" in line
+    assert "b.jsonl, line 11): expected text in column 'text', got null" in line
     assert line.endswith("run the same command again: earlier checkpoints are kept")
     assert "Traceback" not in said
     assert newest_whole(tmp_path / "out", print) is not None
@@ -226,7 +228,10 @@ def test_the_number_of_steps_may_come_from_epochs(values):
     rows = trainer.train_dataset.sources[0].per_epoch
     assert trainer.args.max_steps == -(-2 * rows // 6)
     values["data"][0]["streaming"] = True
-    with pytest.raises(ConfigError, match=r"training.max_steps: required, since a source"):
+    with pytest.raises(
+        ConfigError,
+        match=r"training.max_steps: expected a number of steps for sources without an end",
+    ):
         prepare_run(changed(values, num_train_epochs=2))
 
 
@@ -308,6 +313,7 @@ def test_a_checkpoint_that_is_not_whole_is_skipped_in_one_line(values, tmp_path,
     newest = tmp_path / "out" / f"checkpoint-{STEPS}"
     weights = newest / "model.safetensors"
     content = bytearray(weights.read_bytes())
+    size = len(content)
     if harm == "cut":
         weights.write_bytes(content[:100])
     elif harm == "flip":
@@ -316,10 +322,10 @@ def test_a_checkpoint_that_is_not_whole_is_skipped_in_one_line(values, tmp_path,
     else:
         (newest / ("optimizer.pt" if harm == "remove" else "manifest.json")).unlink()
     expected = {
-        "cut": "model.safetensors has 100 bytes of",
-        "flip": "model.safetensors has changed since it was written",
-        "remove": "optimizer.pt is missing",
-        "no manifest": "it was not written to the end",
+        "cut": f"model.safetensors: expected {size} bytes, got 100",
+        "flip": "model.safetensors: expected the recorded checksum",
+        "remove": "optimizer.pt: expected in the checkpoint, got none",
+        "no manifest": "it is incomplete",
     }[harm]
     capsys.readouterr()
     resumed = run(changed(values, save_total_limit=2))
@@ -510,14 +516,12 @@ def test_weights_that_a_checkpoint_of_another_engine_lacks_are_named(values, tmp
     torch.save(weights, folder / "pytorch_model_fsdp.bin")
     (folder / "model.safetensors").unlink()
     write_manifest(folder, json.loads((folder / MANIFEST).read_text())["run"])
-    message = (
-        r"checkpoint-3 cannot be continued: .*another training.output_dir\); it has 2 mistakes"
-    )
+    message = r"checkpoint-3 cannot be resumed: .*another training.output_dir\) has 2 mistakes"
     with pytest.raises(ConfigError, match=message) as caught:
         run(parse_config(values))
     assert caught.value.mistakes == [
-        "has no model.norm.weight",
-        "has model.normal.weight, which the model has not",
+        "model.norm.weight: expected in the checkpoint, got none",
+        "model.normal.weight: expected none, got a weight",
     ]
 
 
@@ -561,7 +565,7 @@ def test_half_a_line_of_the_load_of_experts_is_dropped(tmp_path):
 
 
 def test_a_loss_that_is_no_number_ends_the_run(values):
-    with pytest.raises(FloatingPointError, match="the loss is nan at step"):
+    with pytest.raises(FloatingPointError, match="loss: expected a finite number, got nan at step"):
         run(changed(values, learning_rate=1e30, max_grad_norm=0, lr_scheduler_type="constant"))
 
 
