@@ -212,7 +212,7 @@ def load_model_config(
     if Path(path).is_dir() or path.endswith(".json"):
         file = Path(path) / "config.json" if Path(path).is_dir() else Path(path)
         if not file.is_file():
-            raise ConfigError([f"no such file: {file}"], path)
+            raise ConfigError([f"expected an existing file, got {file}"], path)
         values = read_json(file)
         if values.get("model_type") == HybridConfig.model_type:
             return HybridConfig(**values)

@@ -1,4 +1,4 @@
-"""Files of a checkpoint stay in its folder: checked before transformers follows its links and names."""
+"""Checks that paths in the files of a checkpoint stay inside its folder."""
 
 import json
 from collections.abc import Iterator
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def check_folder(folder: Path) -> None:
-    """Refuse a checkpoint of which a file leaves its folder.
+    """Refuse a checkpoint with a path that leaves its folder.
 
     Links of a hub cache may lead to the blobs of the same repository.
 
@@ -32,17 +32,17 @@ def _check(folder: Path, name: str, root: Path, named_by: Path) -> None:
     leaves = any(part.is_absolute() or part.drive or ".." in part.parts for part in parts)
     try:
         leaves = leaves or not (folder / name).resolve().is_relative_to(root)
-    except (OSError, RuntimeError, ValueError):  # a circle of links, a name that is none
+    except (OSError, RuntimeError, ValueError):  # a cycle of links, or an invalid name
         leaves = True
     if leaves:
         raise ValueError(
-            f"{named_by}: leads to {name!r}, which leaves the checkpoint's folder; put the file itself"
-            " there"
+            f"{named_by}: expected a file in the checkpoint's folder, got {name!r}, which leaves it;"
+            " copy the file"
         )
 
 
 def _names(folder: Path) -> Iterator[tuple[str, str]]:
-    """File that names, and what it names."""
+    """Yield (file, name in it)."""
     for path in sorted(folder.glob("*.index.json")):
         yield from ((path.name, name) for name in _texts(_read(path).get("weight_map")))
     for file in ("config.json", "tokenizer_config.json"):
@@ -50,13 +50,13 @@ def _names(folder: Path) -> Iterator[tuple[str, str]]:
             for name in _texts(value):
                 if key == "auto_map":  # "repository--module.Class"
                     yield file, name.rpartition("--")[2].rpartition(".")[0]
-                # published files name paths of their author's machine, which nobody reads here
+                # paths of the author's machine in published files, which are never read
                 elif key.endswith(("_file", "_tokenizer_files")) and _is_file(folder / name):
                     yield file, name
 
 
 def _texts(value: Any) -> set[str]:
-    """Every string in a value of JSON, but for keys."""
+    """Return every string in a JSON value, except keys."""
     if isinstance(value, str):
         return {value}
     within = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
@@ -66,7 +66,7 @@ def _texts(value: Any) -> set[str]:
 def _read(path: Path) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except (ValueError, RecursionError):  # reported by what needs the file
+    except (ValueError, RecursionError):  # reported by the readers of the file
         return {}
     return values if isinstance(values, dict) else {}
 

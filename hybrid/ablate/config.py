@@ -78,12 +78,12 @@ class Match(Declared):
     """The cost that all variants share, and the width that is solved for."""
 
     cost: Literal["parameters", "flops"] = Field(
-        description="parameters, or training FLOPs a token at the training length"
+        description="parameters, or training FLOPs per token at the training length"
     )
     width: str = Field(
         "model.hidden_size",
         pattern=r"^model\.",
-        description="the key that is solved for, e.g. model.feed_forwards.-.intermediate_size",
+        description="key of the solved width, e.g. model.feed_forwards.-.intermediate_size",
     )
     step: Size = Field(8, description="divisor of the width, e.g. the head dim")
     within: Share = Field(0.02, description="maximum remaining relative difference")

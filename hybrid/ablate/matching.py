@@ -129,7 +129,7 @@ def _way_out(
     ]
     fits = next((f for f in found if f[0] <= match.within), None)
     if fits is not None:
-        return f"try match.step={fits[1]}, with {fits[2]} within {fits[0]:.2%}"
+        return f"try match.step={fits[1]}, which finds {fits[2]}, within {fits[0]:.2%}"
     left, step, width = min(found, key=lambda f: (f[0], -f[1]))
     within = math.ceil(left * 1000) / 1000
     return f"try match.step={step} match.within={within:g}, with {width}, or another match.width"

@@ -392,7 +392,7 @@ def _gguf(
     path = Path(source)
     if gguf_file is None and path.suffix == GGUF:
         if not path.is_file():
-            raise ValueError(f"{path}: no such file")
+            raise ValueError(f"{path}: expected an existing file, got none")
         return path.parent, path.name
     if gguf_file is not None and path.is_dir():
         inside(path, gguf_file)

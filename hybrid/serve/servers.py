@@ -124,7 +124,7 @@ class Worker(Server):
                     f"--python: expected an interpreter with {self.title}, got {self.python}; try"
                     f" {self.install}, or another interpreter"
                 )
-            answers.append(ValueError(f"{self.title} cannot run this model: {last}"))
+            answers.append(ValueError(f"{self.title} does not run this model: {last}"))
         return answers
 
 

@@ -84,8 +84,8 @@ def test_a_damaged_file_is_named(checkpoint, tmp_path, capsys, damage, file):
         ("[]", "expected a JSON object"),
         ('{"weight_map": 3}', 'expected "weight_map"'),
         ('{"weight_map": {"x": "b.safetensors"}}', "'b.safetensors' is not in the folder"),
-        ('{"weight_map": {"x": "../b.safetensors"}}', "leaves the checkpoint's folder"),
-        ('{"weight_map": {"x": "/etc/passwd"}}', "leaves the checkpoint's folder"),
+        ('{"weight_map": {"x": "../b.safetensors"}}', "expected a file in the checkpoint's folder"),
+        ('{"weight_map": {"x": "/etc/passwd"}}', "expected a file in the checkpoint's folder"),
     ],
 )
 def test_a_damaged_index_is_named(checkpoint, index, words):

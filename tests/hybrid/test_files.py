@@ -76,10 +76,10 @@ def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("[" * 100_000, "not JSON: nested too deeply"),
-        ("[]", "expected a JSON object, found list"),
-        ("{", "not JSON"),
-        (None, "no such file"),
+        ("[" * 100_000, "expected valid JSON, got too many levels of nesting"),
+        ("[]", "expected a JSON object, got list"),
+        ("{", "expected valid JSON"),
+        (None, "expected an existing file"),
     ],
 )
 def test_json_of_another_shape_is_named(tmp_path, text, words):
@@ -124,7 +124,7 @@ def test_a_new_folder_that_does_not_reach_the_disk_is_none(tmp_path, monkeypatch
 
 
 def test_a_folder_in_use_names_the_other_process(tmp_path):
-    words = f"in use by another run .process {os.getpid()} on"
+    words = f"in use by process {os.getpid()} on"
     with sole_writer(tmp_path), pytest.raises(FolderInUse, match=words), sole_writer(tmp_path):
         raise AssertionError
     with sole_writer(tmp_path):  # and is free again

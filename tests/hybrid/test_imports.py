@@ -48,10 +48,10 @@ def test_without_it_the_error_says_so(folder, capsys):
 
 
 MISTAKES = {
-    "no file": ("their_mixer.py", r"no such file: .*their_mixer\.py"),
-    "no module": ("their_mixer", r"no module 'their_mixer', installed or in "),
-    "no submodule": ("my_mixer.deeper", r"no module 'my_mixer\.deeper'"),
-    "taken": ("yaml.py", r"the module 'yaml' is another, .*; rename the file"),
+    "no file": ("their_mixer.py", r"expected an existing file, got .*their_mixer\.py"),
+    "no module": ("their_mixer", r"expected a module, installed or in .*, got 'their_mixer'"),
+    "no submodule": ("my_mixer.deeper", r"expected a module, .*got 'my_mixer\.deeper'"),
+    "taken": ("yaml.py", r"expected a new module name, got 'yaml' of .*; rename the file"),
 }
 
 

@@ -179,14 +179,14 @@ def test_what_agrees_without_the_width_is_accepted(values):
 def test_what_cannot_be_matched_is_said(values):
     match = {"cost": "parameters", "step": 16, "within": 0.001}
     (line,) = mistakes(values, match=match, changes={"deep": {"model.layout": "LLL"}})
-    assert line.startswith("deep: the nearest model.hidden_size, 16, leaves +")
-    assert "more than match.within 0.1%" in line
+    assert line.startswith("deep: match.within: expected a model.hidden_size within 0.1% of the")
+    assert "parameters, got +" in line
     match = {"cost": "flops", "width": "model.feed_forwards.E.intermediate_size"}
     (line,) = mistakes(values, match=match)
     assert "nothing to match: model.feed_forwards.E.intermediate_size changes no flops" in line
     match = {"cost": "flops", "width": "model.hiden_size"}
     (line,) = mistakes(values, match=match)
-    assert "no model.hiden_size is accepted here" in line
+    assert "expected a model.hiden_size that the model accepts" in line
     assert "did you mean 'hidden_size'" in line
 
 
@@ -241,20 +241,20 @@ def test_every_mistake_is_named_before_anything_runs(values):
     )
     assert found == [
         "changes.a b: expected a name of letters, digits and _.+-, got 'a b'",
-        "changes.all: this name is ours, for a run of several changes; try another",
-        "seeds: 1 is given twice",
-        "metrics: 'loss' is given twice",
+        "changes.all: expected another name, got one reserved for combined changes",
+        "seeds: expected each value once, got 1 twice",
+        "metrics: expected each value once, got 'loss' twice",
         "confidence: expected below 1, got 95.0",
         "changes.typo.model.hiden_size: unknown key, did you mean 'hidden_size'?",
         "changes.typo.training.learning_rat: unknown key, did you mean 'learning_rate'?",
-        "changes.owned.training.seed: every run has its own; use `seeds` and `out`",
-        "changes.width.model.hidden_size: this is the width that `match` solves for",
+        "changes.owned.training.seed: expected none, since each run sets it; try `seeds`, `out`",
+        "changes.width.model.hidden_size: expected none, since `match` solves for this width",
         "metrics: unknown metric 'eval_los', did you mean 'eval_loss'?",
     ]
     assert mistakes(values, metrics=["eval_loss"], changes={}, seeds=[]) == [
         "changes: expected at least 1 entry, got {}",
         "seeds: expected at least 1 entry, got []",
-        "metrics: 'eval_loss' needs eval_data in the baseline",
+        "metrics: expected eval_data in the baseline for 'eval_loss', got none",
     ]
     assert mistakes(values, match={"cost": "flop", "stepp": 3, "within": 2}) == [
         "match.cost: expected one of 'parameters' or 'flops', got 'flop'; try 'flops'",
@@ -348,7 +348,7 @@ def test_noise_is_noise_and_harm_is_established(values):
     text = path.read_text()
     assert "| no_learning | no_learning - baseline | loss |" in text
     assert "established: worse |" in text
-    assert "corrected by Holm" in text
+    assert "with Holm's correction" in text
     assert json.loads((path.parent / "report.json").read_text()) == report
     assert (path.parent / "effects.png").read_bytes().startswith(b"\x89PNG")
 
@@ -482,7 +482,7 @@ def test_the_command_line_trains_measures_and_reports(values, tmp_path, capsys):
     assert report["metrics"] == {"loss": "lower", "mqar": "higher"}
     assert all(0 <= v["metrics"]["mqar"]["mean"] <= 1 for v in report["variants"])
     page = (tmp_path / "out" / "report.html").read_text()
-    assert "What each change does" in page
+    assert "Effect of each change" in page
     assert "data:image/png;base64," in page
     run = load_config(tmp_path / "out" / "baseline" / "seed-0" / CONFIG)
     assert run.training["max_steps"] == 2

@@ -338,7 +338,7 @@ def test_mistakes_are_named(values):
     assert mistakes(values, grid=grid) == [
         "grid.model.hidden_size: expected a list of values, or labels with keys; got 16",
         "grid.a.x: expected {key: value}, got 3",
-        "grid: two axes are called 'pairs'",
+        "grid: expected different names of axes, got 'pairs' twice",
     ]
     lines = mistakes(values, sweep={"values": [1e-3, -1.0]})
     assert any("sweep.values -1.0: training.learning_rate" in line for line in lines)

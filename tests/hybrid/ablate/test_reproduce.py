@@ -40,7 +40,7 @@ def test_the_status_says_whether_predictions_hold(tmp_path, monkeypatch, capsys)
     assert main(["reproduce", "knockout", *small]) == 1
     assert "predictions" in capsys.readouterr().out
     folder = tmp_path / "runs" / "reproduce" / "knockout"
-    assert "open: 1 seed(s): a verdict needs 3" in (folder / "report.md").read_text()
+    assert "open: 1 seed(s): a verdict requires 3" in (folder / "report.md").read_text()
     html = (folder / "report.html").read_text()
     # what is to be shown, then predictions, then the variants
     places = [html.index(words) for words in ("softmax layers retrieve", "Predictions", "Variants")]

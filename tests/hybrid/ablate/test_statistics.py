@@ -199,7 +199,7 @@ def report(seeds, found, tmp_path):
 def test_equal_differences_are_not_established(tmp_path):
     made = report(3, lambda name, seed: 0.5 + 0.05 * (name == "new") + 0.1 * seed, tmp_path)
     (effect,) = made["effects"]
-    assert effect["verdict"] == "the same in all seeds: no interval"
+    assert effect["verdict"] == "equal for all seeds: no interval"
     assert effect["low"] is effect["p"] is None
     assert "no spread over seeds" in markdown(made)
 
@@ -207,7 +207,7 @@ def test_equal_differences_are_not_established(tmp_path):
 def test_two_seeds_give_no_verdict(tmp_path):
     made = report(2, lambda name, seed: 1.0 * (name == "new") + 1e-3 * seed**2, tmp_path)
     (effect,) = made["effects"]
-    assert effect["verdict"] == "2 pairs of seeds: a verdict needs 3"
+    assert effect["verdict"] == "2 pairs of seeds: a verdict requires 3"
 
 
 def test_items_give_equal_differences_an_interval(tmp_path):

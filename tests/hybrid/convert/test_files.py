@@ -209,7 +209,7 @@ def test_an_index_with_two_files_for_a_tensor_is_refused(theirs):
     name, shard = next(iter(json.loads(text)["weight_map"].items()))
     again = f'"weight_map": {{"{name}": "other.safetensors",'
     (theirs / files.INDEX).write_text(text.replace('"weight_map": {', again))
-    message = f"{files.INDEX}: {name} stands there as 'other.safetensors' and as '{shard}'"
+    message = f"{files.INDEX}: {name}: expected one value, got 'other.safetensors' and '{shard}'"
     with pytest.raises(ValueError, match=re.escape(message)):
         files.Checkpoint(theirs)
 
@@ -301,12 +301,16 @@ def test_other_files_are_named(name, text, message, tmp_path):
 @pytest.mark.parametrize(
     ("file", "text", "message"),
     [
-        ("config.json", "[" * 100_000, r"config\.json: not JSON"),
-        ("config.json", "[]", r"config\.json: expected a JSON object, found list"),
-        (files.INDEX, '{"a":' * 100_000, rf"{files.INDEX}: not JSON"),
-        (files.INDEX, "3", rf"{files.INDEX}: expected a JSON object, found int"),
-        ("generation_config.json", '{"eos_token_id": 2', r"generation_config\.json: not JSON"),
-        ("tokenizer.json", "", r"tokenizer\.json: not JSON"),
+        ("config.json", "[" * 100_000, r"config\.json: expected valid JSON"),
+        ("config.json", "[]", r"config\.json: expected a JSON object, got list"),
+        (files.INDEX, '{"a":' * 100_000, rf"{files.INDEX}: expected valid JSON"),
+        (files.INDEX, "3", rf"{files.INDEX}: expected a JSON object, got int"),
+        (
+            "generation_config.json",
+            '{"eos_token_id": 2',
+            r"generation_config\.json: expected valid JSON",
+        ),
+        ("tokenizer.json", "", r"tokenizer\.json: expected valid JSON"),
         ("tokenizer_config.json", "[]", r"tokenizer_config\.json: expected a JSON object"),
     ],
 )

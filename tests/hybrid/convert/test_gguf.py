@@ -83,7 +83,7 @@ def test_a_damaged_file_is_one_line(file, tmp_path, size, capsys):
 
 def test_a_missing_file_is_named(tmp_path, capsys):
     assert main(["import", str(tmp_path / "no.gguf"), str(tmp_path / "ours")]) == 2
-    assert "no.gguf: no such file" in capsys.readouterr().err
+    assert "no.gguf: expected an existing file" in capsys.readouterr().err
 
 
 @pytest.fixture

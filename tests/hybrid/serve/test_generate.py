@@ -97,7 +97,7 @@ def test_a_conversation_keeps_its_turns(folder, capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--chat"], "--chat: the tokenizer has no chat template"),
+        (["--chat"], "--chat: expected a tokenizer with a chat template"),
         (
             ["--temperature", "-1", "--top-p", "0"],
             "--temperature: expected 0 (greedy) or more, got",
