@@ -6,45 +6,37 @@ import json
 import logging
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from copy import copy
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TimeRemainingColumn
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.convert_slow_tokenizer import bytes_to_unicode
-from transformers.core_model_loading import revert_weight_conversion
-from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from hybrid import hub
-from hybrid.checkpoint_paths import check_folder, inside
 from hybrid.config.hybrid_config import HybridConfig
 from hybrid.convert.checkpoint import (
-    COMPANIONS,
     DEFAULT_SHARD_SIZE,
-    Checkpoint,
     Spec,
     copy_companions,
     new_folder,
     some,
     write_weights,
 )
-from hybrid.convert.configs import read_published, to_ours, to_theirs
-from hybrid.convert.family import FAMILIES, Family, NotExpressible, get_family
-from hybrid.convert.gguf import SUFFIX as GGUF
+from hybrid.convert.configs import to_ours, to_theirs
+from hybrid.convert.family import Family, get_family
+from hybrid.convert.family_choice import only_fit
 from hybrid.convert.gguf import read_gguf, save_tokenizer
+from hybrid.convert.opening import gguf_path, open_ours, open_published
 from hybrid.convert.published import alias_words, wrap
-from hybrid.convert.quantized import plain
 from hybrid.convert.replace_mixers import MixerReplacement
-from hybrid.convert.stack import blocks, fill, on_meta
-from hybrid.convert.tensor_checks import check_copies, check_modules, check_ours, check_theirs
+from hybrid.convert.stack import fill, on_meta
+from hybrid.convert.tensor_checks import check_copies, check_modules, check_theirs
 from hybrid.convert.tensor_plan import Step, as_filed, as_published, steps
-from hybrid.convert.tensor_sources import Held, Respelt, TensorSource, Without
+from hybrid.convert.tensor_sources import TensorSource, Without
 from hybrid.convert.tensor_streams import our_specs, read_steps, their_specs, write_steps
 from hybrid.files import read_json, write_json
 from hybrid.modeling.model import HybridForCausalLM
@@ -88,10 +80,10 @@ def from_published(
             weights whose names or shapes do not fit (each is named).
     """
     cast = _dtype(dtype)
-    source, gguf_file = _gguf(source, gguf_file)
+    source, gguf_file = gguf_path(source, gguf_file)
     if gguf_file is not None:
         source = read_gguf(str(source), gguf_file, cast)
-    with _opened(source, hub_options, cast) as (family, theirs, weights, folder):
+    with open_published(source, hub_options, cast) as (family, theirs, weights, folder):
         weights, mtp = _modules(family, theirs, weights, mtp)
         model = on_meta(to_ours(family, theirs, mtp))
         planned = _planned_import(family, theirs, model, weights)
@@ -131,11 +123,13 @@ def import_published(
         ValueError: see ``from_published``; or ``out`` exists.
     """
     cast = _dtype(dtype)
-    path, gguf_file = _gguf(source, None)
+    path, gguf_file = gguf_path(source, None)
     with ExitStack() as stack:
         made = stack.enter_context(new_folder(out))  # first, for a GGUF file is read whole
         opened: Any = path if gguf_file is None else read_gguf(str(path), gguf_file, cast)
-        family, theirs, weights, folder = stack.enter_context(_opened(opened, hub_options, cast))
+        family, theirs, weights, folder = stack.enter_context(
+            open_published(opened, hub_options, cast)
+        )
         weights, mtp = _modules(family, theirs, weights, mtp)
         model = on_meta(to_ours(family, theirs, mtp))
         planned = _planned_import(family, theirs, model, weights)
@@ -188,12 +182,12 @@ def export(
         ValueError: layers or options that the family cannot express, all listed with what it can
             express; ``family`` is None and several or no families fit; or ``out`` exists.
     """
-    with _ours(source) as (model, weights, folder):
+    with open_ours(source) as (model, weights, folder):
         if family is not None:
             chosen = get_family(family)
             config, again = to_theirs(chosen, model)
         else:
-            chosen, config, again = _only_fit(model)
+            chosen, config, again = only_fit(model)
         planned = as_published(chosen, steps(chosen, model, again))
         specs = their_specs(planned, weights)
         with new_folder(out) as made:
@@ -243,74 +237,6 @@ def _limits(model: HybridForCausalLM, out: Path) -> list[str]:
     return lines
 
 
-def fitting(model: HybridForCausalLM) -> tuple[list[str], dict[str, NotExpressible]]:
-    """Return the families that fit a model, and for the others the reasons why they do not."""
-    candidates, refused = _candidates(model, sorted(FAMILIES))
-    return [*candidates], refused
-
-
-# a family's config, and the model in the family's letters: see ``to_theirs``
-_Written = tuple[PreTrainedConfig, HybridForCausalLM]
-
-
-def _candidates(
-    model: HybridForCausalLM, names: Iterable[str]
-) -> tuple[dict[str, _Written], dict[str, NotExpressible]]:
-    """Run ``to_theirs`` for each of these families; return its result or its error."""
-    fit, refused = {}, {}
-    for name in names:
-        try:
-            fit[name] = to_theirs(FAMILIES[name], model)
-        except NotExpressible as error:
-            refused[name] = error
-    return fit, refused
-
-
-def _only_fit(model: HybridForCausalLM) -> tuple[Family, PreTrainedConfig, HybridForCausalLM]:
-    """Return the family to export to, with the result of ``to_theirs``; each family is tried once."""
-    origin = model.config.imported_from
-    known = [origin] if origin in FAMILIES else []
-    candidates, refused = _candidates(model, known)
-    if not candidates:
-        candidates, others = _candidates(model, sorted(FAMILIES.keys() - {*known}))
-        refused = {name: (refused | others)[name] for name in sorted(refused | others)}
-        # hybrid families also fit plain softmax; prefer a family without other layer types
-        full = {n: w for n, w in candidates.items() if _uses_all_of(FAMILIES[n], w[1])}
-        candidates = full or candidates
-    fit = [*candidates]
-    if len(fit) == 1:
-        if origin in refused:
-            reason = _first(refused[origin].obstacles)
-            logger.warning("written as %s, no longer as %s: %s", fit[0], origin, reason)
-        return FAMILIES[fit[0]], *candidates[fit[0]]
-    if fit:
-        raise ValueError(
-            f"this model fits the published architectures {', '.join(fit)}; choose one of them"
-            " (--as on the command line)"
-        )
-    present = {part.name for block in blocks(model) for part in block.mixers}
-
-    def distance(name: str) -> tuple[int, int]:
-        return len(present - {*FAMILIES[name].letters.values()}), len(refused[name].obstacles)
-
-    nearest = sorted(refused, key=distance)[:3]
-    lines = [f"{name}: {_first(refused[name].obstacles)}" for name in nearest]
-    raise NotExpressible("this model fits no published architecture; the nearest are", lines)
-
-
-def _first(lines: Sequence[str]) -> str:
-    return f"{lines[0]} (and {len(lines) - 1} more)" if len(lines) > 1 else lines[0]
-
-
-def _uses_all_of(family: Family, model: HybridForCausalLM) -> bool:
-    """Return whether a model has every mixer and feed-forward type of the family."""
-    stack = blocks(model, family.literal)
-    letters = {part.letter for block in stack for part in block.mixers}
-    symbols = {block.ffn.letter for block in stack if block.ffn is not None}
-    wanted = {symbol for rule in family.weights for symbol in rule.ffn}
-    return letters >= set(family.letters) and symbols >= wanted
-
-
 def _planned_import(
     family: Family, theirs: Any, model: HybridForCausalLM, weights: TensorSource
 ) -> list[Step]:
@@ -343,102 +269,6 @@ def _modules(
             spoken_of,
         )
     return (Without(weights, set(found)) if found else weights), False
-
-
-@contextmanager
-def _opened(
-    source: str | Path | PreTrainedModel,
-    hub_options: Mapping[str, Any],
-    dtype: torch.dtype | None = None,
-) -> Iterator[tuple[Family, Any, TensorSource, Path | None]]:
-    """Return the family, their config, their tensors as stored, and the folder if there is one.
-
-    Quantized tensors are read as ``dtype``, or as bfloat16.
-    """
-    if isinstance(source, PreTrainedModel):
-        if any(p.itemsize < 2 for p in source.parameters()):
-            raise ValueError("the model is quantized; give the result of its dequantize()")
-        theirs = source.config
-        family = get_family(theirs.model_type)
-        if theirs.model_type in family.wrapped_in:
-            theirs = theirs.get_text_config()
-        yield family, theirs, Respelt(Held(on_disk(source)), family.spellings), None
-        return
-    folder = _folder(source, hub_options)
-    config = read_json(folder / "config.json")
-    if config.get("model_type") == HybridConfig.model_type:
-        raise ValueError(f"{folder}: this is a hybrid already; load it with from_pretrained")
-    family, theirs = read_published(config, folder / "config.json")
-    with Checkpoint(folder) as files:
-        weights = plain(files, config, folder, dtype)
-        yield family, theirs, Respelt(weights, family.spellings), folder
-
-
-def on_disk(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """Return a model's tensors with the names and shapes that ``save_pretrained`` writes."""
-    held = remove_tied_weights_from_state_dict(model.state_dict(), model)
-    # as the class writes them, not as in the original file, which may be quantized
-    anew = copy(model)
-    anew.__dict__.pop("_weight_conversions", None)
-    return revert_weight_conversion(anew, held)
-
-
-def _gguf(
-    source: str | Path | PreTrainedModel, gguf_file: str | None
-) -> tuple[str | Path | PreTrainedModel, str | None]:
-    """Return the folder and the name of a GGUF file in any form; other sources unchanged."""
-    if isinstance(source, PreTrainedModel):
-        return source, gguf_file
-    path = Path(source)
-    if gguf_file is None and path.suffix == GGUF:
-        if not path.is_file():
-            raise ValueError(f"{path}: expected an existing file, got none")
-        return path.parent, path.name
-    if gguf_file is not None and path.is_dir():
-        inside(path, gguf_file)
-    return source, gguf_file
-
-
-def _folder(source: str | Path, hub_options: Mapping[str, Any]) -> Path:
-    path = Path(source)
-    if path.is_dir():
-        check_folder(path)
-        return path
-    if path.is_file():
-        raise ValueError(f"{source}: is a file; give the folder that it is in")
-    if isinstance(source, Path) or str(source).count("/") > 1:
-        raise ValueError(f"{source}: no such folder")
-    patterns = ["*.safetensors", "*.json", *(name for name in COMPANIONS if "json" not in name)]
-    try:
-        path = Path(snapshot_download(str(source), allow_patterns=patterns, **hub_options))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(
-            f"{source}: no such folder, and not to be had from the hub: {reason}"
-        ) from error
-    check_folder(path)
-    return path
-
-
-@contextmanager
-def _ours(
-    source: str | Path | HybridForCausalLM,
-) -> Iterator[tuple[HybridForCausalLM, TensorSource, Path | None]]:
-    """Return our model (on the meta device if from a folder), its tensors, and its folder."""
-    if isinstance(source, HybridForCausalLM):
-        yield source, Held(source.state_dict()), None
-        return
-    folder = Path(source)
-    if not folder.is_dir():
-        raise ValueError(f"{source}: no such folder")
-    check_folder(folder)
-    config = read_json(folder / "config.json")
-    if config.get("model_type") != HybridConfig.model_type:
-        raise ValueError(f"{folder}: no hybrid of ours, model_type is {config.get('model_type')!r}")
-    model = on_meta(HybridConfig.from_dict(config))
-    with Checkpoint(folder) as weights:
-        check_ours(model, weights)
-        yield model, weights, folder
 
 
 def _generation_config(

@@ -8,7 +8,7 @@ import pytest
 from hybrid import HybridConfig
 from hybrid.config.fields import StackFields
 from hybrid.config.spec import resolve_stack
-from hybrid.convert import configs, engine
+from hybrid.convert import configs, engine, family_choice
 from hybrid.convert.family import FAMILIES
 from hybrid.layout import parser
 from hybrid.train.__main__ import main
@@ -73,7 +73,7 @@ def test_an_export_builds_each_candidate_once(tmp_path, build, counted, monkeypa
     )
     model.save_pretrained(tmp_path / "ours")
     tried, read = [], []
-    to_theirs, to_ours = engine.to_theirs, configs.to_ours
+    to_theirs, to_ours = family_choice.to_theirs, configs.to_ours
 
     def counted_to_theirs(family, *args):
         tried.append(family.name)
@@ -83,7 +83,7 @@ def test_an_export_builds_each_candidate_once(tmp_path, build, counted, monkeypa
         read.append(family.name)
         return to_ours(family, *args, **kwargs)
 
-    monkeypatch.setattr(engine, "to_theirs", counted_to_theirs)
+    monkeypatch.setattr(family_choice, "to_theirs", counted_to_theirs)
     monkeypatch.setattr(configs, "to_ours", counted_to_ours)
     built.clear(), parsed.clear()
     assert engine.export(tmp_path / "ours", tmp_path / "out") == "qwen3"

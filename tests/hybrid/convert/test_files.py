@@ -468,7 +468,7 @@ def test_hub_names_fetch_no_code_and_no_pickles(theirs, monkeypatch):
         asked.update(options, name=name, patterns=allow_patterns)
         return str(theirs)
 
-    monkeypatch.setattr("hybrid.convert.engine.snapshot_download", fetch)
+    monkeypatch.setattr("hybrid.convert.opening.snapshot_download", fetch)
     hybrid.HybridForCausalLM.from_published("someone/something", revision="main")
     assert (asked["name"], asked["revision"]) == ("someone/something", "main")
     assert not [p for p in asked["patterns"] if p.endswith((".py", ".bin", ".pt", "*"))]

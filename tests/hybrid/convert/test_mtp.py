@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 import hybrid
 from hybrid.cli import main as command_line
 from hybrid.convert import FAMILIES, export, import_published
-from hybrid.convert.engine import on_disk
+from hybrid.convert.opening import on_disk
 
 D, V, N = 24, 61, 3  # model dim, vocabulary, layers of the main stack
 QWEN = {

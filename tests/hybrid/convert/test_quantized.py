@@ -14,7 +14,7 @@ from hybrid import HybridForCausalLM
 from hybrid.cli import main
 from hybrid.convert import export
 from hybrid.convert.checkpoint import Checkpoint
-from hybrid.convert.engine import on_disk
+from hybrid.convert.opening import on_disk
 from hybrid.convert.quantized import Dequantized
 from hybrid.convert.tensor_sources import Held
 
