@@ -407,6 +407,18 @@ def _distill(
     run_distillation(config, overrides or ())
 
 
+@command("search")
+def _search(
+    config: Annotated[str, _argument("CONFIG", "e.g. configs/search/smollm2.yaml")],
+    overrides: Overrides = None,
+    imports: Imports = None,
+) -> None:
+    """Find the softmax layers that should stay: layouts on the frontier, with their commands."""
+    from hybrid.search.command import run_search
+
+    run_search(config, overrides or ())
+
+
 @command("layout")
 def _layout(
     layout: Annotated[str, _argument("LAYOUT", 'e.g. "LLLS", "(L7S)10", "[MS]4", "M-M-M*-"')],

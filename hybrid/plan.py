@@ -129,6 +129,15 @@ def plan(config: HybridConfig, context: int = 8192, dtype: torch.dtype = torch.b
     )
 
 
+def mixer_cache_bytes(mixer: Mixer, context: int, dtype: torch.dtype = torch.bfloat16) -> int:
+    """Return the cache bytes of one mixer for one sequence of ``context`` tokens."""
+    kept = sum(
+        t.elements * (context if t.window is None else t.window - 1) * _bytes(t, dtype)
+        for t in mixer.tokens().values()
+    )
+    return kept + sum(s.elements * _bytes(s, dtype) for s in mixer.states().values())
+
+
 def _bytes(spec: StateSpec | TokenSpec, dtype: torch.dtype) -> int:
     """Of one element."""
     return (spec.dtype or dtype).itemsize

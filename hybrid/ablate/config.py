@@ -171,7 +171,7 @@ def load_ablation(
     """
     values = yaml.read(path)
     scales = values.pop("scales", None) or {}
-    values["baseline"] = _read_baseline(values, Path(path))
+    values["baseline"] = yaml.read_included(values.get("baseline"), path)
     if scale is not None:
         values = _scaled(values, scales, scale, str(path))
     values = yaml.apply_overrides(values, overrides)
@@ -310,15 +310,6 @@ def train_config(values: Mapping[str, Any], where: str, mistakes: list[str]) -> 
     except ConfigError as error:
         mistakes += [f"{where}{line}" for line in error.mistakes]
     return None
-
-
-def _read_baseline(values: dict[str, Any], path: Path) -> Any:
-    """Return the keys of the baseline; a path is relative to here or to the ablation's file."""
-    given = values.get("baseline")
-    if not isinstance(given, str):
-        return given
-    places = [Path(given), path.parent / given]
-    return yaml.read(next((place for place in places if place.is_file()), places[0]))
 
 
 def _check_run(values: dict[str, Any], where: str, mistakes: list[str]) -> None:

@@ -98,6 +98,20 @@ def read(path: str | Path) -> dict[str, Any]:
     return values
 
 
+def read_included(given: Any, path: str | Path) -> Any:
+    """Return ``given``, or if it is text, the mapping of the YAML file of this name.
+
+    The file is looked up from the working directory, then beside ``path``, the file that names it.
+
+    Raises:
+        ConfigError: no such file, or it does not hold a mapping.
+    """
+    if not isinstance(given, str):
+        return given
+    places = [Path(given), Path(path).parent / given]
+    return read(next((place for place in places if place.is_file()), places[0]))
+
+
 def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
     """Return a copy of nested mappings and lists with overrides ``a.b[0].c=VALUE``, OmegaConf's dot
     list.

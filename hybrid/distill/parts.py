@@ -84,11 +84,11 @@ def mix_as_seen(student: HybridForCausalLM, layer: int, seen: Seen) -> torch.Ten
 
 
 def relative_error(found: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-    """Return |found - wanted|^2 / |wanted|^2 over all elements, in float32: 0 if equal, 1 for all
-    zeros.
+    """Return |found - wanted|^2 / |wanted|^2 over all elements, in float32: 0 if equal (both may be
+    zero), 1 for all zeros.
     """
     difference = (found - wanted).float().square().sum()
-    return difference / wanted.float().square().sum()
+    return difference / wanted.float().square().sum().clamp(min=torch.finfo(torch.float32).tiny)
 
 
 def hold_still(student: HybridForCausalLM, replaced: Sequence[int], parts: Sequence[str]) -> None:

@@ -71,7 +71,7 @@ def distill(config: DistillConfig) -> dict[str, Any]:
     with sole_writer(out), torch.random.fork_rng():
         _refuse_other_run(out, config)
         teacher = load_teacher(config.teacher)
-        start = _start(config, teacher, out)
+        start = start_student(config, teacher)
         write_json(out / CONFIG, config.as_dict())
         return _Distillation(config, teacher, start).go()
 
@@ -92,9 +92,14 @@ def load_teacher(where: TeacherConfig) -> HybridForCausalLM:
     return model.requires_grad_(False).eval()
 
 
-def _start(config: DistillConfig, teacher: HybridForCausalLM, out: Path) -> Path:
-    """Return the folder of the student before the first stage, with the teacher's tokenizer."""
-    start = out / START
+def start_student(config: DistillConfig, teacher: HybridForCausalLM) -> Path:
+    """Write the student before the first stage, with the teacher's tokenizer; return its folder.
+
+    Raises:
+        ConfigError: the layout changes nothing, or the tokenizer cannot be loaded.
+        ValueError: layers that cannot be replaced.
+    """
+    start = Path(config.output_dir) / START
     if start.is_dir():
         return start
     student = replace_mixers(teacher, config.layout, config.mixers)
@@ -141,6 +146,42 @@ def _refuse_other_run(out: Path, config: DistillConfig) -> None:
     )
 
 
+def tokenised(
+    settings: TrainConfig, tokenizer: Path, out: Path, say: Callable[[str], None]
+) -> list[SourceConfig]:
+    """Return the sources of a run, with finite texts tokenised once into folders of ``out``.
+
+    Args:
+        settings: the run.
+        tokenizer: folder of its tokenizer.
+        out: a source that is there is not tokenised again.
+        say: called with a line for each source.
+    """
+    found = []
+    for number, source in enumerate(settings.data):
+        prepared = (Path(source.source) / INDEX).is_file() or source.source in plugins()
+        if prepared or source.streaming:
+            found.append(source)
+            continue
+        folder = out / str(number)
+        if not (folder / INDEX).is_file():
+            say(f"tokenising {source.source}")
+            options = {key: getattr(source, key) for key in ("text_key", "split", "name")}
+            prepare(source.source, folder, tokenizer=str(tokenizer), **options)
+        found.append(SourceConfig(source=str(folder), weight=source.weight))
+    return found
+
+
+def held_out_rows(settings: TrainConfig, count: int, tokenizer: Any, vocabulary: int) -> list[Row]:
+    """Return the first ``count`` rows of the ``eval_data`` of a run."""
+    seed = build.training_arguments(settings).seed
+    opened = build.open_sources(
+        settings.eval_data, "eval_data", settings, tokenizer, vocabulary, seed
+    )
+    rows: Any = build.mixture(opened, settings.eval_data, count, seed, vocabulary)
+    return [rows[i] for i in range(count)]
+
+
 class _Distillation:
     """State common to all stages: teacher, data, losses and report."""
 
@@ -152,7 +193,8 @@ class _Distillation:
         self.show = not self.args.disable_tqdm
         self.teacher: HybridForCausalLM = teacher.to(self.args.device)
         self.replaced = replaced_layers(teacher, self._load(start))
-        self.rows = self._held_out(first)
+        count = self.config.eval_rows
+        self.rows = held_out_rows(first, count, self.tokenizer, teacher.config.vocab_size)
         path = self.out / words.JSON
         self.report = read_json(path) if path.is_file() else self._empty()
 
@@ -180,7 +222,7 @@ class _Distillation:
             own = {
                 "model": {"path": str(before), "dtype": self.config.teacher.dtype},
                 "tokenizer": str(self.start),
-                "data": self._tokenised(settings),
+                "data": tokenised(settings, self.start, self.out / DATA, self._say),
                 "eval_data": [],
             }
             training = settings.model_copy(update=own)
@@ -199,32 +241,6 @@ class _Distillation:
             own = {"teacher": self.teacher, "temperature": stage.temperature}
             return partial(MatchLogits, **common, **own)
         return partial(LanguageModelling, **common)
-
-    def _tokenised(self, settings: TrainConfig) -> list[SourceConfig]:
-        """Return the sources, with finite texts tokenised once for all stages."""
-        found = []
-        for number, source in enumerate(settings.data):
-            prepared = (Path(source.source) / INDEX).is_file() or source.source in plugins()
-            if prepared or source.streaming:
-                found.append(source)
-                continue
-            folder = self.out / DATA / str(number)
-            if not (folder / INDEX).is_file():
-                self._say(f"tokenising {source.source}")
-                options = {key: getattr(source, key) for key in ("text_key", "split", "name")}
-                prepare(source.source, folder, tokenizer=str(self.start), **options)
-            found.append(SourceConfig(source=str(folder), weight=source.weight))
-        return found
-
-    def _held_out(self, settings: TrainConfig) -> list[Row]:
-        vocabulary = self.teacher.config.vocab_size
-        seed = self.args.seed
-        opened = build.open_sources(
-            settings.eval_data, "eval_data", settings, self.tokenizer, vocabulary, seed
-        )
-        count = self.config.eval_rows
-        rows: Any = build.mixture(opened, settings.eval_data, count, seed, vocabulary)
-        return [rows[i] for i in range(count)]
 
     def _measure(self, name: str, folder: Path) -> None:
         """Measure the loss of a student and the errors of its new mixers, unless already measured."""

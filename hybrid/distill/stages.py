@@ -24,6 +24,8 @@ from hybrid.train.trainer import HybridTrainer
 Batch = dict[str, torch.Tensor]
 CHUNK = 256
 """Number of tokens whose logits are in memory at the same time."""
+HIDDEN_ONLY = {"use_cache": False, "skip_logits": True, "output_last_hidden_state": True}
+"""Keywords of a forward pass without logits."""
 
 
 class LanguageModelling(HybridTrainer):
@@ -141,10 +143,8 @@ class MatchLogits(LanguageModelling):
         """Return the KL divergence over the positions with a next token."""
         inputs = dict(inputs)
         predicted = next_tokens(inputs.pop("labels")).flatten() >= 0
-        keywords = {"use_cache": False, "skip_logits": True, "output_last_hidden_state": True}
-        with torch.no_grad():
-            wanted = self.teacher(**inputs, **keywords).last_hidden_state
-        found = model(**inputs, **keywords).last_hidden_state
+        wanted = self.targets(inputs)
+        found = model(**inputs, **HIDDEN_ONLY).last_hidden_state
         loss = divergence(
             self.student,
             self.teacher,
@@ -155,6 +155,11 @@ class MatchLogits(LanguageModelling):
         count = predicted.sum() if num_items_in_batch is None else num_items_in_batch
         loss = loss / count
         return (loss, {}) if return_outputs else loss
+
+    @torch.no_grad()
+    def targets(self, inputs: Batch) -> torch.Tensor:
+        """Return the teacher's hidden states before the head, (B, T, D)."""
+        return self.teacher(**inputs, **HIDDEN_ONLY).last_hidden_state
 
 
 def divergence(
