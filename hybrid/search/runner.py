@@ -6,8 +6,9 @@ import json
 import os
 import sys
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import yaml
@@ -15,13 +16,22 @@ from transformers import AutoModelForCausalLM
 
 from hybrid.config.options import ConfigError
 from hybrid.distill.config import DistillConfig
-from hybrid.distill.runner import distill, held_out_rows, load_teacher, start_student
+from hybrid.distill.runner import (
+    DATA,
+    START,
+    distill,
+    held_out_rows,
+    load_teacher,
+    start_student,
+    tokenised,
+)
 from hybrid.files import read_json, write_json, write_text
 from hybrid.locks import sole_writer
 from hybrid.modeling.model import HybridForCausalLM
-from hybrid.search import importance, report
-from hybrid.search.config import SearchFile
-from hybrid.search.models import Models
+from hybrid.search import gates, importance, report
+from hybrid.search.config import LearningOptions, SearchFile, learning_stage
+from hybrid.search.learning import GATES, learn, load_mixers
+from hybrid.search.models import Choice, Models
 from hybrid.search.placement import (
     Placement,
     Space,
@@ -30,8 +40,10 @@ from hybrid.search.placement import (
     measure_space,
 )
 from hybrid.search.scores import Retrieval, Score, Scorer
+from hybrid.search.supernet import STUDY, DrawMixers, explore
 from hybrid.terminal import Interrupted
 from hybrid.tokenizer import load_tokenizer
+from hybrid.train import TrainConfig
 from hybrid.train.checkpoints import refuse_changes
 
 IDENTITY = "search_config.json"
@@ -115,7 +127,7 @@ class _Search:
         )
         self._check_counts()
         models = Models(teacher, student, self.space)
-        self.tokenizer = load_tokenizer(str(self.out / MIXERS / "student"))
+        self.tokenizer = load_tokenizer(str(self.out / MIXERS / START))
         first = next(iter(settings.stages.values()))
         rows = held_out_rows(first, config.rows, self.tokenizer, teacher.config.vocab_size)
         retrieval = None
@@ -224,6 +236,84 @@ class _Search:
         whole = scorer.score(space.complete, recall=recall)
         return [importance.table(alone, whole)]
 
+    def _supernet(self, proposals: Proposals) -> list[Any]:
+        options, space, scorer = self.config.supernet, self.space, self.scorer
+        models = scorer.models
+        supernet = models.supernet()
+        choices = models.choices(supernet)
+        share = space.most / len(space.layers)
+        trainer = partial(DrawMixers, share=share, **self._learning(options, choices))
+        stored = learn(self._run("supernet"), supernet, trainer)
+        linear: Any = {i: choice.branches[1] for i, choice in choices.items()}
+        scorer.weights["supernet"] = load_mixers(linear, stored)
+        recall = scorer.retrieval is not None
+
+        def measure(kept: Placement) -> list[float]:
+            score = scorer.score(kept, "supernet", recall)
+            return [score.kl, *([] if score.retrieval is None else [score.retrieval])]
+
+        known = [kept for kept in proposals if len(kept) == space.most]
+        best = explore(
+            space,
+            self.out / "supernet" / STUDY,
+            measure,
+            ["minimize", *(["maximize"] if recall else [])],
+            trials=options.trials,
+            startup=options.startup,
+            seed=self.config.seed,
+            known=known,
+        )
+        for kept in best:
+            self._propose(proposals, "supernet", kept)
+        return []
+
+    def _gates(self, proposals: Proposals) -> list[Any]:
+        options, space = self.config.gates, self.space
+        models = self.scorer.models
+        supernet = models.supernet()
+        choices = models.choices(supernet)
+        logits = torch.full((len(space.layers),), gates.START, device=supernet.device)
+        parameter = torch.nn.Parameter(logits)
+        supernet.register_parameter("gates", parameter)
+        trainer = partial(
+            gates.LearnGates,
+            space=space,
+            penalty=options.penalty,
+            tau=options.temperature_of_gates,
+            gate_learning_rate=options.learning_rate,
+            gates=parameter,
+            **self._learning(options, choices),
+        )
+        learnt = learn(self._run("gates"), supernet, trainer)[GATES]
+        values = dict(zip(space.layers, learnt.tolist(), strict=True))
+        order = sorted(values, key=lambda i: values[i], reverse=True)
+        for count in self.counts:
+            self._propose(proposals, "gates", space.first(order, count))
+        return [gates.table(values, options.temperature_of_gates)]
+
+    def _learning(self, options: LearningOptions, choices: dict[int, Choice]) -> dict[str, Any]:
+        """Return the arguments that the trainers of supernets share, but those of the run."""
+        return {
+            "choices": choices,
+            "seed": self.config.seed,
+            "replaced": self.layers,
+            "teacher": self.scorer.models.teacher,
+            "temperature": options.temperature,
+        }
+
+    def _run(self, method: Literal["supernet", "gates"]) -> TrainConfig:
+        """Return the training of a method, into a folder of its own."""
+        config, folder = self.config, self.out / method
+        same_as_before(folder / IDENTITY, config.learning(method))
+        stage = learning_stage(getattr(config, method))
+        settings = config.distillation(self.layout, folder, stage)
+        run = settings.stages["logits"]
+        start = self.out / MIXERS / START
+        data = tokenised(run, start, self.out / MIXERS / DATA, self.tell)
+        model = {"path": str(start), "dtype": settings.teacher.dtype}
+        own = {"model": model, "tokenizer": str(start), "data": data, "eval_data": []}
+        return run.model_copy(update=own)
+
     def _propose(self, proposals: Proposals, name: str, kept: Placement) -> None:
         if not self.space.fits(kept):
             return
@@ -238,7 +328,7 @@ class _Search:
             (config.linear,) if i in self.layers else layer.mixers
             for i, layer in enumerate(teacher.config.layers)
         ]
-        layout = layout_string(teacher.config, letters)
+        self.layout = layout = layout_string(teacher.config, letters)
         stage = config.distill.get("outputs")
         settings = config.distillation(
             layout, self.out / MIXERS, {"outputs": {} if stage is None else stage}
