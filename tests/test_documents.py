@@ -26,6 +26,7 @@ import yaml
 
 import hybrid
 from hybrid.cli import main
+from hybrid.search import load_config as load_search
 from hybrid.tokenizer import byte_tokenizer
 from hybrid.train.config import TrainConfig, parse_config
 
@@ -168,6 +169,7 @@ PREPARE = {
     "docs/data.md": lambda: (texts("texts/a.jsonl", "body"), tiny("runs/text")),
     "docs/families.md": lambda: (published(), smollm2()),
     "docs/distillation.md": published,
+    "docs/search.md": lambda: tiny("my-model", "S4"),
     "docs/training.md": lambda: Path("my.txt").write_text("some text of mine. " * 400),
 }
 
@@ -190,6 +192,10 @@ def check_yaml(code: str) -> None:
         path = Path("configs/ablations/of_the_page.yaml")
         path.write_text(yaml.safe_dump(ABLATION | values))
         assert main(["ablate", str(path), "--dry-run"]) == 0
+    elif "distill" in values:
+        path = Path("configs/search/of_the_page.yaml")
+        path.write_text(code)
+        load_search(path)
     elif values.keys() <= TrainConfig.model_fields.keys():
         parse_config(RUN | values)
     else:

@@ -14,13 +14,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
-from hybrid.search.learning import LearnChoices
+from hybrid.search.bench import Bench, Proposals
+from hybrid.search.learning import GATES, LearnChoices, learn
 from hybrid.search.placement import Space
+from hybrid.search.report import Table
 
 GAMMA, ZETA = -0.1, 1.1
 """Ends of the stretched interval."""
@@ -98,7 +101,31 @@ class LearnGates(LearnChoices):
         return optimizer
 
 
-def table(logits: Mapping[int, float], tau: float) -> tuple[str, str, list[str], list[list[str]]]:
+def propose(bench: Bench, proposals: Proposals) -> list[Table]:
+    """Learn the gates, and propose the layers with the largest ones."""
+    options, space, models = bench.config.gates, bench.space, bench.scorer.models
+    supernet = models.supernet()
+    choices = models.choices(supernet)
+    logits = nn.Parameter(torch.full((len(space.layers),), START, device=supernet.device))
+    supernet.register_parameter(GATES, logits)
+    trainer = partial(
+        LearnGates,
+        space=space,
+        penalty=options.penalty,
+        tau=options.temperature_of_gates,
+        gate_learning_rate=options.learning_rate,
+        gates=logits,
+        **bench.learning(options, choices),
+    )
+    learnt = learn(bench.training("gates"), supernet, trainer)[GATES]
+    values = dict(zip(space.layers, learnt.tolist(), strict=True))
+    order = sorted(values, key=lambda i: values[i], reverse=True)
+    for count in bench.counts:
+        proposals.add("gates", space.first(order, count))
+    return [table(values, options.temperature_of_gates)]
+
+
+def table(logits: Mapping[int, float], tau: float) -> Table:
     """Return the learnt gates as title, text, headings and rows of a table."""
     values = probability(torch.tensor(list(logits.values())), tau).tolist()
     rows = [

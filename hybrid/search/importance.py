@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 
+from hybrid.search.bench import Bench, Proposals
 from hybrid.search.config import ImportanceOptions
 from hybrid.search.placement import Placement, Space
-from hybrid.search.report import with_error
+from hybrid.search.report import Table, with_error
 from hybrid.search.scores import Score, Scorer
 
 Harm = Callable[[Score], tuple[float, float]]
@@ -79,7 +80,7 @@ def _shortlist(
     return sorted(layers, key=lambda i: last[i])[:most]
 
 
-def table(alone: dict[int, Score], whole: Score) -> tuple[str, str, list[str], list[list[str]]]:
+def table(alone: dict[int, Score], whole: Score) -> Table:
     """Return the importance of every layer as title, text, headings and rows of a table."""
     metrics = list(next(iter(alone.values())).recall)
     heads = ["layer", "KL", "loss", *(f"{metric} lost" for metric in metrics)]
@@ -94,3 +95,26 @@ def table(alone: dict[int, Score], whole: Score) -> tuple[str, str, list[str], l
     ]
     words = "Each softmax layer replaced alone. Without a replacement the loss is"
     return "Importance", f"{words} {whole.loss:.4f}.", heads, rows
+
+
+def propose(bench: Bench, proposals: Proposals) -> list[Table]:
+    """Propose the layers of each ranking, and the placements along each greedy search."""
+    options, space, scorer = bench.config.importance, bench.space, bench.scorer
+    recall = scorer.retrieval is not None
+    measures = [m for m in options.rank if m == "kl" or recall]
+    alone = without_each(space, scorer, recall and "recall" in measures)
+    for measure in measures:
+        order = ranking(alone, measure)
+        for count in bench.counts:
+            proposals.add(f"rank by {measure}", space.first(order, count))
+    for direction in options.greedy:
+        if direction == "backward":
+            path = backward(space, scorer, options, alone)
+        else:
+            path = forward(space, scorer, options)
+        fitting = [kept for kept in path if space.fits(kept)]
+        wanted = {*bench.counts, max(map(len, fitting))}
+        for kept in fitting:
+            if len(kept) in wanted:
+                proposals.add(f"greedy {direction}", kept)
+    return [table(alone, scorer.score(space.complete, recall=recall))]

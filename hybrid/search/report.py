@@ -19,6 +19,9 @@ JSON, MARKDOWN, TABLE, PICTURE = "report.json", "report.md", "layouts.csv", "fro
 
 Record = dict[str, Any]
 
+Table = tuple[str, str, list[str], list[list[str]]]
+"""Title, text, headings and rows."""
+
 
 def measures(metrics: Sequence[str]) -> dict[str, str]:
     """Return key of a point -> direction, of what the frontier is taken over."""

@@ -7,8 +7,9 @@ one-shot architecture search (arXiv 1904.00420). A placement is then measured wi
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import optuna
 import torch
@@ -16,10 +17,14 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 
-from hybrid.search.learning import LearnChoices
+from hybrid.search.bench import Bench, Proposals
+from hybrid.search.learning import LearnChoices, learn, load_mixers
 from hybrid.search.placement import Placement, Space
+from hybrid.search.report import Table
 
 STUDY = "study.log"
+
+Direction = Literal["minimize", "maximize"]
 
 
 class DrawMixers(LearnChoices):
@@ -45,7 +50,7 @@ class DrawMixers(LearnChoices):
         return torch.zeros(())
 
 
-def open_study(path: Path, directions: Sequence[str], **options: Any) -> optuna.Study:
+def open_study(path: Path, directions: Sequence[Direction], **options: Any) -> optuna.Study:
     """Open or continue a study that is kept in a file.
 
     Args:
@@ -90,7 +95,7 @@ def explore(
     space: Space,
     path: Path,
     measure: Callable[[Placement], Sequence[float]],
-    directions: Sequence[str],
+    directions: Sequence[Direction],
     *,
     trials: int,
     startup: int,
@@ -129,3 +134,34 @@ def explore(
         asked = study.ask()
         study.tell(asked, measure(suggest(space, asked)))
     return list(dict.fromkeys(placement_of(space, trial.params) for trial in study.best_trials))
+
+
+def propose(bench: Bench, proposals: Proposals) -> list[Table]:
+    """Train the supernet, and propose the placements that optuna finds best with its mixers."""
+    options, space, scorer = bench.config.supernet, bench.space, bench.scorer
+    supernet = scorer.models.supernet()
+    choices = scorer.models.choices(supernet)
+    share = space.most / len(space.layers)
+    trainer = partial(DrawMixers, share=share, **bench.learning(options, choices))
+    stored = learn(bench.training("supernet"), supernet, trainer)
+    linear: Any = {i: choice.branches[1] for i, choice in choices.items()}
+    scorer.weights["supernet"] = load_mixers(linear, stored)
+    recall = scorer.retrieval is not None
+
+    def measure(kept: Placement) -> list[float]:
+        score = scorer.score(kept, "supernet", recall)
+        return [score.kl, *([] if score.retrieval is None else [score.retrieval])]
+
+    best = explore(
+        space,
+        bench.out / "supernet" / STUDY,
+        measure,
+        ["minimize", *(["maximize"] if recall else [])],
+        trials=options.trials,
+        startup=options.startup,
+        seed=bench.config.seed,
+        known=[kept for kept in proposals.names if len(kept) == space.most],
+    )
+    for kept in best:
+        proposals.add("supernet", kept)
+    return []

@@ -4,9 +4,11 @@ import pytest
 import torch
 
 import hybrid
+from hybrid.convert.replace_mixers import replace_mixers
 from hybrid.tokenizer import byte_tokenizer
+from search_cases import LAYERS, MATTERS
 
-LAYERS, MATTERS, T = 5, 3, 32
+T = 32
 
 
 def text():
@@ -28,6 +30,13 @@ def searched_model(tmp_path_factory):
     model.save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
     return str(folder)
+
+
+@pytest.fixture(scope="session")
+def pair(searched_model):
+    """Teacher and all-linear student."""
+    teacher = hybrid.HybridForCausalLM.from_pretrained(searched_model).requires_grad_(False).eval()
+    return teacher, replace_mixers(teacher, "D5")
 
 
 @pytest.fixture(scope="session")
