@@ -13,6 +13,7 @@ mixers.declare(
         "chunked_attention": ("B", "ChunkedAttention"),
         "delta_net": ("P", "DeltaNet"),
         "dfw": ("F", "DecayingFastWeights"),
+        "forgetting_attention": ("f", "ForgettingAttention"),
         "gated_delta_net": ("D", "GatedDeltaNet"),
         "gated_delta_net2": ("e", "GatedDeltaNet2"),
         "gated_delta_product": ("d", "GatedDeltaProduct"),

@@ -2,6 +2,7 @@ from . import base as base
 from . import chunked_attention as chunked_attention
 from . import delta_net as delta_net
 from . import dfw as dfw
+from . import forgetting_attention as forgetting_attention
 from . import gated_delta_net as gated_delta_net
 from . import gated_delta_net2 as gated_delta_net2
 from . import gated_delta_product as gated_delta_product

@@ -124,10 +124,11 @@ class RWKV7(LinearMixer):
         decay = -6 + 6 * share ** (1 + depth**0.3) + 0.5 + 2.5 * zigzag
         biases = (decay, -0.19 + 0.3 * zigzag + 0.4 * line)
         for proj, bias in zip((self.decay_proj, self.rate_proj), biases, strict=True):
-            init.copy_(proj[1].bias, bias)
+            init.copy_(list(proj.parameters())[2], bias)
         for proj in (self.decay_proj, self.rate_proj, self.gate_proj):
-            init.zeros_(proj[0].weight)
-            init.orthogonal_(proj[1].weight, gain=0.1)
+            down, up = list(proj.parameters())[:2]
+            init.zeros_(down)
+            init.orthogonal_(up, gain=0.1)
         init.copy_(self.removal_scale, 0.71 - 0.1 * line)
         init.constant_(self.rate_mix, 1.02)
         init.constant_(self.bonus, -0.04)

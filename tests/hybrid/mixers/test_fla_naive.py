@@ -31,9 +31,10 @@ def bare(name, monkeypatch, **options):
     """A mixer whose output is that of its recurrence, (B, T, H * V)."""
     config = hybrid.HybridConfig(layout="Q", hidden_size=8, mixers={"Q": {"type": name, **options}})
     mixer = config.stack[0].mixers[0].build(0).double()
+    config._attn_implementation = "sdpa"  # eager attention wants a mask
     use_backends_of(config, mixer)
     mixer.o_proj = torch.nn.Identity()
-    monkeypatch.setattr(mixer, "read", lambda o, x: o.flatten(-2))
+    monkeypatch.setattr(mixer, "read", lambda o, x: o.flatten(-2), raising=False)
     return mixer
 
 
@@ -84,6 +85,17 @@ def test_gated_delta_net2(monkeypatch, decode):
 
     monkeypatch.setattr(mixer, "recur", recur_without_gates)
     found = run_core(mixer, monkeypatch, qkv, gates, decode)
+    torch.testing.assert_close(found, expected.flatten(-2), **CLOSE)
+
+
+def test_forgetting_attention(monkeypatch):
+    given, expected = recorded("forgetting_attention")
+    mixer = bare("forgetting_attention", monkeypatch, num_heads=4, num_kv_heads=2, head_dim=3)
+    x = torch.zeros(*given["g"].shape[:2], 8, dtype=torch.float64)
+    gate = torch.special.logit(given["g"].exp())
+    for name, y in (*((f"{n}_proj", given[n].flatten(2)) for n in "qkv"), ("forget_proj", gate)):
+        monkeypatch.setattr(getattr(mixer, name), "forward", lambda x, y=y: y)
+    found = mixer(x)[0]
     torch.testing.assert_close(found, expected.flatten(-2), **CLOSE)
 
 

@@ -36,6 +36,11 @@ MISTAKES = [
         "num_heads: .* divisor of hidden_size 64, got 5; try 4 or 8",
     ),
     ("gated_delta_product", {"num_householder": 0}, "num_householder: expected at least 1, got 0"),
+    (
+        "forgetting_attention",
+        {"sinks": True},
+        "sinks: expected none in forgetting_attention, .* try softmax_attention",
+    ),
     ("rwkv7", {"decay_rank": 0}, "decay_rank: expected at least 1, got 0"),
     ("gated_slot_attention", {"num_slots": 300}, "num_slots: expected at most 256, got 300"),
     ("kimi_delta_attention", {"lower_bound": 1.0}, "lower_bound: expected below 0, got 1.0"),

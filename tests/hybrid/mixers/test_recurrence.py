@@ -498,6 +498,28 @@ def sliding_window_attention(w, x, qk_norm=None):
     return local_attention(w, x, lambda t: max(0, t - 3), qk_norm)
 
 
+@recurrence("forgetting_attention", num_heads=4, num_kv_heads=2, head_dim=6)
+@recurrence("forgetting_attention", num_heads=2, head_dim=6, output_gate=True)
+def forgetting_attention(w, x, num_heads=4, num_kv_heads=2, output_gate=False):
+    H, G, K = num_heads, num_kv_heads if num_heads == 4 else num_heads, 6
+    out = []
+    for t, u in enumerate(x):
+        o = []
+        for h in range(H):
+            g = h // (H // G)
+            q, e, values = heads(w("q_proj", u), H)[h], [], []
+            for s in range(t + 1):
+                k = heads(w("k_proj", x[s]), G)[g]
+                decay = math.prod(sigmoid(w("forget_proj", x[j])[h]) for j in range(s + 1, t + 1))
+                e.append(torch.exp(q @ k / math.sqrt(K)) * decay)
+                values.append(heads(w("v_proj", x[s]), G)[g])
+            e = torch.stack(e)
+            o.append(e / e.sum() @ torch.stack(values))
+        gate = sigmoid(w("gate_proj", u)) if output_gate else 1.0
+        out.append(w("o_proj", torch.cat(o) * gate))
+    return out
+
+
 @recurrence("chunked_attention", chunk_size=4, num_heads=4, num_kv_heads=2, head_dim=6)
 def chunked_attention(w, x):
     """Keys from the last multiple of 4 to t."""

@@ -63,7 +63,16 @@ def erase_keys(r):
     }  # fmt: skip
 
 
-CASES = (gated_delta_product, gated_slot_attention, gated_delta_net2, erase_keys)
+def forgetting_attention(r):
+    """Two query heads share a key head."""
+    return "forgetting_attn", "naive_forgetting_attn", {
+        "q": r(B, T, 2 * H, K), "k": r(B, T, H, K), "v": r(B, T, H, K), "g": -r(B, T, 2 * H).abs(),
+    }  # fmt: skip
+
+
+CASES = (
+    gated_delta_product, gated_slot_attention, gated_delta_net2, erase_keys, forgetting_attention,
+)  # fmt: skip
 
 
 def naive(folder, name):
