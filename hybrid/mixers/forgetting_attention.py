@@ -16,7 +16,7 @@ from hybrid.config.registry import register_mixer
 from hybrid.config.sizes import Sizes
 from hybrid.mixers.attention import FullAttention
 from hybrid.mixers.grouped_heads import GroupedHeadOptions, GroupedHeads
-from hybrid.mixers.parts import wide
+from hybrid.mixers.parts import to_float32
 from hybrid.nn.packing import WHOLE_ROWS, Segments
 from hybrid.nn.past import Slot, StateSpec, TokenSpec
 from hybrid.nn.rotary import apply_rotary
@@ -128,7 +128,7 @@ class ForgettingAttention(GroupedHeads, FullAttention):
 
         The additive recurrence with one key and one value, both of dim 1.
         """
-        log_f = F.logsigmoid(wide(self.forget_proj(x)))
+        log_f = F.logsigmoid(to_float32(self.forget_proj(x)))
         one = torch.ones_like(log_f[..., :1, None])
         before = None if cache is None else cache.state("log_forget")
         sums, after = linear_attention(

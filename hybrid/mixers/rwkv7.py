@@ -24,9 +24,8 @@ from hybrid.mixers.parts import (
 )
 from hybrid.nn.past import Slot, StateSpec
 
-MIXED = (
-    6  # inputs of r, k, v, the decay w, the rate a and the gate g, each with its own token shift
-)
+# Inputs with a token shift of their own: of r, k, v, the decay w, the rate a and the gate g.
+MIXED = 6
 FASTEST = -math.exp(-0.5)  # the strongest log decay of a token
 
 
