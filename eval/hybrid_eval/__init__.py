@@ -1,7 +1,8 @@
-"""Measure any causal language model: retrieval, reasoning, held-out loss, memory; with intervals.
+"""Evaluate any causal language model: retrieval, reasoning, held-out loss and memory, with
+intervals.
 
-The package takes any ``AutoModelForCausalLM``, checkpoint folder, hub name or model object, and
-knows nothing of how a model was made.
+The package accepts any ``AutoModelForCausalLM``, checkpoint folder, hub name or model object, and
+does not depend on the package of the model.
 """
 
 from .cost import evaluate_cost, measure_cache

@@ -1,7 +1,7 @@
-"""Knock out token mixers at inference: what does a model lose without them?
+"""Knock-outs: set the outputs of token mixers to zero at inference.
 
-The output of a knocked-out branch is zero; residual stream and feed-forwards stay. The cache is
-kept as it is, so that prefill and decoding still agree.
+The output of a knocked-out branch is zero; residual stream and feed-forwards are unchanged. The
+cache is unchanged as well, so that prefill and decode still agree.
 """
 
 import re
@@ -20,7 +20,7 @@ _LISTS = ("layers", "h", "blocks")
 _FULL = ("full_attention", "attention")
 _LOCAL = ("sliding_attention", "chunked_attention")
 _STATES = ("linear_attention", "mamba", "mamba2", "conv", "recurrent", "linear")
-# words in the names of classes that keep a state, and of those that keep keys
+# words in the names of classes with a state, and of classes with keys
 _STATE_WORDS = re.compile(
     "linear|mamba|ssm|lightning|delta|retention|rwkv|recurrent|lstm|lru|hyena|conv|gla", re.I
 )
@@ -35,11 +35,11 @@ class Branch:
     """One token mixer.
 
     Attributes:
-        layer: its layer.
-        name: of its class.
-        kind: "attention" if it weighs the keys of earlier tokens by softmax, "linear" if what it
-            knows of them is a state (recurrence, convolution).
-        local: whether it attends to a window or a chunk only.
+        layer: index of its layer.
+        name: name of its class.
+        kind: "attention" for softmax over the keys of earlier tokens, "linear" for a state
+            (recurrence, convolution).
+        local: whether it attends only to a window or a chunk.
         module: the module.
     """
 
@@ -57,20 +57,20 @@ def _layers(model: torch.nn.Module) -> torch.nn.ModuleList:
         for name, module in model.named_modules()
         if isinstance(module, torch.nn.ModuleList) and len(module) == depth
     ]
-    # a list of experts or branches may be as long as the stack
+    # a list of experts or branches can have the length of the stack
     lists.sort(key=lambda pair: pair[0] not in _LISTS)
     if lists:
         return lists[0][1]
-    raise ValueError(f"{type(model).__name__}: no list of {depth} layers found to knock out")
+    raise ValueError(f"{type(model).__name__}: expected a list of {depth} layers, got none")
 
 
 def _kind(name: str, module: torch.nn.Module, layer_type: str | None) -> tuple[Kind, bool]:
-    """Return what a branch does, and whether its reach is bounded.
+    """Return the kind of a branch, and whether its reach is bounded.
 
-    A module that says so itself (``attends``: "full", "local" or "") is believed. The layer type of
-    transformers tells what a layer caches, which is not what a branch does: softmax attention with
-    a short convolution, and softmax beside a recurrence, are both "hybrid". It decides only where
-    it is of one meaning and the layer has one branch.
+    The attribute ``attends`` of a module ("full", "local" or "") has priority. The layer type of
+    transformers describes the cache of a layer, not a branch: softmax attention with a short
+    convolution, and softmax in parallel with a recurrence, are both "hybrid". It is used only if it
+    is unambiguous and the layer has one branch.
     """
     attends = getattr(module, "attends", None)
     if isinstance(attends, str):
@@ -97,7 +97,7 @@ def _mixers(layer: torch.nn.Module) -> list[tuple[str, torch.nn.Module]]:
         parallel = getattr(module, "branches", None)
         if isinstance(parallel, torch.nn.ModuleList):
             found += [(name, branch) for branch in parallel]
-        # stacks of single-purpose layers call a feed-forward `mixer`, too
+        # stacks of single-purpose layers also call a feed-forward ``mixer``
         elif not _NOT_MIXERS.search(type(module).__name__):
             found.append((name, module))
     return found
@@ -107,7 +107,7 @@ def branches(model: torch.nn.Module) -> list[Branch]:
     """Return every token mixer of a model, layer by layer.
 
     Raises:
-        ValueError: no list of layers, or no mixer of a known name in any.
+        ValueError: the model has no list of layers, or no mixer with a known name.
     """
     types = getattr(model.config, "layer_types", None) or []
     found = []
@@ -118,12 +118,14 @@ def branches(model: torch.nn.Module) -> list[Branch]:
             kind, local = _kind(name, module, layer_type)
             found.append(Branch(number, type(module).__name__, kind, local, module))
     if not found:
-        raise ValueError(f"{type(model).__name__}: no layer has any of {', '.join(_NAMES)}")
+        raise ValueError(
+            f"{type(model).__name__}: expected layers with one of {', '.join(_NAMES)}, got none"
+        )
     return found
 
 
 def describe(model: torch.nn.Module) -> list[dict[str, Any]]:
-    """Return the branches in JSON's terms; none where they cannot be told."""
+    """Return the branches as JSON values; empty if they are not known."""
     try:
         found = branches(model)
     except (ValueError, AttributeError):
@@ -132,10 +134,10 @@ def describe(model: torch.nn.Module) -> list[dict[str, Any]]:
 
 
 def select(model: torch.nn.Module, what: str) -> list[Branch]:
-    """Return the branches that ``attention``, ``linear`` or layer numbers (``0,3``) name.
+    """Return the branches selected by ``attention``, ``linear`` or layer numbers (``0,3``).
 
     Raises:
-        ValueError: none of the three, a layer that is not there, or no branch of that kind.
+        ValueError: another value, a layer that does not exist, or no branch of that kind.
     """
     every = branches(model)
     if what in ("attention", "linear"):
@@ -157,7 +159,7 @@ def select(model: torch.nn.Module, what: str) -> list[Branch]:
 
 
 def _alone(chosen: list[Branch], every: list[Branch]) -> list[Branch]:
-    """Refuse a module that other layers use as well: zeroing it would zero them, too."""
+    """Refuse a module that other layers share, since they would be set to zero as well."""
     gone = {branch.layer for branch in chosen}
     for branch in chosen:
         others = {b.layer for b in every if b.module is branch.module} - gone
@@ -177,7 +179,7 @@ def _zero(module: torch.nn.Module, inputs: Any, output: Any) -> Any:
 
 @contextmanager
 def ablated(model: torch.nn.Module, what: str | None) -> Iterator[list[Branch]]:
-    """Zero the chosen branches while the context lasts; None changes nothing."""
+    """Set the outputs of the selected branches to zero in a context; None for no change."""
     with ExitStack() as stack:
         chosen = [] if what is None else select(model, what)
         for module in {id(branch.module): branch.module for branch in chosen}.values():

@@ -1,4 +1,4 @@
-"""The tasks of this package, and how each is run on a model under test."""
+"""The tasks of this package, and functions that run them on a model."""
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -40,7 +40,7 @@ def _run_mqar(subject: Subject, settings: Settings, options: dict[str, Any], pro
 
 
 def grid_settings(settings: Settings, progress: Progress | None) -> dict[str, Any]:
-    """Return the arguments of a depth x length task that the run's settings decide."""
+    """Return the arguments of a depth x length task that follow from the settings of the run."""
     arguments = _sample_settings(settings, progress)
     if settings.lengths is not None:
         arguments["lengths"] = settings.lengths
@@ -63,7 +63,7 @@ def _run_needle(subject: Subject, settings: Settings, options: dict[str, Any], p
 
 def _run_heldout(subject: Subject, settings: Settings, options: dict[str, Any], progress=None):
     arguments = _sample_settings(settings, progress)
-    # the windows are fixed by the text: there is nothing to draw
+    # the windows follow from the text, without random numbers
     arguments.pop("seed")
     return evaluate_heldout(
         subject.model,
@@ -74,7 +74,7 @@ def _run_heldout(subject: Subject, settings: Settings, options: dict[str, Any], 
 
 
 def _from_hub(name: str, option: str, options: Mapping[str, Any]) -> str | None:
-    """Return the revision of a data set on the hub, None where the user's own data replace it."""
+    """Return the revision of a data set on the hub, or None if the user's data replace it."""
     return None if options.get(option) is not None else revision(name)
 
 
@@ -163,7 +163,7 @@ _WORDS = {
 
 
 def _text_data(name: str):
-    """Return what tells the hub's data of a task from any other."""
+    """Return a function that identifies the hub data of a task."""
     if needs_mmlu(name):
         return partial(_from_hub, MMLU_HUB, "mmlu")
     return partial(_from_hub, ESSAYS_HUB, "essays") if needs_essays(name) else None
@@ -184,14 +184,14 @@ for _name in TEXT_TASKS:
 
 
 def _run_sampled(function, takes: tuple[str, ...], subject, settings, options, progress=None):
-    """Run a task whose arguments are those of the settings that it takes, and its options."""
+    """Run a task with the settings that it accepts and its options."""
     given = grid_settings(settings, progress)
     arguments = {key: value for key, value in given.items() if key in takes}
     return function(subject.model, **{**arguments, **options})
 
 
 def _run_on_questions(function, fixed, subject: Subject, settings, options, progress=None):
-    """Run a task whose questions are given, not drawn."""
+    """Run a task with a fixed set of questions."""
     arguments = {**_sample_settings(settings, progress), **options, **fixed}
     return function(subject.model, tokenizer=tokenizer_of(subject), **arguments)
 
@@ -288,12 +288,12 @@ for _name, _suite in OLMES.items():
 
 
 def default_tasks(subjects: Sequence[Subject]) -> tuple[str, ...]:
-    """Return the tasks that suit these models when the user names none."""
+    """Return the default tasks for these models."""
     if any(_reads_language(subject) for subject in subjects):
         return ("niah_grid", "kv_recall", "heldout", "cost")
     return ("mqar", "needle", "heldout", "cost")
 
 
 def _reads_language(subject: Subject) -> bool:
-    """Whether the tokenizer has more than bytes and a few special tokens."""
+    """Return whether the tokenizer has more tokens than bytes and a few special ones."""
     return subject.tokenizer is not None and getattr(subject.tokenizer, "vocab_size", 0) > 512

@@ -1,4 +1,4 @@
-"""One cell of a result, or several: the score at a length, at a depth."""
+"""Scores of single cells of a result, e.g. at one length or depth."""
 
 import math
 from collections.abc import Mapping
@@ -11,14 +11,14 @@ Record = dict[str, Any]
 
 
 def cell_score(result: Record, where: Mapping[str, float]) -> Score:
-    """Return the accuracy of the cells in which all these keys have these values, with their items.
+    """Return the accuracy of the cells with these values, with their items.
 
     Args:
-        result: of a task; without ``where`` its headline figure is returned.
-        where: e.g. ``{"length": 256, "depth": 0.5}``.
+        result: result of a task.
+        where: e.g. ``{"length": 256, "depth": 0.5}``; empty for the headline figure.
 
     Raises:
-        ValueError: no such cell; the message has the values that there are.
+        ValueError: the cell does not exist; the message has the existing values.
     """
     if not where:
         return score_of(result)
@@ -30,7 +30,7 @@ def cell_score(result: Record, where: Mapping[str, float]) -> Score:
     counts = [int(cell.get("n", 0)) for cell in cells]
     items = result.get("items") or []
     own: list[float] = []
-    # items stand in the order of the cells
+    # items are in the order of the cells
     if sum(counts) == len(items):
         starts = [sum(counts[:i]) for i in range(len(counts))]
         own = [item for i in chosen for item in items[starts[i] : starts[i] + counts[i]]]
@@ -46,7 +46,7 @@ def _words(where: Mapping[str, float]) -> str:
 
 
 def _there(cells: list[Record], where: Mapping[str, float]) -> str:
-    """Say which values of these keys there are."""
+    """Return the existing values of these keys as text."""
     known = {key: sorted({cell[key] for cell in cells if key in cell}) for key in where}
     return "; ".join(
         f"{key}: {', '.join(f'{value:g}' for value in values) or 'none'}"

@@ -1,4 +1,4 @@
-"""Checks on a checkpoint folder before transformers reads it: one line that names the file."""
+"""Checks of a checkpoint folder before transformers reads it, with one-line errors."""
 
 import json
 import logging
@@ -34,7 +34,7 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def _check_safetensors(path: Path) -> None:
-    """Read the header: an interrupted download or a Git LFS pointer shows there."""
+    """Read the header, which detects an interrupted download or a Git LFS pointer."""
     try:
         with safe_open(str(path), framework="pt"):
             pass
@@ -77,7 +77,7 @@ def check_folder(path: Path, trust_remote_code: bool) -> None:
 
     Raises:
         ValueError: no config or no weights, a damaged file, a file that leaves the folder, or a
-            model type that needs code of its own.
+            model type that requires code from the folder.
     """
     check_paths(path)
     if not (path / "config.json").is_file():
@@ -99,16 +99,16 @@ def check_folder(path: Path, trust_remote_code: bool) -> None:
 
 
 def check_loaded(source: str, loading: dict[str, Any]) -> None:
-    """Refuse a model some of whose weights are not in its checkpoint, or do not fit.
+    """Refuse a model with weights that are missing in its checkpoint or have another shape.
 
-    transformers initialises them at random; a measurement of that says nothing.
+    transformers initialises them at random, so results would be meaningless.
 
     Args:
-        source: of the checkpoint, for the message.
-        loading: what ``from_pretrained(..., output_loading_info=True)`` returned beside the model.
+        source: name of the checkpoint, for the message.
+        loading: loading info of ``from_pretrained(..., output_loading_info=True)``.
 
     Raises:
-        ValueError: names the tensors.
+        ValueError: with the names of the tensors.
     """
     for name, found, wanted in sorted(loading.get("mismatched_keys", [])):
         raise ValueError(

@@ -13,7 +13,7 @@ def check_folder(folder: Path) -> None:
 
     Raises:
         ValueError: a symbolic link that leaves the folder, or such a name in an index, in
-            `tokenizer_config.json` or in `auto_map`.
+            ``tokenizer_config.json`` or in ``auto_map``.
     """
     root = folder = folder.resolve()
     for parent in folder.parents:

@@ -1,8 +1,8 @@
-"""Multiple choice by likelihood: the choice whose text the model finds most likely is its answer.
+"""Multiple choice by likelihood: the answer is the choice with the largest likelihood.
 
-Texts of different length are not comparable as they are. Four ways to compare them are scored side by
-side (Gu et al. 2024, OLMES, arXiv 2406.08446, section 3.2): the log-likelihood itself, per byte, per
-character, and less what the choice has without its question (PMI).
+Likelihoods of texts of different length are not directly comparable. Four normalisations are
+reported (Gu et al. 2024, OLMES, arXiv 2406.08446, section 3.2): log-likelihood, per byte, per
+character, and minus the log-likelihood without the question (PMI).
 """
 
 from collections import Counter
@@ -24,10 +24,10 @@ class Problem:
     """One question.
 
     Attributes:
-        prompt: from a number of worked examples to the prompt with the first so many of them.
-        examples: how many worked examples there are.
+        prompt: function from a number of worked examples to the prompt.
+        examples: number of available worked examples.
         continuations: the choices as they follow the prompt, each with its leading space.
-        answer: index of the right one.
+        answer: index of the correct choice.
     """
 
     prompt: Callable[[int], str]
@@ -37,13 +37,13 @@ class Problem:
 
 
 class Chosen(NamedTuple):
-    """What a model chose.
+    """Choices of a model.
 
     Attributes:
-        right: for each way to compare choices, 1.0 or 0.0 for each question.
+        right: for each normalisation, 1.0 or 0.0 for each question.
         likelihoods: log-likelihood of every choice of every question, in nats.
-        shots: how many questions had how many worked examples.
-        tokens: fewest and most tokens of a prompt with a choice.
+        shots: number of questions by number of worked examples.
+        tokens: minimum and maximum number of tokens of a prompt with a choice.
     """
 
     right: dict[Normalisation, list[float]]
@@ -63,20 +63,20 @@ def _row(tokenizer: Encoder, context: str, text: str) -> dict[str, np.ndarray]:
 def _rows(
     problem: Problem, tokenizer: Encoder, limit: int | None
 ) -> tuple[list[dict[str, np.ndarray]], int]:
-    """Return a row for each choice, and how many examples fitted the model's length."""
+    """Return a row for each choice, and the number of examples that fit in the model's length."""
     for count in range(problem.examples, -1, -1):
         context = problem.prompt(count)
         rows = [_row(tokenizer, context, text) for text in problem.continuations]
         longest = max(len(row["input_ids"]) for row in rows)
         if limit is None or longest <= limit or count == 0:
             return rows, count
-    raise AssertionError("the loop ends at no examples")
+    raise AssertionError("unreachable: zero examples always fit")
 
 
 def _scores(
     problem: Problem, lls: Sequence[float], alone: Sequence[float]
 ) -> dict[Normalisation, list[float]]:
-    """Return the score of every choice, for each way to compare them."""
+    """Return the score of every choice, for each normalisation."""
     texts = [text.strip() for text in problem.continuations]
     found: dict[Normalisation, list[float]] = {
         "none": list(lls),
@@ -98,25 +98,26 @@ def choose_by_likelihood(
     progress: Progress | None = None,
     allow_longer: bool = False,
 ) -> Chosen:
-    """Let a model choose an answer to every question.
+    """Return the answers of a model to every question.
 
     Args:
         model: a causal language model.
-        problems: the questions. A prompt that is longer than the model takes loses worked examples.
-        tokenizer: the model's.
-        unconditioned: prompt without a question, before which a choice is as likely as it is anyway;
-            None leaves "pmi" out.
-        batch_size: rows per forward; None chooses.
-        progress: called with the number of continuations done and of all.
+        problems: the questions. Worked examples are removed from prompts that exceed the model's
+            length.
+        tokenizer: tokenizer of the model.
+        unconditioned: prompt without a question, for the unconditional likelihood of a choice;
+            None to omit "pmi".
+        batch_size: rows per forward; None for automatic.
+        progress: called with the number of completed and of all continuations.
         allow_longer: permit prompts beyond ``max_position_embeddings``.
 
     Raises:
-        ValueError: as :func:`hybrid_eval.scoring.score`.
+        ValueError: as :func:``hybrid_eval.scoring.score``.
     """
     limit = None if allow_longer else position_limit(model)
     made = [_rows(problem, tokenizer, limit) for problem in problems]
     rows = [row for own, _ in made for row in own]
-    # the same words alone again and again ("yes", "A"): each is scored once
+    # equal continuations without a question ("yes", "A") are scored once
     texts = [text for problem in problems for text in problem.continuations]
     apart = list(dict.fromkeys(texts)) if unconditioned is not None else []
     alone = [_row(tokenizer, unconditioned or "", text) for text in apart]

@@ -1,7 +1,7 @@
 """``python -m hybrid_eval MODEL [MODEL ...] --out DIR``; ``hybrid eval`` forwards here.
 
-The table goes to standard output, progress bars to standard error. Names and paths are printed as
-they are: brackets in them are not markup, colons not emoji.
+The table is written to standard output, progress bars to standard error. Names and paths are
+printed literally: brackets are not markup, and colons are not emoji.
 """
 
 import argparse
@@ -27,9 +27,9 @@ from .report import table_columns, write_report
 from .runner import evaluate
 from .text.chat import check_template
 
-# from checkpoints to options by task
+# function from checkpoints to options by task
 Defaults = Callable[[Sequence[str]], Mapping[str, Mapping[str, Any]]]
-# of tokens, samples or rows: more than any machine measures
+# upper bound of tokens, samples or rows
 _MOST = 10**9
 
 
@@ -45,7 +45,7 @@ def parse_tokens(word: str) -> int:
 
 
 def _is_count(digits: str) -> bool:
-    """Whether these are ASCII digits of a number that somebody can mean."""
+    """Return whether the text is ASCII digits of a plausible number."""
     return digits.isascii() and digits.isdigit() and len(digits) < 13 and 0 < int(digits) <= _MOST
 
 
@@ -85,10 +85,10 @@ def _names(text: str) -> list[str]:
 
 
 class _Parser(argparse.ArgumentParser):
-    """A parser that names the nearest option to one that it does not have."""
+    """Argument parser that suggests the nearest option for an unknown one."""
 
     def error(self, message: str) -> NoReturn:
-        """Print the message with that option, and end the process with status 2."""
+        """Print the message with a suggestion, and exit with status 2."""
         _, unknown, words = message.partition("unrecognized arguments: ")
         if unknown and words.startswith("--"):
             near = closest(words.split()[0].partition("=")[0], self._option_string_actions)
@@ -97,7 +97,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def build_parser(prog: str, epilog: str | None = None) -> argparse.ArgumentParser:
-    """Return the parser of the command line; `epilog` ends its help."""
+    """Return the parser of the command line; ``epilog`` is the end of its help."""
     parser = _Parser(
         prog=prog,
         epilog=epilog,
@@ -110,19 +110,19 @@ def build_parser(prog: str, epilog: str | None = None) -> argparse.ArgumentParse
         "--out", type=_folder, default=Path("runs/eval"), help="folder of report and cached results"
     )
     add("--tasks", type=_names, help="tasks, separated by commas: ours (see --list) or lm-eval's")
-    add("--retrieval", type=_names, help="more tasks, shown on the axis of retrieval")
-    add("--reasoning", type=_names, help="more tasks, shown on the axis of reasoning")
+    add("--retrieval", type=_names, help="additional tasks, on the retrieval axis")
+    add("--reasoning", type=_names, help="additional tasks, on the reasoning axis")
     add("--lengths", type=_lengths, help="tokens per sample, e.g. 1k,2k,4k")
     add("--depths", type=_depths, help="depths of the needle, e.g. 0,0.5,1")
-    add("--limit", type=_positive, help="samples per cell, or in all where there are no cells")
+    add("--limit", type=_positive, help="samples per cell, or in total for tasks without cells")
     add("--seed", type=int, default=0, help="seed of all samples")
-    add("--context", type=parse_tokens, default=32768, help="where the cache's size is stated")
-    add("--text", type=Path, help="your own text for haystacks and held-out loss")
-    add("--batch-size", type=_positive, help="rows per forward (default: chosen)")
+    add("--context", type=parse_tokens, default=32768, help="tokens for the size of the cache")
+    add("--text", type=Path, help="text for haystacks and held-out loss")
+    add("--batch-size", type=_positive, help="rows per forward (default: automatic)")
     add("--tokenizer", help="folder or name of a tokenizer, or 'bytes'")
-    add("--dtype", default="auto", help="of the weights: auto, float32, bfloat16, float16")
+    add("--dtype", default="auto", help="dtype of the weights: auto, float32, bfloat16, float16")
     add("--device", help="cpu, cuda, cuda:1 ... (default: a GPU if there is one)")
-    add("--trust-remote-code", action="store_true", help="run code that a checkpoint brings along")
+    add("--trust-remote-code", action="store_true", help="run code of checkpoints")
     add("--allow-longer", action="store_true", help="permit lengths beyond the model's positions")
     add("--chat", action="store_true", help="prompts in the tokenizer's chat template")
     add(
@@ -149,7 +149,7 @@ def build_parser(prog: str, epilog: str | None = None) -> argparse.ArgumentParse
     add(
         "--merge",
         action="store_true",
-        help="the arguments are folders of earlier runs: join their results into one report",
+        help="join the results of earlier runs, whose folders are the arguments, into one report",
     )
     add("--title", help="heading of the report")
     add("--list", action="store_true", help="print the tasks and stop")
@@ -157,10 +157,10 @@ def build_parser(prog: str, epilog: str | None = None) -> argparse.ArgumentParse
 
 
 def parse_options(words: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Read ``TASK.OPTION=VALUE`` words; values are YAML.
+    """Parse ``TASK.OPTION=VALUE`` arguments; values are YAML.
 
     Raises:
-        ValueError: a word of another form, or a value that is not YAML.
+        ValueError: an argument of another form, or a value that is not YAML.
     """
     options: dict[str, dict[str, Any]] = {}
     for word in words:
@@ -191,7 +191,7 @@ def _options(
 
 
 class _Bars:
-    """Shows one bar per model and task."""
+    """Progress bars, one per model and task."""
 
     def __init__(self, progress: Progress):
         self.progress = progress
@@ -202,11 +202,11 @@ class _Bars:
         self.current = self.progress.add_task(f"{model}  {task}", total=None)
 
     def advance(self, done: int, total: int) -> None:
-        """Move it."""
+        """Advance the bar."""
         self.progress.update(self.current, completed=done, total=total)
 
     def finish(self, model: str, task: str, *, cached: bool) -> None:
-        """Close it."""
+        """Close the bar."""
         row = self.progress.tasks[-1]
         total = row.total or 1
         words = f"{model}  {task}" + ("  (from cache)" if cached else "")
@@ -222,7 +222,7 @@ def _print_tasks(console: Console) -> None:
 
 
 def print_table(results: dict[str, Any], console: Console) -> None:
-    """Print the table of the report, one column per model, names folded and never cut."""
+    """Print the table of the report, one column per model; names are wrapped, never truncated."""
     results = pooled(results)
     headings, *rest = table_columns(results)
     models = results["models"]
@@ -252,7 +252,7 @@ def _run(arguments: argparse.Namespace, console: Console, defaults: Defaults | N
         chat=arguments.template or arguments.chat,
     )
     known = {} if defaults is None else defaults([split_name(m)[1] for m in arguments.models])
-    # one bar per task is enough: transformers draws one per checkpoint of its own
+    # disable transformers' progress bars; one per task is enough
     disable_progress_bar()
     columns = (
         TextColumn("{task.description}", markup=False),
@@ -300,10 +300,10 @@ def main(
     """Run the command line; return the exit status.
 
     Args:
-        argv: the words; None takes those of the process.
+        argv: arguments; None for those of the process.
         prog: name of the command.
         epilog: end of its help.
-        defaults: from the checkpoints to options by task, which ``--set`` overrides.
+        defaults: function from checkpoints to options by task, which ``--set`` overrides.
     """
     parser = build_parser(prog, epilog)
     arguments = parser.parse_args(argv)
@@ -319,7 +319,7 @@ def main(
             _run(arguments, console, defaults)
         sys.stdout.flush()
     except BrokenPipeError:
-        # whoever read the table has seen enough: the report is written already
+        # the reader of the pipe has ended; the report is written already
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except NotFiniteError as error:

@@ -1,4 +1,4 @@
-"""Comparisons between the models of one run: paired differences, memory crossings, shares."""
+"""Comparisons between the models of a run: paired differences, cache sizes, attention shares."""
 
 import math
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from .stats import Interval, PairedDifference, above_chance, holm, paired_differ
 
 
 class Comparison(NamedTuple):
-    """How a model differs from the reference on one task."""
+    """Difference of a model from the reference on one task."""
 
     task: str
     metric: str
@@ -21,11 +21,11 @@ class Comparison(NamedTuple):
 
 
 def comparison(model: Record, reference: Record, task: str) -> PairedDifference | None:
-    """Return how a model differs from another on identical items; None where the items differ.
+    """Return the difference of two models on identical items, or None if the items differ.
 
-    The items of a task are the same for two models if the run's settings, the task's options and
-    the true token counts are: models with different tokenizers see different prompts. Models of
-    several seeds are compared seed by seed, see :mod:`hybrid_eval.seeds`.
+    The items of a task are identical for two models if the settings of the run, the options of the
+    task and the true token counts are equal: models with different tokenizers have different
+    prompts. Models with several seeds are compared by seed, see :mod:``hybrid_eval.seeds``.
     """
     mine, base = model["results"].get(task), reference["results"].get(task)
     if mine is None or base is None or "items" not in mine:
@@ -52,7 +52,7 @@ def _over_seeds(model: Record, reference: Record, task: str) -> PairedDifference
         ]
         for record in (model, reference)
     )
-    # what differs by rounding is equal
+    # differences by rounding count as equal
     differences = [
         0.0 if math.isclose(a.value, b.value, rel_tol=1e-12) else a.value - b.value
         for a, b in zip(changed, unchanged, strict=True)
@@ -79,11 +79,11 @@ def comparisons(results: Record) -> list[Comparison]:
 
 
 def cheaper_from(model: Record, full: Record) -> int | None:
-    """Return the context from which ``model`` has the smaller cache, None if it never has.
+    """Return the context length from which ``model`` has the smaller cache, or None.
 
     Args:
         model: result of the cost task.
-        full: the same of the model to compare with.
+        full: result of the cost task of the other model.
     """
     gain = full["bytes_per_token"] - model["bytes_per_token"]
     debt = model["fixed_bytes"] - full["fixed_bytes"]
@@ -94,9 +94,9 @@ def cheaper_from(model: Record, full: Record) -> int | None:
 
 
 def attention_share(record: Record) -> float | None:
-    """Return the share of token-mixing layers with softmax attention of full reach.
+    """Return the share of token-mixing layers with full softmax attention.
 
-    None where the model's mixers are not known.
+    None if the mixers of the model are not known.
     """
     branches = record.get("branches")
     if not branches:
@@ -116,8 +116,8 @@ def corrected(result: Record) -> tuple[float, float, float]:
 def aggregate(record: Record, tasks: Sequence[str]) -> tuple[float, float, float]:
     """Return the mean of several tasks above chance, each with the same weight, and its interval.
 
-    The tasks' samples are drawn independently, so the half-widths add up in squares, downwards and
-    upwards on their own.
+    The samples of the tasks are independent, so squares of the half-widths are added, separately
+    for the lower and the upper half.
     """
     parts = [corrected(record["results"][task]) for task in tasks]
     value = sum(part[0] for part in parts) / len(parts)

@@ -1,11 +1,11 @@
-"""Real text that needs no download: the Python standard library's own source files.
+"""Text without a download: the source files of the Python standard library.
 
-A model may be trained on one part of that text and is measured on the other. The rule that
-splits it is public, so that a trainer which knows nothing of this package can keep to it:
+Models can be trained on one part and are evaluated on the other. The split follows a public rule,
+which other training code can apply:
 
 - root: ``sysconfig.get_path("stdlib")``
 - files: every ``*.py`` below it, sorted by posix relative path, without those that have a
-  component in :data:`EXCLUDED`
+  component in :data:``EXCLUDED``
 - a file is held out iff ``zlib.crc32(relative posix path) % 20 == 0``
 """
 
@@ -36,7 +36,7 @@ class Document:
 
 
 def is_held_out(relative_path: str) -> bool:
-    """Whether the standard library file at this posix relative path is kept out of training."""
+    """Return whether the standard library file at this posix relative path is held out."""
     return zlib.crc32(relative_path.encode("utf-8")) % 20 == 0
 
 
@@ -44,7 +44,7 @@ def is_held_out(relative_path: str) -> bool:
 def stdlib_documents(split: Split = "heldout") -> tuple[Document, ...]:
     """Return one part of the standard library's sources, in the order of their paths.
 
-    A file that is not UTF-8 is left out.
+    Files that are not UTF-8 are skipped.
 
     Raises:
         ValueError: ``split`` is none of the three parts.
@@ -90,7 +90,7 @@ def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     Raises:
         ValueError: a line that is not a JSON object; the message names file and line.
     """
-    # str.splitlines would also cut at U+2028 and the like, which JSON allows inside of a text
+    # str.splitlines also splits at U+2028 and similar characters, which JSON allows in strings
     for number, line in enumerate(read_text(path).split("\n"), 1):
         if not line.strip():
             continue
@@ -112,10 +112,10 @@ def _jsonl(path: Path) -> Iterator[Document]:
 
 
 def read_documents(path: str | Path) -> tuple[Document, ...]:
-    """Read the user's own text: a UTF-8 file, a ``.jsonl`` file with "text", or a folder of these.
+    """Read text files: a UTF-8 file, a ``.jsonl`` file with "text", or a folder of these.
 
     Raises:
-        ValueError: nothing there, no text in it, or a line that is not what it should be.
+        ValueError: the path does not exist, has no text, or has an invalid line.
     """
     path = Path(path).expanduser()
     if path.is_dir():
@@ -136,19 +136,19 @@ def read_documents(path: str | Path) -> tuple[Document, ...]:
 
 @dataclass(frozen=True)
 class Corpus:
-    """Documents together with the words by which a report names them."""
+    """Documents with a description for reports."""
 
     documents: tuple[Document, ...]
     description: str
 
     @property
     def text(self) -> str:
-        """All documents, one after another."""
+        """All documents, concatenated."""
         return "\n".join(document.text for document in self.documents)
 
 
 def load_corpus(source: str | Path | None = None) -> Corpus:
-    """Return the user's text, or the held-out standard library sources if ``source`` is None."""
+    """Return the text of ``source``, or held-out standard library sources if it is None."""
     if source is None:
         documents = stdlib_documents("heldout")
         return Corpus(

@@ -1,9 +1,9 @@
-"""What a context costs, measured: bytes in the cache of any causal language model.
+"""Measured cache size in bytes of any causal language model.
 
-A prefill is run with ``use_cache=True`` at two lengths and every tensor of the cache is counted.
-Per cache layer the bytes are fixed + per_token * tokens exactly (a KV cache grows, a recurrent
-state does not), so two lengths give both; a third one checks it. A sliding window grows until
-it is full and is fixed from there on.
+Runs a prefill with ``use_cache=True`` at two lengths and counts every tensor of the cache. The
+bytes of a cache layer are exactly fixed + per_token * tokens (a KV cache grows, a recurrent state
+does not), so two lengths determine both; a third length is a check. A sliding window grows until it
+is full and is constant from then on.
 """
 
 from collections.abc import Iterator
@@ -15,12 +15,12 @@ import torch
 from .scoring import device_of, evaluating, takes_logits_to_keep
 
 _CACHE_FIELDS = ("cache", "past_key_values", "cache_params", "state", "mems")
-# short enough for any laptop, long enough that a short convolution's state is full
+# short enough for a laptop, and long enough to fill the state of a short convolution
 _FIRST, _STEP = 32, 16
 
 
 def cache_tensors(value: Any, seen: set[int] | None = None) -> Iterator[torch.Tensor]:
-    """Yield every distinct tensor that hangs below a cache object, in no particular order."""
+    """Yield every distinct tensor in a cache object, in no particular order."""
     seen = set() if seen is None else seen
     if id(value) in seen:
         return
@@ -41,13 +41,13 @@ def cache_tensors(value: Any, seen: set[int] | None = None) -> Iterator[torch.Te
 
 
 def tensor_bytes(value: Any) -> int:
-    """Return the bytes of all tensors of a cache. Single numbers (counters) are no state."""
+    """Return the bytes of all tensors of a cache, except scalars (counters)."""
     return sum(t.numel() * t.element_size() for t in cache_tensors(value) if t.dim() > 0)
 
 
 @torch.inference_mode()
 def prefill(model, tokens: int) -> Any:
-    """Run a prefill of one row of ``tokens`` ids and return the cache that it leaves.
+    """Run a prefill of one row of ``tokens`` ids and return the cache.
 
     Raises:
         ValueError: the model returns no cache.
@@ -69,7 +69,7 @@ def kept_cache(output: Any, model: torch.nn.Module) -> Any:
         if cache is not None:
             return cache
     looked_for = ", ".join(_CACHE_FIELDS)
-    raise ValueError(f"{type(model).__name__} returned no cache: no {looked_for} in its output")
+    raise ValueError(f"{type(model).__name__}: expected {looked_for} in its output, got none")
 
 
 @dataclass(frozen=True)
@@ -94,17 +94,17 @@ class CacheCost:
 
     @property
     def fixed(self) -> int:
-        """Bytes that do not depend on the length (recurrent and convolution states)."""
+        """Bytes independent of the length (recurrent and convolution states)."""
         return sum(layer.fixed for layer in self.layers)
 
     @property
     def per_token(self) -> int:
-        """Bytes that every further token adds for ever (windows that fill up not counted)."""
+        """Bytes added by each token, without limit (sliding windows are not counted)."""
         return sum(layer.per_token for layer in self.layers if layer.window is None)
 
     @property
     def windows(self) -> tuple[int, ...]:
-        """Tokens that each sliding-window layer keeps, ascending, without repeats."""
+        """Distinct numbers of tokens in sliding-window layers, ascending."""
         return tuple(sorted({layer.window for layer in self.layers if layer.window is not None}))
 
     def at(self, context: int) -> int:
@@ -118,7 +118,7 @@ def _layers(cache: Any) -> list[Any]:
 
 
 def _window(layer: Any) -> int | None:
-    """Return how many tokens a sliding-window cache layer keeps (its window less the new token)."""
+    """Return the number of tokens in a sliding-window cache layer (the window minus the new token)."""
     window = getattr(layer, "sliding_window", None)
     return window - 1 if getattr(layer, "is_sliding", False) and window else None
 
@@ -127,10 +127,10 @@ def measure_cache(model) -> CacheCost:
     """Measure the cache of any causal language model, for one sequence.
 
     Raises:
-        ValueError: the model keeps no cache, or its size is not linear in the length.
+        ValueError: the model has no cache, or its size is not linear in the length.
     """
     shortest = min([w for w in map(_window, _layers(prefill(model, 2))) if w] or [1 << 30])
-    # windows too short to measure while they fill: measure them full, then they are fixed
+    # windows that are full at the shortest length are constant
     first = _FIRST if shortest > _FIRST + 2 * _STEP else max(_FIRST, shortest + 1)
     lengths = (first, first + _STEP, first + 2 * _STEP)
     caches = [_layers(prefill(model, tokens)) for tokens in lengths]
@@ -148,7 +148,7 @@ def measure_cache(model) -> CacheCost:
 
 
 def parameter_counts(model) -> dict[str, int]:
-    """Return the number of distinct parameters: total, in the input and output embeddings, rest."""
+    """Return the number of distinct parameters: total, in input and output embeddings, and others."""
     total = sum(p.numel() for p in model.parameters())
     embeddings = {}
     for getter in ("get_input_embeddings", "get_output_embeddings"):
@@ -161,12 +161,12 @@ def parameter_counts(model) -> dict[str, int]:
 
 
 def evaluate_cost(model, *, context: int = 32768) -> dict[str, Any]:
-    """Measure what a context costs.
+    """Measure the cache of a model.
 
     Args:
         model: a causal language model.
-        context: tokens at which the cache's size is stated (computed from the measured line, so
-            it may be far beyond what the model was trained for).
+        context: number of tokens for the reported size (extrapolated linearly, so it may exceed the
+            trained length).
 
     Returns:
         cache_bytes (at ``context``), fixed_bytes, bytes_per_token, windows, parameters.

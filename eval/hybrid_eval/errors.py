@@ -1,4 +1,4 @@
-"""Words for wrong names: every refusal says what was found and the nearest right thing."""
+"""Error messages with suggestions."""
 
 import difflib
 import re
@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """Return the tail of a message: ``; did you mean 'x'?`` or the list of known names."""
+    """Return the end of an error message: ``; did you mean 'x'?`` or the list of known names."""
     names = sorted(known)
     close = closest(name, names)
     if close is not None:
@@ -15,7 +15,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def closest(name: str, known: Iterable[str]) -> str | None:
-    """Return the known name that is most like ``name``; whole words count before letters."""
+    """Return the known name most similar to ``name``; shared words count before shared letters."""
     asked = _words(name)
     scores = {}
     for candidate in sorted(known):
@@ -27,7 +27,7 @@ def closest(name: str, known: Iterable[str]) -> str | None:
 
 
 def _words(name: str) -> set[str]:
-    """Return the words of a name; a plural is the same word."""
+    """Return the words of a name, in the singular."""
     return {word.rstrip("s") for word in re.split(r"[\W_]+", name.lower()) if word}
 
 
@@ -43,4 +43,4 @@ def id_range(name: str, ids: Sequence[int]) -> tuple[int, int]:
 
 
 class NotFiniteError(ValueError):
-    """A model's logits are NaN or infinite: there is nothing to measure."""
+    """The logits of a model are NaN or infinite."""

@@ -1,4 +1,4 @@
-"""The first sentence of a report, made from its numbers, and the words that a reader has to know."""
+"""The summary sentence of a report, computed from its figures, and the glossary."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -7,13 +7,14 @@ from .contrast import attention_share, comparison, corrected
 from .pictures import human_bytes, human_tokens
 from .pool import Record
 
-_BLIND = 0.1  # above chance, below which a model is called blind
+_BLIND = 0.1  # score above chance below which a model is called blind
 
 
 def roles(models: Sequence[Record]) -> dict[str, Record]:
-    """Return the first hybrid, the first model of softmax layers only, and the first without any.
+    """Return the first hybrid model, the first with softmax layers only, and the first without
+    softmax.
 
-    Models whose mixers are not known, and knock-outs, play no part.
+    Models with unknown mixers and knock-outs are ignored.
     """
     found: dict[str, Record] = {}
     for record in models:
@@ -25,7 +26,7 @@ def roles(models: Sequence[Record]) -> dict[str, Record]:
 
 
 def _task(results: Record, axis: str, key: str | None = None) -> str | None:
-    """Return the first task of an axis that every model has, with a figure of this name."""
+    """Return the first task of an axis that every model has, with this figure."""
     first = results["models"][0]["results"]
     for name, result in first.items():
         there = all(name in model["results"] for model in results["models"])
@@ -35,7 +36,7 @@ def _task(results: Record, axis: str, key: str | None = None) -> str | None:
 
 
 def _difference(model: Record, other: Record, task: str) -> tuple[float, bool] | None:
-    """Return how much a model differs from another, and whether the interval excludes no difference."""
+    """Return the difference of two models, and whether its interval excludes 0."""
     found = comparison(model, other, task)
     if found is None:
         return None
@@ -71,7 +72,7 @@ def _memory(hybrid: Record, full: Record) -> str:
 
 
 def _state(state: Record, beside: Record, recall: str | None, text: str | None) -> str:
-    """Say what a model without softmax layers is good for."""
+    """Describe the recall and the text loss of a model without softmax layers."""
     parts = []
     found = None if text is None else _difference(state, beside, text)
     if found is not None and text is not None:
@@ -97,7 +98,7 @@ def _state(state: Record, beside: Record, recall: str | None, text: str | None) 
 
 
 def headline(results: Record) -> str:
-    """Return what the numbers say in one or two sentences; empty where there is no contrast."""
+    """Return a summary of the results in one or two sentences; empty without a comparison."""
     found = roles(results["models"])
     hybrid, full, state = (found.get(role) for role in ("hybrid", "full", "state"))
     recall, text = _task(results, "retrieval", "chance"), _task(results, "language")
@@ -120,7 +121,7 @@ def headline(results: Record) -> str:
 
 
 def seed_note(results: Record) -> str:
-    """Say how many seeds stand behind each model, and how to get three."""
+    """Describe the number of seeds of each model, and how to run three."""
     trained = [m for m in results["models"] if m.get("layout") and not m.get("ablate")]
     if len(trained) < 2:
         return ""
@@ -143,7 +144,7 @@ def seed_note(results: Record) -> str:
 
 
 def _layers(record: Record) -> str:
-    """Say which layers mix tokens how."""
+    """Describe the token mixers of the layers."""
     names: dict[tuple[str, str], list[int]] = {}
     for branch in record.get("branches") or ():
         kind = "a state" if branch["kind"] == "linear" else "softmax"
@@ -155,7 +156,7 @@ def _layers(record: Record) -> str:
 
 
 def _ranges(numbers: Sequence[int]) -> str:
-    """Return whole numbers in ranges: layers 0 to 2, 4."""
+    """Format integers as ranges: layers 0 to 2, 4."""
     runs: list[list[int]] = []
     for number in sorted(numbers):
         if runs and number == runs[-1][1] + 1:
@@ -184,7 +185,7 @@ TERMS = {
 
 
 def terms(results: Record, ran: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """Yield the words of this report and what they mean: models by their layers, tasks."""
+    """Yield the terms of this report with definitions: models by their layers, tasks."""
     for record in results["models"]:
         words = _layers(record)
         if words and not record.get("ablate"):

@@ -1,9 +1,9 @@
 """Held-out loss and bits per byte on real text, for any tokenizer.
 
-Each document is cut into windows of ``length`` input tokens that overlap by one token, so that
-every token but a document's first is scored exactly once, with at most ``length - 1`` tokens of
-context. Bits per byte divides by the UTF-8 bytes of exactly the text that was scored, so models
-with different tokenizers can be compared.
+Each document is split into windows of ``length`` input tokens that overlap by one token, so that
+every token except the first of a document is scored exactly once, with at most ``length - 1``
+tokens of context. Bits per byte divides by the UTF-8 bytes of the scored text, so models with
+different tokenizers can be compared.
 """
 
 import math
@@ -46,13 +46,13 @@ def _byte_ends(document: Document, tokenizer: Encoder) -> tuple[np.ndarray, np.n
     ids = np.asarray(
         tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=np.int64
     )
-    # no offsets: spread the document's bytes evenly; exact for bytes and for whole documents
+    # without offsets, spread the bytes evenly; exact for byte tokenizers and whole documents
     total = len(text.encode("utf-8"))
     return ids, total * np.arange(1, len(ids) + 1) / max(len(ids), 1)
 
 
 def windows(corpus: Corpus, tokenizer: Encoder, length: int) -> list[Window]:
-    """Cut every document into full windows of ``length`` tokens; a shorter rest is left out.
+    """Split every document into full windows of ``length`` tokens; drop a shorter remainder.
 
     Raises:
         ValueError: ``length`` below 2, or no document fills one window.
@@ -102,7 +102,7 @@ def evaluate_heldout(
     progress: Progress | None = None,
     allow_longer: bool = False,
 ) -> dict[str, Any]:
-    """Measure loss on text that was kept out of training.
+    """Measure the loss on held-out text.
 
     Args:
         model: a causal language model.

@@ -1,4 +1,4 @@
-"""Data sets by name from the hub, and the one refusal where it cannot be reached."""
+"""Data sets of the hub, and the error if it cannot be reached."""
 
 from pathlib import Path
 from typing import Any
@@ -8,9 +8,9 @@ def unreachable(what: str, name: str, way_out: str) -> ValueError:
     """Return the error for a data set that could not be fetched.
 
     Args:
-        what: who needs it, first words of the message.
-        name: of the data set on the hub.
-        way_out: what to do instead.
+        what: the part that needs it; beginning of the message.
+        name: name of the data set on the hub.
+        way_out: what to try instead.
     """
     return ValueError(
         f"{what} needs the data set {name} from the hub, which cannot be reached and has no copy "
@@ -24,11 +24,11 @@ def load_hub(
     """Return the rows of one split of a data set on the hub, or of its local copy.
 
     Args:
-        name: of the data set.
+        name: name of the data set.
         split: "test", "dev" ...
-        what: who needs it, for the error.
-        way_out: what to do where the hub cannot be reached, for the error.
-        config: of the data set, where it has several.
+        what: the part that needs it, for the error.
+        way_out: what to try if the hub cannot be reached, for the error.
+        config: configuration of the data set, if it has several.
 
     Raises:
         ValueError: neither the hub nor a local copy can be read.
@@ -37,7 +37,7 @@ def load_hub(
 
     try:
         rows = load_dataset(name, config, split=split)
-    # offline, `datasets` raises ConnectionError, FileNotFoundError, or ValueError for a config
+    # offline, ``datasets`` raises ConnectionError, FileNotFoundError, or ValueError for a config
     # that is not in its cache
     except (OSError, ValueError, RuntimeError) as error:
         raise unreachable(what, name, way_out) from error
@@ -51,7 +51,7 @@ def revision(name: str) -> str | None:
 
     try:
         return HfApi().dataset_info(name, timeout=10).sha
-    # offline, not found, no such name: the local copy decides, and loading says what is wrong
+    # offline or not found: use the local copy; loading reports errors
     except (OSError, ValueError, RuntimeError):
         folder = Path(constants.HF_HUB_CACHE) / f"datasets--{name.replace('/', '--')}"
         head = folder / "refs" / "main"

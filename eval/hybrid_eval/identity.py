@@ -1,4 +1,4 @@
-"""Hashes of what a result depends on: weights, config, code, tokenizer, and data files.
+"""Hashes of the inputs of a result: weights, config, code, tokenizer, and data files.
 
 Only contents are hashed. Names, sizes and time stamps stay the same when a checkpoint is replaced
 in place, when a hub name moves to another revision, or when files are copied with their times.
@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 _CHUNK = 1 << 24
-# where a config or a tokenizer was loaded from, and by whom it was written
+# keys for the origin of a config or a tokenizer
 _PROVENANCE = frozenset(
     {
         "_name_or_path",
@@ -33,11 +33,11 @@ _PROVENANCE = frozenset(
 
 
 def digest(*parts: str | bytes | memoryview) -> str:
-    """Return 32 hexadecimal digits that tell these parts from any others."""
+    """Return a hash of these parts, 32 hexadecimal digits."""
     found = hashlib.blake2b(digest_size=16)
     for part in parts:
         data = part.encode("utf-8", "surrogatepass") if isinstance(part, str) else part
-        # lengths first: ("ab", "c") is not ("a", "bc")
+        # include lengths, so that ("ab", "c") and ("a", "bc") differ
         found.update(len(data).to_bytes(8, "little"))
         found.update(data)
     return found.hexdigest()
@@ -62,7 +62,7 @@ def path_digest(path: str | Path) -> str:
 
 
 def content(value: Any) -> Any:
-    """Return a task option in JSON's terms; a path is followed by the hash of what is there."""
+    """Return a task option as a JSON value; a path with the hash of its content."""
     if isinstance(value, str | os.PathLike):
         path = Path(value).expanduser()
         return [str(value), path_digest(path)] if str(value) and _exists(path) else str(value)
@@ -76,7 +76,7 @@ def content(value: Any) -> Any:
 def _exists(path: Path) -> bool:
     try:
         return path.exists()
-    # a text that is too long for a path, or holds a zero byte
+    # a text that is too long for a path, or contains a zero byte
     except (OSError, ValueError):
         return False
 
@@ -105,7 +105,7 @@ def _tensors(model: torch.nn.Module) -> dict[str, Any]:
 
 
 def _sources(classes: Iterable[type]) -> Iterator[str]:
-    """Yield the files that define these classes, torch's own left out."""
+    """Yield the source files of these classes, except torch's."""
     files = set()
     for kind in classes:
         module = sys.modules.get(kind.__module__)
@@ -116,7 +116,7 @@ def _sources(classes: Iterable[type]) -> Iterator[str]:
 
 
 def code_digest(classes: Iterable[type]) -> str:
-    """Return the hash of the source files of classes: a mixer of one's own changes, too."""
+    """Return the hash of the source files of classes, which includes custom mixers."""
     paths = [Path(file) for file in _sources(classes)]
     return digest(*(file_digest(path) for path in paths if path.is_file()))
 
@@ -142,7 +142,7 @@ def model_digest(model: torch.nn.Module) -> str:
                 f"{name}: weights on the meta device cannot be hashed, so results of this model "
                 "cannot be kept; load it without offloading, or evaluate with out=None"
             )
-    # hashing leaves the interpreter's lock: several tensors at once
+    # hashing releases the GIL, so several tensors are hashed in parallel
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         hashes = list(pool.map(_hash_value, tensors.values()))
     config = getattr(model, "config", None)
@@ -166,10 +166,10 @@ def _tokenizer_files(folder: Path) -> Iterator[str | bytes]:
 
 
 def tokenizer_digest(tokenizer: Any) -> str | None:
-    """Return the hash of what a tokenizer does, None for no tokenizer.
+    """Return the hash of the behaviour of a tokenizer, or None without one.
 
     Raises:
-        ValueError: an encoder of one's own that can neither be saved nor pickled.
+        ValueError: a custom encoder that can neither be saved nor pickled.
     """
     if tokenizer is None:
         return None

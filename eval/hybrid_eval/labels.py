@@ -1,4 +1,4 @@
-"""Labels beside points, placed by adjustText so that they cover neither each other nor a point."""
+"""Labels of points, placed by adjustText without overlaps."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -8,7 +8,7 @@ from adjustText import adjust_text
 from matplotlib.axes import Axes
 from matplotlib.text import Text
 
-_STEPS = 500  # a number of iterations, not of seconds: the same picture on every machine
+_STEPS = 500  # iterations instead of a time limit, for equal figures on every machine
 
 
 def place_labels(
@@ -19,15 +19,15 @@ def place_labels(
     radii: Sequence[float],
     blocked: Sequence[tuple[float, float, float, float]] = (),
 ) -> list[Text]:
-    """Label points. Call it last: it needs the final limits of the axes.
+    """Label points. Call this last, since it depends on the final limits of the axes.
 
     Args:
-        axes: where.
+        axes: the axes.
         x: data coordinates of the points.
-        y: the same.
+        y: data coordinates of the points.
         words: one label per point.
         radii: marker radius of each point, in points (1/72 inch).
-        blocked: segments (x0, y0, x1, y1) in data coordinates that labels should not cover.
+        blocked: segments (x0, y0, x1, y1) in data coordinates that labels avoid.
     """
     centres = axes.transData.transform(list(zip(x, y, strict=True)))
     pixels = [radius * axes.figure.dpi / 72 for radius in radii]
@@ -37,7 +37,7 @@ def place_labels(
     middle = axes.transAxes.transform((0.5, 0.5))
     labels = []
     for centre, radius, word in zip(centres, pixels, words, strict=True):
-        inward = np.where(centre <= middle, 1, -1)  # a label in a corner has room on one side only
+        inward = np.where(centre <= middle, 1, -1)  # a label in a corner has space on one side only
         labels.append(
             axes.text(
                 *to_data.transform(centre + (radius + 3) * inward),
@@ -67,7 +67,7 @@ def place_labels(
 def _avoided(
     axes: Axes, centres: np.ndarray, radii: Sequence[float], blocked: Sequence[Sequence[float]]
 ) -> Iterator[np.ndarray]:
-    """Yield pixels that labels keep off: centres and rims of the markers, points along the segments."""
+    """Yield pixels that labels avoid: centres and edges of markers, and points along segments."""
     for centre, radius in zip(centres, radii, strict=True):
         yield centre
         for angle in np.linspace(0, 2 * math.pi, 12, endpoint=False):

@@ -1,4 +1,4 @@
-"""Pictures over lengths: curves, small multiples of them, and heat maps of depth and length."""
+"""Figures over lengths: curves, small multiples, and heat maps of depth and length."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -24,11 +24,11 @@ def curves(
 
     Args:
         lines: model name to (length, value).
-        x_label: of the axis.
-        y_label: of the axis.
-        title: of the picture.
+        x_label: label of the x axis.
+        y_label: label of the y axis.
+        title: title of the figure.
         log_y: logarithmic y axis.
-        from_zero: let a linear y axis begin at 0.
+        from_zero: start a linear y axis at 0.
     """
     with new_figure(6.4, 3.9) as figure:
         axes = figure.add_subplot()
@@ -57,7 +57,7 @@ def curves(
         axes.set_xlabel(x_label)
         axes.set_ylabel(y_label)
         axes.set_title(title, loc="left")
-        # beside the axes: never on a line
+        # outside the axes, so that it covers no line
         figure.legend(loc="outside right center", frameon=False, fontsize=9)
         return figure
 
@@ -66,12 +66,12 @@ Line = Sequence[tuple[float, float, float, float]]  # length, value, low, high
 
 
 def panels(plots: Mapping[str, Mapping[str, Line]], *, title: str, columns: int = 3) -> Figure:
-    """Draw score against length, one small picture per task, one line with its 95% band per model.
+    """Draw score against length, one panel per task, one line with its 95% band per model.
 
     Args:
         plots: task to model to (length, score, low, high).
-        title: of the whole.
-        columns: small pictures per line.
+        title: title of the figure.
+        columns: panels per row.
     """
     names = list(dict.fromkeys(name for lines in plots.values() for name in lines))
     columns = min(columns, len(plots))
@@ -113,12 +113,12 @@ def panels(plots: Mapping[str, Mapping[str, Line]], *, title: str, columns: int 
 
 
 def heat_maps(grids: dict[str, list[dict[str, Any]]], *, title: str, columns: int = 3) -> Figure:
-    """Draw accuracy by depth and length, one small picture per model on one colour scale.
+    """Draw accuracy by depth and length, one panel per model with a common colour scale.
 
     Args:
         grids: model name to cells with "length", "depth", "accuracy".
-        title: of the whole.
-        columns: small pictures per line.
+        title: title of the figure.
+        columns: panels per row.
     """
     cells = [cell for grid in grids.values() for cell in grid]
     lengths = sorted({cell["length"] for cell in cells})

@@ -1,6 +1,6 @@
-"""Any task of lm-eval by name, run by lm-eval itself and brought into the shape of our results.
+"""Tasks of lm-eval by name, run by lm-eval and converted to the format of our results.
 
-lm-eval is optional: nothing here is imported before a name is asked for that is not ours.
+lm-eval is optional and is imported only for names that are not ours.
 """
 
 import math
@@ -22,13 +22,13 @@ from .scoring import batch_size_for, evaluating, finite_logits, position_limit
 from .stats import above_chance, proportion_interval, t_interval, weighted_interval
 from .tokens import Encoder
 
-# where a config states no length, lm-eval would cut every prompt to 2048 tokens
+# without a length in the config, lm-eval truncates every prompt to 2048 tokens
 _NO_LIMIT = 2**20
-# lm-eval's own seed of few-shot examples; ours is added, so that seed 0 is lm-eval's choice
+# lm-eval's seed of few-shot examples; ours is added, so that seed 0 equals lm-eval
 _FEWSHOT_SEED = 1234
 
 
-# what lm-eval's tasks measure, by the beginning of their names; the others reason
+# axes of lm-eval's tasks by name prefix; all others are reasoning
 _AXES: tuple[tuple[Axis, tuple[str, ...]], ...] = (
     (
         "retrieval",
@@ -45,7 +45,7 @@ _AXES: tuple[tuple[Axis, tuple[str, ...]], ...] = (
 
 
 def axis_of(name: str) -> Axis:
-    """Return what a task of lm-eval's measures, by a table of names."""
+    """Return the axis of a task of lm-eval, from a table of names."""
     for axis, beginnings in _AXES:
         if name.lower().startswith(beginnings):
             return axis
@@ -54,7 +54,7 @@ def axis_of(name: str) -> Axis:
 
 @lru_cache(maxsize=4)
 def _manager(include_path: str | None):
-    """Return lm-eval's index of tasks, None where lm-eval is not installed."""
+    """Return lm-eval's index of tasks, or None if lm-eval is not installed."""
     try:
         from lm_eval.tasks import TaskManager
     except ModuleNotFoundError as error:
@@ -67,17 +67,17 @@ def _manager(include_path: str | None):
 def resolve(
     name: str, include_path: str | Path | None = None, axis: Axis | None = None
 ) -> list[Task]:
-    """Return the task of this name: one of ours, else lm-eval's; a tag gives each of its tasks.
+    """Return the task of this name, ours or lm-eval's; a tag returns all of its tasks.
 
     Args:
-        name: of a task, of a group of lm-eval's that has a figure of its own, or of a tag.
-        include_path: folder of lm-eval YAML files of the user's.
-        axis: what the task is taken to measure; None is our task's own, and of lm-eval's what
-            :func:`axis_of` says.
+        name: name of a task, of a group of lm-eval with its own figure, or of a tag.
+        include_path: folder of the user's lm-eval YAML files.
+        axis: axis of the task; None for the default, which is :func:``axis_of`` for
+            lm-eval's tasks.
 
     Raises:
-        ValueError: nobody knows it; the message has the nearest name, or how to get lm-eval. Or
-            there is no such folder.
+        ValueError: the name is unknown (the message has the nearest name, or how to install
+            lm-eval), or the folder does not exist.
     """
     if include_path is not None and not Path(include_path).is_dir():
         raise ValueError(f"include_path {include_path}: no such folder of lm-eval YAML files")
@@ -111,7 +111,7 @@ def resolve(
 
 
 def _texts(value: Any) -> set[str]:
-    """Return every text in a task's config."""
+    """Return every string in a task's config."""
     if isinstance(value, dict):
         value = list(value.values())
     if isinstance(value, list | tuple | set):
@@ -120,7 +120,7 @@ def _texts(value: Any) -> set[str]:
 
 
 def _data(name: str, manager, include_path: str | Path | None, options: Any) -> list[Any]:
-    """Return what tells a task's definition and data from any other: files, and hub revisions."""
+    """Return what identifies the definition and the data of a task: files and hub revisions."""
     names, waiting, found = set(), [name], []
     while waiting:
         name = waiting.pop()
@@ -156,7 +156,7 @@ def _run(
     )
     if axis is not None:
         return {**found, "axis": axis}
-    # a perplexity is a figure of language, whatever its task is called
+    # a perplexity belongs to the language axis, whatever the name of its task
     return found if found["axis"] == "language" else {**found, "axis": axis_of(name)}
 
 
@@ -175,7 +175,7 @@ def _language_model(model, tokenizer: Encoder, batch_size: int | None, max_lengt
 
 
 def _headline(scores: dict[str, Any], task: str) -> tuple[str, str]:
-    """Return metric and filter of the figure that stands for the task."""
+    """Return metric and filter of the headline figure of a task."""
     keys = [key for key in scores if "," in key and "_stderr," not in key]
     if not keys:
         raise ValueError(f"lm-eval gives {task!r} no figure of its own; name the tasks in it")
@@ -185,7 +185,7 @@ def _headline(scores: dict[str, Any], task: str) -> tuple[str, str]:
 
 
 def _lengths(samples: Sequence[dict[str, Any]], tokenizer: Encoder, limit: int) -> tuple[Any, int]:
-    """Return the true token counts of the prompts with answers, and how many lm-eval cut."""
+    """Return the true token counts of prompts with answers, and the number of truncated prompts."""
     longest, cut = [], 0
     for sample in samples:
         counts = [0]
@@ -195,7 +195,7 @@ def _lengths(samples: Sequence[dict[str, Any]], tokenizer: Encoder, limit: int) 
             ids = tokenizer(text, verbose=False)["input_ids"]
             counts.append(len(ids) + int(room.get("max_gen_toks", 0)))
         longest.append(max(counts))
-        # a text scored as a whole goes through in windows, nothing of it is lost
+        # a text scored as a whole is split into windows, without truncation
         cut += longest[-1] > limit and len(sample["arguments"][0]) > 1
     return {"min": min(longest, default=0), "max": max(longest, default=0)}, cut
 
@@ -203,7 +203,7 @@ def _lengths(samples: Sequence[dict[str, Any]], tokenizer: Encoder, limit: int) 
 def _figures(
     value: float, error: float, samples: Sequence[dict[str, Any]], metric: str
 ) -> dict[str, Any]:
-    """Return the headline figure with its interval; as an accuracy where every item is 0 or 1."""
+    """Return the headline figure with its interval; an accuracy if every item is 0 or 1."""
     items: list[Any] = [sample.get(metric) for sample in samples]
     if not items or any(item not in (0, 1) for item in items):
         return {
@@ -221,7 +221,7 @@ def _figures(
         "metric": "accuracy",
         "accuracy": value,
         "accuracy_stderr": error,
-        # a group may weigh its tasks equally: then its own error counts
+        # a group may weight its tasks equally: then use its own error
         "interval": proportion_interval(sum(items), len(items))
         if pooled
         else weighted_interval(value, error, len(items)),
@@ -242,7 +242,7 @@ def evaluate_lm_eval(
     seed: int = 0,
     batch_size: int | None = None,
 ) -> dict[str, Any]:
-    """Measure one task of lm-eval's, by lm-eval.
+    """Run one task of lm-eval with lm-eval.
 
     Args:
         model: a transformers causal language model.

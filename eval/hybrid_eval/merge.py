@@ -1,4 +1,4 @@
-"""Results of several runs as one: what was measured on different days, in one report."""
+"""Join the results of several runs, for one report."""
 
 import json
 from collections.abc import Sequence
@@ -48,7 +48,7 @@ def _join(kept: Record, other: Record, source: str) -> None:
     """
     for task, result in other["results"].items():
         there = kept["results"].setdefault(task, result)
-        # when and how fast it ran is no part of a figure
+        # times are not part of a figure
         mine, theirs = ({**r, "seconds": None} for r in (there, result))
         if mine != theirs:
             raise ValueError(
@@ -60,12 +60,12 @@ def _join(kept: Record, other: Record, source: str) -> None:
 def merge(paths: Sequence[str | Path]) -> Record:
     """Join the results of several runs.
 
-    A model that several runs measured is one, by the hash of its weights, config and code; it has the
-    tasks of all of them. Two different models of one name get the names of their runs.
+    A model that several runs measured is one, by the hash of its weights, config and code; it has
+    the tasks of all of them. Two different models of one name get the names of their runs.
 
     Raises:
-        ValueError: as :func:`read_results`; runs with different seeds, or different figures for one
-            task of one model.
+        ValueError: as :func:``read_results``; runs with different seeds, or different figures for
+            one task of one model.
     """
     runs = [(str(path), read_results(path)) for path in paths]
     first = runs[0][1]

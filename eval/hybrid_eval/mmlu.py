@@ -5,9 +5,10 @@ kind of retrieval. Cloze: the model is asked for the text of the answer and neve
 the choice with the largest log-likelihood wins. Cloze is the measure of what a model knows.
 
 Questions: MMLU's own 57 subjects from the hub, five worked examples of each from its ``dev`` split;
-or local files, ``*.jsonl`` or ``*.parquet`` with question, choices (list), answer (index or letter) and
-optionally subject; or the original CSV (question, A, B, C, D, letter). A folder may have the
-original's ``dev`` and ``test`` subfolders: then examples come from ``dev``, five per subject.
+or local files, ``*.jsonl`` or ``*.parquet`` with question, choices (list), answer (index or
+letter) and optionally subject; or the original CSV (question, A, B, C, D, letter). A folder may
+have the original's ``dev`` and ``test`` subfolders: then examples come from ``dev``, five per
+subject.
 """
 
 import math

@@ -1,4 +1,4 @@
-"""From what a user names to a model that can be measured."""
+"""Load the models that a user names."""
 
 import contextlib
 import re
@@ -27,12 +27,12 @@ _DTYPES = {
 
 @dataclass
 class Subject:
-    """A model under test.
+    """A model to evaluate.
 
     Attributes:
-        name: how the report calls it.
+        name: name in the report.
         model: the causal language model, in evaluation mode.
-        tokenizer: its tokenizer, or None if none was found and none was asked for.
+        tokenizer: its tokenizer, or None.
         source: path, hub name or "object".
     """
 
@@ -49,9 +49,9 @@ class Subject:
 
 
 def split_name(spec: str) -> tuple[str, str]:
-    """Split ``NAME=PATH``; without a name the last part of the path is the name.
+    """Split ``NAME=PATH``; the default name is the last part of the path.
 
-    A folder ``LAYOUT/seed-0``, as an ablation writes it, is called "LAYOUT seed 0".
+    A folder ``LAYOUT/seed-0`` of an ablation is called "LAYOUT seed 0".
     """
     name, separator, path = spec.partition("=")
     if separator and name and path:
@@ -99,7 +99,7 @@ def _tokenizer(source: str, wanted: str | Encoder | None, **options: Any) -> Enc
         return None
     if wanted is not None:
         options.pop("gguf_file", None)
-        # the hub is not asked for what is `bytes` misspelt, which takes long without a network
+        # before the request to the hub, which is slow without a network
         near = get_close_matches(wanted.lower(), ["bytes"], cutoff=0.75)
         if near and "/" not in wanted and not folder.exists():
             raise ValueError(f"no tokenizer {wanted!r}; did you mean 'bytes'?")
@@ -117,12 +117,12 @@ def _dtype(dtype: str | torch.dtype) -> str | torch.dtype:
 
 @contextlib.contextmanager
 def _naming(what: str) -> Iterator[None]:
-    """Turn whatever a damaged or foreign checkpoint makes a library raise into one line."""
+    """Convert errors of libraries on a damaged or unknown checkpoint to a one-line ValueError."""
     try:
         yield
     except ValueError as error:
         raise ValueError(f"{what} ({error})") from error
-    # KeyError, TypeError, RuntimeError, OverflowError ...: each file is damaged in its own way
+    # KeyError, TypeError, RuntimeError, OverflowError ..., depending on the damage
     except Exception as error:
         words = str(error).strip().splitlines() or [""]
         raise ValueError(f"{what} ({type(error).__name__}: {words[0]})") from error
@@ -130,7 +130,7 @@ def _naming(what: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _without_report() -> Iterator[None]:
-    """Hold back transformers' table of missing and unexpected tensors: ours is one line."""
+    """Suppress transformers' table of missing and unexpected tensors; ours is one line."""
     before = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     try:
@@ -140,7 +140,7 @@ def _without_report() -> Iterator[None]:
 
 
 def _weights(place: str, gguf_file: str | None = None) -> str:
-    """Return the names of the files that weights come from, for a message."""
+    """Return the names of the weight files, for a message."""
     names = [gguf_file] if gguf_file else []
     for pattern in ("*.safetensors", "*.bin"):
         names = names or sorted(path.name for path in Path(place).glob(pattern))
@@ -151,7 +151,7 @@ def _weights(place: str, gguf_file: str | None = None) -> str:
 def _load_model(source: str, place: str, **options: Any) -> torch.nn.Module:
     files = _weights(place, options.get("gguf_file"))
     with _naming(f"{source}: cannot be loaded as a checkpoint{files}"), _without_report():
-        # what does not fit is named by check_loaded
+        # mismatches are reported by check_loaded
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             place, output_loading_info=True, ignore_mismatched_sizes=True, **options
         )
@@ -181,22 +181,21 @@ def load(
     dtype: str | torch.dtype = "auto",
     device: str | None = None,
 ) -> Subject:
-    """Load what the user named.
+    """Load a model.
 
     Args:
         spec: a model object, a checkpoint folder, a .gguf file, a hub name, or ``NAME=`` and one
             of the latter three.
-        name: how the report calls it; None takes the folder's name.
-        tokenizer: a tokenizer, where to load one from, or "bytes" (token id = byte value); None
-            takes the one beside the model, if there is one.
-        trust_remote_code: allow code that the checkpoint brings along.
-        dtype: of the weights; "auto" keeps the checkpoint's.
-        device: None takes a GPU if there is one.
+        name: name in the report; None for the name of the folder.
+        tokenizer: a tokenizer, its path or name, or "bytes" (token id = byte value); None
+            for that of the model, if any.
+        trust_remote_code: run code of the checkpoint.
+        dtype: dtype of the weights; "auto" for that of the checkpoint.
+        device: the device; None for a GPU if there is one.
 
     Raises:
-        ValueError: nothing there, no checkpoint, a damaged one, one that lacks weights, no such
-            tokenizer, a model type that needs code of its own, or a dtype or device that is not
-            here.
+        ValueError: the checkpoint does not exist, is damaged, lacks weights or requires code from
+            its folder; or the tokenizer, dtype or device is not available.
     """
     device, dtype = _device(device), _dtype(dtype)
     if isinstance(spec, torch.nn.Module):
@@ -207,7 +206,7 @@ def load(
         spec = str(spec)
     if not isinstance(spec, str):
         raise ValueError(f"a model is a path, a hub name or a module, got {type(spec).__name__}")
-    # a folder may have '=' in its own name
+    # the name of a folder may contain '='
     label, source = (Path(spec).name, spec) if Path(spec).exists() else split_name(spec)
     place, extra = _resolve(source)
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code, **extra}

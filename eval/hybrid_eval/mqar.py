@@ -1,13 +1,13 @@
 """Multi-query associative recall (MQAR), after Zoology (arXiv 2312.04927, section 4 and appendix).
 
-A row lists key-value pairs, then asks for every key again:
+A row lists key-value pairs and then repeats the keys as queries:
 
     k1 v1 k2 v2 ... kN vN | . . k2 v2 . . kN vN k1 v1 . .
                                    ^^ scored: the model must predict it from k2
 
-Deviations from Zoology, on purpose: values are drawn with replacement, because values without
-repeats can be answered by elimination; the value follows its query in the row, so that the same
-row serves training and teacher-forced scoring.
+Two intentional differences from Zoology: values are drawn with replacement, because unique values
+can be inferred by elimination; the value follows its query in the row, so that the same row is used
+for training and for teacher-forced scoring.
 """
 
 from typing import Any, Literal
@@ -19,7 +19,7 @@ from .scoring import IGNORE, Progress, score
 from .sources import Source
 from .stats import above_chance, clustered_interval, ratio_and_error
 
-# bytes that ASCII text never uses: one byte-level model can learn text and recall side by side
+# bytes that ASCII text never uses, so that one byte-level model can learn text and recall
 KEY_IDS = (128, 192)
 VALUE_IDS = (192, 256)
 FILLER_IDS = (0, 128)
@@ -28,7 +28,7 @@ Gap = Literal["power", "uniform"]
 
 
 class MQAR(Source):
-    """Endless MQAR rows; see :func:`mqar` for the arguments."""
+    """Endless MQAR rows; see :func:``mqar`` for the arguments."""
 
     name = "mqar"
 
@@ -93,7 +93,7 @@ class MQAR(Source):
 
     @property
     def chance(self) -> float:
-        """Accuracy of naming one of the row's values blindly."""
+        """Accuracy of a random guess among the values of the row."""
         return 1 / min(self.pairs, self.value_ids[1] - self.value_ids[0])
 
     def draw(self, rng: np.random.Generator) -> dict[str, np.ndarray]:
@@ -142,22 +142,22 @@ def mqar(
     Args:
         sequence_length: tokens per row, at least 2 * (pairs + queries).
         pairs: key-value pairs at the head of the row; keys differ within a row.
-        queries: how many of them are asked for; None asks for all.
+        queries: number of queries; None for all pairs.
         key_ids: half-open range of token ids to draw keys from.
         value_ids: the same for values.
         filler_ids: the same for tokens that are neither; must not overlap ``key_ids``.
-        gap: where the queries stand: "power" (Zoology's power law, mostly early) or "uniform".
+        gap: distribution of the query positions: "power" (Zoology's power law, mostly early) or
+            "uniform".
         power: exponent a of the power law a * slot^(a - 1).
-        min_pairs: rows hold a random number of pairs, from this to ``pairs``, all of them asked
-            for: easy rows first show what hard ones want. None: always ``pairs``.
-        repeat: ask for the keys again and again, each round in a new order, until the row is
-            full: more labels per row.
+        min_pairs: draw the number of pairs from this to ``pairs`` and query all, so that easy rows
+            help training. None: always ``pairs``.
+        repeat: repeat the queries in new orders until the row is full, for more labels per row.
         seed: of the stream.
         start: index of the first row.
-        tokenizer: not read; a trainer may hand its tokenizer to every source alike.
+        tokenizer: ignored; accepted since trainers pass it to every source.
 
     Raises:
-        ValueError: sizes that do not fit together; the message names them.
+        ValueError: inconsistent sizes.
     """
     return MQAR(
         sequence_length=sequence_length,
@@ -187,7 +187,7 @@ def evaluate_mqar(
 ) -> dict[str, Any]:
     """Measure recall on ``n`` fresh rows, teacher-forced, one forward per batch.
 
-    The rows come from a stream that training never sees, whatever the seed.
+    The rows come from a separate stream that training never uses, for any seed.
 
     Args:
         model: a causal language model.
@@ -196,7 +196,7 @@ def evaluate_mqar(
         batch_size: rows per forward; None chooses.
         progress: called with the number of rows done and of rows in all.
         allow_longer: permit rows beyond ``max_position_embeddings``.
-        options: as for :func:`mqar`.
+        options: as for :func:``mqar``.
 
     Returns:
         accuracy (over queries) with its standard error over rows and a 95% interval,

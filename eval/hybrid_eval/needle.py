@@ -1,6 +1,6 @@
 """A needle in real text, for models that were trained on its format.
 
-The needle is a key-value pair in the token format of :mod:`hybrid_eval.mqar`, hidden in real
+The needle is a key-value pair in the token format of :mod:``hybrid_eval.mqar``, hidden in real
 text; at the end the key comes once more and the model must give the value:
 
     text text k v text ... text k -> v
@@ -8,7 +8,7 @@ text; at the end the key comes once more and the model must give the value:
 Every cell of the depth x length grid is exact: the row (answer included) has exactly that many
 tokens, and the key stands at round(depth * (last place - first place)). Depth 0 is the start of
 the row, 1 the place right before the question. For models that read language, see
-:mod:`hybrid_eval.niah_grid`.
+:mod:``hybrid_eval.niah_grid``.
 """
 
 from collections.abc import Sequence
@@ -53,7 +53,7 @@ def _insert(text: np.ndarray, places: np.ndarray, keys, values) -> tuple[np.ndar
 
 
 class NeedleSource(Source):
-    """Endless needle rows for training; see :func:`needle`."""
+    """Endless needle rows for training; see :func:``needle``."""
 
     name = "needle"
 

@@ -1,9 +1,9 @@
 """ARC, HellaSwag and CommonsenseQA in cloze form after OLMES (Gu et al. 2024, arXiv 2406.08446).
 
-The model never sees the list of choices; the choice with the best likelihood wins, compared as OLMES
-does for each task. One thing differs: OLMES has five worked examples that were chosen by hand, here
-they are drawn from the training split, the same for all questions. The questions come from the hub, or
-from files of the same schema: one .jsonl or .parquet each for the questions and for the examples.
+The prompt does not list the choices; the answer is the choice with the best likelihood, normalised
+as in OLMES for each task. One difference: OLMES has five hand-picked worked examples; here they are
+drawn from the training split, the same for all questions. The questions come from the hub, or from
+files of the same schema: one .jsonl or .parquet each for the questions and for the examples.
 """
 
 import re
@@ -20,13 +20,13 @@ from .seeding import generator
 from .stats import above_chance, mean_and_error, proportion_interval
 from .tokens import Encoder
 
-# prompt of PMI: what is left without the question
+# prompt of PMI, without the question
 _UNCONDITIONED = "Answer:"
 
 
 @dataclass(frozen=True)
 class Question:
-    """A question as it stands before its answer, and the choices."""
+    """Prompt of a question, and its choices."""
 
     text: str
     choices: tuple[str, ...]
@@ -35,7 +35,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Suite:
-    """A task: where its questions come from, and how its choices are compared."""
+    """A task: source of its questions, and normalisation of its likelihoods."""
 
     hub: str
     config: str | None
@@ -59,7 +59,7 @@ def _labelled(record: dict[str, Any]) -> Question:
 
 
 def _plain(text: str) -> str:
-    """Take WikiHow's marks out of a text, as HellaSwag's readers do."""
+    """Remove WikiHow's markup from a text, as in HellaSwag's preprocessing."""
     text = re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". "))
     return text.replace("  ", " ")
 
@@ -96,7 +96,7 @@ def _read(suite: Suite, records: Sequence[dict[str, Any]], where: str) -> list[Q
 
 
 def _load(task: str, path: str | None, split: str) -> tuple[list[Question], str]:
-    """Return questions and where they are from."""
+    """Return the questions and their source."""
     suite = SUITES[task]
     if path is None:
         way_out = f"give files of its schema, --set {task}.path=FILE --set {task}.examples=FILE"
@@ -142,7 +142,7 @@ def evaluate_olmes(
 
     Args:
         model: a causal language model.
-        task: a key of :data:`SUITES`.
+        task: a key of :data:``SUITES``.
         tokenizer: the model's.
         n: number of questions, drawn at random; None takes all.
         shots: worked examples. A prompt that is longer than the model takes fewer.
@@ -154,12 +154,13 @@ def evaluate_olmes(
         allow_longer: permit prompts beyond ``max_position_embeddings``.
 
     Returns:
-        accuracy, by the comparison that OLMES has for the task ("normalisation"), with standard error
-        and 95% interval; accuracy_none, accuracy_bytes, accuracy_characters and accuracy_pmi for the
-        others; chance, shots, per-question scores.
+        accuracy, by the comparison that OLMES has for the task ("normalisation"), with standard
+        error and 95% interval; accuracy_none, accuracy_bytes, accuracy_characters and accuracy_pmi
+        for the others; chance, shots, per-question scores.
 
     Raises:
-        ValueError: no questions, not in the schema, or no worked examples where some were asked for.
+        ValueError: no questions, not in the schema, or no worked examples where some were asked
+            for.
     """
     suite = SUITES[task]
     questions, source = _load(task, path, suite.split)

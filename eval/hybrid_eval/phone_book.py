@@ -1,10 +1,11 @@
-r"""A phone book in bytes: names with numbers, then some names again (arXiv 2406.07887, section 3.3).
+r"""A phone book in bytes: names with numbers, then queries of names (arXiv 2406.07887, section
+3.3).
 
     kqz=4821\nabc=0930\n...?abc=0930\n?kqz=4821\n
                             ^^^^ scored: every digit of the number
 
-``kv_recall`` asks the same of models that read language; this one is for models trained on its format,
-and it is a source of training data, too.
+``kv_recall`` is the same task in natural language; this task is for models trained on its format,
+and is also a source of training data.
 """
 
 from typing import Any
@@ -25,17 +26,17 @@ class PhoneBook(Source):
     """Endless phone books, each followed by questions.
 
     Args:
-        sequence_length: tokens per row; a row that is not full ends in line feeds.
-        entries: names in the book; None takes as many as fit.
-        min_entries: books have a random number of names, from this to ``entries``: short ones first show
-            what long ones want. None: always ``entries``.
-        queries: names that are asked for again.
+        sequence_length: tokens per row; padded with line feeds.
+        entries: names in the book; None for as many as fit.
+        min_entries: draw the number of names from this to ``entries``, so that short books help
+            training. None: always ``entries``.
+        queries: number of queried names.
         seed: of the stream.
         start: index of the first row.
-        tokenizer: not read; rows are bytes.
+        tokenizer: ignored; rows are bytes.
 
     Raises:
-        ValueError: sizes that do not fit together.
+        ValueError: inconsistent sizes.
     """
 
     name = "phone_book"
@@ -109,14 +110,14 @@ def evaluate_phone_book(
         lengths: tokens per row.
         queries: look-ups in each book.
         n: books per length.
-        seed: of the books, which training never sees.
+        seed: seed of the books, from a stream that training never uses.
         batch_size: rows per forward; None chooses.
         progress: called with the number of rows done and of rows in all.
         allow_longer: permit rows beyond ``max_position_embeddings``.
 
     Returns:
-        accuracy (all digits of a number right) with its error over books and a 95% interval, and "cells"
-        with the same for each length.
+        accuracy (all digits of a number right) with its error over books and a 95% interval, and
+        "cells" with the same for each length.
     """
     cells, everything = [], []
     for length in lengths:

@@ -1,6 +1,6 @@
-"""The pictures of the report, as matplotlib figures drawn without a display.
+"""Figures of the report, drawn by matplotlib without a display.
 
-Colours are cividis throughout: it reads the same with colour-blind eyes and in grey.
+The colour map is cividis, which is suitable for colour-blind readers and for greyscale.
 """
 
 import io
@@ -20,7 +20,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from .labels import place_labels
 
 _STYLE: dict[Any, Any] = {
-    # names are printed as they are: a dollar sign begins no formula
+    # print names literally: a dollar sign does not start a formula
     "text.parse_math": False,
     "font.size": 10,
     "axes.titlesize": 11,
@@ -40,7 +40,7 @@ MARKERS = "osD^vP*X<>"
 
 @dataclass(frozen=True)
 class Point:
-    """One model in a scatter picture. ``x`` and ``y`` are (value, low, high)."""
+    """One model in a scatter plot. ``x`` and ``y`` are (value, low, high)."""
 
     label: str
     x: tuple[float, float, float]
@@ -49,7 +49,7 @@ class Point:
 
 
 def human_bytes(value: float) -> str:
-    """Return bytes in words: 1536 -> '1.5 KiB'."""
+    """Format bytes: 1536 -> '1.5 KiB'."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if abs(value) < 1024:
             return f"{value:.3g} {unit}"
@@ -58,7 +58,7 @@ def human_bytes(value: float) -> str:
 
 
 def human_tokens(value: float) -> str:
-    """Return a number of tokens in words: 32768 -> '32k'."""
+    """Format a number of tokens: 32768 -> '32k'."""
     value = int(value)
     if value >= 1024 and value % 1024 == 0:
         return f"{value // 1024}k"
@@ -67,7 +67,7 @@ def human_tokens(value: float) -> str:
 
 @contextmanager
 def new_figure(width: float, height: float) -> Iterator[Figure]:
-    """Open a figure of so many inches in the style of the report."""
+    """Open a figure of this size in inches, in the style of the report."""
     with mpl.rc_context(_STYLE):
         figure = Figure(figsize=(width, height), layout="constrained")
         FigureCanvasAgg(figure)
@@ -122,7 +122,7 @@ def _log_norm(values: Sequence[float]) -> Normalize:
 
 
 def _pad_x(axes, points: Sequence[Point], *, log: bool) -> None:
-    """Leave room left and right for labels."""
+    """Add space left and right for labels."""
     low, high = min(p.x[1] for p in points), max(p.x[2] for p in points)
     if log:
         ratio = max(high / low, 4.0) ** 0.25
@@ -147,19 +147,19 @@ def scatter(
 ) -> Figure:
     """Draw one labelled point per model, with 95% intervals.
 
-    Where the points carry cache bytes, marker area and colour show them.
+    Marker area and colour show the cache bytes, if known.
 
     Args:
         points: models.
-        x_label: of the axis.
-        y_label: of the axis.
-        title: of the picture.
-        chance: horizontal line at the score of a guesser.
-        context: tokens at which the cache bytes hold, for the colour bar's label.
+        x_label: label of the x axis.
+        y_label: label of the y axis.
+        title: title of the figure.
+        chance: horizontal line at the chance level.
+        context: number of tokens of the cache bytes, for the label of the colour bar.
         log_x: logarithmic x axis.
-        y_limits: of the y axis.
-        x_limits: of the x axis; None lets the data decide.
-        frontier: join the points that no other beats in both, smaller x and larger y.
+        y_limits: limits of the y axis.
+        x_limits: limits of the x axis; None for automatic.
+        frontier: draw the Pareto frontier of smaller x and larger y.
     """
     sizes = [p.cache_bytes for p in points if p.cache_bytes]
     with new_figure(6.4, 4.3) as figure:
@@ -227,7 +227,7 @@ def scatter(
 
 
 def on_frontier(points: Sequence[Point]) -> list[Point]:
-    """Return the points that no other beats or equals in both, by growing x: small x, large y."""
+    """Return the points on the Pareto frontier of small x and large y, by ascending x."""
     found: list[Point] = []
     for point in sorted(points, key=lambda p: (p.x[0], -p.y[0])):
         if not found or point.y[0] > found[-1].y[0]:
@@ -245,7 +245,7 @@ def _draw_frontier(axes, points: Sequence[Point]) -> list[tuple[float, float, fl
 
 
 def _apart(values: Sequence[float], norm: Normalize, gap: float = 0.06) -> list[float]:
-    """Drop ticks that would overlap on the colour bar."""
+    """Remove ticks that overlap on the colour bar."""
     kept: list[float] = []
     for value in values:
         if not kept or norm(value) - norm(kept[-1]) >= gap:

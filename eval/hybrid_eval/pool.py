@@ -1,7 +1,7 @@
-"""Several seeds of one layout as one line of a report, with the variance between them.
+"""Pool several seeds of one layout into one model of a report, with the variance between seeds.
 
-Models called ``NAME seed 0``, ``NAME seed 1`` and so on are seeds of one thing if they agree in
-layout, size, data type, tokenizer and knock-out.
+Models called ``NAME seed 0``, ``NAME seed 1`` and so on are seeds of one model if they have the
+same layout, size, dtype, tokenizer and knock-out.
 """
 
 import math
@@ -32,13 +32,13 @@ def seed_of(name: str) -> tuple[str, int | None]:
 
 
 def score_of(result: Record) -> Score:
-    """Return the headline figure of a result with its items, as far as they are its mean."""
+    """Return the headline figure of a result, with its items if the figure is their mean."""
     bounded = result["metric"] == "accuracy" or "chance" in result
     return Score(result[result["metric"]], tuple(result.get("items", ())), bounded)
 
 
 def _interval(scores: Sequence[Score]) -> list[float] | None:
-    """Return the interval of a mean over seeds: of the seeds and of the items that all of them had."""
+    """Return the interval of a mean over seeds, from seeds and shared items."""
     values = [score.value for score in scores]
     _, low, high, _ = seeds.estimate(values, _CONFIDENCE, seeds.sampling_of(scores))
     return None if math.isnan(low) else [low, high]
@@ -62,7 +62,7 @@ def _cells(results: Sequence[Record]) -> list[Record]:
         scores = [Score(cell["accuracy"], (), True) for cell in group if "accuracy" in cell]
         if scores and "interval" in group[0]:
             own = [cell["interval"] for cell in group]
-            # not narrower than what the items of a cell leave open
+            # at least as wide as the interval from the items of a cell
             half = math.fsum(high - low for low, high in own) / (2 * len(own))
             low, high = _interval(scores) or (merged["accuracy"],) * 2
             merged["interval"] = [
@@ -110,10 +110,10 @@ def _pool(name: str, records: Sequence[Record], numbers: Sequence[int]) -> Recor
 
 
 def pooled(results: Record) -> Record:
-    """Return results in which the seeds of one thing are one model.
+    """Return results in which the seeds of one model are pooled.
 
-    Such a model has "seeds" and "replicas" (the records that it is made of), the mean of every figure,
-    and an interval that holds the spread of the seeds as well as that of the items.
+    A pooled model has "seeds" and "replicas" (the records of the seeds), the mean of every figure,
+    and an interval that accounts for the variance of seeds and of items.
     """
     groups: dict[str, list[tuple[int | None, Record]]] = {}
     taken = {record["name"] for record in results["models"]}

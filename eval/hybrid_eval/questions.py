@@ -1,4 +1,4 @@
-"""Multiple-choice questions in MMLU's schema: from the hub, or from files of one's own."""
+"""Multiple-choice questions in MMLU's schema, from the hub or from files."""
 
 import csv
 import io

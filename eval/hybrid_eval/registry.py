@@ -1,4 +1,4 @@
-"""What a task is, and the tasks by name (:mod:`hybrid_eval.catalogue` fills them in)."""
+"""The registry of tasks, filled by :mod:``hybrid_eval.catalogue``."""
 
 import inspect
 import json
@@ -21,19 +21,19 @@ Axis = Literal["retrieval", "reasoning", "language", "cost", "speed"]
 
 @dataclass(frozen=True)
 class Settings:
-    """What is common to all tasks of a run; None leaves a task its own default.
+    """Settings common to all tasks of a run; None for the default of a task.
 
     Attributes:
         lengths: tokens per sample, for tasks with a length.
-        depths: of the needle, for tasks with a depth.
-        limit: samples per cell (grid tasks) or in all (the others).
-        seed: of every sample.
+        depths: depths of the needle, for tasks with a depth.
+        limit: samples per cell (grid tasks) or in total (others).
+        seed: seed of every sample.
         batch_size: rows per forward.
         corpus: text for haystacks and held-out loss.
-        context: tokens at which the cache's size is stated.
+        context: number of tokens for the size of the cache.
         allow_longer: permit lengths beyond ``max_position_embeddings``.
         chat: put prompts of tasks in words into the tokenizer's chat template (True), or into
-            RULER's of that name (see :data:`hybrid_eval.text.chat.TEMPLATES`).
+            RULER's of that name (see :data:``hybrid_eval.text.chat.TEMPLATES``).
     """
 
     lengths: tuple[int, ...] | None = None
@@ -52,16 +52,16 @@ class Task:
     """One measurement.
 
     Attributes:
-        name: as typed by the user.
-        axis: what it measures.
+        name: name on the command line.
+        axis: axis of the report.
         metric: key of the headline figure in its result.
         function: the measurement; its keyword arguments are the task's options.
         run: adapter that turns a subject, the settings and options into a result.
         words: one line for ``--list``.
         higher_is_better: direction of the headline figure.
-        more: a function to which ``function`` hands on what it does not know itself.
-        data: from options to what tells the task's data from any other, where they come from
-            neither the options nor this package.
+        more: a function that receives options unknown to ``function``.
+        data: function from options to a value that identifies the data of the task, if they come
+            from neither the options nor this package.
     """
 
     name: str
@@ -76,7 +76,7 @@ class Task:
 
     @property
     def options(self) -> tuple[str, ...]:
-        """Names that ``--set TASK.NAME=VALUE`` may set."""
+        """Names of options for ``--set TASK.NAME=VALUE``."""
         given = {"model", "progress", "haystack", "tokenizer", "corpus", "allow_longer"}
         given |= {"task", "material", "form", "manager", "chat"}
         own = [
@@ -112,7 +112,7 @@ TASKS: dict[str, Task] = {}
 
 
 def register(task: Task) -> None:
-    """Make a task known by its name.
+    """Register a task.
 
     Raises:
         ValueError: the name is taken.
@@ -133,12 +133,12 @@ def find(name: str) -> Task:
     return TASKS[name]
 
 
-# options that count things: at least one; the other whole numbers may be zero
+# options that are counts of at least one; other integers may be zero
 _POSITIVE = frozenset(
     {"n", "batch_size", "pairs", "queries", "needles", "length", "lengths", "repeats", "steps"}
     | {"sequence_length", "context", "inputs"}
 )
-# of tasks in words, which hand them on
+# options of text tasks, which pass them on
 _OPTION_TYPES: dict[str, Any] = {
     "pairs": int | None,
     "hops": int,
@@ -147,7 +147,7 @@ _OPTION_TYPES: dict[str, Any] = {
 
 
 def _wanted(kind: Any) -> str:
-    """Say what an annotation asks for."""
+    """Describe the values of an annotation."""
     parts = get_args(kind)
     if get_origin(kind) is Literal:
         return f"one of {', '.join(map(repr, parts))}"
@@ -192,7 +192,7 @@ def check_options(task: Task, options: Mapping[str, Any]) -> None:
     """Refuse options that the task does not have, and values that it cannot use.
 
     Raises:
-        ValueError: names the option, and the nearest right one or what it takes.
+        ValueError: with the option, and the nearest known one or its allowed values.
     """
     parameters = dict(inspect.signature(task.function).parameters)
     if task.more is not None:

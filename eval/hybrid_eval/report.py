@@ -1,4 +1,4 @@
-"""The report: one HTML file that opens from disk, its pictures as PNG, its figures as JSON."""
+"""The report: a self-contained HTML file, figures as PNG, and results as JSON."""
 
 import json
 import math
@@ -22,7 +22,7 @@ from .tables import Table, tables
 
 @dataclass
 class Column:
-    """A column of the table: heading, and how a model's record becomes a cell."""
+    """A column of the table: heading, and function from a model's record to a cell."""
 
     heading: str
     cell: Callable[[Record], str]
@@ -37,18 +37,18 @@ PAIRED = (
 
 @dataclass
 class Page:
-    """Everything that the template shows.
+    """Content of the HTML template.
 
     Attributes:
         title: heading of the page.
-        lead: what the numbers say, sentences for the head of the page.
-        terms: words and what they mean.
-        pictures: the first stands below the lead.
-        tables: with headings of their own.
-        differences: lines of the table of comparisons.
-        compared: its heading and columns.
+        lead: summary of the results, at the top of the page.
+        terms: terms and definitions.
+        pictures: figures; the first follows the lead.
+        tables: tables with headings.
+        differences: rows of the table of comparisons.
+        compared: heading and columns of that table.
         notes: how to read the figures.
-        footer: what makes the report repeatable.
+        footer: information for reproducing the report.
     """
 
     title: str
@@ -84,7 +84,7 @@ def _plain_cell(task: str, key: str) -> Callable[[Record], str]:
 
 
 def table_columns(results: dict[str, Any]) -> list[Column]:
-    """Return the columns of the table: one line of it is a model."""
+    """Return the columns of the table, in which a row is a model."""
     columns = [Column("model", lambda record: record["name"])]
     if any(record.get("layout") for record in results["models"]):
         columns.append(Column("layout", lambda record: record.get("layout") or "-"))
@@ -150,7 +150,7 @@ def _differences(results: dict[str, Any]) -> list[list[str]]:
 
 
 def build(results: dict[str, Any], title: str) -> Page:
-    """Turn the results of :func:`hybrid_eval.evaluate` into a page; seeds of one layout are one."""
+    """Convert the results of :func:``hybrid_eval.evaluate`` to a page; pool seeds of one layout."""
     shown = pooled(results)
     tasks = ran(shown)
     sentences = [headline(shown), seed_note(shown)]
@@ -167,7 +167,7 @@ def build(results: dict[str, Any], title: str) -> Page:
 
 
 def render(page: Page) -> str:
-    """Return the page as one self-contained HTML text."""
+    """Return the page as self-contained HTML."""
     source = resources.files("hybrid_eval").joinpath("templates/report.html.j2").read_text("utf-8")
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     return environment.from_string(source).render(page=page)
@@ -189,18 +189,18 @@ def write_report(
     *,
     title: str = "Retrieval, language and memory of each layout",
 ) -> Path:
-    """Write report.html, results.json, pictures as PNG, SVG and PDF, tables as CSV and LaTeX.
+    """Write report.html, results.json, figures as PNG, SVG and PDF, and tables as CSV and LaTeX.
 
     Args:
-        results: what :func:`hybrid_eval.evaluate` returned.
-        out: folder to write to; made if it is not there.
+        results: results of :func:``hybrid_eval.evaluate``.
+        out: output folder; created if missing.
         title: heading of the page.
 
     Returns:
         The path of report.html.
 
     Raises:
-        ValueError: the results hold no model.
+        ValueError: the results contain no model.
     """
     if not results.get("models"):
         raise ValueError("no model in these results, nothing to report")

@@ -1,4 +1,4 @@
-"""Which pictures a report has: from the results of a run to figures with captions."""
+"""Figures of a report with captions, from the results of a run."""
 
 import base64
 import math
@@ -14,15 +14,15 @@ from .contrast import aggregate, attention_share
 from .pictures import Point, human_tokens
 
 Record = dict[str, Any]
-# where a task's material comes from is in the footer, not on an axis
+# the source of a task's material is in the footer, not on an axis
 _SOURCES = ("path", "examples", "essays", "squad", "hotpot", "words")
-_PANELS = 9  # small pictures in one
-_PIXELS = 130  # of the page for an inch of a figure
+_PANELS = 9  # panels per figure
+_PIXELS = 130  # pixels of the page per inch of a figure
 
 
 @dataclass
 class Picture:
-    """A picture with its file name and caption; with its figure, it can be saved as vectors."""
+    """A picture with its file name and caption; with its figure, it can be saved as a vector image."""
 
     file: str
     caption: str
@@ -31,12 +31,12 @@ class Picture:
 
     @property
     def width(self) -> int | None:
-        """Pixels of a page at which all pictures have letters of one size; None lets it be."""
+        """Width in pixels at which all pictures have one font size; None for no width."""
         return None if self.figure is None else round(self.figure.get_figwidth() * _PIXELS)
 
     @property
     def data_uri(self) -> str:
-        """The picture inlined for HTML."""
+        """The picture as a data URI for HTML."""
         return "data:image/png;base64," + base64.b64encode(self.png).decode("ascii")
 
 
@@ -70,7 +70,7 @@ def _context(results: dict[str, Any]) -> int | None:
 
 
 def _task_words(results: dict[str, Any], task: str) -> str:
-    """Name a task with the settings that a reader must know."""
+    """Return the name of a task with its main settings."""
     result = results["models"][0]["results"][task]
     options = result.get("options", {})
     chosen = [f"{k} {v}" for k, v in options.items() if k not in (*_SOURCES, "mode")]
@@ -79,17 +79,17 @@ def _task_words(results: dict[str, Any], task: str) -> str:
 
 
 def named(results: dict[str, Any], task: str) -> str:
-    """Return the name of a task, and how it was scored."""
+    """Return the name of a task, with its scoring mode."""
     having = (model["results"][task] for model in results["models"] if task in model["results"])
     words = how(next(having))
     return f"{task} ({', '.join(words)})" if words else task
 
 
 def how(result: Record) -> list[str]:
-    """Say how a task in words was scored, where it is not as its definition has it.
+    """Describe the scoring of a text task, if it differs from the definition of the task.
 
-    RULER's tasks are defined by what a model writes; whether it would have written exactly the
-    answer in one order is another figure.
+    RULER's tasks score generated text; the likelihood of the exact answer is another
+    figure.
     """
     words = ["forced"] if result.get("mode") == "forced" else []
     template = result.get("chat")
@@ -97,7 +97,7 @@ def how(result: Record) -> list[str]:
 
 
 def _label(words: str) -> str:
-    """Break the words of an axis so that they fit it."""
+    """Wrap the label of an axis to its length."""
     return textwrap.fill(words, 52)
 
 
@@ -149,7 +149,7 @@ def _against_cache(results: dict[str, Any], task: str) -> Picture:
 
 
 def _lines(results: dict[str, Any], task: str) -> dict[str, length_pictures.Line]:
-    """Return score and interval by length of every model, the mean over depths where there are any."""
+    """Return score and interval by length of every model, averaged over depths if any."""
     found = {}
     for model in results["models"]:
         cells: dict[int, list[tuple[float, float, float]]] = {}
@@ -161,7 +161,7 @@ def _lines(results: dict[str, Any], task: str) -> dict[str, length_pictures.Line
         line: list[tuple[float, float, float, float]] = []
         for length, ends in sorted(cells.items()):
             value = sum(v for v, _, _ in ends) / len(ends)
-            # cells are drawn independently: their half-widths add up in squares
+            # cells are independent, so squares of their half-widths are added
             below = math.sqrt(sum((v - low) ** 2 for v, low, _ in ends)) / len(ends)
             above = math.sqrt(sum((high - v) ** 2 for v, _, high in ends)) / len(ends)
             line.append((length, value, max(0.0, value - below), min(1.0, value + above)))
@@ -171,7 +171,7 @@ def _lines(results: dict[str, Any], task: str) -> dict[str, length_pictures.Line
 
 
 def _length_curves(results: dict[str, Any]) -> Iterator[Picture]:
-    """Yield score against length: all tasks that were run at several lengths, nine a picture."""
+    """Yield score against length of all tasks with several lengths, nine per figure."""
     tasks = dict.fromkeys(task for model in results["models"] for task in model["results"])
     plots = {task: lines for task in tasks if (lines := _lines(results, task))}
     names = list(plots)
@@ -188,7 +188,7 @@ def _length_curves(results: dict[str, Any]) -> Iterator[Picture]:
 
 
 def _by_position(results: dict[str, Any], task: str) -> Iterator[Picture]:
-    """Yield the loss against the position in the window, where there are several buckets of them."""
+    """Yield the loss against the position in the window, if there are several buckets."""
     lines = {
         model["name"]: [
             (b["last"], b["loss"]) for b in model["results"][task].get("positions") or ()
@@ -225,9 +225,9 @@ def _heat_map(results: dict[str, Any], task: str) -> Picture:
 
 
 def figures(results: dict[str, Any]) -> Iterator[Picture]:
-    """Yield the pictures that these results allow."""
+    """Yield the figures that are possible for these results."""
     retrieval, language = tasks_on(results, "retrieval"), tasks_on(results, "language")
-    # the figures of some of lm-eval's tasks are no accuracies: those are in the table alone
+    # some tasks of lm-eval have no accuracy; these are only in the table
     reasoning = [task for task in tasks_on(results, "reasoning") if _has_chance(results, task)]
     # naming a letter is symbol binding: it stands for reasoning only where nothing else was run
     reasoning.sort(key=lambda task: task == "mmlu_letters")
@@ -261,12 +261,12 @@ def _has_chance(results: dict[str, Any], task: str) -> bool:
 
 
 def _around(values: list[tuple[float, float, float]]) -> tuple[float, float]:
-    """Return limits from below the lowest interval (a guesser's passes 0) to above 1."""
+    """Return limits from below the lowest interval (which may be below 0) to above 1."""
     return min(-0.1, *(low - 0.04 for _, low, _ in values)), 1.08
 
 
 def _axis_words(results: dict[str, Any], tasks: list[str]) -> tuple[str, str]:
-    """Return how a title and how a label name tasks taken together."""
+    """Return title and label for a group of tasks."""
     if len(tasks) == 1:
         return named(results, tasks[0]), _task_words(results, tasks[0])
     axis = results["models"][0]["results"][tasks[0]]["axis"]

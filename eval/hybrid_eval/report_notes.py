@@ -1,4 +1,4 @@
-"""What a report says below its tables: notes on the tasks, and the footer that makes it repeatable."""
+"""Notes on the tasks of a report, and the footer for reproducing it."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -17,7 +17,7 @@ def ran(results: dict[str, Any]) -> dict[str, Record]:
 
 
 def _shots(shots: Record) -> str:
-    """Say how many worked examples the prompts had."""
+    """Describe the number of worked examples in the prompts."""
     used = {int(count): times for count, times in shots["used"].items()}
     if set(used) == {shots["asked"]}:
         return f"{shots['asked']}-shot"
@@ -26,7 +26,7 @@ def _shots(shots: Record) -> str:
 
 
 def _models(models: Sequence[Record]) -> list[tuple[str, str]]:
-    """Return a line for each model: dtype, hashes, where it came from."""
+    """Return a line for each model: dtype, hashes, and source."""
     lines = []
     for record in models:
         if record.get("ablate"):
@@ -51,7 +51,7 @@ def _grid(result: Record) -> str:
 
 
 def footer(results: dict[str, Any]) -> list[tuple[str, str]]:
-    """Return what makes a report repeatable: seeds, counts, modes, hashes, versions."""
+    """Return the information for reproducing a report: seeds, counts, modes, hashes, versions."""
     settings = results["settings"]
     lines = [("seed", str(settings["seed"]))]
     for name, result in ran(results).items():
@@ -115,7 +115,7 @@ _NOTES = {
 
 
 def notes(ran: dict[str, Any]) -> list[str]:
-    """Return how to read the figures of the tasks that ran."""
+    """Return notes on the figures of the tasks of this run."""
     found = [words for task, words in _NOTES.items() if task in ran]
     if any(task.startswith("long_") for task in ran):
         found.append(
@@ -144,7 +144,7 @@ def notes(ran: dict[str, Any]) -> list[str]:
 
 
 def knocked_out(models: Sequence[Record]) -> list[str]:
-    """Say which layers of which model were zeroed."""
+    """Describe the knocked-out layers of each model."""
     notes = []
     for record in models:
         if not record.get("ablate"):

@@ -1,4 +1,4 @@
-"""Run tasks on models, keep each result on disk, resume where a run was cut off."""
+"""Run tasks on models, cache results on disk, and resume interrupted runs."""
 
 import math
 import platform
@@ -20,12 +20,12 @@ from .models import Subject, load
 from .registry import Axis, Settings, Task, check_options, find
 from .scoring import device_of
 
-# of the layout of results.json
+# version of the format of results.json
 RESULT_VERSION = 2
 
 
 class Watcher(Protocol):
-    """Is told how far a run is."""
+    """Receiver of the progress of a run."""
 
     def start(self, model: str, task: str) -> None:
         """Called before a task runs on a model."""
@@ -34,7 +34,7 @@ class Watcher(Protocol):
         """Called while it runs."""
 
     def finish(self, model: str, task: str, *, cached: bool) -> None:
-        """Called when its result is there."""
+        """Called with the result available."""
 
 
 def versions() -> dict[str, str]:
@@ -55,7 +55,7 @@ def _setting_words(settings: Settings) -> dict[str, Any]:
         documents = settings.corpus.documents
         text = digest(*(part for d in documents for part in (d.name, d.text)))
         words["corpus"] = f"{settings.corpus.description} {text[:16]}"
-    # how many rows go through the model at once does not belong to the result
+    # the batch size does not affect the result
     words.pop("batch_size")
     return plain(words)
 
@@ -67,7 +67,7 @@ def _key(
     options: dict[str, Any],
     knocked_out: str | None,
 ) -> dict[str, Any]:
-    """Return what a result depends on beside the model, in JSON's terms."""
+    """Return everything except the model that a result depends on, as JSON values."""
     return {
         "task": task.name,
         "axis": task.axis,
@@ -110,7 +110,7 @@ def _run_task(
     watcher: Watcher | None,
     knocked_out: str | None,
 ) -> dict[str, Any]:
-    """Return the result of one task, from ``path`` if it is there."""
+    """Return the result of one task, from ``path`` if it exists."""
     if watcher is not None:
         watcher.start(subject.name, task.name)
     cached = path is not None and path.exists()
@@ -126,9 +126,9 @@ def _run_task(
 
 
 def _fingerprint(subject: Subject, folder: Path | None) -> str | None:
-    """Return the hash of the model as it is now: its owner may have trained it since it was named.
+    """Return the hash of the current weights of the model, which may have been trained since.
 
-    None where it cannot be hashed and nothing is kept.
+    None if it cannot be hashed and results are not cached.
     """
     try:
         return model_digest(subject.model)
@@ -141,13 +141,13 @@ def _fingerprint(subject: Subject, folder: Path | None) -> str | None:
 def _tokenizer_hash(subject: Subject) -> str | None:
     try:
         return tokenizer_digest(subject.tokenizer)
-    # an encoder of one's own that cannot be hashed; where results are kept, that is refused
+    # a custom encoder that cannot be hashed; refused if results are cached
     except ValueError:
         return None
 
 
 def _without(subject: Subject, knocked_out: str) -> list[dict[str, Any]]:
-    """Return the branches that a knock-out zeroes, in JSON's terms."""
+    """Return the branches of a knock-out as JSON values."""
     return [
         {"layer": branch.layer, "name": branch.name, "kind": branch.kind}
         for branch in select(subject.model, knocked_out)
@@ -172,9 +172,9 @@ def _describe(subject: Subject, fingerprint: str | None) -> dict[str, Any]:
 
 
 def plain(value: Any) -> Any:
-    """Return what JSON would give back: no tuples, and None where there is no number.
+    """Return the value after a round trip through JSON: no tuples, and None for NaN.
 
-    A fresh result and one from the cache are then the same thing.
+    A new result and a cached one are then equal.
     """
     if isinstance(value, Mapping):
         return {str(key): plain(item) for key, item in value.items()}
@@ -215,19 +215,19 @@ def evaluate(
     """Measure models on tasks.
 
     Args:
-        models: one or several of: a model object, a loaded :class:`~hybrid_eval.models.Subject`,
+        models: one or several of: a model object, a loaded :class:``~hybrid_eval.models.Subject``,
             a checkpoint folder, a .gguf file, a hub name, ``NAME=PATH``.
-        tasks: names from :data:`hybrid_eval.registry.TASKS`, or of lm-eval's tasks; None takes
-            what suits the models.
-        out: folder for cached results; the same call resumes there. None keeps nothing.
-        settings: what is common to all tasks.
-        options: per task, options of its own: ``{"mqar": {"pairs": 16}}``.
-        watcher: is told how far the run is.
-        ablate: knock-outs, each measured beside the whole model: "attention", "linear" or layer
-            numbers such as "0,3" (see :mod:`hybrid_eval.ablate`).
-        include_path: folder of lm-eval YAML files of your own, whose tasks may then be named.
-        axes: what tasks are taken to measure, by name, where it is not what they say themselves.
-        loading: arguments of :func:`hybrid_eval.models.load`.
+        tasks: names from :data:``hybrid_eval.registry.TASKS``, or of lm-eval's tasks; None for
+            the defaults of the models.
+        out: folder for cached results; the same call resumes. None for no cache.
+        settings: settings common to all tasks.
+        options: options by task: ``{"mqar": {"pairs": 16}}``.
+        watcher: receives the progress of the run.
+        ablate: knock-outs to measure in addition to the whole model: "attention", "linear" or layer
+            numbers such as "0,3" (see :mod:``hybrid_eval.ablate``).
+        include_path: folder of lm-eval YAML files with additional tasks.
+        axes: axes of tasks by name, to override their defaults.
+        loading: arguments of :func:``hybrid_eval.models.load``.
 
     Returns:
         ``{"schema", "created", "versions", "settings", "models": [{"name", ..., "results":

@@ -1,9 +1,9 @@
-"""Teacher-forced scoring: one forward per batch, logits only where an answer is expected.
+"""Teacher-forced scoring: one forward per batch, with logits only at scored positions.
 
 Letters: B rows, T tokens, P scored positions, C vocabulary.
 
 A row is ``{"input_ids": T ids, "labels": T ids}`` in the convention of transformers: the label
-at position t is what the model must predict *from position t - 1*, and -100 asks nothing.
+at position t is predicted *from position t - 1*, and -100 means no label.
 """
 
 import contextlib
@@ -27,12 +27,12 @@ _LOGITS_BYTES = 256 * 2**20
 
 @dataclass(frozen=True)
 class Scored:
-    """What a model made of one row.
+    """Scores of one row.
 
     Attributes:
-        correct: per labelled token, whether the label had the largest logit.
+        correct: per labelled token, whether the label has the largest logit.
         nll: per labelled token, negative log-likelihood in nats.
-        positions: where the labels stand in the row.
+        positions: positions of the labels in the row.
     """
 
     correct: np.ndarray
@@ -41,18 +41,18 @@ class Scored:
 
     @property
     def exact(self) -> bool:
-        """Whether every labelled token is right: greedy decoding would give this answer."""
+        """Whether every labelled token is correct, so that greedy decoding returns this answer."""
         return bool(self.correct.all())
 
 
 def takes_logits_to_keep(model: torch.nn.Module) -> bool:
-    """Whether the model's forward can be told which logits to compute."""
+    """Return whether the model's forward accepts ``logits_to_keep``."""
     return "logits_to_keep" in inspect.signature(model.forward).parameters
 
 
 @contextlib.contextmanager
 def evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """Switch dropout and the like off, and back to what it was."""
+    """Switch the model to evaluation mode, and restore the previous mode."""
     was_training = model.training
     model.eval()
     try:
@@ -63,9 +63,9 @@ def evaluating(model: torch.nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def finite_logits(model: torch.nn.Module) -> Iterator[None]:
-    """Raise as soon as a forward ends in NaN: a greedy choice among NaN is a token like another.
+    """Raise an error at the first NaN logits, from which greedy decoding would choose some token.
 
-    Looks at the last position, which decoding reads, so that padding on the left is left alone.
+    Checks the last position, which decoding reads, so that left padding is ignored.
     """
 
     def check(module: torch.nn.Module, inputs: Any, output: Any) -> None:
@@ -81,14 +81,14 @@ def finite_logits(model: torch.nn.Module) -> Iterator[None]:
 
 
 def device_of(model: torch.nn.Module) -> torch.device:
-    """Return the device that the model's inputs must be on."""
+    """Return the device for inputs of the model."""
     return next(model.parameters()).device
 
 
 def position_limit(model: torch.nn.Module) -> int | None:
-    """Return the number of positions that a model was made for, None where it has no limit.
+    """Return the maximum number of positions of a model, or None without a limit.
 
-    Of a config with a text model in it (vision, audio), the text model's counts.
+    Uses the config of the text model in multimodal configs.
     """
     config = getattr(model, "config", None)
     for part in (getattr(config, "text_config", None), config):
@@ -100,7 +100,7 @@ def position_limit(model: torch.nn.Module) -> int | None:
 
 
 def check_length(model: torch.nn.Module, length: int, *, allow_longer: bool = False) -> None:
-    """Refuse rows that are longer than the model was made for.
+    """Refuse rows that exceed the maximum length of the model.
 
     Raises:
         ValueError: ``length`` exceeds the config's ``max_position_embeddings``.
@@ -115,7 +115,7 @@ def check_length(model: torch.nn.Module, length: int, *, allow_longer: bool = Fa
 
 
 def check_ids(model: torch.nn.Module, rows: Sequence[Row]) -> None:
-    """Refuse token ids that the model has no embedding for.
+    """Refuse token ids without an embedding in the model.
 
     Raises:
         ValueError: an id is at or past the vocabulary's size.
@@ -133,7 +133,7 @@ def check_ids(model: torch.nn.Module, rows: Sequence[Row]) -> None:
 
 
 def batch_size_for(model: torch.nn.Module, length: int, kept: int) -> int:
-    """Choose a batch size from the row's length and the logits that it keeps."""
+    """Return a batch size for a row length and a number of kept logits."""
     kind = device_of(model).type
     by_tokens = _TOKENS_PER_BATCH.get(kind, _TOKENS_PER_BATCH["cuda"]) // max(length, 1)
     vocabulary = getattr(getattr(model, "config", None), "vocab_size", 50_000) or 50_000
@@ -158,7 +158,7 @@ def _score_batch(model, batch: Sequence[Row]) -> list[Scored]:
     device = device_of(model)
     ids_BT = torch.as_tensor(np.stack([np.asarray(row["input_ids"]) for row in batch]))
     labels_BT = torch.as_tensor(np.stack([np.asarray(row["labels"]) for row in batch]))
-    # the label at t is predicted from t - 1, so position 0 can hold none
+    # the label at t is predicted from t - 1, so position 0 has none
     wanted_BT = labels_BT[:, 1:] != IGNORE
     positions_P = wanted_BT.any(0).nonzero().squeeze(-1)
     logits_BPC = _logits(model, ids_BT.to(device), positions_P.to(device))
@@ -199,7 +199,7 @@ def score(
     progress: Progress | None = None,
     allow_longer: bool = False,
 ) -> list[Scored]:
-    """Score every row, in order. Rows of one length share a batch, so nothing is ever padded.
+    """Score every row, in order. Batches have rows of one length, without padding.
 
     Args:
         model: any causal language model whose forward takes ids (B, T) and returns ``.logits``.
@@ -209,7 +209,7 @@ def score(
         allow_longer: do not refuse rows beyond ``max_position_embeddings``.
 
     Raises:
-        ValueError: a row is too long for the model, has ids it does not know, or asks nothing.
+        ValueError: a row is too long for the model, has unknown ids, or has no label.
         NotFiniteError: the model's logits are NaN or infinite.
     """
     for number, row in enumerate(rows):

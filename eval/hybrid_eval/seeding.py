@@ -1,8 +1,7 @@
-"""A random generator of its own for every sample.
+"""Random generators, one per sample.
 
-Each sample is drawn from a generator seeded by what the sample *is* (task, length, depth,
-index), never from a shared stream: drawing one more sample, or another length first, changes
-no other sample.
+Each sample has a generator seeded by its identity (task, length, depth, index) instead of a shared
+stream, so that additional samples or another order change no other sample.
 """
 
 import zlib
@@ -15,8 +14,7 @@ def generator(task: str, *key: int | float | str) -> np.random.Generator:
 
     Args:
         task: name of the task; two tasks with equal keys draw different numbers.
-        key: what tells this sample from the others of the task; a number is told apart from
-            the string that prints the same.
+        key: identity of the sample within the task; a number and its string are different.
     """
     words = [zlib.crc32(repr(part).encode("utf-8")) for part in (task, *key)]
     return np.random.default_rng(words)

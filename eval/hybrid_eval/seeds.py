@@ -1,12 +1,14 @@
 """Means over few seeds, their intervals, and paired differences.
 
-Two things make a mean over seeds uncertain: the seeds themselves, and the items of the evaluation,
-which all seeds share, so that more seeds do not help against it. With V_s and V_i the variances of
-the mean from either, and t_s and t_i Student's quantiles at their degrees of freedom, an interval is
+A mean over seeds has two sources of uncertainty: the seeds, and the items of the evaluation,
+which all seeds share, so that more seeds do not reduce it. With V_s and V_i the variances of
+the mean from each source, and t_s and t_i Student's quantiles at their degrees of freedom, an
+interval is
 
     mean +- sqrt(t_s^2 V_s + t_i^2 V_i)
 
-It is never narrower than Student's interval over seeds. A p-value is the level at which 0 leaves it.
+It is never narrower than Student's interval over seeds. A p-value is the level at which 0 leaves
+it.
 """
 
 from __future__ import annotations
@@ -17,12 +19,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-FEWEST_PAIRS = 3  # pairs of seeds, below which nothing is called established
-ROUNDING = 1e-9  # a spread smaller than this share of the values is none
+FEWEST_PAIRS = 3  # minimum number of pairs of seeds for a verdict
+ROUNDING = 1e-9  # relative spread below which values count as equal
 
 
 class Estimate(NamedTuple):
-    """A mean and its interval; the ends are nan for fewer than two values, or without a spread."""
+    """A mean and its interval; the ends are NaN for fewer than two values, or without a spread."""
 
     mean: float
     low: float
@@ -31,13 +33,13 @@ class Estimate(NamedTuple):
 
 
 class Score(NamedTuple):
-    """What an evaluation found.
+    """Score of an evaluation.
 
     Attributes:
         value: the metric.
-        items: of which it is the mean: one score for each question, row or window; the same ones, in
-            the same order, for every checkpoint. Empty where they are not known.
-        bounded: scores lie in [0, 1] (an accuracy).
+        items: scores of which it is the mean, one for each question, row or window; the same items
+            in the same order for every checkpoint. Empty if not known.
+        bounded: whether scores are in [0, 1] (an accuracy).
     """
 
     value: float
@@ -46,13 +48,13 @@ class Score(NamedTuple):
 
 
 class Sampling(NamedTuple):
-    """Standard error of a mean that comes from the items of the evaluation.
+    """Standard error of a mean due to the items of the evaluation.
 
     Attributes:
-        error: 0 where there are none, as for a training loss.
-        items: how many it was estimated from.
-        low: smallest value that the mean can have.
-        high: largest one.
+        error: the standard error; 0 without items, e.g. for a training loss.
+        items: number of items.
+        low: smallest possible mean.
+        high: largest possible mean.
     """
 
     error: float = 0.0
@@ -70,10 +72,10 @@ def t_quantile(confidence: float, freedom: int) -> float:
 
 
 def estimate(values: Sequence[float], confidence: float, sampling: Sampling = NO_ITEMS) -> Estimate:
-    """The mean over seeds and its two-sided interval.
+    """Return the mean over seeds and its two-sided interval.
 
-    Values that are all equal, without items to tell how exact they are, have no interval: equal
-    results of few seeds are what a coarse metric often gives.
+    Values that are all equal, without items, have no interval, since a coarse metric often has
+    equal results for few seeds.
     """
     n = len(values)
     if n == 0:
@@ -87,7 +89,9 @@ def estimate(values: Sequence[float], confidence: float, sampling: Sampling = NO
 
 
 def p_value(differences: Sequence[float], sampling: Sampling = NO_ITEMS) -> float:
-    """Two-sided p that the mean of paired differences is 0; nan where there is no interval."""
+    """Return the two-sided p-value that the mean of paired differences is 0; NaN without an
+    interval.
+    """
     from scipy import optimize, special
 
     n = len(differences)
@@ -104,16 +108,16 @@ def p_value(differences: Sequence[float], sampling: Sampling = NO_ITEMS) -> floa
     def beyond(log_p: float) -> float:
         return _half(math.exp(log_p), error, n, sampling) - mean
 
-    smallest = -30.0  # no p below e^-30 is told apart
+    smallest = -30.0  # p-values below e^-30 are not distinguished
     found: Any = optimize.brentq(beyond, smallest, 0.0) if beyond(smallest) > 0 else smallest
     return math.exp(found)
 
 
 def sampling_of(scores: Sequence[Score]) -> Sampling:
-    """The items' part in the uncertainty of a mean over seeds.
+    """Return the standard error of a mean over seeds due to the items.
 
-    For scores in [0, 1] two right and two wrong items are added (Agresti and Coull 1998, The American
-    Statistician 52), so that a perfect score is not taken for certainty.
+    For scores in [0, 1], two correct and two wrong items are added (Agresti and Coull 1998, The
+    American Statistician 52), so that a perfect score has an error above 0.
     """
     if not _comparable(scores):
         return Sampling(0.0, 0, *((0.0, 1.0) if _bounded(scores) else ()))
@@ -124,10 +128,10 @@ def sampling_of(scores: Sequence[Score]) -> Sampling:
 
 
 def sampling_of_difference(changed: Sequence[Score], unchanged: Sequence[Score]) -> Sampling:
-    """The same for the mean of paired differences: what both get right or wrong cancels.
+    """Return the standard error of the mean of paired differences due to the items.
 
-    For scores in [0, 1] two items are added, one in favour of each (Bonett and Price 2012, Journal of
-    Educational and Behavioral Statistics 37).
+    For scores in [0, 1] two items are added, one in favour of each (Bonett and Price 2012, Journal
+    of Educational and Behavioral Statistics 37).
     """
     both = [*changed, *unchanged]
     ends = (-1.0, 1.0) if _bounded(both) else (-math.inf, math.inf)
@@ -139,7 +143,7 @@ def sampling_of_difference(changed: Sequence[Score], unchanged: Sequence[Score])
 
 
 def _half(alpha: float, error: float, n: int, sampling: Sampling) -> float:
-    """Half the width of the interval that misses with a chance of `alpha`."""
+    """Return half the width of the interval with error probability ``alpha``."""
     half = _t_beyond(alpha, n - 1) * error
     if sampling.error:
         half = math.hypot(half, _t_beyond(alpha, sampling.items - 1) * sampling.error)
@@ -147,14 +151,14 @@ def _half(alpha: float, error: float, n: int, sampling: Sampling) -> float:
 
 
 def _t_beyond(alpha: float, freedom: int) -> float:
-    """The t with P(|T| > t) = alpha."""
+    """Return the t with P(|T| > t) = alpha."""
     from scipy import special
 
     return -float(special.stdtrit(freedom, alpha / 2))
 
 
 def _spread(values: Sequence[float]) -> float:
-    """Standard error of a mean; 0 where the values differ by rounding only, or are fewer than two."""
+    """Return the standard error of a mean; 0 for values equal up to rounding, or fewer than two."""
     if len(values) < 2:
         return 0.0
     error = float(np.std(values, ddof=1)) / math.sqrt(len(values))
@@ -162,14 +166,14 @@ def _spread(values: Sequence[float]) -> float:
 
 
 def _sampling(items: Any, added: Sequence[float]) -> Sampling:
-    """The error of the mean of these items, and not less than with those added."""
+    """Return the error of the mean of these items, at least that with the added items."""
     more = np.concatenate([items, added])
     plain = float(items.std(ddof=1)) / math.sqrt(items.size)
     return Sampling(max(plain, float(more.std()) / math.sqrt(more.size)), len(items))
 
 
 def _comparable(scores: Sequence[Score]) -> bool:
-    """Whether all have the same items, at least two."""
+    """Return whether all have the same number of items, at least two."""
     counts = {len(score.items) for score in scores}
     return len(counts) == 1 and counts.pop() > 1
 

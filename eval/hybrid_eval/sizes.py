@@ -1,4 +1,4 @@
-"""What a figure was measured on: lengths, pairs and counts, in a few words."""
+"""Sizes of a measurement as text: lengths, pairs and counts."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -1,9 +1,9 @@
-"""Endless training sources whose every row is a function of its index.
+"""Endless training sources in which every row is a function of its index.
 
 A source is an iterable of ``{"input_ids": ..., "labels": ...}`` (numpy int64 arrays of
-``sequence_length`` tokens, labels in the convention of transformers, -100 where nothing is
-asked). Row i depends on (task, seed, i) alone, so a resumed run calls :meth:`Source.skip` and
-sees exactly the rows that it would have seen.
+``sequence_length`` tokens, labels in the convention of transformers, -100 for no label). Row i
+depends only on (task, seed, i), so a resumed run calls :meth:``Source.skip`` and reads exactly the
+rows of an uninterrupted run.
 """
 
 from abc import ABC, abstractmethod
@@ -34,11 +34,11 @@ class Source(ABC):
 
     @abstractmethod
     def draw(self, rng: np.random.Generator) -> dict[str, np.ndarray]:
-        """Make one row from a generator of its own."""
+        """Return one row drawn from this generator."""
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         if index < 0:
-            raise IndexError(f"a source has no end to count from, got index {index}")
+            raise IndexError(f"index: expected at least 0, got {index}")
         return self.draw(generator(self.name, self.stream, self.seed, index))
 
     def __iter__(self) -> Iterator[dict[str, np.ndarray]]:

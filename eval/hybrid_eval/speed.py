@@ -1,4 +1,4 @@
-"""Prefill and decoding speed against length, measured."""
+"""Measured prefill and decode speed by length."""
 
 import inspect
 import time
@@ -19,10 +19,10 @@ def _now(device: torch.device) -> float:
 
 @torch.inference_mode()
 def _decode(model, cache: Any, length: int, steps: int) -> float:
-    """Return the seconds that ``steps`` tokens after ``length`` take."""
+    """Return the time in seconds to decode ``steps`` tokens after ``length`` tokens."""
     device = device_of(model)
     token = torch.ones(1, 1, dtype=torch.long, device=device)
-    # transformers from 5.24 on calls it `cache`
+    # transformers from 5.24 on calls it ``cache``
     taken = inspect.signature(model.forward).parameters
     name = "cache" if "cache" in taken else "past_key_values"
     with evaluating(model):
@@ -43,7 +43,7 @@ def evaluate_speed(
     progress: Progress | None = None,
     allow_longer: bool = False,
 ) -> dict[str, Any]:
-    """Time one sequence: the median of ``repeats`` runs after one that is not counted.
+    """Time one sequence: the median of ``repeats`` runs after one warm-up run.
 
     Args:
         model: a causal language model that takes ``cache`` or ``past_key_values``.

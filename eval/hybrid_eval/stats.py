@@ -11,10 +11,10 @@ Values = Sequence[float] | np.ndarray
 
 _LEVEL = 0.95
 _UPPER = (1 + _LEVEL) / 2
-_INFORMATIVE = 5  # clusters with a miss, and with a hit, that a design effect has to rest on
-_RESAMPLES = 9999  # permutations; all of them are gone through where there are no more
-_PERMUTED = 1000  # items that differ, above which Student's t is as good as permutations
-_EXACT_TRIALS = 64  # below as many, good approximations cover less than 0.935 at some proportions
+_INFORMATIVE = 5  # minimum clusters with a miss, and with a hit, for a design effect
+_RESAMPLES = 9999  # random permutations, or all of them if there are fewer
+_PERMUTED = 1000  # number of differing items above which Student's t replaces permutations
+_EXACT_TRIALS = 64  # below this, approximations cover less than 0.935 at some proportions
 
 
 class Interval(NamedTuple):
@@ -65,15 +65,15 @@ def t_interval(mean: float, error: float, count: int) -> Interval:
 
 
 def proportion_interval(successes: float, trials: float) -> Interval:
-    """Return a 95% interval of a proportion that holds the truth at least 93 times in 100.
+    """Return a 95% interval of a proportion with a coverage of at least 93%.
 
-    Fewer than 64 trials have the exact interval (Clopper and Pearson 1934), more of them Agresti and
-    Coull's (1998, The American Statistician 52). Wilson's covers only 0.84 to 0.87 at some proportions
-    near 0 and 1, whatever the number of trials.
+    Uses the exact interval (Clopper and Pearson 1934) for fewer than 64 trials, and Agresti and
+    Coull's (1998, The American Statistician 52) otherwise. Wilson's covers only 0.84 to 0.87 at
+    some proportions near 0 and 1, for any number of trials.
 
     Args:
-        successes: right answers; scores between 0 and 1 may add up to a number that is not whole.
-        trials: answers, or an effective number of independent ones.
+        successes: number of correct answers; may be fractional.
+        trials: number of answers, or an effective number of independent ones.
 
     Raises:
         ValueError: no trials, or more successes than trials.
@@ -88,7 +88,7 @@ def clustered_interval(correct: Values, totals: Values) -> Interval:
     the binomial one), reduced by Student's t for few clusters, in the exact binomial interval (Korn
     and Graubard 1998, Survey Methodology 24). A design effect that rests on fewer than 5 clusters
     with a miss, or with a hit, is not trusted: then each cluster counts as one trial, as if its
-    items were all alike. Without clusters (one item each) it is :func:`proportion_interval`.
+    items were all alike. Without clusters (one item each) it is :func:``proportion_interval``.
 
     Raises:
         ValueError: no items.
@@ -110,7 +110,7 @@ def clustered_interval(correct: Values, totals: Values) -> Interval:
 
 
 def weighted_interval(accuracy: float, error: float, items: int) -> Interval:
-    """Return a 95% interval of an accuracy whose standard error somebody else computed.
+    """Return a 95% interval of an accuracy with a known standard error.
 
     A mean over groups of unequal size has an error of its own; it is turned into an effective
     number of trials (at most ``items``), so that the interval stays in [0, 1] and has a width at 0
@@ -149,7 +149,7 @@ def above_chance(accuracy: float, chance: float) -> float:
 
 
 class PairedDifference(NamedTuple):
-    """How much model A beats model B on the same items."""
+    """Difference of model A and model B on the same items."""
 
     difference: float
     interval: Interval
@@ -187,7 +187,7 @@ def paired_difference(
     if bounded:
         centre, error = _with_pseudo_items(differences)
         low, high = t_interval(centre, error, len(a))
-        # one item alone tells nothing
+        # no test for a single item
         interval = Interval(-1.0, 1.0) if len(a) < 2 else Interval(max(-1.0, low), min(1.0, high))
     else:
         interval = t_interval(mean, error, len(a))
@@ -195,7 +195,8 @@ def paired_difference(
 
 
 def holm(p_values: Values) -> list[float]:
-    """Return p-values corrected for their number (Holm 1979, A simple sequentially rejective procedure).
+    """Return p-values corrected for their number (Holm 1979, A simple sequentially rejective
+    procedure).
 
     Rejecting what is below a level keeps the chance of any false rejection below that level. A nan
     stays one and is not counted.
@@ -218,7 +219,7 @@ def _with_pseudo_items(differences: np.ndarray) -> tuple[float, float]:
 
 def _paired_p(differences: np.ndarray, seed: int) -> float:
     """Two-sided p that differences are as likely positive as negative."""
-    apart = differences[differences != 0]  # equal items say nothing
+    apart = differences[differences != 0]  # equal items have no information
     if apart.size == 0:
         return 1.0
     if np.allclose(np.abs(apart), abs(apart[0]), rtol=1e-9, atol=0):

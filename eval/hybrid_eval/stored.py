@@ -1,4 +1,4 @@
-"""Results on disk: written whole, and served again only for the very same measurement."""
+"""Cached results on disk, written atomically and reused only for the same measurement."""
 
 import json
 import os
@@ -11,7 +11,7 @@ from .identity import digest, path_digest
 
 @lru_cache(maxsize=1)
 def _own_code() -> str:
-    """Return the hash of this package: a task that was changed is measured again."""
+    """Return the hash of this package, so that a changed task is measured again."""
     return path_digest(Path(__file__).parent)
 
 
@@ -24,10 +24,10 @@ def place(out: Path, model: str, fingerprint: str, task: str, key: Any) -> Path:
 
     Args:
         out: folder of the run.
-        model: name of the model, for the reader of the folder.
+        model: name of the model, for readable file names.
         fingerprint: hash of the model.
         task: name of the task.
-        key: everything else that the result depends on, in JSON's terms.
+        key: everything else that the result depends on, as JSON values.
     """
     name = digest(fingerprint, json.dumps(key, sort_keys=True), _own_code())[:16]
     folder = f"{_file_name(model)}-{fingerprint[:16]}"
@@ -35,7 +35,7 @@ def place(out: Path, model: str, fingerprint: str, task: str, key: Any) -> Path:
 
 
 def write(path: Path, result: dict[str, Any]) -> None:
-    """Write a result, with a checksum, aside and then into place: never half of it."""
+    """Write a result with a checksum atomically, through a temporary file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(result, allow_nan=False)
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
@@ -45,10 +45,10 @@ def write(path: Path, result: dict[str, Any]) -> None:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """Read a result back.
+    """Read a result.
 
     Raises:
-        ValueError: the file is not as it was written; the message names it.
+        ValueError: the file is damaged.
     """
     try:
         found = json.loads(path.read_text(encoding="utf-8"))

@@ -1,14 +1,14 @@
-"""Small reasoning tasks for models trained from scratch, each with an endless training source.
+"""Small reasoning tasks for models trained from scratch, with endless training sources.
 
-state_tracking  the running product of group elements: parity, S3, S5, A5, sums modulo a number, or the
-                state of an automaton (a regular language). Scored at every step: solving parity takes
-                a state that a stack with positive eigenvalues alone does not have (arXiv 2411.12537).
-hops_k          chains of assignments at a fixed length; the answer is k hops away. At k = 0 it is
-                pure retrieval, so what is lost from k = 0 to k = 4 is the reasoning.
-icl_fn          a random mapping shown in examples x y x y ..., asked again: accuracy against the
-                number of times that an x has been shown.
+state_tracking  the running product of group elements: parity, S3, S5, A5, sums modulo a number, or
+                the state of an automaton (a regular language). Scored at every step: solving
+                parity takes a state that a stack with positive eigenvalues alone does not have
+(arXiv 2411.12537). hops_k          chains of assignments at a fixed length; the answer is k hops
+                away. At k = 0 it is pure retrieval, so what is lost from k = 0 to k = 4 is the
+reasoning. icl_fn          a random mapping shown in examples x y x y ..., asked again: accuracy
+                against the number of times that an x has been shown.
 
-Ids below 128 are free for text; tasks draw theirs from 128 upwards, as :mod:`hybrid_eval.mqar`.
+Ids below 128 are free for text; tasks draw theirs from 128 upwards, as :mod:``hybrid_eval.mqar``.
 """
 
 import re
@@ -25,7 +25,7 @@ from .stats import above_chance, clustered_interval, ratio_and_error
 FIRST_ID = 128
 # permutations of so many points
 _GROUPS = {"parity": 2, "S3": 3, "S5": 5, "A5": 5}
-# symbol -> state -> next state of automata that are no groups
+# symbol -> state -> next state of automata that are not groups
 _AUTOMATA: dict[str, list[list[int]]] = {
     # keep, write 0, write 1: the regular language of the last write
     "flip_flop": [[0, 1], [0, 0], [1, 1]],
@@ -36,7 +36,7 @@ _LARGEST_MODULUS = 64
 
 
 def _even(permutation: tuple[int, ...]) -> bool:
-    """Whether a permutation is a product of an even number of swaps."""
+    """Return whether a permutation is even."""
     return sum(a > b for a, b in combinations(permutation, 2)) % 2 == 0
 
 
@@ -48,7 +48,8 @@ def group_elements(group: str) -> list[tuple[int, ...]]:
 
 
 def transitions(group: str) -> np.ndarray:
-    """Return the next state for each symbol and state, shape (symbols, states); state 0 is the first.
+    """Return the next state for each symbol and state, shape (symbols, states); state 0 is the
+    first.
 
     Raises:
         ValueError: an unknown group.
@@ -83,7 +84,7 @@ class StateTracking(Source):
         seed: of the stream.
         start: index of the first row.
         first_id: id of the identity.
-        tokenizer: not read.
+        tokenizer: ignored.
     """
 
     name = "state_tracking"
@@ -105,11 +106,11 @@ class StateTracking(Source):
 
     @property
     def chance(self) -> float:
-        """Accuracy of naming some state."""
+        """Accuracy of a random guess among the states."""
         return 1 / self.table.shape[1]
 
     def draw(self, rng: np.random.Generator) -> dict[str, np.ndarray]:
-        """Make one row from a generator of its own."""
+        """Return one row drawn from this generator."""
         symbols = len(self.table)
         drawn = rng.integers(0, symbols, self.sequence_length)
         labels = np.full(self.sequence_length, IGNORE, dtype=np.int64)
@@ -136,11 +137,11 @@ class Hops(Source):
         start: index of the first row.
         name_ids: half-open range of ids of names.
         value_ids: the same for values.
-        filler_id: fills the row.
-        tokenizer: not read.
+        filler_id: id of filler tokens.
+        tokenizer: ignored.
 
     Raises:
-        ValueError: a row that does not hold the chains, or too few names.
+        ValueError: the chains do not fit in a row, or there are too few names.
     """
 
     name = "hops_k"
@@ -179,11 +180,11 @@ class Hops(Source):
 
     @property
     def chance(self) -> float:
-        """Accuracy of naming some value of the row."""
+        """Accuracy of a random guess among the values of the row."""
         return 1 / self.chains
 
     def draw(self, rng: np.random.Generator) -> dict[str, np.ndarray]:
-        """Make one row from a generator of its own."""
+        """Return one row drawn from this generator."""
         k = int(rng.integers(self.max_hops + 1)) if self.hops is None else self.hops
         per_chain = self.max_hops + 1
         names = rng.choice(np.arange(*self.name_ids), self.chains * per_chain, replace=False)
@@ -211,7 +212,7 @@ class InContextFunction(Source):
         start: index of the first row.
         input_ids: half-open range of ids of x.
         output_ids: the same for y.
-        tokenizer: not read.
+        tokenizer: ignored.
     """
 
     name = "icl_fn"
@@ -235,11 +236,11 @@ class InContextFunction(Source):
 
     @property
     def chance(self) -> float:
-        """Accuracy of naming some output."""
+        """Accuracy of a random guess among the outputs."""
         return 1 / (self.output_ids[1] - self.output_ids[0])
 
     def draw(self, rng: np.random.Generator) -> dict[str, np.ndarray]:
-        """Make one row from a generator of its own."""
+        """Return one row drawn from this generator."""
         xs = rng.choice(np.arange(*self.input_ids), self.inputs, replace=False)
         ys = rng.integers(*self.output_ids, self.inputs)
         shown = rng.integers(0, self.inputs, (self.sequence_length + 1) // 2)

@@ -1,4 +1,4 @@
-"""Tables of a report: task by length, effective context length, subjects; as CSV and LaTeX, too."""
+"""Tables of a report: task by length, effective context length, subjects; also as CSV and LaTeX."""
 
 import csv
 import io
@@ -11,9 +11,9 @@ from .pictures import human_tokens
 from .report_figures import Record, named
 from .text.tasks import NAMES, RULER, RULER2
 
-# columns of figures beside the model's name that fit a page of 1,200 pixels
+# columns of figures after the model's name that fit on a page of 1,200 pixels
 PAGE_COLUMNS = 6
-# letters beside each other that fit it, and those that the space between two columns takes
+# number of characters that fit on it, and the width of a column gap in characters
 PAGE_LETTERS, _GAP = 118, 3
 # Llama 2 7B at 4k tokens: the score by which RULER calls a length effective (arXiv 2404.06654, table 3)
 RULER_THRESHOLD = 0.856
@@ -36,9 +36,9 @@ class Table:
         return re.sub(r"[^a-z0-9]+", "_", self.title.lower()).strip("_")
 
     def parts(self, columns: int = PAGE_COLUMNS) -> list["Table"]:
-        """Cut into tables that fit a page, each with the first column."""
+        """Split into tables that fit on a page, each with the first column."""
         wide = len(self.headings) - 1
-        # parts of about as many columns, as few as fit
+        # as few parts as possible, of about equal numbers of columns
         count = max(1, -(-wide // columns))
         while count < wide and self._widest(-(-wide // count)) > PAGE_LETTERS:
             count += 1
@@ -64,7 +64,7 @@ class Table:
             )
             for i, (head, note) in enumerate(self.headings)
         ]
-        # a first column is broken where it is long
+        # a long first column is wrapped
         first = min(letters[0], 24)
         return max(
             first + sum(n + _GAP for n in letters[start : start + size])
@@ -102,7 +102,7 @@ _LATEX = {
 
 
 def latex_text(text: str) -> str:
-    """Return a text with LaTeX's own characters escaped."""
+    """Return a text with LaTeX's special characters escaped."""
     return "".join(_LATEX.get(c, c) for c in text)
 
 
@@ -143,13 +143,15 @@ def length_table(results: Record) -> Iterator[Table]:
 
 
 def weighted(scores: Sequence[float], *, rising: bool) -> float:
-    """Return the mean with weights that rise (or fall) linearly with the place of the length."""
+    """Return the mean with weights that increase (or decrease) linearly with the index of the
+    length.
+    """
     weights = range(1, len(scores) + 1) if rising else range(len(scores), 0, -1)
     return sum(w * s for w, s in zip(weights, scores, strict=True)) / sum(weights)
 
 
 def effective(scores: dict[int, float], threshold: float) -> int | None:
-    """Return the longest length up to which every score reaches a threshold."""
+    """Return the largest length up to which every score reaches a threshold."""
     found = None
     for length, score in sorted(scores.items()):
         if score < threshold:
@@ -254,5 +256,5 @@ def subject_tables(results: Record) -> Iterator[Table]:
 
 
 def tables(results: Record) -> list[Table]:
-    """Return the tables that these results allow."""
+    """Return the tables that are possible for these results."""
     return [*length_table(results), *context_table(results), *subject_tables(results)]

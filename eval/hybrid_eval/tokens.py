@@ -1,4 +1,4 @@
-"""Text as token ids, for models with a tokenizer and for models that read bytes."""
+"""Tokenization, for models with a tokenizer and for byte-level models."""
 
 from collections.abc import Sequence
 from typing import Any, Protocol
@@ -9,7 +9,7 @@ from .corpus import Corpus
 
 
 class Encoder(Protocol):
-    """What is asked of a tokenizer; every Hugging Face tokenizer has it."""
+    """Interface of a tokenizer; Hugging Face tokenizers implement it."""
 
     def __call__(self, text: str, **kwargs: Any) -> Any:
         """Return at least "input_ids"."""
@@ -20,7 +20,7 @@ class Encoder(Protocol):
 
 
 class ByteEncoder:
-    """Token id = byte value: the tokenizer of a model that reads raw UTF-8."""
+    """Byte-level tokenizer: a token id is the value of a UTF-8 byte."""
 
     name_or_path = "bytes"
     vocab_size = 256
@@ -32,12 +32,12 @@ class ByteEncoder:
         return {"input_ids": list(text.encode("utf-8"))}
 
     def decode(self, token_ids: Sequence[int], **kwargs: Any) -> str:
-        """Return the text of these bytes; bytes that are no UTF-8 become U+FFFD."""
+        """Return the text of these bytes; invalid UTF-8 becomes U+FFFD."""
         return bytes(token_ids).decode("utf-8", errors="replace")
 
 
 def reads_bytes(tokenizer: Encoder) -> bool:
-    """Whether a tokenizer's ids are the bytes of UTF-8, so that encoding megabytes costs nothing."""
+    """Return whether token ids are UTF-8 bytes, so that encoding is fast."""
     probe = "".join(map(chr, range(1, 0x180))) + "a  b\r\n\u20ac\U0001f600"
     found = tokenizer(probe, add_special_tokens=False, verbose=False)["input_ids"]
     return list(found) == list(probe.encode("utf-8"))
@@ -53,13 +53,13 @@ def encode(tokenizer: Encoder, text: str) -> np.ndarray:
 
 
 def ends_with_special(tokenizer: Encoder, ids: Sequence[int]) -> bool:
-    """Whether the tokenizer closed the text with a token after which nothing would follow."""
+    """Return whether the tokenizer appended an end-of-text token."""
     end = getattr(tokenizer, "eos_token_id", None)
     return end is not None and len(ids) > 1 and ids[-1] == end
 
 
 def prompt_ids(tokenizer: Encoder, text: str) -> list[int]:
-    """Return ids with the special tokens that the tokenizer puts in front, none behind."""
+    """Return ids with the special tokens at the start, without those at the end."""
     ids = list(tokenizer(text, verbose=False)["input_ids"])
     return ids[:-1] if ends_with_special(tokenizer, ids) else ids
 
@@ -67,24 +67,23 @@ def prompt_ids(tokenizer: Encoder, text: str) -> list[int]:
 def continuation_ids(
     tokenizer: Encoder, context: str, continuation: str, *, special: bool = True
 ) -> tuple[list[int], int]:
-    """Tokenise a context and what follows it as one text.
+    """Tokenise a context and its continuation as one text.
 
-    What a tokenizer makes of the continuation alone is not what stands there in a text: a
-    normaliser may put a mark before it, a merge may reach across the seam. Spaces at the end of the
-    context belong to the continuation, as in lm-eval; where a token reaches across the seam, it is
-    counted to the continuation.
+    The tokens of a continuation depend on its context: a normaliser may prepend a character, and a
+    merge may cross the boundary. Spaces at the end of the context belong to the continuation, as in
+    lm-eval; a token that crosses the boundary belongs to the continuation.
 
     Args:
         tokenizer: the model's.
-        context: what is not scored.
-        continuation: what is.
-        special: let the tokenizer put its special tokens in front; False where the context has them.
+        context: text that is not scored.
+        continuation: text that is scored.
+        special: add special tokens at the start; False if the context has them.
 
     Returns:
-        The ids of the whole, and the index of the first that is scored.
+        The ids of the whole text, and the index of the first scored id.
 
     Raises:
-        ValueError: nothing is left to condition on.
+        ValueError: the context is empty.
     """
 
     def encoded(text: str) -> list[int]:
@@ -108,7 +107,7 @@ def continuation_ids(
 
 
 class Haystack:
-    """A long stream of tokens of real text, without the ids that a task has taken for itself.
+    """A long stream of tokens of text, without ids that are reserved by a task.
 
     Args:
         corpus: the text.
@@ -116,7 +115,7 @@ class Haystack:
         reserved: half-open ranges of ids that must not occur.
 
     Raises:
-        ValueError: nothing is left of the text.
+        ValueError: no token remains.
     """
 
     def __init__(
@@ -134,6 +133,6 @@ class Haystack:
             )
 
     def cut(self, start: int, length: int) -> np.ndarray:
-        """Return ``length`` ids from ``start``, going round at the end of the text."""
+        """Return ``length`` ids from ``start``, wrapping at the end of the text."""
         at = np.arange(start, start + length) % len(self.ids)
         return self.ids[at]

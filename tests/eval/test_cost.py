@@ -83,5 +83,5 @@ def test_parameters_count_tied_embeddings_once():
 
 def test_a_model_without_a_cache_is_named(recall_model):
     recall_model.forward = lambda input_ids, use_cache, logits_to_keep=0: object()
-    with pytest.raises(ValueError, match="RuleModel returned no cache"):
+    with pytest.raises(ValueError, match="RuleModel: expected cache, "):
         measure_cache(recall_model)

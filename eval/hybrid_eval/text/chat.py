@@ -1,8 +1,8 @@
 """Prompts in the chat template of an instruct model, the answer begun for it as RULER does.
 
-``chat=True`` is the tokenizer's own template. RULER has a fixed one for each family of models that it
-was published with (NVIDIA/RULER, scripts/data/template.py): ``chat="meta-llama3"`` and so on make a
-figure comparable with those.
+``chat=True`` is the tokenizer's own template. RULER has a fixed one for each family of models that
+it was published with (NVIDIA/RULER, scripts/data/template.py): ``chat="meta-llama3"`` and so on
+make a figure comparable with those.
 """
 
 from dataclasses import replace
@@ -67,7 +67,7 @@ def chat_text(tokenizer: Any, prompt: str, begun: str = "", chat: bool | str = T
         tokenizer: the model's.
         prompt: of the user.
         begun: how the answer begins.
-        chat: True is the tokenizer's template, a name one of :data:`TEMPLATES`.
+        chat: True is the tokenizer's template, a name one of :data:``TEMPLATES``.
 
     Raises:
         ValueError: the tokenizer has no chat template, or there is none of that name.
@@ -121,7 +121,7 @@ def in_chat(sample: TextSample, tokenizer: Any, length: int, chat: bool | str = 
         sample: made for ``length`` less the tokens of the template.
         tokenizer: the model's.
         length: tokens that the sample may take.
-        chat: as of :func:`chat_text`.
+        chat: as of :func:``chat_text``.
 
     Raises:
         ValueError: no chat template, or one that takes more tokens in this prompt than in another.

@@ -46,7 +46,7 @@ def completions(
     """Return the samples of a completion task.
 
     Args:
-        task: a key of :data:`COMPLETIONS`.
+        task: a key of :data:``COMPLETIONS``.
         tokenizer: counts the tokens.
         n: number of documents; None takes all. A greater number keeps those of a smaller one.
         seed: of the choice.
@@ -112,7 +112,7 @@ def evaluate_completion(
 
     Args:
         model: a causal language model.
-        task: a key of :data:`COMPLETIONS`.
+        task: a key of :data:``COMPLETIONS``.
         tokenizer: the model's.
         n: number of documents; None takes all.
         mode: "generate" as the tasks are defined, or "forced": whether greedy decoding would
@@ -124,10 +124,10 @@ def evaluate_completion(
         allow_longer: permit documents beyond ``max_position_embeddings``.
 
     Returns:
-        As :func:`hybrid_eval.text.evaluate.measure`.
+        As :func:``hybrid_eval.text.evaluate.measure``.
 
     Raises:
-        ValueError: as :func:`completions`, or a document that the model cannot take whole.
+        ValueError: as :func:``completions``, or a document that the model cannot take whole.
     """
     result = measure(
         model,

@@ -115,7 +115,7 @@ class Counter:
         return len(self.tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"])
 
     def piece(self, piece: str) -> int:
-        """Return what :meth:`count` does, remembered."""
+        """Return what :meth:``count`` does, remembered."""
         if piece not in self._estimates:
             self._estimates[piece] = self.count(piece)
         return self._estimates[piece]

@@ -109,7 +109,7 @@ def measure(
         model: a causal language model.
         made: the samples.
         tokenizer: the model's.
-        mode: as of :func:`evaluate_text`.
+        mode: as of :func:``evaluate_text``.
         batch_size: rows per forward; None chooses.
         progress: called with the number of samples done and of samples in all.
         allow_longer: permit samples beyond ``max_position_embeddings``.
@@ -180,7 +180,7 @@ def evaluate_text(
 
     Args:
         model: a causal language model.
-        task: a name from :data:`hybrid_eval.text.tasks.NAMES`.
+        task: a name from :data:``hybrid_eval.text.tasks.NAMES``.
         tokenizer: the model's.
         lengths: tokens per sample; prompt, answer prefix and room for generation.
         depths: of the needle, for grids.
@@ -202,7 +202,7 @@ def evaluate_text(
         for each length (and depth), and the true token counts.
 
     Raises:
-        ValueError: as :func:`hybrid_eval.text.tasks.samples`, or a length that the model cannot
+        ValueError: as :func:``hybrid_eval.text.tasks.samples``, or a length that the model cannot
             take.
     """
     check_length(model, max(lengths), allow_longer=allow_longer)

@@ -20,7 +20,7 @@ def cumulate(unit_tokens: Iterable[int]) -> list[int]:
 
 
 def alike(unit_tokens: int, most: int) -> range:
-    """Return what :func:`cumulate` does for ``most`` units of as many tokens each."""
+    """Return what :func:``cumulate`` does for ``most`` units of as many tokens each."""
     step = max(1, unit_tokens)
     return range(0, step * most + 1, step)
 
@@ -31,7 +31,7 @@ def _guess(prefix: Sequence[int], units: int, room: int) -> int:
 
 
 def _walk(measure: Callable[[int], int], units: int, room: int, most: int) -> int:
-    """Return what :func:`_guess` does, from units measured one by one."""
+    """Return what :func:``_guess`` does, from units measured one by one."""
     while room < 0 and units > 0:
         units -= 1
         room += measure(units)

@@ -2,8 +2,9 @@
 
     ... Yara lives next to the Charles Bridge. ...      Which character has been to Prague?
 
-To find the needle a model has to know what it is about: matching words is of no use. Other characters
-live next to other places, so that naming some character is not enough. Places and names are our own.
+To find the needle a model has to know what it is about: matching words is of no use. Other
+characters live next to other places, so that naming some character is not enough. Places and names
+are our own.
 """
 
 from ..seeding import generator

@@ -16,7 +16,8 @@ _NAMED = re.compile(r"(?i)[*_]{0,2}Answer[*_]{0,2}\s*:[\s*_]{0,2}\s*([A-Z])(?![a
 
 
 def word_errors(answer: str, reference: str) -> float:
-    """Return the word error rate: word edits that turn an answer into the reference, per word of it.
+    """Return the word error rate: word edits that turn an answer into the reference, per word of
+    it.
 
     Raises:
         ValueError: a reference without words.

@@ -1,10 +1,10 @@
 """RULER v2: twelve tasks, from plain retrieval to solving what was retrieved.
 
-Definition: NVIDIA-NeMo/Skills, nemo_skills/dataset/ruler2. Three domains of four grades each: one needle
-among many keys (``mk_niah``), several needles of one key (``mv_niah``), and documents (``qa``). The
-lowest grade of the first two takes RULER's words and numbers; the others take MMLU's questions and
-HotpotQA's documents. What differs from the definition is only how a sample is drawn, and that room for
-the answer counts into the length.
+Definition: NVIDIA-NeMo/Skills, nemo_skills/dataset/ruler2. Three domains of four grades each: one
+needle among many keys (``mk_niah``), several needles of one key (``mv_niah``), and documents
+(``qa``). The lowest grade of the first two takes RULER's words and numbers; the others take MMLU's
+questions and HotpotQA's documents. What differs from the definition is only how a sample is drawn,
+and that room for the answer counts into the length.
 """
 
 import re
@@ -40,8 +40,8 @@ class Kind:
 
     Attributes:
         domain: what the context is made of.
-        ask: copy one question, copy all of one number, or solve it; find a document by its text or by
-            a question, or answer the question.
+        ask: copy one question, copy all of one number, or solve it; find a document by its text or
+            by a question, or answer the question.
         copies: questions (or values) of one number (or key).
         steps: whether the model is told to copy first and answer then.
         shots: worked examples from the context.
@@ -119,7 +119,7 @@ def read_pool(path: str | None) -> Pool:
 
 
 class _Parts(NamedTuple):
-    """A prompt without its length: what `build` needs to know, and what is measured."""
+    """A prompt without its length: what ``build`` needs to know, and what is measured."""
 
     build: Callable[[int], str]
     prefix: Sequence[int]
@@ -317,7 +317,7 @@ def ruler2(
     """Make one sample of a task.
 
     Args:
-        name: a key of :data:`KINDS`.
+        name: a key of :data:``KINDS``.
         length: tokens of prompt and generation.
         index: of the sample.
         seed: of the run.

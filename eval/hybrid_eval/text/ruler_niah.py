@@ -107,7 +107,7 @@ def ruler_niah(
     """Make one sample of a needle task.
 
     Args:
-        name: a key of :data:`NIAH`.
+        name: a key of :data:``NIAH``.
         length: tokens of prompt, prefix and generation.
         index: of the sample.
         seed: of the run.

@@ -1,4 +1,5 @@
-"""RULER's two question answering tasks: gold documents among others (arXiv 2404.06654, section 3.4).
+"""RULER's two question answering tasks: gold documents among others (arXiv 2404.06654, section
+3.4).
 
 RULER takes SQuAD 2.0 and HotpotQA; their JSON files are read from disk. Without them documents and
 questions are generated, and the task carries a name of its own.

@@ -20,7 +20,7 @@ class TextSample:
         template: "chat" for the tokenizer's own template, or the name of RULER's; None for none.
         special: whether the tokenizer puts its special tokens in front of the text.
         outputs: the right answers.
-        match: how the answer is scored, see :func:`hybrid_eval.text.matching.string_match`.
+        match: how the answer is scored, see :func:``hybrid_eval.text.matching.string_match``.
         max_new_tokens: room kept for generation.
         prompt_tokens: true number of tokens of prompt and prefix, special tokens included.
         slack: tokens that are left of ``length``; smaller than one unit of filler.

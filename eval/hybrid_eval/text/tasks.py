@@ -196,7 +196,7 @@ def samples(
     """Make ``n`` samples for every cell of a task, cell by cell.
 
     Args:
-        name: one of :data:`NAMES`.
+        name: one of :data:``NAMES``.
         tokenizer: counts the tokens.
         lengths: tokens per sample.
         depths: of the needle, for grids.

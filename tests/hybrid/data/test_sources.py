@@ -494,7 +494,9 @@ def test_prepared_data_in_doubt_is_refused(tmp_path):
     with pytest.raises(ValueError, match="shard 00000: offsets: expected 0 to"):
         open_shards(folder)
     (folder / INDEX).write_text("")
-    with pytest.raises(ValueError, match=f"{INDEX}: not JSON: .*; prepare the data again"):
+    with pytest.raises(
+        ValueError, match=f"{INDEX}: expected valid JSON, got .*; prepare the data again"
+    ):
         open_shards(folder)
     (folder / INDEX).unlink()
     with pytest.raises(ValueError, match=f"folder of prepared data with {INDEX}"):
