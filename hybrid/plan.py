@@ -21,7 +21,8 @@ from hybrid.ffn.moe_options import MoEOptions
 from hybrid.files import read_json
 from hybrid.mixers import Mixer, ShortConvolution
 from hybrid.modeling.canon import Canon
-from hybrid.modeling.model import HybridForCausalLM, HybridModel
+from hybrid.modeling.model import HybridForCausalLM
+from hybrid.modeling.stack import HybridModel
 from hybrid.nn.past import StateSpec, TokenSpec
 
 

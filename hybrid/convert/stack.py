@@ -14,7 +14,8 @@ from hybrid.config.spec import BranchSpec, LayerSpec, MixerSpec
 from hybrid.layout import Layer, parse_ffn
 from hybrid.layout.shortest import shortest
 from hybrid.layout.types import Layout
-from hybrid.modeling.model import HybridForCausalLM, HybridModel
+from hybrid.modeling.model import HybridForCausalLM
+from hybrid.modeling.stack import HybridModel
 
 
 class Part(NamedTuple):

@@ -9,7 +9,8 @@ from hybrid.modeling.classification import (
     HybridForSequenceClassification,
     HybridForTokenClassification,
 )
-from hybrid.modeling.model import HybridForCausalLM, HybridModel
+from hybrid.modeling.model import HybridForCausalLM
+from hybrid.modeling.stack import HybridModel
 
 # Also fill the tables of class names: transformers' Trainer shifts labels for label smoothing only for
 # classes in these tables.

@@ -15,8 +15,9 @@ from transformers.modeling_outputs import SequenceClassifierOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
 from hybrid.config.hybrid_config import HybridConfig
-from hybrid.modeling.model import MODEL_ARGUMENTS, HybridModel
+from hybrid.modeling.model import MODEL_ARGUMENTS
 from hybrid.modeling.pretrained import HybridPreTrainedModel
+from hybrid.modeling.stack import HybridModel
 from hybrid.nn.arguments import CACHE, check_arguments, pick_cache
 
 

@@ -73,7 +73,7 @@ def test_loads_in_a_fresh_process_that_never_imported_hybrid(
     assert layout == "L[LS]"
     assert names == [
         "hybrid.config.hybrid_config",
-        "hybrid.modeling.model",
+        "hybrid.modeling.stack",
         "hybrid.modeling.model",
     ]
     expected = model(x).logits
