@@ -1,4 +1,4 @@
-"""A mixer in one file: a recurrence whose decay depends on the token, in a stack beside softmax."""
+"""A mixer in one file: a recurrence with a data-dependent decay, in a stack with softmax layers."""
 
 from dataclasses import dataclass
 

@@ -1,6 +1,6 @@
 """Import a published architecture, replace half of its softmax layers, distil it from the original.
 
-A small random Llama stands in for a downloaded checkpoint, so that the example needs no network; give
+A small random Llama replaces a downloaded checkpoint, so that the example needs no network; pass
 ``teacher.path`` and ``import_published`` the folder of a real one.
 """
 
