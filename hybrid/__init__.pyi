@@ -18,14 +18,14 @@ from .config.options import ConfigError as ConfigError
 from .config.registry import register_feed_forward as register_feed_forward
 from .config.registry import register_mixer as register_mixer
 from .layout import LayoutError as LayoutError
-from .mixers.base import LinearMixer as LinearMixer
 from .mixers.base import Mixer as Mixer
 from .mixers.base import MixerOptions as MixerOptions
+from .mixers.linear_mixer import LinearMixer as LinearMixer
 from .modeling.classification import (
     HybridForSequenceClassification as HybridForSequenceClassification,
 )
 from .modeling.classification import HybridForTokenClassification as HybridForTokenClassification
 from .modeling.model import HybridForCausalLM as HybridForCausalLM
-from .modeling.model import HybridModel as HybridModel
+from .modeling.stack import HybridModel as HybridModel
 
 __version__: str

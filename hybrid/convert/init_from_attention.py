@@ -17,8 +17,8 @@ import torch
 from torch import nn
 
 from hybrid.config.registry import mixers as registered
-from hybrid.mixers.base import ShortConvolution
 from hybrid.mixers.grouped_heads import GroupedHeadOptions
+from hybrid.mixers.short_convolution import ShortConvolution
 
 Value = float | Callable[[Any], torch.Tensor]
 

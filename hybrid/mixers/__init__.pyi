@@ -14,6 +14,7 @@ from . import gateloop as gateloop
 from . import hgrn2 as hgrn2
 from . import kimi_delta_attention as kimi_delta_attention
 from . import lightning_attention as lightning_attention
+from . import linear_mixer as linear_mixer
 from . import mamba as mamba
 from . import mamba2 as mamba2
 from . import mlstm as mlstm
@@ -27,8 +28,8 @@ from . import rwkv7 as rwkv7
 from . import rwkv_channel_mix as rwkv_channel_mix
 from . import sliding_window_attention as sliding_window_attention
 from . import softmax_attention as softmax_attention
-from .base import LinearMixer as LinearMixer
 from .base import Mixer as Mixer
 from .base import MixerOptions as MixerOptions
-from .base import ShortConvolution as ShortConvolution
 from .base import StateMixer as StateMixer
+from .linear_mixer import LinearMixer as LinearMixer
+from .short_convolution import ShortConvolution as ShortConvolution

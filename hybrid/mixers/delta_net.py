@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from hybrid.config.declare import Positive, Size, Size2
 from hybrid.config.registry import register_mixer
 from hybrid.config.sizes import Sizes
-from hybrid.mixers.base import LinearMixer
+from hybrid.mixers.linear_mixer import LinearMixer
 from hybrid.mixers.parts import (
     GatedRMSNorm,
     HeadOptions,

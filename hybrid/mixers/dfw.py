@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from hybrid.config.declare import Size2
 from hybrid.config.registry import register_mixer
 from hybrid.config.sizes import Sizes
-from hybrid.mixers.base import LinearMixer, OutputNorm
+from hybrid.mixers.linear_mixer import LinearMixer, OutputNorm
 from hybrid.mixers.parts import HeadOptions, to_float32
 
 

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from hybrid.config.declare import Negative, Positive, Size, Size2
 from hybrid.config.registry import register_mixer
 from hybrid.config.sizes import Sizes
-from hybrid.mixers.base import FEATURE_MAPS, LinearMixer
+from hybrid.mixers.linear_mixer import FEATURE_MAPS, LinearMixer
 from hybrid.mixers.parts import GatedRMSNorm, HeadOptions, low_rank, to_float32
 
 

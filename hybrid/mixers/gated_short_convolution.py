@@ -14,11 +14,8 @@ from torch import nn
 from hybrid.config.declare import Size2
 from hybrid.config.registry import register_mixer
 from hybrid.config.sizes import Sizes
-from hybrid.mixers.base import (
-    MixerOptions,
-    ShortConvolution,
-    StateMixer,
-)
+from hybrid.mixers.base import MixerOptions, StateMixer
+from hybrid.mixers.short_convolution import ShortConvolution
 from hybrid.nn.past import Slot, StateSpec
 
 

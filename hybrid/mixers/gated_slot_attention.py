@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from hybrid.config.declare import Positive, Size, Size2
 from hybrid.config.registry import register_mixer
 from hybrid.config.sizes import Sizes
-from hybrid.mixers.base import FEATURE_MAPS, LinearMixer, OutputNorm
+from hybrid.mixers.linear_mixer import FEATURE_MAPS, LinearMixer, OutputNorm
 from hybrid.mixers.parts import HeadOptions, to_float32, too_wide
 from hybrid.nn.past import Slot, StateSpec
 

@@ -14,7 +14,7 @@ from transformers import initialization as init
 from hybrid.config.declare import Positive, Size2
 from hybrid.config.registry import register_mixer
 from hybrid.config.sizes import Sizes
-from hybrid.mixers.base import LinearMixer, OutputNorm
+from hybrid.mixers.linear_mixer import LinearMixer, OutputNorm
 from hybrid.mixers.parts import HeadOptions, to_float32
 from hybrid.nn.past import Slot
 

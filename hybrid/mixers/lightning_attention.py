@@ -12,7 +12,7 @@ from transformers import initialization as init
 from hybrid.config.declare import Positive, ShareOrAll, Size, Size2
 from hybrid.config.registry import register_mixer
 from hybrid.config.sizes import Sizes
-from hybrid.mixers.base import FEATURE_MAPS, LinearMixer, OutputNorm
+from hybrid.mixers.linear_mixer import FEATURE_MAPS, LinearMixer, OutputNorm
 from hybrid.mixers.parts import GroupedRMSNorm, HeadOptions, divides
 from hybrid.mixers.rotation import positioned, rope_angles
 from hybrid.nn.norms import build_norm

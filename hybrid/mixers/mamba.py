@@ -18,12 +18,9 @@ from hybrid.config.declare import Positive, Size, Size2
 from hybrid.config.fields import NormName
 from hybrid.config.registry import register_mixer
 from hybrid.config.sizes import Sizes
-from hybrid.mixers.base import (
-    MixerOptions,
-    ShortConvolution,
-    StateMixer,
-)
+from hybrid.mixers.base import MixerOptions, StateMixer
 from hybrid.mixers.parts import init_time_step, step_problems, to_float32
+from hybrid.mixers.short_convolution import ShortConvolution
 from hybrid.nn.norms import build_norm
 from hybrid.nn.past import Slot, StateSpec
 from hybrid_kernels import selective_scan

@@ -18,7 +18,8 @@ from hybrid.config.block_options import scaled
 from hybrid.config.declare import Limits, Positive, Range, Size, Size2
 from hybrid.config.registry import register_mixer
 from hybrid.config.sizes import Sizes
-from hybrid.mixers.base import LinearMixer, MixerOptions
+from hybrid.mixers.base import MixerOptions
+from hybrid.mixers.linear_mixer import LinearMixer
 from hybrid.mixers.parts import (
     GroupedRMSNorm,
     divides,

@@ -16,7 +16,7 @@ from transformers import initialization as init
 from hybrid.config.declare import NotNegative, Positive, Size2
 from hybrid.config.registry import register_mixer
 from hybrid.config.sizes import Sizes
-from hybrid.mixers.base import LinearMixer
+from hybrid.mixers.linear_mixer import LinearMixer
 from hybrid.mixers.parts import GroupedLayerNorm, HeadOptions, to_float32, value_parts
 from hybrid.nn.past import Slot, StateSpec
 from hybrid_kernels import linear_attention

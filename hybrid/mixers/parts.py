@@ -16,13 +16,8 @@ from transformers import initialization as init
 
 from hybrid.config.declare import Size
 from hybrid.config.sizes import Sizes
-from hybrid.mixers.base import (
-    MAX_HEAD_DIM,
-    MixerOptions,
-    head_problems,
-    nearest_divisors,
-    value_parts,
-)
+from hybrid.mixers.base import MixerOptions, head_problems, nearest_divisors
+from hybrid.mixers.linear_mixer import MAX_HEAD_DIM, value_parts
 from hybrid.nn.norms import rms_norm
 from hybrid_kernels import causal_conv1d
 

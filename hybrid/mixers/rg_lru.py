@@ -16,12 +16,9 @@ from transformers import initialization as init
 from hybrid.config.declare import Size, Size2
 from hybrid.config.registry import register_mixer
 from hybrid.config.sizes import Sizes
-from hybrid.mixers.base import (
-    MixerOptions,
-    ShortConvolution,
-    StateMixer,
-)
+from hybrid.mixers.base import MixerOptions, StateMixer
 from hybrid.mixers.parts import divides, to_float32, too_wide
+from hybrid.mixers.short_convolution import ShortConvolution
 from hybrid.nn.past import Slot, StateSpec
 from hybrid_kernels import linear_attention
 

@@ -13,7 +13,7 @@ from transformers import initialization as init
 from hybrid.config.declare import Positive, Size
 from hybrid.config.registry import register_mixer
 from hybrid.config.sizes import Sizes
-from hybrid.mixers.base import LinearMixer
+from hybrid.mixers.linear_mixer import LinearMixer
 from hybrid.mixers.parts import (
     GroupedLayerNorm,
     HeadOptions,

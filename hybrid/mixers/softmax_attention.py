@@ -15,7 +15,6 @@ from hybrid.config.declare import Positive, Size, Size2
 from hybrid.config.registry import register_mixer
 from hybrid.config.sizes import Sizes
 from hybrid.mixers.attention import FullAttention, add_positions, capped_attention
-from hybrid.mixers.base import ShortConvolution
 from hybrid.mixers.dual_chunk import (
     CHUNK_MARKS,
     DualChunkAngles,
@@ -26,6 +25,7 @@ from hybrid.mixers.dual_chunk import (
 )
 from hybrid.mixers.grouped_heads import GroupedHeadOptions, GroupedHeads
 from hybrid.mixers.parts import to_float32
+from hybrid.mixers.short_convolution import ShortConvolution
 from hybrid.nn.packing import WHOLE_ROWS, Segments
 from hybrid.nn.past import Slot, StateSpec, TokenSpec
 from hybrid.nn.rotary import BY_LENGTH, apply_rotary

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import torch
 
-from hybrid.mixers.base import ShortConvolution
+from hybrid.mixers.short_convolution import ShortConvolution
 from hybrid.nn.packing import Segments
 from hybrid.nn.past import Slot
 

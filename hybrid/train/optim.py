@@ -18,7 +18,7 @@ from typing import Any, TypedDict
 import torch
 from torch import nn
 
-from hybrid.mixers.base import ShortConvolution
+from hybrid.mixers.short_convolution import ShortConvolution
 from hybrid.modeling.initialization import growths
 
 
