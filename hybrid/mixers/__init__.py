@@ -11,6 +11,7 @@ mixers.declare(
     __name__,
     {
         "chunked_attention": ("B", "ChunkedAttention"),
+        "comba": ("c", "Comba"),
         "delta_net": ("P", "DeltaNet"),
         "dfw": ("F", "DecayingFastWeights"),
         "forgetting_attention": ("f", "ForgettingAttention"),

@@ -1,5 +1,6 @@
 from . import base as base
 from . import chunked_attention as chunked_attention
+from . import comba as comba
 from . import delta_net as delta_net
 from . import dfw as dfw
 from . import forgetting_attention as forgetting_attention

@@ -41,6 +41,7 @@ MISTAKES = [
         {"sinks": True},
         "sinks: expected none in forgetting_attention, .* try softmax_attention",
     ),
+    ("comba", {"output_feedback": "x"}, "output_feedback: expected"),
     ("rwkv7", {"decay_rank": 0}, "decay_rank: expected at least 1, got 0"),
     ("gated_slot_attention", {"num_slots": 300}, "num_slots: expected at most 256, got 300"),
     ("kimi_delta_attention", {"lower_bound": 1.0}, "lower_bound: expected below 0, got 1.0"),

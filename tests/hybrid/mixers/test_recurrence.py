@@ -244,6 +244,30 @@ def gated_linear_attention(w, x, conv_size=None, tau=16.0):
     return additive(w, x, alpha, read, 2, 4, 5, 0.5, conv=conv_size is not None)
 
 
+@recurrence("comba", num_heads=4, num_key_heads=2, head_dim=4, value_head_dim=5)
+@recurrence(
+    "comba", num_heads=4, num_key_heads=2, head_dim=4, value_head_dim=5, state_feedback=False,
+    output_feedback=0.0,
+)  # fmt: skip
+def comba(w, x, state_feedback=True, output_feedback=1.0):
+    H, G, K, V = 4, 2, 4, 5
+    S, out = torch.zeros(H, V, K, dtype=x.dtype), []
+    for u, (q, k, v) in zip(x, qkv(w, x, [G * K, G * K, H * V]), strict=True):
+        q, k, v, o = heads(q, G), heads(k, G), heads(v, H), []
+        beta, dt = sigmoid(w("beta_proj", u)), softplus(w("decay_proj", u) + w["dt_bias"])
+        for h in range(H):
+            g = h // (H // G)
+            key, query = unit(k[g]), unit(q[g])
+            b = sigmoid(w["feedback"][g]) if state_feedback else 1.0
+            alpha = torch.exp(-torch.exp(w["A_log"][h]) * dt[h])
+            turn = alpha * torch.eye(K, dtype=x.dtype) - b * beta[h] * torch.outer(key, key)
+            S[h] = S[h] @ turn + beta[h] * torch.outer(v[h], key)
+            query = query - w["correction"][g] * key if output_feedback else query
+            o.append(rms(S[h] @ query / math.sqrt(K)) * w["norm.weight"])
+        out.append(w("o_proj", torch.cat(o) * sigmoid(w("gate_proj", u))))
+    return out
+
+
 @recurrence(
     "rwkv7", num_heads=2, head_dim=4, value_head_dim=5, decay_rank=2, rate_rank=3, gate_rank=6
 )
@@ -628,3 +652,19 @@ def test_every_mixer_but_full_softmax_has_a_recurrence_here():
         and mixers.get(name).layer_type != "full_attention"
     }
     assert ours <= covered
+
+
+def test_comba_with_shut_gates():
+    """log alpha of -2e7, whose inverse would overflow: each token forgets all but its own write."""
+    mixer, _ = build("comba", {"num_heads": 2, "head_dim": 4, "value_head_dim": 5})
+    with torch.no_grad():
+        mixer.A_log.fill_(8.0)
+        mixer.dt_bias.fill_(8.0)
+    x = torch.randn(1, TIME, D, dtype=torch.float64)
+    results = []
+    for dtype in (torch.float64, torch.float32):
+        given = x.to(dtype).requires_grad_()
+        y = mixer.to(dtype)(given)[0]
+        results.append((y, *torch.autograd.grad(y.square().sum(), given)))
+    for exact, found in zip(*results, strict=True):
+        torch.testing.assert_close(found.double(), exact, rtol=1e-4, atol=1e-4)
