@@ -20,28 +20,41 @@ from torch.distributed.checkpoint import filesystem, metadata
 
 from hybrid.config.options import ConfigError
 
-_PLAIN = {
-    **{
-        (metadata.__name__, name): getattr(metadata, name)
-        for name in (
-            "BytesStorageMetadata",
-            "ChunkStorageMetadata",
-            "Metadata",
-            "MetadataIndex",
-            "StorageMeta",
-            "TensorProperties",
-            "TensorStorageMetadata",
-            "_MEM_FORMAT_ENCODING",
-        )
-    },
-    (filesystem.__name__, "_StorageInfo"): filesystem._StorageInfo,
-    ("torch", "Size"): torch.Size,
-    ("torch.serialization", "_get_layout"): torch.serialization._get_layout,
-    ("collections", "OrderedDict"): dict,
-    **{("pathlib", name): getattr(pathlib, name) for name in ("PosixPath", "WindowsPath")},
-    # pathlib's classes from Python 3.13 on
-    **{("pathlib._local", name): getattr(pathlib, name) for name in ("PosixPath", "WindowsPath")},
+# What a file may name. Some of these names are private to torch, but a checkpoint is stored with them:
+# torch 2.11 to 2.13 write the same ones. One that a later torch lacks is left out, so that a file with
+# it is refused by name, and all others are read.
+_NAMES = {
+    metadata: (
+        "BytesStorageMetadata",
+        "ChunkStorageMetadata",
+        "Metadata",
+        "MetadataIndex",
+        "StorageMeta",
+        "TensorProperties",
+        "TensorStorageMetadata",
+        "_MEM_FORMAT_ENCODING",
+    ),
+    filesystem: ("_StorageInfo",),
+    torch: ("Size",),
+    torch.serialization: ("_get_layout",),
+    pathlib: ("PosixPath", "WindowsPath"),
 }
+
+
+def _plain() -> dict[tuple[str, str], Any]:
+    """Classes and functions that a file may name, by module and name."""
+    found = {
+        (module.__name__, name): getattr(module, name)
+        for module, names in _NAMES.items()
+        for name in names
+        if hasattr(module, name)
+    }
+    # pathlib's classes from Python 3.13 on
+    later = {("pathlib._local", name): getattr(pathlib, name) for name in _NAMES[pathlib]}
+    return {**found, **later, ("collections", "OrderedDict"): dict}
+
+
+_PLAIN = _plain()
 
 
 class _PlainUnpickler(pickle.Unpickler):
