@@ -1,5 +1,6 @@
-"""Checks that paths in the files of a checkpoint stay inside its folder.
+"""Checks of a checkpoint's files before other code reads them.
 
+transformers accepts any JSON where it expects an object, and its errors do not name the file.
 Checkpoints are untrusted: an index, a tokenizer config or a symbolic link in one must not cause
 other files of this machine to be read or copied.
 """
@@ -11,7 +12,19 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
+from hybrid.files import read_json
+
 CHAT_TEMPLATES = "additional_chat_templates"
+# Files that transformers and PEFT read as JSON objects, beside the indexes of weights.
+OBJECTS = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "adapter_config.json",
+)
 
 
 def inside(folder: str | Path, name: str, named_by: str = "") -> Path:
@@ -49,13 +62,13 @@ def inside(folder: str | Path, name: str, named_by: str = "") -> Path:
 
 
 def check_folder(folder: str | Path, _seen: frozenset[Path] = frozenset()) -> None:
-    """Refuse a checkpoint with a path that leaves its folder, before other code loads it.
+    """Refuse a checkpoint with a damaged file or a path that leaves its folder, before it is loaded.
 
-    Checks symbolic links, names in indexes, in ``tokenizer_config.json`` and in ``auto_map``, and
-    also the folder of an adapter's base model.
+    Checks that JSON files hold objects, symbolic links, names in indexes, in ``tokenizer_config.json``
+    and in ``auto_map``, and also the folder of an adapter's base model.
 
     Raises:
-        ValueError: the first such link or name.
+        ValueError: the first such link, name or file.
     """
     folder = Path(folder)
     for path in sorted(folder.iterdir()):
@@ -64,12 +77,50 @@ def check_folder(folder: str | Path, _seen: frozenset[Path] = frozenset()) -> No
     if (folder / CHAT_TEMPLATES).is_dir():
         for path in sorted((folder / CHAT_TEMPLATES).iterdir()):
             inside(folder, f"{CHAT_TEMPLATES}/{path.name}")
+    check_objects(folder)
     for file, name in _names(folder):
         inside(folder, name, file)
     base = _read(folder / "adapter_config.json").get("base_model_name_or_path")
     seen = _seen | {folder.resolve()}
     if isinstance(base, str) and _is_dir(base) and Path(base).resolve() not in seen:
         check_folder(base, seen)
+
+
+def check_objects(folder: Path) -> None:
+    """Read each JSON file that must hold an object.
+
+    Raises:
+        ValueError: the first file that is none, with what is wrong with it: no JSON, JSON of another
+            type, a key with two values, a folder or a link to nothing in its place.
+    """
+    for path in [*(folder / name for name in OBJECTS), *sorted(folder.glob("*.index.json"))]:
+        if path.is_symlink() or path.exists():
+            read_json(path, unique=True)
+    for path in sorted(folder.glob("*.index.json")):
+        if not isinstance(shards := read_json(path).get("weight_map"), dict):
+            raise ValueError(
+                f"{path}: weight_map: expected an object of tensors and their files, got"
+                f" {type(shards).__name__}"
+            )
+
+
+def check_weights(source: str) -> str:
+    """``check_source`` for weights that are loaded: their files are complete, too.
+
+    Raises:
+        ValueError: as ``check_folder``, or a file of weights without a readable header or with fewer
+            bytes than it lists.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    check_source(source)
+    for path in sorted(Path(source).glob("*.safetensors")) if _is_dir(source) else ():
+        try:
+            with safe_open(path, "np"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{path}: not a complete safetensors file: {error}") from error
+    return source
 
 
 def check_source(source: str) -> str:

@@ -223,7 +223,7 @@ def load_model_config(
         file = Path(path) / "config.json" if Path(path).is_dir() else Path(path)
         if not file.is_file():
             raise ConfigError([f"expected an existing file, got {file}"], path)
-        values = read_json(file)
+        values = read_json(file, unique=True)
         if values.get("model_type") == HybridConfig.model_type:
             return HybridConfig(**values)
         from hybrid.convert.configs import read_published, to_ours

@@ -72,7 +72,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     try:
         check_source(name)
         return AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # `tokenizers` raises plain Exception for a file that it cannot use
         reason = str(error).strip().split("\n", 1)[0]
         problem = (
             f"tokenizer: expected 'bytes', a folder with a tokenizer, or a name on the hub, got"

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hybrid.checkpoint_paths import check_source
+from hybrid.checkpoint_paths import check_weights
 from hybrid.config.hybrid_config import HybridConfig
 from hybrid.config.options import ConfigError
 from hybrid.convert import from_published
@@ -82,7 +82,7 @@ def load_teacher(where: TeacherConfig) -> HybridForCausalLM:
     Raises:
         ValueError: it does not exist or cannot be read.
     """
-    path = Path(check_source(where.folder))
+    path = Path(check_weights(where.folder))
     ours = path.is_dir() and where.gguf_file is None and (path / "config.json").is_file()
     model: Any
     if ours and read_json(path / "config.json").get("model_type") == HybridConfig.model_type:

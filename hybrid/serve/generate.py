@@ -5,13 +5,14 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import AutoModelForCausalLM, TextStreamer, set_seed
 from transformers.utils import logging
 
-from hybrid.checkpoint_paths import check_source
+from hybrid.checkpoint_paths import check_weights
 from hybrid.config.options import ConfigError
 from hybrid.tokenizer import load_tokenizer
 
@@ -103,12 +104,12 @@ class Generator:
         dtype: str | None = None,
         device: str | None = None,
     ) -> None:
-        check_source(source)
+        check_weights(source)
         try:
             self.tokenizer = load_tokenizer(tokenizer or source)
         except ConfigError as error:
-            if tokenizer is not None:
-                raise
+            if tokenizer is not None or (Path(source) / "tokenizer.json").exists():
+                raise  # there is one, which cannot be used
             line = "expected a tokenizer in the checkpoint, got none; try --tokenizer bytes"
             raise ValueError(f"{source}: {line}") from error
         try:

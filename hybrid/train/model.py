@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM
 
+from hybrid.checkpoint_paths import check_weights
 from hybrid.config.options import ConfigError, first_few
 from hybrid.train.config import TrainConfig
 from hybrid.train.model_values import checkpoint_config, config_with_tokenizer
@@ -75,7 +76,7 @@ def load_model(config: TrainConfig, made: PreTrainedConfig) -> PreTrainedModel:
         if "path" not in config.model:
             return AutoModelForCausalLM.from_config(made, dtype=dtype)
         loaded = AutoModelForCausalLM.from_pretrained(
-            config.model["path"],
+            check_weights(config.model["path"]),
             config=made,
             dtype=dtype,
             ignore_mismatched_sizes=True,  # reported below
