@@ -104,6 +104,7 @@ class Generator:
         dtype: str | None = None,
         device: str | None = None,
     ) -> None:
+        source = _newest_checkpoint(source)
         check_weights(source)
         try:
             self.tokenizer = load_tokenizer(tokenizer or source)
@@ -271,6 +272,20 @@ def _lines(mark: str) -> Iterable[str]:
 
 def _write(text: str) -> None:
     print(text, end="", flush=True)
+
+
+def _newest_checkpoint(source: str) -> str:
+    """Return the folder of a model; for a run that has not ended, that of its newest checkpoint."""
+    steps = {
+        int(path.parent.name.rpartition("-")[2]): path.parent
+        for path in Path(source).glob("checkpoint-*/config.json")
+        if path.parent.name.rpartition("-")[2].isdecimal()
+    }
+    if not steps or (Path(source) / "config.json").exists():
+        return source
+    newest = steps[max(steps)]
+    print(f"{source}: the run has not ended; reading {newest.name}", file=sys.stderr)
+    return str(newest)
 
 
 def _device(name: str | None) -> torch.device:

@@ -1,6 +1,7 @@
 """``hybrid generate``: text as it is decoded, conversations, and what is refused."""
 
 import io
+import shutil
 
 import pytest
 import torch
@@ -127,3 +128,14 @@ def test_a_tokenizer_larger_than_the_embedding_is_refused(tmp_path, capsys):
     hybrid.HybridForCausalLM(config).save_pretrained(tmp_path / "model")
     assert main(["generate", str(tmp_path / "model"), "abc", "--tokenizer", "bytes"]) == 2
     assert "at most 100 tokens" in capsys.readouterr().err
+
+
+def test_a_run_that_has_not_ended_is_read_from_its_newest_checkpoint(folder, tmp_path, capsys):
+    expected = main(["generate", str(folder), "abc", "--temperature", "0"]), capsys.readouterr().out
+    for step in (9, 10):
+        shutil.copytree(folder, tmp_path / "unfinished" / f"checkpoint-{step}")
+    (tmp_path / "unfinished" / "checkpoint-9" / "config.json").write_text("[]")
+    found = main(["generate", str(tmp_path / "unfinished"), "abc", "--temperature", "0"])
+    output = capsys.readouterr()
+    assert (found, output.out) == expected
+    assert "the run has not ended; reading checkpoint-10" in output.err
