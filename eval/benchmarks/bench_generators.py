@@ -1,9 +1,9 @@
-"""What it costs to generate samples, ours beside lm-eval's own RULER generators.
+"""Time of sample generation, compared with lm-eval's RULER generators.
 
-``python eval/benchmarks/bench_generators.py`` runs the two in turn (A B A B ...), in one process, on
+``python eval/benchmarks/bench_generators.py`` runs both in turn (A B A B ...), in one process, on
 one thread, with one tokenizer and the same haystack words, and prints the median process time of
-each. Timed is all that it takes to get the samples, true token counts and needle positions
-included. The two question answering tasks are left out: lm-eval downloads what it asks.
+each, including true token counts and needle positions. The two question answering tasks are
+omitted, because lm-eval downloads their data.
 """
 
 import argparse
@@ -44,7 +44,7 @@ class Timing:
 
     @property
     def ratio(self) -> float:
-        """Our time over stock time; below 1 ours is cheaper."""
+        """Our time divided by lm-eval's time; below 1, ours is faster."""
         return self.ours_ms / self.stock_ms
 
 
@@ -70,7 +70,7 @@ def trained_tokenizer(corpus: Corpus, vocab_size: int = 8192) -> PreTrainedToken
 
 
 def _split_sentences(text: str) -> list[str]:
-    """Split as our own generator does."""
+    """Split like our generator."""
     words = text.split()
     ends = sentence_ends(words)
     starts = [0, *ends]
@@ -79,7 +79,7 @@ def _split_sentences(text: str) -> list[str]:
 
 
 def stock_generators() -> tuple[Any, str]:
-    """Return lm-eval's module, and words on what of it had to be replaced.
+    """Return lm-eval's module, and a note on replaced parts.
 
     Raises:
         ValueError: lm-eval, wonderwords or nltk is not installed.
@@ -209,7 +209,7 @@ def compare(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print the comparison; return 1 where ours costs more on a task."""
+    """Print the comparison; return 1 if ours is slower on any task."""
     parser = argparse.ArgumentParser(prog="python eval/benchmarks/bench_generators.py")
     parser.add_argument("--samples", type=int, default=500, help="per task and round")
     parser.add_argument("--length", type=int, default=4096, help="tokens per sample")
@@ -221,7 +221,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in names:
         if name not in TASKS:
             parser.error(f"unknown task {name!r}{nearest(name, TASKS)}")
-    # process time adds up what threads do: let there be none
+    # process time includes all threads, so use one
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     corpus = python_topics()
     try:

@@ -84,7 +84,7 @@ class StreamedRows:
 
     Args:
         start: creates an endless iterator from the beginning; the same one each time.
-        origin: returns fingerprints beside those of the rows, for ``identity``.
+        origin: returns fingerprints in addition to those of the rows, for ``identity``.
     """
 
     per_epoch: int | None = None

@@ -31,8 +31,9 @@ def resolve(
             layer: "-" dense everywhere, "-E" dense and experts in turn, "-E19" dense first in a
             stack of 20, "" none at all. Or a pattern by mixer symbol, laid cyclically over the
             layers of that symbol, "default" for those that are not named: {"S": "E", "default":
-            "-"}; a layer of several mixers goes with the first that is named. A layout that names
-            its own feed-forwards takes none, so ``ffn`` must be left at its default there.
+            "-"}; a layer of several mixers uses the first of its letters with an entry. A layout
+            that names its own feed-forwards takes none, so ``ffn`` must be left at its default
+            there.
         num_hidden_layers: depth, in layers; the layout is repeated to fill it. None: the layout's
             own length. A cycle that should end early is written out: "(KKKX)6 KKX".
 
@@ -41,7 +42,7 @@ def resolve(
 
     Raises:
         LayoutError: the depth is no multiple of the layout's length, the pattern is longer than
-            the stack, or ``ffn`` is given beside a layout that names its own.
+            the stack, or ``ffn`` is set together with a layout that names feed-forwards.
     """
     layout = layout if isinstance(layout, Layout) else parse(layout)
     layers = _fill(layout, num_hidden_layers)

@@ -1,4 +1,4 @@
-"""Prompts in the chat template of an instruct model, the answer begun for it as RULER does.
+"""Prompts in the chat template of an instruct model, with an answer prefix as in RULER.
 
 ``chat=True`` is the tokenizer's own template. RULER has a fixed one for each family of models that
 it was published with (NVIDIA/RULER, scripts/data/template.py): ``chat="meta-llama3"`` and so on
@@ -11,7 +11,7 @@ from typing import Any
 from ..errors import nearest
 from .sample import TextSample
 
-# what joining a prompt and the words of a template may add
+# additional tokens at the boundaries of a prompt and a template
 _SPARE = 4
 _VICUNA = (
     "A chat between a curious user and an artificial intelligence assistant. The assistant gives "
@@ -22,7 +22,7 @@ _RWKV = (
     "details. Please feel free to ask any question and I will always answer it"
 )
 _COMMAND_R = ("<|START_OF_TURN_TOKEN|>", "<|END_OF_TURN_TOKEN|>")
-# RULER's templates by RULER's names: what stands before the prompt and behind it
+# RULER's templates by RULER's names: text before and after the prompt
 TEMPLATES: dict[str, tuple[str, str]] = {
     "base": ("", ""),
     "meta-chat": ("[INST] ", " [/INST]"),
@@ -51,7 +51,7 @@ TEMPLATES: dict[str, tuple[str, str]] = {
 
 
 def check_template(chat: bool | str) -> None:
-    """Refuse the name of a template that RULER has not.
+    """Refuse an unknown name of a template of RULER.
 
     Raises:
         ValueError: the message has the nearest name.
@@ -89,7 +89,7 @@ def chat_text(tokenizer: Any, prompt: str, begun: str = "", chat: bool | str = T
 
 
 def needs_special(tokenizer: Any, chat: bool | str) -> bool:
-    """Whether the tokenizer's own special tokens still have to go before a text in this template.
+    """Return whether the tokenizer's special tokens must be added before a text in this template.
 
     The tokenizer's template has them; of RULER's, those that begin with the token itself have.
     """
@@ -105,7 +105,7 @@ def text_ids(tokenizer: Any, text: str, *, special: bool) -> list[int]:
 
 
 def template_tokens(tokenizer: Any, chat: bool | str = True) -> int:
-    """Return the tokens to keep free for the template."""
+    """Return the number of tokens to reserve for the template."""
     plain = len(tokenizer("a b", verbose=False)["input_ids"])
     text = chat_text(tokenizer, "a", "b", chat)
     ids = text_ids(tokenizer, text, special=needs_special(tokenizer, chat))
@@ -115,7 +115,7 @@ def template_tokens(tokenizer: Any, chat: bool | str = True) -> int:
 def in_chat(sample: TextSample, tokenizer: Any, length: int, chat: bool | str = True) -> TextSample:
     """Return a sample as the user's turn of a chat.
 
-    Token positions in the plain prompt do not hold any more and are left out.
+    Token positions of the plain prompt are no longer valid and are omitted.
 
     Args:
         sample: made for ``length`` less the tokens of the template.

@@ -1,8 +1,8 @@
 """Recall-intensive completions: FDA, SWDE and SQuAD-completion (Based, arXiv 2402.18668).
 
-A document is followed by the beginning of a statement about it; the answer stands in the document
-word for word. Scored as there: greedy decoding to the end of the line, right if it contains the
-answer, whatever its case. The documents come from the hub, or from a local file of their schema.
+A document is followed by the beginning of a statement about it; the document contains the answer
+literally. Scored as in Based: greedy decoding to the end of the line, correct if it contains the
+answer, ignoring case. The documents come from the hub, or from a local file of their schema.
 """
 
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ from .counter import Counter
 from .evaluate import Mode, measure
 from .sample import TextSample
 
-# lm-eval has tasks of its own called fda, swde and squad_completion
+# lm-eval has other tasks called fda, swde and squad_completion
 COMPLETIONS = {
     "based_fda": "hazyresearch/based-fda",
     "based_swde": "hazyresearch/based-swde",
@@ -29,7 +29,7 @@ _ROOM = 48
 
 
 def _records(task: str, path: str | None) -> tuple[list[dict[str, Any]], str]:
-    """Return the documents, and the words by which a report names them."""
+    """Return the documents, and their description for reports."""
     if path is None:
         way_out = f"give a .jsonl file of its schema (text, value), --set {task}.path=FILE"
         name = COMPLETIONS[task]
@@ -63,7 +63,7 @@ def completions(
     order: Sequence[int] = range(len(records))
     if n is not None:
         order = generator(task, "documents", seed).permutation(len(records))[:n].tolist()
-    # documents have nothing in common
+    # documents have no common pieces
     counter = Counter(tokenizer, by_pieces=False)
     return [_sample(task, index, records[index], source, counter) for index in order]
 

@@ -1,9 +1,9 @@
-"""True token counts of prompts, without tokenising again what has been tokenised before.
+"""True token counts of prompts, with cached counts of pieces.
 
-Most of a sample is filler that stands in every other sample too. A tokenizer that never joins
-what a space parts gives each of those pieces the same tokens everywhere, so a prompt takes the
-sum of its pieces' counts. That is not taken on trust: the vocabulary must hold no token across
-such a place, and prompts are counted whole beside it, the 1st, 2nd, 4th, 8th and so on.
+Most of a sample is filler that is common to all samples. A tokenizer that never merges
+across a space tokenises each of these pieces equally everywhere, so the count of a prompt is the
+sum of the counts of its pieces. This is verified: the vocabulary must have no token across
+such a boundary, and the 1st, 2nd, 4th, 8th, ... prompt is also counted as a whole.
 """
 
 import re
@@ -16,17 +16,17 @@ import numpy as np
 
 from ..tokens import Encoder, ends_with_special
 
-# A prompt may be cut before a single space between two visible ASCII characters. Around other
-# white space tokenizers look further than one character.
+# A prompt can be split before a single space between two visible ASCII characters. At other
+# white space, tokenizers depend on more than one character.
 _EDGE = re.compile(r"(?<=[!-~]) (?=[!-~])")
 _VISIBLE = re.compile(r"[!-~]")
 _PIECE = re.compile(r"[!-~](?:.*[!-~])?", re.DOTALL)
-# how vocabularies write a space: as it is, byte-level ones as U+0120, others as U+2581
+# spaces in vocabularies: literal, U+0120 in byte-level ones, U+2581 in others
 _SPACES = (" ", "\u0120", "\u2581")
 _ACROSS = re.compile(f"[!-~][{''.join(_SPACES)}]")
-# Pieces are counted behind a word: some tokenizers treat the start of a text in its own way.
+# Pieces are counted after a word, since some tokenizers treat the start of a text differently.
 _ANCHOR = "a"
-# Random numbers and keys come once and never again: forget them now and then.
+# Random numbers and keys occur only once, so the cache is cleared from time to time.
 _MOST_PIECES = 1 << 18
 
 
@@ -35,7 +35,7 @@ def _at_every_space(text: str) -> list[str]:
 
 
 def parts_at_spaces(tokenizer: Any) -> bool:
-    """Whether no token of a fast tokenizer's vocabulary reaches across a space between words."""
+    """Return whether no token of a fast tokenizer's vocabulary crosses a space between words."""
     if not getattr(tokenizer, "is_fast", False):
         return False
     added = tokenizer.get_added_vocab()
@@ -51,17 +51,17 @@ def _begin_with_space(tokenizer: Any) -> np.ndarray:
 
 
 class Counter:
-    """Counts tokens.
+    """Counter of tokens.
 
     Args:
-        tokenizer: whose tokens they are.
-        by_pieces: remember the counts of pieces, if the tokenizer allows it. False tokenises
-            every prompt whole, which costs less where prompts have nothing in common.
+        tokenizer: the tokenizer.
+        by_pieces: cache the counts of pieces, if the tokenizer allows it. False tokenises
+            every prompt as a whole, which is faster for prompts without common pieces.
 
     Attributes:
         by_pieces: whether prompts are counted as the sum of their pieces.
-        disagreed: whether such a sum was found to be wrong. From then on prompts are tokenised
-            whole; what was counted before must be counted again.
+        disagreed: whether such a sum was wrong. From then on prompts are tokenised as a
+            whole, and earlier counts must be repeated.
     """
 
     def __init__(self, tokenizer: Encoder, *, by_pieces: bool = True):
@@ -83,7 +83,7 @@ class Counter:
             self._added = re.compile(added) if added else None
 
     def text(self, text: str) -> int:
-        """Tokens of a whole prompt, without a special token at its end."""
+        """Return the tokens of a whole prompt, without a special token at its end."""
         pieces = self._split(text)
         if pieces is None:
             return self._whole(text)
@@ -95,7 +95,7 @@ class Counter:
         return found
 
     def positions(self, text: str, places: Sequence[int]) -> tuple[int, ...]:
-        """Index of the token in which each character of a prompt lies."""
+        """Return the index of the token that contains each of these characters of a prompt."""
         pieces = self._split(text)
         if pieces is None:
             return self._whole_positions(text, places)
@@ -109,7 +109,7 @@ class Counter:
         return tuple(found)
 
     def count(self, piece: str) -> int:
-        """Tokens of a text by itself, without special tokens."""
+        """Return the tokens of a separate text, without special tokens."""
         if getattr(self.tokenizer, "is_fast", False):
             return len(self._encodings([piece])[0])
         return len(self.tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"])
@@ -121,16 +121,16 @@ class Counter:
         return self._estimates[piece]
 
     def words(self, words: Sequence[str]) -> list[int]:
-        """Return about how many tokens each word takes inside a text."""
+        """Return the approximate number of tokens of each word within a text."""
         if self.by_pieces:
             new = [word for word in dict.fromkeys(words) if word not in self._pieces]
             self._learn([word for word in new if _PIECE.fullmatch(word)])
         return [self._pieces.get(word) or self.piece(f" {word}") for word in words]
 
     def prefix(self, words: Sequence[str], most: int) -> list[int]:
-        """Return about how many tokens the first 0, 1 ... ``most`` words take inside a text.
+        """Return the approximate tokens of the first 0, 1 ... ``most`` words within a text.
 
-        Remembered for this very sequence, which is kept so that its id stays its own.
+        Cached by the id of the sequence, of which a reference is held so that the id stays valid.
         """
         _, sums = self._prefixes.setdefault(id(words), (words, [0]))
         new = words[len(sums) - 1 : most]
@@ -138,9 +138,10 @@ class Counter:
         return sums[: most + 1]
 
     def _split(self, text: str) -> list[str] | None:
-        """Cut a prompt where it may be cut, and count the pieces that have no count yet.
+        """Split a prompt into pieces, and count the pieces that are not cached.
 
-        The spaces between the pieces are taken out. None: the prompt must be tokenised whole.
+        The spaces between pieces are removed. Return None if the prompt must be tokenised as a
+        whole.
         """
         if not self.by_pieces or not _VISIBLE.fullmatch(text[-1:]):
             return None
@@ -160,21 +161,21 @@ class Counter:
         return pieces
 
     def _learn(self, new: Sequence[str]) -> bool:
-        """Count pieces that have no count yet; say whether they may be counted one by one."""
+        """Count new pieces; return whether pieces can be counted separately."""
         if self._holds_added(new):
             return False
         self._pieces.update(zip(new, self._measure(new), strict=True))
         return True
 
     def _holds_added(self, pieces: Sequence[str]) -> bool:
-        """Whether one of the tokens that were added to the vocabulary stands in these pieces.
+        """Return whether a token that was added to the vocabulary occurs in these pieces.
 
-        What such a token does to the text around it is the tokenizer's own business.
+        Such a token can affect the tokens of the surrounding text.
         """
         return self._added is not None and self._added.search(" ".join(pieces)) is not None
 
     def _encodings(self, texts: Sequence[str]) -> list[Any]:
-        """Encode without special tokens and without offsets, which a fast tokenizer does faster."""
+        """Encode without special tokens and offsets, which is faster."""
         backend = self.tokenizer.backend_tokenizer
         # as the tokenizer sets it for every call without these
         backend.no_truncation()
@@ -182,7 +183,7 @@ class Counter:
         return backend.encode_batch_fast(texts, add_special_tokens=False)
 
     def _measure(self, pieces: Sequence[str]) -> list[int]:
-        """Tokens that each piece takes behind a word and a space."""
+        """Return the tokens of each piece after a word and a space."""
         if not pieces:
             return []
         ids = self._encodings([" ".join((_ANCHOR, *pieces))])[0].ids
@@ -194,14 +195,14 @@ class Counter:
         return [len(encoding) - self._anchor for encoding in encoded]
 
     def _sum(self, pieces: Sequence[str]) -> int:
-        """Tokens of the pieces of a prompt, the first of which begins it."""
+        """Return the tokens of the pieces of a prompt, from its start."""
         head = pieces[0]
         if head not in self._heads:
             self._heads[head] = self._whole(head)
         return self._heads[head] + sum(map(self._pieces.__getitem__, pieces[1:]))
 
     def _position(self, pieces: Sequence[str], place: int) -> int:
-        """Index of the token in which a character of the last of these pieces lies."""
+        """Return the index of the token that contains a character of the last of these pieces."""
         if len(pieces) == 1:
             return self._whole_positions(pieces[0], [place])[0]
         text = f"{_ANCHOR} {pieces[-1]}"
@@ -210,7 +211,7 @@ class Counter:
         return self._sum(pieces[:-1]) + inside - self._anchor
 
     def _encode(self, text: str) -> Any:
-        """Tokenise a whole text; the last few are remembered."""
+        """Tokenise a whole text; the last few results are cached."""
         if text not in self._recent:
             if len(self._recent) >= 4:
                 self._recent.pop(next(iter(self._recent)))

@@ -1,4 +1,4 @@
-"""Score tasks in words: teacher-forced in one forward, or by greedy generation."""
+"""Score natural-language tasks: teacher-forced in one forward, or by greedy generation."""
 
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -59,7 +59,7 @@ def generate(model, tokenizer: Encoder, sample: TextSample) -> str:
 def _generated(model, tokenizer, made: Sequence[TextSample], progress: Progress | None):
     scores, answers = [], []
     for done, sample in enumerate(made, 1):
-        # one by one: padding is what hybrids most often get wrong
+        # one at a time, because many hybrid implementations handle padding incorrectly
         answers.append(generate(model, tokenizer, sample))
         scores.append(string_match(sample.outputs, answers[-1], sample.match))
         if progress is not None:
@@ -176,7 +176,7 @@ def evaluate_text(
     allow_longer: bool = False,
     **options: Any,
 ) -> dict[str, Any]:
-    """Measure one task in words at several lengths.
+    """Measure one natural-language task at several lengths.
 
     Args:
         model: a causal language model.

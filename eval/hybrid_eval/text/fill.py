@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 
 class Filled(NamedTuple):
-    """How many units fitted, the tokens they make, and the tokens of the next unit."""
+    """Number of units that fit, their tokens, and the tokens of the next unit."""
 
     units: int
     tokens: int
@@ -15,7 +15,7 @@ class Filled(NamedTuple):
 
 
 def cumulate(unit_tokens: Iterable[int]) -> list[int]:
-    """Return the tokens of the first 0, 1, 2 ... units; no unit is free."""
+    """Return the tokens of the first 0, 1, 2 ... units, at least one token per unit."""
     return [0, *accumulate(max(1, tokens) for tokens in unit_tokens)]
 
 
@@ -50,17 +50,17 @@ def fill(
     what: str,
     measure: Callable[[int], int] | None = None,
 ) -> Filled:
-    """Find the largest number of units whose prompt takes at most ``budget`` tokens.
+    """Return the largest number of units whose prompt has at most ``budget`` tokens.
 
-    Tokens of units nearly add up, so the estimate from ``prefix`` is right or almost right and a
-    sample costs one or two counts of a full prompt, not a search.
+    Tokens of units are nearly additive, so the estimate from ``prefix`` is nearly exact and a
+    sample needs one or two counts of a full prompt instead of a search.
 
     Args:
         count: tokens of the prompt with that many units, counted on the prompt itself.
         prefix: estimated tokens of the first 0, 1, 2 ... units, rising by one at least; the last
             is that of all there are.
-        budget: tokens that the prompt may take.
-        minimum: units without which the sample makes no sense.
+        budget: maximum tokens of the prompt.
+        minimum: minimum number of units of a valid sample.
         what: name for the error.
         measure: tokens of one unit, counted on the unit; asked for the few units around the end
             where ``prefix`` comes from an average.

@@ -1,4 +1,4 @@
-"""Retrieval tasks of our own: ``niah_grid`` (depth x length) and ``kv_recall`` (a phone book)."""
+"""Retrieval tasks of this package: ``niah_grid`` (depth x length), ``kv_recall`` (a phone book)."""
 
 from collections.abc import Callable
 
@@ -12,7 +12,7 @@ _ROOM = 16
 
 
 def haystack_words(filler: Filler, start: int, count: int) -> list[str]:
-    """Return ``count`` words from ``start``, going round at the end."""
+    """Return ``count`` words from ``start``, wrapping at the end."""
     size = len(filler.words)
     return [filler.words[(start + i) % size] for i in range(count)]
 
@@ -29,7 +29,7 @@ def niah_grid(
 ) -> TextSample:
     """Hide one sentence with a number at exactly ``depth`` of a text.
 
-    The needle stands between two words of the filler, at round(depth * number of words).
+    The needle is between two words of the filler, at round(depth * number of words).
 
     Raises:
         ValueError: depth outside [0, 1], or a length that holds no needle.
@@ -93,7 +93,7 @@ def kv_recall(
 ) -> TextSample:
     """List a phone book and look up one entry (Waleffe et al., arXiv 2406.07887, section 3.3).
 
-    The book fills ``length``, or has exactly ``pairs`` entries; the entry asked for stands at
+    The book fills ``length``, or has exactly ``pairs`` entries; the queried entry is at index
     round(depth * (entries - 1)).
 
     Raises:

@@ -60,7 +60,8 @@ def latent_niah(
     words: Words,
     hops: int = 1,
 ) -> TextSample:
-    """Hide who lives where at exactly ``depth`` of a text, and ask by the city or the country.
+    """Hide a sentence with a landmark at exactly ``depth`` of a text, and ask for its city or
+    country.
 
     Args:
         length: tokens of prompt, prefix and generation.
@@ -69,7 +70,7 @@ def latent_niah(
         seed: of the run.
         counter: of tokens.
         filler: the text.
-        words: not read.
+        words: ignored.
         hops: 1 asks by the city of the landmark, 2 by the country.
 
     Raises:

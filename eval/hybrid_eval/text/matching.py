@@ -1,4 +1,4 @@
-"""How what a model writes is compared with the right answers: the metrics of RULER and RULER v2."""
+"""Comparison of generated text with reference answers: the metrics of RULER and RULER v2."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -52,7 +52,7 @@ def _mean(scores: Sequence[float]) -> float:
 
 
 def _letter(outputs: Sequence[str], answer: str) -> float:
-    """Return whether the last boxed letter, else the last one after "Answer:", is the right one."""
+    """Return whether the last boxed letter, else the last one after "Answer:", is correct."""
     letters: list[str] = []
     for boxed in _BOXED.findall(answer)[-1:]:
         letters = _LETTER.findall(boxed.upper() if len(boxed.strip()) == 1 else boxed)
@@ -76,8 +76,8 @@ def string_match(outputs: Sequence[str], answer: str, match: Match) -> float:
     """Score an answer in [0, 1], ignoring case.
 
     Args:
-        outputs: the right answers.
-        answer: what the model wrote.
+        outputs: the reference answers.
+        answer: the generated text.
         match: "all" gives the share of outputs found in the answer, "any" whether one is (control
             characters count as line breaks). "words" is the mean over outputs of 1 where the answer
             contains it, else 1 less the word error rate; "part" is the best output by the same

@@ -1,4 +1,4 @@
-"""What prompts are made of: words for keys, and filler. Each part says where it came from."""
+"""Material of prompts: words for keys, and filler, each with its source."""
 
 import json
 import re
@@ -19,7 +19,7 @@ NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. The
 
 ESSAYS_HUB = "baber/paul_graham_essays"
 
-# Draws so many things: all at once, which costs a tenth of drawing them one by one
+# Number of values drawn at once, which is ten times faster than single draws
 Draw = Callable[[np.random.Generator, int], list[str]]
 
 
@@ -31,8 +31,8 @@ class Words:
         first: first halves of keys.
         second: second halves.
         single: words to count.
-        source: where they came from.
-        official: whether RULER takes its words from there.
+        source: source of the words.
+        official: whether RULER uses this source.
     """
 
     first: tuple[str, ...]
@@ -103,13 +103,13 @@ def python_words() -> Words:
 
 @lru_cache(maxsize=1)
 def wonder_words() -> Words:
-    """Return the words that RULER is defined with.
+    """Return the words of RULER's definition.
 
     Raises:
         ValueError: the package wonderwords is not installed.
     """
     try:
-        # an optional package: nothing but RULER's own words needs it
+        # an optional package, required only for RULER's words
         from wonderwords import RandomWord  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise ValueError(
@@ -156,12 +156,12 @@ def with_single(words: Words, path: str) -> Words:
 
 @dataclass(frozen=True, eq=False)
 class Filler:
-    """Words of a long text, in order. Two are equal if they are one: hashing costs nothing.
+    """Words of a long text, in order, compared and hashed by identity.
 
     Attributes:
         words: the text, split at white space.
-        source: where it came from.
-        official: whether it is the essays that RULER is defined with.
+        source: source of the text.
+        official: whether the text is the essays of RULER's definition.
     """
 
     words: tuple[str, ...]
@@ -178,7 +178,7 @@ class Filler:
 
     @lru_cache(maxsize=4)  # noqa: B019 - a handful of fillers, kept for the whole run anyway
     def repeated(self, words: int) -> "Filler":
-        """Return this text, gone round until there are at least so many words."""
+        """Return this text, repeated to at least this number of words."""
         times = -(-words // len(self.words))
         return self if times <= 1 else Filler(self.words * times, self.source, self.official)
 

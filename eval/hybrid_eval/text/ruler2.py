@@ -30,7 +30,7 @@ from .sample import TextSample
 _ROOM = 64
 _NEEDLE = "One of the special magic numbers for {key} is: {value}."
 _DIGITS = 10
-_FEWEST = 8  # questions of a split: examples and needles of one number have to be found in it
+_FEWEST = 8  # minimum questions of a split, for examples and for needles of one number
 _ORDINALS = ("1st", "2nd", "3rd", "4th")
 
 
@@ -43,7 +43,7 @@ class Kind:
         ask: copy one question, copy all of one number, or solve it; find a document by its text or
             by a question, or answer the question.
         copies: questions (or values) of one number (or key).
-        steps: whether the model is told to copy first and answer then.
+        steps: whether the prompt instructs to copy first and then answer.
         shots: worked examples from the context.
         match: how the answer is scored.
     """
@@ -73,7 +73,7 @@ KINDS: dict[str, Kind] = {
 
 
 class Pool(NamedTuple):
-    """Questions with their choices on one line: those to ask for, and those to hide them among."""
+    """Questions with their choices on one line: needles, and distractors."""
 
     needles: tuple[tuple[str, str], ...]
     hay: tuple[tuple[str, str], ...]
@@ -177,7 +177,7 @@ _CONTEXTS = {
 
 
 def _problem(kind: Kind, number: str, order: str) -> str:
-    """Say what to do with the question of this number."""
+    """Return the instruction for the question of this number."""
     if kind.ask == "copy_all":
         return f"Please find and copy all the Question {number} from the context."
     if kind.ask == "copy":
@@ -322,7 +322,7 @@ def ruler2(
         index: of the sample.
         seed: of the run.
         counter: of tokens.
-        filler: not read.
+        filler: ignored.
         words: for keys.
         pool: for tasks on questions.
         library: for tasks on documents, with the supporting documents as gold.

@@ -22,12 +22,12 @@ _VT_PROMPT = (
     "{context}\n"
     "Question: Find all variables that are assigned the value {query} in the text above."
 )
-# the space at its end is RULER's
+# the trailing space is part of RULER's prompt
 _VT_PREFIX = (
     "Answer: According to the chain(s) of variable assignment in the text above, {count} variables "
     "are assigned the value {query}, they are: "
 )
-# noise sentences of the solved example: what RULER's 500 tokens hold, and what a short length allows
+# noise sentences of the solved example: as many as fit in RULER's 500 tokens, and for short lengths
 _VT_EXAMPLE, _VT_SHORT_EXAMPLE = 14, 2
 _CWE_PROMPT = (
     "Below is a numbered list of words. In these words, some appear more often than others. "
@@ -68,14 +68,14 @@ def vt(
 ) -> TextSample:
     """Variable tracking: one chain of four hops in noise, with a one-shot example before it.
 
-    Each statement and each noise sentence stands on a line of its own. RULER starts at 4096 tokens;
+    Each statement and each noise sentence is a separate line. RULER starts at 4096 tokens;
     below 1024 the example is shortened to two noise sentences.
 
     Raises:
         ValueError: a length that cannot hold the example and the chain.
     """
     rng = generator("vt", seed, length, index)
-    # the example's names have three letters, the question's five: they cannot be mixed up
+    # the names of the example have three letters, those of the question five
     shown, shown_lines, shown_value = _chain(rng, 3)
     names, lines, value = _chain(rng, 5)
     example_spots = sorted(rng.random(len(lines)).tolist())
@@ -149,7 +149,7 @@ def cwe(
     example = f"{_CWE_PROMPT.format(context=_numbered(shown_list))} {_CWE_PREFIX} "
     example += _numbered(shown[:10]) + "\n"
     common = chosen[:10]
-    # each occurrence has a place of its own, so a longer list shuffles like a shorter one
+    # each occurrence has its own position, so a longer list is shuffled like a shorter one
     ranks = rng.random((len(chosen), max(often, rarely)))
     times = np.full((len(chosen), 1), rarely)
     times[:10] = often
@@ -210,7 +210,7 @@ def fwe(
     vocabulary[0] = "..."
     share = np.arange(1, size + 1, dtype=np.float64) ** -2.0 / (math.pi**2 / 6)
     most = 2 * length
-    # each occurrence has a place of its own, so a longer text shuffles like a shorter one
+    # each occurrence has its own position, so a longer text is shuffled like a shorter one
     ranks = [
         generator("fwe", seed, length, index, i).random(int(most * s)) for i, s in enumerate(share)
     ]

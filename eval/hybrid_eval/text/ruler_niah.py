@@ -1,7 +1,7 @@
 """The eight needle tasks of RULER (arXiv 2404.06654, table 2 and appendix B).
 
-Prompt, needle sentence, depths and haystacks follow NVIDIA's definition. What differs is only how
-a sample is drawn (from a generator of its own) and how the length is filled (exactly).
+Prompt, needle sentence, depths and haystacks follow NVIDIA's definition. The only differences are
+that each sample has its own random generator, and that the length is filled exactly.
 """
 
 from bisect import bisect_right
@@ -23,7 +23,7 @@ _TEMPLATE = (
     "What are all the special magic {kind} for {query} mentioned in the provided text?"
 )
 _PREFIX = "The special magic {kind} for {query} mentioned in the provided text are"
-# depths at which a needle may stand, in percent of the sentences
+# depths of needles, in percent of the sentences
 _DEPTHS = tuple(round(100 * i / 39) for i in range(40))
 
 
@@ -52,7 +52,7 @@ NIAH: dict[str, NiahKind] = {
 
 
 def _sentences(filler: Filler, words: int) -> list[str]:
-    """Cut the first ``words`` words into sentences; the last may be cut short."""
+    """Split the first ``words`` words into sentences; the last may be truncated."""
     ends, texts = filler.sentences
     whole = bisect_right(ends, words)
     start = ends[whole - 1] if whole else 0
@@ -80,7 +80,7 @@ def line_context(lines: Sequence[str], needles: Sequence[str], spots: Sequence[f
     order = sorted(range(len(needles)), key=lambda i: spots[i])
     places = []
     for rank, i in enumerate(order):
-        # a line of its own for each needle, and enough lines left for the needles to come
+        # a separate line for each needle, with enough lines left for the remaining needles
         last = len(lines) - (len(order) - rank)
         lowest = min(max(int(spots[i] * len(lines)), lowest + 1), last)
         places.append((lowest, needles[i]))
@@ -154,7 +154,7 @@ def ruler_niah(
         lines = [NOISE] * most
         prefix_tokens = alike(counter.piece("\n" + NOISE), most)
     else:
-        # a line is about as long as any other: a few are counted for all
+        # lines have about equal length, so only a few are counted
         shortest = counter.piece("\n" + needles[0])
         most = length // max(shortest - 4, 1) + len(needles) + 1
         others = distinct(rng, draw_key, most, taken=keys)

@@ -2,7 +2,7 @@
 3.4).
 
 RULER takes SQuAD 2.0 and HotpotQA; their JSON files are read from disk. Without them documents and
-questions are generated, and the task carries a name of its own.
+questions are generated, and the task has another name.
 """
 
 import json
@@ -32,8 +32,8 @@ class Question:
 
     Attributes:
         text: the question.
-        answers: those that count.
-        gold: the documents that hold the answer.
+        answers: accepted answers.
+        gold: the documents that contain the answer.
         related: other documents of the same article, the first to distract.
     """
 
@@ -73,7 +73,7 @@ def _format(path: str, name: str) -> Iterator[None]:
 
 
 def read_squad(path: str) -> Library:
-    """Read SQuAD 2.0 (dev-v2.0.json); questions without an answer are left out.
+    """Read SQuAD 2.0 (dev-v2.0.json); questions without an answer are skipped.
 
     Raises:
         ValueError: no such file, or not SQuAD's format.
@@ -152,7 +152,7 @@ def read_supporting(path: str) -> Library:
 def generated_library(hops: int) -> Library:
     """Return generated documents about places and people that do not exist.
 
-    With one hop the answer stands in one document; with two, a person's town is in one and the
+    With one hop the answer is in one document; with two, a person's town is in one and the
     town's river in another.
 
     Raises:

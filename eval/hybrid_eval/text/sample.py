@@ -1,4 +1,4 @@
-"""One sample of a task in words."""
+"""One sample of a natural-language task."""
 
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -13,23 +13,23 @@ class TextSample:
     Attributes:
         task: name of the task.
         index: number of the sample in its cell.
-        length: tokens the sample may take: prompt, answer prefix and generation.
-        prompt: what the model reads, without ``answer_prefix``.
-        answer_prefix: how the answer begins; the model continues it.
+        length: maximum tokens of the sample: prompt, answer prefix and generation.
+        prompt: input of the model, without ``answer_prefix``.
+        answer_prefix: beginning of the answer, which the model continues.
         chat: prompt and prefix in a chat template; None reads the plain text.
         template: "chat" for the tokenizer's own template, or the name of RULER's; None for none.
-        special: whether the tokenizer puts its special tokens in front of the text.
-        outputs: the right answers.
+        special: whether the tokenizer adds its special tokens at the start of the text.
+        outputs: the reference answers.
         match: how the answer is scored, see :func:``hybrid_eval.text.matching.string_match``.
-        max_new_tokens: room kept for generation.
+        max_new_tokens: number of tokens reserved for generation.
         prompt_tokens: true number of tokens of prompt and prefix, special tokens included.
-        slack: tokens that are left of ``length``; smaller than one unit of filler.
-        filler_tokens: tokens of the unit of filler that no longer fitted.
+        slack: unused tokens of ``length``; fewer than one unit of filler.
+        filler_tokens: tokens of the first unit of filler that did not fit.
         haystack: source of the filler.
-        depth: of the (first) needle in [0, 1], where there is one.
+        depth: depth of the (first) needle in [0, 1], if any.
         needle_positions: token index in the prompt at which each answer's evidence begins.
         stop: the model's answer ends before this; None for nowhere.
-        details: what else a solver or a reader may want to know.
+        details: further information on the sample.
     """
 
     task: str
@@ -54,14 +54,14 @@ class TextSample:
 
     @property
     def text(self) -> str:
-        """Prompt and answer prefix: what the model continues."""
+        """Prompt and answer prefix, which the model continues."""
         if self.chat is not None:
             return self.chat
         return f"{self.prompt} {self.answer_prefix}" if self.answer_prefix else self.prompt
 
     @property
     def answer(self) -> str:
-        """The reference continuation for teacher forcing."""
+        """Reference continuation for teacher forcing."""
         several = self.match in ("all", "words", "last")
         wanted = self.outputs if several else self.outputs[:1]
         space = "" if self.text[-1:].isspace() else " "

@@ -1,10 +1,10 @@
-"""The tasks in words by name, and the names that they may carry.
+"""Natural-language tasks by name.
 
-``ruler_X`` is RULER's task X, with RULER's own words, essays and questions; it refuses to run
-without them. Three of them carry long names, since lm-eval has taken the short ones:
-ruler_variable_tracking, ruler_common_words, ruler_frequent_words. ``long_X`` is the same generator
-on material that is at hand: the standard library's words and text, generated documents. A result
-therefore cannot be mistaken for RULER. ``ruler2_X`` is RULER v2's task X, on RULER v2's material.
+``ruler_X`` is RULER's task X, with RULER's words, essays and questions, which it requires. Three of
+them have long names, because lm-eval uses the short ones: ruler_variable_tracking,
+ruler_common_words, ruler_frequent_words. ``long_X`` is the same generator on local material: words
+and text of the standard library, and generated documents, so that results are not confused with
+RULER's. ``ruler2_X`` is RULER v2's task X, on RULER v2's material.
 """
 
 from collections.abc import Callable, Sequence
@@ -38,7 +38,7 @@ from .sample import TextSample
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 RULER = (*NIAH, "vt", "cwe", "fwe", "qa_1", "qa_2")
 GRIDS = ("niah_grid", "kv_recall", "latent_niah")
-# lm-eval has tasks of its own called ruler_vt, ruler_cwe and ruler_fwe
+# lm-eval has other tasks called ruler_vt, ruler_cwe and ruler_fwe
 _LONG_NAMES = {"vt": "variable_tracking", "cwe": "common_words", "fwe": "frequent_words"}
 _RULER_NAMES = {f"ruler_{_LONG_NAMES.get(name, name)}": name for name in RULER}
 _RULER2_NAMES = {f"ruler2_{name}": name for name in RULER2}
@@ -50,7 +50,7 @@ _WORD_TASKS = frozenset({"cwe", *(name for name, kind in NIAH.items() if kind.ke
 
 @dataclass(frozen=True)
 class Material:
-    """What the user brings along; None takes what is at hand.
+    """Material of the user; None for local material.
 
     Attributes:
         corpus: text for haystacks of niah_grid and long_ tasks.
@@ -94,22 +94,22 @@ def _library(name: str, material: Material, official: bool) -> Library:
 
 
 def bare(name: str) -> str:
-    """Return RULER's own name of a task."""
+    """Return RULER's name of a task."""
     return _RULER_NAMES.get(name, name.removeprefix("long_"))
 
 
 def generates(name: str) -> bool:
-    """Whether a task is defined by what the model writes: RULER's are, our grids are not."""
+    """Return whether a task scores generated text: RULER's tasks do, our grids do not."""
     return name not in GRIDS
 
 
 def needs_essays(name: str) -> bool:
-    """Whether a task hides its needles in RULER's essays."""
+    """Return whether a task hides needles in RULER's essays."""
     return name.startswith("ruler_") and bare(name) in _ESSAY_TASKS
 
 
 def needs_mmlu(name: str) -> bool:
-    """Whether a task hides questions of MMLU."""
+    """Return whether a task hides questions of MMLU."""
     return name in _RULER2_NAMES and RULER2[_RULER2_NAMES[name]].domain == "questions"
 
 
@@ -145,7 +145,7 @@ def maker(name: str, material: Material, counter: Counter) -> Callable[..., Text
 
 
 def _named(name: str, make: Callable[..., TextSample]) -> Callable[..., TextSample]:
-    """Return a maker of samples that carry a name of ours and choose their own depths."""
+    """Return a function that makes samples with our name of the task, which draw their depths."""
 
     def named(*, depth: float | None = None, **key: Any) -> TextSample:
         if depth is not None:
@@ -193,7 +193,7 @@ def samples(
     chat: bool | str = False,
     **options: Any,
 ) -> list[TextSample]:
-    """Make ``n`` samples for every cell of a task, cell by cell.
+    """Return ``n`` samples for every cell of a task, cell by cell.
 
     Args:
         name: one of :data:``NAMES``.
