@@ -53,9 +53,14 @@ class PlacedSplit:
     sizes: dict[str, int]
 
 
-def tensor_splits(stack: StackSpec) -> list[PlacedSplit]:
-    """Return the tensor parallel splits, layer by layer."""
-    return [split for layer in stack for split in _layer_splits(layer, "tensor_splits")]
+def tensor_splits(stack: StackSpec, *, any_style: bool = False) -> list[PlacedSplit]:
+    """Return the tensor parallel splits, layer by layer.
+
+    Args:
+        stack: resolved layers.
+        any_style: whether to return splits in styles that the installed transformers lacks, too.
+    """
+    return [split for layer in stack for split in _layer_splits(layer, "tensor_splits", any_style)]
 
 
 def expert_splits(stack: StackSpec) -> list[PlacedSplit]:
@@ -83,7 +88,7 @@ def known_styles() -> frozenset[str]:
     return frozenset(ALL_PARALLEL_STYLES.keys())
 
 
-def _layer_splits(layer: LayerSpec, method: str) -> Iterator[PlacedSplit]:
+def _layer_splits(layer: LayerSpec, method: str, any_style: bool = False) -> Iterator[PlacedSplit]:
     """Yield the splits declared by ``method`` of the mixers and feed-forward of a layer."""
     if layer.shared is not None and layer.shared.lora_rank is not None:
         return  # adapters of shared weights are not split with their projection
@@ -92,7 +97,7 @@ def _layer_splits(layer: LayerSpec, method: str) -> Iterator[PlacedSplit]:
         declare: Callable[..., Iterable[Split]] | None = getattr(part.cls, method, None)
         for split in declare(part.options) if declare is not None else ():
             rules = _rules_of_this_version(split.rules, styles)
-            if styles.issuperset(rules.values()):
+            if any_style or styles.issuperset(rules.values()):
                 root = f"layers.{layer.layer_idx}.{path}"
                 named = {f"{root}.{name}" if name else root: rules[name] for name in rules}
                 yield PlacedSplit(layer.layer_idx, key, path, named, split.sizes)

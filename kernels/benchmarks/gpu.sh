@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# All that wants a GPU, in three parts of at most ten minutes: gpu.sh 1|2|3 OUT
+# All that wants a GPU, in four parts of at most ten minutes: gpu.sh 1|2|3|4 OUT
 #   1  sanitizers, then correctness of every form against the reference in float64
 #   2  the benchmark against flash-linear-attention, then tuning
 #   3  whole models against transformers, then four layouts trained on retrieval
+#   4  vLLM, where it is installed: tokens, no waiting in a decode step, tokens a second
 # From the root of the repository; wheels of what is missing in .whl/ are used where they lie.
 # A part does all of its sections, whatever fails, and prints in the end what did.
 set -u
@@ -48,8 +49,12 @@ case $part in
     find "$out/retrieval" -maxdepth 1 -type f -exec cp {} "$out/" \; 2>/dev/null
     rm -rf "$out/retrieval"
     ;;
+4)
+    section serve 280 python3 kernels/benchmarks/serving.py
+    section serve_bf16 200 python3 kernels/benchmarks/serving.py --dtype bfloat16
+    ;;
 *)
-    echo "part 1, 2 or 3, not $part" >&2
+    echo "part 1, 2, 3 or 4, not $part" >&2
     exit 2
     ;;
 esac

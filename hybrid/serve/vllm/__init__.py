@@ -10,6 +10,7 @@ def register() -> None:
     """Tell vLLM of `HybridForCausalLM`; vLLM calls this in each of its processes."""
     from vllm import ModelRegistry  # pyright: ignore[reportMissingImports]
 
-    import hybrid  # noqa: F401  # registers the config's class
+    from hybrid.serve.vllm.lengths import register_lengths
 
     ModelRegistry.register_model("HybridForCausalLM", "hybrid.serve.vllm.model:HybridForVllm")
+    register_lengths()

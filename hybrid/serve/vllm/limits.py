@@ -12,13 +12,14 @@ def check_server(vllm_config: VllmConfig) -> None:
     """Refuse what a server is started with.
 
     Raises:
-        ValueError: quantization, tensor or pipeline parallelism, LoRA, speculative decoding.
+        ValueError: quantization, pipeline, expert or context parallelism, LoRA, speculative decoding.
     """
     parallel = vllm_config.parallel_config
     asked = {
         "quantization": vllm_config.quant_config is not None,
-        "tensor_parallel_size > 1": parallel.tensor_parallel_size > 1,
         "pipeline_parallel_size > 1": parallel.pipeline_parallel_size > 1,
+        "enable_expert_parallel": parallel.enable_expert_parallel,
+        "decode_context_parallel_size > 1": parallel.decode_context_parallel_size > 1,
         "enable_lora": vllm_config.lora_config is not None,
         "speculative_config": vllm_config.speculative_config is not None,
     }

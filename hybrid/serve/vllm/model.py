@@ -21,7 +21,7 @@ from hybrid.mixers.attention import SoftmaxMixer
 from hybrid.modeling.layer import HybridLayer, ParallelMixers
 from hybrid.modeling.model import HybridForCausalLM
 from hybrid.nn.packing import WHOLE_ROWS, Segments
-from hybrid.serve.vllm import attention
+from hybrid.serve.vllm import attention, linears
 from hybrid.serve.vllm.limits import check_model, check_server
 from hybrid.serve.vllm.states import WORD, Batch, Key, Page, PagedPast, StatePages
 
@@ -63,6 +63,7 @@ class HybridForVllm(nn.Module):
         check_model(self.config)
         with no_init_weights():
             self.hybrid = HybridForCausalLM(self.config)
+        linears.use_vllm_linears(self.hybrid, self.config.stack)
         self.hybrid.tie_weights()
         self.hybrid.eval().requires_grad_(False)
         largest = WORD * _largest_page(vllm_config)
@@ -149,7 +150,7 @@ class HybridForVllm(nn.Module):
                 continue
             if name not in own:
                 raise ValueError(f"{name}: the checkpoint has this tensor, and the model does not")
-            own[name].data.copy_(tensor)
+            linears.load(own[name], tensor)
             loaded |= {f"hybrid.{n}" for n, y in own.items() if y is own[name]}
         return loaded
 

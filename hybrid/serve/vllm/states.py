@@ -153,7 +153,7 @@ class StatePages(nn.Module, MambaBase):
         """The states (N, ...) that the requests continue from; None in a run that measures memory."""
         if batch.rows is None:
             return None
-        rows = self.page.view(self.kv_cache[0], name)[batch.rows]
+        rows = self.page.view(self.kv_cache[0], name).index_select(0, batch.rows)
         if batch.new is not None:
             rows.masked_fill_(batch.new[:, None], 0)
         return rows.unflatten(1, self.page.specs[name].shape)
@@ -162,7 +162,7 @@ class StatePages(nn.Module, MambaBase):
         """Store the states (N, ...) that the requests end with."""
         if batch.rows is not None:
             pages = self.page.view(self.kv_cache[0], name)
-            pages[batch.rows] = state.flatten(1).to(pages.dtype)
+            pages.index_copy_(0, batch.rows, state.flatten(1).to(pages.dtype))
 
 
 @dataclass(frozen=True)
