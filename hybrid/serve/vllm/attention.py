@@ -17,6 +17,7 @@ from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.attention.chunked_local_attention import ChunkedLocalAttention
 
 from hybrid.mixers.attention import CAPPED_FUNCTIONS, SoftmaxMixer, alibi_slopes
+from hybrid.mixers.forgetting_attention import ForgettingAttention
 from hybrid.mixers.local_attention import LocalAttention
 from hybrid.mixers.multi_head_latent_attention import MultiHeadLatentAttention
 from hybrid.mixers.softmax_attention import SoftmaxAttention
@@ -25,6 +26,10 @@ NAME = "hybrid_paged"
 
 HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 """Of vLLM's attention back-ends (512 on a CPU alone); heads of other sizes are filled up with zeros."""
+
+
+PAGED = (SoftmaxAttention, LocalAttention, MultiHeadLatentAttention, ForgettingAttention)
+"""Mixers that run on vLLM's attention."""
 
 
 class PagedAttention(nn.Module):
@@ -115,6 +120,10 @@ def attach(mixer: SoftmaxMixer, vllm_config: VllmConfig, prefix: str) -> None:
         )
         if isinstance(mixer, LocalAttention):
             options |= _local_options(mixer, vllm_config.cache_config.block_size)
+    elif isinstance(mixer, ForgettingAttention):
+        sizes = {"num_heads": mixer.num_heads, "num_kv_heads": mixer.num_kv_heads,
+                 "key_dim": mixer.tokens()["k"].dim}  # fmt: skip
+        options = {}
     else:
         raise ValueError(f"{mixer.name}: not served by vLLM, which has no attention of its kind")
     if padded_size(sizes["key_dim"]) is None:

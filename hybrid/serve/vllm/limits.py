@@ -6,6 +6,7 @@ from __future__ import annotations
 from vllm.config import VllmConfig
 
 from hybrid.config.hybrid_config import HybridConfig
+from hybrid.serve.vllm.attention import PAGED
 
 
 def check_server(vllm_config: VllmConfig) -> None:
@@ -35,10 +36,11 @@ def check_model(config: HybridConfig) -> None:
     """Refuse mixers that cannot run in vLLM.
 
     Raises:
-        ValueError: a mixer that cannot continue several documents in one row.
+        ValueError: a mixer that cannot continue several documents in one row, except where vLLM's
+            attention does so.
     """
     for symbol, spec in config.stack.mixers.items():
-        if not spec.cls.continues_packed:
+        if not (spec.cls.continues_packed or issubclass(spec.cls, PAGED)):
             raise ValueError(
                 f"mixers.{symbol}: {spec.cls.name} is not served by vLLM: it cannot continue several"
                 " documents in one row; use generate()"
