@@ -8,7 +8,7 @@ import math
 import typing
 from typing import Any, NamedTuple
 
-from pydantic import TypeAdapter
+from pydantic import BaseModel, TypeAdapter
 
 from hybrid.config.declare import LARGEST, bounded
 
@@ -61,6 +61,8 @@ def _option(field: Any, hint: Any) -> Key:
 
 
 def _yaml(value: Any) -> str:
+    if isinstance(value, BaseModel):
+        value = value.model_dump(mode="json", exclude_unset=True)
     return value if isinstance(value, str) and value else json.dumps(value)
 
 
