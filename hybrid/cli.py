@@ -419,6 +419,28 @@ def _search(
     run_search(config, overrides or ())
 
 
+@command("tokenizer")
+def _tokenizer(
+    names: Annotated[list[str], _argument("NAME", "bytes, folders, or names on the hub")],
+    text: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="LANGUAGE=FILE",
+            help="may be repeated; default: article 1 of the Declaration of Human Rights, 13 languages",
+        ),
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="config or checkpoint: what the vocabularies cost in it")
+    ] = None,
+    out: Annotated[str | None, typer.Option(help="report to write: .md, .csv or .json")] = None,
+    imports: Imports = None,
+) -> None:
+    """Compare tokenizers: tokens per word by language, and what a vocabulary costs."""
+    from hybrid.tokenizer_report import run_report
+
+    run_report(names, text or (), model, out)
+
+
 @command("layout")
 def _layout(
     layout: Annotated[str, _argument("LAYOUT", 'e.g. "LLLS", "(L7S)10", "[MS]4", "M-M-M*-"')],

@@ -8,6 +8,7 @@ from .corpus import load_corpus
 from .cost import evaluate_cost
 from .heldout import evaluate_heldout
 from .hub import revision
+from .lookup import evaluate_lookup
 from .mmlu import Form, evaluate_mmlu
 from .models import Subject
 from .mqar import KEY_IDS, VALUE_IDS, evaluate_mqar, mqar
@@ -214,6 +215,15 @@ _SMALL: tuple[tuple[str, Axis, str, Callable[..., dict[str, Any]], tuple[str, ..
         evaluate_phone_book,
         (*_SAMPLED, "lengths"),
         "numbers looked up in a phone book of bytes, for models trained on it",
+    ),
+    (
+        "lookup",
+        "retrieval",
+        "accuracy",
+        evaluate_lookup,
+        (*_SAMPLED, "lengths"),
+        "a token of a random string found by the n-gram before it, or by its position, for models "
+        "trained on it",
     ),
     (
         "hops_k",

@@ -35,6 +35,8 @@ _AXES: tuple[tuple[Axis, tuple[str, ...]], ...] = (
         (
             *("niah", "ruler", "babilong", "longbench", "helmet", "nolima", "mrcr", "fda", "swde"),
             *("squad_completion", "squadv2", "qasper", "scrolls_", "phonebook", "evalita-sp_qa"),
+            *("infinitebench_passkey", "infinitebench_kv", "infinitebench_number"),
+            *("infinitebench_longbook", "infinitebench_longdialogue"),
         ),
     ),
     (

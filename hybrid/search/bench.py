@@ -37,20 +37,28 @@ MIXERS = "mixers"
 HALVES = 2
 
 
-def same_as_before(path: Path, values: Mapping[str, Any]) -> None:
-    """Write what results in a folder depend on; refuse another one.
+def refuse_other_search(path: Path, values: Mapping[str, Any]) -> None:
+    """Refuse a folder whose results depend on other values.
+
+    Args:
+        path: the file that ``keep_identity`` wrote, if there is one.
+        values: of this search.
 
     Raises:
         ConfigError: the file holds other values; one line for each key.
     """
-    values = json.loads(json.dumps(values))
     if path.is_file():
         refuse_changes(
             read_json(path),
-            values,
+            json.loads(json.dumps(values)),
             f"{path.parent} holds results of a different search, which this one cannot continue (put"
             " the keys back, remove the folder, or set another out); it",
         )
+
+
+def keep_identity(path: Path, values: Mapping[str, Any]) -> None:
+    """Write what results in a folder depend on, unless it is there; refuse other values as above."""
+    refuse_other_search(path, values)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, values)
 
@@ -146,7 +154,7 @@ class Bench:
     def training(self, method: Literal["supernet", "gates"]) -> TrainConfig:
         """Return the training of a method, into a folder of its own."""
         config, folder = self.config, self.out / method
-        same_as_before(folder / IDENTITY, config.learning(method))
+        keep_identity(folder / IDENTITY, config.learning(method))
         stage = learning_stage(getattr(config, method))
         settings = config.distillation(self.layout, folder, stage)
         run = settings.stages["logits"]

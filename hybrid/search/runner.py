@@ -14,7 +14,14 @@ from hybrid.config.options import ConfigError
 from hybrid.files import write_text
 from hybrid.locks import sole_writer
 from hybrid.search import gates, importance, report, supernet
-from hybrid.search.bench import IDENTITY, SCORES, Bench, Proposals, same_as_before
+from hybrid.search.bench import (
+    IDENTITY,
+    SCORES,
+    Bench,
+    Proposals,
+    keep_identity,
+    refuse_other_search,
+)
 from hybrid.search.config import SearchFile
 from hybrid.search.placement import Placement, Space
 from hybrid.search.scores import Score
@@ -51,7 +58,7 @@ def search(config: SearchFile) -> dict[str, Any]:
         raise ConfigError(["a search runs in one process; start it without a launcher"])
     out = Path(config.out)
     with sole_writer(out), torch.random.fork_rng():
-        same_as_before(out / IDENTITY, config.identity())
+        refuse_other_search(out / IDENTITY, config.identity())
         try:
             return _search(config)
         except Interrupted:
@@ -66,6 +73,7 @@ def search(config: SearchFile) -> dict[str, Any]:
 def _search(config: SearchFile) -> dict[str, Any]:
     """Run the methods, score what they propose, and write the report."""
     bench = Bench(config)
+    keep_identity(bench.out / IDENTITY, config.identity())  # now that it can be run
     _write_distillation(bench)
     proposals = Proposals(bench.space)
     for count in filter(None, bench.counts):

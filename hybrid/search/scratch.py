@@ -29,7 +29,7 @@ from hybrid.config.options import ConfigError
 from hybrid.layout import LayoutError, parse, resolve
 from hybrid.locks import sole_writer
 from hybrid.search import report
-from hybrid.search.bench import IDENTITY, same_as_before
+from hybrid.search.bench import IDENTITY, keep_identity
 from hybrid.search.config import Symbol, metric_problems
 from hybrid.search.supernet import finished, open_study
 from hybrid.terminal import Interrupted
@@ -216,7 +216,7 @@ def search_scratch(config: ScratchFile) -> dict[str, Any]:
     out = Path(config.out)
     with sole_writer(out):
         identity = config.model_dump(mode="json", exclude={"name", "out", "trials"})
-        same_as_before(out / IDENTITY, identity)
+        keep_identity(out / IDENTITY, identity)
         try:
             return _Halving(config).go()
         except Interrupted:

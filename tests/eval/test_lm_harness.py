@@ -112,6 +112,8 @@ def test_a_task_of_lm_evals_gives_lm_evals_figures(lm_checkpoint, folder, tmp_pa
         ("ruler_vt", "retrieval"),
         ("babilong_qa1", "retrieval"),
         ("longbench2_code", "retrieval"),
+        ("infinitebench_passkey", "retrieval"),
+        ("infinitebench_math_find", "reasoning"),
         ("fda", "retrieval"),
         ("lambada_openai", "language"),
         ("wikitext", "language"),

@@ -138,6 +138,12 @@ def test_another_search_in_the_folder_is_refused(values):
         search(parse_config({**values, "rows": 2}))
 
 
+def test_a_search_that_was_refused_can_be_mended(values):
+    with pytest.raises(ConfigError, match=r"budget\.layers"):
+        search(parse_config({**values, "budget": {"layers": 9}, "rows": 2}))
+    assert search(parse_config(values))["points"]
+
+
 def test_recall_ranks_and_is_reported(values):
     values |= {
         "metrics": ["phone_book@length=64"],
