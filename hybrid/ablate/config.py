@@ -162,7 +162,8 @@ def load_ablation(
 
     Args:
         path: the file; its keys ``baseline`` and ``overrides`` define the baseline.
-        overrides: e.g. ``seeds=[0,1]``, ``baseline.training.max_steps=10``.
+        overrides: e.g. ``seeds=[0,1]``, ``baseline.training.max_steps=10``. Those of the baseline
+            also replace what the file's ``overrides`` set.
         evaluator: evaluates metrics other than those of training.
         scale: one of the file's ``scales``, a mapping of keys to set; None for no change.
 
@@ -174,9 +175,24 @@ def load_ablation(
     values["baseline"] = yaml.read_included(values.get("baseline"), path)
     if scale is not None:
         values = _scaled(values, scales, scale, str(path))
-    values = yaml.apply_overrides(values, overrides)
+    values = _with_command_line(values, overrides)
     values.setdefault("name", Path(path).stem)
     return parse_ablation(values, evaluator, str(path))
+
+
+def _with_command_line(values: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """Apply ``key=value`` overrides; those of ``baseline`` follow the file's own ``overrides``."""
+    later = [text for text in overrides if text.startswith("baseline.")]
+    if not later:
+        return yaml.apply_overrides(values, overrides)
+    yaml.apply_overrides(values, overrides)  # reports the mistakes of all of them together
+    values = yaml.apply_overrides(values, [text for text in overrides if text not in later])
+    own, mistakes = values.get("overrides"), []
+    if isinstance(own, Mapping) and isinstance(values["baseline"], Mapping):
+        made = with_overrides(values["baseline"], own, "overrides", mistakes)
+        if not mistakes:  # otherwise ``parse_ablation`` reports them
+            values = {**values, "baseline": made, "overrides": None}
+    return yaml.apply_overrides(values, later)
 
 
 def _scaled(values: dict[str, Any], scales: Any, scale: str, title: str) -> dict[str, Any]:

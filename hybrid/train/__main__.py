@@ -47,7 +47,7 @@ def _main(arguments: Sequence[str] | None, first: bool) -> int:
     except (ConfigError, FloatingPointError) as error:
         # all processes of a machine raise the same error; another machine may read other files
         return failed(f"error: {error}", silent=int(os.environ.get("LOCAL_RANK", "0")) > 0)
-    if first:
+    if first and result.tokens:
         loss = f", loss {result.losses[-1][1]:.4f}" if result.losses else ""
         print(
             f"{result.output_dir}: {result.steps} steps{loss}, {result.parameters:,} parameters,"

@@ -15,7 +15,7 @@ from accelerate.utils import broadcast_object_list
 from transformers import set_seed
 
 from hybrid.data.collate import RowCollator
-from hybrid.files import sync, write_json
+from hybrid.files import read_json, sync, write_json
 from hybrid.terminal import Interrupted
 from hybrid.tokenizer import load_tokenizer
 from hybrid.train import build
@@ -54,7 +54,8 @@ class RunResult:
         eval_losses: (step, loss on eval_data), in nats per token.
         probes: name -> (step, accuracy over all its labels).
         seconds: wall time of this process's training.
-        tokens: tokens in this process's steps, over all ranks.
+        tokens: tokens in this process's steps, over all ranks; 0 for a run that was finished already,
+            whose files are unchanged.
         tokens_per_second: during steps; without loading, saving and evaluation.
         flops_per_token: forward and backward, from each mixer's own count; None for other models.
         mfu: model FLOPs utilisation, 0..1; None if the peak of the device is not known.
@@ -101,6 +102,8 @@ def run(
 def _run(trainer: HybridTrainer) -> RunResult:
     args = trainer.args
     checkpoint = _find_checkpoint(trainer)
+    if finished := _finished(checkpoint, args):
+        return finished
     started = time.perf_counter()
     with _divergence_on_disk(args), _stopped_by_signals(trainer):
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
@@ -236,6 +239,34 @@ def _find_checkpoint(trainer: HybridTrainer) -> Path | None:
         if args.process_index == 0:
             print(f"resuming from {found[0]}", file=sys.stderr)
     return found[0]
+
+
+def _finished(checkpoint: Path | None, args: TrainingArguments) -> RunResult | None:
+    """Return the stored result if the run ended at its last checkpoint, without new tokens.
+
+    The files of the run stay unchanged. The first process decides for all.
+    """
+    found: list[Any] = [None]
+    path = Path(str(args.output_dir)) / RESULT
+    if args.process_index == 0 and checkpoint is not None and step_of(checkpoint) >= args.max_steps:
+        stored = read_json(path) if path.is_file() else {}
+        if stored.get("steps") == step_of(checkpoint):
+            found[0] = stored
+            print(
+                f"{args.output_dir}: finished already ({stored['steps']} of {args.max_steps} steps);"
+                " raise training.max_steps to go on",
+                file=sys.stderr,
+            )
+    broadcast_object_list(found)
+    if found[0] is None:
+        return None
+    curves = {
+        "losses": [tuple(entry) for entry in found[0]["losses"]],
+        "eval_losses": [tuple(entry) for entry in found[0]["eval_losses"]],
+        "probes": {k: [tuple(entry) for entry in v] for k, v in found[0]["probes"].items()},
+    }
+    none = {"seconds": 0.0, "tokens": 0, "resumed_from": found[0]["steps"]}
+    return RunResult(**{**found[0], **curves, **none})
 
 
 @contextmanager

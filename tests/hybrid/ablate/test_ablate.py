@@ -8,9 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 
 from hybrid.ablate import load_ablation, markdown, plan_runs, run_design, summarise, write_report
 from hybrid.ablate.config import parse_ablation
+from hybrid.ablate.evaluation import EvaluationTasks
 from hybrid.ablate.runs import CONFIG
 from hybrid.cli import main
 from hybrid.config.options import ConfigError
@@ -293,6 +295,38 @@ def without_clocks(report):
 
 def run_all(design):
     return summarise(design, run_design(design, report=quiet))
+
+
+@pytest.mark.parametrize(
+    "own", [{"training.max_steps": 9, "training": {"seed": 3}}, {"training": {"max_steps": 9}}]
+)
+def test_the_command_line_replaces_the_overrides_of_the_file(values, tmp_path, own):
+    path = tmp_path / "tiny.yaml"
+    path.write_text(yaml.safe_dump({**values, "overrides": {**own, "sequence_length": 24}}))
+    assert load_ablation(path).baseline["training"]["max_steps"] == 9
+    found = load_ablation(path, ["baseline.training.max_steps=5", "seeds=[4]"])
+    assert (found.baseline["training"]["max_steps"], found.seeds) == (5, [4])
+    assert found.baseline["sequence_length"] == 24
+    # a change of the overrides themselves still comes last
+    assert load_ablation(path, ["overrides.sequence_length=20"]).baseline["sequence_length"] == 20
+
+
+def test_mistakes_in_both_kinds_of_overrides_are_reported(values, tmp_path):
+    path = tmp_path / "tiny.yaml"
+    path.write_text(yaml.safe_dump({**values, "overrides": {"sequence_length.x": 24}}))
+    with pytest.raises(ConfigError, match=r"overrides\.sequence_length\.x"):
+        load_ablation(path, ["baseline.training.max_steps=5"])
+    with pytest.raises(ConfigError) as caught:
+        load_ablation(path, ["baseline.training.max_steps.x=5", "seeds"])
+    assert len(caught.value.mistakes) == 2
+
+
+def test_the_documented_lines_of_the_quick_ablation_do_what_they_say():
+    """docs/ablations.md: more steps by the command line; an interrupted run keeps a checkpoint."""
+    overrides = ["baseline.training.max_steps=400"]
+    found = load_ablation(ABLATIONS / "quick.yaml", overrides, EvaluationTasks())
+    assert found.baseline["training"]["max_steps"] == 400
+    assert found.baseline["training"]["save_strategy"] != "no"
 
 
 def test_after_a_kill_the_report_is_that_of_an_uninterrupted_ablation(

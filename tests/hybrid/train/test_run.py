@@ -307,6 +307,33 @@ def test_a_finished_run_started_again_computes_nothing(values):
     assert again.losses == first.losses
 
 
+def test_a_finished_run_started_again_keeps_its_files_and_says_how_to_go_on(
+    values, tmp_path, capsys
+):
+    first = run(parse_config(values))
+    out = tmp_path / "out"
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()}
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(values))
+    capsys.readouterr()
+    assert main([str(path)]) == 0
+    said = capsys.readouterr()
+    line = f"{out}: finished already ({STEPS} of {STEPS} steps); raise training.max_steps to go on"
+    assert (line in said.err, said.out) == (True, "")
+    assert before == {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()}
+    assert json.loads((out / "train_result.json").read_text())["tokens"] == first.tokens > 0
+    more = run(changed(values, max_steps=STEPS + 1))
+    assert (more.resumed_from, more.steps) == (STEPS, STEPS + 1)
+
+
+def test_a_run_that_ended_before_its_result_was_written_is_completed(values, tmp_path):
+    first = run(parse_config(values))
+    (tmp_path / "out" / "train_result.json").unlink()
+    run(parse_config(values))
+    stored = json.loads((tmp_path / "out" / "train_result.json").read_text())
+    assert stored["losses"] == [list(entry) for entry in first.losses]
+
+
 @pytest.mark.parametrize("harm", ["cut", "flip", "remove", "no manifest"])
 def test_a_checkpoint_that_is_not_whole_is_skipped_in_one_line(values, tmp_path, capsys, harm):
     run(changed(values, save_total_limit=2))
