@@ -329,6 +329,7 @@ def test_the_documented_lines_of_the_quick_ablation_do_what_they_say():
     assert found.baseline["training"]["save_strategy"] != "no"
 
 
+@pytest.mark.slow
 def test_after_a_kill_the_report_is_that_of_an_uninterrupted_ablation(
     values, tmp_path, monkeypatch
 ):
@@ -363,6 +364,7 @@ def test_after_a_kill_the_report_is_that_of_an_uninterrupted_ablation(
     assert run_all(design) == resumed
 
 
+@pytest.mark.slow
 def test_noise_is_noise_and_harm_is_established(values):
     """Another order of the data does nothing on average; no learning at all does harm."""
     values["changes"] = {
@@ -453,6 +455,7 @@ def test_holm_s_own_procedure():
     )
 
 
+@pytest.mark.slow
 def test_changes_that_do_nothing_are_rarely_called_something():
     """500 ablations of five changes without effect: at most 5% may establish any, plus chance."""
     rng = np.random.default_rng(0)

@@ -213,6 +213,7 @@ def test_the_way_through_a_latent_space_is_scaled_with_depth_once(build):
 COMPILED_GRADIENT = hasattr(torch.ops.transformers, "grouped_mm_fallback_backward")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("training", [False, True])
 def test_compiled_without_graph_breaks(build, ids, training):
     torch.compiler.reset()

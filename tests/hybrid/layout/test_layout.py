@@ -587,6 +587,7 @@ def test_printing_128_layers_is_fast(text):
     assert time.process_time() - start < 1
 
 
+@pytest.mark.slow
 def test_printing_beyond_the_exact_search():
     source = random.Random(0)
     cases = ["L100000", "L50000S50000", "(L3S)25000", "M(M5Z)900MM", "((LS)3M)99L300"]
