@@ -29,6 +29,7 @@ mixers.declare(
         "lightning_attention": ("L", "LightningAttention"),
         "mamba": ("m", "Mamba"),
         "mamba2": ("M", "Mamba2"),
+        "mamba3": ("t", "Mamba3"),
         "mlstm": ("X", "MLSTM"),
         "multi_head_latent_attention": ("A", "MultiHeadLatentAttention"),
         "native_sparse_attention": ("V", "NativeSparseAttention"),

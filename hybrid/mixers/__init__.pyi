@@ -18,6 +18,7 @@ from . import lightning_attention as lightning_attention
 from . import linear_mixer as linear_mixer
 from . import mamba as mamba
 from . import mamba2 as mamba2
+from . import mamba3 as mamba3
 from . import mlstm as mlstm
 from . import multi_head_latent_attention as multi_head_latent_attention
 from . import native_sparse_attention as native_sparse_attention

@@ -114,22 +114,25 @@ def low_rank(d_in: int, rank: int, d_out: int, bias: bool = False) -> nn.Sequent
 
 
 def token_before(
-    x: torch.Tensor, cu_seqlens: torch.Tensor | None, cache: Slot | None
+    x: torch.Tensor,
+    cu_seqlens: torch.Tensor | None,
+    cache: Slot | None,
+    state: str = "conv",
 ) -> torch.Tensor:
     """Return x_{t-1} for x (B, T, D), with zeros at the start of each document.
 
-    This is a convolution with the taps 1, 0. The last token is stored as the state ``conv``.
+    This is a convolution with the taps 1, 0. The last token is stored under the name ``state``.
     """
     taps = torch.tensor([[1.0, 0.0]], dtype=x.dtype, device=x.device).expand(x.shape[-1], 2)
     before, last = causal_conv1d(
         x,
         taps.contiguous(),
-        initial_state=None if cache is None else cache.state("conv"),
+        initial_state=None if cache is None else cache.state(state),
         cu_seqlens=cu_seqlens,
         output_final_state=cache is not None,
     )
     if cache is not None and last is not None:
-        cache.set_state("conv", last)
+        cache.set_state(state, last)
     return before
 
 

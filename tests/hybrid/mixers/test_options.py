@@ -41,6 +41,8 @@ MISTAKES = [
         {"sinks": True},
         "sinks: expected none in forgetting_attention, .* try softmax_attention",
     ),
+    ("mamba3", {"num_heads": 3, "num_groups": 2}, "num_groups: expected a divisor of num_heads 3"),
+    ("mamba3", {"state_size": 2}, "state_size: expected at least one pair .* got 2; try 4"),
     ("comba", {"output_feedback": "x"}, "output_feedback: expected"),
     ("rwkv7", {"decay_rank": 0}, "decay_rank: expected at least 1, got 0"),
     ("gated_slot_attention", {"num_slots": 300}, "num_slots: expected at most 256, got 300"),

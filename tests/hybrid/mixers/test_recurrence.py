@@ -244,6 +244,38 @@ def gated_linear_attention(w, x, conv_size=None, tau=16.0):
     return additive(w, x, alpha, read, 2, 4, 5, 0.5, conv=conv_size is not None)
 
 
+@recurrence("mamba3", num_heads=4, num_groups=2, head_dim=3, state_size=8)
+@recurrence("mamba3", num_heads=4, head_dim=3, state_size=5, rotated=1.0, output_norm=True)
+def mamba3(w, x, num_groups=1, state_size=8, rotated=0.5, output_norm=False):
+    """A state that is turned and decayed step by step; pairs (j, j + J) of its rows."""
+    H, G, P, N = 4, num_groups, 3, state_size
+    J = int(N * rotated) // 2
+    S, written, out = torch.zeros(H, N, P, dtype=x.dtype), torch.zeros(H, N, P).double(), []
+    for u in x:
+        C, B, v = heads(w("q_proj", u), G), heads(w("k_proj", u), G), heads(w("v_proj", u), H)
+        dt = softplus(w("dt_proj", u) + w["dt_bias"])
+        alpha = torch.exp(-dt * softplus(w("decay_proj", u)))
+        blend, theta = sigmoid(w("blend_proj", u)), w("angle_proj", u)
+        y = torch.zeros(H, P, dtype=x.dtype)
+        for h in range(H):
+            g = h // (H // G)
+            c = rms(C[g]) * w["C_norm.weight"] + w["C_bias"][h]
+            b = rms(B[g]) * w["B_norm.weight"] + w["B_bias"][h]
+            turn = torch.eye(N, dtype=x.dtype)
+            for j in range(J):
+                cos, sin = torch.cos(dt[h] * theta[j]), torch.sin(dt[h] * theta[j])
+                turn[j, j] = turn[j + J, j + J] = cos
+                turn[j, j + J], turn[j + J, j] = sin, -sin
+            S[h] = alpha[h] * turn @ (S[h] + (1 - blend[h]) * dt[h] * written[h])
+            written[h] = torch.outer(b, v[h])
+            S[h] = S[h] + blend[h] * dt[h] * written[h]
+            y[h] = c @ S[h] + w["D"][h] * v[h]
+        if output_norm:
+            y = torch.stack([rms(o) for o in y]) * w["norm.weight"].reshape(H, P)
+        out.append(w("o_proj", y.flatten() * silu(w("gate_proj", u))))
+    return out
+
+
 @recurrence("comba", num_heads=4, num_key_heads=2, head_dim=4, value_head_dim=5)
 @recurrence(
     "comba", num_heads=4, num_key_heads=2, head_dim=4, value_head_dim=5, state_feedback=False,
