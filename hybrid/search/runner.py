@@ -66,7 +66,7 @@ def search(config: SearchFile) -> dict[str, Any]:
         except KeyboardInterrupt as error:
             done = sum(1 for _ in (out / SCORES).rglob("*.json"))
             raise Interrupted(
-                f"interrupted; {done} scores in {out} are kept: start the same command again to go on"
+                f"interrupted; {done} scores in {out} are kept: run the same command again to resume"
             ) from error
 
 

@@ -223,7 +223,7 @@ def search_scratch(config: ScratchFile) -> dict[str, Any]:
             raise
         except KeyboardInterrupt as error:
             raise Interrupted(
-                f"interrupted; the runs in {out} are kept: start the same command again to go on"
+                f"interrupted; the runs in {out} are kept: run the same command again to resume"
             ) from error
 
 

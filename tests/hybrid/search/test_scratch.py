@@ -104,7 +104,7 @@ def test_an_interrupted_study_goes_on(values, known, monkeypatch):
         return run(design, *args, **kwargs)
 
     monkeypatch.setattr(scratch, "run_design", interrupted)
-    with pytest.raises(KeyboardInterrupt, match="start the same command again"):
+    with pytest.raises(KeyboardInterrupt, match="run the same command again"):
         search_scratch(config)
     monkeypatch.setattr(scratch, "run_design", run)
     report = search_scratch(config)

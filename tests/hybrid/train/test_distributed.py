@@ -304,7 +304,7 @@ def test_sharded_runs_go_on_to_the_bit_after_one_of_two_processes_is_killed(
         (broken, free_port(), {}),
     )
     assert [json.loads(lines.splitlines()[-1]) for lines in ended] == [[0, 1, -9, 0], [0, -9, 1, 0]]
-    assert re.findall(r"continuing from .*(checkpoint-\d)", said[0]) == ["checkpoint-4"] * 2
+    assert re.findall(r"resuming from .*(checkpoint-\d)", said[0]) == ["checkpoint-4"] * 2
     assert f"skipping {half}: it is incomplete" in said[0]
     result = json.loads((tmp_path / "broken" / "train_result.json").read_text())
     assert result["resumed_from"] == 4
@@ -357,7 +357,7 @@ def test_machines_without_a_common_folder_are_told_so(train, two_processes, tmp_
         assert f"got {tmp_path}/machine0, in which process 1 does not see the files of" in error
         assert "expected storage shared by all machines" in error
         assert "Traceback" not in lines
-    assert "continuing from" in said[0]
+    assert "resuming from" in said[0]
     assert (tmp_path / "machine0" / "model.safetensors").is_file()
     assert not list(tmp_path.glob("*/.shared-*"))
 
