@@ -283,6 +283,37 @@ def other_minimax(values: Words) -> list[str]:
     return ["mlx-lm's minimax is MiniMax-M2, which is another architecture"]
 
 
+def multiplied(values: Words) -> list[str]:
+    """Warn of multipliers of keys and values (Falcon-H1), which mlx-lm folds into other tensors."""
+    keys, inputs = values["key_multiplier"], values["attention_in_multiplier"]
+    if keys == inputs == 1:
+        return []
+    return [
+        f"key_multiplier: {keys}, attention_in_multiplier: {inputs}; mlx-lm multiplies queries and keys"
+        " by the second only, and values by neither"
+    ]
+
+
+def rounded_scale(values: Words) -> list[str]:
+    """Warn of the scale of the embeddings (Gemma 3), which mlx-lm rounds to bfloat16."""
+    scale = values["hidden_size"] ** 0.5
+    rounded = float(torch.tensor(scale).bfloat16())
+    return [] if rounded == scale else [f"embedding scale: {scale}; mlx-lm takes {rounded}"]
+
+
+def own_factor(values: Words) -> list[str]:
+    """Warn of an attention factor of YaRN, which mlx-lm computes from the other keys."""
+    parameters = values.get("rope_parameters") or {}
+    by_type = parameters if "full_attention" in parameters else {"": parameters}
+    factors = [
+        each["attention_factor"] for each in by_type.values() if each.get("attention_factor")
+    ]
+    return [
+        f"attention_factor: {factor}; mlx-lm computes it from the factor of YaRN"
+        for factor in dict.fromkeys(factors)
+    ]
+
+
 def griffin(values: Words) -> list[str]:
     """RecurrentGemma, which mlx-lm has with fixed values in place of several keys."""
     positions = values["rope_parameters"] or {}

@@ -78,7 +78,7 @@ FALCON_H1 = r.register_family(
         name="falcon_h1",
         architecture="FalconH1ForCausalLM",
         published=published.falcon_h1,
-        limits=published.clamped,
+        limits=published.all_of(published.clamped, published.multiplied),
         letters={"M": "mamba2", "S": "softmax_attention"},
         config=(
             *r.SIZES,

@@ -58,7 +58,7 @@ GEMMA3 = r.register_family(
     r.Family(
         name="gemma3_text",
         architecture="Gemma3ForCausalLM",
-        limits=published.irregular,
+        limits=published.all_of(published.irregular, published.rounded_scale),
         published=published.sliding_pattern,
         letters=LETTERS,
         config=(

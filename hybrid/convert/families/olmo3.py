@@ -1,5 +1,6 @@
 """OLMo 3: OLMo 2 with three sliding layers per full layer."""
 
+from hybrid.convert import published
 from hybrid.convert import rules as r
 from hybrid.convert.families.gemma3_text import LETTERS, TYPES
 from hybrid.convert.families.olmo2 import POST_NORMS
@@ -8,6 +9,7 @@ OLMO3 = r.register_family(
     r.Family(
         name="olmo3",
         architecture="Olmo3ForCausalLM",
+        limits=published.own_factor,
         letters=LETTERS,
         config=(
             *r.SIZES,

@@ -369,6 +369,24 @@ def test_recurrent_gemma_as_mlx_lm_has_it():
     assert len(published.griffin(GRIFFIN)) == 1
 
 
+@pytest.mark.parametrize(
+    ("limit", "values", "message"),
+    [
+        ("multiplied", {"key_multiplier": 0.5, "attention_in_multiplier": 1.0}, "key_multiplier: 0.5"),
+        ("multiplied", {"key_multiplier": 1.0, "attention_in_multiplier": 1.0}, None),
+        ("rounded_scale", {"hidden_size": 24}, "embedding scale: 4.89"),
+        ("rounded_scale", {"hidden_size": 256}, None),
+        ("own_factor", {"rope_parameters": {"full_attention": {"attention_factor": 1.2}}},
+         "attention_factor: 1.2; mlx-lm computes it"),
+        ("own_factor", {"rope_parameters": {"rope_theta": 1e4}}, None),
+    ],
+)  # fmt: skip
+def test_what_mlx_lm_computes_otherwise(limit, values, message):
+    lines = getattr(published, limit)(values)
+    assert len(lines) == (message is not None)
+    assert not lines or lines[0].startswith(message)
+
+
 def test_the_byte_tokenizer(tmp_path, caplog):
     mixers = {"S": {"num_heads": 4}}
     config = hybrid.HybridConfig(layout="S", hidden_size=32, vocab_size=259, mixers=mixers)
