@@ -42,10 +42,18 @@ def _main(argv: Sequence[str] | None) -> int:
     except usage_error as error:
         name = error.ctx.command_path if error.ctx else "hybrid"
         text = error.format_message()
+        if _takes_keys(error):
+            text += "; keys of the config are arguments of the form key=value"
         stop = "" if text.endswith((".", "?", ")")) else "."
         print(f"{name}: {text}{stop} See `{name} --help`.", file=sys.stderr)
         return REFUSED
     return status or 0
+
+
+def _takes_keys(error: Any) -> bool:
+    """Return whether an option is unknown to a command whose config has keys."""
+    parameters = error.ctx.command.params if error.ctx else ()
+    return hasattr(error, "option_name") and any(p.name == "overrides" for p in parameters)
 
 
 def command(
@@ -96,10 +104,12 @@ Imports = Annotated[
     list[str] | None,
     typer.Option("--import", metavar="FILE", help=HELP, is_eager=True, callback=_import_user_code),
 ]
-Overrides = Annotated[
-    list[str] | None,
-    _argument("key=value", "keys of the config, e.g. model.layout=SSSL"),
-]
+
+_KEYS = "keys of the config, e.g. "
+Overrides = Annotated[list[str] | None, _argument("key=value", _KEYS + "model.layout=SSSL")]
+AblationOverrides = Annotated[list[str] | None, _argument("key=value", _KEYS + "seeds=[0,1,2]")]
+DistillOverrides = Annotated[list[str] | None, _argument("key=value", _KEYS + "layout=SSSL")]
+SearchOverrides = Annotated[list[str] | None, _argument("key=value", _KEYS + "linear=D")]
 ConfigFile = Annotated[
     str | None,
     typer.Option(
@@ -158,7 +168,7 @@ def _train(
 @command("ablate")
 def _ablate(
     config: Annotated[str, _argument("CONFIG", "e.g. configs/ablations/quick.yaml")],
-    overrides: Overrides = None,
+    overrides: AblationOverrides = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print the runs and stop")] = False,
     config_file: ConfigFile = None,
     imports: Imports = None,
@@ -172,7 +182,7 @@ def _ablate(
 @command("reproduce")
 def _reproduce(
     name: Annotated[str | None, _argument("NAME", "a finding; without one: print them all")] = None,
-    overrides: Overrides = None,
+    overrides: AblationOverrides = None,
     scale: Annotated[str, typer.Option(help="laptop (minutes on two cores) or gpu")] = "laptop",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print the runs and stop")] = False,
     config_file: ConfigFile = None,
@@ -251,8 +261,9 @@ def _plan(
 ) -> None:
     """Print parameters, FLOPs per token and cache bytes of a config."""
     from hybrid.plan import load_model_config, parse_dtype, parse_tokens, plan, print_plan
+    from hybrid.train.config import TrainConfig
 
-    model = load_model_config(config, overrides or ())
+    model = load_model_config(config, overrides or (), check=TrainConfig.refuse_unknown_keys)
     print_plan(plan(model, parse_tokens(context), parse_dtype(dtype)), model)
 
 
@@ -398,7 +409,7 @@ def _generate(
 @command("distill")
 def _distill(
     config: Annotated[str, _argument("CONFIG", "e.g. configs/distill/smollm2.yaml")],
-    overrides: Overrides = None,
+    overrides: DistillOverrides = None,
     imports: Imports = None,
 ) -> None:
     """Teach a model with another layout what the original does."""
@@ -410,7 +421,7 @@ def _distill(
 @command("search")
 def _search(
     config: Annotated[str, _argument("CONFIG", "e.g. configs/search/smollm2.yaml")],
-    overrides: Overrides = None,
+    overrides: SearchOverrides = None,
     imports: Imports = None,
 ) -> None:
     """Find the softmax layers that should stay: layouts on the frontier, with their commands."""

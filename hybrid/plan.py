@@ -7,9 +7,10 @@ declares the FLOPs of its mixing, the growth of its cache per token, and the siz
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -203,7 +204,10 @@ def _mixers(stack: nn.Module) -> list[Mixer]:
 
 
 def load_model_config(
-    path: str, overrides: Sequence[str] = (), seen: tuple[Path, ...] = ()
+    path: str,
+    overrides: Sequence[str] = (),
+    seen: tuple[Path, ...] = (),
+    check: Callable[[Mapping[str, Any], str], None] | None = None,
 ) -> HybridConfig:
     """The model of a training YAML, of a YAML with the model's own keys, or of a checkpoint.
 
@@ -211,8 +215,9 @@ def load_model_config(
 
     Args:
         path: a YAML file, a folder with a config.json, or a config.json.
-        overrides: ``key=value``, for YAML files.
+        overrides: ``key=value``, for YAML files and for checkpoints of hybrids.
         seen: files whose ``model.path`` led here.
+        check: is given the keys of a YAML file with a model among others, and the path.
 
     Raises:
         ValueError: no such file, or a config with mistakes; each is named.
@@ -225,13 +230,23 @@ def load_model_config(
             raise ConfigError([f"expected an existing file, got {file}"], path)
         values = read_json(file, unique=True)
         if values.get("model_type") == HybridConfig.model_type:
-            return HybridConfig(**values)
+            return HybridConfig(**yaml.apply_overrides(values, overrides))
+        if overrides:
+            raise ConfigError(
+                [
+                    f"{overrides[0]}: expected no key=value with a published config, got one; try"
+                    " `hybrid import` with --layout, then the folder that it writes"
+                ],
+                path,
+            )
         from hybrid.convert.configs import read_published, to_ours
 
         return to_ours(*read_published(values, file))
     values = yaml.apply_overrides(yaml.read(path), overrides)
     if not isinstance(values.get("model"), dict):
         return HybridConfig(**values)
+    if check is not None:
+        check(values, path)
     model = dict(values["model"])
     if "path" in model:
         here = Path(path).resolve()

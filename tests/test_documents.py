@@ -25,6 +25,7 @@ import torch
 import yaml
 
 import hybrid
+import hybrid.distill.config
 from hybrid.cli import main
 from hybrid.search import load_config as load_search
 from hybrid.tokenizer import byte_tokenizer
@@ -196,6 +197,8 @@ def check_yaml(code: str) -> None:
         path = Path("configs/search/of_the_page.yaml")
         path.write_text(code)
         load_search(path)
+    elif "teacher" in values:
+        hybrid.distill.config.parse_config(values)
     elif values.keys() <= TrainConfig.model_fields.keys():
         parse_config(RUN | values)
     else:

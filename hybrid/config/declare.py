@@ -70,6 +70,18 @@ class Declared(BaseModel):
 
     model_config = STRICT
 
+    @classmethod
+    def place_of(cls, key: str) -> str | None:
+        """Return the path of a key that belongs deeper in the configuration, for suggestions."""
+        return None
+
+    @classmethod
+    def unknown_key(cls, key: str) -> str:
+        """Return the text after the name of an unknown key."""
+        if (deeper := cls.place_of(key)) is not None:
+            return f"unknown key, did you mean {deeper!r}?"
+        return f"unknown key, {did_you_mean(key, cls.model_fields)}"
+
 
 def refuse(lines: Sequence[str]) -> None:
     """Raise ``lines`` within a validator, if there are any.
@@ -177,12 +189,19 @@ def _validate(
     try:
         return [], _adapter(schema).validate_python(values)
     except ValidationError as error:
-        return _lines(error, values, path, fields), None
+        owner = schema if isinstance(schema, type) and issubclass(schema, Declared) else None
+        return _lines(error, values, path, fields, owner), None
     except RecursionError:
         return [f"{path}: expected values without cycles, got one that contains itself"], None
 
 
-def _lines(error: ValidationError, values: Any, path: str, fields: Mapping[str, Any]) -> list[str]:
+def _lines(
+    error: ValidationError,
+    values: Any,
+    path: str,
+    fields: Mapping[str, Any],
+    owner: type[Declared] | None,
+) -> list[str]:
     """Return one line for each location with a mistake, in pydantic's order."""
     places: dict[tuple, list[Any]] = {}
     for mistake in error.errors(include_url=False):
@@ -197,7 +216,11 @@ def _lines(error: ValidationError, values: Any, path: str, fields: Mapping[str, 
             if mistake["type"] == "mistakes":
                 lines += [_below(where, line) for line in mistake["ctx"]["lines"]]
         if others := [m for m in mistakes if m["type"] != "mistakes"]:
-            lines.append(f"{where or 'the config'}: {_explain(others, place, fields)}")
+            if others[0]["type"] == "extra_forbidden" and len(place) == 1 and owner is not None:
+                explained = owner.unknown_key(str(place[0]))
+            else:
+                explained = _explain(others, place, fields)
+            lines.append(f"{where or 'the config'}: {explained}")
     return lines
 
 

@@ -216,6 +216,8 @@ def _refuse_unreadable(load: Callable[[], Any], source: str, hint: str = "") -> 
         reason = str(cause).strip().split("\n", 1)[0]
         if isinstance(cause, UNREADABLE):
             reason = _broken_line(source, 0) or reason
+        if isinstance(cause, UnicodeDecodeError):
+            hint = "; try UTF-8, such as by `iconv -f latin1 -t utf-8`"
         raise ValueError(f"{source}: expected a data set, got {reason}{hint}") from error
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, field_validator, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
 
 from hybrid.config import yaml
 from hybrid.config.declare import Count0, Declared, Positive, Size, Text, parse, refuse
@@ -95,6 +95,10 @@ class TeacherConfig(Declared):
         return self
 
 
+def _as_path(value: Any) -> Any:
+    return {"path": value} if isinstance(value, str) else value
+
+
 class StageConfig(Declared):
     """Keys of every stage: frozen parts and training arguments."""
 
@@ -148,7 +152,9 @@ class LanguageStage(StageConfig):
 class DistillFile(RowsConfig):
     """The keys of the YAML file."""
 
-    teacher: TeacherConfig = Field(description="location of the teacher")
+    teacher: Annotated[TeacherConfig, BeforeValidator(_as_path)] = Field(
+        description="location of the teacher; text is its path"
+    )
     layout: Annotated[Text, AfterValidator(_check_layout)] = Field(
         description="layout of the student; letters of the teacher's layout keep their layers"
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -10,10 +11,11 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from hybrid.config import yaml
 from hybrid.config.declare import Below1, Count, Declared, NotNegative, Text, parse, refuse
+from hybrid.config.hybrid_config import HybridConfig
 from hybrid.config.options import ConfigError
 from hybrid.data.packing import LongDocuments, Packing
 from hybrid.data.sources import Source, SourceConfig
-from hybrid.train.limits import training_values
+from hybrid.train.limits import USUAL_NAMES, training_hints, training_values
 from hybrid.train.model_values import check_model
 from hybrid.train.schedule import MultiStepConfig
 
@@ -154,6 +156,26 @@ class TrainConfig(RowsConfig):
     training: Annotated[dict[str, Any], AfterValidator(training_values)] = Field(
         default_factory=dict, description="any key of transformers.TrainingArguments"
     )
+
+    @classmethod
+    def place_of(cls, key: str) -> str | None:
+        """See ``Declared.place_of``: keys of the model, and of training under their usual names."""
+        if key in {field.name for field in dataclasses.fields(HybridConfig)}:
+            return f"model.{key}"
+        key = USUAL_NAMES.get(key, key)
+        return f"training.{key}" if key in training_hints() else None
+
+    @classmethod
+    def refuse_unknown_keys(cls, values: Mapping[str, Any], title: str) -> None:
+        """Check the names of the keys at the top, for commands that read a part of the file.
+
+        Raises:
+            ConfigError: with one line for each unknown key.
+        """
+        known = {*cls.model_fields, "budget", "published"}  # parameters, in configs/models
+        unknown = [key for key in values if key not in known]
+        if unknown:
+            raise ConfigError([f"{key}: {cls.unknown_key(str(key))}" for key in unknown], title)
 
     @model_validator(mode="after")
     def _one_schedule(self) -> TrainConfig:

@@ -89,6 +89,10 @@ def test_help_of_a_mixer_has_its_options(capsys):
         ),
         (["plan"], "hybrid plan: .*(?i:config).*"),
         (["layout", "S", "--layers", "many"], "hybrid layout: .*--layers.*integer.*"),
+        (
+            ["train", CONFIG, "--max_steps", "3"],
+            "hybrid train: .*--max_steps.*arguments of the form key=value.*",
+        ),
         (["data", "prepare", "stdlib"], "hybrid data prepare: .*(?i:out).*"),
     ],
 )
@@ -140,6 +144,32 @@ def test_plan_reads_configs_and_checkpoints(capsys, build, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "lama"}))
     assert main(["plan", str(tmp_path)]) == 2
     assert "no map for the family 'lama', did you mean 'llama'?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("override", "suggestion"),
+    [
+        ("layout=SSSS", "layout: unknown key, did you mean 'model.layout'?"),
+        ("modle.layout=SSSS", "modle: unknown key, did you mean 'model'?"),
+        ("max_steps=3", "max_steps: unknown key, did you mean 'training.max_steps'?"),
+        ("lr=1", "lr: unknown key, did you mean 'training.learning_rate'?"),
+        ("foo.bar=1", "foo: unknown key, known: "),
+    ],
+)
+def test_plan_refuses_keys_that_training_does_not_know(override, suggestion, capsys):
+    assert main(["plan", CONFIG, override]) == 2
+    assert suggestion in capsys.readouterr().err
+
+
+def test_plan_of_a_checkpoint_takes_keys_of_its_config(capsys, build, tmp_path):
+    build(layout="LS").save_pretrained(tmp_path)
+    assert main(["plan", str(tmp_path), "layout=SS"]) == 0
+    assert "SS: 2 layers" in capsys.readouterr().out
+    assert main(["plan", str(tmp_path), "layuot=SS"]) == 2
+    assert "did you mean 'layout'?" in capsys.readouterr().err
+    transformers.LlamaConfig(num_hidden_layers=3).save_pretrained(tmp_path)
+    assert main(["plan", str(tmp_path), "layout=SS"]) == 2
+    assert "no key=value with a published config" in capsys.readouterr().err
 
 
 def test_mixers_prints_every_letter_and_each_ones_options(capsys):
