@@ -227,7 +227,7 @@ def load_model_config(
     if Path(path).is_dir() or path.endswith(".json"):
         file = Path(path) / "config.json" if Path(path).is_dir() else Path(path)
         if not file.is_file():
-            raise ConfigError([f"expected an existing file, got {file}"], path)
+            raise ConfigError([f"expected a config, got none at {file}; try a YAML file"], path)
         values = read_json(file, unique=True)
         if values.get("model_type") == HybridConfig.model_type:
             return HybridConfig(**yaml.apply_overrides(values, overrides))

@@ -85,9 +85,11 @@ def read(path: str | Path) -> dict[str, Any]:
     """
     path = Path(path)
     if not path.is_file():
-        near = sorted(p.name for p in path.parent.glob("*.y*ml")) if path.parent.is_dir() else []
-        there = f"; {path.parent} holds {', '.join(near)}" if near else ""
-        raise ConfigError([f"expected an existing file{there}, got none"], str(path))
+        folder = path if path.is_dir() else path.parent
+        near = sorted(p.name for p in folder.glob("*.y*ml")) if folder.is_dir() else []
+        there = f"; {folder} holds {', '.join(near)}" if near else ""
+        got = "a folder" if path.is_dir() else "none"
+        raise ConfigError([f"expected an existing file{there}, got {got}"], str(path))
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

@@ -21,7 +21,8 @@ from transformers.masking_utils import (
 from transformers.utils.generic import can_return_tuple
 
 from hybrid.config.hybrid_config import HybridConfig
-from hybrid.config.spec import LOCAL
+from hybrid.config.spec import FULL, LOCAL
+from hybrid.mixers import Mixer
 from hybrid.modeling.converters import get_converter
 from hybrid.modeling.mtp import MultiTokenPrediction
 from hybrid.modeling.outputs import HybridOutput
@@ -88,6 +89,23 @@ class HybridForCausalLM(Objective, HybridPreTrainedModel, GenerationMixin):
         if CACHE in inputs:
             inputs["past_key_values"] = inputs.pop(CACHE)
         return inputs
+
+    def _get_static_cache_init_shape(self) -> tuple[Any, Any] | None:
+        """Extend transformers' method: None where its one shape is not that of all keys and values.
+
+        transformers then creates the keys and values of each layer on first use.
+        """
+        shape = super()._get_static_cache_init_shape()
+        plain = {i for i, kind in enumerate(self.config.layer_types) if kind == FULL}
+        held = {
+            (spec.heads, spec.dim)
+            for i, layer in enumerate(self.model.layers)
+            if i in plain
+            for mixer in layer.mixer.modules()
+            if isinstance(mixer, Mixer)
+            for spec in mixer.tokens().values()
+        }
+        return shape if held <= {shape} else None
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
         """Extend transformers' method: check that all layers fit its paged cache.

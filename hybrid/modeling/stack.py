@@ -45,6 +45,7 @@ from hybrid.nn.cache import is_empty, is_paged, past_length
 from hybrid.nn.input_checks import (
     check_cache,
     check_masks,
+    check_room,
     check_tokens,
     explain_index,
 )
@@ -148,6 +149,7 @@ class HybridModel(HybridPreTrainedModel):
         check_cache(past, self.config.layer_types)
         x = self._embed(input_ids) if inputs_embeds is None else inputs_embeds
         batch, time = x.shape[:2]
+        check_room(past, past_length(past), time)
         given_cache = past
         if not losses_follow and self.training and torch.is_grad_enabled():
             warn_of_skipped_losses(self.own_losses)

@@ -44,7 +44,10 @@ def check_tokens(ids: Any, embeddings: Any, width: int) -> None:
     if not fits or 0 in x.shape[:2]:
         name = "input_ids" if embeddings is None else "inputs_embeds"
         shape = tuple(x.shape)
-        raise ValueError(f"{name}: expected {expected} with at least one token, got {shape}")
+        raise ValueError(
+            f"{name}: expected {expected} with at least one token, got {shape}; try"
+            " leaving out empty batches, or a prompt with a first token such as bos_token_id"
+        )
 
 
 def check_cache(cache: Any, layer_types: Sequence[str]) -> None:
@@ -77,6 +80,31 @@ def check_cache(cache: Any, layer_types: Sequence[str]) -> None:
                 f"cache.layers[{number}]: expected one for {expected}, got one for {actual}, as of"
                 " another layout; try DynamicCache(config=model.config)"
             )
+
+
+def check_room(cache: Any, past: int | torch.Tensor, time: int) -> None:
+    """Check that a cache of fixed length has room for the next tokens.
+
+    Not checked in a compiled forward, nor where reading the length would synchronise the device.
+
+    Args:
+        cache: transformers cache, or None.
+        past: number of tokens in the cache.
+        time: number of tokens to come.
+
+    Raises:
+        ValueError: there are more tokens than columns of keys.
+    """
+    if torch.compiler.is_compiling() or (isinstance(past, torch.Tensor) and past.is_cuda):
+        return
+    layers = () if cache is None else cache.layers
+    limits = (x.max_cache_len for x in layers if hasattr(x, "max_cache_len") and not x.is_sliding)
+    limit = next(limits, None)
+    if limit is not None and int(past) + time > limit:
+        raise ValueError(
+            f"cache: expected at most {limit} tokens in a static cache, got {int(past)} + {time}; try a"
+            " larger max_cache_len, or DynamicCache(config=model.config)"
+        )
 
 
 def check_masks(

@@ -277,7 +277,8 @@ def check_mask(mask: Any, batch: int, time: int, past: int | torch.Tensor | None
         known = f"{time}" if not past else f"{int(past)} + {time}"
         raise ValueError(
             f"attention_mask: expected a column for each token of the cache and of the input,"
-            f" ({batch}, {known}), got {tuple(mask.shape)}"
+            f" ({batch}, {known}), got {tuple(mask.shape)}; try 1 at tokens and 0 at padding, and"
+            " position_ids that restart for documents"
         )
     if mask.is_floating_point() and not bool(((mask == 0) | (mask == 1)).all()):
         raise ValueError(
@@ -305,7 +306,10 @@ def check_positions(position_ids: torch.Tensor | None, batch: int, time: int) ->
     check_integers("position_ids", position_ids)
     shape = tuple(position_ids.shape)
     if len(shape) != 2 or shape[0] not in (1, batch) or shape[1] != time:
-        raise ValueError(f"position_ids: expected ({batch} or 1, {time}), got {shape}")
+        raise ValueError(
+            f"position_ids: expected ({batch} or 1, {time}), got {shape}; try"
+            " torch.arange(T)[None], or none"
+        )
 
 
 def _boundaries(lengths: torch.Tensor) -> torch.Tensor:

@@ -111,6 +111,7 @@ class Generator:
         except ConfigError as error:
             if tokenizer is not None or (Path(source) / "tokenizer.json").exists():
                 raise  # there is one, which cannot be used
+            _check_is_folder(source)
             line = "expected a tokenizer in the checkpoint, got none; try --tokenizer bytes"
             raise ValueError(f"{source}: {line}") from error
         try:
@@ -310,3 +311,14 @@ def _dtype(name: str | None) -> torch.dtype | str:
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise ValueError(f"--dtype: expected float32, bfloat16 or float16, got {name!r}")
     return dtype
+
+
+def _check_is_folder(source: str) -> None:
+    """Raise ValueError for a path, rather than the name of a repository, that is no folder."""
+    path = Path(source)
+    if not path.is_dir() and (path.exists() or path.is_absolute() or source.startswith(".")):
+        got = "a file" if path.exists() else "none"
+        raise ValueError(
+            f"{source}: expected the folder of a checkpoint, got {got}; try the folder that holds"
+            " config.json"
+        )

@@ -152,6 +152,30 @@ def test_other_caches_change_nothing(model, ids, implementation):
     assert torch.equal(found, generate(model, prompt, attention_mask=mask))
 
 
+LATENT = {"type": "multi_head_latent_attention", "num_heads": 2, "latent_dim": 12, "head_dim": 6,
+          "rope_dim": 4}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "mixers",
+    [
+        {"Q": LATENT, "S": LATENT},
+        {"Q": LATENT, "S": {"num_heads": 2}},
+        {
+            "Q": {"type": "softmax_attention", "num_heads": 4},
+            "S": {"num_heads": 4, "num_kv_heads": 2},
+        },
+        {"Q": {"num_heads": 2, "type": "lightning_attention"}, "S": {"num_heads": 2}},
+    ],
+    ids=["latent", "latent-softmax", "unequal heads", "one shape"],
+)
+def test_a_static_cache_filled_in_chunks_has_the_shape_of_each_layer(build, ids, mixers):
+    """transformers creates all keys and values before the first chunk, by one shape."""
+    model, prompt = build(layout="QS", mixers=mixers, pad_token_id=0), ids(2, 9)
+    static = {"cache_implementation": "static", "disable_compile": True, "prefill_chunk_size": 4}
+    assert torch.equal(generate(model, prompt, **static), by_hand(model, prompt))
+
+
 def test_a_static_cache_is_filled_in_place(model, ids):
     prompt = ids(2, 9)
     out = model.generate(
@@ -165,6 +189,22 @@ def test_a_static_cache_is_filled_in_place(model, ids):
     )
     assert isinstance(out.past_key_values, StaticCache)
     assert len(out.past_key_values.layers) == len(model.config.layers)
+
+
+@pytest.mark.parametrize("pieces", [[9], [7, 1, 1], [4, 5]])
+def test_a_full_static_cache_is_refused(model, layout, ids, pieces):
+    cache, places = (
+        StaticCache(config=model.config, max_cache_len=8),
+        ids(2, 9).split(pieces, dim=1),
+    )
+    with torch.no_grad():
+        for piece in places[:-1]:
+            model(piece, past_key_values=cache)
+        if layout == "LL":
+            model(places[-1], past_key_values=cache)  # states have no limit
+            return
+        with pytest.raises(ValueError, match=r"cache: expected at most 8 tokens .* try a larger"):
+            model(places[-1], past_key_values=cache)
 
 
 def test_generation_goes_on_from_a_returned_cache(model, ids):

@@ -43,11 +43,11 @@ PLACES = torch.arange(T).expand(B, T)
         ({"cu_seq_lens_q": [0, 8, 16]}, "cu_seq_lens_q: .* got list"),
         ({"seq_idx": torch.zeros(B, T)}, "seq_idx: .* got torch.float32"),
         ({"position_ids": PLACES.float()}, "position_ids: .* got torch.float32"),
-        ({"position_ids": PLACES[None]}, "position_ids: expected"),
+        ({"position_ids": PLACES[None]}, "position_ids: expected .*; try"),
         ({"input_ids": ONES.float()}, "input_ids: .* got torch.float32"),
         ({"input_ids": ONES[0]}, r"input_ids: expected \(B, T\) .* got \(8,\)"),
         ({"input_ids": ONES.tolist()}, "input_ids: .* got list"),
-        ({"input_ids": ONES[:0]}, r"input_ids: .* at least one token, got \(0, 8\)"),
+        ({"input_ids": ONES[:0]}, r"input_ids: .* at least one token, got \(0, 8\); try"),
         ({"input_ids": ONES[:, :0]}, r"input_ids: .* at least one token, got \(2, 0\)"),
         (
             {"input_ids": None, "inputs_embeds": torch.ones(B, T, 16)},

@@ -139,3 +139,10 @@ def test_a_run_that_has_not_ended_is_read_from_its_newest_checkpoint(folder, tmp
     output = capsys.readouterr()
     assert (found, output.out) == expected
     assert "the run has not ended; reading checkpoint-10" in output.err
+
+
+@pytest.mark.parametrize(("name", "got"), [("nowhere", "none"), ("file", "a file")])
+def test_a_path_that_is_no_folder_is_named(tmp_path, capsys, name, got):
+    (tmp_path / "file").write_text("{}")
+    assert main(["generate", str(tmp_path / name), "abc"]) == 2
+    assert f"{name}: expected the folder of a checkpoint, got {got}" in capsys.readouterr().err
