@@ -136,7 +136,7 @@ def find(name: str) -> Task:
 # options that are counts of at least one; other integers may be zero
 _POSITIVE = frozenset(
     {"n", "batch_size", "pairs", "queries", "needles", "length", "lengths", "repeats", "steps"}
-    | {"sequence_length", "context", "inputs"}
+    | {"sequence_length", "context", "inputs", "reads"}
 )
 # options of text tasks, which pass them on
 _OPTION_TYPES: dict[str, Any] = {

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerFast
 
 from hybrid_eval.corpus import Corpus, Document, stdlib_documents
 from hybrid_eval.text.counter import Counter
-from hybrid_eval.text.evaluate import evaluate_text, forced_row
+from hybrid_eval.text.evaluate import evaluate_text, forced_row, read_again
 from hybrid_eval.text.fill import alike, fill
 from hybrid_eval.text.latent import LANDMARKS
 from hybrid_eval.text.matching import string_match
@@ -308,6 +308,21 @@ def test_forced_scoring_asks_for_the_whole_answer(tokenizer, rule_model):
         n=2,
     )
     assert wrong["accuracy"] == 0.0
+
+
+def test_a_prompt_is_read_twice(tokenizer, rule_model):
+    made = one("niah_grid", tokenizer, 600, depth=0.5)
+    again = read_again(made, 2, tokenizer)
+    assert again.text == f"{made.text}\n\n{made.text}"
+    assert again.outputs == made.outputs
+    assert again.answer == made.answer
+    assert again.prompt_tokens == len(prompt_ids(tokenizer, again.text))
+    arguments = {"task": "niah_grid", "tokenizer": tokenizer, "lengths": [600], "depths": [0.5]}
+    model = rule_model(lambda ids: 5, vocab_size=len(tokenizer))
+    once, twice = (evaluate_text(model, reads=reads, n=1, **arguments) for reads in (1, 2))
+    assert twice["tokens"]["max"] > 1.9 * once["tokens"]["max"]
+    with pytest.raises(ValueError, match="reads: expected 1 with a chat template, got 2"):
+        evaluate_text(model, reads=2, chat=True, n=1, **arguments)
 
 
 def test_every_name_is_a_task():

@@ -1,6 +1,7 @@
 """Score natural-language tasks: teacher-forced in one forward, or by greedy generation."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
@@ -32,6 +33,13 @@ def forced_row(sample: TextSample, tokenizer: Encoder) -> dict[str, np.ndarray]:
     labels = ids.copy()
     labels[:start] = IGNORE
     return {"input_ids": ids, "labels": labels}
+
+
+def read_again(sample: TextSample, reads: int, tokenizer: Encoder) -> TextSample:
+    """Return a sample whose prompt is given several times, each with the question."""
+    prompt = "\n\n".join([*[sample.text] * (reads - 1), sample.prompt])
+    again = replace(sample, prompt=prompt, details=sample.details | {"reads": reads})
+    return replace(again, prompt_tokens=len(prompt_ids(tokenizer, again.text)))
 
 
 @torch.inference_mode()
@@ -169,6 +177,7 @@ def evaluate_text(
     n: int = 20,
     mode: Mode | None = None,
     chat: bool | str = False,
+    reads: int = 1,
     material: Material | None = None,
     seed: int = 0,
     batch_size: int | None = None,
@@ -190,6 +199,9 @@ def evaluate_text(
             exactly it, its parts in one order and joined by commas, and nll its negative
             log-likelihood in nats. None is "generate" for RULER's tasks and "forced" for grids.
         chat: put each prompt into the tokenizer's chat template, or into RULER's of that name.
+        reads: how often the model reads the prompt, question included; 2 is just-read-twice (arXiv
+            2407.05483). The samples are those of one read, so a prompt has about ``reads`` times
+            ``lengths`` tokens; results have the true counts.
         material: texts and questions of the user.
         seed: of the samples.
         batch_size: rows per forward; None chooses.
@@ -206,6 +218,8 @@ def evaluate_text(
             take.
     """
     check_length(model, max(lengths), allow_longer=allow_longer)
+    if reads > 1 and chat:
+        raise ValueError(f"reads: expected 1 with a chat template, got {reads}; try chat=False")
     if mode is None:
         mode = "generate" if generates(task) else "forced"
     made = samples(
@@ -219,6 +233,8 @@ def evaluate_text(
         chat=chat,
         **options,
     )
+    if reads > 1:
+        made = [read_again(sample, reads, tokenizer) for sample in made]
     measured = measure(
         model,
         made,
