@@ -14,6 +14,7 @@ from typing import Any
 
 from hybrid.files import read_json
 
+MANIFEST = "manifest.json"  # of a checkpoint, written last
 CHAT_TEMPLATES = "additional_chat_templates"
 # Files that transformers and PEFT read as JSON objects, beside the indexes of weights.
 OBJECTS = (
@@ -68,9 +69,10 @@ def check_folder(folder: str | Path, _seen: frozenset[Path] = frozenset()) -> No
     and in ``auto_map``, and also the folder of an adapter's base model.
 
     Raises:
-        ValueError: the first such link, name or file.
+        ValueError: the first such link, name or file; or the folder of a run that is not finished.
     """
     folder = Path(folder)
+    refuse_unfinished(folder)
     for path in sorted(folder.iterdir()):
         if path.is_symlink() and (path.name == CHAT_TEMPLATES or not path.is_dir()):
             inside(folder, path.name)
@@ -84,6 +86,32 @@ def check_folder(folder: str | Path, _seen: frozenset[Path] = frozenset()) -> No
     seen = _seen | {folder.resolve()}
     if isinstance(base, str) and _is_dir(base) and Path(base).resolve() not in seen:
         check_folder(base, seen)
+
+
+def newest_checkpoint(folder: str | Path) -> Path | None:
+    """Return the newest checkpoint of a run that is not finished; None for any other folder.
+
+    Complete checkpoints, which have a manifest, come before others.
+    """
+    folder = Path(folder)
+    if (folder / "config.json").exists():
+        return None
+    found = [
+        (path.with_name(MANIFEST).is_file(), int(path.parent.name.rpartition("-")[2]), path.parent)
+        for path in folder.glob("checkpoint-*/config.json")
+        if path.parent.name.rpartition("-")[2].isdecimal()
+    ]
+    return max(found)[2] if found else None
+
+
+def refuse_unfinished(folder: str | Path) -> None:
+    """Refuse the folder of a run that is not finished, which has checkpoints but no model.
+
+    Raises:
+        ValueError: names the newest checkpoint.
+    """
+    if newest := newest_checkpoint(folder):
+        raise ValueError(f"{folder}: not finished; try {newest}, or run the training again")
 
 
 def check_objects(folder: Path) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from hybrid.checkpoint_paths import refuse_unfinished
 from hybrid.config.hybrid_config import HybridConfig
 from hybrid.config.options import ConfigError, did_you_mean
 from hybrid.ffn import FeedForward
@@ -227,6 +228,7 @@ def load_model_config(
     if Path(path).is_dir() or path.endswith(".json"):
         file = Path(path) / "config.json" if Path(path).is_dir() else Path(path)
         if not file.is_file():
+            refuse_unfinished(file.parent)
             raise ConfigError([f"expected a config, got none at {file}; try a YAML file"], path)
         values = read_json(file, unique=True)
         if values.get("model_type") == HybridConfig.model_type:

@@ -81,6 +81,14 @@ def check_folder(path: Path, trust_remote_code: bool) -> None:
     """
     check_paths(path)
     if not (path / "config.json").is_file():
+        steps = [
+            int(p.parent.name[11:])
+            for p in path.glob("checkpoint-*/config.json")
+            if p.parent.name[11:].isdecimal()
+        ]
+        if steps:
+            newest = path / f"checkpoint-{max(steps)}"
+            raise ValueError(f"{path}: not finished; try {newest}, or run the training again")
         found = ", ".join(sorted(p.name for p in path.iterdir())[:8]) or "nothing"
         raise ValueError(f"{path} is not a checkpoint: no config.json in it (found: {found})")
     weights = [*path.glob("*.safetensors"), *path.glob("*.bin")]

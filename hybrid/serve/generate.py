@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, TextStreamer, set_seed
 from transformers.utils import logging
 
-from hybrid.checkpoint_paths import check_weights
+from hybrid.checkpoint_paths import check_weights, newest_checkpoint
 from hybrid.config.options import ConfigError
 from hybrid.tokenizer import load_tokenizer
 
@@ -125,6 +125,7 @@ class Generator:
             raise ValueError(
                 f"--tokenizer: {wanted}, got {len(self.tokenizer)}; try the tokenizer of the model"
             )
+        _warn_of_unknown_ids(rows, len(self.tokenizer))
 
     @property
     def has_template(self) -> bool:
@@ -275,16 +276,21 @@ def _write(text: str) -> None:
     print(text, end="", flush=True)
 
 
+def _warn_of_unknown_ids(rows: int, tokens: int) -> None:
+    """Warn if the model has many more ids than the tokenizer; a few rows are padding."""
+    if rows - tokens > max(128, tokens // 10):
+        print(
+            f"warning: the model has {rows:,} ids, the tokenizer {tokens:,}: text of the other ids"
+            " is empty; try the tokenizer that the model was trained with",
+            file=sys.stderr,
+        )
+
+
 def _newest_checkpoint(source: str) -> str:
-    """Return the folder of a model; for a run that has not ended, that of its newest checkpoint."""
-    steps = {
-        int(path.parent.name.rpartition("-")[2]): path.parent
-        for path in Path(source).glob("checkpoint-*/config.json")
-        if path.parent.name.rpartition("-")[2].isdecimal()
-    }
-    if not steps or (Path(source) / "config.json").exists():
+    """Return the folder of a model; for a run that is not finished, that of its newest checkpoint."""
+    newest = newest_checkpoint(source)
+    if newest is None:
         return source
-    newest = steps[max(steps)]
     print(f"{source}: the run has not ended; reading {newest.name}", file=sys.stderr)
     return str(newest)
 

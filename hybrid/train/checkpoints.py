@@ -20,11 +20,11 @@ from typing import Any
 from safetensors import SafetensorError
 from torch.distributed.checkpoint.api import CheckpointException
 
+from hybrid.checkpoint_paths import MANIFEST
 from hybrid.config.changes import changes
 from hybrid.config.options import ConfigError, first_few
 from hybrid.files import sync, sync_folder, write_json
 
-MANIFEST = "manifest.json"
 FORMAT = "hybrid-checkpoint-2"
 BLOCK = 1 << 22  # bytes read at a time
 

@@ -202,3 +202,36 @@ def test_a_hub_cache_with_a_link_that_leaves_the_repository(theirs, tmp_path, ch
     shutil.copy(theirs / checkpoint.INDEX, snapshot)
     with pytest.raises(ValueError, match=r"the checkpoint's folder, got '\.\./0a1b/.*leaves it"):
         checkpoint.Checkpoint(snapshot)
+
+
+UNFINISHED = {
+    "plan": ["plan", "{run}"],
+    "export": ["export", "{run}", "{out}"],
+    "parity": ["parity", "{run}", "--server", "vllm"],
+    "import": ["import", "{run}", "{out}"],
+    "eval": ["eval", "{run}", "--out", "{out}"],
+}
+
+
+@pytest.mark.parametrize("command", UNFINISHED)
+def test_a_run_that_is_not_finished_is_named_with_its_newest_checkpoint(tmp_path, capsys, command):
+    run = tmp_path / "run"
+    for step in (9, 38, 40):
+        (run / f"checkpoint-{step}").mkdir(parents=True)
+        if step != 40:  # being written
+            (run / f"checkpoint-{step}" / "config.json").write_text("{}")
+    words = [word.format(run=run, out=tmp_path / "out") for word in UNFINISHED[command]]
+    assert main(words) == 2
+    line = f"{run}: not finished; try {run / 'checkpoint-38'}, or run the training again"
+    assert line in capsys.readouterr().err
+
+
+def test_of_several_checkpoints_the_newest_complete_one_is_named(tmp_path):
+    for step in (9, 38):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "config.json").write_text("{}")
+    assert checkpoint_paths.newest_checkpoint(tmp_path).name == "checkpoint-38"
+    (tmp_path / "checkpoint-9" / "manifest.json").write_text("{}")
+    assert checkpoint_paths.newest_checkpoint(tmp_path).name == "checkpoint-9"
+    (tmp_path / "config.json").write_text("{}")
+    assert checkpoint_paths.newest_checkpoint(tmp_path) is None

@@ -146,3 +146,15 @@ def test_a_path_that_is_no_folder_is_named(tmp_path, capsys, name, got):
     (tmp_path / "file").write_text("{}")
     assert main(["generate", str(tmp_path / name), "abc"]) == 2
     assert f"{name}: expected the folder of a checkpoint, got {got}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("size", "warned"), [(264, False), (32000, True)])
+def test_a_tokenizer_much_smaller_than_the_vocabulary_is_named(tmp_path, capsys, size, warned):
+    config = hybrid.HybridConfig(
+        layout="L", hidden_size=16, vocab_size=size, mixers={"L": {"num_heads": 2}}
+    )
+    hybrid.HybridForCausalLM(config).save_pretrained(tmp_path / "model")
+    words = ["abc", "--tokenizer", "bytes", "--max-new-tokens", "2"]
+    assert main(["generate", str(tmp_path / "model"), *words]) == 0
+    line = "the model has 32,000 ids, the tokenizer 259"
+    assert (line in capsys.readouterr().err) == warned
