@@ -447,7 +447,7 @@ def _tokenizer(
     imports: Imports = None,
 ) -> None:
     """Compare tokenizers: tokens per word by language, and what a vocabulary costs."""
-    from hybrid.tokenizer_report import run_report
+    from hybrid.data.tokenizer_report import run_report
 
     run_report(names, text or (), model, out)
 

@@ -10,9 +10,9 @@ from transformers import PreTrainedTokenizerFast
 import hybrid
 from hybrid.cli import main
 from hybrid.config.options import ConfigError
+from hybrid.data.tokenizer_report import default_texts, measure, read_texts, vocabulary_costs
 from hybrid.plan import plan
 from hybrid.tokenizer import byte_tokenizer
-from hybrid.tokenizer_report import default_texts, measure, read_texts, vocabulary_costs
 
 
 def word_pieces(*pieces):
