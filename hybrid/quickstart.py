@@ -119,7 +119,11 @@ def _train_all(
     threads = max(1, (cores or 1) // at_once)
     env = {**os.environ, "OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
     with _bars() as bars, ThreadPoolExecutor(at_once) as pool:
-        lanes = {run.name: bars.add_task(run.name, total=None, note="waiting") for run in runs}
+        # not started: the time of a bar excludes that in the queue
+        lanes = {
+            run.name: bars.add_task(run.name, start=False, total=None, note="waiting")
+            for run in runs
+        }
 
         def one(run: Run) -> tuple[Run, Path, int]:
             own = [
@@ -131,8 +135,17 @@ def _train_all(
             bars.console.print(shown(command), highlight=False, soft_wrap=True)
             log = run.folder.with_name(run.folder.name + ".log")
             log.parent.mkdir(parents=True, exist_ok=True)
-            bars.update(lanes[run.name], note="starting")
+            bars.reset(lanes[run.name], start=True, total=None, note="starting")
+            piped = not bars.console.is_terminal  # the bars are printed at the end only
+            if piped:
+                print(f"train {run.name}: started", flush=True)
+            started = time.perf_counter()
             status = _follow(command, env, log, lambda **kw: bars.update(lanes[run.name], **kw))
+            bars.stop_task(lanes[run.name])
+            if piped:
+                end = "done" if status == 0 else f"failed, see {log}"
+                seconds = time.perf_counter() - started
+                print(f"train {run.name}: {end} in {seconds:.0f} s", flush=True)
             return run, log, status
 
         results = list(pool.map(one, runs))
@@ -210,8 +223,7 @@ def _print_end(out: Path, config: Path, runs: Sequence[Run], seconds: float) -> 
     first = runs[0].folder
     print(f"\n{seconds:.0f} s in all. Report: {out / 'report.html'}\n\nNext:")
     for command in (
-        f"accelerate launch -m hybrid.train {config} model.layout=LSLS"
-        f" training.output_dir={out / 'LSLS'}",
+        f"hybrid train {config} model.layout=LSLS training.output_dir={out / 'LSLS'}",
         f"hybrid eval {first} {out / 'LSLS'} --out {out / 'compare'}",
         f"hybrid plan {first} --context 128k",
     ):
