@@ -143,9 +143,9 @@ def _train_all(
             status = _follow(command, env, log, lambda **kw: bars.update(lanes[run.name], **kw))
             bars.stop_task(lanes[run.name])
             if piped:
-                end = "done" if status == 0 else f"failed, see {log}"
-                seconds = time.perf_counter() - started
-                print(f"train {run.name}: {end} in {seconds:.0f} s", flush=True)
+                seconds = f"{time.perf_counter() - started:.0f} s"
+                end = f"done in {seconds}" if status == 0 else f"failed after {seconds}, see {log}"
+                print(f"train {run.name}: {end}", flush=True)
             return run, log, status
 
         results = list(pool.map(one, runs))

@@ -1,11 +1,13 @@
 """The command line, as a user types it."""
 
+import importlib
 import json
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import transformers
@@ -231,6 +233,37 @@ def test_the_quickstart_config_is_found_from_anywhere(tmp_path, monkeypatch):
     assert find_config("quickstart.yaml").is_file()
     with pytest.raises(ValueError, match=r"nothing\.yaml"):
         find_config("nothing.yaml")
+
+
+def test_a_piped_quickstart_prints_a_line_at_both_ends_of_each_training(
+    tmp_path, monkeypatch, capsys
+):
+    """Three runs, one at a time: the times are those of the runs, without the queue."""
+    module = importlib.import_module("hybrid.quickstart")
+    clock, lines = [0.0], []
+
+    def read():
+        lines.extend(x for x in capsys.readouterr().out.splitlines() if x.startswith("train "))
+
+    def follow(command, env, log, update):
+        read()
+        assert lines[-1].endswith(": started")
+        clock[0] += 7
+        return 3 if "model.layout=LL" in command else 0
+
+    monkeypatch.setattr(module, "_follow", follow)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0}, raising=False)
+    monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    runs = module._runs(tmp_path, ["LS", "SS", "LL"], [0])
+    failed = module._train_all(Path("x.yaml"), runs, [])
+    read()
+    assert failed is not None
+    assert failed[0].name == "LL"
+    assert [x for x in lines if "started" not in x and " s" in x][:3] == [
+        "train LS: done in 7 s",
+        "train SS: done in 7 s",
+        f"train LL: failed after 7 s, see {tmp_path / 'LL.log'}",
+    ]
 
 
 @pytest.mark.slow
