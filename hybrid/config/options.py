@@ -59,16 +59,22 @@ class ConfigError(ValueError):
 
     Attributes:
         mistakes: one line for each, ``path.to.key: expected X, got Y; try Z``.
+        title: the file, or another place of the mistakes.
     """
 
     def __init__(self, mistakes: list[str], title: str = "the config") -> None:
         self.mistakes = list(mistakes)
+        self.title = title
         if len(mistakes) == 1:
             super().__init__(f"{title}: {mistakes[0]}")
             return
         # Lines with a caret keep their line breaks, indented.
         items = ["\n    ".join(self._item(line)) for line in mistakes]
         super().__init__("\n    ".join([f"{title} has {len(items)} mistakes:", *items]))
+
+    def named(self, file: str) -> ConfigError:
+        """Return the error with the name of the file, if it does not name a place yet."""
+        return ConfigError(self.mistakes, file) if self.title == "the config" else self
 
     @staticmethod
     def _item(mistake: str) -> list[str]:

@@ -86,8 +86,9 @@ def read(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     if not path.is_file():
         folder = path if path.is_dir() else path.parent
-        near = sorted(p.name for p in folder.glob("*.y*ml")) if folder.is_dir() else []
-        there = f"; {folder} holds {', '.join(near)}" if near else ""
+        files = folder.glob("*.y*ml") if folder.is_dir() else ()
+        near = sorted(p.name for p in files if not p.name.startswith("."))
+        there = f"; {folder} holds {', '.join(near)}" if near else "; try a file of configs/"
         got = "a folder" if path.is_dir() else "none"
         raise ConfigError([f"expected an existing file{there}, got {got}"], str(path))
     try:

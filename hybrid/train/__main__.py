@@ -46,7 +46,8 @@ def _main(arguments: Sequence[str] | None, first: bool) -> int:
         return failed(f"error: {error}")
     except (ConfigError, FloatingPointError) as error:
         # all processes of a machine raise the same error; another machine may read other files
-        return failed(f"error: {error}", silent=int(os.environ.get("LOCAL_RANK", "0")) > 0)
+        reason = error.named(parsed.config) if isinstance(error, ConfigError) else error
+        return failed(f"error: {reason}", silent=int(os.environ.get("LOCAL_RANK", "0")) > 0)
     if first and result.tokens:
         loss = f", loss {result.losses[-1][1]:.4f}" if result.losses else ""
         print(

@@ -266,6 +266,13 @@ def test_a_piped_quickstart_prints_a_line_at_both_ends_of_each_training(
     ]
 
 
+def test_hidden_files_are_not_offered_for_a_missing_config(tmp_path, capsys):
+    (tmp_path / ".pre-commit-config.yaml").write_text("{}")
+    assert main(["plan", str(tmp_path / "nothere.yaml")]) == 2
+    line = "nothere.yaml: expected an existing file; try a file of configs/, got none"
+    assert line in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_quickstart_end_to_end(tmp_path):
     """Two layouts, two steps: every part of the road, without the learning."""

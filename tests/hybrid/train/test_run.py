@@ -235,6 +235,14 @@ def test_the_number_of_steps_may_come_from_epochs(values):
         prepare_run(changed(values, num_train_epochs=2))
 
 
+def test_a_mistake_in_the_data_names_the_file(values, tmp_path, capsys):
+    values["data"] = [{"source": str(tmp_path / "none.jsonl")}]
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(values))
+    assert main([str(path)]) == 2
+    assert f"error: {path}: data[0]" in capsys.readouterr().err
+
+
 def test_a_run_starts_from_a_checkpoint_folder(values, tmp_path):
     run(changed(values, max_steps=2))
     start = {**values, "model": {"path": str(tmp_path / "out")}}
