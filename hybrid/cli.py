@@ -157,6 +157,9 @@ def _train(
     imports: Imports = None,
 ) -> int:
     """Train a model by a YAML file, through accelerate launch."""
+    from hybrid.config import yaml
+
+    yaml.apply_overrides(yaml.read(config), overrides or ())  # before the launcher, which is slow
     from hybrid.train.launch import launch, shown, training_command
 
     engine = ["--config_file", config_file] if config_file else []

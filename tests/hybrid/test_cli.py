@@ -266,6 +266,25 @@ def test_a_piped_quickstart_prints_a_line_at_both_ends_of_each_training(
     ]
 
 
+@pytest.mark.parametrize(
+    ("text", "words", "line"),
+    [
+        (None, [], "expected an existing file"),
+        ("a: [", [], "expected valid YAML"),
+        ("a: 1", ["a.b=1"], "a.b: expected a mapping"),
+    ],
+)
+def test_a_training_file_is_read_before_the_launcher_starts(
+    tmp_path, capsys, monkeypatch, text, words, line
+):
+    monkeypatch.setitem(sys.modules, "hybrid.train.launch", None)
+    path = tmp_path / "run.yaml"
+    if text is not None:
+        path.write_text(text)
+    assert main(["train", str(path), *words]) == 2
+    assert line in capsys.readouterr().err
+
+
 def test_hidden_files_are_not_offered_for_a_missing_config(tmp_path, capsys):
     (tmp_path / ".pre-commit-config.yaml").write_text("{}")
     assert main(["plan", str(tmp_path / "nothere.yaml")]) == 2
