@@ -68,7 +68,13 @@ def console(**options: Any) -> Console:
     """Return a ``rich`` console that prints names with brackets literally."""
     from rich.console import Console
 
-    return Console(markup=False, emoji=False, **options)
+    made = Console(markup=False, emoji=False, **options)
+    made.on_broken_pipe = _closed_pipe  # rich would exit with status 1; ``guarded`` decides
+    return made
+
+
+def _closed_pipe() -> None:
+    raise BrokenPipeError
 
 
 def text_column(text: str) -> Any:

@@ -290,6 +290,10 @@ def _report(results: dict[str, Any], arguments: argparse.Namespace, console: Con
     console.print(f"report: {path}", soft_wrap=True)
 
 
+def _closed_pipe() -> None:
+    raise BrokenPipeError
+
+
 def main(
     argv: Sequence[str] | None = None,
     *,
@@ -311,6 +315,7 @@ def main(
         parser.error("no model given")
     try:
         console = Console(markup=False, emoji=False, highlight=False)
+        console.on_broken_pipe = _closed_pipe  # rich would exit with status 1
         if arguments.list:
             _print_tasks(console)
         elif arguments.merge:
