@@ -20,7 +20,7 @@ from transformers.training_args import trainer_log_levels
 from transformers.utils.import_utils import is_liger_kernel_available
 
 from hybrid.config.options import ConfigError, did_you_mean
-from hybrid.data.mixture import Mixture, check_ids
+from hybrid.data.mixture import BLOCK, Mixture, check_ids
 from hybrid.data.rows import Rows
 from hybrid.data.sources import RowFormat, SourceConfig, open_source
 from hybrid.train.config import TrainConfig
@@ -30,6 +30,8 @@ from hybrid.train.timed_saves import KEPT, minutes_between_saves
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+EPOCHS = 100  # a source that a run repeats more often is named
 
 
 def training_arguments(config: TrainConfig) -> TrainingArguments:
@@ -309,3 +311,21 @@ def mixture(
         return Mixture(sources, [c.weight for c in configs], rows, seed, vocabulary)
     except ValueError as error:
         raise ConfigError([str(error)]) from error
+
+
+def scarce(rows: Mixture, configs: Sequence[SourceConfig], rows_per_step: int) -> list[str]:
+    """Return one line for each source that repeats within a step, or more than ``EPOCHS`` times."""
+    lines = []
+    for number, (source, count) in enumerate(zip(rows.sources, rows.counts, strict=True)):
+        if not source.per_epoch:
+            continue
+        drawn = len(rows) * count / BLOCK
+        in_step = rows_per_step * count / BLOCK
+        times = drawn / source.per_epoch
+        if times > EPOCHS or (times > 1 and in_step > source.per_epoch):
+            lines.append(
+                f"data[{number}] ({configs[number].source}): expected more than"
+                f" {source.per_epoch:,} row{'s' * (source.per_epoch > 1)} of text, which this run reads"
+                f" {times:,.0f} times; try more data or fewer steps"
+            )
+    return lines

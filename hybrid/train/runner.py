@@ -154,6 +154,9 @@ def prepare_run(
     build.epochs_as_steps(args, opened, rows_per_step)
     size = made.vocab_size
     rows = build.mixture(opened, config.data, args.max_steps * rows_per_step, data_seed, size)
+    if args.process_index == 0:
+        for line in build.scarce(rows, config.data, rows_per_step):
+            print(f"warning: {line}", file=sys.stderr)
     held = None
     if config.eval_data:
         apart = build.open_sources(

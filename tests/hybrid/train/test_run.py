@@ -243,6 +243,18 @@ def test_a_mistake_in_the_data_names_the_file(values, tmp_path, capsys):
     assert f"error: {path}: data[0]" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("lines", "times"), [(1, 24), (40, None)])
+def test_data_that_repeats_within_a_step_is_named(values, tmp_path, capsys, lines, times):
+    (tmp_path / "short.txt").write_text("A line of text of 32 characters.\n" * lines)
+    short = {"data": str(tmp_path / "short.txt"), "sequence_length": 64}
+    prepare_run(changed(values | short, max_steps=3, per_device_train_batch_size=4))  # 24 rows
+    warned = [line for line in capsys.readouterr().err.splitlines() if "short.txt" in line]
+    if times is None:
+        assert not warned
+    else:
+        assert f"1 row of text, which this run reads {times} times" in warned[0]
+
+
 def test_a_run_starts_from_a_checkpoint_folder(values, tmp_path):
     run(changed(values, max_steps=2))
     start = {**values, "model": {"path": str(tmp_path / "out")}}
@@ -579,11 +591,14 @@ def test_a_disk_that_is_full_under_another_process_is_said_by_that(monkeypatch, 
 
 def test_a_disk_that_is_full_at_the_end_is_said_too(values, tmp_path, monkeypatch):
     run(changed(values, max_steps=3))
+    result = tmp_path / "out" / "train_result.json"
+    earlier = json.dumps({"steps": 2})  # of a run that was to end before
+    result.write_text(earlier)
     monkeypatch.setattr(os, "fsync", failing)
     with pytest.raises(CheckpointError, match=r"cannot write .*out \(.*No space left"):
         run(changed(values, max_steps=3))
     monkeypatch.undo()
-    assert json.loads((tmp_path / "out" / "train_result.json").read_text())["steps"] == 3
+    assert result.read_text() == earlier
 
 
 def failing(*args, **kwargs):
