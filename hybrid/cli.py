@@ -95,6 +95,20 @@ def _import_user_code(context: typer.Context, names: list[str] | None) -> list[s
     return names or []
 
 
+def _check_file(config: str, overrides: Sequence[str] = ()) -> None:
+    """Read a YAML file and apply overrides, before imports and launchers that take seconds."""
+    from hybrid.config import yaml
+
+    yaml.apply_overrides(yaml.read(config), overrides)
+
+
+def _check_new(out: str) -> None:
+    """Check that a folder to write is new or empty, before imports that take seconds."""
+    from hybrid.files import check_new_folder
+
+    check_new_folder(out)
+
+
 def _argument(metavar: str, help: str) -> Any:
     """A positional argument with its name in the help."""
     return typer.Argument(metavar=metavar, help=help)
@@ -157,9 +171,7 @@ def _train(
     imports: Imports = None,
 ) -> int:
     """Train a model by a YAML file, through accelerate launch."""
-    from hybrid.config import yaml
-
-    yaml.apply_overrides(yaml.read(config), overrides or ())  # before the launcher, which is slow
+    _check_file(config, overrides or ())
     from hybrid.train.launch import launch, shown, training_command
 
     engine = ["--config_file", config_file] if config_file else []
@@ -177,6 +189,7 @@ def _ablate(
     imports: Imports = None,
 ) -> int:
     """Train a baseline and changes to it, and say what is noise; status 1 if a prediction fails."""
+    _check_file(config)
     from hybrid.ablate.command import run_ablation
 
     return run_ablation(config, overrides or (), dry_run=dry_run, config_file=config_file)
@@ -289,6 +302,7 @@ def _import(
     imports: Imports = None,
 ) -> None:
     """Convert a published checkpoint into a layout."""
+    _check_new(out)
     from hybrid.convert import import_published
 
     with _writing(out):
@@ -326,10 +340,12 @@ def _export(
     imports: Imports = None,
 ) -> None:
     """Write a model as a published architecture's checkpoint."""
-    from hybrid.convert import export, export_gguf
-
     if out is None and gguf is None:
         raise ValueError("export: name the folder to write, OUT, or a GGUF file with --gguf")
+    if out is not None:
+        _check_new(out)
+    from hybrid.convert import export, export_gguf
+
     with _writing(out or gguf):
         if gguf is None:
             assert out is not None
@@ -416,6 +432,7 @@ def _distill(
     imports: Imports = None,
 ) -> None:
     """Teach a model with another layout what the original does."""
+    _check_file(config)
     from hybrid.distill.command import run_distillation
 
     run_distillation(config, overrides or ())
@@ -428,6 +445,7 @@ def _search(
     imports: Imports = None,
 ) -> None:
     """Find the softmax layers that should stay: layouts on the frontier, with their commands."""
+    _check_file(config)
     from hybrid.search.command import run_search
 
     run_search(config, overrides or ())

@@ -19,6 +19,17 @@ import numpy as np
 UNFINISHED = ".unfinished"
 
 
+def check_new_folder(out: str | Path) -> None:
+    """Check that a folder does not exist yet, or is empty.
+
+    Raises:
+        ValueError: it exists and has files, or is a file.
+    """
+    out = Path(out)
+    if any(out.iterdir()) if out.is_dir() else os.path.lexists(out):
+        raise ValueError(f"{out}: exists already; name a folder that does not, or an empty one")
+
+
 @contextmanager
 def replacing(path: str | Path) -> Iterator[BinaryIO]:
     """Open a file for writing that replaces ``path`` if the block ends without an error.

@@ -88,9 +88,9 @@ def read(path: str | Path) -> dict[str, Any]:
         folder = path if path.is_dir() else path.parent
         files = folder.glob("*.y*ml") if folder.is_dir() else ()
         near = sorted(p.name for p in files if not p.name.startswith("."))
-        there = f"; {folder} holds {', '.join(near)}" if near else "; try a file of configs/"
+        there = f"; try one of {folder}: {', '.join(near)}" if near else "; try a file of configs/"
         got = "a folder" if path.is_dir() else "none"
-        raise ConfigError([f"expected an existing file{there}, got {got}"], str(path))
+        raise ConfigError([f"expected an existing file, got {got}{there}"], str(path))
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

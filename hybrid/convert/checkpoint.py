@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 import re
 import shutil
 import tempfile
@@ -20,7 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from hybrid.checkpoint_paths import inside
-from hybrid.files import read_json, sync, sync_folder, write_json
+from hybrid.files import check_new_folder, read_json, sync, sync_folder, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -233,9 +232,8 @@ def new_folder(out: str | Path) -> Iterator[Path]:
     """
     out = Path(out)
     try:
+        check_new_folder(out)
         present = out.is_dir()
-        if any(out.iterdir()) if present else os.path.lexists(out):
-            raise ValueError(f"{out}: exists already; name a folder that does not, or an empty one")
         out.parent.mkdir(parents=True, exist_ok=True)
         place = out if present else out.parent
         made = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=place))

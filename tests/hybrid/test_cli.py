@@ -285,10 +285,32 @@ def test_a_training_file_is_read_before_the_launcher_starts(
     assert line in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("command", "module"),
+    [
+        ("ablate", "hybrid.ablate.command"),
+        ("distill", "hybrid.distill.command"),
+        ("search", "hybrid.search.command"),
+    ],
+)
+def test_a_config_is_read_before_slow_imports(tmp_path, capsys, monkeypatch, command, module):
+    monkeypatch.setitem(sys.modules, module, None)
+    assert main([command, str(tmp_path / "none.yaml")]) == 2
+    assert "none.yaml: expected an existing file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["import", "export"])
+def test_a_folder_to_write_is_checked_before_slow_imports(tmp_path, capsys, monkeypatch, command):
+    monkeypatch.setitem(sys.modules, "hybrid.convert", None)
+    (tmp_path / "file").touch()
+    assert main([command, "somewhere", str(tmp_path)]) == 2
+    assert "exists already" in capsys.readouterr().err
+
+
 def test_hidden_files_are_not_offered_for_a_missing_config(tmp_path, capsys):
     (tmp_path / ".pre-commit-config.yaml").write_text("{}")
     assert main(["plan", str(tmp_path / "nothere.yaml")]) == 2
-    line = "nothere.yaml: expected an existing file; try a file of configs/, got none"
+    line = "nothere.yaml: expected an existing file, got none; try a file of configs/"
     assert line in capsys.readouterr().err
 
 

@@ -184,9 +184,13 @@ def test_yaml_numbers_and_keys_given_twice():
 
 
 def test_a_config_file_that_is_not_there(path):
-    with pytest.raises(ConfigError, match=r"expected an existing file; .* holds small.yaml"):
+    with pytest.raises(
+        ConfigError, match=r"expected an existing file, got none; try one of .*: small.yaml"
+    ):
         load_config(path.with_name("samll.yaml"))
-    with pytest.raises(ConfigError, match=r"existing file; .* holds small.yaml, got a folder"):
+    with pytest.raises(
+        ConfigError, match=r"existing file, got a folder; try one of .*: small.yaml"
+    ):
         load_config(path.parent)
     path.write_bytes(b"model: \xff")
     with pytest.raises(ConfigError, match="expected a text file, got"):
