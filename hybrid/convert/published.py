@@ -301,6 +301,22 @@ def rounded_scale(values: Words) -> list[str]:
     return [] if rounded == scale else [f"embedding scale: {scale}; mlx-lm takes {rounded}"]
 
 
+def own_query_scale(values: Words) -> list[str]:
+    """Warn of the scale of the queries (Gemma 3), which llama.cpp takes from the width of a head."""
+    scale = values["query_pre_attn_scalar"]
+    if scale == values["head_dim"]:
+        return []
+    return [f"query_pre_attn_scalar: {scale}; llama.cpp takes head_dim, {values['head_dim']}"]
+
+
+def one_epsilon(values: Words) -> list[str]:
+    """Warn of the epsilon of the inner norms (Falcon-Mamba), which llama.cpp does not read."""
+    inner, outer = values["mixer_rms_eps"], values["layer_norm_epsilon"]
+    if inner == outer:
+        return []
+    return [f"mixer_rms_eps: {inner}; llama.cpp takes layer_norm_epsilon, {outer}"]
+
+
 def own_factor(values: Words) -> list[str]:
     """Warn of an attention factor of YaRN, which mlx-lm computes from the other keys."""
     parameters = values.get("rope_parameters") or {}

@@ -58,7 +58,9 @@ GEMMA3 = r.register_family(
     r.Family(
         name="gemma3_text",
         architecture="Gemma3ForCausalLM",
-        limits=published.all_of(published.irregular, published.rounded_scale),
+        limits=published.all_of(
+            published.irregular, published.rounded_scale, published.own_query_scale
+        ),
         published=published.sliding_pattern,
         letters=LETTERS,
         config=(

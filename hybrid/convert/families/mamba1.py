@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from hybrid.convert import published
 from hybrid.convert import rules as r
 
 THEIRS = "backbone.layers.{i}."
@@ -95,6 +96,7 @@ FALCON_MAMBA = r.register_family(
     r.Family(
         name="falcon_mamba",
         architecture="FalconMambaForCausalLM",
+        limits=published.one_epsilon,
         letters={"m": "mamba"},
         aliases={"falcon_mamba": _by_width},
         config=(

@@ -287,7 +287,7 @@ WARNED = {
                   "layer_types: a softmax layer does not end every group"),
     # of a size whose root bfloat16 holds
     "irregular window": ("gemma3_text", {"layer_types": ["full_attention"] + ["sliding_attention"] * 3,
-                                         "hidden_size": 64},
+                                         "hidden_size": 64, "query_pre_attn_scalar": 8},
                          "layer_types: a softmax layer does not end every group"),
     "clamped": ("granitemoehybrid-dense", {"time_step_limit": (0.01, 0.5)},
                 r"time_step_limit: time steps are clamped to \[0.01, 0.5\]; vLLM, mlx-lm"),
@@ -378,12 +378,24 @@ def test_recurrent_gemma_as_mlx_lm_has_it():
         ("multiplied", {"key_multiplier": 1.0, "attention_in_multiplier": 1.0}, None),
         ("rounded_scale", {"hidden_size": 24}, "embedding scale: 4.89"),
         ("rounded_scale", {"hidden_size": 256}, None),
+        (
+            "own_query_scale",
+            {"query_pre_attn_scalar": 7, "head_dim": 10},
+            "query_pre_attn_scalar: 7; llama.cpp takes head_dim, 10",
+        ),
+        ("own_query_scale", {"query_pre_attn_scalar": 256, "head_dim": 256}, None),
+        (
+            "one_epsilon",
+            {"mixer_rms_eps": 1e-6, "layer_norm_epsilon": 1e-5},
+            "mixer_rms_eps: 1e-06; llama.cpp takes layer_norm_epsilon, 1e-05",
+        ),
+        ("one_epsilon", {"mixer_rms_eps": 1e-5, "layer_norm_epsilon": 1e-5}, None),
         ("own_factor", {"rope_parameters": {"full_attention": {"attention_factor": 1.2}}},
          "attention_factor: 1.2; mlx-lm computes it"),
         ("own_factor", {"rope_parameters": {"rope_theta": 1e4}}, None),
     ],
 )  # fmt: skip
-def test_what_mlx_lm_computes_otherwise(limit, values, message):
+def test_what_servers_compute_otherwise(limit, values, message):
     lines = getattr(published, limit)(values)
     assert len(lines) == (message is not None)
     assert not lines or lines[0].startswith(message)
