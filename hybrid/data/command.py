@@ -29,6 +29,10 @@ def run_preparation(source: str, out: str, **options: Any) -> None:
             index = prepare(source, out, progress=progress, **options)
     except ConfigError as error:
         raise ValueError("; ".join(error.mistakes)) from error
+    except (FileExistsError, NotADirectoryError) as error:
+        raise ValueError(
+            f"{out}: expected a folder to write, got a file; try another name"
+        ) from error
     except OSError as error:
         raise ValueError(
             f"cannot write {out} ({error}); free space and run the same command again"

@@ -327,7 +327,7 @@ def test_quickstart_end_to_end(tmp_path):
     ]
     done = subprocess.run([*command, *options], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert "accelerate launch -m hybrid.train" in done.stdout
+    assert re.search(r"^ *hybrid train .*model.layout=LSLS", done.stdout, re.MULTILINE)
     assert "Report:" in done.stdout
     assert "recall: LS above L2 at" in done.stdout
     for name in ("LS", "L2"):

@@ -61,7 +61,7 @@ def test_exports_have_positions_in_the_words_of_the_published_file(path):
     [
         ({}, "here/config.json: no model_type, so the family is unknown"),
         ({"model_type": "qwen3_5"}, "here/config.json: qwen3_5 without its text_config"),
-        ({"model_type": "minimax_text_01"}, "attn_type_list: expected 0 .* or 1 .*, found None"),
+        ({"model_type": "minimax_text_01"}, "attn_type_list: expected 0 .* or 1 .*, got None"),
         ({"model_type": "minimax_m1", "attn_type_list": [0, 2]}, r"attn_type_list: .* \[0, 2\]"),
     ],
 )

@@ -219,7 +219,7 @@ def test_prepared_data_trains_as_its_source_does(tmp_path, capsys):
         (["stdlib", "out", "--split", "test"], "expected a split of stdlib, got 'test'"),
         (["stdlib", "out", "--shard-tokens", "many"], "--shard-tokens: 'many' is no number"),
         (["stdlib", "out", "--shard-tokens", "0"], "shard_tokens: expected at least 1"),
-        (["stdlib", "taken"], "taken: "),
+        (["stdlib", "taken"], "taken: expected a folder to write, got a file"),
     ],
 )
 def test_data_prepare_says_in_one_line_what_is_wrong(tmp_path, monkeypatch, capsys, words, message):
