@@ -190,12 +190,20 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> SearchFile:
     Raises:
         ConfigError: with one line for each mistake.
     """
+    return parse_config(read_search(path, "distill", overrides), str(path))
+
+
+def read_search(path: str | Path, included: str, overrides: Sequence[str]) -> dict[str, Any]:
+    """Return the values of a YAML file whose key ``included`` may name another file.
+
+    The name of the search defaults to that of the file. See ``load_config`` for overrides.
+    """
     values = yaml.read(path)
-    if "distill" in values:
-        values["distill"] = yaml.read_included(values["distill"], path)
+    if included in values:
+        values[included] = yaml.read_included(values[included], path)
     values = yaml.apply_overrides(values, overrides)
     values.setdefault("name", Path(path).stem)
-    return parse_config(values, str(path))
+    return values
 
 
 def parse_config(values: Mapping[str, Any], title: str = "the search") -> SearchFile:

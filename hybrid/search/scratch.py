@@ -23,14 +23,13 @@ from hybrid.ablate.config import TRAINING_METRICS, Match, parse_ablation
 from hybrid.ablate.design import Design, plan_runs
 from hybrid.ablate.evaluation import EvaluationTasks
 from hybrid.ablate.runs import Measured, run_design
-from hybrid.config import yaml
 from hybrid.config.declare import Count, Declared, Seed, Size, Size2, Text, build, refuse
 from hybrid.config.options import ConfigError
 from hybrid.layout import LayoutError, parse, resolve
 from hybrid.locks import sole_writer
 from hybrid.search import report
 from hybrid.search.bench import IDENTITY, keep_identity
-from hybrid.search.config import Symbol, metric_problems
+from hybrid.search.config import Symbol, metric_problems, read_search
 from hybrid.search.supernet import finished, open_study
 from hybrid.terminal import Interrupted
 
@@ -87,12 +86,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> ScratchFile:
     Raises:
         ConfigError: with one line for each mistake.
     """
-    values = yaml.read(path)
-    if "train" in values:
-        values["train"] = yaml.read_included(values["train"], path)
-    values = yaml.apply_overrides(values, overrides)
-    values.setdefault("name", Path(path).stem)
-    return parse_config(values, str(path))
+    return parse_config(read_search(path, "train", overrides), str(path))
 
 
 def parse_config(values: Mapping[str, Any], title: str = "the search") -> ScratchFile:
